@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The portable checkpoint on disk: written all or nothing, with the source files that travel in it.
+
+model_index.json                 as stock diffusers reads it
+pipeline.py                      what `custom_pipeline=` loads: imports the files below
+ddpm_hf_<hash>/*.py              copies of the TRAVELLING_FILES
+unet/, scheduler/                configurations and safetensors
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models import UNet2DModel
+
+Facts = dict[str, Any]
+FACTS_FORMAT = 1
+MODE_CHANNELS = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4}
+TRAVELLING_FILES = ("pipeline_ddpm_hf.py", "portable_ddpm_hf.py", "scheduling_ddpm_hf.py")
+
+
+def image_facts(unet: UNet2DModel) -> Facts | None:
+    """What the training images were, as the trainer wrote it into the UNet's configuration.
+
+    Args:
+        unet: its `config` may hold the key `_ddpm_hf`.
+    Returns:
+        `{"format_version": 1, "image": {"mode", "height", "width", "bit_depth"}, "class_names"}`
+        (`mode` and `class_names` may be absent), or None where there is nothing, or where a newer
+        version of the package wrote it (with a warning: images come as stock diffusers gives them).
+    Raises:
+        ValueError: if what stands there contradicts itself or the UNet.
+    """
+    facts = unet.config.get("_ddpm_hf")
+    if facts is None:
+        return None
+    facts = facts if isinstance(facts, dict) else {}
+    version = facts.get("format_version")
+    if is_int(version) and version > FACTS_FORMAT:
+        warnings.warn(
+            f"the image facts of this model have format {version}, this copy of ddpm_hf knows "
+            f"{FACTS_FORMAT}: they are ignored; upgrade ddpm_hf to use them",
+            stacklevel=2,
+        )
+        return None
+    _check_facts(facts, unet.config.in_channels)
+    return dict(facts)
+
+
+def _check_facts(facts: Facts, num_channels: int) -> None:
+    image = facts.get("image")
+    image = image if isinstance(image, dict) else {}
+    mode, names = image.get("mode"), facts.get("class_names")
+    size: tuple[Any, ...] = image.get("height"), image.get("width")
+    for name, value, is_right, expected in (
+        ("format_version", facts.get("format_version"), facts.get("format_version") == 1, "1"),
+        ("height, width", size, all(is_int(n) and n > 0 for n in size), "positive ints"),
+        ("bit_depth", image.get("bit_depth"), image.get("bit_depth") in (8, 16), "8 or 16"),
+        ("mode", mode, mode is None or MODE_CHANNELS.get(mode) == num_channels,
+         f"a mode with the UNet's {num_channels} channels"),
+        ("class_names", names, names is None or all(isinstance(n, str) for n in names), "names"),
+    ):  # fmt: skip
+        if not is_right:
+            raise ValueError(
+                f"`_ddpm_hf` in unet/config.json: {name} must be {expected}, got {value!r}"
+            )
+
+
+def is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+# ----------------------------------------------------------------------------------------------
+# Writing
+
+
+def checked_folder(save_directory: str | os.PathLike[str]) -> Path:
+    """The folder to save to, absolute.
+
+    Raises:
+        ValueError: if the name is empty, is a file's, or a symbolic link would be followed.
+    """
+    if not os.fspath(save_directory):
+        raise ValueError("save_directory is empty; pass the folder to write to")
+    folder = Path(save_directory)
+    for path in (folder, folder / "unet", folder / "scheduler"):
+        if path.is_symlink():
+            raise ValueError(
+                f"save_directory: {path} is a symbolic link, which is not followed; pass the "
+                "folder that it points to"
+            )
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"save_directory: {path} is a file; pass a folder")
+    return folder.absolute()
+
+
+def check_finite(model: torch.nn.Module) -> None:
+    """Refuse weights that are not finite.
+
+    Raises:
+        ValueError: naming the first such weight.
+    """
+    for name, weight in model.state_dict().items():
+        if weight.is_floating_point() and not weight.is_meta and not weight.isfinite().all():
+            raise ValueError(f"weight {name} holds non-finite values; nothing was written")
+
+
+@contextmanager
+def replacing(folder: Path, variant: str | None) -> Iterator[Path]:
+    """A staging folder whose files take their places in `folder` once all of them are on disk.
+
+    A new folder appears by one rename. In an existing one each file is replaced by a rename, the
+    index last, so that no file is ever half-written, and files of others stay. After an error
+    `folder` is as before.
+    """
+    is_new = not folder.exists()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = folder.with_name(f".{folder.name}.saving") if is_new else folder / ".saving"
+    shutil.rmtree(staging, ignore_errors=True)  # what a killed process left
+    staging.mkdir()
+    try:
+        yield staging
+        for path in [*staging.rglob("*"), staging]:
+            _sync(path)
+        if is_new:
+            staging.rename(folder)
+            _sync(folder.parent)
+        else:
+            _move_files(staging, folder, variant)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _move_files(staging: Path, folder: Path, variant: str | None) -> None:
+    files = [p.relative_to(staging) for p in staging.rglob("*") if p.is_file()]
+    for file in sorted(files, key=lambda p: (p.name == "model_index.json", p)):
+        (folder / file).parent.mkdir(exist_ok=True)
+        os.replace(staging / file, folder / file)
+    for stale in _stale(folder, variant):
+        if stale.relative_to(folder) not in files:
+            stale.unlink()
+            with suppress(OSError):  # a folder that is not empty stays
+                stale.parent.rmdir()
+    for path in {folder, *((folder / file).parent for file in files)}:
+        _sync(path)
+
+
+def _stale(folder: Path, variant: str | None) -> list[Path]:
+    """Weights (of this variant) and source files, which an earlier save may have left."""
+    suffix = re.escape(f".{variant}") if variant else ""
+    weights = re.compile(
+        rf"diffusion_pytorch_model({suffix}(-\d+-of-\d+)?\.(safetensors|bin)"
+        rf"|\.(safetensors|bin)\.index{suffix}\.json)"
+    )
+    sources = [p for name in TRAVELLING_FILES for p in folder.glob(f"ddpm_hf_*/{name}")]
+    return sources + [p for p in (folder / "unet").iterdir() if weights.fullmatch(p.name)]
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or folder to disk."""
+    with suppress(PermissionError):  # Windows opens no folders
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def forget_origin(config_file: Path) -> None:
+    """Drop where the model was loaded from: a path that is private and means nothing elsewhere."""
+    config = json.loads(config_file.read_text("utf-8"))
+    config.pop("_name_or_path", None)
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def write_source(folder: Path) -> None:
+    """Write the travelling files, and the `pipeline.py` by which diffusers comes to them.
+
+    They lie in a folder named after their content: the loader gives the code of all local
+    checkpoints one namespace, and two versions in one process would run each other's.
+    """
+    sources = {name: Path(__file__).with_name(name).read_bytes() for name in TRAVELLING_FILES}
+    package = f"ddpm_hf_{hashlib.sha256(b''.join(sources.values())).hexdigest()[:12]}"
+    (folder / package).mkdir()
+    for name, source in sources.items():
+        (folder / package / name).write_bytes(source)
+    (folder / "pipeline.py").write_text(_DOOR.format(package=package), "utf-8")
+
+
+# The loader copies only the files that pipeline.py itself names.
+_DOOR = '''"""Loaded by diffusers with custom_pipeline= and trust_remote_code=True."""
+
+from .{package}.pipeline_ddpm_hf import GaussianDDPMPipeline
+from .{package}.portable_ddpm_hf import image_facts
+from .{package}.scheduling_ddpm_hf import GaussianDDPMScheduler
+
+__all__ = ["GaussianDDPMPipeline", "GaussianDDPMScheduler", "image_facts"]
+'''
+
+
+def holds_only_pickles(source: str | os.PathLike[str], error: OSError) -> bool:
+    """Whether loading failed because the weights of a folder or repository are all `.bin` files."""
+    folder = Path(source)
+    if folder.is_dir():
+        return any(folder.rglob("*.bin")) and not any(folder.rglob("*.safetensors"))
+    return "Could not find the necessary `safetensors` weights" in str(error)
