@@ -1,15 +1,54 @@
-"""Every test runs on one thread, offline, with deterministic kernels."""
+"""Every test runs on one thread, offline, with deterministic kernels, and leaves nothing behind."""
 
+import atexit
 import os
+import shutil
+import sys
+import tempfile
+from ipaddress import ip_address
 
-# Set before torch is imported: the clients read them then.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
+# Set before torch and the Hugging Face clients are imported: they read it then. Child processes inherit it.
+_CACHE = tempfile.mkdtemp(prefix="ddpm-hf-tests-")
+atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+os.environ |= {
+    "HF_HOME": f"{_CACHE}/huggingface",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_XET": "1",  # the Xet client talks past the loopback Hub of the tests
+    "MPLBACKEND": "agg",
+    "OMP_NUM_THREADS": "1",
+    "TORCHINDUCTOR_CACHE_DIR": f"{_CACHE}/inductor",
+}
+for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_ENDPOINT"):
+    os.environ.pop(name, None)
 
 import pytest
 import torch
+
+
+def _is_loopback(host: str | bytes | None) -> bool:
+    host = host.decode() if isinstance(host, bytes) else host
+    if host in (None, "", "localhost"):
+        return True
+    try:
+        return ip_address(host).is_loopback or ip_address(host).is_unspecified
+    except ValueError:
+        return False
+
+
+def _refuse_the_network(event: str, args: tuple) -> None:
+    """Audit hook: nothing in Python can look up or reach another machine, whatever client it uses."""
+    if event == "socket.getaddrinfo":
+        host = args[0]
+    elif event in ("socket.connect", "socket.sendto") and isinstance(args[1], tuple):
+        host = args[1][0]
+    else:
+        return
+    if not _is_loopback(host):
+        raise RuntimeError(f"a test tried to reach {host!r}; tests may only use the loopback")
+
+
+sys.addaudithook(_refuse_the_network)
 
 
 @pytest.fixture(autouse=True, scope="session")
