@@ -1,0 +1,18 @@
+"""Training by Accelerate: options (`config`), one pure step and its loop (`loop`), what is kept
+(`state`). `accelerate launch -m ddpm_hf.training` runs the program of `ddpm-hf train`."""
+
+from ddpm_hf.training.config import ConfigError, TrainingConfig, parse_config
+from ddpm_hf.training.loop import TrainingError, TrainingResult, train, train_step
+from ddpm_hf.training.model import build_scheduler, build_unet
+
+__all__ = [
+    "ConfigError",
+    "TrainingConfig",
+    "TrainingError",
+    "TrainingResult",
+    "build_scheduler",
+    "build_unet",
+    "parse_config",
+    "train",
+    "train_step",
+]

@@ -1,0 +1,328 @@
+"""What to train: the options of a run, their parsing, and the proposals for what was left open.
+
+The same fields are the flags of `ddpm-hf train`, the keys of a YAML recipe and the arguments of
+`TrainingConfig` in Python.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import yaml
+
+
+class ConfigError(ValueError):
+    """An option with a value that cannot work; the message names it, the choices and the fix."""
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+# What a resumed run may change: everything else shapes what is learned.
+FREE_ON_RESUME = frozenset(
+    {
+        "max_train_steps", "gradient_accumulation_steps", "dataloader_num_workers", "output_dir",
+        "logging_steps", "sample_steps", "num_samples", "sample_inference_steps",
+        "checkpointing_steps", "checkpoints_total_limit", "push_to_hub", "public",
+    }
+)  # fmt: skip
+
+
+@dataclass
+class DataOptions:
+    """Which images, and how they become tensors."""
+
+    _argument_group_name: ClassVar[str] = "images"
+
+    dataset: str | None = _option(
+        None,
+        "folder of images, Hub data set, parquet/arrow files (a file, a glob or a folder), or a "
+        "save_to_disk folder",
+    )
+    dataset_config: str | None = _option(None, "configuration of a Hub data set that has several")
+    dataset_revision: str | None = _option(None, "branch, tag or commit of a Hub data set")
+    split: str = _option("train", "split to train on; slices such as 'train[:1000]' work")
+    image_column: str | None = _option(
+        None, "column that holds the images (default: the only image column)"
+    )
+    resolution: int | None = _option(
+        None,
+        "images are resized to this many pixels a side (default: their own size when all agree)",
+    )
+    image_mode: Literal["L", "LA", "RGB", "RGBA"] | None = _option(
+        None, "convert images to this mode: 1, 2, 3 or 4 channels (default: their own)"
+    )
+    crop: Literal["center", "random", "none"] = _option(
+        "center",
+        "images of unequal size become square: cut the middle, or another part in every epoch; "
+        "'none' keeps the whole image and needs one shape",
+    )
+    random_flip: bool = _option(
+        False, "mirror every second image left to right (leave off for digits and text)"
+    )
+    on_bad_image: Literal["error", "skip"] = _option(
+        "error", "unreadable images: list them and stop before training, or leave them out"
+    )
+    dataloader_num_workers: int | None = _option(
+        None, "processes that load batches (default: 4 with a GPU, else none)"
+    )
+
+
+@dataclass
+class ModelOptions:
+    """Which network, and which diffusion."""
+
+    _argument_group_name: ClassVar[str] = "network and diffusion"
+
+    pretrained: str | None = _option(
+        None,
+        "fine-tune: start from the weights of this Hub repository or folder (a pipeline or a bare "
+        "UNet2DModel)",
+    )
+    unet_config: str | None = _option(
+        None, "JSON file with the arguments of a UNet2DModel (default: proposed)"
+    )
+    num_train_timesteps: int | None = _option(
+        None, "steps T of the diffusion (default: 1000, or the pretrained model's)"
+    )
+    beta_schedule: str | None = _option(
+        None, "noise schedule (default: linear, or the pretrained model's)"
+    )
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] | None = _option(
+        None, "what the network predicts (default: epsilon, or the pretrained model's)"
+    )
+
+
+@dataclass
+class OptimizationOptions:
+    """How long, and how fast."""
+
+    _argument_group_name: ClassVar[str] = "optimization"
+
+    max_train_steps: int | None = _option(None, "optimizer updates in all (default: proposed)")
+    batch_size: int | None = _option(
+        None,
+        "images per optimizer update, over all processes and accumulation steps together, so that "
+        "a recipe means the same on one GPU and on eight (default: proposed)",
+    )
+    gradient_accumulation_steps: int = _option(
+        1, "forward and backward passes that each process splits its share of a batch into"
+    )
+    learning_rate: float = _option(1e-4, "peak learning rate of AdamW")
+    lr_scheduler: Literal["cosine", "constant"] = _option(
+        "cosine", "after the warm-up: fall to 0 along a cosine, or stay"
+    )
+    lr_warmup_steps: int | None = _option(
+        None, "updates over which the learning rate rises (default: a twentieth, at most 1000)"
+    )
+    weight_decay: float = _option(0.0, "AdamW's weight decay")
+    max_grad_norm: float = _option(1.0, "gradients are clipped to this norm")
+    ema_decay: float = _option(
+        0.9999,
+        "highest decay of the moving average of the weights, which is what is sampled and shared; "
+        "at update n it is at most (1 + n) / (10 + n)",
+    )
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = _option(
+        None, "precision of the network's arithmetic (default: accelerate's configuration)"
+    )
+    seed: int = _option(0, "every random number of the run follows from it")
+
+
+@dataclass
+class OutputOptions:
+    """What is written, where and when."""
+
+    _argument_group_name: ClassVar[str] = "output"
+
+    output_dir: str | None = _option(None, "folder of the run (default: runs/NAME of the data set)")
+    logging_steps: int = _option(20, "updates between two log entries")
+    sample_steps: int | None = _option(None, "updates between two sample grids (default: proposed)")
+    num_samples: int = _option(16, "images in a sample grid; 0 draws none")
+    sample_inference_steps: int = _option(
+        50, "denoising steps of a sample grid (deterministic DDIM, which needs few)"
+    )
+    checkpointing_steps: int | None = _option(
+        None, "updates between two checkpoints (default: proposed)"
+    )
+    checkpoints_total_limit: int = _option(2, "newest checkpoints that are kept")
+    push_to_hub: str | None = _option(
+        None, "also push to this Hub repository, 'user/name', at every checkpoint"
+    )
+    public: bool = _option(False, "make a new Hub repository public (default: private)")
+
+
+@dataclass
+class TrainingConfig(OutputOptions, OptimizationOptions, ModelOptions, DataOptions):
+    """Every option of a training run; None means: propose it from the data and the machine.
+
+    Raises:
+        ConfigError: for a value of the wrong type or out of range, naming field, value and choices.
+    """
+
+    def __post_init__(self) -> None:
+        # Not `field.type`: HfArgumentParser rewrites that.
+        hints = typing.get_type_hints(type(self))
+        for option in fields(self):
+            value = _checked(option.name, hints[option.name], getattr(self, option.name))
+            setattr(self, option.name, value)
+        self._check_ranges()
+
+    def _check_ranges(self) -> None:
+        at_least = {
+            "resolution": 1, "num_train_timesteps": 1, "max_train_steps": 1, "batch_size": 1,
+            "gradient_accumulation_steps": 1, "logging_steps": 1, "sample_steps": 1,
+            "checkpointing_steps": 1, "checkpoints_total_limit": 1, "sample_inference_steps": 1,
+            "lr_warmup_steps": 0, "num_samples": 0, "dataloader_num_workers": 0, "seed": 0,
+        }  # fmt: skip
+        for name, lowest in at_least.items():
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                raise ConfigError(f"{name} must be at least {lowest}, got {value}")
+        # Adam moves a weight by little more than the learning rate, so a rate of at most 1 means
+        # that finite gradients cannot make a weight overflow.
+        if not 0 < self.learning_rate <= 1:
+            raise ConfigError(
+                f"learning_rate must be above 0 and at most 1, got {self.learning_rate}; "
+                "1e-4 is a good start"
+            )
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+        if not (0 < self.max_grad_norm < math.inf):
+            raise ConfigError(f"max_grad_norm must be positive, got {self.max_grad_norm}")
+        if not 0 <= self.weight_decay < 1:
+            raise ConfigError(f"weight_decay must be in [0, 1), got {self.weight_decay}")
+        if self.resolution is not None and self.resolution > 8192:
+            raise ConfigError(f"resolution must be at most 8192, got {self.resolution}")
+        if self.pretrained and self.unet_config:
+            raise ConfigError(
+                "pretrained and unet_config exclude each other: a pretrained model brings its own "
+                "network; leave one out"
+            )
+        if (self.lr_warmup_steps or 0) > (self.max_train_steps or math.inf):
+            raise ConfigError(
+                f"lr_warmup_steps ({self.lr_warmup_steps}) must not exceed max_train_steps "
+                f"({self.max_train_steps})"
+            )
+
+    def run_folder(self) -> Path:
+        """`output_dir`, by default runs/NAME with the name of the data set."""
+        if self.output_dir is not None:
+            return Path(self.output_dir)
+        name = Path(self.dataset or "images").resolve().name
+        return Path("runs") / (name.split("*")[0].split(".")[0] or "images")
+
+    def to_yaml(self) -> str:
+        """The options as a recipe that `--config` reads back; what is None is left out."""
+        chosen = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        return yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True)
+
+
+def _checked(name: str, annotation: Any, value: Any) -> Any:
+    """`value` if the annotation admits it (an int where a float is asked for, too)."""
+    if isinstance(value, Path):
+        value = str(value)
+    kinds = _kinds(annotation)
+    if value is None and type(None) in kinds:
+        return None
+    choices = [c for k in kinds if typing.get_origin(k) is Literal for c in typing.get_args(k)]
+    if choices:
+        if value not in choices:
+            raise ConfigError(f"{name} must be one of {choices}, got {value!r}")
+        return value
+    if float in kinds and type(value) is int:
+        return float(value)
+    if type(value) not in kinds:
+        wanted = " or ".join(k.__name__ for k in kinds if k is not type(None))
+        raise ConfigError(f"{name} must be of type {wanted}, got {value!r}")
+    return value
+
+
+def _kinds(annotation: Any) -> tuple[Any, ...]:
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        return typing.get_args(annotation)
+    return (annotation,)
+
+
+def parse_config(argv: Sequence[str] | None = None, prog: str | None = None) -> TrainingConfig:
+    """The configuration from a command line; flags win over the recipe given by `--config`.
+
+    Args:
+        argv: the arguments, by default those of this process.
+        prog: the command's name in the help text.
+    Raises:
+        ConfigError: for a bad value, an unknown recipe key or an unreadable recipe.
+        SystemExit: for `--help` (0) and unknown flags (2), as argparse does.
+    """
+    parser = _parser(prog)
+    recipe = parser.parse_known_args(argv)[0].config
+    if recipe:
+        parser.set_defaults(**_read_recipe(Path(recipe)))
+    given = vars(parser.parse_args(argv))
+    given.pop("config")
+    source = given.pop("source")
+    if source is not None:
+        if given["dataset"] not in (None, source) and not recipe:
+            raise ConfigError(f"two data sets given: {source!r} and {given['dataset']!r}")
+        given["dataset"] = source
+    if given["dataset"] is None:
+        parser.error("which images? Give a folder or a data set: ddpm-hf train ./photos")
+    return TrainingConfig(**given)
+
+
+def _parser(prog: str | None) -> argparse.ArgumentParser:
+    from transformers import HfArgumentParser
+
+    parser: argparse.ArgumentParser = HfArgumentParser(
+        [DataOptions, ModelOptions, OptimizationOptions, OutputOptions],
+        prog=prog,
+        usage=f"{prog or '%(prog)s'} [DATASET] [--config FILE] [--option VALUE ...]",
+        description="Train a DDPM. Every option has a default or is proposed from the data: "
+        "`ddpm-hf train ./photos` works as it stands. Running the same command again resumes.",
+        formatter_class=_HelpWithDefaults,
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", nargs="?", metavar="DATASET", help="same as --dataset")
+    parser.add_argument("--config", metavar="FILE", help="YAML recipe; flags win over it")
+    return parser
+
+
+class _HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Each flag once, in its dashed form, with its default unless that is 'proposed' (None)."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or isinstance(action.default, bool):
+            return action.help
+        return super()._get_help_string(action)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        flag = action.option_strings[-1]
+        if action.choices:
+            return f"{flag} {{{','.join(map(str, action.choices))}}}"
+        return flag if action.nargs == "?" else f"{flag} {action.metavar or 'VALUE'}"
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the recipe {path}: {error}") from error
+    if not isinstance(recipe, dict):
+        raise ConfigError(f"the recipe {path} must hold 'option: value' lines")
+    known = {option.name for option in fields(TrainingConfig)}
+    for key in recipe:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=3)
+            hint = f"; did you mean {' or '.join(close)}?" if close else ""
+            raise ConfigError(f"the recipe {path} has the unknown option {key!r}{hint}")
+    # YAML reads 1e-4 as text; argparse converts a text default by the option's own type.
+    return recipe

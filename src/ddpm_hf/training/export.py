@@ -1,0 +1,105 @@
+"""The portable checkpoint of a run: averaged weights, and what a reader of its card should know."""
+
+import copy
+import dataclasses
+import os
+import platform
+import shutil
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from ddpm_hf.model_card import write_model_card
+from ddpm_hf.pipeline_ddpm_hf import GaussianDDPMPipeline
+from ddpm_hf.training.config import TrainingConfig
+from ddpm_hf.training.model import Parts
+from ddpm_hf.training.state import TrainState, replacing_folder, write_json
+
+# Names of people's folders are nobody else's business.
+_LOCAL_OPTIONS = ("dataset", "output_dir", "pretrained", "push_to_hub", "unet_config")
+
+
+def export_model(run: Path, parts: Parts, state: TrainState, facts: dict[str, Any]) -> Path:
+    """Write run/model: loads with `DiffusionPipeline.from_pretrained`, ready to be pushed.
+
+    Args:
+        run: the run's folder.
+        parts: what was trained.
+        state: its averaged weights are written.
+        facts: what `training.json` says.
+    Returns:
+        the folder, replaced as a whole.
+    """
+    target = run / "model"
+    shared = _shareable(parts.config)
+    with state.ema_weights() as unet, replacing_folder(target) as folder:
+        scheduler = copy.deepcopy(parts.scheduler)
+        GaussianDDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(folder)
+        write_json(folder / "training.json", facts)
+        (folder / "recipe.yaml").write_text(shared.to_yaml(), encoding="utf-8")
+        shutil.copy2(run / "metrics.jsonl", folder)
+        grids = sorted((run / "samples").glob("step-*.png"))
+        if grids:
+            shutil.copy2(grids[-1], folder / "samples.png")
+        write_model_card(folder)
+    return target
+
+
+def training_facts(
+    parts: Parts, accelerator: Accelerator, step: int, elapsed_s: float
+) -> dict[str, Any]:
+    """What happened, for `training.json` and the model card."""
+    config = parts.config
+    facts = {
+        "format_version": 1,
+        "dataset": _dataset_facts(parts),
+        "config": dataclasses.asdict(_shareable(config)),
+        "steps": step,
+        "num_images_seen": step * (config.batch_size or 0),
+        "duration_s": round(elapsed_s, 1),
+        "hardware": _hardware(accelerator),
+        "versions": {name: version(name) for name in ("ddpm-hf", "diffusers", "torch")},
+        "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "metrics": [],
+    }
+    if config.pretrained is not None:
+        facts["base_model"] = _public_name(config.pretrained)
+    return facts
+
+
+def _dataset_facts(parts: Parts) -> dict[str, Any]:
+    config, facts = parts.config, parts.facts
+    name = config.dataset or "images passed in Python"
+    dataset = {
+        "name": _public_name(name),
+        "config_name": config.dataset_config,
+        "split": config.split,
+        "num_images": len(parts.images),
+        "num_skipped": parts.num_skipped,
+        "image": facts.to_config()["image"],
+    }
+    if config.dataset is not None and _public_name(name) == name and "/" in name:
+        dataset["hub_id"] = name
+    return dataset
+
+
+def _public_name(source: str) -> str:
+    """A Hub id as it is; of a local folder the last part alone."""
+    is_local = Path(source).exists() or source.count("/") != 1 or source.startswith((".", "/"))
+    return Path(source).name if is_local else source
+
+
+def _shareable(config: TrainingConfig) -> TrainingConfig:
+    return dataclasses.replace(config, **dict.fromkeys(_LOCAL_OPTIONS))
+
+
+def _hardware(accelerator: Accelerator) -> str:
+    count = accelerator.num_processes
+    if accelerator.device.type == "cuda":
+        return f"{count} x {torch.cuda.get_device_name(accelerator.device)}"
+    processes = f"{count} process" + "es" * (count > 1)
+    return f"{os.cpu_count()} CPU cores ({platform.machine()}), {processes}"

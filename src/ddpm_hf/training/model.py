@@ -1,0 +1,273 @@
+"""What is trained: the network and the scheduler, proposed from the images or taken over."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DModel
+
+from ddpm_hf.data import ImageDataset, ImageFacts, TrainingImages, load_images, prepare_images
+from ddpm_hf.hub import load
+from ddpm_hf.pipeline_ddpm_hf import image_facts
+from ddpm_hf.scheduling_ddpm_hf import GaussianDDPMScheduler
+from ddpm_hf.training.config import ConfigError, TrainingConfig
+
+# Channels of each level in units of the first, by number of levels. With 4 levels and 128
+# channels this is the 35.7M network of DDPM (2006.11239, appendix B) for CIFAR-10, with 6 levels
+# the 114M one for 256 pixels.
+_CHANNEL_MULTIPLIERS = {
+    2: (1, 2),
+    3: (1, 2, 2),
+    4: (1, 2, 2, 2),
+    5: (1, 1, 2, 2, 4),
+    6: (1, 1, 2, 2, 4, 4),
+}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of; the configuration is complete."""
+
+    config: TrainingConfig
+    images: TrainingImages
+    facts: ImageFacts
+    num_skipped: int
+    unet: torch.nn.Module
+    scheduler: GaussianDDPMScheduler
+
+
+def assemble(
+    config: TrainingConfig,
+    accelerator: Accelerator,
+    unet: torch.nn.Module | None,
+    scheduler: GaussianDDPMScheduler | None,
+    dataset: Any,
+) -> Parts:
+    """The parts of a run: those given, the rest from the configuration."""
+    device = accelerator.device.type
+    pretrained_scheduler = None
+    if config.pretrained is not None and unet is None:
+        unet, pretrained_scheduler = load_pretrained(config.pretrained)
+    # The main process decodes the images; the others find them in the cache.
+    with accelerator.main_process_first():
+        images, facts = _images(config, dataset, unet if config.pretrained else None)
+    shares = accelerator.num_processes * config.gradient_accumulation_steps
+    config = propose(config, len(images), max(facts.height, facts.width), device, shares)
+    if unet is None:
+        torch.manual_seed(config.seed)  # the same first weights on every process and every start
+        unet = build_unet(facts, device, config.unet_config)
+    check_fit(unet, facts)
+    if hasattr(unet, "register_to_config"):
+        unet.register_to_config(_ddpm_hf=facts.to_config())
+    return Parts(
+        config,
+        TrainingImages(
+            images,
+            seed=config.seed,
+            random_flip=config.random_flip,
+            size_multiple=size_multiple(unet),
+        ),
+        facts,
+        len(getattr(images, "skipped", ())),
+        unet,
+        scheduler or build_scheduler(config, pretrained_scheduler),
+    )
+
+
+def _images(
+    config: TrainingConfig, dataset: Any, pretrained: torch.nn.Module | None
+) -> tuple[Any, ImageFacts]:
+    """The images and what they are; sized and coloured for the pretrained network, if any."""
+    if dataset is None:
+        if config.dataset is None:
+            raise ConfigError("dataset is missing: name one, or pass dataset= to train()")
+        dataset = load_images(
+            config.dataset,
+            config_name=config.dataset_config,
+            split=config.split,
+            revision=config.dataset_revision,
+        )
+    if isinstance(dataset, datasets.Dataset):
+        mode, resolution = _wanted_by(pretrained)
+        dataset = prepare_images(
+            dataset,
+            image_column=config.image_column,
+            resolution=config.resolution or resolution,
+            image_mode=config.image_mode or mode,
+            crop=config.crop,
+            on_bad_image=config.on_bad_image,
+        )
+    if isinstance(dataset, ImageDataset):
+        return dataset, dataset.facts
+    channels, height, width = dataset[0].shape
+    modes = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+    if channels not in modes:
+        raise ConfigError(f"dataset has images of {channels} channels; 1 to 4 can be shown")
+    return dataset, ImageFacts(mode=modes[channels], height=height, width=width)
+
+
+def _wanted_by(unet: torch.nn.Module | None) -> tuple[str | None, int | None]:
+    """Mode and resolution of the images that a pretrained network was made for."""
+    if unet is None:
+        return None, None
+    facts = (image_facts(unet) or {}).get("image", {})
+    by_channels = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+    config: Any = unet.config
+    size = config.sample_size if isinstance(config.sample_size, int) else max(config.sample_size)
+    return (
+        facts.get("mode") or by_channels.get(config.in_channels),
+        max(facts["height"], facts["width"]) if facts else size,
+    )
+
+
+def propose(
+    config: TrainingConfig, num_images: int, size: int, device: str, num_shares: int = 1
+) -> TrainingConfig:
+    """`config` with every option about the course of the training that was left open filled in.
+
+    Args:
+        config: the options as given.
+        num_images: how many images there are.
+        size: their longer side in pixels.
+        device: "cpu" or the kind of accelerator; a CPU gets a shorter run.
+        num_shares: processes x accumulation steps, which share a batch equally.
+    Returns:
+        a complete configuration: the recipe that gives the same run again.
+    Raises:
+        ConfigError: if the batch does not divide into equal shares.
+    """
+    on_cpu = device == "cpu"
+    usual = 32 if on_cpu or size > 64 else 64
+    batch_size = config.batch_size or max(usual // num_shares, 1) * num_shares
+    if batch_size % num_shares:
+        raise ConfigError(
+            f"batch_size {batch_size} does not divide into {num_shares} equal shares (processes x "
+            f"gradient_accumulation_steps); {batch_size // num_shares * num_shares or num_shares} "
+            f"and {(batch_size // num_shares + 1) * num_shares} do"
+        )
+    # 400 passes over a small set, within what an evening (CPU) or a night (GPU) allows.
+    passes = max(400 * num_images // batch_size, 2000)
+    steps = config.max_train_steps or min(passes, 5000 if on_cpu else 50_000)
+    warmup = config.lr_warmup_steps
+    return dataclasses.replace(
+        config,
+        max_train_steps=steps,
+        batch_size=batch_size,
+        lr_warmup_steps=min(steps // 20, 1000) if warmup is None else warmup,
+        sample_steps=config.sample_steps or (250 if on_cpu else 1000),
+        checkpointing_steps=config.checkpointing_steps or (250 if on_cpu else 1000),
+    )
+
+
+def build_unet(facts: ImageFacts, device: str, config_file: str | None = None) -> UNet2DModel:
+    """A fresh UNet2DModel for such images, from `config_file` or proposed.
+
+    Args:
+        facts: mode and size of the images.
+        device: "cpu" gets a quarter of the channels, so that a step takes a fraction of a second.
+        config_file: JSON file with arguments of `UNet2DModel`.
+    Raises:
+        ConfigError: if the file cannot be read, or its network does not fit the images.
+    """
+    if config_file is not None:
+        return _unet_from_file(config_file, facts)
+    size = max(facts.height, facts.width)
+    # Halve down to 4 pixels for small images, to 8 for larger ones.
+    levels = 1 + (size // (4 if size < 64 else 8)).bit_length() - 1
+    multipliers = _CHANNEL_MULTIPLIERS[min(max(levels, 2), 6)]
+    attention = [8 < -(-size // 2**level) <= 16 for level in range(len(multipliers))]
+    sizes = _padded(facts, 2 ** (len(multipliers) - 1))
+    return UNet2DModel(
+        sample_size=sizes[0] if sizes[0] == sizes[1] else sizes,
+        in_channels=facts.num_channels,
+        out_channels=facts.num_channels,
+        block_out_channels=tuple((32 if device == "cpu" else 128) * m for m in multipliers),
+        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention),
+        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
+    )
+
+
+def _padded(facts: ImageFacts, multiple: int) -> tuple[int, int]:
+    return -(-facts.height // multiple) * multiple, -(-facts.width // multiple) * multiple
+
+
+def _unet_from_file(path: str, facts: ImageFacts) -> UNet2DModel:
+    try:
+        arguments = json.loads(Path(path).read_text(encoding="utf-8"))
+        unet = UNet2DModel.from_config(arguments)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"unet_config {path} does not make a UNet2DModel: {error}") from error
+    if arguments.get("sample_size") is None:
+        sizes = _padded(facts, size_multiple(unet))
+        unet.register_to_config(sample_size=sizes[0] if sizes[0] == sizes[1] else sizes)
+    return unet
+
+
+def size_multiple(unet: torch.nn.Module) -> int:
+    """Height and width of the network's input must be multiples of this."""
+    blocks = getattr(getattr(unet, "config", None), "block_out_channels", (0,))
+    return int(2 ** (len(blocks) - 1))
+
+
+def build_scheduler(
+    config: TrainingConfig, pretrained: GaussianDDPMScheduler | None = None
+) -> GaussianDDPMScheduler:
+    """The scheduler: the pretrained one's configuration if given, with the options over it."""
+    names = ("num_train_timesteps", "beta_schedule", "prediction_type")
+    chosen = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    if pretrained is None:
+        return GaussianDDPMScheduler(**chosen)
+    return GaussianDDPMScheduler.from_config(pretrained.config, **chosen)
+
+
+def load_pretrained(source: str) -> tuple[UNet2DModel, GaussianDDPMScheduler | None]:
+    """Network with its weights, and scheduler, of a pipeline; no scheduler for a bare UNet2DModel.
+
+    Args:
+        source: Hub repository or local folder.
+    Raises:
+        ConfigError: if nothing of the kind is there.
+    """
+    try:
+        if not _holds_pipeline(source):
+            return UNet2DModel.from_pretrained(source), None
+        pipeline = load(source)
+        return pipeline.unet, pipeline.scheduler
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"pretrained={source!r} cannot be loaded: {error}") from error
+
+
+def _holds_pipeline(source: str) -> bool:
+    if Path(source).is_dir():
+        return (Path(source) / "model_index.json").is_file()
+    from huggingface_hub import HfApi
+
+    return bool(HfApi().file_exists(source, "model_index.json"))
+
+
+def check_fit(unet: torch.nn.Module, facts: ImageFacts) -> None:
+    """Raise ConfigError if the network cannot be trained on such images by L_simple."""
+    config: Any = getattr(unet, "config", {})
+    channels_in, channels_out = config.get("in_channels"), config.get("out_channels")
+    if channels_in is not None and channels_in != facts.num_channels:
+        raise ConfigError(
+            f"the network takes {channels_in} channels but the images have {facts.num_channels} "
+            f"({facts.mode}); set image_mode to one of {_modes_with(channels_in)}, or train a new "
+            "network"
+        )
+    if channels_out is not None and channels_out != channels_in:
+        raise ConfigError(
+            f"the network predicts {channels_out} channels for {channels_in}: a learned variance, "
+            "which L_simple does not train"
+        )
+    if config.get("num_class_embeds") is not None or config.get("class_embed_type") is not None:
+        raise ConfigError("the network is class-conditional; training here is unconditional")
+
+
+def _modes_with(channels: int) -> list[str]:
+    return [m for m, n in {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4}.items() if n == channels]

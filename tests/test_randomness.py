@@ -1,0 +1,82 @@
+"""Order, noise and time steps depend on the position alone."""
+
+import pytest
+import torch
+
+from ddpm_hf.randomness import Batches, noise_and_timesteps, seed_of
+
+
+def shares(num_processes, accumulation, *, start=0, stop=5, num_images=10, batch_size=12):
+    """All batches as lists of rows, put together again from what every process takes."""
+    parts = [
+        Batches(num_images, 7, batch_size, start, stop, rank, num_processes, accumulation)
+        for rank in range(num_processes)
+    ]
+    micro_batches = [list(part) for part in parts]
+    whole = []
+    for step in range(stop - start):
+        batch = [None] * batch_size
+        for part, mine in zip(parts, micro_batches, strict=True):
+            for micro_step in range(accumulation):
+                places = mine[step * accumulation + micro_step]
+                for row, place in zip(part.rows(micro_step), places, strict=True):
+                    assert batch[row] is None
+                    batch[row] = place
+        whole.append(batch)
+    return whole
+
+
+def test_every_epoch_shows_every_image_once_in_an_order_of_its_own():
+    seen = [place for batch in shares(1, 1) for place in batch]
+    epochs = [[index for e, index in seen if e == epoch] for epoch in range(6)]
+    assert all(sorted(order) == list(range(10)) for order in epochs)
+    assert len({tuple(order) for order in epochs}) == 6
+
+
+@pytest.mark.parametrize(("num_processes", "accumulation"), [(1, 3), (2, 1), (2, 3), (4, 1)])
+def test_processes_and_accumulation_share_the_same_batches(num_processes, accumulation):
+    assert shares(num_processes, accumulation) == shares(1, 1)
+
+
+def test_a_run_can_be_entered_at_any_update():
+    assert shares(2, 2, start=3) == shares(2, 2)[3:]
+
+
+def test_another_seed_gives_another_order():
+    first, second = (list(Batches(50, seed, 50, 0, 1)) for seed in (0, 1))
+    assert first != second
+
+
+def test_a_row_has_the_same_noise_and_step_in_whatever_part_of_the_batch_it_is_computed():
+    x_0 = torch.zeros(8, 1, 4, 4)
+    noise, t = noise_and_timesteps(0, 5, range(8), 8, x_0, 1000)
+    for rows in (range(4), range(3, 5), range(7, 8)):
+        part = noise_and_timesteps(0, 5, rows, 8, x_0[rows.start : rows.stop], 1000)
+        assert torch.equal(part[0], noise[rows.start : rows.stop])
+        assert torch.equal(part[1], t[rows.start : rows.stop])
+
+
+def test_noise_is_standard_normal_and_steps_are_uniform():
+    x_0 = torch.zeros(16, 1, 16, 16)
+    draws = [noise_and_timesteps(3, step, range(16), 16, x_0, 10) for step in range(250)]
+    noise = torch.cat([noise for noise, _ in draws])
+    count = noise.numel()
+    # z bounds of 4 standard errors; the seed is fixed.
+    assert abs(noise.mean().item()) < 4 / count**0.5
+    assert abs(noise.var().item() - 1) < 4 * (2 / count) ** 0.5
+    steps = torch.cat([t for _, t in draws]).bincount(minlength=10)
+    assert len(steps) == 10
+    chi_squared = ((steps - 400.0) ** 2 / 400).sum().item()
+    assert chi_squared < 27.9  # 0.1% point of chi squared with 9 degrees of freedom
+
+
+def test_images_that_share_a_batch_and_neighbouring_updates_have_unrelated_noise():
+    x_0 = torch.zeros(2, 3, 32, 32)
+    (first, _), (second, _) = (noise_and_timesteps(0, s, range(2), 2, x_0, 9) for s in (0, 1))
+    rows = torch.stack([*first.flatten(1), *second.flatten(1)])
+    correlation = torch.corrcoef(rows) - torch.eye(4)
+    assert correlation.abs().max() < 4 / rows.shape[1] ** 0.5
+
+
+def test_seeds_differ_for_positions_that_print_alike():
+    assert len({seed_of(1, 23), seed_of(12, 3), seed_of("1", 23), seed_of(1, "23")}) == 4

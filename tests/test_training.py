@@ -1,0 +1,446 @@
+"""The training program on real, tiny runs: exact resume, right schedules, nothing lost."""
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, UNet2DModel
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler, TrainingConfig, train
+from ddpm_hf.training import ConfigError, TrainingError
+from ddpm_hf.training.state import CheckpointError
+
+
+def tiny_unet(**overrides):
+    torch.manual_seed(0)
+    arguments = {
+        "sample_size": 8,
+        "in_channels": 1,
+        "out_channels": 1,
+        "block_out_channels": (8, 8),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    }
+    return UNet2DModel(**{**arguments, **overrides})
+
+
+def tiny_images(count=11):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.rand(1, 8, 8, generator=generator) * 2 - 1 for _ in range(count)]
+
+
+class Images:
+    """Images that do something when the n-th one is read."""
+
+    def __init__(self, images, at, action):
+        self.images, self.at, self.action, self.reads = images, at, action, 0
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        self.reads += 1
+        if self.reads == self.at:
+            self.action()
+        return self.images[index]
+
+
+def tiny_config(folder, **overrides):
+    options = {
+        "output_dir": str(folder),
+        "max_train_steps": 6,
+        "batch_size": 4,
+        "learning_rate": 1e-3,
+        "lr_warmup_steps": 2,
+        "logging_steps": 1,
+        "checkpointing_steps": 2,
+        "num_samples": 0,
+    }
+    return TrainingConfig(**{**options, **overrides})
+
+
+def run(folder, *, dataset=None, unet=None, **overrides):
+    return train(
+        tiny_config(folder, **overrides),
+        unet=unet or tiny_unet(),
+        dataset=dataset or tiny_images(),
+    )
+
+
+def checkpoint(folder, step):
+    """Every tensor of a checkpoint."""
+    path = folder / "checkpoints" / f"step-{step:08d}"
+    return {
+        f"{file.name}:{name}": value
+        for file in sorted(path.glob("*.safetensors"))
+        for name, value in load_file(file).items()
+    }
+
+
+def assert_equal_bits(first, second):
+    assert first.keys() == second.keys()
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not different
+
+
+def metrics(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def stop_reading_at(read, number=signal.SIGTERM):
+    return Images(tiny_images(), read, lambda: os.kill(os.getpid(), number))
+
+
+# Resume
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_run_that_was_stopped_and_resumed_equals_the_straight_run_bit_by_bit(
+    tmp_path, accumulation
+):
+    dropout = {"dropout": 0.2, "gradient_accumulation_steps": accumulation}
+    unet = {"unet": tiny_unet(dropout=dropout.pop("dropout"))}
+    run(tmp_path / "straight", **dropout, **unet)
+
+    unet = tiny_unet(dropout=0.2)
+    stopped = run(tmp_path / "resumed", dataset=stop_reading_at(11), unet=unet, **dropout)
+    assert stopped.stopped_by == signal.SIGTERM
+    assert stopped.num_steps == 3
+    finished = run(tmp_path / "resumed", unet=tiny_unet(dropout=0.2), **dropout)
+
+    assert finished.num_steps == 6
+    assert_equal_bits(checkpoint(tmp_path / "resumed", 6), checkpoint(tmp_path / "straight", 6))
+    without_speed = [
+        [{k: v for k, v in entry.items() if k != "images_per_s"} for entry in metrics(folder)]
+        for folder in (tmp_path / "resumed", tmp_path / "straight")
+    ]
+    assert without_speed[0] == without_speed[1]
+
+
+def test_resuming_reads_no_image_twice(tmp_path):
+    run(tmp_path, dataset=stop_reading_at(6))
+    images = Images(tiny_images(), None, None)
+    run(tmp_path, dataset=images)
+    # The shape of the first image, twice, and 4 updates of 4 images.
+    assert images.reads <= 4 * 4 + 2
+
+
+def test_sampling_and_saving_on_the_way_do_not_change_what_is_learned(tmp_path):
+    run(tmp_path / "silent", checkpointing_steps=6, unet=tiny_unet(dropout=0.3))
+    run(
+        tmp_path / "busy",
+        num_samples=3,
+        sample_steps=1,
+        sample_inference_steps=2,
+        checkpointing_steps=1,
+        unet=tiny_unet(dropout=0.3),
+    )
+    assert_equal_bits(checkpoint(tmp_path / "busy", 6), checkpoint(tmp_path / "silent", 6))
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before(tmp_path):
+    run(tmp_path)
+    want = checkpoint(tmp_path, 6)
+    weights = tmp_path / "checkpoints" / "step-00000006" / "unet.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    images = Images(tiny_images(), None, None)
+
+    run(tmp_path, dataset=images)
+
+    assert images.reads >= 2 * 4  # updates 5 and 6 were done again
+    assert_equal_bits(checkpoint(tmp_path, 6), want)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_from_zero(tmp_path):
+    run(tmp_path)
+    for state in tmp_path.glob("checkpoints/*/state.json"):
+        state.write_text("{}")
+    with pytest.raises(CheckpointError, match="all 2 checkpoints"):
+        run(tmp_path)
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path):
+    run(tmp_path)
+    before = checkpoint(tmp_path, 6)
+    assert run(tmp_path).num_steps == 6
+    assert_equal_bits(checkpoint(tmp_path, 6), before)
+    assert len(metrics(tmp_path)) == 6
+
+
+def test_a_finished_run_can_be_prolonged(tmp_path):
+    run(tmp_path, lr_scheduler="constant", max_train_steps=3)
+    run(tmp_path, lr_scheduler="constant", max_train_steps=6)
+    run(tmp_path / "straight", lr_scheduler="constant")
+    assert_equal_bits(checkpoint(tmp_path, 6), checkpoint(tmp_path / "straight", 6))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"learning_rate": 2e-3}, {"batch_size": 2}, {"seed": 1}, {"prediction_type": "sample"}],
+    ids=lambda change: next(iter(change)),
+)
+def test_resuming_with_options_that_change_what_is_learned_is_refused(tmp_path, change):
+    run(tmp_path)
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        run(tmp_path, **change)
+
+
+def test_resuming_on_other_images_is_refused(tmp_path):
+    run(tmp_path)
+    with pytest.raises(ConfigError, match=r"11.*12"):
+        run(tmp_path, dataset=tiny_images(12), max_train_steps=8)
+
+
+# Schedules
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_the_learning_rate_follows_the_updates_whatever_the_accumulation(tmp_path, accumulation):
+    run(tmp_path, gradient_accumulation_steps=accumulation, max_train_steps=8)
+    import math
+
+    want = [0, 0.5] + [0.5 * (1 + math.cos(math.pi * k / 6)) for k in range(6)]
+    got = [entry["learning_rate"] for entry in metrics(tmp_path)]
+    assert got == pytest.approx([1e-3 * factor for factor in want])
+
+
+def test_accumulation_gives_the_same_weights_up_to_rounding(tmp_path):
+    for accumulation in (1, 4):
+        run(tmp_path / str(accumulation), gradient_accumulation_steps=accumulation)
+    whole, parts = (checkpoint(tmp_path / str(k), 6) for k in (1, 4))
+    for name in (n for n in whole if n.startswith("unet") and not n.endswith("to_k.bias")):
+        # Sums in another order differ by 1e-7 of their size; Adam divides a gradient by its own
+        # size, so a small one passes that on enlarged. The bias of the keys is left out: softmax
+        # does not feel it, so its gradient is nothing but rounding.
+        assert (whole[name] - parts[name]).abs().mean() < 1e-5, name
+    losses = [[entry["loss"] for entry in metrics(tmp_path / str(k))] for k in (1, 4)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_the_average_is_that_of_the_weights_with_the_documented_decay(tmp_path):
+    run(tmp_path, checkpointing_steps=1, checkpoints_total_limit=6, ema_decay=0.3)
+    raw = [checkpoint(tmp_path, step) for step in range(1, 7)]
+    names = [name.split(":")[1] for name in raw[0] if name.startswith("ema")]
+    for name in names:
+        average = raw[0][f"unet.safetensors:{name}"].double()  # decay 0 at the first update
+        for n, tensors in enumerate(raw[1:], start=1):
+            decay = min((1 + n) / (10 + n), 0.3)
+            average = decay * average + (1 - decay) * tensors[f"unet.safetensors:{name}"].double()
+        got = raw[-1][f"ema.safetensors:{name}"].double()
+        # six float32 updates of values of the order of 1
+        assert_close(got, average, rtol=0, atol=1e-6)
+
+
+def test_one_batch_is_learned_by_heart(tmp_path):
+    # x_0-prediction of a single image can reach a loss of 0.
+    run(
+        tmp_path,
+        dataset=tiny_images(1),
+        max_train_steps=60,
+        learning_rate=1e-2,
+        prediction_type="sample",
+        checkpointing_steps=60,
+    )
+    losses = [entry["loss"] for entry in metrics(tmp_path)]
+    assert sum(losses[-5:]) < 0.2 * sum(losses[:5])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_keeps_weights_and_noise_in_float32(tmp_path, precision):
+    seen = []
+    unet = tiny_unet()
+    unet.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    dtypes = []
+    unet.conv_in.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
+    run(tmp_path, unet=unet, mixed_precision=precision)
+    assert set(seen) == {torch.float32}
+    assert set(dtypes) == {{"bf16": torch.bfloat16, "fp16": torch.float16}[precision]}
+    weights = checkpoint(tmp_path, 6)
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+    assert all(entry["loss"] > 0 for entry in metrics(tmp_path))
+
+
+# Nothing lost
+
+
+def test_an_update_with_a_non_finite_gradient_leaves_weights_moments_and_average_alone(tmp_path):
+    images = [torch.full((1, 8, 8), float("nan")), *tiny_images(3)]
+    # Batches of one image of four: every fourth update is lost.
+    run(tmp_path, dataset=images, batch_size=1, max_train_steps=8, checkpointing_steps=1,
+        checkpoints_total_limit=8)  # fmt: skip
+    entries = metrics(tmp_path)
+    lost = [entry["step"] for entry in entries if entry["skipped_updates"]]
+    assert len(lost) == 2
+    for step in lost:
+        assert entries[step - 1]["loss"] is None
+        if step > 1:
+            before, after = checkpoint(tmp_path, step - 1), checkpoint(tmp_path, step)
+            raw = [name for name in before if not name.startswith("ema")]
+            assert_equal_bits({n: before[n] for n in raw}, {n: after[n] for n in raw})
+    for path in tmp_path.rglob("*.safetensors"):
+        assert all(torch.isfinite(value).all() for value in load_file(path).values()), path
+
+
+def test_a_run_without_any_finite_gradient_ends_with_an_error_and_no_bad_checkpoint(tmp_path):
+    images = [torch.full((1, 8, 8), float("nan"))] * 3
+    with pytest.raises(TrainingError, match="learning_rate"):
+        run(tmp_path, dataset=images, max_train_steps=100)
+    for path in tmp_path.rglob("*.safetensors"):
+        assert all(torch.isfinite(value).all() for value in load_file(path).values()), path
+
+
+def test_weights_that_are_not_finite_from_the_start_are_refused(tmp_path):
+    unet = tiny_unet()
+    unet.conv_out.bias.data.fill_(float("inf"))
+    with pytest.raises(ValueError, match=r"conv_out\.bias"):
+        run(tmp_path, unet=unet)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_sampling_saves_the_current_update(tmp_path, number):
+    unet = tiny_unet()
+    calls = []
+
+    def kill_while_sampling(module, args):
+        if not module.training:
+            calls.append(1)
+            if len(calls) == 3:
+                os.kill(os.getpid(), number)
+
+    unet.register_forward_pre_hook(kill_while_sampling)
+    result = run(tmp_path, unet=unet, num_samples=2, sample_steps=3, sample_inference_steps=50)
+    assert result.stopped_by == number
+    assert len(calls) < 50
+    assert checkpoint(tmp_path, result.num_steps)
+    assert result.num_steps in (3, 4)  # noticed in the sampling, agreed upon after the next update
+    assert not list(tmp_path.glob("samples/*"))
+
+
+def test_two_runs_cannot_share_a_folder(tmp_path):
+    def start_another():
+        with pytest.raises(CheckpointError, match=f"in use by process {os.getpid()}"):
+            run(tmp_path)
+
+    run(tmp_path, dataset=Images(tiny_images(), 6, start_another))
+
+
+def test_an_output_folder_that_cannot_be_made_is_named_before_anything_is_read(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    images = Images(tiny_images(), None, None)
+    with pytest.raises(CheckpointError, match="file/run"):
+        run(tmp_path / "file" / "run", dataset=images)
+    assert images.reads == 0
+
+
+def test_no_file_of_a_run_is_a_pickle(tmp_path):
+    run(tmp_path, num_samples=2, sample_steps=3, sample_inference_steps=2)
+    starts = {path: path.read_bytes()[:2] for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(starts) > 10
+    assert not [path for path, start in starts.items() if start in (b"PK", b"\x80\x02")]
+
+
+def test_only_the_newest_checkpoints_are_kept_and_other_folders_left_alone(tmp_path):
+    (tmp_path / "checkpoints" / "step-mine").mkdir(parents=True)
+    run(tmp_path, checkpointing_steps=1, checkpoints_total_limit=3)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-00000004", "step-00000005", "step-00000006", "step-mine"]
+
+
+# What comes out, and what can go in
+
+
+def test_the_model_loads_in_stock_diffusers_and_holds_the_averaged_weights(tmp_path):
+    result = run(tmp_path)
+    stock = DDPMPipeline.from_pretrained(result.model_dir)
+    averages = load_file(tmp_path / "checkpoints" / "step-00000006" / "ema.safetensors")
+    got = stock.unet.state_dict()
+    assert got.keys() == averages.keys()
+    assert all(torch.equal(got[name], averages[name]) for name in averages)
+    assert stock(batch_size=2, num_inference_steps=2, output_type="np").images.shape == (2, 8, 8, 1)
+
+
+def test_sample_grids_are_drawn_when_due(tmp_path):
+    run(tmp_path, num_samples=4, sample_steps=2, sample_inference_steps=3)
+    names = sorted(path.name for path in (tmp_path / "samples").iterdir())
+    assert names == [f"step-0000000{step}.png" for step in (2, 4, 6)]
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        run(tmp_path / name, seed=seed)
+    a, b, c = (checkpoint(tmp_path / name, 6) for name in "abc")
+    assert_equal_bits(a, b)
+    assert any(not torch.equal(a[name], c[name]) for name in a)
+
+
+@pytest.fixture(params=["ours", "stock pipeline", "bare network"])
+def pretrained(request, tmp_path):
+    unet, folder = tiny_unet(), tmp_path / "pretrained"
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.add_(0.5)
+    scheduler = GaussianDDPMScheduler(num_train_timesteps=50, beta_schedule="squaredcos_cap_v2")
+    if request.param == "ours":
+        GaussianDDPMPipeline(unet, scheduler).save_pretrained(folder)
+    elif request.param == "stock pipeline":
+        from diffusers import DDPMScheduler
+
+        stock = DDPMScheduler(num_train_timesteps=50, beta_schedule="squaredcos_cap_v2")
+        DDPMPipeline(unet, stock).save_pretrained(folder)
+    else:
+        unet.save_pretrained(folder)
+    return request.param, folder, unet
+
+
+def test_fine_tuning_starts_from_the_pretrained_weights_and_diffusion(tmp_path, pretrained):
+    kind, folder, unet = pretrained
+    # With warm-up the first update has learning rate 0: its weights are the pretrained ones.
+    result = train(
+        tiny_config(tmp_path / "run", pretrained=str(folder), max_train_steps=1, lr_warmup_steps=1),
+        dataset=tiny_images(),
+    )
+    got = DDPMPipeline.from_pretrained(result.model_dir)
+    want = unet.state_dict()
+    assert all(torch.equal(value, want[name]) for name, value in got.unet.state_dict().items())
+    expected_steps = 1000 if kind == "bare network" else 50
+    assert got.scheduler.config.num_train_timesteps == expected_steps
+
+
+def test_fine_tuning_on_images_of_another_kind_says_what_to_do(tmp_path, pretrained):
+    images = [torch.zeros(3, 8, 8)] * 4
+    with pytest.raises(ConfigError, match="image_mode"):
+        train(tiny_config(tmp_path / "run", pretrained=str(pretrained[1])), dataset=images)
+
+
+def test_a_pretrained_folder_without_a_model_is_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="empty"):
+        train(tiny_config(tmp_path / "run", pretrained=str(tmp_path / "empty")), dataset=[])
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_sizes_that_do(tmp_path):
+    with pytest.raises(ConfigError, match=r"10.*9.*12"):
+        run(tmp_path, batch_size=10, gradient_accumulation_steps=3)
+
+
+def test_what_a_crash_left_behind_is_swept_and_a_retired_model_returns(tmp_path):
+    run(tmp_path, max_train_steps=4)
+    # A crash between the two renames of the model, and one inside a checkpoint.
+    os.rename(tmp_path / "model", tmp_path / ".old-model")
+    (tmp_path / "checkpoints" / ".new-step-00000006").mkdir()
+    run(tmp_path, max_train_steps=4)
+    assert (tmp_path / "model" / "model_index.json").is_file()
+    hidden = [path.name for path in tmp_path.rglob(".*") if path.name != ".lock"]
+    assert not hidden
+    shutil.rmtree(tmp_path)

@@ -1,0 +1,161 @@
+"""The training command in processes of its own: killed, resumed, and run by two processes."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.slow
+
+NETWORK = {
+    "sample_size": 8,
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": [8, 8],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "dropout": 0.1,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+}
+STEPS = 60
+OPTIONS = ["--max-train-steps", str(STEPS), "--batch-size", "4", "--checkpointing-steps", "5",
+           "--num-samples", "2", "--sample-steps", "20", "--sample-inference-steps", "4",
+           "--gradient-accumulation-steps", "2"]  # fmt: skip
+ONE = [sys.executable, "-m", "ddpm_hf.cli", "train"]
+TWO = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
+       "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+       "-m", "ddpm_hf.training"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for i in range(10):
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    (folder.parent / "unet.json").write_text(json.dumps(NETWORK))
+    return folder
+
+
+def command(launcher, photos, output, *more):
+    port = ["--main_process_port", "0"] if launcher is TWO else []
+    head = launcher[:-2] + port + launcher[-2:] if port else launcher
+    config = ["--unet-config", str(photos.parent / "unet.json"), "--output-dir", str(output)]
+    return [*head, str(photos), *config, *OPTIONS, *more]
+
+
+def environment(tmp_path):
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf")}
+
+
+def weights(output):
+    folder = output / "checkpoints" / f"step-{STEPS:08d}"
+    return {
+        f"{file.name}:{name}": value
+        for file in folder.glob("*.safetensors")
+        for name, value in load_file(file).items()
+    }
+
+
+def finish(arguments, tmp_path):
+    done = subprocess.run(arguments, env=environment(tmp_path), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def steps_logged(output):
+    file = output / "checkpoints"
+    return max((int(p.name[5:]) for p in file.glob("step-*")), default=0)
+
+
+@pytest.mark.parametrize("launcher", [ONE, TWO], ids=["one process", "two processes"])
+def test_a_run_killed_at_random_and_started_again_equals_the_straight_run(
+    launcher, photos, tmp_path
+):
+    finish(command(launcher, photos, tmp_path / "straight"), tmp_path)
+    rng = random.Random(5)
+    for _ in range(2):
+        process = subprocess.Popen(
+            command(launcher, photos, tmp_path / "killed"),
+            env=environment(tmp_path),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        reached, began = steps_logged(tmp_path / "killed"), time.monotonic()
+        while steps_logged(tmp_path / "killed") <= reached and process.poll() is None:
+            assert time.monotonic() - began < 120
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 0.3))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    again = finish(command(launcher, photos, tmp_path / "killed"), tmp_path)
+    assert "resuming after update" in again.stdout
+
+    straight, killed = weights(tmp_path / "straight"), weights(tmp_path / "killed")
+    assert straight.keys() == killed.keys()
+    assert all(torch.equal(straight[name], killed[name]) for name in straight)
+
+
+def test_two_processes_learn_what_one_learns_and_sigterm_stops_both(photos, tmp_path):
+    no_dropout = photos.parent / "plain.json"
+    no_dropout.write_text(json.dumps({**NETWORK, "dropout": 0.0}))
+    plain = ["--unet-config", str(no_dropout)]
+    finish(command(ONE, photos, tmp_path / "one", *plain), tmp_path)
+    process = subprocess.Popen(
+        command(TWO, photos, tmp_path / "two", *plain),
+        env=environment(tmp_path),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    while not steps_logged(tmp_path / "two"):
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=60) != 0
+    assert 0 < steps_logged(tmp_path / "two") < STEPS
+    finish(command(TWO, photos, tmp_path / "two", *plain), tmp_path)
+
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name in (n for n in one if n.startswith("unet")):
+        # The sum over a batch is rounded in another order; Adam divides by its size.
+        assert (one[name] - two[name]).abs().mean() < 1e-4, name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["/nowhere/photos"], "/nowhere/photos"),
+        (["PHOTOS", "--split", "trian"], "train"),
+        (["PHOTOS", "--image-column", "img"], "image"),
+        (["PHOTOS", "--beta-schedule", "cosine"], "squaredcos_cap_v2"),
+        (["PHOTOS", "--learning-rate", "-1"], "learning_rate"),
+        (["PHOTOS", "--unet-config", "PHOTOS/0.png"], "unet_config"),
+        (["PHOTOS", "--config", "PHOTOS/none.yaml"], "none.yaml"),
+        (["PHOTOS", "--pretrained", "PHOTOS"], "pretrained"),
+        (["PHOTOS", "--output-dir", "PHOTOS/0.png/run"], "output_dir"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line_and_status_2_and_leaves_nothing(arguments, said, photos, tmp_path):
+    arguments = [a.replace("PHOTOS", str(photos)) for a in arguments]
+    done = subprocess.run(
+        [*ONE, *arguments], env=environment(tmp_path), cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ddpm-hf: error:")
+    assert said in last
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("runs/*/*.safetensors"))
