@@ -1,0 +1,22 @@
+"""Images from any `datasets` source, decoded and resized once, and the training set made of them.
+
+    dataset = load_images("./photos")    # Hub name, folder, parquet or arrow files, save_to_disk
+    images = prepare_images(dataset)     # memory-mapped uint8 or uint16, (C, H, W)
+    training = TrainingImages(images)    # (epoch, index) -> float32 (C, H, W) in [-1, 1]
+
+Which file mode becomes what stands at the top of `decoding.py`.
+"""
+
+from ddpm_hf.data.prepared import ImageDataset, ImageFacts, prepare_images
+from ddpm_hf.data.sources import DataError, load_images
+from ddpm_hf.data.training_images import TrainingImages, to_unit_range
+
+__all__ = [
+    "DataError",
+    "ImageDataset",
+    "ImageFacts",
+    "TrainingImages",
+    "load_images",
+    "prepare_images",
+    "to_unit_range",
+]

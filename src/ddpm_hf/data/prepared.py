@@ -1,0 +1,525 @@
+"""Every image decoded and resized once, into memory-mapped Arrow, and what the images are."""
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from filelock import FileLock
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ddpm_hf.data.decoding import (
+    MAX_ASPECT,
+    Target,
+    cell_name,
+    decode_images,
+    read_headers,
+    shorter_side_to,
+)
+from ddpm_hf.data.sources import DataError, did_you_mean, known_image_root
+
+IMAGE_MODES = ("L", "LA", "RGB", "RGBA")
+CROPS = ("center", "random", "none")
+MAX_SIZE = 8192
+NATIVE_SIZE_LIMIT = 256
+"""Images that all have one size keep it up to this side; larger ones get a proposed resolution."""
+
+_CACHE_VERSION = 1  # what another version prepared is not read
+_MAX_LISTED = 200
+_ROWS_PER_WORKER = 1000  # fewer are decoded before a further process has started
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What the images of a data set are; kept with the weights, so that samples come back alike.
+
+    Attributes:
+        mode: "L", "LA", "RGB" or "RGBA": 1, 2, 3 or 4 channels.
+        height: in pixels, before any padding, 1..8192.
+        width: likewise.
+        bit_depth: 8 or 16 bits per channel.
+        class_names: names of the labels in their order, or None.
+    """
+
+    mode: str
+    height: int
+    width: int
+    bit_depth: int = 8
+    class_names: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice("mode", self.mode, IMAGE_MODES)
+        _check_choice("bit_depth", self.bit_depth, (8, 16))
+        _check_size("height", self.height)
+        _check_size("width", self.width)
+
+    @property
+    def num_channels(self) -> int:
+        return len(self.mode)
+
+    def to_config(self) -> dict[str, Any]:
+        """The JSON form, as it stands in `unet/config.json` under `_ddpm_hf`."""
+        image = {name: getattr(self, name) for name in ("mode", "height", "width", "bit_depth")}
+        config: dict[str, Any] = {"format_version": 1, "image": image}
+        return config | ({"class_names": list(self.class_names)} if self.class_names else {})
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "ImageFacts":
+        """The facts in the JSON form of `to_config`.
+
+        Raises:
+            ValueError: if the format is newer than this package, or a value is missing or wrong.
+        """
+        if config.get("format_version") != 1:
+            raise ValueError(f"format_version must be 1, got {config.get('format_version')!r}")
+        names = config.get("class_names")
+        try:
+            return cls(**config["image"], class_names=tuple(map(str, names)) if names else None)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not the facts of an image data set: {config!r}") from error
+
+
+class ImageDataset:
+    """Decoded images in their own bit depth, memory-mapped; made by `prepare_images`.
+
+    `images[i]` is a new uint8 or uint16 tensor (C, H, W). Pickled as a folder name, not as data.
+
+    Attributes:
+        facts: mode, size, bit depth and label names.
+        skipped: one line for each row that was left out, with the reason.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        summary = json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
+        self.facts = ImageFacts.from_config(summary["facts"])
+        self.skipped: list[str] = summary["skipped"]
+        self.remarks: list[str] = summary["remarks"]
+        # Colours may turn out to be grey and alphas opaque: then not all stored planes are used.
+        self._planes = _used_planes(summary["stored_mode"], self.facts.mode)
+        self._dtype = np.dtype(np.uint16 if self.facts.bit_depth == 16 else np.uint8)
+        files = sorted(self.folder.glob("images*.arrow"))
+        shards = [datasets.Dataset.from_file(str(file)) for file in files]
+        columns = datasets.concatenate_datasets(shards).data
+        self._pixels = columns.column("pixels")
+        self._heights = columns.column("height").to_numpy()
+        self._widths = columns.column("width").to_numpy()
+        self._rows = np.flatnonzero(self._heights)  # a row that was left out has height 0
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.from_numpy(self.window(index).copy())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.folder,)
+
+    def window(self, index: int, top: float = 0.5, left: float = 0.5) -> NDArray[Any]:
+        """The part of an image that has the size in `facts`: a read-only view, (C, H, W).
+
+        Args:
+            index: of the image.
+            top: where it lies, from 0 at the upper edge to 1, exclusive, at the lower one. Only
+                images prepared with crop="random" leave a choice.
+            left: likewise.
+        """
+        row = self._rows[index]
+        stored = np.frombuffer(self._pixels[row].as_buffer(), self._dtype)
+        planes = stored.reshape(-1, self._heights[row], self._widths[row])[self._planes]
+        y = int(top * (planes.shape[1] - self.facts.height + 1))
+        x = int(left * (planes.shape[2] - self.facts.width + 1))
+        return planes[:, y : y + self.facts.height, x : x + self.facts.width]
+
+
+def _used_planes(stored_mode: str, mode: str) -> slice:
+    is_grey_alpha = (stored_mode, mode) == ("RGBA", "LA")
+    return slice(0, 4, 3) if is_grey_alpha else slice(len(mode))
+
+
+def prepare_images(
+    dataset: datasets.Dataset,
+    *,
+    image_column: str | None = None,
+    resolution: int | None = None,
+    image_mode: str | None = None,
+    crop: str = "center",
+    on_bad_image: str = "error",
+    cache_dir: str | os.PathLike[str] | None = None,
+    image_root: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> ImageDataset:
+    """Every image decoded, checked and resized once; the second time it comes from the cache.
+
+    Args:
+        dataset: rows with an image column, from `load_images` or from `datasets`.
+        image_column: needed only if there are several.
+        resolution: length of the shorter side, 1..8192. None keeps images of one size up to 256
+            as they are; else 64, or the median shorter side if that is less, in steps of 8.
+        image_mode: "L", "LA", "RGB" or "RGBA"; None takes it from the images.
+        crop: "center" cuts the centred square; "random" keeps room for `TrainingImages` to cut
+            one anew in each epoch; "none" keeps the whole image and needs images of one shape.
+            Images that keep their native size are never cut.
+        on_bad_image: "error" lists all that cannot be used, "skip" leaves them out and says so.
+        cache_dir: where prepared images are kept; None: beside the cache of `datasets`.
+        image_root: folder from which rows that hold only a path may be read. `load_images` knows
+            it for its folders; such rows of any other data set are refused without it.
+        progress: show progress bars.
+
+    Raises:
+        DataError: if the data cannot be used.
+        ValueError: if an option is not one of its choices.
+    """
+    _check_options(resolution, image_mode, crop, on_bad_image)
+    column = _image_column(dataset, image_column)
+    cells = dataset.with_format(None).select_columns([column])
+    cells = cells.cast_column(column, datasets.Image(decode=False))
+    root = image_root or known_image_root(dataset)
+    source = _Source(cells, column, os.path.realpath(root) if root else None, _class_names(dataset))
+    plan = _Plan(resolution, image_mode, crop)
+    with _progress_bars(progress):
+        images = ImageDataset(_prepared_folder(source, plan, cache_dir, on_bad_image))
+    _report(images, len(cells), on_bad_image)
+    return images
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the caller wants; None stands for what the images suggest."""
+
+    resolution: int | None
+    image_mode: str | None
+    crop: str
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Undecoded images: a one-column data set, and the folder from which paths may be read."""
+
+    cells: Any
+    column: str
+    root: str | None
+    class_names: tuple[str, ...] | None
+
+
+def _check_options(resolution: Any, image_mode: Any, crop: Any, on_bad_image: Any) -> None:
+    if resolution is not None:
+        _check_size("resolution", resolution)
+    _check_choice("image_mode", image_mode, (None, *IMAGE_MODES))
+    _check_choice("crop", crop, CROPS)
+    _check_choice("on_bad_image", on_bad_image, ("error", "skip"))
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+
+
+def _check_size(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_SIZE:
+        raise ValueError(f"{name} must be an int in 1..{MAX_SIZE}, got {value!r}")
+
+
+def _image_column(dataset: Any, wanted: str | None) -> str:
+    if isinstance(dataset, datasets.DatasetDict):
+        raise DataError(f"the data set has several splits, take one of {', '.join(dataset)}")
+    if not isinstance(dataset, datasets.Dataset):
+        raise TypeError(f"dataset must be a datasets.Dataset, got {type(dataset).__name__}")
+    if len(dataset) == 0:
+        raise DataError("the data set has no rows")
+    columns = dataset.features
+    images = [name for name in columns if isinstance(columns[name], datasets.Image)]
+    encoded = [name for name in columns if _may_hold_files(columns[name])]
+    if wanted is not None and wanted not in [*images, *encoded]:
+        hint = did_you_mean(wanted, [*images, *encoded])
+        raise DataError(f"image_column {wanted!r} is no column of images{hint}; {_kinds(columns)}")
+    candidates = [wanted] if wanted is not None else images or encoded
+    if len(candidates) != 1:
+        what = "several columns" if candidates else "no column"
+        hint = "; pass image_column" if candidates else ""
+        raise DataError(f"{what} of images{hint}; {_kinds(columns)}")
+    return candidates[0]
+
+
+def _may_hold_files(feature: Any) -> bool:
+    """Encoded images whose parquet file does not say that they are some."""
+    if isinstance(feature, dict):
+        return set(feature) == {"bytes", "path"}
+    return isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
+
+
+def _kinds(columns: Any) -> str:
+    kinds = [f"{name} ({getattr(kind, 'dtype', kind)})" for name, kind in columns.items()]
+    return f"the columns are {', '.join(kinds)}"
+
+
+def _class_names(dataset: datasets.Dataset) -> tuple[str, ...] | None:
+    labels = [n for n, kind in dataset.features.items() if isinstance(kind, datasets.ClassLabel)]
+    name = "label" if "label" in labels else labels[0] if len(labels) == 1 else None
+    return tuple(dataset.features[name].names) if name else None
+
+
+def _prepared_folder(
+    source: _Source, plan: _Plan, cache_dir: str | os.PathLike[str] | None, on_bad_image: str
+) -> Path:
+    """The folder that holds the prepared images; made now unless it exists."""
+    cache = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE, "ddpm_hf"))
+    folder = cache / _key(source, plan)
+    if folder.exists():
+        return folder
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):  # of two processes the second waits, then finds the folder
+            if not folder.exists():
+                with _written_beside(folder) as temporary:
+                    _prepare(source, plan, on_bad_image, temporary)
+    except OSError as error:
+        raise DataError(f"cache_dir {str(cache)!r} cannot be written: {error}") from error
+    return folder
+
+
+@contextmanager
+def _written_beside(folder: Path) -> Iterator[Path]:
+    """A folder that gets its name when it is complete, so that none is ever half-written."""
+    temporary = folder.with_suffix(".incomplete")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+    temporary.mkdir()
+    try:
+        yield temporary
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _key(source: _Source, plan: _Plan) -> str:
+    """Hash of all that decides what is prepared, the state of the files that rows name included."""
+    rows = (source.cells._fingerprint, source.class_names, _files_by_path(source))
+    text = repr((_CACHE_VERSION, plan, rows))
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+
+
+def _files_by_path(source: _Source) -> list[tuple[str, int, int]]:
+    """Path, size and time of the files that rows name instead of holding their bytes.
+
+    Raises:
+        DataError: if a row names a URL, or a file that is not under the root.
+    """
+    files, refused = [], []
+    for row, path in _paths_without_bytes(source):
+        real = os.path.realpath(os.path.join(source.root or "", path))
+        if source.root is None or "://" in path or not Path(real).is_relative_to(source.root):
+            refused.append(f"row {row} ({path!r})")
+        else:
+            size, time = _size_and_time(real)
+            files.append((path, size, time))
+    if refused:
+        known = f"not a file under {source.root!r}" if source.root else "read only under image_root"
+        raise DataError(
+            f"{len(refused)} of {len(source.cells)} rows hold no image but a path that is {known}, "
+            f"such as {refused[0]}: embed the bytes, or pass the folder as image_root"
+        )
+    return files
+
+
+def _size_and_time(path: str) -> tuple[int, int]:
+    if not os.path.isfile(path):
+        return -1, 0  # decoding reports it
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
+
+
+def _paths_without_bytes(source: _Source) -> Iterator[tuple[int, str]]:
+    first = 0
+    for table in source.cells.with_format("arrow").iter(batch_size=1000):
+        for cells in table.column(source.column).chunks:
+            is_missing = cells.field("bytes").is_null().to_numpy(zero_copy_only=False)
+            for offset in np.flatnonzero(is_missing).tolist():
+                path = cells.field("path")[offset].as_py()
+                if path:
+                    yield first + offset, path
+            first += len(cells)
+
+
+_HEADER_COLUMNS = {
+    **dict.fromkeys(("height", "width"), "int32"),
+    **dict.fromkeys(("colour", "alpha", "deep"), "bool"),
+    "problem": "string",
+}
+_IMAGE_COLUMNS = {
+    "pixels": "binary",
+    **dict.fromkeys(("height", "width", "source_height", "source_width", "peak"), "int32"),
+    **dict.fromkeys(("colour", "alpha", "animated", "narrowed"), "bool"),
+    "problem": "string",
+}
+
+
+def _prepare(source: _Source, plan: _Plan, on_bad_image: str, folder: Path) -> None:
+    """Headers first, because the size and mode of all decide what each one becomes."""
+    file = folder / "headers.arrow"
+    headers = _map(source, read_headers, _HEADER_COLUMNS, file, "Reading image headers")
+    is_usable = headers["height"] > 0
+    if not is_usable.any():
+        raise _bad_images(_problems(source, headers), len(is_usable))
+    target = _choose_target({name: column[is_usable] for name, column in headers.items()}, plan)
+    _check_free_space(folder, target, len(is_usable))
+    desc = f"Preparing {target.width}x{target.height} {target.mode} images"
+    file = folder / "images.arrow"
+    notes = _map(source, decode_images, _IMAGE_COLUMNS, file, desc, target=target)
+    skipped = _problems(source, notes)
+    if skipped and (on_bad_image == "error" or len(skipped) == len(source.cells)):
+        raise _bad_images(skipped, len(source.cells))
+    mode = plan.image_mode or _smallest_mode(notes["colour"], notes["alpha"])
+    facts = ImageFacts(mode, target.height, target.width, target.bit_depth, source.class_names)
+    summary = {
+        "facts": facts.to_config(),
+        "stored_mode": target.mode,
+        "skipped": skipped,
+        "remarks": _remarks(notes, target),
+    }
+    (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    for leftover in folder.glob("headers*.arrow"):
+        leftover.unlink()
+
+
+def _map(
+    source: _Source,
+    function: Callable[..., Any],
+    types: dict[str, str],
+    file: Path,
+    desc: str,
+    **options: Any,
+) -> dict[str, NDArray[Any]]:
+    """`function` of all cells, written to an arrow file; gives its columns back, without pixels."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(cpus, len(source.cells) // _ROWS_PER_WORKER)
+    rows = source.cells.map(
+        function,
+        batched=True,
+        batch_size=64,  # of undecoded files, which may be photos of some MB each
+        input_columns=[source.column],
+        remove_columns=[source.column],
+        features=datasets.Features({name: datasets.Value(kind) for name, kind in types.items()}),
+        cache_file_name=str(file),
+        load_from_cache_file=False,
+        num_proc=workers if workers > 1 else None,
+        desc=desc,
+        fn_kwargs={"root": source.root, **options},
+        new_fingerprint=file.stem,
+    )
+    return {name: rows.data.column(name).to_numpy() for name in types if name != "pixels"}
+
+
+def _problems(source: _Source, notes: dict[str, NDArray[Any]]) -> list[str]:
+    bad_rows = np.flatnonzero(notes["height"] == 0).tolist()
+    cells = source.cells.select(bad_rows)[source.column]
+    lines = zip(bad_rows, cells, notes["problem"][bad_rows], strict=True)
+    return [f"row {row}{cell_name(cell)}: {reason}" for row, cell, reason in lines]
+
+
+def _bad_images(problems: list[str], total: int) -> DataError:
+    listed = problems[:_MAX_LISTED]
+    more = [f"and {len(problems) - len(listed)} more"] if len(problems) > len(listed) else []
+    head = f"{len(problems)} of {total} images cannot be used; on_bad_image='skip' leaves them out:"
+    return DataError("\n  ".join([head, *listed, *more]))
+
+
+def _smallest_mode(colour: NDArray[np.bool_], alpha: NDArray[np.bool_]) -> str:
+    return ("RGB" if colour.any() else "L") + ("A" if alpha.any() else "")
+
+
+def _choose_target(headers: dict[str, NDArray[Any]], plan: _Plan) -> Target:
+    sizes = sorted(set(zip(headers["height"].tolist(), headers["width"].tolist(), strict=True)))
+    is_native = plan.resolution is None and len(sizes) == 1 and max(sizes[0]) <= NATIVE_SIZE_LIMIT
+    resolution = plan.resolution or _proposed_resolution(headers)
+    height, width = sizes[0] if is_native else _output_size(sizes, resolution, plan.crop)
+    return Target(
+        mode=plan.image_mode or _smallest_mode(headers["colour"], headers["alpha"]),
+        bit_depth=16 if headers["deep"].any() else 8,
+        height=height,
+        width=width,
+        random_crop=plan.crop == "random" and not is_native,
+    )
+
+
+def _proposed_resolution(headers: dict[str, NDArray[Any]]) -> int:
+    """64, which one GPU learns overnight, or what most images fill; a UNet halves it some times."""
+    median = np.median(np.minimum(headers["height"], headers["width"]))
+    return int(np.clip(median // 8 * 8, 8, 64))
+
+
+def _output_size(sizes: list[tuple[int, int]], resolution: int, crop: str) -> tuple[int, int]:
+    if crop != "none":
+        return resolution, resolution
+    outputs = sorted({shorter_side_to(width, height, resolution) for height, width in sizes})
+    if len(outputs) > 1:
+        shapes = ", ".join(f"{width}x{height}" for width, height in outputs[:3])
+        raise DataError(
+            f"crop='none' needs images of one shape, but at resolution {resolution} they have "
+            f"{len(outputs)}, such as {shapes}: use crop='center' or 'random'"
+        )
+    width, height = outputs[0]
+    return height, width
+
+
+def _check_free_space(folder: Path, target: Target, rows: int) -> None:
+    need = rows * target.height * target.width * len(target.mode) * target.bit_depth // 8
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise DataError(
+            f"the prepared images need {need / 1e9:.1f} GB, but {str(folder.parent)!r} has "
+            f"{free / 1e9:.1f} GB free: pass another cache_dir or a lower resolution"
+        )
+
+
+def _remarks(notes: dict[str, NDArray[Any]], target: Target) -> list[str]:
+    """What a user should know although every image could be used."""
+    height, width = notes["source_height"], notes["source_width"]
+    shorter, longer = np.minimum(height, width), np.maximum(height, width)
+    output = min(target.height, target.width)
+    peak = int(notes["peak"].max())
+    is_square = target.height == target.width
+    counts = {
+        "animated or of several pages, of which the first is used": notes["animated"],
+        "16 bits per channel, of which Pillow reads 8": notes["narrowed"],
+        f"enlarged more than twice to {output} pixels, which looks soft": 2 * shorter < output,
+        f"over {MAX_ASPECT} times longer than wide and mostly cut off": (
+            is_square & (longer > MAX_ASPECT * shorter)
+        ),
+    }
+    hits = {text: int((hit & (shorter > 0)).sum()) for text, hit in counts.items()}
+    remarks = [f"{count} of {len(shorter)} images: {text}" for text, count in hits.items() if count]
+    if target.bit_depth == 16 and peak < 4096:  # 12 bits of a camera or scanner in a 16-bit file
+        remarks.append(f"the 16-bit images use only 0..{peak} of 0..65535: they are nearly black")
+    return remarks
+
+
+def _report(images: ImageDataset, total: int, on_bad_image: str) -> None:
+    if images.skipped and on_bad_image == "error":
+        raise _bad_images(images.skipped, total)
+    remarks = list(images.remarks)
+    if images.skipped:
+        remarks.append(f"{len(images.skipped)} of {total} images left out: {images.skipped[0]}")
+    for remark in remarks:
+        warnings.warn(remark, stacklevel=3)
+
+
+@contextmanager
+def _progress_bars(enabled: bool) -> Iterator[None]:
+    was_disabled = datasets.are_progress_bars_disabled()
+    if not enabled:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not was_disabled:
+            datasets.enable_progress_bars()

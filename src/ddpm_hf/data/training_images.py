@@ -1,0 +1,125 @@
+"""The training set: prepared images as the network sees them, augmented by position."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from ddpm_hf.data.prepared import ImageDataset
+from ddpm_hf.data.sources import DataError
+
+
+def to_unit_range(pixels: Tensor) -> Tensor:
+    """uint8 or uint16 as float32 in [-1, 1]: 0 gives -1, 255 or 65535 gives 1."""
+    if pixels.dtype == torch.uint8:
+        return pixels.to(torch.float32).div_(127.5).sub_(1)
+    if pixels.dtype == torch.uint16:
+        return pixels.to(torch.float32).div_(32767.5).sub_(1)
+    raise TypeError(f"pixels must be uint8 or uint16, got {pixels.dtype}")
+
+
+class Images(Protocol):
+    """Any sequence of float images in [-1, 1], (C, H, W)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Tensor: ...
+
+
+class TrainingImages(torch.utils.data.Dataset[Tensor]):
+    """What the network sees: `training[epoch, index]` is a float32 image (C, H, W) in [-1, 1].
+
+    Flips and crops are drawn from (seed, epoch, index) alone, so that neither the number of
+    workers nor a resumed run changes them. Then the image is padded at its edges, replicated, to a
+    multiple of `size_multiple`: the native window starts at (padded - native) // 2.
+
+    Args:
+        images: of `prepare_images`, or any sequence of float tensors (C, H, W) in [-1, 1].
+        seed: of the augmentation, at least 0.
+        random_flip: mirror every second image or so, left to right.
+        size_multiple: of height and width, at least 1.
+
+    Raises:
+        DataError: if there are no images, or they are not float tensors in [-1, 1] of one shape.
+        ValueError: if seed or size_multiple is too small.
+    """
+
+    def __init__(
+        self,
+        images: ImageDataset | Images,
+        *,
+        seed: int = 0,
+        random_flip: bool = False,
+        size_multiple: int = 1,
+    ) -> None:
+        if seed < 0 or size_multiple < 1:
+            raise ValueError(f"seed >= 0 and size_multiple >= 1, got {seed} and {size_multiple}")
+        if len(images) == 0:
+            raise DataError("there are no images")
+        self.images = images
+        self.seed = seed
+        self.random_flip = random_flip
+        self.size_multiple = size_multiple
+        self._draws: dict[int, NDArray[np.float32]] = {}
+        first = self._load([0], np.zeros((1, 3), np.float32))
+        self._native_shape = first.shape[1:]
+        if first.abs().max() > 1.001:  # a rounding error is none of our business, 0..255 is
+            raise DataError(f"images must be in [-1, 1], got {first.min():g}..{first.max():g}")
+        self.shape = tuple(_pad_to_multiple(first, size_multiple).shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, position: tuple[int, int]) -> Tensor:
+        return self.__getitems__([position])[0]
+
+    def __getitems__(self, positions: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """A batch at once, for `DataLoader`: many times faster than one by one."""
+        draws = np.stack([self._draws_of(epoch)[index] for epoch, index in positions])  # (B, 3)
+        x_0 = self._load([index for _, index in positions], draws)
+        if self.random_flip:
+            is_flipped = torch.from_numpy(draws[:, 0] < 0.5)
+            x_0[is_flipped] = x_0[is_flipped].flip(-1)
+        return list(_pad_to_multiple(x_0, self.size_multiple))
+
+    def _draws_of(self, epoch: int) -> NDArray[np.float32]:
+        """Flip, top and left of all images in an epoch, (N, 3) in [0, 1)."""
+        if epoch not in self._draws:
+            recent = list(self._draws.items())[-1:]  # a batch may touch two epochs
+            drawn = np.random.default_rng((self.seed, epoch)).random((len(self), 3), np.float32)
+            self._draws = dict([*recent, (epoch, drawn)])
+        return self._draws[epoch]
+
+    def _load(self, indices: Sequence[int], draws: NDArray[np.float32]) -> Tensor:
+        """Images as float32 (B, C, H, W), not yet flipped or padded."""
+        if isinstance(self.images, ImageDataset):
+            places = zip(indices, draws[:, 1].tolist(), draws[:, 2].tolist(), strict=True)
+            pixels = np.stack([self.images.window(*place) for place in places])
+            return to_unit_range(torch.from_numpy(pixels))
+        images = [self.images[index] for index in indices]
+        for index, image in zip(indices, images, strict=True):
+            self._check_image(index, image)
+        return torch.stack(images).to(torch.float32)
+
+    def _check_image(self, index: int, image: Any) -> None:
+        if not isinstance(image, Tensor) or not image.is_floating_point() or image.ndim != 3:
+            is_tensor = isinstance(image, Tensor)
+            kind = f"{image.dtype} {tuple(image.shape)}" if is_tensor else type(image).__name__
+            raise DataError(f"images must be float tensors (C, H, W), image {index} is {kind}")
+        expected = getattr(self, "_native_shape", image.shape)
+        if image.shape != expected:
+            shapes = f"{tuple(image.shape)}, but image 0 {tuple(expected)}"
+            raise DataError(f"images must have one shape, image {index} has {shapes}")
+
+
+def _pad_to_multiple(x_0: Tensor, multiple: int) -> Tensor:
+    """Replicate the edges of (B, C, H, W), half of the padding, rounded down, above and left."""
+    height, width = -x_0.shape[-2] % multiple, -x_0.shape[-1] % multiple
+    top, left = height // 2, width // 2
+    if height == width == 0:
+        return x_0
+    return F.pad(x_0, (left, width - left, top, height - top), mode="replicate")
