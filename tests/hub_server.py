@@ -1,9 +1,9 @@
 """A Hub on the loopback interface that the real huggingface_hub client pushes to and loads from.
 
-`HubServer` speaks the protocol over HTTP from memory: whoami, repo creation, preupload, LFS batch and
-upload, commits with a parent check, pull requests, branches, trees, and downloads with ETag and Range.
-Large files live on a second origin (another port), as on the real Hub: the server records every token
-that arrives there, where none must. `server.fault(...)` breaks chosen requests.
+`HubServer` speaks the protocol over HTTP from memory: whoami, repository creation, preupload, LFS
+batch and upload, commits with a parent check, pull requests, branches, trees, and downloads with
+ETag and Range. Large files live on a second origin (another port), as on the real Hub: the server
+records every token that arrives there, where none must. `server.fault(...)` breaks chosen requests.
 
 `HubClient` is a child process with its own empty cache: the client reads its environment on import.
 """
@@ -172,7 +172,10 @@ class HubServer:
 
     def start(self) -> None:
         """Listen; after `stop`, on the same ports and with the same repositories."""
-        self._servers = [_listen(self, port, kind) for port, kind in zip(self._ports, (_Hub, _Storage), strict=True)]
+        self._servers = [
+            _listen(self, port, kind)
+            for port, kind in zip(self._ports, (_Hub, _Storage), strict=True)
+        ]
         self._ports = [server.server_address[1] for server in self._servers]
         self.url = f"http://127.0.0.1:{self._ports[0]}"
         self.storage_url = f"http://127.0.0.1:{self._ports[1]}"
@@ -181,6 +184,24 @@ class HubServer:
         for server in self._servers:
             server.shutdown()
             server.server_close()
+
+    def restart(self, seconds: float = 0.5) -> None:
+        """Drop every connection; be back on the same ports, with the same repositories, later."""
+
+        def back() -> None:
+            self.stop()
+            time.sleep(seconds)
+            self.start()
+
+        threading.Thread(target=back).start()
+
+    def reset(self) -> None:
+        """Forget everything but the ports and the users."""
+        with self.lock:
+            for store in (self.repos, self.objects, self.faults, self.requests):
+                store.clear()
+            self.tokens_at_storage.clear()
+            self.create_calls.clear()
 
     def fault(self, pattern: str, times: int = 1, **what: Any) -> None:
         self.faults.append(Fault(pattern, times, **what))
@@ -198,7 +219,9 @@ class HubServer:
     ) -> Repo:
         """A repository as it lies on the Hub, made without the client."""
         repo = self.repos[kind, repo_id] = Repo(kind, repo_id, private)
-        repo.commit("main", "initial commit", {".gitattributes": Blob(b"*.safetensors filter=lfs\n")})
+        repo.commit(
+            "main", "initial commit", {".gitattributes": Blob(b"*.safetensors filter=lfs\n")}
+        )
         if files:
             self.edit(repo_id, files, kind=kind)
         return repo
@@ -221,7 +244,9 @@ class HubServer:
 
     def add_folder(self, repo_id: str, folder: Path, **options: Any) -> Repo:
         files = {
-            str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+            str(p.relative_to(folder)): p.read_bytes()
+            for p in sorted(folder.rglob("*"))
+            if p.is_file()
         }
         return self.add_repo(repo_id, files, **options)
 
@@ -283,7 +308,9 @@ class _Handler(BaseHTTPRequestHandler):
         if fault and fault.run:
             fault.run()
         if fault and fault.status:
-            return self.answer(fault.status, {"error": f"asked to answer {fault.status}"}, fault.headers)
+            return self.answer(
+                fault.status, {"error": f"asked to answer {fault.status}"}, fault.headers
+            )
         self.handle_request()
 
     def handle_request(self) -> None:
@@ -459,7 +486,9 @@ class _Hub(_Handler):
             known = tree.get(sent["path"])
             oid = (known.lfs or known.oid) if known else None
             mode = "lfs" if large else "regular"
-            files.append({"path": sent["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+            files.append(
+                {"path": sent["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid}
+            )
         self.answer(200, {"files": files})
 
     def lfs_batch(self, kind: str, repo_id: str) -> None:
@@ -551,7 +580,10 @@ class _Hub(_Handler):
                 folders.add(prefix + "/".join(parents[: depth + 1]))
             if recursive or not parents:
                 entries.append(blob.listing(name))
-        entries += [{"type": "directory", "path": p, "oid": git_oid(p.encode()), "size": 0} for p in sorted(folders)]
+        entries += [
+            {"type": "directory", "path": p, "oid": git_oid(p.encode()), "size": 0}
+            for p in sorted(folders)
+        ]
         self.answer(200, entries)
 
     def paths_info(self, kind: str, repo_id: str, revision: str) -> None:
@@ -608,6 +640,7 @@ def _listen(hub: HubServer, port: int, kind: type[_Handler]) -> ThreadingHTTPSer
     handler = type(kind.__name__, (kind,), {"hub": hub})
     server = ThreadingHTTPServer(("127.0.0.1", port), handler)
     server.daemon_threads = True
+    server.block_on_close = False
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     return server
 

@@ -78,26 +78,26 @@ def load(
         HubError: if the Hub fails and the cache has no copy.
     """
     name, folder = os.fspath(repo_or_path), Path(repo_or_path)
+    patterns = _loaded_files(use_safetensors)
     if folder.is_dir():
-        _refuse_links(folder, folder.rglob("*"))
+        _refuse_links(folder, (path for pattern in patterns for path in folder.glob(pattern)))
     else:
-        folder = _download(name, revision, token, use_safetensors)
+        check_repo_id(name, "neither a folder here nor a name on the Hub (user/name)")
+
+        def download() -> str:
+            return snapshot_download(name, revision=revision, token=token, allow_patterns=patterns)
+
+        folder = Path(retry(download, name))
     _check_index(folder, name)
     return _open(folder, name, torch_dtype, use_safetensors)
 
 
-def _download(repo_id: str, revision: str | None, token: str | None, safetensors: bool) -> Path:
-    """The files that a pipeline is made of, through the cache; no code, no pickles unless asked."""
-    check_repo_id(repo_id, "neither a folder here nor a name on the Hub (user/name)")
+def _loaded_files(use_safetensors: bool) -> list[str]:
+    """The files that a pipeline is made of: no code, and no pickles unless asked."""
     names = ["*config.json", "diffusion_pytorch_model*.json"]
-    names.append("diffusion_pytorch_model*." + ("safetensors" if safetensors else "bin"))
+    names.append("diffusion_pytorch_model*." + ("safetensors" if use_safetensors else "bin"))
     folders = ("", "unet/", "scheduler/")  # early repositories are flat
-    patterns = ["model_index.json", *(folder + name for folder in folders for name in names)]
-
-    def download() -> str:
-        return snapshot_download(repo_id, revision=revision, token=token, allow_patterns=patterns)
-
-    return Path(retry(download, repo_id))
+    return ["model_index.json", *(folder + name for folder in folders for name in names)]
 
 
 def _check_index(folder: Path, name: str) -> None:

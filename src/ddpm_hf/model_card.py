@@ -102,7 +102,7 @@ def render_model_card(facts: dict[str, Any], repo_id: str | None = None) -> str:
         num_steps=scheduler.get("num_train_timesteps", 1000),
         data=_data_sentence(dataset),
         training=_training_rows(facts),
-        config=[(_inline(k), _inline(v)) for k, v in sorted((facts.get("config") or {}).items())],
+        config=[(_name(k), _inline(v)) for k, v in sorted((facts.get("config") or {}).items())],
         metrics=[_metric_row(metric) for metric in facts.get("metrics") or []],
         licence=_inline(facts.get("license") or f"{UNKNOWN}; ask the owner before you reuse it"),
     )
@@ -167,6 +167,11 @@ def _inline(value: Any) -> str:
     return re.sub(r"([\\`*_\[\]{}#|~!$])", r"\\\1", text)
 
 
+def _name(key: Any) -> str:
+    """A name of a setting."""
+    return f"`{key}`" if str(key).isidentifier() else _inline(key)
+
+
 def _number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int | float) else _inline(value)
 
@@ -213,13 +218,13 @@ def _data_sentence(dataset: dict[str, Any]) -> str:
 
 def _training_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     seconds, versions = facts.get("duration_s"), facts.get("versions") or {}
-    noise = ", ".join(f"{k} = {v}" for k, v in (facts.get("scheduler") or {}).items())
+    scheduler = facts.get("scheduler") or {}
     rows = [
         ("optimizer updates", facts.get("steps")),
         ("images seen", facts.get("num_images_seen")),
         ("training time", f"{seconds:,.0f} s" if isinstance(seconds, int | float) else None),
         ("hardware", facts.get("hardware")),
-        ("scheduler", noise or None),
+        *((_name(key), value) for key, value in scheduler.items()),
         ("versions", ", ".join(f"{k} {v}" for k, v in versions.items()) or None),
         ("finished", facts.get("created")),
     ]

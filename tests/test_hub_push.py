@@ -1,0 +1,656 @@
+"""Pushing over the real protocol: one commit, an allow-list, retries, and nobody's edits lost."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+from hub_server import (
+    OWNER_TOKEN,
+    READER_TOKEN,
+    STRANGER_TOKEN,
+    ClientError,
+    HubClient,
+    HubServer,
+    client_environment,
+)
+from safetensors.torch import load_file, save_file
+
+from ddpm_hf import GaussianDDPMPipeline
+from ddpm_hf.hub import push
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+# Retries wait for almost nothing; huggingface_hub's own, inside, take a second or two each.
+SETUP = """
+import functools, time
+from pathlib import Path
+from ddpm_hf import hub
+from ddpm_hf.hub_background import BackgroundPusher
+WAITS = (0.02,) * 4
+push = functools.partial(hub.push, waits_s=WAITS)
+def pushed(*args, **options):
+    return str(push(*args, **options))
+"""
+
+
+def tiny_pipeline(seed=0):
+    torch.manual_seed(seed)
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(4, 8),
+        norm_num_groups=2,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
+    return GaussianDDPMPipeline(unet, DDPMScheduler(num_train_timesteps=20))
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made") / "model"
+    tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def checkpoint(original, tmp_path):
+    return Path(shutil.copytree(original, tmp_path / "model"))
+
+
+@pytest.fixture(scope="module")
+def server():
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def process(server, tmp_path_factory):
+    with HubClient(server, tmp_path_factory.mktemp("client")) as client:
+        client.run(SETUP)
+        yield client
+
+
+@pytest.fixture
+def hub(server):
+    server.reset()
+    return server
+
+
+@pytest.fixture
+def client(hub, process):
+    return process
+
+
+def push_from(client, folder, repo_id="user/digits", **options):
+    return client.run(
+        "result = pushed(folder, repo_id, **options)",
+        folder=folder,
+        repo_id=repo_id,
+        options=options,
+    )
+
+
+def refused(client, folder, repo_id="user/digits", **options):
+    """The message of the ValueError, which must be one line."""
+    with pytest.raises(ClientError) as caught:
+        push_from(client, folder, repo_id, **options)
+    assert "ValueError" in caught.value.bases, caught.value
+    assert "\n" not in caught.value.message
+    return caught.value.message
+
+
+def local_files(folder):
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()
+    }
+
+
+def without_cards(files):
+    return {k: v for k, v in files.items() if k not in ("README.md", ".gitattributes")}
+
+
+# ----------------------------------------------------------------------------------------------
+# Checks that need no connection
+
+
+def write_facts(folder, **facts):
+    (folder / "training.json").write_text(json.dumps(facts))
+
+
+def plant_nan(folder):
+    weights = load_file(folder / WEIGHTS)
+    next(iter(weights.values())).view(-1)[0] = float("nan")
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def truncate_weights(folder):
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:1000])
+
+
+def link_out(folder):
+    secret = folder.parent / "secret.txt"
+    secret.write_text("secret")
+    (folder / "LICENSE").symlink_to(secret)
+
+
+def rename_class(folder):
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(
+        json.dumps(index | {"_class_name": "StableDiffusionPipeline"})
+    )
+
+
+BAD_FOLDERS = {
+    "no folder": (shutil.rmtree, "is not a folder"),
+    "no index": (lambda f: (f / "model_index.json").unlink(), "no model_index.json"),
+    "another kind": (rename_class, "holds a StableDiffusionPipeline"),
+    "broken index": (lambda f: (f / "model_index.json").write_text("{"), "not valid JSON"),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), "no safetensors weights"),
+    "no unet config": (lambda f: (f / "unet/config.json").unlink(), "no unet/config.json"),
+    "not finite": (plant_nan, "is not finite"),
+    "cut weights": (truncate_weights, "is damaged"),
+    "link out": (link_out, "is a link"),
+    "token": (lambda f: write_facts(f, hardware=OWNER_TOKEN), "token or password"),
+    "password": (
+        lambda f: write_facts(f, dataset={"name": "https://me:secret@host/x"}),
+        "password",
+    ),
+    "path": (lambda f: write_facts(f, dataset={"name": "/home/jane/photos"}), "/home/jane/photos"),
+    "path in the card": (
+        lambda f: (f / "README.md").write_text("see /Users/jane/x.png"),
+        "/Users/jane",
+    ),
+    "bad metadata": (lambda f: (f / "README.md").write_text("---\na: [\n---\n"), "metadata"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_FOLDERS)
+def test_a_folder_that_must_not_be_shared_is_refused_in_one_line(checkpoint, fault):
+    spoil, expected = BAD_FOLDERS[fault]
+    spoil(checkpoint)
+    with pytest.raises(ValueError, match=re.escape(expected)) as caught:
+        push(checkpoint, "user/digits", dry_run=True)
+    assert "\n" not in str(caught.value)
+    assert OWNER_TOKEN not in str(caught.value)
+
+
+def test_the_folder_that_holds_the_checkpoint_is_proposed(checkpoint):
+    with pytest.raises(ValueError, match=r"did you mean .*model\?"):
+        push(checkpoint.parent, "user/digits", dry_run=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "a b/c", "a/b/c", "-user/x", "user/x.git", "user/" + "x" * 100]
+)
+def test_a_malformed_name_is_refused(checkpoint, name):
+    with pytest.raises(ValueError, match="not a name on the Hub"):
+        push(checkpoint, name, dry_run=True)
+
+
+def litter(folder):
+    """What lies about in real output folders and must stay at home."""
+    for name in (
+        ".env",
+        ".git/config",
+        ".cache/huggingface/x",
+        "checkpoint-5/optimizer.bin",
+        "checkpoint-5/unet/diffusion_pytorch_model.safetensors",
+        "logs/events.out.tfevents.1",
+        "notes.txt",
+        "id_rsa",
+        "unet/optimizer.pt",
+        "unet/diffusion_pytorch_model.bin",
+        "scheduler/secret.json",
+        "pipeline.py.bak",
+        "evil.py",
+        "ddpm_hf_x/deep/a_ddpm_hf.py",
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"API_KEY={OWNER_TOKEN}")
+
+
+def test_only_files_of_the_list_are_shared(checkpoint):
+    expected = set(local_files(checkpoint)) | {"README.md", "samples.png", "recipe.yaml"}
+    litter(checkpoint)
+    (checkpoint / "samples.png").write_bytes(b"png")
+    (checkpoint / "recipe.yaml").write_text("max_train_steps: 3\n")
+    result = push(checkpoint, "user/digits", dry_run=True)
+    assert set(result.files) == expected
+    for name in expected:
+        assert name in str(result)
+
+
+def test_where_the_weights_were_loaded_from_is_not_shared(checkpoint):
+    config = json.loads((checkpoint / "unet/config.json").read_text())
+    config["_name_or_path"] = "/home/jane/secret-project"
+    (checkpoint / "unet/config.json").write_text(json.dumps(config))
+    assert "unet/config.json" in push(checkpoint, "user/digits", dry_run=True).files
+
+
+# ----------------------------------------------------------------------------------------------
+# Over HTTP
+
+
+@pytest.mark.slow
+def test_a_push_is_one_commit_of_exactly_the_listed_files(client, hub, checkpoint):
+    expected = local_files(checkpoint)
+    litter(checkpoint)
+    message = push_from(client, checkpoint)
+    repo = hub.repo("user/digits")
+    assert [commit.title for commit in repo.history()] == ["Upload checkpoint", "initial commit"]
+    assert without_cards(repo.files()) == expected
+    assert repo.private
+    assert hub.create_calls[0]["visibility"] == "private"
+    assert "(private)" in message
+    assert hub.url in message
+    assert hub.tokens_at_storage == []  # large files go elsewhere, the token must not
+
+
+@pytest.mark.slow
+def test_pushing_again_changes_nothing_and_deletes_nothing_of_others(client, hub, checkpoint):
+    push_from(client, checkpoint)
+    hub.edit("user/digits", {"notes/more.txt": "by hand"})
+    head = hub.repo("user/digits").branches["main"]
+    push_from(client, checkpoint)
+    assert hub.repo("user/digits").branches["main"] == head
+
+
+@pytest.mark.slow
+def test_weights_and_code_that_are_gone_here_are_deleted_there(client, hub, checkpoint):
+    push_from(client, checkpoint)
+    hub.edit("user/digits", {"unet/diffusion_pytorch_model.safetensors.index.json": "{}"})
+    hub.edit("user/digits", {"ddpm_hf_old/pipeline_ddpm_hf.py": "old", "unet/mine.txt": "keep"})
+    push_from(client, checkpoint)
+    added = set(hub.repo("user/digits").files()) - set(local_files(checkpoint))
+    assert added == {"README.md", ".gitattributes", "unet/mine.txt"}
+
+
+@pytest.mark.slow
+def test_options_choose_visibility_branch_and_pull_request(client, hub, checkpoint):
+    assert "(public)" in push_from(client, checkpoint, public=True)
+    repo = hub.repo("user/digits")
+    main = repo.branches["main"]
+    write_facts(checkpoint, steps=5)
+    push_from(client, checkpoint, revision="next")
+    assert b'"steps": 5' in repo.files("next")["training.json"]
+    write_facts(checkpoint, steps=6)
+    message = push_from(client, checkpoint, create_pr=True)
+    assert b'"steps": 6' in repo.files("refs/pr/1")["training.json"]
+    assert f"{hub.url}/user/digits/discussions/1" in message
+    assert repo.branches["main"] == main
+
+
+@pytest.mark.slow
+def test_a_dry_run_makes_no_connection(client, hub, checkpoint):
+    push_from(client, checkpoint, dry_run=True)
+    assert hub.requests == []
+
+
+FAULTS = {
+    "create 500": dict(pattern="repos/create", status=500),
+    "create 503 three times": dict(pattern="repos/create", status=503, times=3),
+    "create reset": dict(pattern="repos/create", kind="reset"),
+    "create answer lost": dict(pattern="repos/create", kind="lost"),
+    "listing 502": dict(pattern="GET /api/models/user/digits/tree", status=502),
+    "card check 503": dict(pattern="validate-yaml", status=503),
+    "card check reset": dict(pattern="validate-yaml", kind="reset"),
+    "preupload reset": dict(pattern="preupload", kind="reset"),
+    "batch 503": dict(pattern="objects/batch", status=503),
+    "batch 429": dict(pattern="objects/batch", status=429, headers={"Retry-After": "0"}),
+    "upload cut half-way": dict(pattern="PUT /objects", kind="cut"),
+    "upload 500": dict(pattern="PUT /objects", status=500),
+    "upload answer lost": dict(pattern="PUT /objects", kind="lost"),
+    "commit 500": dict(pattern="/commit/main", status=500),
+    "commit 503 four times": dict(pattern="/commit/main", status=503, times=4),
+    "commit 408": dict(pattern="/commit/main", status=408),
+    "commit 409": dict(pattern="/commit/main", status=409),
+    "commit 412": dict(pattern="/commit/main", status=412),
+    "commit 429": dict(pattern="/commit/main", status=429, headers={"Retry-After": "1"}),
+    "commit reset": dict(pattern="/commit/main", kind="reset"),
+    "commit answer lost": dict(pattern="/commit/main", kind="lost"),
+    "commit slow": dict(pattern="/commit/main", kind="slow", seconds=1),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_passing_fault_ends_in_one_whole_commit(client, hub, checkpoint, name):
+    hub.fault(**FAULTS[name])
+    push_from(client, checkpoint)
+    repo = hub.repo("user/digits")
+    assert not any(fault.times for fault in hub.faults), "the fault never struck"
+    assert [commit.title for commit in repo.history()] == ["Upload checkpoint", "initial commit"]
+    assert without_cards(repo.files()) == local_files(checkpoint)
+    assert repo.private
+
+
+@pytest.mark.slow
+def test_a_hub_that_is_restarted_in_between_gets_it_all(client, hub, checkpoint):
+    hub.fault("PUT /objects", run=hub.restart)
+    push_from(client, checkpoint)
+    assert without_cards(hub.repo("user/digits").files()) == local_files(checkpoint)
+
+
+REFUSALS = {
+    401: "does not accept the token",
+    402: "too large",
+    403: "no right to write",
+    404: "is not on the Hub",
+    413: "too large",
+    422: "refuses",
+    507: "too large",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("status", REFUSALS)
+def test_a_refusal_is_one_clear_line_and_nothing_is_written(client, hub, checkpoint, status):
+    headers = {"X-Error-Code": "RepoNotFound"} if status == 404 else {}
+    hub.fault("/commit/main", status=status, headers=headers)
+    assert REFUSALS[status] in refused(client, checkpoint)
+    assert len(hub.repo("user/digits").history()) == 1
+    assert hub.count("/commit/main") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [{"status": 503}, {"kind": "reset"}])
+def test_a_hub_that_keeps_failing_is_reported_as_that(client, hub, checkpoint, fault):
+    before = local_files(checkpoint)
+    hub.fault("/commit/main", times=99, **fault)
+    with pytest.raises(ClientError) as caught:
+        push_from(client, checkpoint)
+    assert caught.value.kind == "HubError"
+    assert "\n" not in caught.value.message
+    assert hub.count("/commit/main") == 5  # the first and one after each of four waits
+    assert len(hub.repo("user/digits").history()) == 1
+    assert local_files(checkpoint) == before
+
+
+@pytest.mark.slow
+def test_a_pull_request_whose_answer_was_lost_is_not_opened_twice(client, hub, checkpoint):
+    push_from(client, checkpoint)
+    write_facts(checkpoint, steps=7)
+    hub.fault("/commit/main", kind="lost")
+    with pytest.raises(ClientError) as caught:
+        push_from(client, checkpoint, create_pr=True)
+    assert caught.value.kind == "HubError"
+    assert hub.repo("user/digits").num_pulls == 1
+
+
+@pytest.mark.slow
+def test_a_bad_target_is_refused_before_anything_is_uploaded(client, hub, checkpoint):
+    hub.add_repo("user/data", kind="dataset")
+    hub.add_repo("user/bert", {"config.json": "{}", "model.safetensors": b"x"})
+    hub.add_repo("other/theirs", {"README.md": "hello"})
+    assert "is a dataset" in refused(client, checkpoint, "user/data")
+    assert "holds something else" in refused(client, checkpoint, "user/bert")
+    assert "no right to write" in refused(client, checkpoint, "other/theirs")
+    assert "no right to write" in refused(client, checkpoint, "other/new")
+    assert "user/name" in refused(client, checkpoint, "nobody")
+    assert "is not on the Hub" in refused(client, checkpoint, "user/none", create_pr=True)
+    assert "does not accept the token" in refused(client, checkpoint, token="hf_" + "wrong" * 6)
+    assert "no right to write" in refused(client, checkpoint, token=READER_TOKEN)
+    assert hub.count("PUT|/commit/") == 0
+
+
+@pytest.mark.slow
+def test_anyone_may_offer_a_pull_request(client, hub, checkpoint):
+    push_from(client, checkpoint, public=True)
+    write_facts(checkpoint, steps=8)
+    push_from(client, checkpoint, create_pr=True, token=STRANGER_TOKEN)
+    assert "refs/pr/1" in hub.repo("user/digits").branches
+
+
+# ----------------------------------------------------------------------------------------------
+# The card on the Hub
+
+
+@pytest.mark.slow
+def test_a_generated_card_follows_the_facts(client, hub, checkpoint):
+    push_from(client, checkpoint)
+    write_facts(checkpoint, steps=1234)
+    push_from(client, checkpoint)
+    assert b"1,234" in hub.repo("user/digits").files()["README.md"]
+
+
+@pytest.mark.slow
+def test_an_edit_of_the_card_on_the_hub_survives_ten_races_of_ten(client, hub, checkpoint):
+    push_from(client, checkpoint)
+    for i in range(10):
+        edited = f"---\nlicense: mit\n---\n# Mine, version {i}\n"
+        write_facts(checkpoint, steps=i)
+        if i % 2:  # before the push
+            hub.edit("user/digits", {"README.md": edited})
+        else:  # after the push has read the card, before its commit arrives
+            hub.fault(
+                "/commit/main", run=lambda text=edited: hub.edit("user/digits", {"README.md": text})
+            )
+        message = push_from(client, checkpoint)
+        files = hub.repo("user/digits").files()
+        assert files["README.md"].decode() == edited
+        assert json.loads(files["training.json"]) == {"steps": i}
+        assert "kept" in message
+
+
+@pytest.mark.slow
+def test_a_card_written_here_can_be_improved_here(client, hub, checkpoint):
+    for text in ("# First words\n", "# Better words\n"):
+        (checkpoint / "README.md").write_text(text)
+        push_from(client, checkpoint)
+        assert hub.repo("user/digits").files()["README.md"].decode().startswith(text)
+    (checkpoint / "README.md").unlink()
+    assert "kept" in push_from(client, checkpoint)
+    assert hub.repo("user/digits").files()["README.md"].decode().startswith("# Better words")
+
+
+# ----------------------------------------------------------------------------------------------
+# The pipeline's own push
+
+
+@pytest.mark.slow
+def test_the_pipelines_own_push_uploads_the_portable_form_in_one_commit(client, hub, checkpoint):
+    load = "from ddpm_hf import GaussianDDPMPipeline as P; pipe = P.from_pretrained(folder)"
+    client.run(load, folder=checkpoint)
+    client.run("pipe.push_to_hub('user/own')")
+    client.run("pipe.push_to_hub('user/hidden', private=True, commit_message='First')")
+    repo, hidden = hub.repo("user/own"), hub.repo("user/hidden")
+    assert (repo.private, hidden.private) == (False, True)
+    assert hidden.history()[0].title == "First"
+    assert without_cards(repo.files()).keys() == local_files(checkpoint).keys()
+    assert len(repo.history()) == len(hidden.history()) == 2
+    hub.edit("user/own", {"README.md": "# By a person\n"})
+    client.run("pipe.push_to_hub('user/own')")
+    assert "# By a person" in repo.files()["README.md"].decode()
+
+
+@pytest.mark.slow
+def test_saving_and_pushing_into_a_full_folder_shares_the_model_alone(client, hub, checkpoint):
+    expected = local_files(checkpoint).keys()
+    litter(checkpoint)
+    client.run(
+        "from ddpm_hf import GaussianDDPMPipeline as P; pipe = P.from_pretrained(folder)\n"
+        "pipe.save_pretrained(folder, push_to_hub=True, repo_id='user/saved')",
+        folder=checkpoint,
+    )
+    assert without_cards(hub.repo("user/saved").files()).keys() == expected
+
+
+# ----------------------------------------------------------------------------------------------
+# In the background of training
+
+PUSHER = """
+pusher = BackgroundPusher("user/digits", waits_s=WAITS)
+pusher.check()
+"""
+
+
+def wait_for(hub, pattern, times):
+    for _ in range(2000):
+        if hub.count(pattern) >= times:
+            return
+        time.sleep(0.01)
+    raise TimeoutError(f"no {times} requests like {pattern}: {hub.requests}")
+
+
+@pytest.mark.slow
+def test_training_pushes_go_one_at_a_time_and_the_newest_wins(client, hub, checkpoint):
+    client.run(PUSHER)
+    gate = threading.Event()
+    hub.fault("/commit/main", run=gate.wait)
+    for step in (10, 20, 30, 40):
+        write_facts(checkpoint, steps=step)
+        client.run("pusher.submit(folder, step)", folder=checkpoint, step=step)
+        wait_for(hub, "/commit/main", 1)
+    assert hub.repo("user/digits").history()[0].title == "initial commit"
+    gate.set()  # every submit returned while the first commit was still under way
+    assert client.run("result = pusher.finish(20)") is True
+    titles = [commit.title for commit in hub.repo("user/digits").history()]
+    assert titles == ["Step 40", "Step 10", "initial commit"]
+    assert json.loads(hub.repo("user/digits").files()["training.json"]) == {"steps": 40}
+    assert not list(checkpoint.parent.glob(".pushing-*"))
+
+
+@pytest.mark.slow
+def test_what_was_submitted_is_pushed_although_the_folder_changes_meanwhile(
+    client, hub, checkpoint
+):
+    expected = local_files(checkpoint)
+    client.run(PUSHER)
+    gate = threading.Event()
+    hub.fault("preupload", run=gate.wait)
+    client.run("pusher.submit(folder, 1)", folder=checkpoint)
+    shutil.rmtree(checkpoint)
+    gate.set()
+    assert client.run("result = pusher.finish(20)") is True
+    assert without_cards(hub.repo("user/digits").files()) == expected
+
+
+@pytest.mark.slow
+def test_a_failed_push_is_tried_again_at_the_end(client, hub, checkpoint):
+    client.run(PUSHER)
+    hub.fault("/commit/main", status=503, times=5)
+    client.run("pusher.submit(folder, 5)", folder=checkpoint)
+    wait_for(hub, "/commit/main", 5)
+    assert len(hub.repo("user/digits").history()) == 1
+    assert client.run("result = pusher.finish(20)") is True
+    assert hub.repo("user/digits").history()[0].title == "Step 5"
+
+
+@pytest.mark.slow
+def test_a_push_that_never_succeeds_ends_with_the_command_to_do_it_by_hand(client, hub, checkpoint):
+    client.run(PUSHER)
+    hub.fault("/commit/main", status=503, times=999)
+    client.run("pusher.submit(folder, 5)", folder=checkpoint)
+    assert client.run("result = pusher.finish(20)") is False
+    message = client.run("result = pusher.message")
+    assert message.endswith(f"ddpm-hf push {checkpoint} user/digits")
+    assert "\n" not in message
+    assert not list(checkpoint.parent.glob(".pushing-*"))
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_must_not_be_shared_does_not_stop_training(client, hub, checkpoint):
+    client.run(PUSHER)
+    plant_nan(checkpoint)
+    client.run("pusher.submit(folder, 5)\npusher.submit('/no/such/folder', 6)", folder=checkpoint)
+    assert client.run("result = pusher.finish(20)") is False
+    assert len(hub.repo("user/digits").history()) == 1
+
+
+@pytest.mark.slow
+def test_the_right_to_write_is_proved_before_training(client, hub):
+    client.run(PUSHER)
+    assert hub.repo("user/digits").private
+    with pytest.raises(ClientError, match="no right to write"):
+        client.run("BackgroundPusher('other/x', waits_s=()).check()")
+    with pytest.raises(ClientError, match="not a name"):
+        client.run("BackgroundPusher('a/b/c')")
+
+
+@pytest.mark.slow
+def test_a_hub_that_hangs_does_not_hold_the_process(hub, checkpoint, tmp_path):
+    hub.fault("PUT /objects", kind="slow", seconds=30)
+    code = SETUP + PUSHER + f"pusher.submit({str(checkpoint)!r}, 1)\nprint(pusher.finish(1))"
+    env = client_environment(hub, tmp_path / "home", OWNER_TOKEN)
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.strip() == "False", done.stderr
+    assert time.monotonic() - start < 20  # imports, one second of waiting, and no more
+
+
+# ----------------------------------------------------------------------------------------------
+# The command line
+
+CLI = """
+import contextlib, io
+from ddpm_hf.cli import main
+out, err = io.StringIO(), io.StringIO()
+with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    try:
+        status = main([str(a) for a in argv])
+    except SystemExit as exit:
+        status = exit.code
+result = [status, out.getvalue(), err.getvalue()]
+"""
+
+
+@pytest.mark.slow
+def test_the_command_line_pushes_privately_and_lists_first(client, hub, checkpoint):
+    status, out, _ = client.run(CLI, argv=["push", str(checkpoint), "user/cli", "--dry-run"])
+    assert status == 0
+    assert WEIGHTS in out
+    assert hub.requests == []
+    status, out, _ = client.run(CLI, argv=["push", str(checkpoint), "user/cli"])
+    assert (status, hub.repo("user/cli").private) == (0, True)
+    assert "Pushed to" in out
+    client.run(CLI, argv=["push", str(checkpoint), "user/open", "--public"])
+    assert not hub.repo("user/open").private
+
+
+@pytest.mark.slow
+def test_the_command_line_says_bad_input_in_one_line_and_exits_with_2(client, hub, checkpoint):
+    for argv in (
+        ["push", str(checkpoint), "a/b/c"],
+        ["push", str(checkpoint / "unet"), "user/cli"],
+        ["push", str(checkpoint), "other/theirs"],
+    ):
+        status, out, err = client.run(CLI, argv=argv)
+        assert (status, out) == (2, "")
+        assert err.count("\n") == 1
+        assert "Traceback" not in err
+    assert hub.count("PUT|/commit/") == 0
+
+
+@pytest.mark.slow
+def test_a_missing_token_is_bad_input(hub, checkpoint, tmp_path):
+    env = client_environment(hub, tmp_path / "home", None)
+    command = [sys.executable, "-m", "ddpm_hf.cli", "push", str(checkpoint), "user/cli"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "needs a token" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert hub.requests == []
+
+
+@pytest.mark.slow
+def test_no_token_of_the_environment_is_found_in_any_file(client, hub, checkpoint):
+    push_from(client, checkpoint)
+    client.run(PUSHER + "pusher.submit(folder, 1)\npusher.finish(20)", folder=checkpoint)
+    client.run(CLI, argv=["push", str(checkpoint), "user/cli"])
+    files = local_files(checkpoint) | {"log": client.log.read_bytes()}
+    for repo in hub.repos.values():
+        files |= {f"{repo.id}/{k}": v for k, v in repo.files().items()}
+    assert len(files) > 20
+    assert [name for name, data in files.items() if OWNER_TOKEN.encode() in data] == []
