@@ -287,19 +287,25 @@ class GaussianDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     def _set_timesteps(self, num_steps: int | None, timesteps: Any) -> None:
         """Choose the trajectory, on the host: the loop reads it without asking the device."""
-        scheduler = self.scheduler
-        if timesteps is None:
-            num_steps = scheduler.config.num_train_timesteps if num_steps is None else num_steps
-            if not _is_size(num_steps):
-                raise ValueError(f"num_inference_steps must be a positive int, got {num_steps!r}")
-            scheduler.set_timesteps(num_steps)
+        scheduler, kind = self.scheduler, type(self.scheduler).__name__
+        if timesteps is not None:
+            if num_steps is not None:
+                raise ValueError("pass num_inference_steps or timesteps, not both")
+            if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
+                raise ValueError(f"timesteps={timesteps}: {kind} takes no list of timesteps")
+            as_list = timesteps.tolist() if hasattr(timesteps, "tolist") else list(timesteps)
+            scheduler.set_timesteps(timesteps=as_list)
             return
-        if num_steps is not None:
-            raise ValueError("pass num_inference_steps or timesteps, not both")
-        if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
-            raise ValueError(f"timesteps={timesteps}: {type(scheduler).__name__} takes no list")
-        as_list = timesteps.tolist() if hasattr(timesteps, "tolist") else list(timesteps)
-        scheduler.set_timesteps(timesteps=as_list)
+        num_steps = scheduler.config.num_train_timesteps if num_steps is None else num_steps
+        if not _is_size(num_steps):
+            raise ValueError(f"num_inference_steps must be a positive int, got {num_steps!r}")
+        scheduler.set_timesteps(num_steps)
+        visited = scheduler.timesteps
+        if len(visited) > 1 and visited[0] <= visited[-1]:  # the multistep solvers, near T steps
+            raise ValueError(
+                f"num_inference_steps={num_steps} is too many for {kind}, which would stay at "
+                f"timestep {visited[0]}; pass a smaller number"
+            )
 
     def _initial_noise(
         self, shape: tuple[int, ...], generator: Generators, latents: Tensor | None
@@ -322,7 +328,7 @@ class GaussianDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
         step_options: dict[str, Any],
         call_back: Callable[[int, Tensor, Any], Tensor],
     ) -> Tensor:
-        """Algorithm 2 of 2006.11239 along the scheduler's timesteps, never waiting for the device."""
+        """Algorithm 2 of 2006.11239; no step waits for the device."""
         timesteps = self.scheduler.timesteps
         on_device = timesteps.to(x_t.device)
         finite = torch.ones(len(timesteps), dtype=torch.bool, device=x_t.device)
@@ -514,8 +520,8 @@ def _check_finite(finite: Tensor, timesteps: Tensor) -> None:
         i = flags.index(False)
         raise ValueError(
             f"sampling gave a non-finite value at step {i} of {len(flags)} (timestep "
-            f"{timesteps[i].item()}): the weights are damaged, or too large for the model's dtype "
-            "(try torch.bfloat16 or torch.float32 instead of torch.float16)"
+            f"{timesteps[i].item()}): the weights are damaged or too large for the model's dtype "
+            "(try torch.bfloat16 or torch.float32), or the scheduler cannot make so many steps"
         )
 
 

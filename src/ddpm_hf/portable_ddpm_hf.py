@@ -24,7 +24,12 @@ from diffusers.models import UNet2DModel
 Facts = dict[str, Any]
 FACTS_FORMAT = 1
 MODE_CHANNELS = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4}
-TRAVELLING_FILES = ("pipeline_ddpm_hf.py", "portable_ddpm_hf.py", "scheduling_ddpm_hf.py")
+TRAVELLING_FILES = (
+    "pipeline_ddpm_hf.py",
+    "portable_ddpm_hf.py",
+    "schedules_ddpm_hf.py",
+    "scheduling_ddpm_hf.py",
+)
 
 
 def image_facts(unet: UNet2DModel) -> Facts | None:
@@ -43,7 +48,7 @@ def image_facts(unet: UNet2DModel) -> Facts | None:
     if facts is None:
         return None
     facts = facts if isinstance(facts, dict) else {}
-    version = facts.get("format_version")
+    version: Any = facts.get("format_version")
     if is_int(version) and version > FACTS_FORMAT:
         warnings.warn(
             f"the image facts of this model have format {version}, this copy of ddpm_hf knows "
@@ -192,18 +197,14 @@ def write_source(folder: Path) -> None:
     (folder / package).mkdir()
     for name, source in sources.items():
         (folder / package / name).write_bytes(source)
-    (folder / "pipeline.py").write_text(_DOOR.format(package=package), "utf-8")
-
-
-# The loader copies only the files that pipeline.py itself names.
-_DOOR = '''"""Loaded by diffusers with custom_pipeline= and trust_remote_code=True."""
-
-from .{package}.pipeline_ddpm_hf import GaussianDDPMPipeline
-from .{package}.portable_ddpm_hf import image_facts
-from .{package}.scheduling_ddpm_hf import GaussianDDPMScheduler
-
-__all__ = ["GaussianDDPMPipeline", "GaussianDDPMScheduler", "image_facts"]
-'''
+    door = [
+        '"""Loaded by diffusers with custom_pipeline= and trust_remote_code=True."""\n',
+        f"from .{package}.pipeline_ddpm_hf import GaussianDDPMPipeline\n",
+        "# The loader copies only the files that this one names.",
+        *(f"from .{package}.{name[:-3]} import __doc__ as _" for name in TRAVELLING_FILES[1:]),
+        '\n__all__ = ["GaussianDDPMPipeline"]\n',
+    ]
+    (folder / "pipeline.py").write_text("\n".join(door), "utf-8")
 
 
 def holds_only_pickles(source: str | os.PathLike[str], error: OSError) -> bool:

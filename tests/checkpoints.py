@@ -1,0 +1,149 @@
+"""Tiny checkpoints of every kind that lies on the Hub: ours, stock, and as written in 2022."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from safetensors.torch import save_file
+
+from ddpm_hf.pipeline_ddpm_hf import GaussianDDPMPipeline
+from ddpm_hf.scheduling_ddpm_hf import GaussianDDPMScheduler
+
+NUM_TRAIN_TIMESTEPS = 20
+# What a scheduler_config.json of 2022 holds: no prediction_type, no spacing, no thresholding.
+LEGACY_SCHEDULER = {
+    "_class_name": "DDPMScheduler",
+    "_diffusers_version": "0.1.1",
+    "num_train_timesteps": NUM_TRAIN_TIMESTEPS,
+    "beta_start": 0.001,
+    "beta_end": 0.2,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "variance_type": "fixed_large",
+    "clip_sample": True,
+}
+LEGACY_UNET_KEYS = """
+    act_fn attention_head_dim block_out_channels center_input_sample down_block_types
+    downsample_padding flip_sin_to_cos freq_shift in_channels layers_per_block
+    mid_block_scale_factor norm_eps norm_num_groups out_channels sample_size
+    time_embedding_type up_block_types
+"""
+OLD_ATTENTION_NAMES = {
+    ".to_q.": ".query.",
+    ".to_k.": ".key.",
+    ".to_v.": ".value.",
+    ".to_out.0.": ".proj_attn.",
+}
+
+
+def tiny_unet(seed: int = 0, **config: Any) -> UNet2DModel:
+    """A UNet of two levels with attention, some 25,000 parameters, weights by the seed."""
+    defaults = {
+        "sample_size": 8,
+        "in_channels": 1,
+        "out_channels": config.get("in_channels", 1),
+        "block_out_channels": (8, 16),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return UNet2DModel(**(defaults | config)).eval()
+
+
+def tiny_scheduler(**config: Any) -> GaussianDDPMScheduler:
+    """A scheduler of 20 steps whose last x_t is almost pure noise."""
+    defaults = {"num_train_timesteps": NUM_TRAIN_TIMESTEPS, "beta_start": 0.001, "beta_end": 0.3}
+    return GaussianDDPMScheduler(**(defaults | config))
+
+
+def image_facts_of(
+    mode: str | None, height: int, width: int, bit_depth: int = 8, class_names: Any = None
+) -> dict[str, Any]:
+    """What a trainer registers as `_ddpm_hf` in the UNet's configuration."""
+    image = {"height": height, "width": width, "bit_depth": bit_depth}
+    facts: dict[str, Any] = {"format_version": 1, "image": image}
+    if mode is not None:
+        image["mode"] = mode
+    if class_names is not None:
+        facts["class_names"] = list(class_names)
+    return facts
+
+
+def tiny_pipeline(
+    unet: UNet2DModel | None = None, scheduler: Any = None, facts: dict[str, Any] | None = None
+) -> GaussianDDPMPipeline:
+    """Our pipeline around a tiny UNet, without a progress bar."""
+    unet = tiny_unet() if unet is None else unet
+    if facts is not None:
+        unet.register_to_config(_ddpm_hf=facts)
+    return quiet(GaussianDDPMPipeline(unet, tiny_scheduler() if scheduler is None else scheduler))
+
+
+def quiet(pipeline: Any) -> Any:
+    """The pipeline, its progress bar turned off."""
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def save_ours(folder: Path, **parts: Any) -> Path:
+    """A portable checkpoint; `parts` as for `tiny_pipeline`."""
+    tiny_pipeline(**parts).save_pretrained(folder)
+    return folder
+
+
+def save_stock(folder: Path, unet: UNet2DModel | None = None, **scheduler: Any) -> Path:
+    """What stock diffusers' `DDPMPipeline.save_pretrained` writes."""
+    config = {"num_train_timesteps": NUM_TRAIN_TIMESTEPS, "beta_end": 0.3} | scheduler
+    unet = tiny_unet() if unet is None else unet
+    DDPMPipeline(unet=unet, scheduler=DDPMScheduler(**config)).save_pretrained(folder)
+    return folder
+
+
+def save_legacy(folder: Path, flat: bool = True, pickled: bool = True) -> Path:
+    """A repository as `google/ddpm-cifar10-32` was first uploaded.
+
+    Args:
+        folder: where to write it.
+        flat: all files at the root; else in unet/ and scheduler/.
+        pickled: weights as `.bin`; else as safetensors.
+    """
+    unet = tiny_unet()
+    parts = {name: folder if flat else folder / name for name in ("unet", "scheduler")}
+    for part in parts.values():
+        part.mkdir(parents=True, exist_ok=True)
+    weights = old_attention_names(unet.state_dict())
+    if pickled:
+        torch.save(weights, parts["unet"] / "diffusion_pytorch_model.bin")
+    else:
+        save_file(weights, parts["unet"] / "diffusion_pytorch_model.safetensors")
+    config = {key: unet.config[key] for key in LEGACY_UNET_KEYS.split()}
+    version = {"_class_name": "UNet2DModel", "_diffusers_version": "0.1.1"}
+    index = {
+        "_class_name": "DDPMPipeline",
+        "_diffusers_version": "0.1.1",
+        "scheduler": ["diffusers", "DDPMScheduler"],
+        "unet": ["diffusers", "UNet2DModel"],
+    }
+    _write_json(parts["unet"] / "config.json", version | config)
+    _write_json(parts["scheduler"] / "scheduler_config.json", LEGACY_SCHEDULER)
+    _write_json(folder / "model_index.json", index)
+    return folder
+
+
+def old_attention_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights under the names that attention blocks had until diffusers 0.15."""
+    renamed = {}
+    for name, weight in weights.items():
+        for new, old in OLD_ATTENTION_NAMES.items():
+            name = name.replace(new, old)
+        renamed[name] = weight.contiguous()
+    return renamed
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")

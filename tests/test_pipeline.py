@@ -1,0 +1,634 @@
+"""GaussianDDPMPipeline: what a call gives back, what it leaves alone, and what it refuses."""
+
+import copy
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import image_facts_of, quiet, tiny_pipeline, tiny_scheduler, tiny_unet
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+    UNet2DModel,
+    UniPCMultistepScheduler,
+)
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from torch.testing import assert_close
+
+from ddpm_hf.pipeline_ddpm_hf import GaussianDDPMPipeline, image_facts
+from ddpm_hf.scheduling_ddpm_hf import GaussianDDPMScheduler
+
+SCHEDULERS = (
+    DDIMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
+
+
+def seeded(*seeds):
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return generators if len(generators) > 1 else generators[0]
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=seeded(seed))
+
+
+def ends_at(x_0):
+    """A callback that replaces the last x_t: what comes out is then known in advance."""
+    return {"timesteps": [0], "callback_on_step_end": lambda *_: {"latents": x_0}}
+
+
+def reverse_chain(unet, scheduler, x_t, generator, denoise):
+    """Algorithm 2 of 2006.11239 written out; `denoise` takes the network's input and t."""
+    scheduler = copy.deepcopy(scheduler)
+    scheduler.set_timesteps(scheduler.config.num_train_timesteps)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            output = denoise(x_t, t).float()
+            x_t = scheduler.step(output, t, x_t, generator=generator).prev_sample
+    return x_t
+
+
+class GaussianData(UNet2DModel):
+    """The exact network for pixels that are normal with mean 0 and deviation 0.5."""
+
+    def forward(self, sample, timestep, class_labels=None, return_dict=True):
+        alpha_bar = (1 - np.linspace(1e-4, 0.02, 1000)).cumprod()
+        log_sigma = np.log((1 - alpha_bar) / alpha_bar) / 2
+        # Some samplers visit fractional timesteps, which they define by this interpolation.
+        sigma_squared = np.exp(2 * np.interp(float(timestep), np.arange(1000), log_sigma))
+        a = 1 / (1 + sigma_squared)  # alpha_bar
+        return UNet2DOutput(sample=sample * float(np.sqrt(1 - a) / (a * 0.25 + 1 - a)))
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    """Shared by tests that change nothing in it."""
+    return tiny_pipeline()
+
+
+# ----------------------------------------------------------------------------------------------
+# The chain
+
+
+def test_a_stock_scheduler_is_upgraded_with_all_values_also_those_given_by_position():
+    scheduler = DDPMScheduler(50, 0.001, 0.1, "scaled_linear", clip_sample=False)
+    upgraded = GaussianDDPMPipeline(tiny_unet(), scheduler).scheduler
+    assert type(upgraded).__name__ == "GaussianDDPMScheduler"
+    for key, value in scheduler.config.items():
+        assert key.startswith("_") or upgraded.config[key] == value, key
+
+
+def test_images_equal_those_of_the_stock_pipeline_with_the_same_generator():
+    unet, scheduler = tiny_unet(), DDPMScheduler(20, beta_end=0.3)
+    stock = quiet(DDPMPipeline(unet=unet, scheduler=scheduler))
+    ours = tiny_pipeline(unet, scheduler)
+    call = {"batch_size": 3, "num_inference_steps": 10, "output_type": "np"}
+    want = stock(**call, generator=seeded(7)).images
+    # 1e-4: stock's tables are float32 and lose up to 5e-4 relative at small t.
+    assert_close(ours(**call, generator=seeded(7)).images, want, rtol=0, atol=1e-4)
+
+
+def test_by_default_the_chain_has_as_many_steps_as_the_scheduler_was_trained_on():
+    visited = []
+    pipeline = tiny_pipeline(scheduler=tiny_scheduler(num_train_timesteps=7))
+    pipeline(callback_on_step_end=lambda p, i, t, _: visited.append((i, int(t))))
+    assert visited == [(i, 6 - i) for i in range(7)]
+
+
+def test_an_image_does_not_depend_on_the_batch_it_is_drawn_in(pipeline):
+    batch = pipeline(3, [*seeded(1, 2, 3)], output_type="pt").images
+    alone = pipeline(1, seeded(3), output_type="pt").images
+    # 1e-5: convolutions may sum in another order for another batch size.
+    assert_close(batch[2:], alone, rtol=0, atol=1e-5)
+    assert (batch[0] - batch[1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kind", [EulerAncestralDiscreteScheduler, DDIMScheduler])
+def test_a_list_of_generators_also_serves_schedulers_of_diffusers(kind):
+    pipeline = tiny_pipeline()
+    pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
+    options = {"num_inference_steps": 5, "output_type": "pt"}
+    options |= {"eta": 1.0} if kind is DDIMScheduler else {}
+    batch = pipeline(2, [*seeded(1, 2)], **options).images
+    assert_close(batch[1:], pipeline(1, seeded(2), **options).images, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS, ids=lambda kind: kind.__name__)
+def test_every_scheduler_of_diffusers_draws_the_data_with_the_exact_network(kind):
+    scheduler = kind.from_config(GaussianDDPMScheduler(clip_sample=False).config)
+    pipeline = tiny_pipeline(GaussianData(**tiny_unet().config), scheduler)
+    x_0 = pipeline(
+        batch_size=64, generator=seeded(0), num_inference_steps=100, output_type="latent"
+    ).images
+    # 4096 values: the deviation is known to 0.0055 (1 sigma), and 100 steps of DDPM give 0.468 in
+    # theory. Where scale_model_input or init_noise_sigma is left out, Euler's is 0.42 or over 1.
+    assert abs(x_0.std().item() - 0.49) < 0.035
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt", "latent"])
+def test_a_model_of_any_dtype_gives_every_output_type(dtype, output_type):
+    pipeline = tiny_pipeline(tiny_unet().to(dtype))
+    images = pipeline(2, num_inference_steps=2, output_type=output_type).images
+    if output_type == "pil":
+        assert [(image.mode, image.size) for image in images] == [("L", (8, 8))] * 2
+    elif output_type == "np":
+        assert (images.dtype, images.shape) == (np.float32, (2, 8, 8, 1))
+    else:
+        chain = dtype if output_type == "latent" and dtype == torch.float64 else torch.float32
+        assert (images.dtype, tuple(images.shape)) == (chain, (2, 1, 8, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_chain_of_a_half_precision_model_is_kept_in_float32(dtype):
+    pipeline = tiny_pipeline(tiny_unet().to(dtype))
+    unet, scheduler = pipeline.unet, pipeline.scheduler
+    x_T = torch.randn(2, 1, 8, 8, generator=(generator := seeded(5)))
+    denoise = lambda x, t: unet(x.to(dtype), t).sample  # noqa: E731
+    want = reverse_chain(unet, scheduler, x_T, generator, denoise)
+    got = pipeline(2, seeded(5), output_type="latent").images
+    assert_close(got, want, rtol=0, atol=0)
+
+
+def test_noise_does_not_depend_on_the_memory_format():
+    plain = tiny_pipeline(tiny_unet(in_channels=3))
+    strided = tiny_pipeline(tiny_unet(in_channels=3).to(memory_format=torch.channels_last))
+    images = [p(2, seeded(1), output_type="pt").images for p in (plain, strided)]
+    # 1e-4: the other layout sums in another order; permuted noise would differ by 0.1 and more.
+    assert_close(*images, rtol=0, atol=1e-4)
+
+
+def test_latents_and_eta_0_make_the_chain_a_function_of_the_noise(pipeline):
+    x_T = normal(2, 1, 8, 8)
+    run = partial(pipeline, 2, latents=x_T, num_inference_steps=5, output_type="pt")
+    first, second = run(eta=0.0).images, run(eta=0.0).images
+    assert_close(first, second, rtol=0, atol=0)
+    assert (run(eta=1.0).images - first).abs().max() > 0.01
+
+
+def test_eta_0_is_what_ddim_does():
+    scheduler = tiny_scheduler(clip_sample=False)  # where stock's DDIM clips x_0, it keeps epsilon
+    ours = tiny_pipeline(scheduler=scheduler)
+    ddim = tiny_pipeline(scheduler=DDIMScheduler.from_config(scheduler.config))
+    call = {"latents": normal(2, 1, 8, 8), "num_inference_steps": 10, "output_type": "pt"}
+    # DDIM's own default is deterministic here as well. 1e-4: its tables are float32.
+    assert_close(ours(2, **call, eta=0.0).images, ddim(2, **call).images, rtol=0, atol=1e-4)
+
+
+def test_timesteps_can_be_chosen_one_by_one(pipeline):
+    visited = []
+    pipeline(timesteps=[17, 4, 3], callback_on_step_end=lambda p, i, t, _: visited.append(int(t)))
+    assert visited == [17, 4, 3]
+
+
+def test_no_step_of_the_chain_reads_a_value_from_the_device():
+    """On the "meta" device any read raises: the only one comes after the last step."""
+    steps = []
+    pipeline = tiny_pipeline(scheduler=tiny_scheduler(num_train_timesteps=3)).to("meta")
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+        pipeline(callback_on_step_end=lambda p, i, *_: steps.append(i))
+    assert steps == [0, 1, 2]
+
+
+def test_non_finite_weights_are_an_error_that_names_the_step():
+    pipeline = tiny_pipeline()
+
+    def damage(p, i, t, tensors):
+        if i == 3:
+            p.unet.conv_out.bias.data.fill_(float("nan"))
+
+    with pytest.raises(ValueError, match=r"step 4 of 20 \(timestep 15\)"):
+        pipeline(callback_on_step_end=damage)
+
+
+def test_an_infinity_that_clipping_would_hide_is_found_too():
+    pipeline = tiny_pipeline()
+    pipeline.unet.conv_out.bias.data.fill_(float("inf"))
+    with pytest.raises(ValueError, match="step 0 of 20"):
+        pipeline()
+
+
+# ----------------------------------------------------------------------------------------------
+# What a call leaves alone
+
+
+def test_dropout_is_off_while_sampling_and_each_module_gets_its_mode_back():
+    pipeline = tiny_pipeline(tiny_unet(dropout=0.5))
+    pipeline.unet.train()
+    pipeline.unet.mid_block.eval()
+    modes = [module.training for module in pipeline.unet.modules()]
+    first, second = (pipeline(1, seeded(0), output_type="pt").images for _ in range(2))
+    assert_close(first, second, rtol=0, atol=0)
+    assert [module.training for module in pipeline.unet.modules()] == modes
+
+
+def test_modes_come_back_after_an_error_as_well():
+    pipeline = tiny_pipeline()
+    pipeline.unet.train()
+    pipeline.unet.conv_out.bias.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="non-finite"):
+        pipeline()
+    assert pipeline.unet.training
+
+
+@pytest.mark.parametrize("output_type", ["pt", "latent"])
+def test_training_works_after_sampling_and_on_the_samples_themselves(output_type):
+    pipeline = tiny_pipeline()
+    x_0 = pipeline(2, output_type=output_type).images
+    t = torch.tensor([3, 17])
+    x_t = pipeline.scheduler.add_noise(x_0, torch.randn_like(x_0), t)
+    pipeline.unet.train()(x_t, t).sample.square().mean().backward()
+    assert pipeline.unet.conv_in.weight.grad.isfinite().all()
+
+
+# ----------------------------------------------------------------------------------------------
+# Callback
+
+
+def test_the_callback_sees_x_t_and_the_estimate_of_x_0_of_every_step(pipeline):
+    strip = []
+    images = pipeline(
+        2,
+        output_type="latent",
+        callback_on_step_end=lambda p, i, t, tensors: strip.append(tensors),
+        callback_on_step_end_tensor_inputs=["latents", "pred_original_sample"],
+    ).images
+    assert len(strip) == 20
+    assert_close(strip[-1]["latents"], images, rtol=0, atol=0)
+    # The mean of the last step is the estimate itself (eq. 7 with alpha_bar_prev = 1).
+    assert_close(strip[-1]["pred_original_sample"], images, rtol=0, atol=1e-6)
+    assert set(strip[0]) == {"latents", "pred_original_sample"}
+
+
+def test_the_callback_can_replace_x_t(pipeline):
+    x_0 = normal(1, 1, 8, 8)
+    assert_close(pipeline(output_type="latent", **ends_at(x_0)).images, x_0, rtol=0, atol=0)
+
+
+def test_a_callback_can_end_the_chain(pipeline):
+    seen = []
+
+    def stop(p, i, t, tensors):
+        seen.append(tensors["latents"])
+        p._interrupt = i == 2
+
+    images = pipeline(output_type="latent", callback_on_step_end=stop).images
+    assert len(seen) == 3
+    assert_close(images, seen[-1], rtol=0, atol=0)
+    pipeline(callback_on_step_end=lambda *_: seen.append(None))
+    assert len(seen) == 23  # the next call runs to its end
+
+
+# ----------------------------------------------------------------------------------------------
+# What the images are
+
+
+@pytest.mark.parametrize(
+    ("mode", "channels", "bit_depth"),
+    [("L", 1, 8), ("LA", 2, 8), ("RGB", 3, 8), ("RGBA", 4, 8), ("L", 1, 16)],
+)
+def test_pixels_come_back_in_the_mode_and_bit_depth_of_the_training_images(
+    mode, channels, bit_depth
+):
+    """Levels 0..max, mapped to [-1, 1] by hand, come out as the same levels."""
+    levels = np.linspace(0, 2**bit_depth - 1, channels * 64).round().reshape(1, channels, 8, 8)
+    x_0 = torch.from_numpy(levels / (2**bit_depth - 1) * 2 - 1).float()
+    facts = image_facts_of(mode, 8, 8, bit_depth)
+    image = tiny_pipeline(tiny_unet(in_channels=channels), facts=facts)(**ends_at(x_0)).images[0]
+    assert image.mode == ("I;16" if bit_depth == 16 else mode)
+    pixels = np.asarray(image).reshape(8, 8, channels).transpose(2, 0, 1)
+    assert np.array_equal(pixels, levels[0])
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
+def test_without_facts_the_mode_follows_from_the_channels(channels, mode):
+    pipeline = tiny_pipeline(tiny_unet(in_channels=channels))
+    assert pipeline(num_inference_steps=1).images[0].mode == mode
+
+
+@pytest.mark.parametrize("channels", [2, 5])
+def test_channels_that_are_no_picture_come_as_arrays_and_not_as_pil(channels):
+    pipeline = tiny_pipeline(tiny_unet(in_channels=channels))
+    images = pipeline(num_inference_steps=1, output_type="np").images
+    assert images.shape == (1, 8, 8, channels)
+    with pytest.raises(ValueError, match=f'output_type="pil".*{channels} channels'):
+        pipeline(num_inference_steps=1)
+
+
+def test_16_bit_colour_is_refused_as_pil_before_any_work():
+    facts = image_facts_of("RGB", 8, 8, bit_depth=16)
+    pipeline = tiny_pipeline(tiny_unet(in_channels=3), facts=facts)
+    steps = []
+    with pytest.raises(ValueError, match="16-bit images in grey only"):
+        pipeline(callback_on_step_end=lambda *_: steps.append(1))
+    assert not steps
+    assert pipeline(num_inference_steps=1, output_type="np").images.shape == (1, 8, 8, 3)
+
+
+@pytest.mark.parametrize(
+    ("sample_size", "native"),
+    [(8, (5, 6)), ((8, 12), (8, 12)), ((8, 12), (7, 9)), (9, (9, 9)), ((6, 7), (6, 7))],
+)
+def test_the_window_of_the_training_images_is_cut_out_of_the_padded_square(sample_size, native):
+    """Training pads (padded - native) // 2 at top and left, the pipeline pads odd sizes."""
+    pair = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+    height, width = (n + n % 2 for n in pair)  # one down-sampling: even sizes
+    top, left = (height - native[0]) // 2, (width - native[1]) // 2
+    image = normal(1, 1, *native).clamp(-1, 1)
+    x_0 = torch.full((1, 1, height, width), 9.0)
+    x_0[..., top : top + native[0], left : left + native[1]] = image
+    pipeline = tiny_pipeline(tiny_unet(sample_size=sample_size))
+    if native != pair:
+        pipeline.unet.register_to_config(_ddpm_hf=image_facts_of("L", *native))
+    call = ends_at(x_0)
+    assert pipeline(**call, output_type="latent").images.shape == x_0.shape
+    got = pipeline(**call, output_type="pt").images
+    assert_close(got, image / 2 + 0.5, rtol=0, atol=1e-6)
+    assert pipeline(**call).images[0].size == native[::-1]
+
+
+def test_a_network_with_four_levels_samples_28_pixel_images():
+    levels = {
+        "block_out_channels": (8, 8, 8, 8),
+        "down_block_types": ("DownBlock2D",) * 4,
+        "up_block_types": ("UpBlock2D",) * 4,
+    }
+    pipeline = tiny_pipeline(tiny_unet(sample_size=28, **levels))
+    assert pipeline(num_inference_steps=2).images[0].size == (28, 28)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"mode": "RGB"}, "mode"),
+        ({"mode": "CMYK"}, "mode"),
+        ({"height": 9}, "height, width"),
+        ({"width": 0}, "height, width"),
+        ({"width": "8"}, "height, width"),
+        ({"bit_depth": 12}, "bit_depth"),
+    ],
+)
+def test_facts_that_contradict_the_network_are_named(change, named):
+    facts = image_facts_of("L", 8, 8)
+    facts["image"] |= change
+    with pytest.raises(ValueError, match=named):
+        tiny_pipeline(facts=facts)(num_inference_steps=1)
+
+
+@pytest.mark.parametrize("facts", [{}, "L", {"format_version": 1}, {"image": {}}])
+def test_facts_without_format_are_refused(facts):
+    with pytest.raises(ValueError, match="_ddpm_hf"):
+        tiny_pipeline(facts=facts)(num_inference_steps=1)
+
+
+def test_facts_of_a_newer_format_are_ignored_with_a_warning():
+    facts = image_facts_of("L", 5, 5) | {"format_version": 2}
+    with pytest.warns(UserWarning, match="format 2"):
+        image = tiny_pipeline(facts=facts)(num_inference_steps=1).images[0]
+    assert image.size == (8, 8)
+
+
+def test_image_facts_gives_what_the_trainer_wrote_or_none():
+    unet = tiny_unet()
+    assert image_facts(unet) is None
+    facts = image_facts_of("L", 5, 6, class_names=["cat", "dog"])
+    unet.register_to_config(_ddpm_hf=facts)
+    assert image_facts(unet) == facts
+
+
+# ----------------------------------------------------------------------------------------------
+# Classes
+
+
+@pytest.fixture(scope="module")
+def conditional():
+    """Three classes and the null class as the last embedding."""
+    unet, scheduler = tiny_unet(num_class_embeds=4), tiny_scheduler(num_train_timesteps=5)
+    facts = image_facts_of("L", 8, 8, class_names=["a", "b", "c"])
+    return tiny_pipeline(unet, scheduler, facts)
+
+
+@pytest.mark.parametrize(
+    ("labels", "numbers"),
+    [
+        (2, [2, 2]),
+        ("b", [1, 1]),
+        ([0, 2], [0, 2]),
+        (("c", "a"), [2, 0]),
+        (torch.tensor([1, 3]), [1, 3]),
+        (np.array([1, 3]), [1, 3]),
+    ],
+)
+def test_classes_are_given_as_numbers_or_names(conditional, labels, numbers):
+    unet, scheduler = conditional.unet, conditional.scheduler
+    x_T = torch.randn(2, 1, 8, 8, generator=(generator := seeded(5)))
+    denoise = lambda x, t: unet(x, t, class_labels=torch.tensor(numbers)).sample  # noqa: E731
+    want = reverse_chain(unet, scheduler, x_T, generator, denoise)
+    got = conditional(2, seeded(5), class_labels=labels, output_type="latent").images
+    assert_close(got, want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 3.0])
+def test_guidance_moves_from_the_null_class_through_the_class(conditional, scale):
+    unet, scheduler = conditional.unet, conditional.scheduler
+    x_T = torch.randn(2, 1, 8, 8, generator=(generator := seeded(5)))
+
+    def denoise(x, t):
+        of_class, of_null = (
+            unet(x, t, class_labels=torch.tensor(n)).sample for n in ([0, 2], [3, 3])
+        )
+        return of_null + scale * (of_class - of_null)
+
+    want = reverse_chain(unet, scheduler, x_T, generator, denoise)
+    call = {"class_labels": [0, 2], "guidance_scale": scale, "output_type": "latent"}
+    # 1e-4: rounding of the two networks, three times enlarged, step after step.
+    assert_close(conditional(2, seeded(5), **call).images, want, rtol=0, atol=1e-4)
+
+
+def test_guidance_leaves_a_learned_variance_to_the_conditional_network():
+    unet = tiny_unet(num_class_embeds=4, out_channels=2)
+    scheduler = tiny_scheduler(num_train_timesteps=5, variance_type="learned_range")
+    x_T = torch.randn(1, 1, 8, 8, generator=(generator := seeded(5)))
+
+    def denoise(x, t):
+        of_class, of_null = (unet(x, t, class_labels=torch.tensor([n])).sample for n in (1, 3))
+        mean = of_null + 2 * (of_class - of_null)
+        return torch.cat([mean[:, :1], of_class[:, 1:]], dim=1)
+
+    want = reverse_chain(unet, scheduler, x_T, generator, denoise)
+    call = {"class_labels": 1, "guidance_scale": 2, "output_type": "latent"}
+    got = tiny_pipeline(unet, scheduler)(1, seeded(5), **call).images
+    assert_close(got, want, rtol=0, atol=1e-4)
+
+
+def test_a_learned_variance_is_cut_off_for_schedulers_that_do_not_read_it():
+    unet = tiny_unet(out_channels=2)
+    scheduler = DDIMScheduler(20, beta_end=0.3)
+    x_T = normal(1, 1, 8, 8)
+    want = reverse_chain(unet, scheduler, x_T, None, lambda x, t: unet(x, t).sample[:, :1])
+    call = {"latents": x_T, "output_type": "latent"}
+    assert_close(tiny_pipeline(unet, scheduler)(**call).images, want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("embedding", "labels"),
+    [
+        ({"class_embed_type": "timestep"}, torch.tensor([0.5, 7.0])),
+        ({"class_embed_type": "identity"}, normal(2, 32)),
+    ],
+)
+def test_other_class_embeddings_get_the_tensor_as_it_is(embedding, labels):
+    pipeline = tiny_pipeline(tiny_unet(**embedding))
+    call = {"num_inference_steps": 3, "output_type": "pt"}
+    images = [pipeline(2, seeded(0), class_labels=c, **call).images for c in (labels, -labels)]
+    assert (images[0] - images[1]).abs().max() > 1e-3
+
+
+# ----------------------------------------------------------------------------------------------
+# Bad input
+
+
+BAD_CALLS = [
+    ({"batch_size": 0}, ValueError, "batch_size.*0"),
+    ({"batch_size": -1}, ValueError, "batch_size.*-1"),
+    ({"batch_size": 1.5}, ValueError, "batch_size.*1.5"),
+    ({"batch_size": True}, ValueError, "batch_size.*True"),
+    ({"num_inference_steps": 0}, ValueError, "num_inference_steps.*0"),
+    ({"num_inference_steps": -2}, ValueError, "num_inference_steps.*-2"),
+    ({"num_inference_steps": 2.5}, ValueError, "num_inference_steps.*2.5"),
+    ({"num_inference_steps": 21}, ValueError, "num_inference_steps.*21"),
+    ({"num_inference_steps": "10"}, ValueError, "num_inference_steps.*10"),
+    ({"num_inference_steps": 3, "timesteps": [2, 1, 0]}, ValueError, "not both"),
+    ({"output_type": "foo"}, ValueError, "output_type.*pil.*foo"),
+    ({"output_type": None}, ValueError, "output_type.*pil.*None"),
+    ({"generator": 42}, TypeError, "generator.*42"),
+    ({"generator": "g"}, TypeError, "generator.*g"),
+    ({"generator": [42]}, TypeError, "generator.*42"),
+    ({"generator": seeded(1, 2, 3)}, ValueError, "generator.*3.*batch_size=1"),
+    ({"batch_size": 4, "generator": seeded(1, 2)}, ValueError, "generator.*2.*batch_size=4"),
+    ({"eta": -0.1}, ValueError, "eta.*-0.1"),
+    ({"eta": 2}, ValueError, "eta.*2"),
+    ({"eta": "1"}, ValueError, "eta.*'1'"),
+    ({"latents": torch.zeros(1, 1, 9, 9)}, ValueError, r"latents.*\(1, 1, 8, 8\).*\(1, 1, 9, 9\)"),
+    ({"latents": torch.zeros(2, 1, 8, 8)}, ValueError, r"latents.*\(1, 1, 8, 8\)"),
+    ({"latents": [0.0]}, ValueError, "latents.*list"),
+    ({"class_labels": 1}, ValueError, "class_labels=1.*no classes"),
+    ({"guidance_scale": 2.0}, ValueError, "guidance_scale.*no numbered classes"),
+    ({"guidance_scale": float("nan")}, ValueError, "guidance_scale.*nan"),
+    ({"guidance_scale": "2"}, ValueError, "guidance_scale.*'2'"),
+    (
+        {"callback_on_step_end_tensor_inputs": ["x"]},
+        ValueError,
+        "callback_on_step_end_tensor_inputs.*latents.*'x'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD_CALLS, ids=lambda v: str(v)[:40])
+def test_a_bad_argument_is_named_with_its_value(pipeline, call, error, message):
+    with pytest.raises(error, match=message):
+        pipeline(**call)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({}, "class_labels must be given"),
+        ({"class_labels": 4}, r"class_labels.*0\.\.3.*4"),
+        ({"class_labels": -1}, "class_labels.*-1"),
+        ({"class_labels": "d"}, r"class_labels.*\['a', 'b', 'c'\].*'d'"),
+        ({"class_labels": [0.5]}, "class_labels.*0.5"),
+        ({"class_labels": [0, 1, 2]}, r"class_labels.*\(3,\).*batch_size=1"),
+    ],
+)
+def test_bad_classes_are_named(conditional, call, message):
+    with pytest.raises(ValueError, match=message):
+        conditional(**call)
+
+
+def test_guidance_without_a_null_class_is_refused():
+    unet = tiny_unet(num_class_embeds=2)
+    pipeline = tiny_pipeline(unet, facts=image_facts_of("L", 8, 8, class_names=["a", "b"]))
+    with pytest.raises(ValueError, match="without a null class"):
+        pipeline(class_labels=0, guidance_scale=2.0)
+    assert len(pipeline(class_labels=0).images) == 1
+
+
+@pytest.mark.parametrize("size", [None, 0, -8, (8,), (8, 0), 8.0, "8"])
+def test_a_network_without_a_usable_size_is_refused(size):
+    pipeline = tiny_pipeline()
+    pipeline.unet.register_to_config(sample_size=size)
+    with pytest.raises(ValueError, match="sample_size"):
+        pipeline()
+
+
+@pytest.mark.parametrize(
+    ("channels", "variance_type"), [(2, "fixed_small"), (3, "fixed_small"), (1, "learned_range")]
+)
+def test_a_network_whose_channels_do_not_fit_the_variance_is_refused(channels, variance_type):
+    scheduler = tiny_scheduler(variance_type=variance_type)
+    with pytest.raises(ValueError, match=f"out_channels is {channels}.*{variance_type}"):
+        tiny_pipeline(tiny_unet(out_channels=channels), scheduler)()
+
+
+@pytest.mark.parametrize(
+    ("unet", "scheduler", "named"),
+    [
+        (torch.nn.Linear(2, 2), DDPMScheduler(20), "unet must be.*Linear"),
+        (None, DDPMScheduler(20), "unet must be.*NoneType"),
+        (tiny_unet(), None, "scheduler must be.*NoneType"),
+        (tiny_unet(), tiny_unet(), "scheduler must be.*UNet2DModel"),
+        (tiny_unet(), FlowMatchEulerDiscreteScheduler(), "scheduler must be.*FlowMatchEuler"),
+    ],
+)
+def test_parts_of_the_wrong_kind_are_named(unet, scheduler, named):
+    with pytest.raises(TypeError, match=named):
+        GaussianDDPMPipeline(unet, scheduler)
+
+
+@pytest.mark.parametrize(
+    ("kind", "call", "message"),
+    [
+        (EulerDiscreteScheduler, {"eta": 0.5}, "eta=0.5: EulerDiscreteScheduler"),
+        (DDIMScheduler, {"timesteps": [3, 1]}, "timesteps=.*DDIMScheduler"),
+        (DPMSolverMultistepScheduler, {}, "num_inference_steps=20 is too many.*DPMSolver"),
+        (
+            PNDMScheduler,
+            {
+                "num_inference_steps": 5,
+                "callback_on_step_end": lambda *_: None,
+                "callback_on_step_end_tensor_inputs": ["pred_original_sample"],
+            },
+            "pred_original_sample.*PNDMScheduler",
+        ),
+    ],
+)
+def test_what_another_scheduler_cannot_do_is_said(kind, call, message):
+    scheduler = kind.from_config(tiny_scheduler().config)
+    with pytest.raises(ValueError, match=message):
+        tiny_pipeline(scheduler=scheduler)(**call)
+
+
+def test_return_dict_false_gives_a_tuple(pipeline):
+    (images,) = pipeline(num_inference_steps=1, return_dict=False)
+    assert len(images) == 1
