@@ -1,23 +1,21 @@
 """Gaussian diffusion, the mathematics of DDPM (2006.11239), as a diffusers scheduler.
 
-Notation. Steps are counted from 0, as in diffusers: `t` here is the paper's t + 1, and "-1" stands
-for the clean image. "prev" is the previous element of the current trajectory: t - 1 while
-training, the next smaller chosen timestep after `set_timesteps`.
+Notation. Steps are counted from 0, as in diffusers: `t` here is the paper's t + 1, and before t = 0
+stands the clean image. "prev" is the previous element of the current trajectory: t - 1 in training,
+the next smaller of the chosen timesteps after `set_timesteps`.
 
-    q(x_t | x_0)         = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I)                    eq. 4
-    q(x_prev | x_t, x_0) = N(coef_x_0 x_0 + coef_x_t x_t, posterior_var I)                  eq. 7
-    p(x_prev | x_t)      = the same with x_0 estimated by the network                       eq. 11
+    q(x_t | x_0)         = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I)              eq. 4
+    q(x_prev | x_t, x_0) = N(coef_x_0 x_0 + coef_x_t x_t, posterior_var I)            eq. 6, 7
+    p(x_prev | x_t)      = the same, with the network's estimate in the place of x_0  eq. 11, 15
 
-Every coefficient is derived in float64 from log alpha_bar, where nothing cancels, and rounded once.
-This file travels with the weights: it imports nothing from the package around it.
+This file and the three that it imports travel with the weights and need nothing of the package.
 """
 
 import hashlib
 import json
-import math
-import warnings
+import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,19 +24,27 @@ from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 from torch import Tensor
 
-Array = np.ndarray[Any, np.dtype[np.float64]]
-Timestep = int | Tensor
-Generators = torch.Generator | Sequence[torch.Generator] | None
+# Modules, not names: diffusers' loader of remote code looks for `from .x import y` elsewhere.
+from . import checks_ddpm_hf as checks
+from . import coefficients_ddpm_hf as coefficients
+from . import schedules_ddpm_hf as schedules
 
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
-FIXED_VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
-VARIANCE_TYPES = (*FIXED_VARIANCES, "learned", "learned_range")
-TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
-EXTENSION_FORMAT = 1
+# Amplitudes, sqrt(alpha_bar). Sampling starts from pure noise, so it misses the signal that is left
+# at its first step: 0.006 with stock's defaults, 0.07 with Stable Diffusion's schedule.
+MAX_SIGNAL_AT_END = 0.1
+MAX_SIGNAL_BEYOND_END = 0.05
+EXTENSION_FORMAT_VERSION = 1
+
+Array = schedules.Array
+Steps = schedules.Steps
+Timestep = coefficients.Timestep
+Generators = torch.Generator | Sequence[torch.Generator] | None
+add_scaled_ = coefficients.add_scaled_
+as_tensor = coefficients.as_tensor
 
 
 class Gaussian(NamedTuple):
-    """A diagonal normal distribution; `variance` and `log_variance` broadcast against `mean`."""
+    """A normal distribution with diagonal covariance; the three broadcast with each other."""
 
     mean: Tensor
     variance: Tensor
@@ -46,7 +52,7 @@ class Gaussian(NamedTuple):
 
 
 class ReverseGaussian(NamedTuple):
-    """p(x_prev | x_t): `Gaussian` and the (clipped) estimate of x_0 that its mean is made of."""
+    """p(x_prev | x_t), and the estimate of x_0 that its mean is made of."""
 
     mean: Tensor
     variance: Tensor
@@ -54,207 +60,15 @@ class ReverseGaussian(NamedTuple):
     pred_original_sample: Tensor
 
 
-# ----------------------------------------------------------------------------------------------
-# Noise schedules: betas, (T,) float64
+class GaussianDDPMOutput(DDPMSchedulerOutput):  # type: ignore[misc]
+    """What `step` returns: the fields of `DDPMSchedulerOutput`.
 
-
-def linear_betas(num_train_timesteps: int, beta_start: float, beta_end: float) -> Array:
-    """Betas on a straight line (2006.11239, section 4)."""
-    return np.linspace(beta_start, beta_end, num_train_timesteps)
-
-
-def scaled_linear_betas(num_train_timesteps: int, beta_start: float, beta_end: float) -> Array:
-    """Square roots of the betas on a straight line (2112.10752)."""
-    return np.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps) ** 2
-
-
-def cosine_betas(num_train_timesteps: int, offset: float = 0.008, cap: float = 0.999) -> Array:
-    """alpha_bar ~ cos^2((t/T + s) / (1 + s) pi/2), betas capped (2102.09672, eq. 17).
-
-    Written with sin u, u = (1 - t/T) / (1 + s) pi/2, and sin^2 a - sin^2 b = sin(a - b) sin(a + b):
-    1 - alpha_bar_t / alpha_bar_prev as it stands loses 11 digits at small t.
-    """
-    u = np.arange(num_train_timesteps, -1, -1) / num_train_timesteps / (1 + offset) * math.pi / 2
-    betas = np.sin(u[:-1] - u[1:]) * np.sin(u[:-1] + u[1:]) / np.sin(u[:-1]) ** 2
-    return np.minimum(betas, cap)
-
-
-def rescale_zero_terminal_snr(betas: Array) -> Array:
-    """Betas whose last alpha_bar is 0 and whose first is unchanged (2305.08891, algorithm 1).
-
-    The shift of sqrt(alpha_bar) leaves its differences as they are, so the new betas follow from
-    `drop` = 1 - sqrt(alpha) without a difference of nearly equal numbers.
-    """
-    half_log = np.log1p(-betas).cumsum() / 2
-    root_prev = np.exp(half_log[:-1])
-    drop = -np.expm1(np.log1p(-betas[1:]) / 2) * root_prev / (root_prev - np.exp(half_log[-1]))
-    drop[-1] = 1.0
-    return np.concatenate([betas[:1], drop * (2 - drop)])
-
-
-# ----------------------------------------------------------------------------------------------
-# Trajectories
-
-
-def spaced_timesteps(spacing: str, num_steps: int, num_train_timesteps: int, offset: int) -> Any:
-    """`num_steps` distinct timesteps, ascending (2305.08891, table 2)."""
-    if spacing == "leading":
-        steps = np.arange(num_steps) * (num_train_timesteps // num_steps)
-        return steps + min(offset, num_train_timesteps - 1 - steps[-1])
-    if spacing == "linspace":
-        return np.linspace(0, num_train_timesteps - 1, num_steps).round().astype(np.int64)
-    # Cut to num_steps: the float grid may hold one more, which would be t = -1.
-    grid = np.arange(num_train_timesteps, 0, -num_train_timesteps / num_steps)[:num_steps]
-    return grid.round().astype(np.int64)[::-1] - 1
-
-
-class Row(NamedTuple):
-    """The coefficients of one reverse step: plain numbers, or tensors that broadcast per image."""
-
-    x_0_from_output: Any
-    x_0_from_x_t: Any
-    coef_x_0: Any
-    coef_x_t: Any
-    std: Any
-    log_std_slope: Any
-    log_std: Any
-
-
-class Trajectory:
-    """Float64 coefficients of the reverse process along descending `timesteps`.
-
-    Args:
-        log_alphas: log(1 - beta) of the training schedule, (T,).
-        timesteps: ascending, distinct, in [0, T); (K,).
-        prediction_type: what the network predicts.
-        variance_type: which reverse variance is wanted.
+    The generic constructor of the parent would take a sixth of a small step's time.
     """
 
-    def __init__(
-        self, log_alphas: Array, timesteps: Any, prediction_type: str, variance_type: str
-    ) -> None:
-        self.timesteps = timesteps
-        self.prev = np.concatenate([[-1], timesteps[:-1]])
-        self.num_train_timesteps = len(log_alphas)
-        self.prediction_type, self.variance_type = prediction_type, variance_type
-        log_alpha_bar = log_alphas.cumsum()[timesteps]
-        self.log_alpha_bar = log_alpha_bar
-        self.log_alpha_bar_prev = np.concatenate([[0.0], log_alpha_bar[:-1]])
-        # Summed per segment: a difference of two log alpha_bar loses digits where both are large.
-        self.log_alpha = np.add.reduceat(log_alphas[: timesteps[-1] + 1], self.prev + 1)
-        self.beta = -np.expm1(self.log_alpha)
-        self.noise_ratio = np.expm1(self.log_alpha_bar_prev) / np.expm1(log_alpha_bar)
-        self.posterior_var = self.noise_ratio * self.beta  # eq. 7
-        self._rows: dict[float, dict[int, Row]] = {}
-        self._tables: dict[Any, Tensor] = {}
-
-    @property
-    def log_posterior_var(self) -> Array:
-        """Log of `posterior_var`, the last step's 0 replaced by its neighbour's (2102.09672)."""
-        clipped = self.posterior_var.copy()
-        clipped[0] = clipped[1] if len(clipped) > 1 else self.beta[0]
-        return np.log(clipped)
-
-    def posterior_coefficients(self, eta: float = 1.0) -> tuple[Array, Array]:
-        """coef_x_0 and coef_x_t of eq. 7, or of 2010.02502 eq. 12 with sigma by its eq. 16."""
-        r = self.noise_ratio
-        g = np.exp(self.log_alpha) * r
-        coef_x_t_squared = (1 - eta**2) + eta**2 * g
-        # 1 - g = beta_t / (1 - alpha_bar_t); at eta = 1 the last factor is 1.
-        one_minus_g = self.beta / -np.expm1(self.log_alpha_bar)
-        coef_x_0 = np.exp(self.log_alpha_bar_prev / 2) * one_minus_g
-        coef_x_0 *= (1 + eta**2 * g) / (1 + np.sqrt(g * coef_x_t_squared))
-        return coef_x_0, np.sqrt(r * coef_x_t_squared)
-
-    def x_0_coefficients(self) -> tuple[Array, Array]:
-        """x_0 = first * model_output + second * x_t (eq. 15; v: 2202.00512, appendix D)."""
-        alpha_bar_root = np.exp(self.log_alpha_bar / 2)
-        sigma = np.sqrt(-np.expm1(self.log_alpha_bar))
-        if self.prediction_type == "epsilon":
-            return -sigma / alpha_bar_root, 1 / alpha_bar_root
-        if self.prediction_type == "v_prediction":
-            return -sigma, alpha_bar_root
-        return np.ones_like(sigma), np.zeros_like(sigma)
-
-    def reverse_log_variance(self) -> tuple[Array, Array]:
-        """Reverse log-variance as slope * network's v + value: learned_range is 2102.09672 eq. 15."""
-        low, high = self.log_posterior_var, np.log(self.beta)
-        zero = np.zeros_like(low)
-        if self.variance_type.startswith("fixed_small"):
-            return zero, low
-        if self.variance_type.startswith("fixed_large"):
-            return zero, np.concatenate([low[:1], high[1:]])
-        if self.variance_type == "learned":
-            return np.ones_like(low), zero
-        return (high - low) / 2, (high + low) / 2
-
-    def columns(self, eta: float) -> Array:
-        """The fields of `Row` for every timestep, (7, K) float64."""
-        slope, log_var = self.reverse_log_variance()
-        learned = self.variance_type.startswith("learned")
-        std = np.ones_like(log_var) if learned else np.exp(log_var / 2)
-        std = eta * std
-        std[0] = 0.0  # no noise on the last step of the trajectory
-        return np.stack(
-            [
-                *self.x_0_coefficients(),
-                *self.posterior_coefficients(eta),
-                std,
-                slope / 2,
-                log_var / 2,
-            ]
-        )
-
-    def row(self, t: int, eta: float) -> Row:
-        """Plain numbers for a timestep known on the host."""
-        rows = self._rows.get(eta)
-        if rows is None:
-            columns = self.columns(eta).T.tolist()
-            rows = {int(t): Row(*values) for t, values in zip(self.timesteps, columns, strict=True)}
-            self._rows[eta] = rows
-        return rows[t]
-
-    def gathered_row(self, t: Tensor, like: Tensor, eta: float) -> Row:
-        """Tensors that broadcast against `like`, gathered on its device; NaN off the trajectory."""
-        key = (eta, like.device, like.dtype)
-        if key not in self._tables:
-            self._tables[key] = self._table(eta, like)
-        return Row(*gather(self._tables[key], t, like))
-
-    @torch.inference_mode(False)
-    def _table(self, eta: float, like: Tensor) -> Tensor:
-        columns = self.columns(eta)
-        table = np.full((len(columns), self.num_train_timesteps), np.nan)
-        table[:, self.timesteps] = columns
-        return torch.from_numpy(table).to(like.device, like.dtype)
-
-
-def gather(table: Tensor, t: Tensor, like: Tensor) -> tuple[Tensor, ...]:
-    """Columns `t` of an (n, T) table as n tensors (B, 1, ..., 1) or (1, ..., 1)."""
-    index = t.to(like.device).reshape(-1)
-    if index.dtype not in (torch.int32, torch.int64):
-        index = index.long()
-    rows = table.index_select(1, index)
-    return rows.reshape(len(table), -1, *(1,) * (like.ndim - 1)).unbind(0)
-
-
-def add_scaled_(total: Tensor, scale: Any, x: Tensor) -> Tensor:
-    """total += scale * x, in place, in one pass."""
-    return total.add_(x, alpha=scale) if isinstance(scale, float) else total.addcmul_(x, scale)
-
-
-def scaled_noise(like: Tensor, std: Any, generator: Generators) -> Tensor:
-    """std times standard normal noise, contiguous, so that it does not depend on x's strides."""
-    noise = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-    if isinstance(std, float) and std == 0.0:
-        return noise.zero_()
-    scale = std if isinstance(std, float) else 1.0
-    if generator is None or isinstance(generator, torch.Generator):
-        noise.normal_(0.0, scale, generator=generator)
-    else:
-        for image, its_generator in zip(noise, generator, strict=True):
-            image.normal_(0.0, scale, generator=its_generator)
-    return noise if isinstance(std, float) else noise.mul_(std)
+    def __init__(self, prev_sample: Tensor, pred_original_sample: Tensor) -> None:
+        self["prev_sample"] = prev_sample
+        self["pred_original_sample"] = pred_original_sample
 
 
 class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
@@ -262,28 +76,37 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     Args:
         num_train_timesteps: T, the length of the training chain, 1 to 100000.
-        beta_start: first beta of the linear schedules, in (0, 1).
-        beta_end: last beta of the linear schedules, in (0, 1).
-        beta_schedule: "linear", "scaled_linear" or "squaredcos_cap_v2".
-        trained_betas: T betas in (0, 1], instead of a named schedule.
-        variance_type: reverse variance. "fixed_small" is the posterior's, "fixed_large" is beta_t;
-            the "_log" forms are the same distributions. With "learned" the network's second half of
-            channels is the log-variance, with "learned_range" an interpolation (2102.09672 eq. 15).
-        clip_sample: clamp the estimate of x_0 to [-clip_sample_range, clip_sample_range].
+        beta_start: first beta of "linear" and its relatives, in (0, 1).
+        beta_end: last beta of "linear" and its relatives, in (0, 1).
+        beta_schedule: a name in `schedules_ddpm_hf.BETA_SCHEDULES`. Those that stock diffusers does
+            not know are written as `trained_betas`, so that it reads them all the same.
+        trained_betas: T betas in (0, 1), instead of a named schedule; the last may be 1.
+        variance_type: the reverse variance. "fixed_small" is the posterior's, "fixed_large" beta_t;
+            the "_log" forms are the same distributions. "learned" takes the network's second half
+            of channels as the log-variance, "learned_range" as v in [-1, 1] of 2102.09672, eq. 15.
+        clip_sample: clamp the estimate of x_0 to [-clip_sample_range, clip_sample_range]. For data
+            outside of [-1, 1], such as latents, turn it off or widen the range.
         prediction_type: what the network predicts: "epsilon", "sample" (x_0) or "v_prediction".
-        thresholding: dynamic thresholding of the estimate of x_0 (2205.11487), instead of clipping.
-        dynamic_thresholding_ratio: the quantile of abs(x_0) that is thresholded at, in (0, 1].
-        clip_sample_range: see `clip_sample`.
-        sample_max_value: upper bound of the dynamic threshold, at least 1.
+        thresholding: dynamic thresholding of the estimate of x_0 (2205.11487) instead of clipping;
+            for images in [-1, 1], not for latents.
+        dynamic_thresholding_ratio: quantile of abs(x_0) that becomes the threshold, in (0, 1].
+        clip_sample_range: see `clip_sample`; positive.
+        sample_max_value: the threshold's upper bound, at least 1; at 1 thresholding is clipping.
         timestep_spacing: "leading", "linspace" or "trailing" (2305.08891, table 2).
         steps_offset: added to "leading" timesteps, as far as they stay below T.
-        rescale_betas_zero_snr: rescale so that the last step holds no signal (2305.08891).
+        rescale_betas_zero_snr: rescale so that the last step holds no signal (2305.08891). Needs a
+            network that predicts "sample" or "v_prediction", and "trailing" to visit that step.
+        beta_schedule_params: parameters of a schedule of ours, such as {"tau": 0.7}.
+
+    Raises:
+        TypeError, ValueError: for a value that could not sample, with the choices.
     """
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]  # noqa: RUF012
+    ignore_for_config = ["beta_schedule_params"]  # noqa: RUF012
     order = 1
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,
         num_train_timesteps: int = 1000,
@@ -301,65 +124,86 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         timestep_spacing: str = "leading",
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
+        beta_schedule_params: dict[str, float] | None = None,
     ) -> None:
-        for name, value, choices in (
-            ("variance_type", variance_type, VARIANCE_TYPES),
-            ("prediction_type", prediction_type, PREDICTION_TYPES),
-            ("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS),
-            ("beta_schedule", beta_schedule, ("linear", "scaled_linear", "squaredcos_cap_v2")),
-        ):
-            if value not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
-        if trained_betas is not None:
-            betas = np.asarray(trained_betas, dtype=np.float64)
-            self.register_to_config(trained_betas=betas.tolist())
-        elif beta_schedule == "linear":
-            betas = linear_betas(num_train_timesteps, beta_start, beta_end)
-        elif beta_schedule == "scaled_linear":
-            betas = scaled_linear_betas(num_train_timesteps, beta_start, beta_end)
-        else:
-            betas = cosine_betas(num_train_timesteps)
-        if betas.shape != (num_train_timesteps,):
-            raise ValueError(
-                f"trained_betas must hold num_train_timesteps={num_train_timesteps} values,"
-                f" got shape {betas.shape}"
-            )
-        if rescale_betas_zero_snr:
-            betas = rescale_zero_terminal_snr(betas)
-        with np.errstate(divide="ignore"):
-            self._log_alphas = np.log1p(-betas)
-        self._register_tables(betas)
-        # Nothing counts as "left at its default": else a swap by from_config drops the value.
+        checks.check_config(self.config)
+        # A swap by from_config drops what counts as left at its default, so nothing does.
         self.register_to_config(_use_default_values=[])
         self.init_noise_sigma = 1.0
-        self.custom_timesteps = False
         self.num_inference_steps: int | None = None
+        self.custom_timesteps = False
+        self._set_betas(beta_schedule_params or {})
         self._follow(np.arange(num_train_timesteps))
-
-    @torch.inference_mode(False)
-    def _register_tables(self, betas: Array) -> None:
-        """float32 tables for stock tools, and the (2, T) table of eq. 4."""
-        log_alpha_bar = self._log_alphas.cumsum()
-        self.betas = torch.from_numpy(betas).float()
-        self.alphas = torch.from_numpy(1 - betas).float()
-        self.alphas_cumprod = torch.from_numpy(np.exp(log_alpha_bar)).float()
-        eq_4 = np.stack([np.exp(log_alpha_bar / 2), np.sqrt(-np.expm1(log_alpha_bar))])
-        self._eq_4 = torch.from_numpy(eq_4)
-        self._eq_4_on: dict[Any, Tensor] = {}
-
-    def _follow(self, ascending: Any, device: Any = None) -> None:
-        config = self.config
-        self._trajectory = Trajectory(
-            self._log_alphas, ascending, config.prediction_type, config.variance_type
-        )
-        self.timesteps = torch.from_numpy(ascending[::-1].astype(np.int64)).to(device)
+        self._warn_where_samples_suffer()
 
     def __len__(self) -> int:
         return int(self.config.num_train_timesteps)
 
-    def scale_model_input(self, sample: Tensor, timestep: Timestep | None = None) -> Tensor:
-        """The sample as it is: DDPM does not scale the network's input."""
-        return sample
+    @torch.inference_mode(False)  # a scheduler made while sampling must serve training later
+    def _set_betas(self, params: dict[str, float]) -> None:
+        """Tables: float64 for us, and their float32 roundings for tools of stock diffusers."""
+        betas, extension = self._resolve_betas(params)
+        if self.config.rescale_betas_zero_snr:
+            betas = schedules.rescale_zero_terminal_snr(betas)
+        if betas[-1] == 1 and self.config.prediction_type == "epsilon":
+            raise ValueError(
+                "prediction_type 'epsilon' needs some signal at every step, and the last beta is 1"
+                " (zero terminal SNR): use 'v_prediction' or 'sample'"
+            )
+        with np.errstate(divide="ignore"):  # log 0 at a last beta of 1
+            self._log_alphas = np.log1p(-betas)
+            self._marginal = coefficients.marginal(self._log_alphas)
+        self.betas = torch.from_numpy(betas).float()
+        self.alphas = torch.from_numpy(1 - betas).float()
+        self.alphas_cumprod = torch.from_numpy(np.exp(self._log_alphas.cumsum())).float()
+        self._fingerprint = _fingerprint(betas, self.config.prediction_type)
+        if extension:
+            self._keep_extension(extension)
+
+    def _resolve_betas(self, params: dict[str, float]) -> tuple[Array, dict[str, Any]]:
+        """The configured betas, and the name and parameters of a schedule that stock lacks."""
+        config = self.config
+        T, name, trained = config.num_train_timesteps, config.beta_schedule, config.trained_betas
+        params = checks.check_schedule_params(name, params)
+        is_own = name in schedules.OWN_SCHEDULES
+        if trained is not None:
+            if is_own:
+                raise ValueError(
+                    f"trained_betas and beta_schedule={name!r} contradict each other: pass one"
+                    " (to from_config, trained_betas=None drops what the configuration holds)"
+                )
+            betas = checks.check_betas("trained_betas", trained, T)
+            self.register_to_config(trained_betas=betas.tolist())
+            return betas, {}
+        betas = schedules.BETA_SCHEDULES[name](T, config.beta_start, config.beta_end, **params)
+        betas = checks.check_betas(f"betas of beta_schedule {name!r}, T={T}, {params}", betas, T)
+        if not is_own:
+            return betas, {}
+        self.register_to_config(beta_schedule="linear", trained_betas=betas.tolist())
+        return betas, {"beta_schedule": name, "beta_schedule_params": params}
+
+    def _warn_where_samples_suffer(self) -> None:
+        config = self.config
+        left = float(np.exp(self._log_alphas.sum() / 2))
+        if left > MAX_SIGNAL_AT_END:
+            checks.warn(
+                f"{left:.0%} of the signal's amplitude is left at the last of {len(self)} steps,"
+                " but sampling starts from pure noise. beta_schedule 'iddpm_linear' fits linear"
+                " betas to any T; 'laplace_log_snr' is 'laplace' put right; or raise beta_end"
+            )
+        if config.trained_betas is None and config.beta_start > config.beta_end:
+            checks.warn(f"beta_start={config.beta_start} is above beta_end={config.beta_end}")
+        if config.thresholding and config.sample_max_value == 1:
+            checks.warn(
+                "thresholding with sample_max_value=1 is plain clipping: raise sample_max_value"
+            )
+        if config.rescale_betas_zero_snr and config.timestep_spacing != "trailing":
+            checks.warn(
+                f"rescale_betas_zero_snr with timestep_spacing {config.timestep_spacing!r}: short"
+                " trajectories miss the step without signal; use 'trailing'"
+            )
+
+    # The trajectory -------------------------------------------------------------------------------
 
     def set_timesteps(
         self,
@@ -368,29 +212,85 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         timesteps: Sequence[int] | None = None,
         timestep_spacing: str | None = None,
     ) -> None:
-        """Choose the trajectory: which of the T timesteps sampling visits, in descending order.
+        """Choose which timesteps sampling visits, and with that what "prev" means.
+
+        A scheduler that nobody called this on visits all of T-1, ..., 0. Where one trains and
+        samples, let sampling have a copy.
 
         Args:
-            num_inference_steps: K, in [1, T]: exactly K distinct timesteps are visited.
-            device: where `self.timesteps` shall live; None leaves it on the CPU.
-            timesteps: the timesteps themselves, strictly descending, instead of a number.
-            timestep_spacing: overrides the configuration's.
+            num_inference_steps: K in [1, T]: exactly K distinct timesteps. A trajectory of one step
+                goes from x_t to the estimate of x_0.
+            device: where `self.timesteps` and the coefficients shall be; None for the CPU.
+            timesteps: the timesteps, strictly descending in [0, T), in place of a number.
+            timestep_spacing: in place of the configuration's: "leading", "linspace", "trailing",
+                "quadratic" (2010.02502), or sections of 2102.09672 such as "10,10,20" or "ddim50",
+                which give the number of steps, too.
+
+        Raises:
+            TypeError, ValueError: for anything else.
         """
-        T = len(self)
-        if (num_inference_steps is None) == (timesteps is None):
-            raise ValueError("pass one of num_inference_steps and timesteps")
-        if timesteps is not None:
-            ascending = np.array(timesteps, dtype=np.int64)[::-1]
-        elif not isinstance(num_inference_steps, int) or not 1 <= num_inference_steps <= T:
-            raise ValueError(
-                f"num_inference_steps must be an int in 1..{T}, got {num_inference_steps!r}"
-            )
+        if timesteps is None:
+            ascending = self._spaced_timesteps(num_inference_steps, timestep_spacing)
+        elif num_inference_steps is None and timestep_spacing is None:
+            ascending = checks.check_timesteps(timesteps, len(self))
         else:
-            spacing = timestep_spacing or self.config.timestep_spacing
-            ascending = spaced_timesteps(spacing, num_inference_steps, T, self.config.steps_offset)
+            raise ValueError(
+                "timesteps is in place of num_inference_steps and timestep_spacing: pass one, got"
+                f" {timesteps!r}, {num_inference_steps!r} and {timestep_spacing!r}"
+            )
+        self._follow(ascending, checks.check_device(device))
         self.custom_timesteps = timesteps is not None
         self.num_inference_steps = len(ascending)
-        self._follow(ascending, device)
+
+    def _spaced_timesteps(self, num_steps: Any, spacing: Any) -> Steps:
+        T = len(self)
+        spacing = self.config.timestep_spacing if spacing is None else spacing
+        if isinstance(spacing, str) and re.fullmatch(r"ddim\d+|\d+(,\d+)*", spacing):
+            steps = schedules.section_timesteps(spacing, T)
+            if num_steps not in (None, len(steps)):
+                raise ValueError(
+                    f"num_inference_steps={num_steps!r}, but timestep_spacing {spacing!r} has"
+                    f" {len(steps)} steps"
+                )
+            return steps
+        checks.check_choice(
+            "timestep_spacing", spacing, (*schedules.SPACINGS, "10,10,20", "ddim50")
+        )
+        num_steps = int(num_steps) if isinstance(num_steps, np.integer) else num_steps
+        checks.check_int("num_inference_steps", num_steps, 1, T)
+        steps = schedules.SPACINGS[spacing](num_steps, T, self.config.steps_offset)
+        self._warn_if_signal_is_missed(int(steps[-1]), spacing)
+        return steps
+
+    def _warn_if_signal_is_missed(self, first: int, spacing: str) -> None:
+        log_alpha_bar = self._log_alphas.cumsum()[[first, -1]]
+        at_start, at_end = np.exp(log_alpha_bar / 2)
+        if at_start - at_end > MAX_SIGNAL_BEYOND_END:
+            checks.warn(
+                f"timestep_spacing {spacing!r} starts at t={first}, where {at_start:.0%} of the"
+                f" signal's amplitude is left (training ends at {at_end:.0%}), but sampling starts"
+                " from pure noise: use 'trailing'"
+            )
+
+    def _follow(self, ascending: Steps, device: torch.device | None = None) -> None:
+        config = self.config
+        self._trajectory = coefficients.Trajectory(
+            self._log_alphas, ascending, config.prediction_type, config.variance_type
+        )
+        self._trajectory.reverse(1.0).on(device or torch.device("cpu"), torch.float32)
+        with torch.inference_mode(False):
+            self.timesteps = torch.from_numpy(ascending[::-1].astype(np.int64)).to(device)
+
+    def previous_timestep(self, timestep: Timestep) -> int:
+        """The timestep that `step` goes to from `timestep`; -1, the clean image, from the last."""
+        position = int(np.searchsorted(self._trajectory.timesteps, int(timestep)))
+        return int(self._trajectory.timesteps[position - 1]) if position else -1
+
+    # Sampling -------------------------------------------------------------------------------------
+
+    def scale_model_input(self, sample: Tensor, timestep: Timestep | None = None) -> Tensor:
+        """The sample as it is: DDPM does not scale what the network sees."""
+        return sample
 
     def step(
         self,
@@ -402,80 +302,132 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         *,
         variance_noise: Tensor | None = None,
         eta: float = 1.0,
-    ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
-        """One step of the reverse process: x_prev from x_t.
+    ) -> GaussianDDPMOutput | tuple[Tensor, Tensor]:
+        """Sample x_prev from p(x_prev | x_t); without noise on the last step of the trajectory.
+
+        Keeps no state and never waits for a device. Under `torch.compile(fullgraph=True)` pass
+        `variance_noise`, and `timestep` as a tensor.
 
         Args:
-            model_output: the network's output at (sample, timestep), shaped like `sample`; twice
-                the channels for the learned variances.
-            timestep: t, an element of the trajectory; an int or a tensor, 0-dim or (B,).
-            sample: x_t, (B, ...).
-            generator: one generator, or one per image, so that an image gets the same noise in
-                any batch.
-            return_dict: return a `DDPMSchedulerOutput`, else the tuple of its two fields.
-            variance_noise: standard normal noise to use instead of drawing it, shaped like `sample`.
-            eta: 1 is DDPM, 0 is deterministic DDIM (2010.02502 eq. 12 and 16), in [0, 1].
+            model_output: the network's output at (sample, timestep), shaped like `sample`; for a
+                learned variance with twice its channels.
+            timestep: an element of the trajectory: an int, or a tensor, 0-dim or (B,).
+            sample: x_t, (B, ...), floating point.
+            generator: one, or a list of one per image, which gives an image the same noise in any
+                batch. A CPU generator serves every device.
+            return_dict: return a `GaussianDDPMOutput`, else a tuple of its two fields.
+            variance_noise: standard normal noise, shaped like `sample`, in place of drawing it.
+            eta: scale of the noise, in [0, 1]: 1 is DDPM, 0 deterministic DDIM (2010.02502, eq. 12
+                and 16).
 
         Returns:
-            `prev_sample` (x_prev) and `pred_original_sample` (the estimate of x_0), in the dtype of
-            `sample`; the arithmetic is at least float32.
+            `prev_sample`, x_prev, and `pred_original_sample`, the estimate of x_0, both (B, ...) in
+            the dtype of `sample`. The arithmetic is at least float32.
+
+        Raises:
+            TypeError, ValueError: for shapes, dtypes and host values that do not fit. A timestep on
+                a device that is not in the trajectory gives NaN: refusing it would cost a sync.
         """
-        dtype = sample.dtype
-        x_t = sample if dtype == torch.float64 else sample.float()
-        row = self._row(timestep, x_t, eta)
+        checks.check_tensor("sample", sample)
+        x_t = at_least_float32(sample)
+        row = self._reverse_row(timestep, x_t, eta)
         output, v = self._split(model_output, x_t)
+        if variance_noise is not None:
+            checks.check_tensor("variance_noise", variance_noise, x_t)
         x_0_hat = self._predict_x_0(output, x_t, row)  # eq. 15
-        if variance_noise is None:
-            x_prev = scaled_noise(x_t, row.std, generator)
-        else:
-            x_prev = variance_noise.to(x_t.dtype) * row.std
-        if v is not None:
-            x_prev *= torch.exp(v * row.log_std_slope + row.log_std)  # 2102.09672 eq. 15
-        add_scaled_(x_prev, row.coef_x_0, x_0_hat)  # eq. 7
-        add_scaled_(x_prev, row.coef_x_t, x_t)
-        x_prev, x_0_hat = x_prev.to(dtype), x_0_hat.to(dtype)
+        x_prev = add_scaled_(x_t * row.coef_x_t, row.coef_x_0, x_0_hat)  # eq. 7
+        if not (isinstance(row.std, float) and row.std == 0.0):
+            noise = draw_noise(x_t, generator) if variance_noise is None else variance_noise
+            if v is not None:
+                noise = noise * row.std_base**v  # 2102.09672, eq. 15
+            add_scaled_(x_prev, row.std, noise)
+        x_prev, x_0_hat = _like(sample, x_prev), _like(sample, x_0_hat)
         if not return_dict:
             return x_prev, x_0_hat
-        return DDPMSchedulerOutput(prev_sample=x_prev, pred_original_sample=x_0_hat)
+        return GaussianDDPMOutput(x_prev, x_0_hat)
 
-    def _row(self, t: Timestep, x_t: Tensor, eta: float) -> Row:
-        if isinstance(t, Tensor):
-            if t.ndim or t.device.type != "cpu" or torch.compiler.is_compiling():
-                return self._trajectory.gathered_row(t, x_t, eta)
-            t = int(t)
-        try:
-            return self._trajectory.row(t, eta)
-        except KeyError:
-            raise ValueError(f"timestep {t} is not in scheduler.timesteps") from None
+    def inverse_step(self, model_output: Tensor, timestep: Timestep, sample: Tensor) -> Tensor:
+        """The way back: x at the next noisier timestep from x_t, as DDIM without noise does it.
+
+        Walking up `timesteps` from their last to their first, with an image in the place of the
+        last x_t, gives the noise that `step(..., eta=0)` turns into that image again.
+
+        Args:
+            model_output: the network's output at (sample, timestep), as for `step`.
+            timestep: an element of the trajectory except its first.
+            sample: x_t, (B, ...), floating point.
+
+        Returns:
+            x at the next noisier timestep, in the dtype of `sample`.
+
+        Source: 2010.02502, eq. 12 at sigma = 0 and section 4.3.
+        """
+        checks.check_tensor("sample", sample)
+        x_t = at_least_float32(sample)
+        inversion = self._trajectory.inversion.at(timestep, x_t)
+        output, _ = self._split(model_output, x_t)
+        x_0_hat = self._predict_x_0(output, x_t, self._reverse_row(timestep, x_t, 0.0))
+        return _like(sample, add_scaled_(x_t * inversion.coef_x_t, inversion.coef_x_0, x_0_hat))
+
+    def _reverse_row(self, t: Timestep, x_t: Tensor, eta: float) -> coefficients.Reverse:
+        if eta != 1.0:
+            checks.check_float("eta", eta, "in [0, 1]", 0.0, 1.0)
+        row: coefficients.Reverse = self._trajectory.reverse(eta).at(t, x_t)
+        return row
 
     def _split(self, model_output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What predicts x_0, and v where the variance is learned."""
         if not self.config.variance_type.startswith("learned"):
-            if model_output.shape != x_t.shape:
-                raise ValueError(
-                    f"model_output has shape {tuple(model_output.shape)}, sample {tuple(x_t.shape)}"
-                )
-            return model_output.to(x_t.dtype), None
-        output, v = model_output.to(x_t.dtype).chunk(2, dim=1)
+            checks.check_tensor("model_output", model_output, x_t)
+            return at_least_float32(model_output), None
+        checks.check_tensor("model_output", model_output, x_t, widen=2)
+        output, v = at_least_float32(model_output).chunk(2, dim=1)
         return output, v
 
-    def _predict_x_0(self, output: Tensor, x_t: Tensor, row: Row) -> Tensor:
-        x_0_hat = output * row.x_0_from_output
-        add_scaled_(x_0_hat, row.x_0_from_x_t, x_t)
-        if self.config.thresholding:
-            return self._threshold(x_0_hat)
-        if self.config.clip_sample:
-            return x_0_hat.clamp_(-self.config.clip_sample_range, self.config.clip_sample_range)
+    def _predict_x_0(self, output: Tensor, x_t: Tensor, row: coefficients.Reverse) -> Tensor:
+        """The estimate of x_0, clipped (eq. 15)."""
+        config = self.config
+        x_0_hat = add_scaled_(output * row.x_0_from_output, row.x_0_from_x_t, x_t)
+        if config.thresholding:
+            return _threshold(x_0_hat, config.dynamic_thresholding_ratio, config.sample_max_value)
+        if config.clip_sample:
+            return x_0_hat.clamp_(-config.clip_sample_range, config.clip_sample_range)
         return x_0_hat
 
-    def _threshold(self, x_0_hat: Tensor) -> Tensor:
-        """Dynamic thresholding: clamp to a quantile s of abs(x_0) per image, divide by s (2205.11487)."""
-        magnitude = x_0_hat.flatten(1).abs()
-        s = torch.quantile(magnitude, self.config.dynamic_thresholding_ratio, dim=1)
-        s = s.clamp(1.0, self.config.sample_max_value).reshape(-1, *(1,) * (x_0_hat.ndim - 1))
-        return x_0_hat.clamp(-s, s) / s
+    def p_mean_variance(self, model_output: Tensor, t: Timestep, x_t: Tensor) -> ReverseGaussian:
+        """p(x_prev | x_t), for every prediction and variance type.
+
+        Args:
+            model_output: the network's output at (x_t, t); twice the channels of x_t for a learned
+                variance.
+            t: elements of the trajectory, an int or (B,).
+            x_t: (B, ...), floating point.
+
+        Returns:
+            mean and estimate of x_0, (B, ...); variance and log_variance, which broadcast. At least
+            float32. At the last step, where `step` adds no noise, the variance of "fixed_small" is
+            0; its log, and log and variance of "fixed_large", are those of beta~ one step before
+            (2102.09672), or of beta_t where the trajectory has only one step.
+
+        Source: eq. 11 and 15; 2102.09672, eq. 15.
+        """
+        checks.check_tensor("x_t", x_t)
+        x_t = at_least_float32(x_t)
+        output, v = self._split(model_output, x_t)
+        row = self._reverse_row(t, x_t, 1.0)
+        x_0_hat = self._predict_x_0(output, x_t, row)
+        mean = add_scaled_(x_t * row.coef_x_t, row.coef_x_0, x_0_hat)  # eq. 7
+        of_t = self._trajectory.reverse_variance.at(t, x_t)
+        variance, log_variance = as_tensor(of_t.variance, x_t), as_tensor(of_t.log_variance, x_t)
+        if v is not None:
+            log_variance = v * of_t.slope + of_t.log_variance
+            variance = log_variance.exp()
+        return ReverseGaussian(mean, variance, log_variance, x_0_hat)
+
+    # Diffusion ------------------------------------------------------------------------------------
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Timestep) -> Tensor:
-        """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise (eq. 4).
+        """x_t from q(x_t | x_0), for given noise (eq. 4).
 
         Args:
             original_samples: x_0, (B, ...), floating point.
@@ -483,65 +435,191 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             timesteps: t in [0, T), an int or (B,).
 
         Returns:
-            x_t, in the dtype of `original_samples`; the arithmetic is at least float32.
+            x_t, in the dtype of `original_samples`. The arithmetic is at least float32.
+
+        Raises:
+            TypeError, ValueError: for tensors that do not fit, or a t on the host outside [0, T).
         """
-        x_0 = original_samples
-        signal, sigma = self._signal_and_sigma(timesteps, x_0)
-        return (x_0 * signal).addcmul_(noise.to(signal.dtype), sigma).to(x_0.dtype)
+        checks.check_tensor("original_samples", original_samples)
+        checks.check_tensor("noise", noise, original_samples)
+        x_0, eps = at_least_float32(original_samples), at_least_float32(noise)
+        q = self._marginal.at(timesteps, x_0)
+        return _like(original_samples, add_scaled_(x_0 * q.signal, q.sigma, eps))
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Timestep) -> Tensor:
-        """v = sqrt(alpha_bar_t) noise - sqrt(1 - alpha_bar_t) x_0 (2202.00512, section 4)."""
-        signal, sigma = self._signal_and_sigma(timesteps, sample)
-        return (noise * signal).sub_(sample * sigma).to(sample.dtype)
+        """v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0, what "v_prediction" learns.
 
-    def _signal_and_sigma(self, t: Timestep, like: Tensor) -> tuple[Tensor, ...]:
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        key = (like.device, dtype)
-        if key not in self._eq_4_on:
-            self._eq_4_on[key] = self._eq_4.to(*key)
-        t = torch.as_tensor(t)
-        if t.device.type == "cpu" and not torch.compiler.is_compiling():
-            if t.numel() and not (0 <= int(t.min()) and int(t.max()) < len(self)):
-                raise ValueError(f"timesteps must be in [0, {len(self)}), got {t.tolist()}")
-        return gather(self._eq_4_on[key], t, like)
+        Args:
+            sample: x_0, (B, ...), floating point.
+            noise: the eps of `add_noise`, same shape.
+            timesteps: t in [0, T), an int or (B,).
 
-    # ------------------------------------------------------------------------------------------
-    # Configuration
+        Returns:
+            v, in the dtype of `sample`.
+
+        Source: 2202.00512, section 4.
+        """
+        checks.check_tensor("sample", sample)
+        checks.check_tensor("noise", noise, sample)
+        x_0, eps = at_least_float32(sample), at_least_float32(noise)
+        q = self._marginal.at(timesteps, x_0)
+        return _like(sample, add_scaled_(eps * q.signal, -q.sigma, x_0))
+
+    def diffuse_one_step(self, x_prev: Tensor, t: Timestep, noise: Tensor) -> Tensor:
+        """x_t from q(x_t | x_prev), for given noise: the recursion that `add_noise` jumps over.
+
+        Args:
+            x_prev: x at the previous element of the trajectory (x_0 before its last), (B, ...).
+            t: elements of the trajectory, an int or (B,).
+            noise: standard normal noise, same shape.
+
+        Returns:
+            x_t, in the dtype of `x_prev`.
+
+        Source: eq. 2.
+        """
+        checks.check_tensor("x_prev", x_prev)
+        checks.check_tensor("noise", noise, x_prev)
+        x, eps = at_least_float32(x_prev), at_least_float32(noise)
+        q = self._trajectory.forward.at(t, x)
+        return _like(x_prev, add_scaled_(x * q.signal, q.sigma, eps))
+
+    def q_mean_variance(self, x_0: Tensor, t: Timestep) -> Gaussian:
+        """q(x_t | x_0): mean (B, ...), variance and its log, which broadcast (eq. 4).
+
+        Args:
+            x_0: clean images, (B, ...), floating point.
+            t: in [0, T), an int or (B,).
+        """
+        checks.check_tensor("x_0", x_0)
+        x_0 = at_least_float32(x_0)
+        q = self._marginal.at(t, x_0)
+        return Gaussian(x_0 * q.signal, as_tensor(q.variance, x_0), as_tensor(q.log_variance, x_0))
+
+    def q_posterior_mean_variance(self, x_0: Tensor, x_t: Tensor, t: Timestep) -> Gaussian:
+        """q(x_prev | x_t, x_0): mean (B, ...), variance and its log, which broadcast.
+
+        Args:
+            x_0: clean images, (B, ...), floating point.
+            x_t: noisy images at t, same shape.
+            t: elements of the trajectory, an int or (B,).
+
+        Returns:
+            The variance is 0 at the last step. Its log is clipped there to that of the step before
+            (2102.09672), or of beta_t where the trajectory has only one step.
+
+        Source: eq. 6 and 7.
+        """
+        checks.check_tensor("x_0", x_0)
+        checks.check_tensor("x_t", x_t, x_0)
+        x_0, x_t = at_least_float32(x_0), at_least_float32(x_t)
+        q = self._trajectory.posterior.at(t, x_0)
+        mean = add_scaled_(x_t * q.coef_x_t, q.coef_x_0, x_0)
+        return Gaussian(mean, as_tensor(q.variance, x_0), as_tensor(q.log_variance, x_0))
+
+    def snr(self, t: Timestep) -> Tensor:
+        """alpha_bar_t / (1 - alpha_bar_t), float32 in the shape of t in [0, T) (2107.00630)."""
+        return self._of_t("snr", t)
+
+    def log_snr(self, t: Timestep) -> Tensor:
+        """Natural log of `snr`: -inf where no signal is left."""
+        return self._of_t("log_snr", t)
+
+    def _of_t(self, field: str, t: Timestep) -> Tensor:
+        like = torch.empty(t.shape, device=t.device) if isinstance(t, Tensor) else torch.empty(())
+        return as_tensor(getattr(self._marginal.at(t, like), field), like)
+
+    # Configuration --------------------------------------------------------------------------------
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in diffusers, but no given value is dropped, and unknown keys are named."""
-        config = {k: v for k, v in config_dict.items() if k != "_use_default_values"}
-        return super().extract_init_dict(config, **kwargs)
+        """As in diffusers; arguments that configurations do not hold can be given by keyword."""
+        own = {name: kwargs.pop(name) for name in cls.ignore_for_config if name in kwargs}
+        init, unused, hidden = super().extract_init_dict(config_dict, **kwargs)
+        return {**init, **own}, unused, hidden
 
     @classmethod
     def from_config(
         cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Any:
-        """As in diffusers; an extension made for other betas or predictions is dropped."""
-        result = super().from_config(config, return_unused_kwargs, **kwargs)
-        scheduler: Self = result[0] if return_unused_kwargs else result
-        scheduler._drop_stale_extension()
-        return result
+        """As in diffusers, with three differences.
 
-    def fingerprint(self) -> str:
-        """What an extension belongs to: betas and prediction type."""
-        digest = hashlib.sha256(self.betas.numpy().tobytes())
-        digest.update(self.config.prediction_type.encode())
-        return digest.hexdigest()[:16]
+        No given value is dropped for standing at another class's default; a key that nobody knows
+        is warned about; an extension made for other betas or another prediction type is left out.
 
-    def _drop_stale_extension(self) -> None:
-        extension = dict(self.config).get("_ddpm_hf")
-        if extension is None or extension.get("fingerprint") in (None, self.fingerprint()):
+        Args:
+            config: configuration of this or of a compatible scheduler.
+            return_unused_kwargs: return the unused keywords, too.
+            kwargs: values that win over those of `config`.
+        """
+        extension = None
+        if isinstance(config, dict):
+            checks.warn_of_unknown_keys(cls, {*config, *kwargs})
+            extension = config.get("_ddpm_hf")
+            ours = ("_ddpm_hf", "_use_default_values")
+            config = {key: value for key, value in config.items() if key not in ours}
+        scheduler, unused = super().from_config(config, return_unused_kwargs=True, **kwargs)
+        scheduler._adopt_extension(extension)
+        return (scheduler, unused) if return_unused_kwargs else scheduler
+
+    def _adopt_extension(self, extension: Any) -> None:
+        if extension is None:
             return
-        config = {k: v for k, v in self.config.items() if k != "_ddpm_hf"}
-        del self._internal_dict
-        self.register_to_config(**config)
-        warnings.warn("the extension in `_ddpm_hf` was dropped: betas changed", stacklevel=3)
+        if isinstance(extension, dict) and extension.get("fingerprint") == self._fingerprint:
+            self._keep_extension({**extension, **self.config.get("_ddpm_hf", {})})
+        else:
+            checks.warn(
+                "the configuration's `_ddpm_hf` was made for other betas or another prediction_type"
+                " and is left out"
+            )
+
+    def _keep_extension(self, extension: dict[str, Any]) -> None:
+        """Under one key with an underscore, which stock diffusers carries along unread."""
+        mark = {"format_version": EXTENSION_FORMAT_VERSION, "fingerprint": self._fingerprint}
+        self.register_to_config(_ddpm_hf={**mark, **extension})
 
     def to_json_string(self) -> str:
-        """The configuration as JSON, under the class name that stock diffusers loads."""
+        """The configuration, under the class name that stock diffusers loads."""
         config = json.loads(super().to_json_string())
-        return (
-            json.dumps(config | {"_class_name": "DDPMScheduler"}, indent=2, sort_keys=True) + "\n"
-        )
+        config["_class_name"] = "DDPMScheduler"
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+# Arithmetic ---------------------------------------------------------------------------------------
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x in the dtype that the mathematics is done in."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _like(sample: Tensor, x: Tensor) -> Tensor:
+    return x if x.dtype == sample.dtype else x.to(sample.dtype)
+
+
+def draw_noise(like: Tensor, generator: Generators) -> Tensor:
+    """Standard normal noise shaped like `like`, contiguous: the same for every memory format.
+
+    Args:
+        like: gives shape, dtype and device.
+        generator: one, or one per image; a CPU generator serves every device.
+    """
+    if generator is None:
+        return torch.empty_like(like, memory_format=torch.contiguous_format).normal_()
+    if isinstance(generator, torch.Generator):
+        noise = torch.empty(like.shape, dtype=like.dtype, device=generator.device)
+        return noise.normal_(generator=generator).to(like.device)
+    checks.check_generators(generator, like)
+    return torch.stack([draw_noise(x, g) for x, g in zip(like, generator, strict=True)])
+
+
+def _threshold(x_0_hat: Tensor, ratio: float, max_value: float) -> Tensor:
+    """Clamp to the quantile s of abs(x_0) of each image, in [1, max_value]; divide by s."""
+    s = torch.quantile(x_0_hat.flatten(1).abs(), ratio, dim=1).clamp(1.0, max_value)
+    s = s.reshape(-1, *(1,) * (x_0_hat.ndim - 1))
+    return x_0_hat.clamp(-s, s) / s
+
+
+def _fingerprint(betas: Array, prediction_type: str) -> str:
+    """What an extension belongs to; of float32, since libms differ in the last bit of float64."""
+    return hashlib.sha256(betas.astype("<f4").tobytes() + prediction_type.encode()).hexdigest()[:16]

@@ -1,0 +1,191 @@
+"""What the scheduler refuses, naming argument, value and choices. Travels with the weights.
+
+Nothing here reads a tensor's values, except of what is on the CPU anyway: no check costs a sync.
+"""
+
+import difflib
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import coefficients_ddpm_hf as coefficients
+from . import schedules_ddpm_hf as schedules
+
+MAX_TRAIN_TIMESTEPS = 100_000
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+VARIANCE_TYPES = (
+    "fixed_small",
+    "fixed_small_log",
+    "fixed_large",
+    "fixed_large_log",
+    "learned",
+    "learned_range",
+)
+# Open intervals, closed at the neighbouring float.
+ABOVE_0, BELOW_1 = float(np.nextafter(0, 1)), float(np.nextafter(1, 0))
+FINITE = sys.float_info.max
+
+Array = schedules.Array
+Steps = schedules.Steps
+
+
+def warn(message: str) -> None:
+    """Warn at the first line outside of this folder and of diffusers: the line to change."""
+    inside = (os.path.dirname(__file__), os.path.dirname(diffusers.__file__))
+    level = 1
+    while sys._getframe(level).f_code.co_filename.startswith(inside):
+        level += 1
+    warnings.warn(message, stacklevel=level + 1)
+
+
+def warn_of_unknown_keys(cls: Any, keys: Iterable[str]) -> None:
+    known = cls._get_init_keys(cls)
+    unknown = {key for key in keys if key not in known and not key.startswith("_")}
+    if unknown:
+        known = known.union(*map(cls._get_init_keys, cls._get_compatibles()))
+    for key in sorted(unknown - known):
+        close = difflib.get_close_matches(key, known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        warn(f"{key!r} is no configuration key of {cls.__name__} and has no effect{hint}")
+
+
+def check_config(config: Any) -> None:
+    """Refuse a configuration that could not sample."""
+    T = config.num_train_timesteps
+    check_int("num_train_timesteps", T, 1, MAX_TRAIN_TIMESTEPS)
+    check_int("steps_offset", config.steps_offset, 0, T - 1)
+    for name, wanted, low, high in (
+        ("beta_start", "in (0, 1)", ABOVE_0, BELOW_1),
+        ("beta_end", "in (0, 1)", ABOVE_0, BELOW_1),
+        ("dynamic_thresholding_ratio", "in (0, 1]", ABOVE_0, 1.0),
+        ("clip_sample_range", "above 0", ABOVE_0, FINITE),
+        ("sample_max_value", "of at least 1", 1.0, FINITE),
+    ):
+        check_float(name, config[name], wanted, low, high)
+    for name, choices in (
+        ("beta_schedule", sorted(schedules.BETA_SCHEDULES)),
+        ("variance_type", VARIANCE_TYPES),
+        ("prediction_type", PREDICTION_TYPES),
+        ("timestep_spacing", schedules.STOCK_SPACINGS),
+    ):
+        check_choice(name, config[name], choices)
+    for name in ("clip_sample", "thresholding", "rescale_betas_zero_snr"):
+        if not isinstance(config[name], bool):
+            raise TypeError(f"{name} must be True or False, got {config[name]!r}")
+    if config.rescale_betas_zero_snr and T == 1:
+        raise ValueError("rescale_betas_zero_snr needs num_train_timesteps of at least 2, got 1")
+    if config.thresholding and config.clip_sample_range != 1:
+        raise ValueError(
+            "thresholding is for data in [-1, 1] and contradicts clip_sample_range="
+            f"{config.clip_sample_range!r}: turn it off for latents and other data"
+        )
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def check_int(name: str, value: Any, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int in {low}..{high}, got {value!r}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be an int in {low}..{high}, got {value!r}")
+
+
+def check_float(name: str, value: Any, wanted: str, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number {wanted}, got {value!r}")
+    if not low <= value <= high:  # NaN compares false
+        raise ValueError(f"{name} must be a number {wanted}, got {value!r}")
+
+
+def check_schedule_params(name: str, params: Any) -> dict[str, float]:
+    known = schedules.schedule_parameters(name)
+    if not isinstance(params, dict) or params.keys() - known.keys():
+        allowed = ", ".join(map(repr, known)) or "nothing"
+        raise ValueError(f"beta_schedule_params of {name!r} may hold {allowed}; got {params!r}")
+    for key, value in params.items():
+        check_float(f"beta_schedule_params[{key!r}]", value, "that is finite", -FINITE, FINITE)
+    return {**known, **params}
+
+
+def check_betas(name: str, given: Any, num_train_timesteps: int) -> Array:
+    values = given.detach().cpu().numpy() if isinstance(given, Tensor) else given
+    try:
+        betas: Array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a list of numbers, got {given!r:.200}") from None
+    if betas.shape != (num_train_timesteps,):
+        raise ValueError(
+            f"{name} must hold num_train_timesteps={num_train_timesteps} values, got shape"
+            f" {betas.shape}"
+        )
+    good = (betas > 0) & (betas < 1)
+    good[-1] |= betas[-1] == 1
+    if not good.all():
+        bad = int(np.argmin(good))
+        raise ValueError(f"{name} must be in (0, 1); got {betas[bad]} at t={bad}")
+    return betas
+
+
+def check_timesteps(timesteps: Any, num_train_timesteps: int) -> Steps:
+    """A custom trajectory, ascending."""
+    values = timesteps.tolist() if hasattr(timesteps, "tolist") else timesteps
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise TypeError(f"timesteps must be a sequence of integers, got {timesteps!r}")
+    steps = [coefficients.host_timestep(t) for t in values]
+    falling = all(a > b for a, b in pairwise(steps))
+    if not steps or not falling or steps[0] >= num_train_timesteps or steps[-1] < 0:
+        raise ValueError(
+            f"timesteps must be strictly descending integers in 0..{num_train_timesteps - 1},"
+            f" at least one; got {steps}"
+        )
+    return np.array(steps[::-1], dtype=np.int64)
+
+
+def check_device(device: Any) -> torch.device | None:
+    try:
+        return None if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must be a torch device, got {device!r}: {error}") from None
+
+
+def check_tensor(name: str, x: Any, like: Tensor | None = None, widen: int = 1) -> None:
+    """A floating-point tensor, shaped like `like` but with `widen` times the channels."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name} must be a floating-point tensor, got {got}")
+    if like is None:
+        return
+    shape = like.shape if widen == 1 else (len(like), widen * like.shape[1], *like.shape[2:])
+    if x.shape != shape:
+        raise ValueError(
+            f"{name} must have shape {tuple(shape)} to fit {tuple(like.shape)} and the variance"
+            f" type, got {tuple(x.shape)}"
+        )
+    if x.device != like.device:
+        raise ValueError(f"{name} must be on {like.device} as the sample is, got {x.device}")
+
+
+def check_generators(generators: Any, sample: Tensor) -> None:
+    """One generator per image."""
+    if not isinstance(generators, list | tuple) or not all(
+        isinstance(generator, torch.Generator) for generator in generators
+    ):
+        raise TypeError(
+            f"generator must be a torch.Generator or a list of them, got {generators!r}"
+        )
+    if len(generators) != len(sample):
+        raise ValueError(
+            f"generator must be one or {len(sample)}, one per image; got a list of"
+            f" {len(generators)}"
+        )

@@ -1,0 +1,317 @@
+"""What follows from betas and timesteps: the coefficients of DDPM's distributions (2006.11239).
+
+Derived in float64 from log(1 - beta), where nothing cancels, and rounded once, to the dtype of the
+sample. Notation as in `scheduling_ddpm_hf.py`, beside which this file travels with the weights.
+"""
+
+import operator
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+Steps = np.ndarray[Any, np.dtype[np.int64]]
+Timestep = int | Tensor
+# A number where the timestep is known on the host, else a tensor that broadcasts with the sample.
+Coef = Any
+
+
+class Marginal(NamedTuple):
+    """q(x_t | x_0): x_t = signal x_0 + sigma eps (eq. 4)."""
+
+    signal: Coef
+    sigma: Coef
+    variance: Coef
+    log_variance: Coef
+    snr: Coef
+    log_snr: Coef
+
+
+class Forward(NamedTuple):
+    """q(x_t | x_prev): x_t = signal x_prev + sigma eps (eq. 2)."""
+
+    signal: Coef
+    sigma: Coef
+
+
+class Posterior(NamedTuple):
+    """q(x_prev | x_t, x_0) (eq. 7)."""
+
+    coef_x_0: Coef
+    coef_x_t: Coef
+    variance: Coef
+    log_variance: Coef
+
+
+class Reverse(NamedTuple):
+    """One step of sampling; std is `std * std_base ** v` where the network gives v."""
+
+    x_0_from_output: Coef
+    x_0_from_x_t: Coef
+    coef_x_0: Coef
+    coef_x_t: Coef
+    std: Coef
+    std_base: Coef
+
+
+class ReverseVariance(NamedTuple):
+    """Variance of p(x_prev | x_t); its log is `log_variance + slope * v` with a network's v."""
+
+    variance: Coef
+    log_variance: Coef
+    slope: Coef
+
+
+class Inversion(NamedTuple):
+    """x_next = coef_x_0 x_0 + coef_x_t x_t, the noiseless step to the next noisier timestep."""
+
+    coef_x_0: Coef
+    coef_x_t: Coef
+
+
+# Kept as 0-dim tensors on the host: x * number costs three times as much (4.3 us on a CPU).
+FACTORS = ("x_0_from_output", "coef_x_t")
+
+
+class Table:
+    """Coefficients by timestep, for a timestep on the host or on a device.
+
+    Args:
+        columns: a named tuple of arrays, (K,) float64.
+        timesteps: where the columns stand, (K,) in [0, T).
+        num_train_timesteps: T.
+        known_as: how an error names the timesteps.
+    """
+
+    @torch.inference_mode(False)  # a table made while sampling must serve training later
+    def __init__(self, columns: Any, timesteps: Steps, num_train_timesteps: int, known_as: str):
+        self.row_type = type(columns)
+        self.timesteps = timesteps
+        self._known, self._known_as = frozenset(timesteps.tolist()), known_as
+        # On a device a wrong timestep cannot be refused without waiting: it gives NaN.
+        table = np.full((num_train_timesteps, len(columns)), np.nan)
+        table[timesteps] = np.stack(columns, axis=1)
+        self._float64 = torch.from_numpy(table)
+        self._on: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._rows: dict[torch.dtype, dict[int, Any]] = {}
+
+    def at(self, t: Timestep, like: Tensor) -> Any:
+        """The row of `t`: numbers for a `t` on the host, else tensors that broadcast with `like`.
+
+        Raises:
+            ValueError: if a `t` on the host is not in the table, or `t` is no (B,) for this batch.
+            TypeError: if `t` is no integer.
+        """
+        on_device = isinstance(t, Tensor) and (t.ndim > 0 or t.device.type != "cpu")
+        if on_device or torch.compiler.is_compiling():
+            return self._gather(t, like)
+        row = self._host_rows(like.dtype).get(host_timestep(t))
+        return row if row is not None else self._refuse([int(t)])
+
+    def _host_rows(self, dtype: torch.dtype) -> dict[int, Any]:
+        if dtype not in self._rows:
+            with torch.inference_mode(False):
+                columns = self.on(torch.device("cpu"), dtype)[self.timesteps].T
+                named = zip(self.row_type._fields, columns, strict=True)
+                values = [c.unbind() if name in FACTORS else c.tolist() for name, c in named]
+            rows = map(self.row_type, *values)
+            self._rows[dtype] = dict(zip(self.timesteps.tolist(), rows, strict=True))
+        return self._rows[dtype]
+
+    def _gather(self, t: Timestep, like: Tensor) -> Any:
+        t = t if isinstance(t, Tensor) else torch.full((), t, device=like.device)
+        self._check(t, like)
+        rows = torch.nn.functional.embedding(t.to(like.device), self.on(like.device, like.dtype))
+        if t.ndim:
+            rows = rows.reshape(len(t), -1, *(1,) * (like.ndim - 1))
+        return self.row_type(*rows.unbind(t.ndim))
+
+    def on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The table as (T, n), moved once per device and dtype."""
+        key = (device, dtype)
+        if key not in self._on:
+            with torch.inference_mode(False):
+                self._on[key] = self._float64.to(dtype).to(device)
+        return self._on[key]
+
+    def _check(self, t: Tensor, like: Tensor) -> None:
+        if t.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"timestep must be of dtype int64 or int32, got {t.dtype}")
+        if t.ndim > 1 or (t.ndim == 1 and len(t) not in (1, len(like))):
+            raise ValueError(
+                f"timestep must be one integer or one per image, ({len(like)},):"
+                f" got shape {tuple(t.shape)}"
+            )
+        if t.device.type == "cpu" and not torch.compiler.is_compiling():
+            wrong = set(t.tolist()) - self._known
+            if wrong:
+                self._refuse(sorted(wrong))
+
+    def _refuse(self, wrong: list[int]) -> None:
+        raise ValueError(f"timestep must be in {self._known_as}, got {wrong}")
+
+
+def host_timestep(t: Any) -> int:
+    """A timestep known on the host as an int; `tolist` of a CPU tensor dispatches no op."""
+    if type(t) is int:
+        return t
+    value = t.tolist() if isinstance(t, Tensor) else t
+    if isinstance(value, bool | np.bool_) or not hasattr(value, "__index__"):
+        raise TypeError(f"timestep must be an integer or a tensor of integers, got {t!r}")
+    return operator.index(value)
+
+
+class Trajectory:
+    """Everything that depends on which timesteps are visited, derived in float64.
+
+    Args:
+        log_alphas: log(1 - beta) of the training schedule, (T,).
+        timesteps: visited timesteps, ascending; (K,) in [0, T).
+        prediction_type: what the network predicts.
+        variance_type: the reverse variance.
+    """
+
+    def __init__(
+        self, log_alphas: Array, timesteps: Steps, prediction_type: str, variance_type: str
+    ) -> None:
+        self.timesteps, self.num_train_timesteps = timesteps, len(log_alphas)
+        self.prediction_type, self.variance_type = prediction_type, variance_type
+        self.log_alpha_bar = log_alphas.cumsum()[timesteps]
+        self.log_alpha_bar_prev = np.concatenate([[0.0], self.log_alpha_bar[:-1]])
+        # log(alpha_bar_t / alpha_bar_prev), summed: their difference loses digits where both are
+        # large.
+        first_of_segment = np.concatenate([[0], timesteps[:-1] + 1])
+        self.log_alpha = np.add.reduceat(log_alphas[: timesteps[-1] + 1], first_of_segment)
+        self.beta = -np.expm1(self.log_alpha)
+        # (1 - alpha_bar_prev) / (1 - alpha_bar_t)
+        self.noise_ratio = np.expm1(self.log_alpha_bar_prev) / np.expm1(self.log_alpha_bar)
+        self._reverse: dict[float, Table] = {}
+
+    def _table(self, columns: Any) -> Table:
+        steps = self.timesteps
+        known_as = f"scheduler.timesteps ({len(steps)} values, {steps[-1]} to {steps[0]})"
+        return Table(columns, steps, self.num_train_timesteps, known_as)
+
+    @cached_property
+    def forward(self) -> Table:
+        """One step of diffusion."""
+        return self._table(Forward(np.exp(self.log_alpha / 2), np.sqrt(self.beta)))
+
+    @cached_property
+    def posterior(self) -> Table:
+        """The posterior of one step."""
+        variance, log_variance = self._posterior_variance()
+        return self._table(Posterior(*self._mean_coefficients(1.0), variance, log_variance))
+
+    @cached_property
+    def reverse_variance(self) -> Table:
+        """The variance of one reverse step."""
+        return self._table(self._reverse_variance())
+
+    @cached_property
+    def inversion(self) -> Table:
+        """DDIM's step upwards (2010.02502, eq. 12 at sigma = 0, from t to its next noisier)."""
+        signal = np.exp(self.log_alpha_bar / 2)
+        sigma = np.sqrt(-np.expm1(self.log_alpha_bar))
+        coef_x_t = sigma[1:] / sigma[:-1]
+        columns = Inversion(signal[1:] - coef_x_t * signal[:-1], coef_x_t)
+        steps = self.timesteps[:-1]
+        return Table(columns, steps, self.num_train_timesteps, "scheduler.timesteps[1:]")
+
+    def reverse(self, eta: float) -> Table:
+        """All that `step` needs, for this `eta`."""
+        if eta not in self._reverse:
+            self._reverse[eta] = self._table(
+                Reverse(*self._x_0_coefficients(), *self._mean_coefficients(eta), *self._std(eta))
+            )
+        return self._reverse[eta]
+
+    def _posterior_variance(self) -> tuple[Array, Array]:
+        """beta~_t of eq. 7 and its log, the last step's 0 replaced by its neighbour (2102.09672).
+
+        On a trajectory of one step there is no neighbour: its log is that of beta_t.
+        """
+        variance = self.noise_ratio * self.beta
+        neighbour = variance[1] if len(variance) > 1 else self.beta[0]
+        return variance, np.log(np.concatenate([[neighbour], variance[1:]]))
+
+    def _mean_coefficients(self, eta: float) -> tuple[Array, Array]:
+        """coef_x_0 and coef_x_t of eq. 7; for eta < 1 of 2010.02502, eq. 12 and 16.
+
+        Eq. 12 with eps written by x_t and x_0. Let g = alpha_t (1 - alpha_bar_prev) /
+        (1 - alpha_bar_t); then with eq. 16 1 - alpha_bar_prev - sigma^2 = (1 - alpha_bar_prev) k.
+        """
+        g = np.exp(self.log_alpha) * self.noise_ratio
+        one_minus_g = self.beta / -np.expm1(self.log_alpha_bar)
+        k = (1 - eta**2) + eta**2 * g
+        coef_x_0 = np.exp(self.log_alpha_bar_prev / 2) * one_minus_g
+        # sqrt(alpha_bar_prev) - coef_x_t sqrt(alpha_bar_t) without its difference; 1 at eta = 1.
+        coef_x_0 *= (1 + eta**2 * g) / (1 + np.sqrt(g * k))
+        return coef_x_0, np.sqrt(self.noise_ratio * k)
+
+    def _x_0_coefficients(self) -> tuple[Array, Array]:
+        """x_0 = first * output + second * x_t: eq. 15; for v 2202.00512, appendix D."""
+        signal = np.exp(self.log_alpha_bar / 2)
+        sigma = np.sqrt(-np.expm1(self.log_alpha_bar))
+        if self.prediction_type == "epsilon":
+            return -sigma / signal, 1 / signal
+        if self.prediction_type == "v_prediction":
+            return -sigma, signal
+        return np.ones_like(sigma), np.zeros_like(sigma)
+
+    def _reverse_variance(self) -> ReverseVariance:
+        """Variance, log and slope; at the last step "fixed_large" is the neighbour's beta~, too."""
+        (small, log_small), log_large = self._posterior_variance(), np.log(self.beta)
+        zero, one = np.zeros_like(small), np.ones_like(small)
+        if self.variance_type.startswith("fixed_small"):
+            return ReverseVariance(small, log_small, zero)
+        if self.variance_type.startswith("fixed_large"):
+            log_var = np.concatenate([log_small[:1], log_large[1:]])
+            return ReverseVariance(np.exp(log_var), log_var, zero)
+        if self.variance_type == "learned":
+            return ReverseVariance(one, zero, one)
+        mid, half = (log_large + log_small) / 2, (log_large - log_small) / 2  # 2102.09672, eq. 15
+        return ReverseVariance(np.exp(mid), mid, half)
+
+    def _std(self, eta: float) -> tuple[Array, Array]:
+        _, log_var, slope = self._reverse_variance()
+        std = eta * np.exp(log_var / 2)
+        std[0] = 0.0  # the trajectory ends in the mean
+        return std, np.exp(slope / 2)
+
+
+def marginal(log_alphas: Array) -> Table:
+    """Coefficients of q(x_t | x_0) for every timestep.
+
+    Args:
+        log_alphas: log(1 - beta), (T,).
+    """
+    log_signal_var = log_alphas.cumsum()
+    variance = -np.expm1(log_signal_var)
+    log_variance = np.log(variance)
+    log_snr = log_signal_var - log_variance
+    columns = Marginal(
+        signal=np.exp(log_signal_var / 2),
+        sigma=np.sqrt(variance),
+        variance=variance,
+        log_variance=log_variance,
+        snr=np.exp(log_snr),
+        log_snr=log_snr,
+    )
+    T = len(log_alphas)
+    return Table(columns, np.arange(T), T, f"0..{T - 1}")
+
+
+def add_scaled_(total: Tensor, coef: Coef, x: Tensor) -> Tensor:
+    """total += coef * x in one pass; the same bits for a number and for a tensor."""
+    return total.addcmul_(x, coef) if isinstance(coef, Tensor) else total.add_(x, alpha=coef)
+
+
+def as_tensor(coef: Coef, like: Tensor) -> Tensor:
+    """A coefficient as a tensor that broadcasts with `like`."""
+    if isinstance(coef, Tensor):
+        return coef
+    return torch.full((1,) * like.ndim, coef, dtype=like.dtype, device=like.device)
