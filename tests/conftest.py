@@ -7,7 +7,10 @@ import sys
 import tempfile
 from ipaddress import ip_address
 
-# Set before torch and the Hugging Face clients are imported: they read it then. Child processes inherit it.
+import pytest
+
+# Before torch and the Hugging Face clients are imported, for they read it then; child processes
+# inherit it.
 _CACHE = tempfile.mkdtemp(prefix="ddpm-hf-tests-")
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 os.environ |= {
@@ -19,11 +22,14 @@ os.environ |= {
     "OMP_NUM_THREADS": "1",
     "TORCHINDUCTOR_CACHE_DIR": f"{_CACHE}/inductor",
 }
-for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_ENDPOINT"):
+for name in (
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "HF_HUB_CACHE",
+    "HF_DATASETS_CACHE",
+    "HF_ENDPOINT",
+):
     os.environ.pop(name, None)
-
-import pytest
-import torch
 
 
 def _is_loopback(host: str | bytes | None) -> bool:
@@ -37,7 +43,7 @@ def _is_loopback(host: str | bytes | None) -> bool:
 
 
 def _refuse_the_network(event: str, args: tuple) -> None:
-    """Audit hook: nothing in Python can look up or reach another machine, whatever client it uses."""
+    """Audit hook: no client written in Python can look up or reach another machine."""
     if event == "socket.getaddrinfo":
         host = args[0]
     elif event in ("socket.connect", "socket.sendto") and isinstance(args[1], tuple):
@@ -53,5 +59,7 @@ sys.addaudithook(_refuse_the_network)
 
 @pytest.fixture(autouse=True, scope="session")
 def deterministic_torch():
+    import torch
+
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)

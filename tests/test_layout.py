@@ -1,0 +1,180 @@
+"""Rules of the house that a reader of one file cannot see, held by reading the source."""
+
+import ast
+import re
+import statistics
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "ddpm_hf"
+MODULES = sorted(SOURCE.rglob("*.py"))
+# From the ground up: a module imports from its own layer and those below. A package stands for all
+# of its modules.
+LAYERS = (
+    {"schedules_ddpm_hf", "coefficients_ddpm_hf", "randomness"},
+    {"scheduling_ddpm_hf"},
+    {"portable_ddpm_hf", "pipeline_ddpm_hf", "losses", "data"},
+    {"pictures", "model_card", "hub", "hub_retry", "hub_background"},
+    {"training"},
+    {"cli", "training.__main__"},
+)
+# What a file that travels with the weights may rely on: nothing that stock diffusers lacks.
+TRAVELLERS = sorted(SOURCE.glob("*_ddpm_hf.py"))
+TRAVEL_WITH = {"torch", "numpy", "PIL", "diffusers", "huggingface_hub", "safetensors"}
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__")
+
+
+NAMES = {module_name(path): path for path in MODULES}
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def imported_names(path: Path) -> Iterator[str]:
+    """Dotted names of all that a file imports, in functions too; `from a import b` is a.b."""
+    package = ["ddpm_hf", *path.relative_to(SOURCE).parts[:-1]]
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            prefix = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (f"{prefix}.{alias.name}" for alias in node.names)
+
+
+def our_imports(path: Path) -> set[str]:
+    """Modules of this package that a file imports; a name of the package itself is none."""
+    found = set()
+    for name in imported_names(path):
+        parts = name.split(".")
+        if parts[0] == "ddpm_hf":
+            ends = range(len(parts), 1, -1)
+            found |= {next((n for n in (".".join(parts[1:end]) for end in ends) if n in NAMES), "")}
+    return found - {"", module_name(path)}
+
+
+def layer(name: str) -> int:
+    for candidate in (name, name.split(".")[0]):
+        for rank, members in enumerate(LAYERS):
+            if candidate in members:
+                return rank
+    raise AssertionError(f"give {name} its place in LAYERS")
+
+
+def test_imports_point_from_the_command_line_down_to_the_mathematics():
+    upward = {
+        f"{name} -> {other}"
+        for name in NAMES.keys() - {"__init__"}
+        for other in our_imports(NAMES[name])
+        if layer(other) > layer(name)
+    }
+    assert upward == set()
+
+
+def test_no_module_imports_itself_through_others():
+    # __init__ names every public module, and loads none of them before it is asked.
+    graph = {name: our_imports(path) for name, path in NAMES.items() if name != "__init__"}
+    TopologicalSorter(graph).prepare()
+
+
+def test_a_file_that_travels_with_the_weights_needs_only_what_its_reader_has():
+    """The copies lie side by side, where only `from . import` finds them."""
+    reliable = TRAVEL_WITH | sys.stdlib_module_names
+    foreign = {
+        f"{path.name}: {name}"
+        for path in TRAVELLERS
+        for name in imported_names(path)
+        if name.split(".")[0] not in reliable and not re.match(r"ddpm_hf\.\w+_ddpm_hf\b", name)
+    }
+    assert foreign == set()
+    absolute = {
+        f"{path.name}:{node.lineno}"
+        for path in TRAVELLERS
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.ImportFrom) and not node.level
+        if (node.module or "").startswith("ddpm_hf")
+    }
+    assert absolute == set()
+
+
+def test_a_check_of_input_is_no_assert():
+    """`python -O` drops asserts, and an AssertionError tells a user nothing."""
+    asserts = {
+        f"{path.name}:{node.lineno}"
+        for path in MODULES
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.Assert)
+    }
+    assert asserts == set()
+
+
+def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef, source: list[str]) -> int:
+    """Lines of a function that hold code: no docstring, no blank line, no comment."""
+    documented = ast.get_docstring(function) is not None
+    docstring = range(function.body[0].lineno, function.body[0].end_lineno + 1)
+    lines = range(function.lineno, function.end_lineno + 1)
+    code = (source[n - 1].strip() for n in lines if not (documented and n in docstring))
+    return sum(bool(line) and not line.startswith("#") for line in code)
+
+
+def test_functions_are_short():
+    lengths = {
+        f"{module_name(path)}.{node.name}:{node.lineno}": code_lines(node, source)
+        for path in MODULES
+        for source in [path.read_text(encoding="utf-8").splitlines()]
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    assert {name: n for name, n in lengths.items() if n > 80} == {}
+    assert statistics.quantiles(lengths.values(), n=10)[-1] <= 30
+    assert statistics.median(lengths.values()) <= 8
+
+
+def undocumented(body: list[ast.stmt], prefix: str) -> Iterator[str]:
+    for node in body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+            if ast.get_docstring(node) is None:
+                yield prefix + node.name
+            if isinstance(node, ast.ClassDef):
+                yield from undocumented(node.body, f"{prefix}{node.name}.")
+
+
+def test_everything_public_is_documented():
+    assert [str(path) for path in MODULES if not ast.get_docstring(parse(path))] == []
+    missing = {
+        f"{module_name(path)}.{name}"
+        for path in MODULES
+        for name in undocumented(parse(path).body, "")
+    }
+    assert missing == set()
+
+
+def written_files() -> list[Path]:
+    """What people wrote: code, prose and configuration, without the licence and the pictures."""
+    folders = (ROOT / name for name in ("src", "tests", "training", ".ci", ".github"))
+    files = [*ROOT.glob("*"), *(path for folder in folders for path in folder.rglob("*"))]
+    kinds = {".py", ".md", ".toml", ".yaml", ".yml", ".sh", ".txt", ".json", ""}
+    return [path for path in files if path.is_file() and path.suffix in kinds]
+
+
+def test_no_file_names_the_machine_it_was_written_on():
+    machine = re.compile(r"/(work|root)/|\.\./shared|/tmp/\w/|index-url|find-links|/etc/xdg")
+    named = {
+        f"{path.relative_to(ROOT)}: {match[0]}"
+        for path in written_files()
+        if path != Path(__file__)
+        for match in machine.finditer(path.read_text(encoding="utf-8"))
+    }
+    assert named == set()
+
+
+def test_code_is_ascii():
+    code = [path for path in written_files() if path.suffix not in {".md", ".json"}]
+    assert [str(path) for path in code if not path.read_text(encoding="utf-8").isascii()] == []

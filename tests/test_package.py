@@ -1,0 +1,199 @@
+"""What a user installs and launches: wheel, sdist, command, launcher configurations."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tarfile
+import tomllib
+import venv
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from packaging.metadata import Metadata
+from packaging.requirements import Requirement
+from packaging.version import Version
+from PIL import Image
+
+import ddpm_hf
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src"
+LAUNCHERS = sorted((ROOT / "training" / "accelerate").glob("*.yaml"))
+# Runs in each process of a launch; a sum over the processes proves that they found each other.
+PROBE = """
+import json, torch
+from accelerate import Accelerator
+accelerator = Accelerator()
+number = int(accelerator.reduce(torch.ones(())))
+if accelerator.is_main_process:
+    print(json.dumps([number, accelerator.device.type, accelerator.mixed_precision]))
+accelerator.end_training()
+"""
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> str:
+    """Standard output of a command that must succeed."""
+    done = subprocess.run(
+        list(map(str, command)),
+        cwd=cwd,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """An sdist, and the wheel made from it, as a release makes them."""
+    folder = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, cwd=ROOT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def installed(built, tmp_path_factory):
+    """A bare environment that holds the wheel; its dependencies are those of this environment."""
+    folder = tmp_path_factory.mktemp("bare")
+    venv.create(folder, symlinks=True)
+    python = folder / "bin" / "python"
+    pip = (sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-index")
+    run(*pip, "--no-deps", *built.glob("*.whl"), cwd=folder)
+    (site,) = folder.glob("lib/python*/site-packages")
+    # A path file inside this folder is not read, so the editable install of the sources stays out.
+    others = [path for path in sys.path if path.endswith("site-packages")]
+    (site / "dependencies.pth").write_text("\n".join(others))
+    return folder / "bin"
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_and_nothing_else(built):
+    (wheel,) = built.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    sources = (path for path in (SOURCE / "ddpm_hf").rglob("*") if path.is_file())
+    expected = {str(path.relative_to(SOURCE)) for path in sources if path.suffix != ".pyc"}
+    assert names == expected
+    assert {"ddpm_hf/py.typed", "ddpm_hf/model_card_template.md"} <= names
+
+
+@pytest.mark.slow
+def test_the_sdist_holds_what_tests_and_builds_the_package(built):
+    (sdist,) = built.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames()}
+    needed = {"pyproject.toml", "constraints.txt", "Makefile", "README.md", "LICENSE"}
+    assert needed | {"src/ddpm_hf/py.typed", "tests/conftest.py", "training/train.py"} <= names
+    assert not [
+        name for name in names if "__pycache__" in name or name.startswith((".venv", "runs"))
+    ]
+
+
+@pytest.mark.slow
+def test_the_metadata_are_what_an_index_accepts(built):
+    (wheel,) = built.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (file,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = Metadata.from_email(archive.read(file), validate=True)
+    assert metadata.name == "ddpm-hf"
+    assert metadata.version == Version(ddpm_hf.__version__)
+    assert metadata.license_expression == "Apache-2.0"
+    assert set(metadata.provides_extra) == {"eval", "app", "dev", "all"}
+    needed = {r.name for r in metadata.requires_dist if r.marker is None}
+    hub = {"diffusers", "transformers", "accelerate", "torch", "datasets", "huggingface-hub"}
+    assert needed == hub
+
+
+@pytest.mark.slow
+def test_the_installed_wheel_trains_and_samples(installed, tmp_path):
+    (tmp_path / "photos").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{i}.png")
+    where = "import ddpm_hf; print(ddpm_hf.__file__)"
+    home = run(installed / "python", "-c", where, cwd=tmp_path).strip()
+    assert Path(home).is_relative_to(installed.parent)
+    train = "train photos --output-dir run --max-train-steps 2 --batch-size 4 --num-samples 0"
+    run(installed / "ddpm-hf", *train.split(), cwd=tmp_path)
+    sample = "sample run/model --num-images 2 --num-inference-steps 2 --output two.png"
+    run(installed / "ddpm-hf", *sample.split(), cwd=tmp_path)
+    assert Image.open(tmp_path / "two.png").mode == "RGB"
+    assert (tmp_path / "run" / "model" / "README.md").read_text().startswith("---")
+
+
+@pytest.mark.slow
+def test_help_comes_without_loading_torch(tmp_path):
+    program = """if True:
+        import sys
+        from ddpm_hf.cli import main
+        try:
+            main(["--help"])
+        except SystemExit as stop:
+            assert not stop.code
+        print(*sorted(sys.modules.keys() & {"torch", "numpy", "diffusers", "datasets"}), "heavy")
+    """
+    output = run(sys.executable, "-c", program, cwd=tmp_path)
+    assert "usage: ddpm-hf" in output
+    assert output.splitlines()[-1].strip() == "heavy"
+
+
+def test_the_constraints_hold_a_version_that_each_requirement_admits():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if not line.startswith("#")]
+    pinned = {pin.name.lower().replace("_", "-"): pin for pin in pins}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    direct = [*project["dependencies"], *extras["eval"], *extras["app"], *extras["dev"]]
+    for requirement in map(Requirement, direct):
+        (pin,) = pinned[requirement.name.lower()].specifier
+        assert pin.operator == "=="
+        assert requirement.specifier.contains(pin.version), requirement
+
+
+@pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: path.stem)
+def test_accelerate_reads_each_launcher_configuration(path):
+    config = load_config_from_file(str(path))
+    assert config.num_machines == (2 if path.stem == "multi_node" else 1)
+    assert config.mixed_precision == ("no" if path.stem == "cpu" else "bf16")
+
+
+def launch(tmp_path: Path, config: str, *options: str, **environment: str) -> subprocess.Popen[str]:
+    (tmp_path / "probe.py").write_text(PROBE)
+    file = ROOT / "training" / "accelerate" / f"{config}.yaml"
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
+    return subprocess.Popen(
+        [*launcher, *options, "probe.py"],
+        cwd=tmp_path,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_the_cpu_configuration_keeps_off_the_gpu(tmp_path):
+    output, _ = launch(tmp_path, "cpu").communicate(timeout=60)
+    assert json.loads(output) == [1, "cpu", "no"]
+
+
+@pytest.mark.slow
+def test_the_two_machines_of_the_multi_node_configuration_find_each_other(tmp_path):
+    """Two launchers on this machine, with two processes each on the CPU instead of eight GPUs."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    options = ("--num_processes", "4", "--main_process_ip", "127.0.0.1")
+    options += ("--main_process_port", str(port), "--machine_rank")
+    machines = [
+        launch(tmp_path, "multi_node", *options, rank, ACCELERATE_USE_CPU="true") for rank in "01"
+    ]
+    first, second = (machine.communicate(timeout=60)[0] for machine in machines)
+    assert json.loads(first) == [4, "cpu", "bf16"]
+    assert second == ""
