@@ -11,14 +11,19 @@ from safetensors.torch import save_file
 from ddpm_hf.pipeline_ddpm_hf import GaussianDDPMPipeline
 from ddpm_hf.scheduling_ddpm_hf import GaussianDDPMScheduler
 
-NUM_TRAIN_TIMESTEPS = 20
+# However short it is, the cosine schedule ends at noise, and "trailing" starts there.
+SHORT_CHAIN = {
+    "num_train_timesteps": 20,
+    "beta_schedule": "squaredcos_cap_v2",
+    "timestep_spacing": "trailing",
+}
 # What a scheduler_config.json of 2022 holds: no prediction_type, no spacing, no thresholding.
 LEGACY_SCHEDULER = {
     "_class_name": "DDPMScheduler",
     "_diffusers_version": "0.1.1",
-    "num_train_timesteps": NUM_TRAIN_TIMESTEPS,
+    "num_train_timesteps": 20,
     "beta_start": 0.001,
-    "beta_end": 0.2,
+    "beta_end": 0.6,
     "beta_schedule": "linear",
     "trained_betas": None,
     "variance_type": "fixed_large",
@@ -56,9 +61,8 @@ def tiny_unet(seed: int = 0, **config: Any) -> UNet2DModel:
 
 
 def tiny_scheduler(**config: Any) -> GaussianDDPMScheduler:
-    """A scheduler of 20 steps whose last x_t is almost pure noise."""
-    defaults = {"num_train_timesteps": NUM_TRAIN_TIMESTEPS, "beta_start": 0.001, "beta_end": 0.3}
-    return GaussianDDPMScheduler(**(defaults | config))
+    """A scheduler of 20 steps."""
+    return GaussianDDPMScheduler(**(SHORT_CHAIN | config))
 
 
 def image_facts_of(
@@ -98,9 +102,9 @@ def save_ours(folder: Path, **parts: Any) -> Path:
 
 def save_stock(folder: Path, unet: UNet2DModel | None = None, **scheduler: Any) -> Path:
     """What stock diffusers' `DDPMPipeline.save_pretrained` writes."""
-    config = {"num_train_timesteps": NUM_TRAIN_TIMESTEPS, "beta_end": 0.3} | scheduler
     unet = tiny_unet() if unet is None else unet
-    DDPMPipeline(unet=unet, scheduler=DDPMScheduler(**config)).save_pretrained(folder)
+    pipeline = DDPMPipeline(unet=unet, scheduler=DDPMScheduler(**(SHORT_CHAIN | scheduler)))
+    pipeline.save_pretrained(folder)
     return folder
 
 

@@ -6,7 +6,14 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from checkpoints import image_facts_of, quiet, tiny_pipeline, tiny_scheduler, tiny_unet
+from checkpoints import (
+    SHORT_CHAIN,
+    image_facts_of,
+    quiet,
+    tiny_pipeline,
+    tiny_scheduler,
+    tiny_unet,
+)
 from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
@@ -91,7 +98,7 @@ def pipeline():
 
 
 def test_a_stock_scheduler_is_upgraded_with_all_values_also_those_given_by_position():
-    scheduler = DDPMScheduler(50, 0.001, 0.1, "scaled_linear", clip_sample=False)
+    scheduler = DDPMScheduler(50, 0.001, 0.5, "scaled_linear", clip_sample=False)
     upgraded = GaussianDDPMPipeline(tiny_unet(), scheduler).scheduler
     assert type(upgraded).__name__ == "GaussianDDPMScheduler"
     for key, value in scheduler.config.items():
@@ -99,10 +106,10 @@ def test_a_stock_scheduler_is_upgraded_with_all_values_also_those_given_by_posit
 
 
 def test_images_equal_those_of_the_stock_pipeline_with_the_same_generator():
-    unet, scheduler = tiny_unet(), DDPMScheduler(20, beta_end=0.3)
+    unet, scheduler = tiny_unet(), DDPMScheduler(**SHORT_CHAIN)
     stock = quiet(DDPMPipeline(unet=unet, scheduler=scheduler))
     ours = tiny_pipeline(unet, scheduler)
-    call = {"batch_size": 3, "num_inference_steps": 10, "output_type": "np"}
+    call = {"batch_size": 3, "num_inference_steps": 20, "output_type": "np"}
     want = stock(**call, generator=seeded(7)).images
     # 1e-4: stock's tables are float32 and lose up to 5e-4 relative at small t.
     assert_close(ours(**call, generator=seeded(7)).images, want, rtol=0, atol=1e-4)
@@ -483,7 +490,7 @@ def test_guidance_leaves_a_learned_variance_to_the_conditional_network():
 
 def test_a_learned_variance_is_cut_off_for_schedulers_that_do_not_read_it():
     unet = tiny_unet(out_channels=2)
-    scheduler = DDIMScheduler(20, beta_end=0.3)
+    scheduler = DDIMScheduler(**SHORT_CHAIN)
     x_T = normal(1, 1, 8, 8)
     want = reverse_chain(unet, scheduler, x_T, None, lambda x, t: unet(x, t).sample[:, :1])
     call = {"latents": x_T, "output_type": "latent"}
@@ -594,8 +601,8 @@ def test_a_network_whose_channels_do_not_fit_the_variance_is_refused(channels, v
 @pytest.mark.parametrize(
     ("unet", "scheduler", "named"),
     [
-        (torch.nn.Linear(2, 2), DDPMScheduler(20), "unet must be.*Linear"),
-        (None, DDPMScheduler(20), "unet must be.*NoneType"),
+        (torch.nn.Linear(2, 2), DDPMScheduler(**SHORT_CHAIN), "unet must be.*Linear"),
+        (None, DDPMScheduler(**SHORT_CHAIN), "unet must be.*NoneType"),
         (tiny_unet(), None, "scheduler must be.*NoneType"),
         (tiny_unet(), tiny_unet(), "scheduler must be.*UNet2DModel"),
         (tiny_unet(), FlowMatchEulerDiscreteScheduler(), "scheduler must be.*FlowMatchEuler"),
@@ -624,7 +631,7 @@ def test_parts_of_the_wrong_kind_are_named(unet, scheduler, named):
     ],
 )
 def test_what_another_scheduler_cannot_do_is_said(kind, call, message):
-    scheduler = kind.from_config(tiny_scheduler().config)
+    scheduler = kind.from_config(tiny_scheduler(timestep_spacing="leading").config)
     with pytest.raises(ValueError, match=message):
         tiny_pipeline(scheduler=scheduler)(**call)
 

@@ -3,7 +3,7 @@
 
 model_index.json                 as stock diffusers reads it
 pipeline.py                      what `custom_pipeline=` loads: imports the files below
-ddpm_hf_<hash>/*.py              copies of the TRAVELLING_FILES
+ddpm_hf_<hash>/*.py              copies of the package's files named *_ddpm_hf.py
 unet/, scheduler/                configurations and safetensors
 """
 
@@ -24,12 +24,6 @@ from diffusers.models import UNet2DModel
 Facts = dict[str, Any]
 FACTS_FORMAT = 1
 MODE_CHANNELS = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4}
-TRAVELLING_FILES = (
-    "pipeline_ddpm_hf.py",
-    "portable_ddpm_hf.py",
-    "schedules_ddpm_hf.py",
-    "scheduling_ddpm_hf.py",
-)
 
 
 def image_facts(unet: UNet2DModel) -> Facts | None:
@@ -165,8 +159,8 @@ def _stale(folder: Path, variant: str | None) -> list[Path]:
         rf"diffusion_pytorch_model({suffix}(-\d+-of-\d+)?\.(safetensors|bin)"
         rf"|\.(safetensors|bin)\.index{suffix}\.json)"
     )
-    sources = [p for name in TRAVELLING_FILES for p in folder.glob(f"ddpm_hf_*/{name}")]
-    return sources + [p for p in (folder / "unet").iterdir() if weights.fullmatch(p.name)]
+    sources = folder.glob("ddpm_hf_*/*_ddpm_hf.py")
+    return [*sources] + [p for p in (folder / "unet").iterdir() if weights.fullmatch(p.name)]
 
 
 def _sync(path: Path) -> None:
@@ -187,21 +181,21 @@ def forget_origin(config_file: Path) -> None:
 
 
 def write_source(folder: Path) -> None:
-    """Write the travelling files, and the `pipeline.py` by which diffusers comes to them.
+    """Write the files that travel, and the `pipeline.py` by which diffusers comes to them.
 
     They lie in a folder named after their content: the loader gives the code of all local
     checkpoints one namespace, and two versions in one process would run each other's.
     """
-    sources = {name: Path(__file__).with_name(name).read_bytes() for name in TRAVELLING_FILES}
+    sources = {p.stem: p.read_bytes() for p in sorted(Path(__file__).parent.glob("*_ddpm_hf.py"))}
     package = f"ddpm_hf_{hashlib.sha256(b''.join(sources.values())).hexdigest()[:12]}"
     (folder / package).mkdir()
     for name, source in sources.items():
-        (folder / package / name).write_bytes(source)
+        (folder / package / f"{name}.py").write_bytes(source)
     door = [
         '"""Loaded by diffusers with custom_pipeline= and trust_remote_code=True."""\n',
         f"from .{package}.pipeline_ddpm_hf import GaussianDDPMPipeline\n",
         "# The loader copies only the files that this one names.",
-        *(f"from .{package}.{name[:-3]} import __doc__ as _" for name in TRAVELLING_FILES[1:]),
+        *(f"from .{package}.{name} import __doc__ as _" for name in sources),
         '\n__all__ = ["GaussianDDPMPipeline"]\n',
     ]
     (folder / "pipeline.py").write_text("\n".join(door), "utf-8")
