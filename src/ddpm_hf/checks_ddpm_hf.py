@@ -166,6 +166,8 @@ def check_tensor(name: str, x: Any, like: Tensor | None = None, widen: int = 1) 
         raise TypeError(f"{name} must be a floating-point tensor, got {got}")
     if like is None:
         return
+    if like.ndim < widen:
+        raise ValueError(f"sample must be (B, C, ...) for this variance_type, got {like.shape}")
     shape = like.shape if widen == 1 else (len(like), widen * like.shape[1], *like.shape[2:])
     if x.shape != shape:
         raise ValueError(

@@ -68,8 +68,9 @@ def cosine(
     With u = (1 - t/T) / (1 + offset) pi/2 that is sin(u)^2, and a difference of two squared sines
     is sin(a - b) sin(a + b).
     """
-    u = np.arange(num_steps, -1, -1) / num_steps / (1 + offset) * math.pi / 2
-    betas: Array = np.sin(u[:-1] - u[1:]) * np.sin(u[:-1] + u[1:]) / np.sin(u[:-1]) ** 2
+    step = math.pi / 2 / (1 + offset) / num_steps
+    u = step * np.arange(num_steps, -1, -1)
+    betas: Array = math.sin(step) * np.sin(u[:-1] + u[1:]) / np.sin(u[:-1]) ** 2
     return betas.clip(max=cap)
 
 

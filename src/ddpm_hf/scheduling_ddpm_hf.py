@@ -32,7 +32,7 @@ from . import schedules_ddpm_hf as schedules
 # Amplitudes, sqrt(alpha_bar). Sampling starts from pure noise, so it misses the signal that is left
 # at its first step: 0.006 with stock's defaults, 0.07 with Stable Diffusion's schedule.
 MAX_SIGNAL_AT_END = 0.1
-MAX_SIGNAL_BEYOND_END = 0.05
+MAX_SIGNAL_BEYOND_END = 0.08
 EXTENSION_FORMAT_VERSION = 1
 
 Array = schedules.Array
@@ -277,7 +277,8 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self._trajectory = coefficients.Trajectory(
             self._log_alphas, ascending, config.prediction_type, config.variance_type
         )
-        self._trajectory.reverse(1.0).on(device or torch.device("cpu"), torch.float32)
+        for eta in (1.0, 0.0):  # made here, since torch.compile cannot make them inside of `step`
+            self._trajectory.reverse(eta).on(device or torch.device("cpu"), torch.float32)
         with torch.inference_mode(False):
             self.timesteps = torch.from_numpy(ascending[::-1].astype(np.int64)).to(device)
 
@@ -306,7 +307,7 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """Sample x_prev from p(x_prev | x_t); without noise on the last step of the trajectory.
 
         Keeps no state and never waits for a device. Under `torch.compile(fullgraph=True)` pass
-        `variance_noise`, and `timestep` as a tensor.
+        `variance_noise`, `timestep` as a tensor, and an eta of 0, 1 or used before.
 
         Args:
             model_output: the network's output at (sample, timestep), shaped like `sample`; for a
@@ -615,7 +616,7 @@ def draw_noise(like: Tensor, generator: Generators) -> Tensor:
 
 def _threshold(x_0_hat: Tensor, ratio: float, max_value: float) -> Tensor:
     """Clamp to the quantile s of abs(x_0) of each image, in [1, max_value]; divide by s."""
-    s = torch.quantile(x_0_hat.flatten(1).abs(), ratio, dim=1).clamp(1.0, max_value)
+    s = torch.quantile(x_0_hat.reshape(len(x_0_hat), -1).abs(), ratio, dim=1).clamp(1.0, max_value)
     s = s.reshape(-1, *(1,) * (x_0_hat.ndim - 1))
     return x_0_hat.clamp(-s, s) / s
 

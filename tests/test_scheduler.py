@@ -1,0 +1,585 @@
+"""The scheduler against independent routes: 40-digit tables, conditioning, exact networks."""
+
+from functools import cache
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+from mpmath import mpf
+from oracles import (
+    STD_OF_SAMPLES,
+    alpha_bars,
+    chen_sigmoid_betas,
+    cosine_betas,
+    exact_output,
+    geodiff_sigmoid_betas,
+    iddpm_sections,
+    linear_betas,
+    posterior_by_conditioning,
+    randn,
+    relative_error,
+    scaled_linear_betas,
+    target,
+    to_float64,
+)
+from torch.testing import assert_close
+
+from ddpm_hf.scheduling_ddpm_hf import GaussianDDPMScheduler
+
+# Rounding of the ten or so float64 operations behind each coefficient.
+EXACT = {"rtol": 1e-13, "atol": 0}
+F64 = torch.float64
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
+
+REFERENCES = {
+    "linear 1000": ("linear", linear_betas, (1000,)),
+    "linear 4000": ("linear", linear_betas, (4000,)),
+    "iddpm_linear 4000": ("iddpm_linear", linear_betas, (4000, 2.5e-5, 0.005)),
+    "cosine 1000": ("squaredcos_cap_v2", cosine_betas, (1000,)),
+    "cosine 4000": ("squaredcos_cap_v2", cosine_betas, (4000,)),
+}
+reference = pytest.mark.parametrize("case", REFERENCES)
+
+
+@cache
+def betas_and_bars(case: str) -> tuple[list[mpf], list[mpf]]:
+    _, source, arguments = REFERENCES[case]
+    betas = source(*arguments)
+    return betas, alpha_bars(betas)
+
+
+def scheduler_and_reference(case: str) -> tuple[GaussianDDPMScheduler, list[mpf], list[mpf]]:
+    schedule, _, (T, *_) = REFERENCES[case]
+    return GaussianDDPMScheduler(T, beta_schedule=schedule), *betas_and_bars(case)
+
+
+def column(values: torch.Tensor) -> np.ndarray:
+    return values.reshape(-1).numpy()
+
+
+# Tables -------------------------------------------------------------------------------------------
+
+
+@reference
+def test_tables_agree_with_forty_digits(case):
+    scheduler, betas, bars = scheduler_and_reference(case)
+    T, half_ulp = len(betas), 6e-8  # float32 rounds by at most 2^-24
+    assert relative_error(scheduler.betas.numpy(), betas) < half_ulp
+    assert relative_error(scheduler.alphas_cumprod.numpy(), bars) < half_ulp
+    t, ones, zeros = torch.arange(T), torch.ones(T, 1, dtype=F64), torch.zeros(T, 1, dtype=F64)
+    marginal = scheduler.q_mean_variance(ones, t)
+    want_sigma = [1 - bar for bar in bars]
+    # Required: 1e-13. The mean is the square root of a sum of 4000 logarithms.
+    assert relative_error(column(marginal.mean), [mpmath.sqrt(bar) for bar in bars]) < 1e-13
+    assert relative_error(column(marginal.variance), want_sigma) < 1e-13
+    beta = scheduler.diffuse_one_step(zeros, t, ones) ** 2
+    assert relative_error(column(beta), betas) < 1e-13
+    snr = [bar / (1 - bar) for bar in bars]
+    assert relative_error(column(scheduler.snr(t)), snr) < 1e-7
+    assert (
+        relative_error(column(scheduler.add_noise(zeros.float(), ones.float(), t) ** 2), want_sigma)
+        < 3 * half_ulp
+    )  # squared here, in float32
+
+
+@reference
+def test_posterior_agrees_with_forty_digit_conditioning(case):
+    scheduler, betas, bars = scheduler_and_reference(case)
+    bars, T = [mpf(1), *bars], len(betas)
+    want = [posterior_by_conditioning(bars[i + 1], bars[i]) for i in range(T)]
+    t, ones, zeros = torch.arange(T), torch.ones(T, 1, dtype=F64), torch.zeros(T, 1, dtype=F64)
+    of_x_0 = scheduler.q_posterior_mean_variance(ones, zeros, t)
+    of_x_t = scheduler.q_posterior_mean_variance(zeros, ones, t).mean
+    assert relative_error(column(of_x_0.mean), [p.coef_x_0 for p in want]) < 1e-13
+    assert relative_error(column(of_x_t)[1:], [p.coef_x_t for p in want[1:]]) < 1e-13
+    assert relative_error(column(of_x_0.variance)[1:], [p.variance for p in want[1:]]) < 1e-13
+    assert of_x_0.variance[0] == 0
+    assert of_x_t[0] == 0
+    log_var = column(of_x_0.log_variance)
+    assert log_var[0] == log_var[1] == pytest.approx(float(mpmath.log(want[1].variance)), rel=1e-12)
+
+
+@pytest.mark.parametrize("steps", [[999, 500, 3], [700, 699, 1, 0], [123]])
+def test_posterior_of_a_strided_trajectory_is_conditioning_over_the_stride(steps):
+    scheduler = GaussianDDPMScheduler()
+    scheduler.set_timesteps(timesteps=steps)
+    bars = betas_and_bars("linear 1000")[1]
+    x_0, x_t = randn(3, 2), randn(3, 2, seed=1)
+    for t, prev in zip(steps, [*steps[1:], -1], strict=True):
+        want = posterior_by_conditioning(bars[t], bars[prev] if prev >= 0 else mpf(1))
+        got = scheduler.q_posterior_mean_variance(x_0, x_t, t)
+        mean = float(want.coef_x_0) * x_0 + float(want.coef_x_t) * x_t
+        assert_close(got.mean, mean, rtol=1e-12, atol=1e-15)  # the sum may cancel
+        assert_close(got.variance.item(), float(want.variance), rtol=1e-12, atol=1e-39)
+        assert scheduler.previous_timestep(t) == prev
+
+
+@pytest.mark.parametrize("steps", [None, [999, 700, 20, 0], [1]])
+def test_one_step_kernels_compose_to_the_jump(steps):
+    scheduler = GaussianDDPMScheduler(beta_schedule="squaredcos_cap_v2")
+    if steps:
+        scheduler.set_timesteps(timesteps=steps)
+    zero, one = torch.zeros(1, dtype=F64), torch.ones(1, dtype=F64)
+    mean, variance = one, zero
+    for t in scheduler.timesteps.flip(0).tolist():
+        mean = scheduler.diffuse_one_step(mean, t, zero)
+        shrink = scheduler.diffuse_one_step(one, t, zero)
+        variance = shrink**2 * variance + scheduler.diffuse_one_step(zero, t, one) ** 2
+        jump = scheduler.q_mean_variance(one, t)
+        # A thousand roundings, none amplified.
+        assert_close(mean, jump.mean, rtol=1e-12, atol=0)
+        assert_close(variance, jump.variance, rtol=1e-12, atol=0)
+
+
+# alpha_bar at the last step, from the sources' constants (computed outside of this project).
+CONSTANTS = {
+    ("linear", 1000): 4.03583e-05,
+    ("squaredcos_cap_v2", 1000): 2.42877e-09,
+    ("squaredcos_cap_v2", 4000): 1.51798e-10,
+    ("iddpm_linear", 4000): 4.24665e-05,
+    ("quad", 1000): 7.334e-4,
+    ("const", 1000): 1.683e-09,
+    ("warmup10", 1000): 4.614e-09,
+    ("jsd", 1000): 0.0,
+}
+
+
+@pytest.mark.parametrize(("name", "T"), CONSTANTS)
+def test_schedules_end_where_their_sources_say(name, T):
+    scheduler = GaussianDDPMScheduler(T, beta_schedule=name, prediction_type="v_prediction")
+    # The constants are given to four digits or more.
+    assert scheduler.alphas_cumprod[-1].item() == pytest.approx(CONSTANTS[name, T], rel=2e-4)
+
+
+def test_stable_diffusions_schedule_ends_where_it_should():
+    scheduler = GaussianDDPMScheduler(1000, 0.00085, 0.012, beta_schedule="scaled_linear")
+    assert scheduler.alphas_cumprod[-1].item() == pytest.approx(4.6601e-03, rel=1e-5)
+
+
+@pytest.mark.parametrize("T", [1, 2, 10, 1000])
+@pytest.mark.parametrize(
+    ("name", "params", "source"),
+    [
+        ("scaled_linear", {}, scaled_linear_betas),
+        ("quad", {}, scaled_linear_betas),
+        ("sigmoid", {}, geodiff_sigmoid_betas),
+        ("cosine", {"offset": 0.03, "cap": 0.99}, cosine_betas),
+        ("chen_sigmoid", {}, chen_sigmoid_betas),
+        ("chen_sigmoid", {"start": -1.0, "end": 2.0, "tau": 0.4}, chen_sigmoid_betas),
+        ("chen_sigmoid", {"start": 0.0, "end": 3.0, "tau": 0.9}, chen_sigmoid_betas),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*signal's amplitude is left at the last")
+def test_schedules_agree_with_their_sources_in_forty_digits(name, params, source, T):
+    scheduler = GaussianDDPMScheduler(
+        T, beta_schedule=name, **({"beta_schedule_params": params} if params else {})
+    )
+    zeros, ones = torch.zeros(T, 1, dtype=F64), torch.ones(T, 1, dtype=F64)
+    beta = scheduler.diffuse_one_step(zeros, torch.arange(T), ones) ** 2
+    assert relative_error(column(beta), source(T, **params)) < 1e-12  # cosh of differences
+
+
+@pytest.mark.parametrize(("name", "share"), [("warmup10", 10), ("warmup50", 2)])
+def test_warmup_rises_on_a_line_and_then_stays(name, share):
+    betas = GaussianDDPMScheduler(200, 1e-3, 0.05, beta_schedule=name).betas.double()
+    num_warmup = 200 // share
+    assert_close(
+        betas[:num_warmup], torch.linspace(1e-3, 0.05, num_warmup, dtype=F64), rtol=1e-6, atol=0
+    )
+    assert (betas[num_warmup:] == betas[-1]).all()
+    assert betas[-1].item() == pytest.approx(0.05, rel=1e-7)
+
+
+def test_jsd_puts_alpha_bar_on_a_line_to_zero():
+    scheduler = GaussianDDPMScheduler(50, beta_schedule="jsd", prediction_type="sample")
+    assert_close(scheduler.alphas_cumprod, 1 - torch.arange(1, 51) / 50, rtol=1e-5, atol=1e-8)
+    assert scheduler.alphas_cumprod[-1] == 0
+
+
+@pytest.mark.parametrize(("mu", "b"), [(0.0, 0.5), (1.0, 0.7)])
+def test_laplace_log_snr_has_laplace_quantiles(mu, b):
+    scheduler = GaussianDDPMScheduler(
+        beta_schedule="laplace_log_snr",
+        beta_schedule_params={"mu": mu, "b": b},
+        prediction_type="v_prediction",
+    )
+    log_snr = scheduler.log_snr(torch.arange(1000)).double()
+    share_above = torch.arange(1, 1001, dtype=F64) / 1000
+    quantile = torch.distributions.Laplace(torch.tensor(mu, dtype=F64), b).icdf(1 - share_above)
+    # The source adds 1e-6 to a probability of at least 2e-3; the end, where it counts, is left out.
+    assert_close(log_snr[:-1], quantile[:-1], rtol=0, atol=1e-3 * b)
+    assert log_snr[499].item() == pytest.approx(mu, abs=1e-5)
+
+
+def test_zero_terminal_snr_keeps_the_first_beta_and_ends_in_zero():
+    config = {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+    scheduler = GaussianDDPMScheduler(rescale_betas_zero_snr=True, **config)
+    roots = [mpmath.sqrt(bar) for bar in betas_and_bars("linear 1000")[1]]
+    scale = roots[0] / (roots[0] - roots[-1])
+    want = [(root - roots[-1]) * scale for root in roots]
+    got = column(scheduler.q_mean_variance(torch.ones(1000, 1, dtype=F64), torch.arange(1000)).mean)
+    assert relative_error(got[:-1], want[:-1]) < 1e-11  # near the end the shift itself cancels
+    assert got[-1] == 0
+    assert scheduler.betas[-1] == 1
+    assert scheduler.betas[0].item() == pytest.approx(1e-4, rel=1e-7)
+    assert scheduler.log_snr(999) == -torch.inf
+
+
+# Sampling with networks whose answer is known -----------------------------------------------------
+
+
+def chain(scheduler, network, x, **step_options):
+    for t in scheduler.timesteps.tolist():
+        x = scheduler.step(network(x, t), t, x, **step_options).prev_sample
+    return x
+
+
+SPACINGS = ["leading", "linspace", "trailing", "quadratic", "10", "5,3,2", "ddim10"]
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.filterwarnings("ignore:timestep_spacing")
+def test_a_network_that_knows_x_0_gives_the_data_back(spacing, prediction, eta):
+    scheduler = GaussianDDPMScheduler(prediction_type=prediction, clip_sample=False)
+    scheduler.set_timesteps(timestep_spacing=spacing) if spacing[0] in "d15" else None
+    if spacing[0] not in "d15":
+        scheduler.set_timesteps(10, timestep_spacing=spacing)
+    bars, x_0 = to_float64(betas_and_bars("linear 1000")[1]), randn(2, 3, 4)
+
+    def knows_x_0(x_t, t):
+        eps = (x_t - bars[t] ** 0.5 * x_0) / (1 - bars[t]) ** 0.5
+        return target(prediction, x_0, eps, bars[t])
+
+    generator = torch.Generator().manual_seed(0)
+    got = chain(scheduler, knows_x_0, randn(2, 3, 4, seed=1), eta=eta, generator=generator)
+    assert_close(got, x_0, rtol=0, atol=1e-12)  # eps of 1e-16 times 1/sqrt(alpha_bar) = 160
+
+
+@pytest.mark.parametrize("K", STD_OF_SAMPLES)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_normal_data_come_out_with_the_known_standard_deviation(K, prediction):
+    """x_prev = a x_t + s z: both read off `step`, and the variance followed through the chain."""
+    bars = to_float64(betas_and_bars("linear 1000")[1])
+    zero, one = torch.zeros(1, dtype=F64), torch.ones(1, dtype=F64)
+    got = []
+    for variance_type, eta in (("fixed_small", 1.0), ("fixed_large", 1.0), ("fixed_small", 0.0)):
+        scheduler = GaussianDDPMScheduler(
+            variance_type=variance_type, prediction_type=prediction, clip_sample=False
+        )
+        # The table was made with ties rounded up; Python and our spacings round them to even.
+        scheduler.set_timesteps(timesteps=np.floor(np.linspace(999, 0, K) + 0.5).astype(int))
+        variance = 1.0
+        for t in scheduler.timesteps.tolist():
+            output = exact_output(prediction, one, bars[t], 0.25)
+            a = scheduler.step(output, t, one, variance_noise=zero, eta=eta).prev_sample
+            s = scheduler.step(zero, t, zero, variance_noise=one, eta=eta).prev_sample
+            variance = a.item() ** 2 * variance + s.item() ** 2
+        got.append(variance**0.5)
+    assert got == pytest.approx(STD_OF_SAMPLES[K], abs=6e-5)  # the table has four digits
+
+
+def test_samples_of_the_float32_chain_have_the_known_standard_deviation():
+    scheduler = GaussianDDPMScheduler(clip_sample=False)
+    scheduler.set_timesteps(timestep_spacing="50")
+    bars = to_float64(betas_and_bars("linear 1000")[1])
+    x = chain(
+        scheduler,
+        lambda x, t: exact_output("epsilon", x, bars[t], 0.25),
+        randn(200, 1, 16, 16, dtype=torch.float32),
+        generator=torch.Generator().manual_seed(1),
+    )
+    num = x.numel()
+    # Standard error of a standard deviation is std / sqrt(2 n); four of them.
+    assert x.std().item() == pytest.approx(0.4432, abs=4 * 0.4432 / (2 * num) ** 0.5 + 6e-5)
+
+
+CHAINS = [
+    ("linear 1000", torch.float32, 5e-6),
+    ("cosine 1000", torch.float32, 5e-6),
+    ("linear 1000", torch.bfloat16, 1e-3),
+    ("linear 1000", torch.float16, 1e-3),
+    pytest.param("cosine 1000", torch.bfloat16, 1e-3, marks=pytest.mark.slow),
+    pytest.param("iddpm_linear 4000", torch.float32, 5e-6, marks=pytest.mark.slow),
+    pytest.param("cosine 4000", torch.float32, 5e-6, marks=pytest.mark.slow),
+    pytest.param("cosine 4000", torch.bfloat16, 1e-3, marks=pytest.mark.slow),
+    pytest.param("cosine 4000", torch.float16, 1e-3, marks=pytest.mark.slow),
+    pytest.param("iddpm_linear 4000", torch.bfloat16, 1e-3, marks=pytest.mark.slow),
+]
+
+
+def error_of_whole_chain(case: str, model_dtype: torch.dtype) -> float:
+    """Largest difference of final samples from the float64 chain, same noise, K = T."""
+    scheduler, _, bars = scheduler_and_reference(case)
+    bars = to_float64(bars)
+
+    def network(x, t):
+        return exact_output("epsilon", x, bars[t], 0.25)
+
+    exact = randn(1, 1, 8, 8)
+    rounded = exact.float()
+    for i, t in enumerate(scheduler.timesteps.tolist()):
+        noise = randn(1, 1, 8, 8, seed=i + 1)
+        exact = scheduler.step(network(exact, t), t, exact, variance_noise=noise).prev_sample
+        output = network(rounded, t).to(model_dtype)
+        rounded = scheduler.step(output, t, rounded, variance_noise=noise.float()).prev_sample
+    return (exact - rounded).abs().max().item()
+
+
+@pytest.mark.parametrize(("case", "model_dtype", "bound"), CHAINS)
+def test_a_whole_chain_stays_near_its_float64_twin(case, model_dtype, bound):
+    assert error_of_whole_chain(case, model_dtype) <= bound
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.filterwarnings("ignore:timestep_spacing")
+def test_inversion_and_sampling_without_noise_give_the_image_back(prediction):
+    """DDIM is an ODE solver: more steps, smaller error; exact data on the way both times."""
+    bars = to_float64(betas_and_bars("linear 1000")[1])
+    image = randn(1, 1, 16, 16).clamp(-1, 1) / 2
+
+    def psnr(K):
+        scheduler = GaussianDDPMScheduler(prediction_type=prediction, clip_sample=False)
+        scheduler.set_timesteps(K, timestep_spacing="linspace")
+        x = image
+        for t in scheduler.timesteps.flip(0)[:-1].tolist():
+            x = scheduler.inverse_step(exact_output(prediction, x, bars[t], 0.25), t, x)
+        assert 0.5 < x.std() < 1.5
+        x = chain(scheduler, lambda x, t: exact_output(prediction, x, bars[t], 0.25), x, eta=0.0)
+        return 10 * torch.log10(4 / (x - image).square().mean()).item()
+
+    few, many = psnr(50), psnr(1000)
+    assert few > 30
+    assert many > few + 15  # first order: a twentieth of the error is 26 dB
+
+
+# p_mean_variance ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize(
+    "variance_type",
+    [
+        "fixed_small",
+        "fixed_small_log",
+        "fixed_large",
+        "fixed_large_log",
+        "learned",
+        "learned_range",
+    ],
+)
+@pytest.mark.parametrize("K", [None, 7])
+def test_step_is_mean_plus_noise(prediction, variance_type, K):
+    scheduler = GaussianDDPMScheduler(prediction_type=prediction, variance_type=variance_type)
+    if K:
+        scheduler.set_timesteps(K)
+    channels = 4 if variance_type.startswith("learned") else 2
+    x, noise = randn(3, 2, 5), randn(3, 2, 5, seed=2)
+    output = randn(3, channels, 5, seed=1)
+    for t in scheduler.timesteps[:: max(1, (K or 1000) // 7)].tolist():
+        p = scheduler.p_mean_variance(output, t, x)
+        step = scheduler.step(output, t, x, variance_noise=noise)
+        is_last = t == scheduler.timesteps[-1]
+        want = p.mean if is_last else p.mean + p.variance.sqrt() * noise
+        assert_close(step.prev_sample, want, rtol=1e-12, atol=1e-14)
+        assert_close(step.pred_original_sample, p.pred_original_sample, **EXACT)
+        if not is_last:
+            assert_close(p.log_variance, p.variance.log(), rtol=1e-12, atol=1e-12)
+
+
+def test_variance_types_mean_what_their_papers_say():
+    def variance(variance_type, output, t):
+        scheduler = GaussianDDPMScheduler(variance_type=variance_type)
+        return scheduler.p_mean_variance(output, t, torch.zeros(1, 1, 3, dtype=F64)).variance
+
+    one_channel = torch.zeros(1, 1, 3, dtype=F64)
+    bars, beta = betas_and_bars("linear 1000")[1], float(linear_betas(1000)[500])
+    small = float(posterior_by_conditioning(bars[500], bars[499]).variance)
+    assert variance("fixed_small", one_channel, 500).item() == pytest.approx(small, rel=1e-12)
+    assert variance("fixed_large", one_channel, 500).item() == pytest.approx(beta, rel=1e-12)
+    v = torch.tensor([-1.0, 0.0, 1.0], dtype=F64).reshape(1, 1, 3)
+    output = torch.cat([one_channel, v], dim=1)
+    want = torch.tensor([small, (small * beta) ** 0.5, beta], dtype=F64).reshape(1, 1, 3)
+    assert_close(variance("learned_range", output, 500), want, rtol=1e-12, atol=0)  # log-space mean
+    assert_close(variance("learned", output, 500), v.exp(), **EXACT)
+
+
+@pytest.mark.parametrize("K", [1, 2])
+def test_the_last_step_has_a_clipped_log_variance(K):
+    x = torch.zeros(1, 1, dtype=F64)
+
+    def last(variance_type):
+        scheduler = GaussianDDPMScheduler(variance_type=variance_type)
+        scheduler.set_timesteps(timesteps=[600, 200][-K:])
+        return scheduler.p_mean_variance(x, 200, x)
+
+    bars = betas_and_bars("linear 1000")[1]
+    neighbour = (
+        posterior_by_conditioning(bars[600], bars[200]).variance if K == 2 else 1 - bars[200]
+    )
+    small, large = last("fixed_small"), last("fixed_large")
+    assert small.variance == 0
+    assert large.variance.item() == pytest.approx(float(neighbour), rel=1e-12)
+    for p in (small, large):
+        assert p.log_variance.item() == pytest.approx(float(mpmath.log(neighbour)), rel=1e-12)
+
+
+def test_a_trajectory_of_one_step_ends_in_the_estimate_of_x_0():
+    scheduler = GaussianDDPMScheduler()
+    scheduler.set_timesteps(1, timestep_spacing="trailing")
+    x, output = randn(2, 3), randn(2, 3, seed=1)
+    step = scheduler.step(output, 999, x)
+    assert_close(step.prev_sample, step.pred_original_sample, **EXACT)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"timestep_spacing": "trailing", "variance_type": "fixed_large"},
+        {"steps_offset": 1},
+        {"timestep_spacing": "trailing", "variance_type": "learned_range"},
+    ],
+)
+def test_no_noise_falls_on_the_last_step_wherever_it_is(config):
+    scheduler = GaussianDDPMScheduler(**config)
+    scheduler.set_timesteps(10)
+    last = scheduler.timesteps[-1]
+    assert last > 0  # stock adds noise here, because it asks for t > 0
+    x = torch.zeros(2, 1, 8, 8)
+    channels = 2 if config.get("variance_type") == "learned_range" else 1
+    for t in (int(last), last, last.expand(2)):
+        assert (scheduler.step(torch.zeros(2, channels, 8, 8), t, x).prev_sample == 0).all()
+
+
+def test_thresholding_scales_each_image_by_its_own_quantile():
+    scheduler = GaussianDDPMScheduler(
+        prediction_type="sample",
+        thresholding=True,
+        sample_max_value=3.0,
+        dynamic_thresholding_ratio=0.9,
+    )
+    output = torch.linspace(-1, 1, 11, dtype=F64).repeat(3, 1) * torch.tensor([[0.5], [2.0], [9.0]])
+    x_0 = scheduler.step(output, 0, torch.zeros(3, 11, dtype=F64)).pred_original_sample
+    assert_close(x_0[0], output[0], **EXACT)  # below 1 nothing happens
+    s = torch.quantile(output[1].abs(), 0.9)
+    assert_close(x_0[1], output[1].clamp(-s, s) / s, **EXACT)
+    assert_close(x_0[2], output[2].clamp(-3, 3) / 3, **EXACT)  # sample_max_value bounds s
+
+
+@pytest.mark.parametrize(("clip", "limit"), [(True, 0.5), (False, None)])
+def test_clipping_happens_when_asked_for(clip, limit):
+    scheduler = GaussianDDPMScheduler(
+        prediction_type="sample", clip_sample=clip, clip_sample_range=limit or 1.0
+    )
+    output = randn(4, 5) * 3
+    got = scheduler.step(output, 3, randn(4, 5)).pred_original_sample
+    assert_close(got, output.clamp(-limit, limit) if clip else output, **EXACT)
+    assert output.abs().max() > 3  # the caller's tensor stays as it was
+
+
+# Timesteps ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing", "quadratic"])
+@pytest.mark.parametrize(("T", "offset"), [(1, 0), (2, 1), (7, 3), (50, 1), (60, 0)])
+@pytest.mark.filterwarnings("ignore")
+def test_every_number_of_steps_gives_exactly_so_many(spacing, T, offset):
+    scheduler = GaussianDDPMScheduler(T, beta_schedule="squaredcos_cap_v2", steps_offset=offset)
+    for K in range(1, T + 1):
+        scheduler.set_timesteps(K, timestep_spacing=spacing)
+        steps = scheduler.timesteps.tolist()
+        assert len(steps) == scheduler.num_inference_steps == K
+        assert steps == sorted(set(steps), reverse=True)
+        assert steps[-1] >= 0
+        assert steps[0] < T
+
+
+def test_trailing_has_no_step_too_many_where_stock_has():
+    scheduler = GaussianDDPMScheduler(timestep_spacing="trailing")
+    for K in (61, 103, 121, 122, 201, 206):
+        scheduler.set_timesteps(K)
+        assert len(scheduler.timesteps) == K
+        assert scheduler.timesteps[0] == 999
+        assert scheduler.timesteps[-1] >= 0
+
+
+@pytest.mark.parametrize("sections", ["10,10,20", "50", "1", "7,1,30,2", "1000", "334,333,333"])
+def test_sections_are_those_of_improved_ddpm(sections):
+    scheduler = GaussianDDPMScheduler()
+    scheduler.set_timesteps(timestep_spacing=sections)
+    assert scheduler.timesteps.tolist() == iddpm_sections(1000, sections)[::-1]
+
+
+def test_ddim_sections_take_a_whole_stride():
+    scheduler = GaussianDDPMScheduler()
+    scheduler.set_timesteps(50, timestep_spacing="ddim50")
+    assert scheduler.timesteps.tolist() == list(range(980, -1, -20))
+
+
+def test_quadratic_is_denser_near_the_image_and_starts_at_the_noise():
+    scheduler = GaussianDDPMScheduler()
+    scheduler.set_timesteps(20, timestep_spacing="quadratic")
+    steps = scheduler.timesteps
+    assert (steps[0], steps[-1]) == (999, 0)
+    gaps = steps[:-1] - steps[1:]
+    assert (gaps[:-1] >= gaps[1:]).all()
+
+
+def test_an_offset_that_would_leave_the_range_is_cut():
+    scheduler = GaussianDDPMScheduler(steps_offset=1)
+    scheduler.set_timesteps(1000)  # stock: t = 1000 and an IndexError (huggingface/diffusers#10003)
+    assert scheduler.timesteps.tolist() == list(range(999, -1, -1))
+    scheduler.set_timesteps(10)
+    assert scheduler.timesteps.tolist() == list(range(901, 0, -100))
+
+
+@pytest.mark.parametrize(
+    "given", [[5, 3, 1], (5, 3, 1), np.array([5, 3, 1]), torch.tensor([5, 3, 1])]
+)
+def test_custom_timesteps_come_in_any_sequence(given):
+    scheduler = GaussianDDPMScheduler()
+    scheduler.set_timesteps(timesteps=given)
+    assert scheduler.timesteps.tolist() == [5, 3, 1]
+    assert scheduler.timesteps.dtype == torch.int64
+
+
+# Warnings -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        ({"num_train_timesteps": 100}, "60% of the signal's amplitude"),
+        ({"beta_schedule": "laplace"}, "'laplace_log_snr'"),
+        ({"thresholding": True}, "plain clipping"),
+        ({"beta_start": 0.03}, "above beta_end"),
+        ({"rescale_betas_zero_snr": True, "prediction_type": "sample"}, "use 'trailing'"),
+    ],
+)
+def test_a_configuration_that_hurts_samples_warns_at_the_users_line(config, match):
+    with pytest.warns(UserWarning, match=match) as caught:
+        GaussianDDPMScheduler(**config)
+    assert [w.filename for w in caught] == [__file__]
+
+
+@pytest.mark.parametrize("K", [1, 2, 334, 501, 600])
+def test_leading_timesteps_that_start_in_the_signal_warn(K):
+    scheduler = GaussianDDPMScheduler()
+    with pytest.warns(UserWarning, match="amplitude is left") as caught:
+        scheduler.set_timesteps(K)
+    assert [w.filename for w in caught] == [__file__]
+
+
+@pytest.mark.filterwarnings("error")
+def test_stocks_own_settings_do_not_warn():
+    for config in (
+        {},
+        {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
+    ):
+        scheduler = GaussianDDPMScheduler(**config)
+        for K in (10, 20, 50, 100, 250, 500, 1000):
+            scheduler.set_timesteps(K)
+    scheduler = GaussianDDPMScheduler(100, beta_schedule="iddpm_linear")
+    scheduler.set_timesteps(1, timestep_spacing="trailing")
