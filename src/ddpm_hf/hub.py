@@ -87,7 +87,7 @@ def load(
         def download() -> str:
             return snapshot_download(name, revision=revision, token=token, allow_patterns=patterns)
 
-        folder = Path(retry(download, name))
+        folder = Path(retry(download, name, WAITS_S))
     _check_index(folder, name)
     return _open(folder, name, torch_dtype, use_safetensors)
 

@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
 T = TypeVar("T")
-WAITS_S = (1.0, 2.0, 4.0, 8.0, 16.0)
+WAITS_S: Sequence[float] = (1.0, 2.0, 4.0, 8.0, 16.0)
 LONGEST_WAIT_S = 60.0  # whatever the server asks for
 TOKEN_HELP = "run `hf auth login` or set HF_TOKEN (https://huggingface.co/settings/tokens)"
 
@@ -36,7 +36,7 @@ class HubError(OSError):
 def retry(
     action: Callable[[], T],
     repo_id: str,
-    waits_s: Sequence[float] = WAITS_S,
+    waits_s: Sequence[float],
     *,
     stop: threading.Event | None = None,
     repeat_unanswered: bool = True,

@@ -1,0 +1,398 @@
+"""Loading over the real protocol: the three ways in, old repositories, private ones, bad ones."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import quiet, save_legacy, save_ours, save_stock, tiny_unet
+from diffusers import DDPMPipeline
+from hub_server import OWNER_TOKEN, STRANGER_TOKEN, Blob, ClientError, HubClient, HubServer
+
+from ddpm_hf import GaussianDDPMPipeline, load
+from ddpm_hf.model_card import card_facts, mark, render_model_card
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+# The same file gives sums that differ in the last bits where it is mapped at another address.
+ATOL = 1e-5
+
+# Run in other processes: what a pipeline is and draws.
+SHOW = """
+import torch
+def show(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(5)
+    images = pipe(batch_size=2, generator=generator, num_inference_steps=4, output_type="np").images
+    return [type(pipe).__name__, type(pipe.scheduler).__name__, images.tolist()]
+"""
+
+
+def draw(pipe):
+    generator = torch.Generator().manual_seed(5)
+    call = {"batch_size": 2, "num_inference_steps": 4, "output_type": "np"}
+    return quiet(pipe)(generator=generator, **call).images
+
+
+@pytest.fixture(scope="module")
+def server():
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture
+def hub(server):
+    server.reset()
+    return server
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Ours, with a card and an extension that stock diffusers does not know."""
+    folder = save_ours(tmp_path_factory.mktemp("made") / "model")
+    text = mark(render_model_card(card_facts(folder), "user/digits"), "generated")
+    (folder / "README.md").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def process(server, tmp_path_factory):
+    """A process with the package, whose cache lasts as long as this file."""
+    with HubClient(server, tmp_path_factory.mktemp("client")) as client:
+        client.run(SHOW + "from ddpm_hf import GaussianDDPMPipeline, load\nfrom diffusers import *")
+        yield client
+
+
+@pytest.fixture
+def client(hub, process):
+    return process
+
+
+def snippets(folder):
+    """The Python blocks of the card: stock, travelling code, package."""
+    return re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+
+
+def images_of(answer):
+    return np.array(answer[2])
+
+
+# ----------------------------------------------------------------------------------------------
+# Three ways in, each in a fresh process with an empty cache, by the code in the card
+
+
+@pytest.mark.slow
+def test_stock_diffusers_alone_runs_no_code_and_says_what_to_do_for_more(hub, checkpoint, tmp_path):
+    hub.add_folder("user/digits", checkpoint)
+    marker = tmp_path / "ran"
+    hub.edit("user/digits", {"pipeline.py": f"open({str(marker)!r}, 'w')"})
+    with HubClient(hub, tmp_path / "home", token=None, package=False) as client:
+        answer = client.run(SHOW + snippets(checkpoint)[0] + "result = show(pipe)")
+        sizes = client.run("result = [image.size for image in images]")
+        with pytest.raises(ClientError, match="trust_remote_code=True") as caught:
+            client.run(snippets(checkpoint)[1].replace(", trust_remote_code=True", ""))
+    assert answer[:2] == ["DDPMPipeline", "DDPMScheduler"]
+    assert sizes == [[8, 8]] * 4
+    stock = DDPMPipeline.from_pretrained(checkpoint)
+    np.testing.assert_allclose(images_of(answer), draw(stock), atol=ATOL)
+    assert "pipeline.py" in caught.value.message  # what to read before consenting
+    assert not marker.exists()
+
+
+@pytest.mark.slow
+def test_the_code_that_travels_gives_all_features_by_consent(hub, checkpoint, tmp_path):
+    hub.add_folder("user/digits", checkpoint)
+    with HubClient(hub, tmp_path, package=False) as client:
+        answer = client.run(SHOW + snippets(checkpoint)[1] + "result = show(pipe)")
+        ours = GaussianDDPMPipeline.from_pretrained(checkpoint)
+        assert answer[:2] == ["GaussianDDPMPipeline", "GaussianDDPMScheduler"]
+        np.testing.assert_allclose(images_of(answer), draw(ours), atol=ATOL)
+        # A copy of a copy is as good as the first, and the same files.
+        client.run("pipe.push_to_hub('user/copy')")
+        again = snippets(checkpoint)[1].replace("user/digits", "user/copy")
+        client.run(again + "pipe.push_to_hub('user/copy-of-copy')")
+        last = again.replace("user/copy", "user/copy-of-copy")
+        answer = client.run(last + "result = show(pipe)")
+    np.testing.assert_allclose(images_of(answer), draw(ours), atol=ATOL)
+    first, third = (hub.repo(f"user/{name}").files() for name in ("digits", "copy-of-copy"))
+    same = [name for name in first if name not in ("README.md", "training.json")]
+    assert {name: third[name] for name in same} == {name: first[name] for name in same}
+
+
+@pytest.mark.slow
+def test_the_package_loads_its_own_classes_and_later_offline(hub, checkpoint, tmp_path):
+    hub.add_folder("user/digits", checkpoint)
+    block = snippets(checkpoint)[2]
+    with HubClient(hub, tmp_path, token=None) as client:
+        answer = client.run(SHOW + block + "result = show(pipe)")
+    assert answer[:2] == ["GaussianDDPMPipeline", "GaussianDDPMScheduler"]
+    ours = GaussianDDPMPipeline.from_pretrained(checkpoint)
+    np.testing.assert_allclose(images_of(answer), draw(ours), atol=ATOL)
+    assert hub.count(r"GET .*\.py") == 0
+    hub.requests.clear()
+    with HubClient(hub, tmp_path, token=None, env={"HF_HUB_OFFLINE": "1"}) as client:
+        offline = client.run(SHOW + block + "result = show(pipe)")
+        with pytest.raises(ClientError, match="HF_HUB_OFFLINE") as caught:
+            client.run("load('user/never-seen')")
+    assert offline == answer
+    assert caught.value.kind == "ValueError"
+    assert hub.requests == []
+
+
+@pytest.mark.slow
+def test_two_repositories_with_code_in_one_process_keep_to_their_own(hub, checkpoint, tmp_path):
+    hub.add_folder("user/digits", checkpoint)
+    other = Path(shutil.copytree(checkpoint, tmp_path / "other"))
+    code = next(other.glob("ddpm_hf_*"))
+    # Another version of the package: another name of the folder, another behaviour.
+    changed = code.rename(other / "ddpm_hf_0123456789ab")
+    for path in (other / "pipeline.py", *changed.glob("*.py")):
+        path.write_text(path.read_text().replace(code.name, changed.name))
+    with (changed / "pipeline_ddpm_hf.py").open("a") as file:
+        file.write("\nGaussianDDPMPipeline.version = 'other'\n")
+    hub.add_folder("user/other", other)
+    with HubClient(hub, tmp_path / "home", package=False) as client:
+        result = client.run(
+            "from diffusers import DiffusionPipeline\n"
+            "def get(repo): return DiffusionPipeline.from_pretrained(\n"
+            "    repo, custom_pipeline=repo, trust_remote_code=True)\n"
+            "one, two, three = get('user/digits'), get('user/other'), get('user/digits')\n"
+            "result = [getattr(p, 'version', 'first') for p in (one, two, three)]"
+        )
+    assert result == ["first", "other", "first"]
+
+
+# ----------------------------------------------------------------------------------------------
+# Repositories as they lie on the Hub
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "bin"])
+@pytest.mark.parametrize("flat", [True, False], ids=["flat", "foldered"])
+def test_an_old_repository_loads_and_samples_like_stock(client, hub, tmp_path, flat, pickled):
+    # Names of their own: huggingface_hub keeps what it knows about a repository.
+    repo = f"google/{'flat' if flat else 'foldered'}-{'bin' if pickled else 'safe'}"
+    hub.add_folder(repo, save_legacy(tmp_path / "old", flat=flat, pickled=pickled))
+    options = {"use_safetensors": not pickled}
+    answers = [
+        client.run(f"result = show({call}(repo, **options))", repo=repo, options=options)
+        for call in ("DDPMPipeline.from_pretrained", "load", "GaussianDDPMPipeline.from_pretrained")
+    ]
+    stock, ours, by_class = answers
+    assert stock[:2] == ["DDPMPipeline", "DDPMScheduler"]
+    assert ours[:2] == by_class[:2] == ["GaussianDDPMPipeline", "GaussianDDPMScheduler"]
+    np.testing.assert_allclose(images_of(ours), images_of(stock), atol=ATOL)
+    np.testing.assert_allclose(images_of(by_class), images_of(stock), atol=ATOL)
+
+
+@pytest.mark.slow
+def test_a_stock_repository_loads_and_samples_like_stock(client, hub, tmp_path):
+    hub.add_folder("someone/stock", save_stock(tmp_path / "stock"))
+    stock = client.run("result = show(DDPMPipeline.from_pretrained('someone/stock'))")
+    ours = client.run("result = show(load('someone/stock'))")
+    np.testing.assert_allclose(images_of(ours), images_of(stock), atol=ATOL)
+
+
+@pytest.mark.slow
+def test_pickled_weights_are_refused_with_the_reason(client, hub, tmp_path):
+    hub.add_folder("google/pickled", save_legacy(tmp_path / "old"))
+    with pytest.raises(ClientError, match=r"can carry code.*use_safetensors=False") as caught:
+        client.run("load('google/pickled')")
+    assert "ValueError" in caught.value.bases
+    assert hub.count(r"\.bin") == 0
+
+
+@pytest.mark.slow
+def test_a_revision_is_loaded_as_it_was(client, hub, tmp_path):
+    first, second = (save_ours(tmp_path / n, unet=tiny_unet(seed=i)) for i, n in enumerate("ab"))
+    repo = hub.add_folder("user/moving", first)
+    old = repo.branches["main"]
+    repo.branches["v1"] = old
+    hub.edit("user/moving", {WEIGHTS: (second / WEIGHTS).read_bytes()})
+    now = client.run("result = show(load('user/moving'))")
+    np.testing.assert_allclose(images_of(now), draw(load(second)), atol=ATOL)
+    for revision in ("v1", old):
+        then = client.run("result = show(load('user/moving', revision=r))", r=revision)
+        np.testing.assert_allclose(images_of(then), draw(load(first)), atol=ATOL)
+    with pytest.raises(ClientError, match="has no such revision"):
+        client.run("load('user/moving', revision='v9')")
+
+
+@pytest.mark.slow
+def test_a_private_repository_opens_for_its_owner_alone(hub, checkpoint, tmp_path):
+    hub.add_folder("user/secret", checkpoint, private=True)
+    with HubClient(hub, tmp_path, token=None) as client:
+        client.run(SHOW + "from ddpm_hf import load")
+        for token in (None, STRANGER_TOKEN):
+            with pytest.raises(ClientError, match="not on the Hub, or is private") as caught:
+                client.run("load('user/secret', token=token)", token=token)
+            assert caught.value.kind == "ValueError"
+        client.run("load('user/secret', token=token)", token=OWNER_TOKEN)
+    assert hub.tokens_at_storage == []
+
+
+DOWNLOAD_FAULTS = {
+    "listing 503": dict(pattern=r"GET /api/models/user/\w+/tree", status=503),
+    "metadata 503": dict(pattern="HEAD .*unet/config", status=503),
+    "small file reset": dict(pattern="GET .*unet/config", kind="reset"),
+    "small file 503": dict(pattern="GET .*unet/config", status=503),
+    "weights reset": dict(pattern="GET /objects", kind="reset"),
+    "weights cut": dict(pattern="GET /objects", kind="cut"),
+    "weights 429": dict(pattern="GET /objects", status=429, headers={"Retry-After": "0"}),
+    "weights 500": dict(pattern="GET /objects", status=500),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", DOWNLOAD_FAULTS)
+def test_a_passing_fault_of_the_download_is_survived(client, hub, checkpoint, fault):
+    repo = "user/" + fault.replace(" ", "_")
+    hub.add_folder(repo, checkpoint)
+    hub.fault(**DOWNLOAD_FAULTS[fault])
+    answer = client.run("result = show(load(repo))", repo=repo)
+    assert not any(fault.times for fault in hub.faults), "the fault never struck"
+    np.testing.assert_allclose(images_of(answer), draw(load(checkpoint)), atol=ATOL)
+
+
+@pytest.mark.slow
+def test_a_hub_out_of_reach_gives_one_line(client, hub, checkpoint):
+    hub.fault("user/down", times=99, status=503)
+    with pytest.raises(ClientError, match="the Hub failed for user/down") as caught:
+        client.run("import ddpm_hf.hub as hub; hub.WAITS_S = (0.01, 0.01); hub.load('user/down')")
+    assert caught.value.kind == "HubError"
+    assert "OSError" in caught.value.bases
+    assert "\n" not in caught.value.message
+
+
+# ----------------------------------------------------------------------------------------------
+# What must not be loaded, from a folder or from the Hub
+
+
+def spoil_index(folder, **changes):
+    index = json.loads((folder / "model_index.json").read_text()) | changes
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
+def drop_weight(folder):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / WEIGHTS)
+    weights.pop("conv_in.weight")
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def plant_inf(folder):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / WEIGHTS)
+    weights["conv_in.bias"][0] = float("inf")
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def link_weights(folder):
+    target = folder.parent / "elsewhere.safetensors"
+    (folder / WEIGHTS).rename(target)
+    (folder / WEIGHTS).symlink_to(target)
+
+
+def link_unet(folder):
+    (folder / "unet").rename(folder.parent / "elsewhere")
+    (folder / "unet").symlink_to(folder.parent / "elsewhere")
+
+
+BAD = {
+    "no index": (lambda f: (f / "model_index.json").unlink(), "no model_index.json"),
+    "broken index": (
+        lambda f: (f / "model_index.json").write_text("[1]"),
+        "must hold a JSON object",
+    ),
+    "deep index": (lambda f: (f / "model_index.json").write_text("[" * 99_999), "not valid JSON"),
+    "another kind": (lambda f: spoil_index(f, _class_name="FluxPipeline"), "holds a FluxPipeline"),
+    "another unet": (lambda f: spoil_index(f, unet=["diffusers", "UNet1DModel"]), "UNet2DModel"),
+    "own pipeline": (lambda f: spoil_index(f, _class_name=["pipeline", "X"]), "code of its own"),
+    "own scheduler": (lambda f: spoil_index(f, scheduler=["evil", "X"]), "code of its own"),
+    "os.system": (lambda f: spoil_index(f, scheduler=["os", "system"]), "code of its own"),
+    "odd part": (lambda f: spoil_index(f, scheduler="DDPMScheduler"), "code of its own"),
+    "missing weight": (drop_weight, "do not fit"),
+    "not finite": (plant_inf, "not finite"),
+    "linked weights": (link_weights, "is a link"),
+    "linked folder": (link_unet, "is a link"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_a_bad_folder_is_refused_in_one_line(checkpoint, tmp_path, fault):
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "model"))
+    spoil, expected = BAD[fault]
+    spoil(folder)
+    with pytest.raises(ValueError, match=re.escape(expected)) as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["no/such/folder", "./nowhere", "/no/folder", "a b/c", "x" * 200])
+def test_what_is_neither_a_folder_nor_a_name_is_refused(name):
+    with pytest.raises(ValueError, match="neither a folder here nor a name on the Hub"):
+        load(name)
+
+
+def evil_pickle(path):
+    class Evil:
+        def __reduce__(self):
+            return Path.write_text, (path, "ran")
+
+    import pickle
+
+    return pickle.dumps({"conv_in.weight": Evil()})
+
+
+@pytest.mark.slow
+def test_planted_code_is_never_run_without_consent(client, hub, checkpoint, tmp_path):
+    marker = tmp_path / "ran"
+    code = f"open({str(marker)!r}, 'w').write('ran')\n"
+    files = {
+        p.relative_to(checkpoint).as_posix(): p.read_bytes()
+        for p in checkpoint.rglob("*")
+        if p.is_file()
+    }
+    index = json.loads(files["model_index.json"])
+    no_weights = {name: data for name, data in files.items() if name != WEIGHTS}
+
+    def with_index(**changes):
+        return {"model_index.json": json.dumps(index | changes)}
+
+    repos = {
+        "pickle": no_weights | {"unet/diffusion_pytorch_model.bin": evil_pickle(marker)},
+        "pipeline": files | {"pipeline.py": code} | with_index(_class_name=["pipeline", "X"]),
+        "quiet-pipeline": files | {"pipeline.py": code},
+        "scheduler": files | {"scheduler/evil.py": code} | with_index(scheduler=["evil", "X"]),
+        "unet": files | {"unet/evil.py": code} | with_index(unet=["evil", "X"]),
+        "system": files | with_index(scheduler=["os", "system"]),
+    }
+    for name, content in repos.items():
+        hub.add_repo(f"evil/{name}", content)
+        for call in (
+            "load",
+            "GaussianDDPMPipeline.from_pretrained",
+            "DDPMPipeline.from_pretrained",
+        ):
+            for options in ({}, {"use_safetensors": False}):
+                try:
+                    client.run(f"{call}(repo, **options)", repo=f"evil/{name}", options=options)
+                except ClientError as error:
+                    refusal = error.kind
+                else:
+                    refusal = None
+                assert not marker.exists(), (name, call, options)
+                assert refusal or name == "quiet-pipeline", (name, call, options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["../../outside.json", "unet/../../../../outside.json"])
+def test_file_names_that_climb_out_of_the_cache_write_nothing_there(client, hub, checkpoint, name):
+    repo = hub.add_folder(f"evil/climb{len(name)}", checkpoint)
+    repo.commit("main", "climb", {name: Blob(b"{}"), f"unet/{name}": Blob(b"{}")})
+    client.run("load(repo)", repo=repo.id)
+    assert not list(client.log.parent.parent.rglob("outside.json"))
