@@ -30,24 +30,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_command(command: Callable[[list[str]], int], argv: Sequence[str] | None) -> int:
-    """Run one command; bad input becomes one line and status 2."""
+    """Run one command; bad input becomes a line and status 2, a failing disk or Hub status 1."""
     try:
         return command(list(sys.argv[1:] if argv is None else argv))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("RANK", "0") == "0":  # the processes of one run say it once
             print(f"ddpm-hf: error: {error}", file=sys.stderr)
-        return _BAD_INPUT
+        return _BAD_INPUT if isinstance(error, ValueError) else 1
 
 
 def train_command(argv: list[str]) -> int:
     """train on a folder of images or any data set, or go on with a run that was interrupted"""
-    from ddpm_hf.hub import HubError
     from ddpm_hf.training import TrainingError, parse_config, train
 
     try:
         result = train(parse_config(argv, prog="ddpm-hf train"))
-    except (HubError, TrainingError) as error:
-        print(f"ddpm-hf: {error}", file=sys.stderr)
+    except TrainingError as error:
+        print(f"ddpm-hf: error: {error}", file=sys.stderr)
         return 1
     if result.stopped_by is not None:
         return 128 + result.stopped_by

@@ -99,6 +99,9 @@ class ModelOptions:
     prediction_type: Literal["epsilon", "sample", "v_prediction"] | None = _option(
         None, "what the network predicts (default: epsilon, or the pretrained model's)"
     )
+    variance_type: Literal["fixed_small", "fixed_large"] | None = _option(
+        None, "variance of a reverse step (default: fixed_small, or the pretrained model's)"
+    )
 
 
 @dataclass

@@ -378,7 +378,7 @@ class Run:
                 losses = train_step(self.unet, self.parts.scheduler, x_0, 0, 0, rows, size)
                 losses.mean().backward()
             self.state.unet.zero_grad(set_to_none=True)
-            float(losses[0])  # waits for the device
+            losses[0].item()  # waits for the device
             times.append(time.monotonic() - start)
         return times[-1] * self.config.gradient_accumulation_steps
 
@@ -454,7 +454,7 @@ def _accelerator(config: TrainingConfig) -> Iterator[Accelerator]:
     """
     ours = not AcceleratorState._shared_state
     try:
-        yield Accelerator(
+        accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             gradient_accumulation_plugin=GradientAccumulationPlugin(
                 num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
@@ -462,6 +462,10 @@ def _accelerator(config: TrainingConfig) -> Iterator[Accelerator]:
             log_with=trackers() or None,
             project_dir=config.run_folder(),
         )
+        if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+            # Accelerate would train in float32 without a word.
+            raise ConfigError("mixed_precision fp16 needs a GPU; on the CPU choose bf16 or no")
+        yield accelerator
     finally:
         if ours:
             AcceleratorState._reset_state()

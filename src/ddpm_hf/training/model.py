@@ -142,7 +142,7 @@ def propose(
         ConfigError: if the batch does not divide into equal shares.
     """
     on_cpu = device == "cpu"
-    usual = 32 if on_cpu or size > 64 else 64
+    usual = (32 if size <= 32 else 16) if on_cpu else (64 if size <= 64 else 32)
     batch_size = config.batch_size or max(usual // num_shares, 1) * num_shares
     if batch_size % num_shares:
         raise ConfigError(
@@ -152,7 +152,8 @@ def propose(
         )
     # 400 passes over a small set, within what an evening (CPU) or a night (GPU) allows.
     passes = max(400 * num_images // batch_size, 2000)
-    steps = config.max_train_steps or min(passes, 5000 if on_cpu else 50_000)
+    longest = (5000 if size <= 32 else 3000) if on_cpu else 50_000
+    steps = config.max_train_steps or min(passes, longest)
     warmup = config.lr_warmup_steps
     return dataclasses.replace(
         config,
@@ -218,7 +219,7 @@ def build_scheduler(
     config: TrainingConfig, pretrained: GaussianDDPMScheduler | None = None
 ) -> GaussianDDPMScheduler:
     """The scheduler: the pretrained one's configuration if given, with the options over it."""
-    names = ("num_train_timesteps", "beta_schedule", "prediction_type")
+    names = ("num_train_timesteps", "beta_schedule", "prediction_type", "variance_type")
     chosen = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     if pretrained is None:
         return GaussianDDPMScheduler(**chosen)

@@ -1,0 +1,186 @@
+"""The command line in this process: what it writes, and what it says to bad input."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DModel
+from PIL import Image
+
+from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler
+from ddpm_hf.cli import main
+from ddpm_hf.data import ImageFacts
+from ddpm_hf.pictures import image_grid
+from ddpm_hf.training import ConfigError, build_unet, parse_config
+from ddpm_hf.training.model import size_multiple
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    )
+    folder = tmp_path_factory.mktemp("model")
+    scheduler = GaussianDDPMScheduler(num_train_timesteps=12, beta_schedule="squaredcos_cap_v2")
+    GaussianDDPMPipeline(unet, scheduler).save_pretrained(folder)
+    return folder
+
+
+def sampled(model, output, *more):
+    assert main(["sample", str(model), "--output", str(output), *more]) == 0
+    return [np.asarray(Image.open(path)) for path in sorted(output.glob("*.png"))]
+
+
+def test_image_i_is_the_same_in_whatever_batch_it_is_drawn(model, tmp_path):
+    whole = sampled(model, tmp_path / "a", "--num-images", "5", "--batch-size", "5")
+    parts = sampled(model, tmp_path / "b", "--num-images", "3", "--batch-size", "2")
+    assert len(whole) == 5
+    for one, other in zip(whole[:3], parts, strict=True):
+        # Convolutions of another batch size may round the last bit of 8 differently.
+        assert np.abs(one.astype(int) - other).max() <= 1
+
+
+def test_seed_steps_and_eta_change_the_images(model, tmp_path):
+    few = ("--num-images", "1")
+    base = sampled(model, tmp_path / "base", *few)[0]
+    for i, more in enumerate((["--seed", "1"], ["--num-inference-steps", "3"], ["--eta", "0"])):
+        assert not np.array_equal(base, sampled(model, tmp_path / str(i), *few, *more)[0])
+
+
+def test_a_png_output_is_one_grid_enlarged_for_people(model, tmp_path):
+    path = tmp_path / "new" / "grid.png"
+    assert main(["sample", str(model), "--num-images", "4", "--output", str(path)]) == 0
+    assert Image.open(path).size == (2 * 64 + 2, 2 * 64 + 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["sample", "MODEL/unet"], "model_index.json"),
+        (["sample", "MODEL", "--eta", "2"], "eta"),
+        (["sample", "MODEL", "--num-inference-steps", "13"], "12"),
+        (["push", "MODEL", "not/a/repo"], "not/a/repo"),
+        (["push", "MODEL/unet", "user/repo"], "model_index.json"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(model, capsys, arguments, said):
+    assert main([a.replace("MODEL", str(model)) for a in arguments]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("ddpm-hf: error:")
+    assert said in last
+
+
+def test_a_dry_push_lists_what_would_go_and_contacts_nobody(model, capsys):
+    assert main(["push", str(model), "user/repo", "--dry-run"]) == 0
+    listing = capsys.readouterr().out
+    assert "unet/diffusion_pytorch_model.safetensors" in listing
+    assert "model_index.json" in listing
+
+
+# Options
+
+
+RECIPES = sorted(Path(__file__).parents[1].glob("training/recipes/*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_shipped_recipe_can_be_read(recipe, monkeypatch):
+    monkeypatch.chdir(recipe.parents[2])  # paths in recipes start at the top of the project
+    config = parse_config(["photos", "--config", str(recipe)])
+    if config.unet_config is not None:
+        assert json.loads(Path(config.unet_config).read_text())
+
+
+def test_the_cifar10_recipe_trains_the_network_of_the_paper():
+    unet = build_unet(
+        ImageFacts("RGB", 32, 32), "cuda", str(RECIPES[0].parent / "cifar10_unet.json")
+    )
+    # 2006.11239, appendix B: "Our CIFAR10 model has 35.7 million parameters"
+    assert round(sum(p.numel() for p in unet.parameters()) / 1e6, 1) == 35.7
+
+
+@pytest.mark.parametrize("size", [8, 12, 28, 32, 64, 100, 256])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_proposed_network_takes_images_of_any_size(size, device):
+    with torch.device("meta"):
+        unet = build_unet(ImageFacts("L", size, size + 4), device)
+        height, width = (
+            -(-n // size_multiple(unet)) * size_multiple(unet) for n in (size, size + 4)
+        )
+        output = unet(torch.zeros(1, 1, height, width), torch.zeros(1)).sample
+    assert output.shape == (1, 1, height, width)
+    assert (height - size) * 8 <= max(size, 8) * 2  # little of what it sees is padding
+
+
+def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("learning_rate: 2e-4\nbatch_size: 8\nrandom_flip: true\n")
+    config = parse_config(["photos", "--config", str(recipe), "--batch-size", "16"])
+    assert (config.dataset, config.learning_rate, config.batch_size) == ("photos", 2e-4, 16)
+    assert config.random_flip is True
+    assert config.ema_decay == 0.9999
+
+
+def test_a_configuration_survives_the_way_through_its_recipe(tmp_path):
+    config = parse_config(["photos", "--resolution", "32", "--crop", "random", "--random-flip"])
+    (tmp_path / "recipe.yaml").write_text(config.to_yaml())
+    assert parse_config(["--config", str(tmp_path / "recipe.yaml")]) == config
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ("lerning_rate: 1\n", "learning_rate"),
+        ("learning_rate: [1]\n", "learning_rate"),
+        ("batch_size: 2.5\n", "batch_size"),
+        ("crop: left\n", "center"),
+        ("ema_decay: 1.0\n", "ema_decay"),
+        ("- a list\n", "option: value"),
+        ("a: b: c\n", "recipe.yaml"),
+    ],
+)
+def test_a_bad_recipe_is_explained(tmp_path, recipe, said):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe)
+    with pytest.raises((ConfigError, SystemExit), match=said):
+        parse_config(["photos", "--config", str(path)])
+
+
+# Pictures
+
+
+def test_a_grid_shows_every_image_in_its_place():
+    images = [Image.new("L", (64, 64), value) for value in (10, 20, 30)]
+    grid = image_grid(images, columns=2)
+    assert grid.size == (130, 130)
+    assert [grid.getpixel(at)[0] for at in ((32, 32), (98, 32), (32, 98))] == [10, 20, 30]
+
+
+@pytest.mark.parametrize(
+    ("image", "seen"),
+    [
+        (Image.new("RGBA", (64, 64), (255, 0, 0, 0)), (235, 235, 235)),
+        (Image.new("RGBA", (64, 64), (255, 0, 0, 255)), (255, 0, 0)),
+        (Image.new("LA", (64, 64), (0, 0)), (235, 235, 235)),
+        (Image.fromarray(np.full((64, 64), 257 * 100, dtype=np.uint16)), (100, 100, 100)),
+    ],
+    ids=["transparent", "opaque", "transparent grey", "16 bit"],
+)
+def test_a_grid_shows_every_mode_as_a_person_would_see_it(image, seen):
+    assert image_grid([image]).getpixel((32, 32)) == seen
+
+
+@pytest.mark.parametrize(("images", "columns"), [([], None), ([Image.new("L", (8, 8))], 0)])
+def test_a_grid_of_nothing_is_refused(images, columns):
+    with pytest.raises(ValueError, match=r"images|columns"):
+        image_grid(images, columns)
