@@ -442,6 +442,9 @@ class GaussianDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
         """
         if not safe_serialization:
             raise ValueError("safe_serialization must be True: only safetensors are written")
+        unknown = set(kwargs) - {"repo_id", "private", "token", "commit_message", "create_pr"}
+        if unknown:
+            raise TypeError(f"save_pretrained() knows no {', '.join(sorted(unknown))}")
         folder = portable.checked_folder(save_directory)
         portable.check_finite(self.unet)
         with portable.replacing(folder, variant) as staging:

@@ -90,7 +90,7 @@ def checked_folder(save_directory: str | os.PathLike[str]) -> Path:
     if not os.fspath(save_directory):
         raise ValueError("save_directory is empty; pass the folder to write to")
     folder = Path(save_directory)
-    for path in (folder, folder / "unet", folder / "scheduler"):
+    for path in (folder, folder / "unet", folder / "scheduler", *folder.glob("ddpm_hf_*")):
         if path.is_symlink():
             raise ValueError(
                 f"save_directory: {path} is a symbolic link, which is not followed; pass the "
@@ -122,8 +122,10 @@ def replacing(folder: Path, variant: str | None) -> Iterator[Path]:
     """
     is_new = not folder.exists()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = folder.with_name(f".{folder.name}.saving") if is_new else folder / ".saving"
-    shutil.rmtree(staging, ignore_errors=True)  # what a killed process left
+    # Of one length, for a name of 255 bytes; of one name, so that the next save clears it away.
+    name = f".saving-{hashlib.sha256(os.fsencode(folder.name)).hexdigest()[:8]}"
+    staging = (folder.parent if is_new else folder) / name
+    shutil.rmtree(staging, ignore_errors=True)  # a killed process may have left it
     staging.mkdir()
     try:
         yield staging
@@ -166,7 +168,7 @@ def _stale(folder: Path, variant: str | None) -> list[Path]:
 def _sync(path: Path) -> None:
     """Flush a file or folder to disk."""
     with suppress(PermissionError):  # Windows opens no folders
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
