@@ -364,20 +364,20 @@ _IMAGE_COLUMNS = {
 
 
 def _prepare(source: _Source, plan: _Plan, on_bad_image: str, folder: Path) -> None:
-    """Headers first, because the size and mode of all decide what each one becomes."""
+    """Headers first, because the sizes and modes of all decide what each one becomes."""
     file = folder / "headers.arrow"
     headers = _map(source, read_headers, _HEADER_COLUMNS, file, "Reading image headers")
-    is_usable = headers["height"] > 0
-    if not is_usable.any():
-        raise _bad_images(_problems(source, headers), len(is_usable))
-    target = _choose_target({name: column[is_usable] for name, column in headers.items()}, plan)
-    _check_free_space(folder, target, len(is_usable))
-    desc = f"Preparing {target.width}x{target.height} {target.mode} images"
-    file = folder / "images.arrow"
-    notes = _map(source, decode_images, _IMAGE_COLUMNS, file, desc, target=target)
+    if not headers["height"].any():
+        raise _bad_images(_problems(source, headers), len(source.cells))
+    target = _choose_target(headers, plan)
+    notes = _decode_all(source, target, folder)
     skipped = _problems(source, notes)
     if skipped and (on_bad_image == "error" or len(skipped) == len(source.cells)):
         raise _bad_images(skipped, len(source.cells))
+    # A damaged image may have had a good header: what is left out has no say.
+    headers["height"] = np.where(notes["height"] > 0, headers["height"], 0)
+    if (better := _choose_target(headers, plan)) != target:
+        target, notes = better, _decode_all(source, better, folder)
     mode = plan.image_mode or _smallest_mode(notes["colour"], notes["alpha"])
     facts = ImageFacts(mode, target.height, target.width, target.bit_depth, source.class_names)
     summary = {
@@ -397,6 +397,7 @@ def _map(
     types: dict[str, str],
     file: Path,
     desc: str,
+    batch_size: int = 64,  # of undecoded files, which may be photos of some MB each
     **options: Any,
 ) -> dict[str, NDArray[Any]]:
     """`function` of all cells, written to an arrow file; gives its columns back, without pixels."""
@@ -405,7 +406,7 @@ def _map(
     rows = source.cells.map(
         function,
         batched=True,
-        batch_size=64,  # of undecoded files, which may be photos of some MB each
+        batch_size=batch_size,
         input_columns=[source.column],
         remove_columns=[source.column],
         features=datasets.Features({name: datasets.Value(kind) for name, kind in types.items()}),
@@ -417,6 +418,15 @@ def _map(
         new_fingerprint=file.stem,
     )
     return {name: rows.data.column(name).to_numpy() for name in types if name != "pixels"}
+
+
+def _decode_all(source: _Source, target: Target, folder: Path) -> dict[str, NDArray[Any]]:
+    num_bytes = target.height * target.width * len(target.mode) * target.bit_depth // 8
+    _check_free_space(folder, num_bytes * len(source.cells))
+    batch_size = max(1, min(64, 2**26 // num_bytes))  # Arrow holds up to 2 GiB in a batch
+    desc = f"Preparing {target.width}x{target.height} {target.mode} images"
+    file = folder / "images.arrow"
+    return _map(source, decode_images, _IMAGE_COLUMNS, file, desc, batch_size, target=target)
 
 
 def _problems(source: _Source, notes: dict[str, NDArray[Any]]) -> list[str]:
@@ -438,6 +448,7 @@ def _smallest_mode(colour: NDArray[np.bool_], alpha: NDArray[np.bool_]) -> str:
 
 
 def _choose_target(headers: dict[str, NDArray[Any]], plan: _Plan) -> Target:
+    headers = {name: column[headers["height"] > 0] for name, column in headers.items()}
     sizes = sorted(set(zip(headers["height"].tolist(), headers["width"].tolist(), strict=True)))
     is_native = plan.resolution is None and len(sizes) == 1 and max(sizes[0]) <= NATIVE_SIZE_LIMIT
     resolution = plan.resolution or _proposed_resolution(headers)
@@ -468,11 +479,12 @@ def _output_size(sizes: list[tuple[int, int]], resolution: int, crop: str) -> tu
             f"{len(outputs)}, such as {shapes}: use crop='center' or 'random'"
         )
     width, height = outputs[0]
+    if max(width, height) > MAX_SIZE:
+        raise DataError(f"at resolution {resolution} images get {width}x{height}, over {MAX_SIZE}")
     return height, width
 
 
-def _check_free_space(folder: Path, target: Target, rows: int) -> None:
-    need = rows * target.height * target.width * len(target.mode) * target.bit_depth // 8
+def _check_free_space(folder: Path, need: int) -> None:
     free = shutil.disk_usage(folder).free
     if need > free:
         raise DataError(

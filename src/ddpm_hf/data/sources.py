@@ -17,7 +17,7 @@ from huggingface_hub.file_download import repo_folder_name
 
 from ddpm_hf.data.decoding import EXTENSIONS
 
-_SPLIT_FOLDERS = {"train", "test", "validation", "valid", "val"}
+_SPLITS = ("train", "test", "validation", "valid", "val")
 _ROOT_ATTRIBUTE = "_ddpm_hf_image_root"
 
 
@@ -41,8 +41,9 @@ def load_images(
         config_name: configuration of a Hub data set.
         split: name or slice as in `datasets`: "train", "test[:500]", "train+test". In a folder of
             images, sub-folders named train, test, validation, valid or val are splits if there
-            are two of them or nothing else; otherwise the whole folder is "train". Files given
-            by path or glob are "train".
+            are two of them or nothing else; otherwise the whole folder is "train". In a folder
+            of parquet files those words in their names are. Files given by path or glob are
+            "train".
         revision: branch, tag or commit of a Hub data set.
 
     Raises:
@@ -50,6 +51,8 @@ def load_images(
             rows, or reaches outside itself (links, paths, URLs).
     """
     text = os.fspath(source)
+    if not text:
+        raise DataError("the data set has no name: give a folder, a file or a data set of the Hub")
     path = Path(text).expanduser()
     is_local = path.exists() or any(char in text for char in "*?[")
     if is_local and (config_name or revision):
@@ -110,12 +113,24 @@ def _from_folder(root: Path, split: str) -> tuple[datasets.Dataset, Path | None]
     suffixes = Counter(map(_suffix, files))
     for kind in ("parquet", "arrow"):
         if suffixes[f".{kind}"]:
-            return _from_builder(kind, split, data_dir=glob.escape(str(root))), None
+            tables = [file for file in files if _suffix(file) == f".{kind}"]
+            return _from_builder(kind, split, data_files=_by_split(root, tables)), None
     found = ", ".join(f"{count} {suffix or 'other'}" for suffix, count in suffixes.most_common(5))
     raise DataError(
         f"{str(root)!r} holds no images, parquet or arrow files, but {found or 'nothing'}; "
         f"images may be {' '.join(sorted(EXTENSIONS))}"
     )
+
+
+def _by_split(root: Path, files: list[str]) -> dict[str, list[str]]:
+    """Files by the split that a word of their path names; all are "train" where none does."""
+    found: dict[str, list[str]] = {}
+    for file in files:
+        words = re.split("[^a-z]+", file.lower())
+        for name in [name for name in _SPLITS if name in words][:1]:
+            found.setdefault(name, []).append(file)
+    groups = found or {"train": files}
+    return {name: [glob.escape(str(root / f)) for f in group] for name, group in groups.items()}
 
 
 def _suffix(file: str) -> str:
@@ -149,8 +164,8 @@ def _from_image_files(root: Path, files: list[str], split: str) -> datasets.Data
     by_top: dict[str, list[PurePath]] = {}
     for file in map(PurePath, files):
         by_top.setdefault(file.parts[0] if len(file.parts) > 1 else "", []).append(file)
-    folders = _SPLIT_FOLDERS & by_top.keys()
-    if len(folders) > 1 or by_top.keys() <= _SPLIT_FOLDERS:
+    folders = by_top.keys() & _SPLITS
+    if len(folders) > 1 or folders == by_top.keys():
         groups = {name: by_top[name] for name in folders}
     else:
         groups = {"train": [file for group in by_top.values() for file in group]}
