@@ -29,7 +29,7 @@ _TEMPLATE = Path(__file__).with_name("model_card_template.md")
 _MARK = re.compile(r"\n<!-- ddpm-hf (generated|edited) ([0-9a-f]{64}) -->\n?\Z")
 _TOKEN = re.compile(r"\b(?:hf_|ghp_|github_pat_|sk-)[A-Za-z0-9_-]{16,}|://[^/\s:@]+:[^/\s@]+@")
 _LOCAL_PATH = re.compile(
-    r"(?<![\w/.:-])/(?:home|Users|root|tmp|var|mnt|media|opt|srv|scratch|workspace|content|kaggle)/"
+    r"(?<![\w/.:~-])/(?:home|Users|root|tmp|var|mnt|media|opt|srv|scratch|workspace|content|kaggle)/"
     r"[^\s\"'`<>|)]+|\b[A-Za-z]:[\\/]+Users[\\/][^\s\"'`<>|)]+|file://\S+"
 )
 
