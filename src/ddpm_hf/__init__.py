@@ -1,4 +1,7 @@
-"""DDPM for the Hugging Face ecosystem. Public names load on first use: `ddpm-hf --help` imports no torch."""
+"""DDPM for the Hugging Face ecosystem.
+
+Public names load on first use, so that `ddpm-hf --help` imports no torch.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -55,8 +55,8 @@ def simple_loss(
     Source: DDPM (2006.11239), eq. 14.
     """
     x_t = scheduler.add_noise(x_0, noise, t)
-    prediction = denoiser(x_t, t)
-    prediction = getattr(prediction, "sample", prediction)
+    output = denoiser(x_t, t)
+    prediction: Tensor = output.sample if hasattr(output, "sample") else output
     if prediction.shape != x_0.shape:
         raise ValueError(
             f"the denoiser returned {tuple(prediction.shape)} for samples of {tuple(x_0.shape)}; "

@@ -49,7 +49,8 @@ def draw_images(
             torch.Generator(pipeline.device).manual_seed(seed_of(seed, "sample", place))
             for place in places
         ]
-        images += pipeline(batch_size=len(places), generator=generators, **call).images
+        output: Any = pipeline(batch_size=len(places), generator=generators, **call)
+        images += output.images
     return images
 
 

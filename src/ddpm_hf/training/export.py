@@ -94,7 +94,8 @@ def _public_name(source: str) -> str:
 
 
 def _shareable(config: TrainingConfig) -> TrainingConfig:
-    return dataclasses.replace(config, **dict.fromkeys(_LOCAL_OPTIONS))
+    without: dict[str, Any] = dict.fromkeys(_LOCAL_OPTIONS)
+    return dataclasses.replace(config, **without)
 
 
 def _hardware(accelerator: Accelerator) -> str:

@@ -282,7 +282,7 @@ class Run:
             pipeline.set_progress_bar_config(
                 desc="samples", leave=False, disable=not accelerator.is_main_process
             )
-            images = pipeline(
+            output: Any = pipeline(
                 batch_size=share,
                 generator=generators,
                 num_inference_steps=min(
@@ -290,8 +290,8 @@ class Run:
                 ),
                 eta=0.0,
                 callback_on_step_end=self._interrupt_if_stopped,
-            ).images
-        images = gather_object([] if self.stop.received else images)
+            )
+        images = gather_object([] if self.stop.received else output.images)
         if accelerator.is_main_process and len(images) >= config.num_samples:
             grid = image_grid(images[: config.num_samples])
             path = self.folder / "samples" / f"step-{self.state.step:08d}.png"
@@ -376,7 +376,7 @@ class Run:
             start = time.monotonic()
             with self.accelerator.no_sync(self.unet):
                 losses = train_step(self.unet, self.parts.scheduler, x_0, 0, 0, rows, size)
-                losses.mean().backward()
+                torch.autograd.backward(losses.mean())
             self.state.unet.zero_grad(set_to_none=True)
             losses[0].item()  # waits for the device
             times.append(time.monotonic() - start)
@@ -431,7 +431,9 @@ def continued(given: TrainingConfig, before: dict[str, Any]) -> TrainingConfig:
         ConfigError: for options that shape what is learned and differ.
     """
     now = dataclasses.asdict(given)
-    merged = {name: before.get(name) if value is None else value for name, value in now.items()}
+    merged: dict[str, Any] = {
+        name: before.get(name) if value is None else value for name, value in now.items()
+    }
     changed = [
         f"{name}: {before.get(name)!r} -> {value!r}"
         for name, value in merged.items()

@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 import torch
 from accelerate import Accelerator
-from diffusers import UNet2DModel
+from diffusers import ModelMixin, UNet2DModel
 
 from ddpm_hf.data import ImageDataset, ImageFacts, TrainingImages, load_images, prepare_images
 from ddpm_hf.hub import load
@@ -62,7 +62,7 @@ def assemble(
         torch.manual_seed(config.seed)  # the same first weights on every process and every start
         unet = build_unet(facts, device, config.unet_config)
     check_fit(unet, facts)
-    if hasattr(unet, "register_to_config"):
+    if isinstance(unet, ModelMixin):
         unet.register_to_config(_ddpm_hf=facts.to_config())
     return Parts(
         config,
@@ -221,9 +221,9 @@ def build_scheduler(
     """The scheduler: the pretrained one's configuration if given, with the options over it."""
     names = ("num_train_timesteps", "beta_schedule", "prediction_type", "variance_type")
     chosen = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-    if pretrained is None:
-        return GaussianDDPMScheduler(**chosen)
-    return GaussianDDPMScheduler.from_config(pretrained.config, **chosen)
+    before = {} if pretrained is None else pretrained.config
+    scheduler: GaussianDDPMScheduler = GaussianDDPMScheduler.from_config(before, **chosen)
+    return scheduler
 
 
 def load_pretrained(source: str) -> tuple[UNet2DModel, GaussianDDPMScheduler | None]:
