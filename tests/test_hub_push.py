@@ -1,5 +1,6 @@
 """Pushing over the real protocol: one commit, an allow-list, retries, and nobody's edits lost."""
 
+import io
 import json
 import re
 import shutil
@@ -10,8 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from checkpoints import save_ours, tiny_unet
 from hub_server import (
     OWNER_TOKEN,
     READER_TOKEN,
@@ -21,9 +21,9 @@ from hub_server import (
     HubServer,
     client_environment,
 )
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from ddpm_hf import GaussianDDPMPipeline
 from ddpm_hf.hub import push
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -40,26 +40,9 @@ def pushed(*args, **options):
 """
 
 
-def tiny_pipeline(seed=0):
-    torch.manual_seed(seed)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(4, 8),
-        norm_num_groups=2,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )
-    return GaussianDDPMPipeline(unet, DDPMScheduler(num_train_timesteps=20))
-
-
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("made") / "model"
-    tiny_pipeline().save_pretrained(folder)
-    return folder
+    return save_ours(tmp_path_factory.mktemp("made") / "model")
 
 
 @pytest.fixture
@@ -631,6 +614,74 @@ def test_the_command_line_says_bad_input_in_one_line_and_exits_with_2(client, hu
         assert err.count("\n") == 1
         assert "Traceback" not in err
     assert hub.count("PUT|/commit/") == 0
+
+
+def train_on_the_hub(client, hub, folder, repo_id="user/trained"):
+    """`ddpm-hf train` on 12 grey images of the same Hub; exit status, output, error output."""
+    hub.add_repo("user/data", {f"train/{i}.png": grey_png(i) for i in range(12)}, kind="dataset")
+    config = {k: v for k, v in tiny_unet().config.items() if not k.startswith("_")}
+    (folder / "unet.json").write_text(json.dumps(config))
+    options = {
+        "dataset": "user/data",
+        "output_dir": folder / "run",
+        "unet_config": folder / "unet.json",
+        "max_train_steps": 4,
+        "batch_size": 4,
+        "checkpointing_steps": 2,
+        "num_samples": 2,
+        "sample_inference_steps": 2,
+        "push_to_hub": repo_id,
+    }
+    client.run(
+        "import ddpm_hf.training.loop as loop\n"
+        "loop.BackgroundPusher = functools.partial(BackgroundPusher, waits_s=WAITS)"
+    )
+    return client.run(CLI, argv=["train", *(f"--{k}={v}" for k, v in options.items())])
+
+
+def grey_png(value):
+    file = io.BytesIO()
+    Image.new("L", (8, 8), 20 * value).save(file, "png")
+    return file.getvalue()
+
+
+@pytest.mark.slow
+def test_training_on_a_data_set_of_the_hub_pushes_what_it_made(client, hub, tmp_path):
+    status, out, err = train_on_the_hub(client, hub, tmp_path)
+    assert status == 0, err
+    repo = hub.repo("user/trained")
+    assert repo.private
+    assert repo.history()[0].title == "Step 4"
+    assert without_cards(repo.files()) == without_cards(local_files(tmp_path / "run/model"))
+    card = repo.files()["README.md"].decode()
+    assert "datasets:\n- user/data" in card
+    assert "12 images" in card
+    assert 'load("user/trained")' in card
+    assert "Pushed to" in out
+    assert client.run("result = hub.load('user/trained').unet.config.sample_size") == 8
+
+
+@pytest.mark.slow
+def test_training_outlives_a_hub_that_fails_and_says_how_to_push(client, hub, tmp_path):
+    hub.fault("/commit/main", status=503, times=999)
+    status, out, _ = train_on_the_hub(client, hub, tmp_path)
+    assert status == 3
+    command = f"ddpm-hf push {tmp_path}/run/model user/trained"
+    assert command in out
+    assert len(hub.repo("user/trained").history()) == 1
+    hub.faults.clear()
+    assert client.run(CLI, argv=command.split()[1:])[0] == 0
+    local = local_files(tmp_path / "run/model")
+    assert without_cards(hub.repo("user/trained").files()) == without_cards(local)
+
+
+@pytest.mark.slow
+def test_training_that_may_not_push_does_not_start(client, hub, tmp_path):
+    status, _, err = train_on_the_hub(client, hub, tmp_path, "other/trained")
+    assert status == 2
+    assert "no right to write to other/trained" in err
+    assert not (tmp_path / "run/model").exists()
+    assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
 @pytest.mark.slow
