@@ -285,6 +285,7 @@ def test_the_callback_sees_x_t_and_the_estimate_of_x_0_of_every_step(pipeline):
     # The mean of the last step is the estimate itself (eq. 7 with alpha_bar_prev = 1).
     assert_close(strip[-1]["pred_original_sample"], images, rtol=0, atol=1e-6)
     assert set(strip[0]) == {"latents", "pred_original_sample"}
+    assert all(x.is_inference() for tensors in strip for x in tensors.values())
 
 
 def test_the_callback_can_replace_x_t(pipeline):

@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -453,6 +454,25 @@ class GaussianDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
             portable.write_source(staging)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", folder.name), variant=variant, **kwargs)
+
+    def _upload_folder(
+        self,
+        working_dir: str | os.PathLike[str],
+        repo_id: str,
+        token: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        subfolder: str | None = None,
+    ) -> Any:
+        """What `push_to_hub` uploads by, in one commit."""
+        return portable.upload(
+            Path(working_dir),
+            repo_id,
+            f"{subfolder}/" if subfolder else "",
+            token=token,
+            commit_message=commit_message or f"Upload {type(self).__name__}",
+            create_pr=create_pr,
+        )
 
 
 # ----------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from diffusers.models import UNet2DModel
+from huggingface_hub import CommitOperationAdd, HfApi
 
 Facts = dict[str, Any]
 FACTS_FORMAT = 1
@@ -74,11 +75,12 @@ def _check_facts(facts: Facts, num_channels: int) -> None:
 
 
 def is_int(value: Any) -> bool:
+    """Whether this is an int; True and False are not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 # ----------------------------------------------------------------------------------------------
-# Writing
+# Writing and sharing
 
 
 def checked_folder(save_directory: str | os.PathLike[str]) -> Path:
@@ -201,6 +203,27 @@ def write_source(folder: Path) -> None:
         '\n__all__ = ["GaussianDDPMPipeline"]\n',
     ]
     (folder / "pipeline.py").write_text("\n".join(door), "utf-8")
+
+
+def upload(folder: Path, repo_id: str, prefix: str = "", **commit: Any) -> Any:
+    """Upload a folder in one commit, so that no reader finds half a model.
+
+    `upload_folder` of huggingface_hub 2.4 splits large uploads into several commits.
+
+    Args:
+        folder: all files in it are uploaded, but no README.md where the repository has one:
+            whoever wrote that, it stays.
+        repo_id: an existing repository.
+        prefix: folder in the repository, with "/" at its end.
+        **commit: `token`, `commit_message`, `create_pr`.
+    """
+    api = HfApi(token=commit.pop("token"))
+    head = api.model_info(repo_id)
+    files = {prefix + p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+    if any(file.rfilename == "README.md" for file in head.siblings or []):
+        files.pop("README.md", None)
+    added = [CommitOperationAdd(name, path) for name, path in sorted(files.items())]
+    return api.create_commit(repo_id, added, parent_commit=head.sha, **commit)
 
 
 def holds_only_pickles(source: str | os.PathLike[str], error: OSError) -> bool:
