@@ -360,6 +360,29 @@ def test_a_hub_that_keeps_failing_is_reported_as_that(client, hub, checkpoint, f
 
 
 @pytest.mark.slow
+def test_a_failure_of_the_xet_client_is_one_line_too(client, hub, checkpoint):
+    """This Hub has no Xet storage; whether the client tries it is read at each upload."""
+    client.run("import huggingface_hub.constants as c; c.HF_HUB_DISABLE_XET = False")
+    try:
+        with pytest.raises(ClientError, match="the Hub failed for user/digits") as caught:
+            push_from(client, checkpoint)
+    finally:
+        client.run("c.HF_HUB_DISABLE_XET = True")
+    assert caught.value.kind == "HubError"
+    assert "\n" not in caught.value.message
+    assert len(hub.repo("user/digits").history()) == 1
+
+
+@pytest.mark.slow
+def test_a_copy_in_the_cache_can_be_pushed_although_it_is_made_of_links(client, hub, checkpoint):
+    hub.add_folder("user/source", checkpoint)
+    push_it = "pushed(huggingface_hub.snapshot_download('user/source'), 'user/mirror')"
+    client.run(f"import huggingface_hub; {push_it}")
+    files = without_cards(hub.repo("user/mirror").files())
+    assert files == without_cards(local_files(checkpoint))
+
+
+@pytest.mark.slow
 def test_a_pull_request_whose_answer_was_lost_is_not_opened_twice(client, hub, checkpoint):
     push_from(client, checkpoint)
     write_facts(checkpoint, steps=7)
@@ -658,6 +681,8 @@ def test_training_on_a_data_set_of_the_hub_pushes_what_it_made(client, hub, tmp_
     assert "12 images" in card
     assert 'load("user/trained")' in card
     assert "Pushed to" in out
+    written = local_files(tmp_path) | repo.files() | {"log": client.log.read_bytes()}
+    assert [name for name, data in written.items() if OWNER_TOKEN.encode() in data] == []
     assert client.run("result = hub.load('user/trained').unet.config.sample_size") == 8
 
 

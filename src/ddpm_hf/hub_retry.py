@@ -75,9 +75,16 @@ def is_temporary(error: BaseException) -> bool:
     status = _status(error)
     if status is not None:
         return (status >= 500 and status != 507) or status in (408, 409, 412, 429)
-    # A proxy's page in place of JSON comes with no status from some calls of the client.
-    kinds = (httpx.TransportError, json.JSONDecodeError)
+    if _is_offline(error):
+        return False
+    # ConnectionError is what the Xet client raises; a proxy's page in place of JSON comes with no
+    # status from some calls.
+    kinds = (httpx.TransportError, ConnectionError, TimeoutError, json.JSONDecodeError)
     return any(isinstance(e, kinds) for e in _chain(error))
+
+
+def _is_offline(error: BaseException) -> bool:
+    return any(isinstance(e, OfflineModeIsEnabled) for e in _chain(error))
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:
@@ -125,8 +132,8 @@ def shorten(text: str, length: int = 300) -> str:
 def _raise_explained(error: Exception, repo_id: str) -> None:
     """Raise what a person needs to know about a failure that repeating does not cure."""
     status, reason = _status(error), _reason(error)
-    if any(isinstance(e, OfflineModeIsEnabled) for e in _chain(error)):
-        text = f"{repo_id} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it"
+    if _is_offline(error):
+        text = f"HF_HUB_OFFLINE is set and there is no copy of {repo_id} in the cache"
     elif isinstance(error, GatedRepoError):
         text = f"{repo_id} is gated: ask for access on its page, then {TOKEN_HELP}"
     elif isinstance(error, RevisionNotFoundError):
