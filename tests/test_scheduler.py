@@ -1,11 +1,15 @@
 """The scheduler against independent routes: 40-digit tables, conditioning, exact networks."""
 
+import copy
+import pickle
 from functools import cache
 
 import mpmath
 import numpy as np
 import pytest
 import torch
+import torch._dynamo
+from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from mpmath import mpf
 from oracles import (
     STD_OF_SAMPLES,
@@ -23,7 +27,9 @@ from oracles import (
     target,
     to_float64,
 )
+from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_hf.scheduling_ddpm_hf import GaussianDDPMScheduler
 
@@ -31,6 +37,9 @@ from ddpm_hf.scheduling_ddpm_hf import GaussianDDPMScheduler
 EXACT = {"rtol": 1e-13, "atol": 0}
 F64 = torch.float64
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
+VARIANCE_TYPES = [
+    "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"
+]  # fmt: skip
 
 REFERENCES = {
     "linear 1000": ("linear", linear_betas, (1000,)),
@@ -359,17 +368,7 @@ def test_inversion_and_sampling_without_noise_give_the_image_back(prediction):
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize(
-    "variance_type",
-    [
-        "fixed_small",
-        "fixed_small_log",
-        "fixed_large",
-        "fixed_large_log",
-        "learned",
-        "learned_range",
-    ],
-)
+@pytest.mark.parametrize("variance_type", VARIANCE_TYPES)
 @pytest.mark.parametrize("K", [None, 7])
 def test_step_is_mean_plus_noise(prediction, variance_type, K):
     scheduler = GaussianDDPMScheduler(prediction_type=prediction, variance_type=variance_type)
@@ -583,3 +582,245 @@ def test_stocks_own_settings_do_not_warn():
             scheduler.set_timesteps(K)
     scheduler = GaussianDDPMScheduler(100, beta_schedule="iddpm_linear")
     scheduler.set_timesteps(1, timestep_spacing="trailing")
+
+
+# How it runs --------------------------------------------------------------------------------------
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations that torch is asked for."""
+
+    def __enter__(self):
+        self.names = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def prepared(variance_type="fixed_small", device="cpu", **config):
+    scheduler = GaussianDDPMScheduler(variance_type=variance_type, **config)
+    scheduler.set_timesteps(50, device=device)
+    channels = 6 if variance_type.startswith("learned") else 3
+    x = randn(2, 3, 8, 8, dtype=torch.float32).to(device)
+    output = randn(2, channels, 8, 8, seed=1, dtype=torch.float32).to(device)
+    return scheduler, output, x
+
+
+@pytest.mark.parametrize("variance_type", VARIANCE_TYPES)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("eta", [1.0, 0.5])
+def test_int_and_tensor_timesteps_give_the_same_bits(variance_type, prediction, eta):
+    scheduler, output, x = prepared(variance_type, prediction_type=prediction)
+    for t in scheduler.timesteps[::16]:
+        step = [
+            scheduler.step(output, form, x, torch.Generator().manual_seed(3), eta=eta)
+            for form in (int(t), t, t.reshape(1), t.repeat(2), t.int().repeat(2))
+        ]
+        for other in step[1:]:
+            assert torch.equal(step[0].prev_sample, other.prev_sample)
+            assert torch.equal(step[0].pred_original_sample, other.pred_original_sample)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_noise_drawn_or_given_makes_the_same_bits(dtype):
+    scheduler, output, x = prepared()
+    x, output = x.to(dtype), output.to(dtype)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(3), dtype=dtype)
+    drawn = scheduler.step(output, 500, x, torch.Generator().manual_seed(3)).prev_sample
+    assert torch.equal(drawn, scheduler.step(output, 500, x, variance_noise=noise).prev_sample)
+    assert drawn.dtype == dtype
+
+
+def test_a_generator_per_image_gives_it_the_same_noise_in_any_batch():
+    scheduler, output, x = prepared()
+    generators = [torch.Generator().manual_seed(seed) for seed in (7, 8)]
+    together = scheduler.step(output, 500, x, generators).prev_sample
+    for i, seed in enumerate((7, 8)):
+        alone = scheduler.step(
+            output[i : i + 1], 500, x[i : i + 1], [torch.Generator().manual_seed(seed)]
+        )
+        assert torch.equal(together[i : i + 1], alone.prev_sample)
+
+
+def test_noise_does_not_depend_on_the_memory_format():
+    scheduler, output, x = prepared()
+    steps = [
+        scheduler.step(output, 500, form, torch.Generator().manual_seed(3)).prev_sample
+        for form in (x, x.to(memory_format=torch.channels_last), x.repeat(1, 1, 2, 1)[:, :, ::2])
+    ]
+    assert torch.equal(steps[0], steps[1])
+    same_strides = scheduler.step(
+        output, 500, x.repeat(1, 1, 2, 1)[:, :, ::2].contiguous(), torch.Generator().manual_seed(3)
+    ).prev_sample
+    assert torch.equal(steps[2], same_strides)
+
+
+@pytest.mark.parametrize(
+    "variance_type", ["fixed_small", "fixed_large", "learned", "learned_range"]
+)
+def test_a_step_asks_for_few_operations_and_moves_no_table(variance_type):
+    scheduler, output, x = prepared(variance_type)
+    scheduler.add_noise(x, x, scheduler.timesteps[:2])
+    for t in (500, scheduler.timesteps[25], scheduler.timesteps[:2]):
+        scheduler.step(output, t, x)  # rows are made at the first
+        with Operations() as operations:
+            scheduler.step(output, t, x)
+        on_host = not isinstance(t, torch.Tensor) or t.ndim == 0
+        is_fixed = variance_type.startswith("fixed")
+        assert len(operations.names) <= (8 if on_host and is_fixed else 14), operations.names
+        assert not {"_to_copy", "_local_scalar_dense", "copy_"} & set(operations.names)
+    t = scheduler.timesteps[:2]
+    with Operations() as operations:
+        scheduler.add_noise(x, x, t)
+    passes = [name for name in operations.names if name not in ("embedding", "view", "unbind")]
+    assert passes == ["mul", "addcmul_"]
+
+
+@pytest.mark.parametrize("variance_type", VARIANCE_TYPES)
+def test_nothing_waits_for_a_device(variance_type):
+    """A tensor on "meta" has no values: whatever asked for one, as a sync does, would raise."""
+    scheduler, output, x = prepared(variance_type, device="meta", thresholding=False)
+    assert scheduler.timesteps.device.type == "meta"
+    for t in (scheduler.timesteps[3], scheduler.timesteps[:2], 500):
+        step = scheduler.step(output, t, x)
+        assert step.prev_sample.shape == x.shape
+        assert step.prev_sample.device.type == "meta"
+        scheduler.p_mean_variance(output, t, x)
+        scheduler.add_noise(x, x, t)
+        scheduler.get_velocity(x, x, t)
+        scheduler.q_mean_variance(x, t)
+        scheduler.q_posterior_mean_variance(x, x, t)
+        scheduler.diffuse_one_step(x, t, x)
+        scheduler.inverse_step(output, t, x)
+    assert scheduler.snr(scheduler.timesteps[:2]).device.type == "meta"
+
+
+def test_a_timestep_per_image_off_the_trajectory_is_refused():
+    scheduler, output, x = prepared()
+    with pytest.raises(ValueError, match=r"scheduler\.timesteps"):
+        scheduler.step(output, torch.tensor([980, 1]), x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        ({}, {}),
+        ({"variance_type": "learned_range", "prediction_type": "v_prediction"}, {}),
+        ({"thresholding": True, "sample_max_value": 2.0}, {"eta": 0.0}),
+    ],
+)
+def test_step_compiles_as_one_graph_and_only_once(config, options):
+    scheduler, output, x = prepared(**config)
+    noise = randn(*x.shape, seed=2, dtype=torch.float32)
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda output, t, x: scheduler.step(output, t, x, variance_noise=noise, **options),
+        fullgraph=True,
+        backend=counter,
+    )
+    for t in scheduler.timesteps:
+        got = compiled(output, t, x).prev_sample
+        want = scheduler.step(output, int(t), x, variance_noise=noise, **options).prev_sample
+        assert_close(got, want, rtol=1e-6, atol=1e-6)  # the graph runs eagerly: same kernels
+    # Values of tensors are not looked at in a graph, as on a device: a wrong one gives NaN.
+    assert compiled(output, torch.tensor(1), x).prev_sample.isnan().all()
+    assert counter.frame_count == 1
+
+
+def test_sampling_first_does_not_break_training_later():
+    """Tables made under inference mode could not be saved for a backward pass."""
+    with torch.inference_mode():
+        scheduler, output, x = prepared()
+        scheduler.step(output, 500, x)
+        scheduler.step(output, scheduler.timesteps[:2], x)
+        scheduler.add_noise(x, x, torch.tensor([3, 5]))
+    x, output = randn(2, 3, 8, 8).float(), randn(2, 3, 8, 8, seed=1).float().requires_grad_()
+    for t in (500, scheduler.timesteps[:2].clone()):
+        scheduler.step(output, t, x).prev_sample.sum().backward()
+    scheduler.add_noise(output, x, torch.tensor([3, 5])).sum().backward()
+    assert output.grad.isfinite().all()
+    assert not scheduler.alphas_cumprod.is_inference()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_results_have_the_dtype_of_the_sample_and_at_least_float32_inside(dtype):
+    scheduler, output, x = prepared()
+    step = scheduler.step(output.bfloat16(), 500, x.to(dtype))
+    assert step.prev_sample.dtype == step.pred_original_sample.dtype == dtype
+    assert scheduler.add_noise(x.to(dtype), x, 5).dtype == dtype
+    assert scheduler.get_velocity(x.to(dtype), x, 5).dtype == dtype
+    assert scheduler.diffuse_one_step(x.to(dtype), 980, x).dtype == dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    assert scheduler.p_mean_variance(output, 500, x.to(dtype)).mean.dtype == wide
+    assert scheduler.q_mean_variance(x.to(dtype), 5).variance.dtype == wide
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 3), (2, 3, 4), (2, 3, 4, 5), (2, 3, 4, 5, 6)])
+def test_any_trailing_shape_will_do(shape):
+    scheduler, x = GaussianDDPMScheduler(), randn(*shape)
+    t = torch.tensor([900, 3])
+    for form in (7, t):
+        assert scheduler.step(x, form, x).prev_sample.shape == shape
+        q = scheduler.q_mean_variance(x, form)
+        assert (q.mean + q.variance + q.log_variance).shape == shape
+        p = scheduler.p_mean_variance(x, form, x)
+        assert (p.mean + p.variance + p.log_variance).shape == shape
+        assert scheduler.add_noise(x, x, form).shape == shape
+    assert scheduler.snr(t).shape == (2,)
+    assert scheduler.snr(7).shape == scheduler.log_snr(torch.tensor(7)).shape == ()
+
+
+def test_the_callers_tensors_stay_as_they_are():
+    scheduler, output, x = prepared()
+    noise = randn(2, 3, 8, 8, seed=5).float()
+    copies = [tensor.clone() for tensor in (output, x, noise)]
+    scheduler.step(output, 500, x, variance_noise=noise)
+    scheduler.add_noise(x, noise, 5)
+    scheduler.get_velocity(x, noise, 5)
+    scheduler.diffuse_one_step(x, 500, noise)
+    for tensor, before in zip((output, x, noise), copies, strict=True):
+        assert torch.equal(tensor, before)
+
+
+def test_step_keeps_no_state():
+    scheduler, output, x = prepared()
+    forward = [scheduler.step(output, t, x, eta=0.0).prev_sample for t in (980, 500, 0)]
+    backward = [scheduler.step(output, t, x, eta=0.0).prev_sample for t in (0, 500, 980)]
+    for a, b in zip(forward, reversed(backward), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_copies_are_independent():
+    scheduler, output, x = prepared()
+    scheduler.step(output, 500, x)
+    for twin in (copy.deepcopy(scheduler), pickle.loads(pickle.dumps(scheduler))):
+        twin.set_timesteps(10)
+        assert len(scheduler.timesteps) == 50
+        want = scheduler.step(output, 500, x, torch.Generator().manual_seed(1)).prev_sample
+        twin.set_timesteps(50)
+        got = twin.step(output, 500, x, torch.Generator().manual_seed(1)).prev_sample
+        assert torch.equal(got, want)
+
+
+def test_the_output_is_stocks_output():
+    scheduler, output, x = prepared()
+    step = scheduler.step(output, 0, x)
+    assert isinstance(step, DDPMSchedulerOutput)
+    assert step["prev_sample"] is step.prev_sample is step[0]
+    pair = scheduler.step(output, 0, x, return_dict=False)
+    assert isinstance(pair, tuple)
+    for a, b in zip(pair, step.to_tuple(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_scheduler_is_usable_before_set_timesteps():
+    scheduler = GaussianDDPMScheduler(100, beta_schedule="squaredcos_cap_v2")
+    assert scheduler.timesteps.tolist() == list(range(99, -1, -1))
+    assert len(scheduler) == 100
+    assert scheduler.init_noise_sigma == 1.0
+    assert scheduler.scale_model_input(scheduler.betas, 5) is scheduler.betas
+    assert [scheduler.previous_timestep(t) for t in (99, 1, 0)] == [98, 0, -1]

@@ -70,7 +70,7 @@ def cosine(
     """
     step = math.pi / 2 / (1 + offset) / num_steps
     u = step * np.arange(num_steps, -1, -1)
-    betas: Array = math.sin(step) * np.sin(u[:-1] + u[1:]) / np.sin(u[:-1]) ** 2
+    betas: Array = np.sin(step) * np.sin(u[:-1] + u[1:]) / np.sin(u[:-1]) ** 2
     return betas.clip(max=cap)
 
 
@@ -167,6 +167,15 @@ def schedule_parameters(name: str) -> dict[str, float]:
     """The parameters that schedule `name` takes besides beta_start and beta_end, with defaults."""
     parameters = inspect.signature(BETA_SCHEDULES[name]).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def named_betas(
+    name: str, num_steps: int, beta_start: float, beta_end: float, params: dict[str, float]
+) -> Array:
+    """Betas of schedule `name`, (T,); not finite where parameters make no sense."""
+    with np.errstate(all="ignore"):
+        numbers = {key: np.float64(value) for key, value in params.items()}
+        return BETA_SCHEDULES[name](num_steps, beta_start, beta_end, **numbers)
 
 
 def rescale_zero_terminal_snr(betas: Array) -> Array:

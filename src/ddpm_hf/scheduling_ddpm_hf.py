@@ -175,7 +175,7 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             betas = checks.check_betas("trained_betas", trained, T)
             self.register_to_config(trained_betas=betas.tolist())
             return betas, {}
-        betas = schedules.BETA_SCHEDULES[name](T, config.beta_start, config.beta_end, **params)
+        betas = schedules.named_betas(name, T, config.beta_start, config.beta_end, params)
         betas = checks.check_betas(f"betas of beta_schedule {name!r}, T={T}, {params}", betas, T)
         if not is_own:
             return betas, {}
