@@ -24,7 +24,7 @@ from hub_server import (
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from ddpm_hf.hub import push
+from ddpm_hf.hub import load, push
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 # Retries wait for almost nothing; huggingface_hub's own, inside, take a second or two each.
@@ -173,7 +173,7 @@ def test_the_folder_that_holds_the_checkpoint_is_proposed(checkpoint):
 
 
 @pytest.mark.parametrize(
-    "name", ["", "a b/c", "a/b/c", "-user/x", "user/x.git", "user/" + "x" * 100]
+    "name", ["", "digits", "a b/c", "a/b/c", "-user/x", "user/x.git", "user/" + "x" * 100]
 )
 def test_a_malformed_name_is_refused(checkpoint, name):
     with pytest.raises(ValueError, match="not a name on the Hub"):
@@ -213,6 +213,14 @@ def test_only_files_of_the_list_are_shared(checkpoint):
         assert name in str(result)
 
 
+def test_weights_in_several_files_are_all_shared(checkpoint):
+    load(checkpoint).save_pretrained(checkpoint, max_shard_size="50KB")
+    shards = {p.relative_to(checkpoint).as_posix() for p in (checkpoint / "unet").iterdir()}
+    assert len(shards) > 3
+    assert shards <= set(push(checkpoint, "user/digits", dry_run=True).files)
+    load(checkpoint)
+
+
 def test_where_the_weights_were_loaded_from_is_not_shared(checkpoint):
     config = json.loads((checkpoint / "unet/config.json").read_text())
     config["_name_or_path"] = "/home/jane/secret-project"
@@ -226,6 +234,7 @@ def test_where_the_weights_were_loaded_from_is_not_shared(checkpoint):
 
 @pytest.mark.slow
 def test_a_push_is_one_commit_of_exactly_the_listed_files(client, hub, checkpoint):
+    checkpoint = checkpoint.rename(checkpoint.with_name("d \u00fc \u732b"))
     expected = local_files(checkpoint)
     litter(checkpoint)
     message = push_from(client, checkpoint)
@@ -402,7 +411,6 @@ def test_a_bad_target_is_refused_before_anything_is_uploaded(client, hub, checkp
     assert "holds something else" in refused(client, checkpoint, "user/bert")
     assert "no right to write" in refused(client, checkpoint, "other/theirs")
     assert "no right to write" in refused(client, checkpoint, "other/new")
-    assert "user/name" in refused(client, checkpoint, "nobody")
     assert "is not on the Hub" in refused(client, checkpoint, "user/none", create_pr=True)
     assert "does not accept the token" in refused(client, checkpoint, token="hf_" + "wrong" * 6)
     assert "no right to write" in refused(client, checkpoint, token=READER_TOKEN)
@@ -477,6 +485,25 @@ def test_the_pipelines_own_push_uploads_the_portable_form_in_one_commit(client, 
     hub.edit("user/own", {"README.md": "# By a person\n"})
     client.run("pipe.push_to_hub('user/own')")
     assert "# By a person" in repo.files()["README.md"].decode()
+
+
+@pytest.mark.slow
+def test_the_pipelines_own_push_never_overwrites_an_edit_that_it_did_not_see(
+    client, hub, checkpoint
+):
+    push_from(client, checkpoint, "user/own")
+    hub.fault("/commit/main", run=lambda: hub.edit("user/own", {"README.md": "# By a person\n"}))
+    client.run(
+        "from ddpm_hf import GaussianDDPMPipeline as P\n"
+        "pipe = P.from_pretrained(folder); pipe.unet.conv_in.bias.data += 1",
+        folder=checkpoint,
+    )
+    with pytest.raises(ClientError, match="412"):
+        client.run("pipe.push_to_hub('user/own')")
+    client.run("pipe.push_to_hub('user/own')")
+    files = hub.repo("user/own").files()
+    assert files["README.md"] == b"# By a person\n"
+    assert files[WEIGHTS] != (checkpoint / WEIGHTS).read_bytes()
 
 
 @pytest.mark.slow

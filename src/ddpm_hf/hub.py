@@ -82,7 +82,7 @@ def load(
     if folder.is_dir():
         _refuse_links(folder, (path for pattern in patterns for path in folder.glob(pattern)))
     else:
-        check_repo_id(name, "neither a folder here nor a name on the Hub (user/name)")
+        check_repo_id(name, may_be_folder=True)
 
         def download() -> str:
             return snapshot_download(name, revision=revision, token=token, allow_patterns=patterns)
@@ -146,11 +146,16 @@ def _open(
     return GaussianDDPMPipeline.from_pretrained(folder, unet=unet, torch_dtype=dtype)
 
 
-def check_repo_id(repo_id: str, complaint: str = "not a name on the Hub (user/name)") -> None:
+def check_repo_id(repo_id: str, *, may_be_folder: bool = False) -> None:
+    """Raise ValueError unless it can be the name of a repository; to push, with its owner."""
+    wrong = "neither a folder here nor" if may_be_folder else "not"
     try:
         validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(f"{repo_id!r} is {complaint}") from error
+        if may_be_folder or "/" in repo_id:
+            return
+    except HFValidationError:
+        pass
+    raise ValueError(f"{repo_id!r} is {wrong} a name on the Hub (user/name)")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -332,8 +337,6 @@ class Target:
 
     def claim(self) -> None:
         """Make the repository where it is missing, and prove the right to write to it."""
-        if "/" not in self.repo_id:
-            raise ValueError(f"{self.repo_id!r} lacks its owner: write it as user/name")
         if not (self.token or get_token()):
             raise ValueError(f"pushing to {self.repo_id} needs a token: {TOKEN_HELP}")
         retry(self._claim, self.repo_id, self.waits_s, stop=self.stop)
