@@ -469,6 +469,13 @@ def test_repositories_of_2022_give_the_samples_that_stock_gives(tmp_path, flat, 
     close(draw(ours), draw(stock))
 
 
+def test_our_scheduler_saved_in_a_stock_pipeline_loads_in_ours_and_becomes_portable(tmp_path):
+    DDPMPipeline(unet=tiny_unet(), scheduler=tiny_scheduler()).save_pretrained(tmp_path / "a")
+    loaded = GaussianDDPMPipeline.from_pretrained(tmp_path / "a")
+    loaded.save_pretrained(tmp_path / "b")
+    assert files_of(tmp_path / "b") == files_of(save_ours(tmp_path / "c"))
+
+
 @pytest.mark.parametrize("unet", [{}, {"in_channels": 3}])
 def test_checkpoints_of_stock_diffusers_give_the_samples_that_stock_gives(tmp_path, unet):
     folder = save_stock(tmp_path, tiny_unet(**unet))

@@ -8,69 +8,40 @@ the root of the repository.
 
 import inspect
 import json
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import torch
 from diffusers.models import UNet2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers import DDPMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image
 from torch import Tensor
 
+from . import checks_ddpm_hf as checks
+from . import images_ddpm_hf as images
 from . import portable_ddpm_hf as portable
 from . import scheduling_ddpm_hf as scheduling
 
-Facts = dict[str, Any]
 Generators = torch.Generator | Sequence[torch.Generator] | None
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 ClassLabels = int | str | Sequence[int] | Sequence[str] | Tensor | None
 Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+MAX_BATCH_SIZE = 2**20
 CALLBACK_TENSORS = ("latents", "pred_original_sample")
 # Ours is known by name: a copy that travelled with other weights is another class object.
 OUR_SCHEDULER = "GaussianDDPMScheduler"
 
-image_facts = portable.image_facts
+image_facts = images.image_facts
 
 
 # ----------------------------------------------------------------------------------------------
 # Checks of what the caller gave
-
-
-def _is_size(value: Any) -> bool:
-    return portable.is_int(value) and value > 0
-
-
-def _frame(unet: UNet2DModel, facts: Facts | None) -> tuple[list[int], list[Any]]:
-    """The size that the network works at, and the window of it (rows, columns) that is the image.
-
-    The former is `sample_size` up to a multiple of the down-sampling; training pads at all sides.
-    """
-    size = unet.config.sample_size
-    pair = (size, size) if portable.is_int(size) else size
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(map(_is_size, pair)):
-        raise ValueError(
-            "unet.config.sample_size must be a positive int or a pair (height, width), got "
-            f"{size!r}; set it with unet.register_to_config(sample_size=...)"
-        )
-    multiple = 2 ** (len(unet.config.down_block_types) - 1)
-    padded = [math.ceil(n / multiple) * multiple for n in pair]
-    native = (facts["image"]["height"], facts["image"]["width"]) if facts else pair
-    if any(n > p for n, p in zip(native, padded, strict=True)):
-        raise ValueError(
-            f"`_ddpm_hf` in unet/config.json: height, width {native} exceed the UNet's {padded}"
-        )
-    starts = [(p - n) // 2 for n, p in zip(native, padded, strict=True)]
-    return padded, [slice(s, s + n) for s, n in zip(starts, native, strict=True)]
 
 
 def _check_components(unet: Any, scheduler: Any) -> None:
@@ -90,8 +61,6 @@ def _check_components(unet: Any, scheduler: Any) -> None:
 
 
 def _check_generators(generator: Any, batch_size: int) -> Generators:
-    if not _is_size(batch_size):
-        raise ValueError(f"batch_size must be a positive int, got {batch_size!r}")
     if generator is None or isinstance(generator, torch.Generator):
         return generator
     each: list[Any] = list(generator) if isinstance(generator, (list, tuple)) else [None]
@@ -106,32 +75,6 @@ def _check_generators(generator: Any, batch_size: int) -> Generators:
             "or exactly one per image"
         )
     return each
-
-
-def _check_number(name: str, value: Any, low: float, high: float) -> None:
-    real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not real or not low <= value <= high:
-        raise ValueError(f"{name} must be a number in [{low}, {high}], got {value!r}")
-
-
-def _image_form(output_type: str, num_channels: int, facts: Facts | None) -> tuple[str, int]:
-    """Mode and bit depth of the images; an error where PIL has no such form."""
-    if output_type not in OUTPUT_TYPES:
-        raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
-    image = facts["image"] if facts else {}
-    mode = image.get("mode", {1: "L", 3: "RGB", 4: "RGBA"}.get(num_channels))
-    bit_depth = image.get("bit_depth", 8)
-    if output_type == "pil" and mode is None:
-        raise ValueError(
-            f'output_type="pil" is not possible: PIL has no image mode for the {num_channels} '
-            'channels of this model; use "np" or "pt"'
-        )
-    if output_type == "pil" and bit_depth == 16 and mode != "L":
-        raise ValueError(
-            f'output_type="pil" is not possible: PIL has 16-bit images in grey only, not in {mode};'
-            ' use "np" (values in [0, 1]: times 65535) or "pt"'
-        )
-    return str(mode), bit_depth
 
 
 # ----------------------------------------------------------------------------------------------
@@ -213,10 +156,11 @@ class GaussianDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
         Source: DDPM (2006.11239), algorithm 2; guidance 2207.12598, eq. 6 with s = 1 + w.
         """
         _check_components(self.unet, self.scheduler)
+        checks.check_int("batch_size", batch_size, 1, MAX_BATCH_SIZE)
         generator = _check_generators(generator, batch_size)
         facts = image_facts(self.unet)
-        size, window = _frame(self.unet, facts)
-        form = _image_form(output_type, self.unet.config.in_channels, facts)
+        size, window = images.frame(self.unet, facts)
+        form = images.image_form(output_type, self.unet.config.in_channels, facts)
         denoise = self._denoiser(batch_size, class_labels, guidance_scale, facts)
         step_options = self._step_options(generator, eta)
         call_back = self._caller(callback_on_step_end, callback_on_step_end_tensor_inputs)
@@ -227,23 +171,30 @@ class GaussianDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
             x_0 = self._reverse_chain(x_T, denoise, step_options, call_back)
         self.maybe_free_model_hooks()
         x_0 = x_0.clone()  # no longer an inference tensor: the caller may train on it
-        images = x_0 if output_type == "latent" else _images(x_0[..., *window], output_type, *form)
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        drawn = (
+            x_0
+            if output_type == "latent"
+            else images.to_images(x_0[..., *window], output_type, *form)
+        )
+        return ImagePipelineOutput(images=drawn) if return_dict else (drawn,)
 
     def _denoiser(
         self,
         batch_size: int,
         class_labels: ClassLabels,
         guidance_scale: float,
-        facts: Facts | None,
+        facts: images.Facts | None,
     ) -> Denoiser:
         """(x_t, t) -> what the scheduler reads of the network's output, guided if asked."""
-        _check_number("guidance_scale", guidance_scale, -1e4, 1e4)
+        checks.check_float(
+            "guidance_scale", guidance_scale, "that is finite", -checks.FINITE, checks.FINITE
+        )
         names = (facts or {}).get("class_names")
         labels = _class_tensor(self.unet, class_labels, batch_size, names)
         is_guided = guidance_scale != 1
         if is_guided:
             labels = _with_null_class(labels, self.unet.config, names)
+        labels = None if labels is None else labels.to(self._execution_device)
         num_channels, keep = self.unet.config.in_channels, self._output_channels()
 
         def denoise(x_t: Tensor, t: Tensor) -> Tensor:
@@ -280,7 +231,7 @@ class GaussianDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
         """What this scheduler's `step` understands of our arguments."""
         accepted = inspect.signature(self.scheduler.step).parameters
         if eta is not None:
-            _check_number("eta", eta, 0, 1)
+            checks.check_float("eta", eta, "in [0, 1]", 0, 1)
             if "eta" not in accepted:
                 raise ValueError(f"eta={eta}: {type(self.scheduler).__name__} has no eta")
         options = {"generator": generator, "eta": eta}
@@ -297,9 +248,9 @@ class GaussianDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
             as_list = timesteps.tolist() if hasattr(timesteps, "tolist") else list(timesteps)
             scheduler.set_timesteps(timesteps=as_list)
             return
-        num_steps = scheduler.config.num_train_timesteps if num_steps is None else num_steps
-        if not _is_size(num_steps):
-            raise ValueError(f"num_inference_steps must be a positive int, got {num_steps!r}")
+        num_train_timesteps = scheduler.config.num_train_timesteps
+        num_steps = num_train_timesteps if num_steps is None else num_steps
+        checks.check_int("num_inference_steps", num_steps, 1, num_train_timesteps)
         scheduler.set_timesteps(num_steps)
         visited = scheduler.timesteps
         if len(visited) > 1 and visited[0] <= visited[-1]:  # the multistep solvers, near T steps
@@ -501,11 +452,10 @@ def _class_tensor(
         return None
     if class_labels is None:
         raise ValueError("class_labels must be given: this model is class-conditional")
-    if isinstance(class_labels, (int, str)):
-        class_labels = [class_labels] * batch_size
     if unet.config.class_embed_type is None:
-        class_labels = _class_numbers(class_labels, unet.config.num_class_embeds, names)
-    labels = torch.as_tensor(class_labels, device=unet.device)
+        numbers = _class_numbers(class_labels, unet.config.num_class_embeds, names)
+        class_labels = numbers * batch_size if len(numbers) == 1 else numbers
+    labels = torch.as_tensor(class_labels)
     if labels.shape[:1] != (batch_size,):
         raise ValueError(
             f"class_labels has shape {tuple(labels.shape)} for batch_size={batch_size}; pass one "
@@ -515,11 +465,12 @@ def _class_tensor(
 
 
 def _class_numbers(labels: Any, num_classes: int, names: Sequence[str] | None) -> list[int]:
-    labels = labels.tolist() if hasattr(labels, "tolist") else list(labels)
+    labels = labels.tolist() if hasattr(labels, "tolist") else labels
+    labels = list(labels) if isinstance(labels, (list, tuple)) else [labels]
     by_name = {name: number for number, name in enumerate(names or ())}
     numbers: list[Any] = [by_name.get(n, n) if isinstance(n, str) else n for n in labels]
     for number in numbers:
-        if not portable.is_int(number) or not 0 <= number < num_classes:
+        if not images.is_int(number) or not 0 <= number < num_classes:
             known = f" or of {list(by_name)}" if by_name else ""
             raise ValueError(f"class_labels must be in 0..{num_classes - 1}{known}, got {number!r}")
     return numbers
@@ -546,16 +497,3 @@ def _check_finite(finite: Tensor, timesteps: Tensor) -> None:
             f"{timesteps[i].item()}): the weights are damaged or too large for the model's dtype "
             "(try torch.bfloat16 or torch.float32), or the scheduler cannot make so many steps"
         )
-
-
-def _images(x_0: Tensor, output_type: str, mode: str, bit_depth: int) -> Any:
-    """x_0 in [-1, 1] as float32 images in [0, 1], or as PIL images (16-bit grey: mode "I;16")."""
-    images = (x_0.float() / 2 + 0.5).clamp(0, 1)
-    if output_type == "pt":
-        return images
-    array = images.permute(0, 2, 3, 1).cpu().numpy()
-    if output_type == "np":
-        return array
-    pixels = (array * (2**bit_depth - 1)).round()
-    pixels = pixels.astype(np.uint16 if bit_depth == 16 else np.uint8)
-    return [Image.fromarray(p[..., 0] if mode == "L" else p) for p in pixels]

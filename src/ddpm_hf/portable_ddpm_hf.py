@@ -12,75 +12,13 @@ import json
 import os
 import re
 import shutil
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models import UNet2DModel
 from huggingface_hub import CommitOperationAdd, HfApi
-
-Facts = dict[str, Any]
-FACTS_FORMAT = 1
-MODE_CHANNELS = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4}
-
-
-def image_facts(unet: UNet2DModel) -> Facts | None:
-    """What the training images were, as the trainer wrote it into the UNet's configuration.
-
-    Args:
-        unet: its `config` may hold the key `_ddpm_hf`.
-    Returns:
-        `{"format_version": 1, "image": {"mode", "height", "width", "bit_depth"}, "class_names"}`
-        (`mode` and `class_names` may be absent), or None where there is nothing, or where a newer
-        version of the package wrote it (with a warning: images come as stock diffusers gives them).
-    Raises:
-        ValueError: if what stands there contradicts itself or the UNet.
-    """
-    facts = unet.config.get("_ddpm_hf")
-    if facts is None:
-        return None
-    facts = facts if isinstance(facts, dict) else {}
-    version: Any = facts.get("format_version")
-    if is_int(version) and version > FACTS_FORMAT:
-        warnings.warn(
-            f"the image facts of this model have format {version}, this copy of ddpm_hf knows "
-            f"{FACTS_FORMAT}: they are ignored; upgrade ddpm_hf to use them",
-            stacklevel=2,
-        )
-        return None
-    _check_facts(facts, unet.config.in_channels)
-    return dict(facts)
-
-
-def _check_facts(facts: Facts, num_channels: int) -> None:
-    image = facts.get("image")
-    image = image if isinstance(image, dict) else {}
-    mode, names = image.get("mode"), facts.get("class_names")
-    size: tuple[Any, ...] = image.get("height"), image.get("width")
-    for name, value, is_right, expected in (
-        ("format_version", facts.get("format_version"), facts.get("format_version") == 1, "1"),
-        ("height, width", size, all(is_int(n) and n > 0 for n in size), "positive ints"),
-        ("bit_depth", image.get("bit_depth"), image.get("bit_depth") in (8, 16), "8 or 16"),
-        ("mode", mode, mode is None or MODE_CHANNELS.get(mode) == num_channels,
-         f"a mode with the UNet's {num_channels} channels"),
-        ("class_names", names, names is None or all(isinstance(n, str) for n in names), "names"),
-    ):  # fmt: skip
-        if not is_right:
-            raise ValueError(
-                f"`_ddpm_hf` in unet/config.json: {name} must be {expected}, got {value!r}"
-            )
-
-
-def is_int(value: Any) -> bool:
-    """Whether this is an int; True and False are not."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-# ----------------------------------------------------------------------------------------------
-# Writing and sharing
 
 
 def checked_folder(save_directory: str | os.PathLike[str]) -> Path:
