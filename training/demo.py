@@ -1,0 +1,404 @@
+"""The whole job on real data, in minutes on a CPU: train, save, load elsewhere, draw, score.
+
+`make demo` runs this; run again, it goes on where it was. The data are the 1,797 handwritten digits
+that scikit-learn ships, 8x8 pixels. At the end a classifier fitted to real digits says how many of
+the drawn ones it recognises.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("agg")
+
+import datasets
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from diffusers import UNet2DModel
+from PIL import Image, ImageOps
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from sklearn.neighbors import NearestNeighbors
+from sklearn.svm import SVC
+
+from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler, TrainingConfig, load, train
+from ddpm_hf.cli import run_command
+from ddpm_hf.model_card import write_model_card
+from ddpm_hf.pictures import image_grid
+from ddpm_hf.training import TrainingResult
+
+NUM_STEPS = 3000
+NUM_INFERENCE_STEPS = 100
+NUM_SCORED = 500
+NUM_SHOWN = 64
+PICTURES = ("samples.png", "denoising.png", "loss.png", "samples_stock.png")
+SURE = 0.9  # a digit counts as recognised when the classifier gives its answer this probability
+MOST_POINTS_APART, LEAST_SHARE_OF_A_DIGIT = 0.10, 0.03
+
+# Run by a Python that cannot import this package: what anyone with diffusers alone can do.
+STOCK_PROGRAM = """
+import sys
+
+sys.modules["ddpm_hf"] = None  # from here on `import ddpm_hf` fails, installed or not
+try:
+    import ddpm_hf
+except ImportError as error:
+    print(f"in a new process: {error}")
+else:
+    sys.exit("ddpm_hf can be imported")
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import make_image_grid
+
+model, picture, num_images, num_steps = sys.argv[1:]
+pipe = DiffusionPipeline.from_pretrained(model)
+print(f"loaded {model} as {type(pipe).__module__}.{type(pipe).__name__}")
+generator = torch.Generator().manual_seed(0)
+images = pipe(int(num_images), generator, num_inference_steps=int(num_steps)).images
+tiles = [image.resize((64, 64), 0) for image in images]
+make_image_grid(tiles, rows=len(tiles) // 8, cols=8).save(picture)
+ours = sorted(name for name in sys.modules if name.startswith("ddpm_hf."))
+sys.exit(f"ddpm_hf was used: {ours}" if ours else 0)
+"""
+
+
+# ----------------------------------------------------------------------------------------------
+# Data: the digits have 17 grey levels, 0 to 16; as 8-bit images they survive the way there and back
+
+
+def to_images(values: np.ndarray) -> list[Image.Image]:
+    """Digits (N, 64) with values 0..16 as 8-bit grey images of 8x8."""
+    pixels = (values * 255 / 16).round().astype(np.uint8).reshape(-1, 8, 8)
+    return [Image.fromarray(image) for image in pixels]
+
+
+def to_values(images: list[Image.Image]) -> np.ndarray:
+    """The way back: (N, 64), 0..16, no longer whole numbers for drawn digits."""
+    return np.stack([np.asarray(image) for image in images]).reshape(-1, 64) * (16 / 255)
+
+
+def as_dataset(images: list[Image.Image]) -> datasets.Dataset:
+    """Images as a Hugging Face data set, as they come from the Hub or from a folder."""
+    return datasets.Dataset.from_dict(
+        {"image": images}, features=datasets.Features({"image": datasets.Image()})
+    )
+
+
+# ----------------------------------------------------------------------------------------------
+# The judge
+
+
+def fit_judge(values: np.ndarray, labels: np.ndarray) -> CalibratedClassifierCV:
+    """A classifier whose probabilities mean what they say (temperature scaling, 1706.04599)."""
+    svm = SVC(C=10, gamma="scale")
+    return CalibratedClassifierCV(svm, method="temperature", cv=5).fit(values, labels)
+
+
+def judge(classifier: Any, values: np.ndarray, known: np.ndarray) -> dict[str, Any]:
+    """What the classifier makes of digits, and how far they are from the digits trained on."""
+    probabilities = classifier.predict_proba(values)
+    named = np.bincount(probabilities.argmax(1), minlength=10) / len(values)
+    distances, _ = NearestNeighbors(n_neighbors=1).fit(known / 16).kneighbors(values / 16)
+    return {
+        "count": len(values),
+        "recognised": float((probabilities.max(1) >= SURE).mean()),
+        "share_of_digit": [round(float(share), 4) for share in named],
+        "distance_to_training": float(np.median(distances)),
+    }
+
+
+def shortcomings(drawn: dict[str, Any], real: dict[str, Any]) -> list[str]:
+    """What is wrong with the drawn digits; empty if they are as recognisable as real ones."""
+    wrong = []
+    if abs(drawn["recognised"] - real["recognised"]) > MOST_POINTS_APART:
+        wrong.append(
+            f"{drawn['recognised']:.1%} are recognised, of the real ones {real['recognised']:.1%}: "
+            f"more than {MOST_POINTS_APART:.0%} apart"
+        )
+    rare = [n for n, share in enumerate(drawn["share_of_digit"]) if share < LEAST_SHARE_OF_A_DIGIT]
+    if rare:
+        digits = ", ".join(map(str, rare))
+        wrong.append(f"fewer than {LEAST_SHARE_OF_A_DIGIT:.0%} of the drawn digits are a {digits}")
+    return wrong
+
+
+def side_by_side(drawn: dict[str, Any], real: dict[str, Any]) -> str:
+    """The two results as a table."""
+    rows = [
+        ("", "drawn", "real, held out"),
+        ("digits", drawn["count"], real["count"]),
+        (f"recognised (p >= {SURE})", f"{drawn['recognised']:.1%}", f"{real['recognised']:.1%}"),
+        (
+            "distance to the nearest digit trained on",
+            f"{drawn['distance_to_training']:.2f}",
+            f"{real['distance_to_training']:.2f}",
+        ),
+    ]
+    shares = zip(drawn["share_of_digit"], real["share_of_digit"], strict=True)
+    rows += [(f"named {n}", f"{a:.1%}", f"{b:.1%}") for n, (a, b) in enumerate(shares)]
+    return "\n".join(f"  {name:42}{a:>8}{b:>17}" for name, a, b in rows)
+
+
+# ----------------------------------------------------------------------------------------------
+# Pictures
+
+
+def picture_samples(drawn: list[Image.Image], real: list[Image.Image], path: Path) -> None:
+    """Drawn digits beside real ones, enlarged."""
+    figure, axes = plt.subplots(1, 2, figsize=(13, 7), layout="constrained")
+    titles = ("drawn by the model, not selected", "real, held out of training")
+    for axis, title, images in zip(axes, titles, (drawn, real), strict=True):
+        # Digits fill their tile: a black margin keeps neighbours apart.
+        axis.imshow(image_grid([ImageOps.expand(image, 1) for image in images]))
+        axis.set_title(title, fontsize=16)
+        axis.axis("off")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def picture_denoising(pipeline: GaussianDDPMPipeline, path: Path) -> None:
+    """x_t and the estimate of x_0 made from it, along the chain, for a few digits."""
+    count = 3
+    x_t = torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    chain: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+    before = [x_t]
+
+    def keep(_: Any, i: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+        chain.append((int(t), before[-1], tensors["pred_original_sample"]))
+        before.append(tensors["latents"])
+        return {}
+
+    pipeline.set_progress_bar_config(desc=f"{count} digits, watched")
+    pipeline(
+        batch_size=count,
+        latents=x_t,
+        generator=torch.Generator().manual_seed(2),
+        num_inference_steps=NUM_INFERENCE_STEPS,
+        callback_on_step_end=keep,
+        callback_on_step_end_tensor_inputs=["latents", "pred_original_sample"],
+    )
+    figure = plt.figure(figsize=(14, 2.6 * count), layout="constrained")
+    shown = np.linspace(0, len(chain) - 1, 11).round().astype(int)
+    for digit, part in enumerate(figure.subfigures(count, 1)):
+        axes = part.subplots(2, len(shown))
+        axes[0, 0].set_ylabel("$x_t$", fontsize=13)
+        axes[1, 0].set_ylabel("estimate\nof $x_0$", fontsize=13)
+        for column, i in zip(axes.T, shown, strict=True):
+            t, *tensors = chain[i]
+            column[0].set_title(f"t = {t}")
+            for axis, tensor in zip(column, tensors, strict=True):
+                axis.imshow(tensor[digit, 0].numpy(), cmap="gray", vmin=-1, vmax=1)
+                axis.set(xticks=[], yticks=[])
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def picture_loss(metrics_file: Path, path: Path) -> None:
+    """The training loss as logged, and smoothed."""
+    lines = metrics_file.read_text(encoding="utf-8").splitlines()
+    steps, losses = np.array([(m["step"], m["loss"]) for m in map(json.loads, lines)]).T
+    window = np.ones(len(losses) // 20 + 1)
+    near = np.convolve(np.ones_like(losses), window, "same")  # fewer neighbours at both ends
+    smooth = np.exp(np.convolve(np.log(losses), window, "same") / near)
+    figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
+    axis.semilogy(steps, losses, color="tab:blue", alpha=0.3, label="as logged")
+    axis.semilogy(steps, smooth, color="tab:blue", label="smoothed")
+    axis.set(xlabel="update", ylabel="mean squared error", title="training loss")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
+    axis.grid(which="both", alpha=0.2)
+    axis.legend()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+# ----------------------------------------------------------------------------------------------
+# The steps of the demo
+
+
+def build_unet() -> UNet2DModel:
+    """Two levels, 8x8 and 4x4, of 32 and 64 channels: 0.65M parameters."""
+    return UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(32, 64),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        norm_num_groups=8,
+    )
+
+
+def train_model(images: list[Image.Image], folder: Path, num_steps: int) -> TrainingResult:
+    """Train, or go on with the training that `folder` holds."""
+    config = TrainingConfig(
+        dataset="scikit-learn digits",  # what the model card calls them
+        output_dir=str(folder),
+        max_train_steps=num_steps,
+        batch_size=64,
+        learning_rate=2e-3,
+        lr_warmup_steps=100,
+        ema_decay=0.999,
+        sample_steps=500,
+        checkpointing_steps=500,
+    )
+    torch.manual_seed(0)  # the first weights
+    return train(
+        config,
+        unet=build_unet(),
+        scheduler=GaussianDDPMScheduler(
+            beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction"
+        ),
+        dataset=as_dataset(images),
+    )
+
+
+def draw(pipeline: GaussianDDPMPipeline, num_images: int) -> list[Image.Image]:
+    """Digits from the seed 0."""
+    generator = torch.Generator().manual_seed(0)
+    pipeline.set_progress_bar_config(desc=f"{num_images} digits")
+    return pipeline(num_images, generator, num_inference_steps=NUM_INFERENCE_STEPS).images
+
+
+def draw_elsewhere(model: Path, picture: Path) -> np.ndarray:
+    """Digits from the seed 0, drawn in a new process by diffusers alone: (64, 8, 8) uint8."""
+    arguments = [str(model), str(picture), str(NUM_SHOWN), str(NUM_INFERENCE_STEPS)]
+    subprocess.run([sys.executable, "-I", "-c", STOCK_PROGRAM, *arguments], check=True)
+    pixels = np.asarray(Image.open(picture).convert("L"))[4 :: 64 // 8, 4 :: 64 // 8]
+    return pixels.reshape(-1, 8, 8, 8).transpose(0, 2, 1, 3).reshape(-1, 8, 8)
+
+
+def start_over(folder: Path) -> None:
+    """Delete what an earlier demo left in `folder`, and nothing else."""
+    for name in ("checkpoints", "logs", "model", "samples"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in ("config.yaml", "metrics.jsonl", *PICTURES, "scores.json"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def record(scores: dict[str, Any], model: Path, path: Path) -> None:
+    """What was measured, beside the run's own record, in a file and in the model's card."""
+    facts = json.loads((model / "training.json").read_text(encoding="utf-8"))
+    drawn, real = scores["drawn"], scores["real"]
+    judged = (
+        f"{drawn['count']} drawn digits, {NUM_INFERENCE_STEPS} steps, SVM fitted to real digits"
+    )
+    facts["model_name"] = "Handwritten digits, 8x8"
+    facts["versions"]["scikit-learn"] = version("scikit-learn")
+    facts["metrics"] = [
+        {
+            "name": "recognised digits",
+            "value": drawn["recognised"],
+            "how": f"share named with p >= {SURE}; {judged}; real digits: {real['recognised']:.3f}",
+        },
+        {
+            "name": "rarest digit",
+            "value": min(drawn["share_of_digit"]),
+            "how": f"share of the digit named least often; {judged}",
+        },
+        {
+            "name": "distance to training data",
+            "value": drawn["distance_to_training"],
+            "how": "median over drawn digits, to the nearest training digit, pixels in [0, 1]; "
+            f"real digits held out: {real['distance_to_training']:.3f}",
+        },
+    ]
+    for file, content in ((model / "training.json", facts), (path, scores | {"training": facts})):
+        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_model_card(model)
+
+
+def what_next(folder: Path) -> str:
+    """Where everything lies, and commands to go on with."""
+    python, command = (
+        os.path.relpath(Path(sys.executable).with_name(name)) for name in ("python", "ddpm-hf")
+    )
+    return f"""
+Where everything lies, in {folder}/
+  model/             the checkpoint: diffusers loads it, with or without ddpm_hf
+  samples.png        drawn digits beside real ones
+  denoising.png      how a digit comes out of noise
+  loss.png           the training loss
+  samples_stock.png  drawn by diffusers alone
+  scores.json        everything that was measured
+
+What to try next
+  {command} sample {folder}/model --num-images 16 --output grid.png
+  {command} train ./photos                       your own folder of images
+  {command} push {folder}/model YOUR_NAME/digits   share it, after `hf auth login`
+  {python} training/mlp_digits.py              the simplest DDPM there is, as a lesson
+  {python} training/demo.py --fresh            this again, from the start"""
+
+
+def phase(number: int, text: str) -> None:
+    """A heading in the output."""
+    print(f"\n[{number}/5] {text}", flush=True)
+
+
+def main(argv: list[str]) -> int:
+    """Run the demo; 0 if the digits are recognisable."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of results")
+    parser.add_argument("--steps", type=int, default=NUM_STEPS, help="training updates")
+    parser.add_argument("--fresh", action="store_true", help="delete earlier results, start over")
+    options = parser.parse_args(argv)
+    folder: Path = options.output
+    if options.fresh:
+        start_over(folder)
+
+    phase(1, "Real digits, a fifth of them held out")
+    values, labels = load_digits(return_X_y=True)
+    known, held_out, known_labels, _ = train_test_split(
+        values, labels, test_size=0.2, stratify=labels, random_state=0
+    )
+    print(f"{len(known):,} to train on, {len(held_out)} held out, 8x8 pixels")
+
+    phase(2, "Training")
+    result = train_model(to_images(known), folder, options.steps)
+    if result.stopped_by is not None:
+        return 128 + result.stopped_by
+    picture_loss(result.metrics_file, folder / "loss.png")
+
+    phase(3, f"Drawing {NUM_SCORED} digits from {result.model_dir}")
+    pipeline = load(str(result.model_dir))
+    drawn = draw(pipeline, NUM_SCORED)
+    real = to_images(held_out)
+    picture_samples(drawn[:NUM_SHOWN], real[:NUM_SHOWN], folder / "samples.png")
+    picture_denoising(pipeline, folder / "denoising.png")
+
+    phase(4, "The same model in a new process, by diffusers alone")
+    elsewhere = draw_elsewhere(result.model_dir, folder / "samples_stock.png")
+    here = np.stack([np.asarray(image) for image in draw(pipeline, NUM_SHOWN)])
+    difference = int(np.abs(elsewhere.astype(int) - here).max())
+    print(f"from the same seed as ddpm_hf, pixels differ by at most {difference} of 255")
+
+    phase(5, "Are these digits? Asking a classifier that was fitted to real ones")
+    classifier = fit_judge(known, known_labels)
+    scores = {
+        "drawn": judge(classifier, to_values(drawn), known),
+        "real": judge(classifier, to_values(real), known),
+        "largest_difference_to_stock": difference,
+    }
+    wrong = shortcomings(scores["drawn"], scores["real"])
+    record(scores | {"shortcomings": wrong}, result.model_dir, folder / "scores.json")
+    print(side_by_side(scores["drawn"], scores["real"]))
+    print(what_next(folder))
+    for problem in wrong:
+        print(f"\nNot good enough: {problem}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, sys.argv[1:]))

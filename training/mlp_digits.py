@@ -1,0 +1,119 @@
+"""The simplest DDPM there is (2006.11239): a plain MLP on flattened 28x28 digits.
+
+`python training/mlp_digits.py` prints how the forward process works, trains the network without
+and with knowledge of t, and draws digits with both. Scheduler and loss take any callable
+`(x_t, t) -> prediction`: there is no UNet, trainer or pipeline in here.
+"""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from diffusers.models.embeddings import get_timestep_embedding
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from tqdm.auto import trange
+
+from ddpm_hf import GaussianDDPMScheduler
+from ddpm_hf.losses import simple_loss
+
+T = 1000
+scheduler = GaussianDDPMScheduler(T, beta_start=1e-4, beta_end=0.02, prediction_type="sample")
+
+
+def digits() -> Tensor:
+    """The 1,797 digits of scikit-learn, 8x8, enlarged and flattened: (1797, 784) in [-1, 1]."""
+    images = torch.from_numpy(load_digits().images).float()[:, None] / 8 - 1
+    return nn.functional.interpolate(images, size=28, mode="bilinear").flatten(1)
+
+
+class MLP(nn.Module):
+    """Estimates x_0 from x_t; `told_t` appends 32 sines and cosines of t to the input."""
+
+    def __init__(self, told_t: bool) -> None:
+        super().__init__()
+        self.told_t = told_t
+        hidden = (nn.ReLU(), nn.Linear(128, 128), nn.ReLU())
+        self.layers = nn.Sequential(nn.Linear(784 + 32 * told_t, 128), *hidden, nn.Linear(128, 784))
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        if self.told_t:
+            x_t = torch.cat([x_t, get_timestep_embedding(t.expand(len(x_t)), 32)], dim=1)
+        return self.layers(x_t)
+
+
+def diffuse(x_0: Tensor) -> dict[int, tuple[float, float]]:
+    """Add noise step by step (eq. 2); for some t, the factor on x_0 and the noise's variance."""
+    x_t, seen = x_0, {}
+    for t in range(T):
+        x_t = scheduler.diffuse_one_step(x_t, t, torch.randn_like(x_t))
+        if t in (9, 99, 299, 999):
+            factor = (x_t * x_0).sum() / x_0.square().sum()
+            seen[t] = (factor.item(), (x_t - factor * x_0).square().mean().item())
+    return seen
+
+
+def train(mlp: MLP, x_0: Tensor, steps: int) -> None:
+    """Mean squared error of the estimate of x_0, at a random t for each image."""
+    optimizer = torch.optim.Adam(mlp.parameters(), lr=1e-4)
+    for _ in trange(steps, desc="training"):
+        batch, t = x_0[torch.randint(len(x_0), (128,))], torch.randint(T, (128,))
+        loss = simple_loss(mlp, scheduler, batch, t, torch.randn_like(batch)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+@torch.no_grad()
+def errors(mlp: MLP, x_0: Tensor) -> dict[int, float]:
+    """The loss at some t, with the same noise for every network."""
+    noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0))
+    at = {t: torch.full((len(x_0),), t) for t in (0, 50, 100, 200, 400, 600, 800, 999)}
+    return {n: simple_loss(mlp, scheduler, x_0, t, noise).mean().item() for n, t in at.items()}
+
+
+@torch.no_grad()
+def sample(mlp: MLP, num_images: int) -> Tensor:
+    """The reverse chain, from noise (the same at every call) to digits, (num_images, 784)."""
+    rng = torch.Generator().manual_seed(0)
+    x_t = torch.randn(num_images, 784, generator=rng)
+    for t in scheduler.timesteps:
+        x_t = scheduler.step(mlp(x_t, t), t, x_t, rng).prev_sample  # eq. 11
+    return x_t
+
+
+def main(steps: int = 10_000, picture: Path = Path("runs/mlp_digits.png")) -> None:
+    """Run the lesson: `steps` updates for each of the two networks."""
+    torch.manual_seed(0)
+    x_0 = digits()[torch.randperm(1797)]
+    known, held_out = x_0[:1500], x_0[1500:]
+
+    print("x_t = factor * x_0 + noise: walked to in small steps, and by the closed form (eq. 4)")
+    for t, (factor, variance) in diffuse(held_out).items():
+        alpha_bar = scheduler.alphas_cumprod[t].item()
+        print(f"t {t:3d}   factor {factor:.4f} and {alpha_bar**0.5:.4f}", end="   ")
+        print(f"variance of the noise {variance:.4f} and {1 - alpha_bar:.4f}")
+
+    networks = {"not told t": MLP(told_t=False), "told t": MLP(told_t=True)}
+    figure, axes = plt.subplots(1, 3, figsize=(15, 5), layout="constrained")
+    for (name, mlp), axis in zip(networks.items(), axes, strict=False):
+        train(mlp, known, steps)
+        axis.set(title=f"digits drawn by the network {name}", xticks=[], yticks=[])
+        tiles = nn.functional.pad(sample(mlp, 36).view(6, 6, 28, 28), (1, 1, 1, 1), value=1)
+        axis.imshow(tiles.transpose(1, 2).reshape(180, 180).numpy(), cmap="gray", vmin=-1, vmax=1)
+
+    print("error of the estimate of x_0 on held-out digits, and what knowing t takes off it")
+    blind, told = (errors(mlp, held_out) for mlp in networks.values())
+    change = {t: 100 * (told[t] / blind[t] - 1) for t in blind}
+    for t in blind:
+        print(f"t {t:3d}   {blind[t]:.4f} -> {told[t]:.4f}   {change[t]:+.1f} %")
+    axes[2].bar([str(t) for t in change], change.values())
+    axes[2].set(title="change of the error by knowing t, in %", xlabel="t")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture)
+    plt.close(figure)
+    print(f"the digits of both networks: {picture}")
+
+
+if __name__ == "__main__":
+    main()
