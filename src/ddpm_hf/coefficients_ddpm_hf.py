@@ -146,9 +146,9 @@ class Table:
                 f" got shape {tuple(t.shape)}"
             )
         if t.device.type == "cpu" and not torch.compiler.is_compiling():
-            wrong = set(t.tolist()) - self._known
-            if wrong:
-                self._refuse(sorted(wrong))
+            values = t.reshape(-1).tolist()
+            if not self._known.issuperset(values):
+                self._refuse(sorted({*values} - self._known))
 
     def _refuse(self, wrong: list[int]) -> None:
         raise ValueError(f"timestep must be in {self._known_as}, got {wrong}")
@@ -179,6 +179,7 @@ class Trajectory:
     ) -> None:
         self.timesteps, self.num_train_timesteps = timesteps, len(log_alphas)
         self.prediction_type, self.variance_type = prediction_type, variance_type
+        self.is_learned = variance_type.startswith("learned")
         self.log_alpha_bar = log_alphas.cumsum()[timesteps]
         self.log_alpha_bar_prev = np.concatenate([[0.0], self.log_alpha_bar[:-1]])
         # log(alpha_bar_t / alpha_bar_prev), summed: their difference loses digits where both are

@@ -29,10 +29,6 @@ from . import checks_ddpm_hf as checks
 from . import coefficients_ddpm_hf as coefficients
 from . import schedules_ddpm_hf as schedules
 
-# Amplitudes, sqrt(alpha_bar). Sampling starts from pure noise, so it misses the signal that is left
-# at its first step: 0.006 with stock's defaults, 0.07 with Stable Diffusion's schedule.
-MAX_SIGNAL_AT_END = 0.1
-MAX_SIGNAL_BEYOND_END = 0.08
 EXTENSION_FORMAT_VERSION = 1
 
 Array = schedules.Array
@@ -134,7 +130,7 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self.custom_timesteps = False
         self._set_betas(beta_schedule_params or {})
         self._follow(np.arange(num_train_timesteps))
-        self._warn_where_samples_suffer()
+        checks.warn_where_samples_suffer(self.config, self._log_alphas)
 
     def __len__(self) -> int:
         return int(self.config.num_train_timesteps)
@@ -181,27 +177,6 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             return betas, {}
         self.register_to_config(beta_schedule="linear", trained_betas=betas.tolist())
         return betas, {"beta_schedule": name, "beta_schedule_params": params}
-
-    def _warn_where_samples_suffer(self) -> None:
-        config = self.config
-        left = float(np.exp(self._log_alphas.sum() / 2))
-        if left > MAX_SIGNAL_AT_END:
-            checks.warn(
-                f"{left:.0%} of the signal's amplitude is left at the last of {len(self)} steps,"
-                " but sampling starts from pure noise. beta_schedule 'iddpm_linear' fits linear"
-                " betas to any T; 'laplace_log_snr' is 'laplace' put right; or raise beta_end"
-            )
-        if config.trained_betas is None and config.beta_start > config.beta_end:
-            checks.warn(f"beta_start={config.beta_start} is above beta_end={config.beta_end}")
-        if config.thresholding and config.sample_max_value == 1:
-            checks.warn(
-                "thresholding with sample_max_value=1 is plain clipping: raise sample_max_value"
-            )
-        if config.rescale_betas_zero_snr and config.timestep_spacing != "trailing":
-            checks.warn(
-                f"rescale_betas_zero_snr with timestep_spacing {config.timestep_spacing!r}: short"
-                " trajectories miss the step without signal; use 'trailing'"
-            )
 
     # The trajectory -------------------------------------------------------------------------------
 
@@ -259,18 +234,8 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         num_steps = int(num_steps) if isinstance(num_steps, np.integer) else num_steps
         checks.check_int("num_inference_steps", num_steps, 1, T)
         steps = schedules.SPACINGS[spacing](num_steps, T, self.config.steps_offset)
-        self._warn_if_signal_is_missed(int(steps[-1]), spacing)
+        checks.warn_if_signal_is_missed(spacing, int(steps[-1]), self._log_alphas)
         return steps
-
-    def _warn_if_signal_is_missed(self, first: int, spacing: str) -> None:
-        log_alpha_bar = self._log_alphas.cumsum()[[first, -1]]
-        at_start, at_end = np.exp(log_alpha_bar / 2)
-        if at_start - at_end > MAX_SIGNAL_BEYOND_END:
-            checks.warn(
-                f"timestep_spacing {spacing!r} starts at t={first}, where {at_start:.0%} of the"
-                f" signal's amplitude is left (training ends at {at_end:.0%}), but sampling starts"
-                " from pure noise: use 'trailing'"
-            )
 
     def _follow(self, ascending: Steps, device: torch.device | None = None) -> None:
         config = self.config
@@ -342,7 +307,8 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             if v is not None:
                 noise = noise * row.std_base**v  # 2102.09672, eq. 15
             add_scaled_(x_prev, row.std, noise)
-        x_prev, x_0_hat = _like(sample, x_prev), _like(sample, x_0_hat)
+        if sample.dtype != x_t.dtype:
+            x_prev, x_0_hat = x_prev.to(sample.dtype), x_0_hat.to(sample.dtype)
         if not return_dict:
             return x_prev, x_0_hat
         return GaussianDDPMOutput(x_prev, x_0_hat)
@@ -368,7 +334,8 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         inversion = self._trajectory.inversion.at(timestep, x_t)
         output, _ = self._split(model_output, x_t)
         x_0_hat = self._predict_x_0(output, x_t, self._reverse_row(timestep, x_t, 0.0))
-        return _like(sample, add_scaled_(x_t * inversion.coef_x_t, inversion.coef_x_0, x_0_hat))
+        x_next = add_scaled_(x_t * inversion.coef_x_t, inversion.coef_x_0, x_0_hat)
+        return x_next.to(sample.dtype)
 
     def _reverse_row(self, t: Timestep, x_t: Tensor, eta: float) -> coefficients.Reverse:
         if eta != 1.0:
@@ -378,7 +345,7 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def _split(self, model_output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
         """What predicts x_0, and v where the variance is learned."""
-        if not self.config.variance_type.startswith("learned"):
+        if not self._trajectory.is_learned:
             checks.check_tensor("model_output", model_output, x_t)
             return at_least_float32(model_output), None
         checks.check_tensor("model_output", model_output, x_t, widen=2)
@@ -445,7 +412,7 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         checks.check_tensor("noise", noise, original_samples)
         x_0, eps = at_least_float32(original_samples), at_least_float32(noise)
         q = self._marginal.at(timesteps, x_0)
-        return _like(original_samples, add_scaled_(x_0 * q.signal, q.sigma, eps))
+        return add_scaled_(x_0 * q.signal, q.sigma, eps).to(original_samples.dtype)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Timestep) -> Tensor:
         """v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0, what "v_prediction" learns.
@@ -464,7 +431,7 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         checks.check_tensor("noise", noise, sample)
         x_0, eps = at_least_float32(sample), at_least_float32(noise)
         q = self._marginal.at(timesteps, x_0)
-        return _like(sample, add_scaled_(eps * q.signal, -q.sigma, x_0))
+        return add_scaled_(eps * q.signal, -q.sigma, x_0).to(sample.dtype)
 
     def diffuse_one_step(self, x_prev: Tensor, t: Timestep, noise: Tensor) -> Tensor:
         """x_t from q(x_t | x_prev), for given noise: the recursion that `add_noise` jumps over.
@@ -483,7 +450,7 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         checks.check_tensor("noise", noise, x_prev)
         x, eps = at_least_float32(x_prev), at_least_float32(noise)
         q = self._trajectory.forward.at(t, x)
-        return _like(x_prev, add_scaled_(x * q.signal, q.sigma, eps))
+        return add_scaled_(x * q.signal, q.sigma, eps).to(x_prev.dtype)
 
     def q_mean_variance(self, x_0: Tensor, t: Timestep) -> Gaussian:
         """q(x_t | x_0): mean (B, ...), variance and its log, which broadcast (eq. 4).
@@ -592,10 +559,6 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 def at_least_float32(x: Tensor) -> Tensor:
     """x in the dtype that the mathematics is done in."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
-def _like(sample: Tensor, x: Tensor) -> Tensor:
-    return x if x.dtype == sample.dtype else x.to(sample.dtype)
 
 
 def draw_noise(like: Tensor, generator: Generators) -> Tensor:
