@@ -179,6 +179,7 @@ def test_what_is_lost_is_said_with_a_count():
         prepare(rows(dark))
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("shape", [(2000, 1), (1, 2000)])
 @pytest.mark.parametrize("crop", ["center", "random"])
 def test_extreme_shapes_are_warned_about_and_stay_small(shape, crop):
@@ -213,6 +214,9 @@ def test_a_centre_crop_without_scaling_is_exact():
     images = prepare(rows(zoo.encode(tall), zoo.encode(wide)), resolution=4)
     np.testing.assert_array_equal(images[0][0], tall[2:6])
     np.testing.assert_array_equal(images[1][0], wide[:, 2:6])
+    faint = np.concatenate([zoo.colour(4, 8), np.full((4, 8, 1), 3, np.uint8)], -1)
+    (image,) = as_numpy(prepare(rows(zoo.encode(faint)), resolution=4))
+    np.testing.assert_array_equal(image, faint[:, 2:6].transpose(2, 0, 1))
 
 
 def test_no_crop_keeps_the_whole_image_and_refuses_several_shapes():
@@ -235,6 +239,7 @@ def test_resizing_is_antialiased():
     assert np.abs(small[0].astype(float) - 127.5).max() < 3
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("size", [5, 16, 33])
 def test_resizing_a_constant_image_changes_nothing(size):
     for value, dtype in ((77, np.uint8), (31_234, np.uint16)):
@@ -470,6 +475,7 @@ def test_decompression_bombs_cost_no_memory(tmp_path):
     assert kilobytes < 50_000
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.slow
 def test_many_images_are_prepared_by_several_processes_in_order():
     count = 2_500  # more than two processes' shares
@@ -612,7 +618,12 @@ def test_loader_workers_change_nothing():
 
 @pytest.mark.parametrize(
     ("native", "multiple", "padded", "before"),
-    [((28, 28), 8, (32, 32), (2, 2)), ((6, 9), 4, (8, 12), (1, 1)), ((8, 8), 8, (8, 8), (0, 0))],
+    [
+        ((28, 28), 8, (32, 32), (2, 2)),
+        ((6, 9), 4, (8, 12), (1, 1)),
+        ((9, 6), 4, (12, 8), (1, 1)),
+        ((8, 8), 8, (8, 8), (0, 0)),
+    ],
 )
 def test_padding_is_centred_and_repeats_the_edge(native, multiple, padded, before):
     images = prepared_stack(1, *native)
@@ -666,8 +677,11 @@ def test_class_folders_become_names(tmp_path):
     dataset = load_images(folder_of(tmp_path, CLASSES))
     assert prepare(dataset).facts.class_names == ("a", "b")
     assert dataset["label"] == [0, 0, 0, 1, 1, 1]
-    flat = folder_of(tmp_path / "flat", {"x.png": zoo.encode(zoo.GREY)})
-    assert prepare(load_images(flat)).facts.class_names is None
+    for name, file in (("flat", "x.png"), ("uneven", "c/deeper/0.png")):
+        other = folder_of(tmp_path / name, {file: zoo.encode(zoo.GREY)})
+        if name == "uneven":
+            folder_of(other, CLASSES)
+        assert prepare(load_images(other), resolution=8).facts.class_names is None
 
 
 def test_a_folder_is_read_whatever_its_name_and_its_hidden_files(tmp_path):

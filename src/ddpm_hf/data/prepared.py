@@ -36,7 +36,9 @@ NATIVE_SIZE_LIMIT = 256
 
 _CACHE_VERSION = 1  # what another version prepared is not read
 _MAX_LISTED = 200
-_ROWS_PER_WORKER = 1000  # fewer are decoded before a further process has started
+# Fewer are decoded before a further process has started.
+_ROWS_PER_WORKER = 1000
+_PIXELS_PER_WORKER = 20_000_000
 
 
 @dataclass(frozen=True)
@@ -317,11 +319,11 @@ def _files_by_path(source: _Source) -> list[tuple[str, int, int]]:
     files, refused = [], []
     for row, path in _paths_without_bytes(source):
         real = os.path.realpath(os.path.join(source.root or "", path))
-        if source.root is None or "://" in path or not Path(real).is_relative_to(source.root):
-            refused.append(f"row {row} ({path!r})")
+        is_inside = source.root is not None and real.startswith(source.root + os.sep)
+        if is_inside and "://" not in path:
+            files.append((path, *_size_and_time(real)))
         else:
-            size, time = _size_and_time(real)
-            files.append((path, size, time))
+            refused.append(f"row {row} ({path!r})")
     if refused:
         known = f"not a file under {source.root!r}" if source.root else "read only under image_root"
         raise DataError(
@@ -332,9 +334,10 @@ def _files_by_path(source: _Source) -> list[tuple[str, int, int]]:
 
 
 def _size_and_time(path: str) -> tuple[int, int]:
-    if not os.path.isfile(path):
+    try:
+        status = os.stat(path)
+    except OSError:
         return -1, 0  # decoding reports it
-    status = os.stat(path)
     return status.st_size, status.st_mtime_ns
 
 
@@ -370,14 +373,15 @@ def _prepare(source: _Source, plan: _Plan, on_bad_image: str, folder: Path) -> N
     if not headers["height"].any():
         raise _bad_images(_problems(source, headers), len(source.cells))
     target = _choose_target(headers, plan)
-    notes = _decode_all(source, target, folder)
+    num_pixels = int(headers["height"].astype(np.int64) @ headers["width"])
+    notes = _decode_all(source, target, folder, num_pixels)
     skipped = _problems(source, notes)
     if skipped and (on_bad_image == "error" or len(skipped) == len(source.cells)):
         raise _bad_images(skipped, len(source.cells))
     # A damaged image may have had a good header: what is left out has no say.
     headers["height"] = np.where(notes["height"] > 0, headers["height"], 0)
     if (better := _choose_target(headers, plan)) != target:
-        target, notes = better, _decode_all(source, better, folder)
+        target, notes = better, _decode_all(source, better, folder, num_pixels)
     mode = plan.image_mode or _smallest_mode(notes["colour"], notes["alpha"])
     facts = ImageFacts(mode, target.height, target.width, target.bit_depth, source.class_names)
     summary = {
@@ -397,12 +401,14 @@ def _map(
     types: dict[str, str],
     file: Path,
     desc: str,
+    num_pixels: int = 0,
     batch_size: int = 64,  # of undecoded files, which may be photos of some MB each
     **options: Any,
 ) -> dict[str, NDArray[Any]]:
     """`function` of all cells, written to an arrow file; gives its columns back, without pixels."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(cpus, len(source.cells) // _ROWS_PER_WORKER)
+    work = max(len(source.cells) // _ROWS_PER_WORKER, num_pixels // _PIXELS_PER_WORKER)
+    workers = min(cpus, work, len(source.cells))
     rows = source.cells.map(
         function,
         batched=True,
@@ -420,13 +426,22 @@ def _map(
     return {name: rows.data.column(name).to_numpy() for name in types if name != "pixels"}
 
 
-def _decode_all(source: _Source, target: Target, folder: Path) -> dict[str, NDArray[Any]]:
+def _decode_all(
+    source: _Source, target: Target, folder: Path, num_pixels: int
+) -> dict[str, NDArray[Any]]:
     num_bytes = target.height * target.width * len(target.mode) * target.bit_depth // 8
     _check_free_space(folder, num_bytes * len(source.cells))
     batch_size = max(1, min(64, 2**26 // num_bytes))  # Arrow holds up to 2 GiB in a batch
-    desc = f"Preparing {target.width}x{target.height} {target.mode} images"
-    file = folder / "images.arrow"
-    return _map(source, decode_images, _IMAGE_COLUMNS, file, desc, batch_size, target=target)
+    return _map(
+        source,
+        decode_images,
+        _IMAGE_COLUMNS,
+        folder / "images.arrow",
+        f"Preparing {target.width}x{target.height} {target.mode} images",
+        num_pixels,
+        batch_size,
+        target=target,
+    )
 
 
 def _problems(source: _Source, notes: dict[str, NDArray[Any]]) -> list[str]:

@@ -106,7 +106,7 @@ def _from_folder(root: Path, split: str) -> tuple[datasets.Dataset, Path | None]
     if {"state.json", "dataset_dict.json"} & set(files):
         return _from_saved(root, split), None
     images = [file for file in files if _suffix(file) in EXTENSIONS]
-    if images and any(PurePath(file).stem == "metadata" for file in files):
+    if images and any(os.path.basename(file).startswith("metadata.") for file in files):
         return _from_builder("imagefolder", split, data_dir=glob.escape(str(root))), root
     if images:
         return _from_image_files(root, images, split), root
@@ -134,7 +134,7 @@ def _by_split(root: Path, files: list[str]) -> dict[str, list[str]]:
 
 
 def _suffix(file: str) -> str:
-    return PurePath(file).suffix.lower()
+    return os.path.splitext(file)[1].lower()
 
 
 def _list_files(root: Path) -> list[str]:
@@ -146,7 +146,7 @@ def _list_files(root: Path) -> list[str]:
         for path in (os.path.join(folder, name) for name in [*subfolders, *names]):
             if os.path.islink(path) and not Path(os.path.realpath(path)).is_relative_to(root):
                 outside.append(path)
-        files += [os.path.relpath(os.path.join(folder, name), root) for name in names]
+        files += [os.path.join(folder, name).removeprefix(f"{root}{os.sep}") for name in names]
     if outside:
         raise DataError(
             f"{len(outside)} links leave the folder {str(root)!r}, such as {outside[0]!r}: copy "
