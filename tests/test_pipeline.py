@@ -185,6 +185,21 @@ def test_noise_does_not_depend_on_the_memory_format():
     assert_close(*images, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
+def test_a_compiled_network_samples_and_saves_like_a_plain_one(tmp_path):
+    pipeline = tiny_pipeline()
+    call = {"generator": seeded(0), "timesteps": [19, 9, 0], "output_type": "pt"}
+    want = pipeline(**call).images
+    pipeline.unet = torch.compile(pipeline.unet, backend="eager")
+    pipeline.save_pretrained(tmp_path)
+    call["generator"] = seeded(0)
+    # 1e-5: other kernels, and weights at other addresses, may sum in another order.
+    assert_close(pipeline(**call).images, want, rtol=0, atol=1e-5)
+    call["generator"] = seeded(0)
+    loaded = quiet(GaussianDDPMPipeline.from_pretrained(tmp_path))
+    assert_close(loaded(**call).images, want, rtol=0, atol=1e-5)
+
+
 def test_latents_and_eta_0_make_the_chain_a_function_of_the_noise(pipeline):
     x_T = normal(2, 1, 8, 8)
     run = partial(pipeline, 2, latents=x_T, num_inference_steps=5, output_type="pt")
@@ -530,6 +545,10 @@ BAD_CALLS = [
     ({"num_inference_steps": 21}, ValueError, "num_inference_steps.*21"),
     ({"num_inference_steps": "10"}, TypeError, "num_inference_steps.*10"),
     ({"num_inference_steps": 3, "timesteps": [2, 1, 0]}, ValueError, "not both"),
+    ({"timesteps": []}, ValueError, r"timesteps.*\[\]"),
+    ({"timesteps": [5, -3]}, ValueError, "timesteps.*-3"),
+    ({"timesteps": [0, 5]}, ValueError, "timesteps.*descending"),
+    ({"timesteps": 5}, TypeError, "timesteps.*5"),
     ({"output_type": "foo"}, ValueError, "output_type.*pil.*foo"),
     ({"output_type": None}, ValueError, "output_type.*pil.*None"),
     ({"generator": 42}, TypeError, "generator.*42"),

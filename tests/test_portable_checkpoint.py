@@ -186,9 +186,14 @@ def world(tmp_path_factory):
     return root, routes
 
 
-def close(got, want):
-    # 1e-4: stock's tables are float32, and so are its steps.
-    return np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+def close_to_stock(got, want):
+    # 1e-4: stock's tables are float32 and lose up to 5e-4 relative at small t.
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+
+
+def same(got, want):
+    # 1e-5: weights at another address may be summed in another order.
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -199,7 +204,7 @@ def test_plain_diffusers_samples_the_checkpoint_without_consent_and_without_a_wa
     assert notes["warnings on loading"] == []
     ours, _ = routes["package"]
     # Stock ignores the facts and gives the padded square: rows 0..6, columns 1..6 are the image.
-    close(images["stock"][:, 0:7, 1:7], ours["ours"])
+    close_to_stock(images["stock"][:, 0:7, 1:7], ours["ours"])
     expected = tiny_scheduler(beta_schedule="chen_sigmoid").betas
     np.testing.assert_allclose(images["betas of DDIM"], expected, rtol=1e-6)
 
@@ -210,7 +215,7 @@ def test_the_travelling_code_gives_our_classes_without_the_package(world):
     images, notes = routes["travelling"]
     assert notes["classes"] == ["GaussianDDPMPipeline", "GaussianDDPMScheduler"]
     assert images["guided"].shape == (2, 8, 8, 1)
-    np.testing.assert_array_equal(images["travelling"], routes["package"][0]["ours"])
+    same(images["travelling"], routes["package"][0]["ours"])
 
 
 @pytest.mark.slow
@@ -220,7 +225,7 @@ def test_the_package_loads_its_own_classes_from_every_kind_of_copy(world):
     assert notes["warnings"] == []
     for name in ("ours", "copy", "copy of a copy", "saved by stock"):
         assert notes[name] == ["ddpm_hf.pipeline_ddpm_hf", "GaussianDDPMScheduler"], name
-        np.testing.assert_array_equal(images[name], images["ours"])
+        same(images[name], images["ours"])
 
 
 @pytest.mark.slow
@@ -228,8 +233,8 @@ def test_a_swap_to_ddim_survives_saving_on_every_route(world):
     _, routes = world
     images, notes = routes["package"]
     assert notes["with DDIM"][1] == notes["saved by stock with DDIM"][1] == "DDIMScheduler"
-    np.testing.assert_array_equal(images["with DDIM"], routes["travelling"][0]["DDIM"])
-    np.testing.assert_array_equal(images["saved by stock with DDIM"], images["with DDIM"])
+    same(images["with DDIM"], routes["travelling"][0]["DDIM"])
+    same(images["saved by stock with DDIM"], images["with DDIM"])
     assert np.abs(images["with DDIM"] - images["ours"]).max() > 0.01
 
 
@@ -241,7 +246,7 @@ def test_a_copy_of_a_copy_is_the_same_to_the_byte(world):
     assert files_of(root / "copy") == original
     assert files_of(root / "copy of a copy") == original
     images = routes["travelling"][0]
-    np.testing.assert_array_equal(images["copy of a copy"], images["travelling"])
+    same(images["copy of a copy"], images["travelling"])
 
 
 @pytest.mark.slow
@@ -321,7 +326,7 @@ def test_shards_and_variants_of_an_earlier_save_do_not_mix_with_a_later_one(tmp_
     assert names == {"config.json", WEIGHTS, "diffusion_pytorch_model.fp16.safetensors"}
     for variant in (None, "fp16"):
         again = GaussianDDPMPipeline.from_pretrained(tmp_path, variant=variant)
-        np.testing.assert_array_equal(draw(again), draw(pipeline))
+        same(draw(again), draw(pipeline))
 
 
 def test_code_of_an_older_version_goes_when_a_newer_one_saves(tmp_path):
@@ -448,7 +453,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_only_whole_files(tmp_path, exists
     assert found == new
     assert [*tmp_path.glob(".*")] == []
     assert len(states) >= 2  # the kills came before, and after, the files took their places
-    np.testing.assert_array_equal(
+    same(
         draw(GaussianDDPMPipeline.from_pretrained(folder)),
         draw(tiny_pipeline(tiny_unet(seed=1), tiny_scheduler(clip_sample=False))),
     )
@@ -466,7 +471,7 @@ def test_repositories_of_2022_give_the_samples_that_stock_gives(tmp_path, flat, 
     ours = GaussianDDPMPipeline.from_pretrained(folder, use_safetensors=not pickled)
     assert type(ours.scheduler).__name__ == "GaussianDDPMScheduler"
     stock = DDPMPipeline.from_pretrained(folder)
-    close(draw(ours), draw(stock))
+    close_to_stock(draw(ours), draw(stock))
 
 
 def test_our_scheduler_saved_in_a_stock_pipeline_loads_in_ours_and_becomes_portable(tmp_path):
@@ -480,7 +485,7 @@ def test_our_scheduler_saved_in_a_stock_pipeline_loads_in_ours_and_becomes_porta
 def test_checkpoints_of_stock_diffusers_give_the_samples_that_stock_gives(tmp_path, unet):
     folder = save_stock(tmp_path, tiny_unet(**unet))
     ours = GaussianDDPMPipeline.from_pretrained(folder)
-    close(draw(ours), draw(DiffusionPipeline.from_pretrained(folder)))
+    close_to_stock(draw(ours), draw(DiffusionPipeline.from_pretrained(folder)))
 
 
 def test_half_precision_loads_as_asked(tmp_path):

@@ -32,7 +32,7 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 ClassLabels = int | str | Sequence[int] | Sequence[str] | Tensor | None
 Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
 
-MAX_BATCH_SIZE = 2**20
+MAX_BATCH_SIZE = 2**20  # more in one call is a slip
 CALLBACK_TENSORS = ("latents", "pred_original_sample")
 # Ours is known by name: a copy that travelled with other weights is another class object.
 OUR_SCHEDULER = "GaussianDDPMScheduler"
@@ -171,12 +171,9 @@ class GaussianDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
             x_0 = self._reverse_chain(x_T, denoise, step_options, call_back)
         self.maybe_free_model_hooks()
         x_0 = x_0.clone()  # no longer an inference tensor: the caller may train on it
-        drawn = (
-            x_0
-            if output_type == "latent"
-            else images.to_images(x_0[..., *window], output_type, *form)
-        )
-        return ImagePipelineOutput(images=drawn) if return_dict else (drawn,)
+        if output_type != "latent":
+            x_0 = images.to_images(x_0[..., *window], output_type, *form)
+        return ImagePipelineOutput(images=x_0) if return_dict else (x_0,)
 
     def _denoiser(
         self,
@@ -245,8 +242,7 @@ class GaussianDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
                 raise ValueError("pass num_inference_steps or timesteps, not both")
             if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
                 raise ValueError(f"timesteps={timesteps}: {kind} takes no list of timesteps")
-            as_list = timesteps.tolist() if hasattr(timesteps, "tolist") else list(timesteps)
-            scheduler.set_timesteps(timesteps=as_list)
+            scheduler.set_timesteps(timesteps=timesteps)
             return
         num_train_timesteps = scheduler.config.num_train_timesteps
         num_steps = num_train_timesteps if num_steps is None else num_steps
