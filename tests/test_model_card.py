@@ -123,7 +123,7 @@ HOSTILE = {
     "script": "<script>alert(1)</script><img src=x onerror=y>",
     "image": "![x](http://evil/x.png) [link](javascript:x)",
     "table": "a | b | c\n|---|---|\n```\ncode",
-    "emoji": "modèle 🦋 模型 \u202e",
+    "emoji": "mod\u00e8le \U0001f98b \u6a21\u578b \u202e",
     "yaml": "!!python/object/apply:os.system ['id']",
     "long": "word: " * 1700,
 }

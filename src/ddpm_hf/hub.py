@@ -333,6 +333,7 @@ class Target:
 
     @property
     def api(self) -> HfApi:
+        """The client, with our token."""
         return HfApi(token=self.token, library_name="ddpm_hf")
 
     def claim(self) -> None:
