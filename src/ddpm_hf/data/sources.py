@@ -19,6 +19,14 @@ from ddpm_hf.data.decoding import EXTENSIONS
 
 _SPLITS = ("train", "test", "validation", "valid", "val")
 _ROOT_ATTRIBUTE = "_ddpm_hf_image_root"
+# ImportError: fsspec misses a library for a protocol that a repository asks for.
+_LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    ImportError,
+    datasets.exceptions.DatasetsError,
+)
 
 
 class DataError(ValueError):
@@ -94,7 +102,7 @@ def _as_data_error(source: str) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except _LOADING_ERRORS as error:
         # "An error occurred while generating the dataset" says nothing; its cause does.
         is_wrapper = isinstance(error, datasets.exceptions.DatasetGenerationError)
         cause = (error.__cause__ if is_wrapper else None) or error
@@ -225,7 +233,7 @@ def _from_hub(
         raise DataError(f"{name!r} does not exist{_path_hint(name)}")
     try:
         builder = datasets.load_dataset_builder(name, config_name, revision=revision)
-    except (OSError, ValueError, RuntimeError) as error:
+    except _LOADING_ERRORS as error:
         hint = _path_hint(name)
         raise DataError(f"{name!r} is no path here{hint}; as a Hub data set: {error}") from error
     _check_split(split, builder.info.splits or builder.config.data_files or ())
