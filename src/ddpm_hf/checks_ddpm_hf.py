@@ -51,6 +51,7 @@ def warn(message: str) -> None:
 
 
 def warn_of_unknown_keys(cls: Any, keys: Iterable[str]) -> None:
+    """Name the keys that neither `cls` nor a scheduler it can be swapped with knows."""
     known = cls._get_init_keys(cls)
     unknown = {key for key in keys if key not in known and not key.startswith("_")}
     if unknown:

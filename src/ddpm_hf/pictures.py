@@ -18,7 +18,8 @@ _LEGIBLE_PIXELS = 64
 
 def best_device() -> str:
     """The accelerator of this machine, or "cpu"."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    available = torch.accelerator.is_available()
+    accelerator = torch.accelerator.current_accelerator() if available else None
     return accelerator.type if accelerator is not None else "cpu"
 
 

@@ -67,6 +67,7 @@ class ImageFacts:
 
     @property
     def num_channels(self) -> int:
+        """Channels of a training tensor: one per letter of the mode."""
         return len(self.mode)
 
     def to_config(self) -> dict[str, Any]:
