@@ -1,4 +1,4 @@
-"""Every image decoded and resized once, into memory-mapped Arrow, and what the images are."""
+"""Every image decoded and resized once, into memory-mapped Arrow."""
 
 import hashlib
 import json
@@ -26,11 +26,10 @@ from ddpm_hf.data.decoding import (
     read_headers,
     shorter_side_to,
 )
+from ddpm_hf.data.facts import IMAGE_MODES, MAX_SIZE, ImageFacts, check_choice, check_size
 from ddpm_hf.data.sources import DataError, did_you_mean, known_image_root
 
-IMAGE_MODES = ("L", "LA", "RGB", "RGBA")
 CROPS = ("center", "random", "none")
-MAX_SIZE = 8192
 NATIVE_SIZE_LIMIT = 256
 """Images that all have one size keep it up to this side; larger ones get a proposed resolution."""
 
@@ -39,57 +38,6 @@ _MAX_LISTED = 200
 # Fewer are decoded before a further process has started.
 _ROWS_PER_WORKER = 1000
 _PIXELS_PER_WORKER = 20_000_000
-
-
-@dataclass(frozen=True)
-class ImageFacts:
-    """What the images of a data set are; kept with the weights, so that samples come back alike.
-
-    Attributes:
-        mode: "L", "LA", "RGB" or "RGBA": 1, 2, 3 or 4 channels.
-        height: in pixels, before any padding, 1..8192.
-        width: likewise.
-        bit_depth: 8 or 16 bits per channel.
-        class_names: names of the labels in their order, or None.
-    """
-
-    mode: str
-    height: int
-    width: int
-    bit_depth: int = 8
-    class_names: tuple[str, ...] | None = None
-
-    def __post_init__(self) -> None:
-        _check_choice("mode", self.mode, IMAGE_MODES)
-        _check_choice("bit_depth", self.bit_depth, (8, 16))
-        _check_size("height", self.height)
-        _check_size("width", self.width)
-
-    @property
-    def num_channels(self) -> int:
-        """Channels of a training tensor: one per letter of the mode."""
-        return len(self.mode)
-
-    def to_config(self) -> dict[str, Any]:
-        """The JSON form, as it stands in `unet/config.json` under `_ddpm_hf`."""
-        image = {name: getattr(self, name) for name in ("mode", "height", "width", "bit_depth")}
-        config: dict[str, Any] = {"format_version": 1, "image": image}
-        return config | ({"class_names": list(self.class_names)} if self.class_names else {})
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "ImageFacts":
-        """The facts in the JSON form of `to_config`.
-
-        Raises:
-            ValueError: if the format is newer than this package, or a value is missing or wrong.
-        """
-        if config.get("format_version") != 1:
-            raise ValueError(f"format_version must be 1, got {config.get('format_version')!r}")
-        names = config.get("class_names")
-        try:
-            return cls(**config["image"], class_names=tuple(map(str, names)) if names else None)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not the facts of an image data set: {config!r}") from error
 
 
 class ImageDataset:
@@ -217,20 +165,10 @@ class _Source:
 
 def _check_options(resolution: Any, image_mode: Any, crop: Any, on_bad_image: Any) -> None:
     if resolution is not None:
-        _check_size("resolution", resolution)
-    _check_choice("image_mode", image_mode, (None, *IMAGE_MODES))
-    _check_choice("crop", crop, CROPS)
-    _check_choice("on_bad_image", on_bad_image, ("error", "skip"))
-
-
-def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
-
-
-def _check_size(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_SIZE:
-        raise ValueError(f"{name} must be an int in 1..{MAX_SIZE}, got {value!r}")
+        check_size("resolution", resolution)
+    check_choice("image_mode", image_mode, (None, *IMAGE_MODES))
+    check_choice("crop", crop, CROPS)
+    check_choice("on_bad_image", on_bad_image, ("error", "skip"))
 
 
 def _image_column(dataset: Any, wanted: str | None) -> str:
