@@ -372,6 +372,18 @@ def test_the_model_loads_in_stock_diffusers_and_holds_the_averaged_weights(tmp_p
     assert stock(batch_size=2, num_inference_steps=2, output_type="np").images.shape == (2, 8, 8, 1)
 
 
+def test_a_card_that_a_person_wrote_survives_the_next_save(tmp_path):
+    run(tmp_path, max_train_steps=2)
+    card = tmp_path / "model" / "README.md"
+    generated = card.read_text()
+    card.write_text(generated.replace("denoising", "marvellous"))
+    run(tmp_path, max_train_steps=4)
+    assert "marvellous" in card.read_text()
+    card.write_text(generated)
+    run(tmp_path, max_train_steps=6)
+    assert card.read_text() != generated
+
+
 def test_sample_grids_are_drawn_when_due(tmp_path):
     run(tmp_path, num_samples=4, sample_steps=2, sample_inference_steps=3)
     names = sorted(path.name for path in (tmp_path / "samples").iterdir())

@@ -139,7 +139,7 @@ def test_two_processes_learn_what_one_learns_and_sigterm_stops_both(photos, tmp_
         (["/nowhere/photos"], "/nowhere/photos"),
         (["PHOTOS", "--split", "trian"], "train"),
         (["PHOTOS", "--image-column", "img"], "image"),
-        (["PHOTOS", "--beta-schedule", "cosine"], "squaredcos_cap_v2"),
+        (["PHOTOS", "--beta-schedule", "cosinus"], "squaredcos_cap_v2"),
         (["PHOTOS", "--learning-rate", "-1"], "learning_rate"),
         (["PHOTOS", "--unet-config", "PHOTOS/0.png"], "unet_config"),
         (["PHOTOS", "--config", "PHOTOS/none.yaml"], "none.yaml"),
@@ -151,7 +151,12 @@ def test_two_processes_learn_what_one_learns_and_sigterm_stops_both(photos, tmp_
 def test_bad_input_is_one_line_and_status_2_and_leaves_nothing(arguments, said, photos, tmp_path):
     arguments = [a.replace("PHOTOS", str(photos)) for a in arguments]
     done = subprocess.run(
-        [*ONE, *arguments], env=environment(tmp_path), cwd=tmp_path, capture_output=True, text=True
+        [*ONE, *arguments],
+        env=environment(tmp_path),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 2, done.stderr
     last = done.stderr.strip().splitlines()[-1]

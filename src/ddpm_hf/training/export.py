@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ddpm_hf.model_card import write_model_card
+from ddpm_hf.model_card import origin_of, write_model_card
 from ddpm_hf.pipeline_ddpm_hf import GaussianDDPMPipeline
 from ddpm_hf.training.config import TrainingConfig
 from ddpm_hf.training.model import Parts
@@ -45,6 +45,9 @@ def export_model(run: Path, parts: Parts, state: TrainState, facts: dict[str, An
         grids = sorted((run / "samples").glob("step-*.png"))
         if grids:
             shutil.copy2(grids[-1], folder / "samples.png")
+        card = target / "README.md"
+        if card.exists() and origin_of(card.read_text(encoding="utf-8")) == "person":
+            shutil.copy2(card, folder)  # `write_model_card` leaves it alone
         write_model_card(folder)
     return target
 
