@@ -16,7 +16,7 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 LAYERS = (
     {"schedules_ddpm_hf", "coefficients_ddpm_hf", "checks_ddpm_hf", "randomness"},
     {"scheduling_ddpm_hf", "images_ddpm_hf"},
-    {"portable_ddpm_hf", "pipeline_ddpm_hf", "losses", "data"},
+    {"images_ddpm_hf", "portable_ddpm_hf", "pipeline_ddpm_hf", "losses", "data"},
     {"pictures", "model_card", "hub", "hub_retry", "hub_background"},
     {"training"},
     {"cli", "training.__main__"},
