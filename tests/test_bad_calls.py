@@ -309,7 +309,7 @@ def test_the_mathematics_refuses(method, positional, argument):
         {},
         {"beta_start": 0.02, "beta_end": 0.02},
         {"num_train_timesteps": 1, "beta_start": 0.5, "beta_end": 0.5},
-        {"num_train_timesteps": 100_000},
+        pytest.param({"num_train_timesteps": 100_000}, marks=pytest.mark.slow),
         {**T10, "trained_betas": [0.1, 0.2, 1.0], "prediction_type": "sample"},
         {**T10, "trained_betas": (0.1, 0.2, 0.3)},
         {**T10, "trained_betas": np.array([0.1, 0.2, 0.3], dtype=np.float32)},

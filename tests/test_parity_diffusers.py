@@ -391,6 +391,17 @@ def test_stock_reads_schedules_that_it_does_not_know(name, params, tmp_path, cap
     assert swapped.config["_ddpm_hf"] == saved["_ddpm_hf"]
 
 
+@pytest.mark.parametrize("name", COMPATIBLE)
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_a_swap_there_and_back_keeps_the_extension(name, capfd):
+    ours = GaussianDDPMScheduler(100, beta_schedule="chen_sigmoid")
+    other = getattr(diffusers, name).from_config(ours.config)
+    back = GaussianDDPMScheduler.from_config(other.config)
+    assert back.config["_ddpm_hf"] == ours.config["_ddpm_hf"]
+    assert torch.equal(back.betas, ours.betas)
+    assert "not expected" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     "override",
     [

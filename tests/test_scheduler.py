@@ -267,6 +267,22 @@ def test_a_network_that_knows_x_0_gives_the_data_back(spacing, prediction, eta):
     assert_close(got, x_0, rtol=0, atol=1e-12)  # eps of 1e-16 times 1/sqrt(alpha_bar) = 160
 
 
+@pytest.mark.parametrize("prediction", ["sample", "v_prediction"])
+def test_a_chain_that_starts_without_any_signal_gives_the_data_back(prediction):
+    scheduler = GaussianDDPMScheduler(
+        prediction_type=prediction, rescale_betas_zero_snr=True, timestep_spacing="trailing"
+    )
+    scheduler.set_timesteps(10)
+    x_0 = randn(2, 3, 4).clamp(-1, 1)
+
+    def knows_x_0(x_t, t):
+        signal = scheduler.q_mean_variance(torch.ones(1, dtype=F64), t).mean.item()
+        eps = (x_t - signal * x_0) / (1 - signal**2) ** 0.5
+        return target(prediction, x_0, eps, signal**2)
+
+    assert_close(chain(scheduler, knows_x_0, randn(2, 3, 4, seed=1)), x_0, rtol=0, atol=1e-13)
+
+
 @pytest.mark.parametrize("K", STD_OF_SAMPLES)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_normal_data_come_out_with_the_known_standard_deviation(K, prediction):
@@ -435,6 +451,8 @@ def test_a_trajectory_of_one_step_ends_in_the_estimate_of_x_0():
     x, output = randn(2, 3), randn(2, 3, seed=1)
     step = scheduler.step(output, 999, x)
     assert_close(step.prev_sample, step.pred_original_sample, **EXACT)
+    with pytest.raises(ValueError, match="timestep"):
+        scheduler.inverse_step(output, 999, x)
 
 
 @pytest.mark.parametrize(
@@ -759,6 +777,11 @@ def test_results_have_the_dtype_of_the_sample_and_at_least_float32_inside(dtype)
     assert scheduler.get_velocity(x.to(dtype), x, 5).dtype == dtype
     assert scheduler.diffuse_one_step(x.to(dtype), 980, x).dtype == dtype
     wide = torch.promote_types(dtype, torch.float32)
+    inputs = (output.bfloat16(), 500, x.to(dtype))
+    step = scheduler.step(*inputs, variance_noise=x)
+    inside = scheduler.step(*inputs[:2], inputs[2].to(wide), variance_noise=x)
+    assert torch.equal(step.prev_sample, inside.prev_sample.to(dtype))
+    assert torch.equal(step.pred_original_sample, inside.pred_original_sample.to(dtype))
     assert scheduler.p_mean_variance(output, 500, x.to(dtype)).mean.dtype == wide
     assert scheduler.q_mean_variance(x.to(dtype), 5).variance.dtype == wide
 
@@ -827,4 +850,19 @@ def test_a_scheduler_is_usable_before_set_timesteps():
     assert len(scheduler) == 100
     assert scheduler.init_noise_sigma == 1.0
     assert scheduler.scale_model_input(scheduler.betas, 5) is scheduler.betas
-    assert [scheduler.previous_timestep(t) for t in (99, 1, 0)] == [98, 0, -1]
+    assert [scheduler.previous_timestep(t) for t in (99, 1, torch.tensor(0))] == [98, 0, -1]
+    with pytest.raises(ValueError, match=r"timestep .*99 to 0.*got 100"):
+        scheduler.previous_timestep(100)
+
+
+def test_an_eta_that_changes_with_every_step_is_served():
+    scheduler, output, x = prepared()
+    steps = scheduler.timesteps[:20].tolist()
+    first = [
+        scheduler.step(output, t, x, eta=i / 20, variance_noise=x) for i, t in enumerate(steps)
+    ]
+    again = [
+        scheduler.step(output, t, x, eta=i / 20, variance_noise=x) for i, t in enumerate(steps)
+    ]
+    for a, b in zip(first, again, strict=True):
+        assert torch.equal(a.prev_sample, b.prev_sample)

@@ -146,7 +146,7 @@ class Table:
                 f" got shape {tuple(t.shape)}"
             )
         if t.device.type == "cpu" and not torch.compiler.is_compiling():
-            values = t.reshape(-1).tolist()
+            values = t.tolist()
             if not self._known.issuperset(values):
                 self._refuse(sorted({*values} - self._known))
 
@@ -189,12 +189,22 @@ class Trajectory:
         self.beta = -np.expm1(self.log_alpha)
         # (1 - alpha_bar_prev) / (1 - alpha_bar_t)
         self.noise_ratio = np.expm1(self.log_alpha_bar_prev) / np.expm1(self.log_alpha_bar)
+        steps: list[int] = timesteps.tolist()
+        self._previous = dict(zip(steps, [-1, *steps[:-1]], strict=True))
         self._reverse: dict[float, Table] = {}
 
-    def _table(self, columns: Any) -> Table:
+    def previous(self, t: Timestep) -> int:
+        """The timestep that follows `t` in sampling; -1, the clean image, after the last."""
+        if (host_t := host_timestep(t)) not in self._previous:
+            raise ValueError(f"timestep must be in {self._known_as()}, got {host_t}")
+        return self._previous[host_t]
+
+    def _known_as(self) -> str:
         steps = self.timesteps
-        known_as = f"scheduler.timesteps ({len(steps)} values, {steps[-1]} to {steps[0]})"
-        return Table(columns, steps, self.num_train_timesteps, known_as)
+        return f"scheduler.timesteps ({len(steps)} values, {steps[-1]} to {steps[0]})"
+
+    def _table(self, columns: Any) -> Table:
+        return Table(columns, self.timesteps, self.num_train_timesteps, self._known_as())
 
     @cached_property
     def forward(self) -> Table:
@@ -225,6 +235,8 @@ class Trajectory:
     def reverse(self, eta: float) -> Table:
         """All that `step` needs, for this `eta`."""
         if eta not in self._reverse:
+            if len(self._reverse) == 8:  # an eta that changes with every step must not fill memory
+                self._reverse.popitem()
             self._reverse[eta] = self._table(
                 Reverse(*self._x_0_coefficients(), *self._mean_coefficients(eta), *self._std(eta))
             )

@@ -70,6 +70,11 @@ class GaussianDDPMOutput(DDPMSchedulerOutput):  # type: ignore[misc]
 class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     """Drop-in for diffusers' `DDPMScheduler`: same configuration keys, meaning and defaults.
 
+    Differs from diffusers 0.42.1: the last step of every trajectory is without noise, not only
+    t = 0; "fixed_large_log" gives numbers and "learned" is a log-variance; "trailing" never visits
+    t = -1 and an offset never T; the arithmetic is at least float32 on tables of full precision;
+    what cannot sample is refused at once.
+
     Args:
         num_train_timesteps: T, the length of the training chain, 1 to 100000.
         beta_start: first beta of "linear" and its relatives, in (0, 1).
@@ -239,18 +244,18 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def _follow(self, ascending: Steps, device: torch.device | None = None) -> None:
         config = self.config
-        self._trajectory = coefficients.Trajectory(
+        trajectory = coefficients.Trajectory(
             self._log_alphas, ascending, config.prediction_type, config.variance_type
         )
         for eta in (1.0, 0.0):  # made here, since torch.compile cannot make them inside of `step`
-            self._trajectory.reverse(eta).on(device or torch.device("cpu"), torch.float32)
+            trajectory.reverse(eta).on(device or torch.device("cpu"), torch.float32)
         with torch.inference_mode(False):
             self.timesteps = torch.from_numpy(ascending[::-1].astype(np.int64)).to(device)
+        self._trajectory = trajectory
 
     def previous_timestep(self, timestep: Timestep) -> int:
         """The timestep that `step` goes to from `timestep`; -1, the clean image, from the last."""
-        position = int(np.searchsorted(self._trajectory.timesteps, int(timestep)))
-        return int(self._trajectory.timesteps[position - 1]) if position else -1
+        return self._trajectory.previous(timestep)
 
     # Sampling -------------------------------------------------------------------------------------
 
@@ -307,8 +312,7 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             if v is not None:
                 noise = noise * row.std_base**v  # 2102.09672, eq. 15
             add_scaled_(x_prev, row.std, noise)
-        if sample.dtype != x_t.dtype:
-            x_prev, x_0_hat = x_prev.to(sample.dtype), x_0_hat.to(sample.dtype)
+        x_prev, x_0_hat = with_dtype_of(sample, x_prev), with_dtype_of(sample, x_0_hat)
         if not return_dict:
             return x_prev, x_0_hat
         return GaussianDDPMOutput(x_prev, x_0_hat)
@@ -335,7 +339,7 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         output, _ = self._split(model_output, x_t)
         x_0_hat = self._predict_x_0(output, x_t, self._reverse_row(timestep, x_t, 0.0))
         x_next = add_scaled_(x_t * inversion.coef_x_t, inversion.coef_x_0, x_0_hat)
-        return x_next.to(sample.dtype)
+        return with_dtype_of(sample, x_next)
 
     def _reverse_row(self, t: Timestep, x_t: Tensor, eta: float) -> coefficients.Reverse:
         if eta != 1.0:
@@ -347,9 +351,9 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """What predicts x_0, and v where the variance is learned."""
         if not self._trajectory.is_learned:
             checks.check_tensor("model_output", model_output, x_t)
-            return at_least_float32(model_output), None
+            return with_dtype_of(x_t, model_output), None
         checks.check_tensor("model_output", model_output, x_t, widen=2)
-        output, v = at_least_float32(model_output).chunk(2, dim=1)
+        output, v = with_dtype_of(x_t, model_output).chunk(2, dim=1)
         return output, v
 
     def _predict_x_0(self, output: Tensor, x_t: Tensor, row: coefficients.Reverse) -> Tensor:
@@ -410,9 +414,10 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """
         checks.check_tensor("original_samples", original_samples)
         checks.check_tensor("noise", noise, original_samples)
-        x_0, eps = at_least_float32(original_samples), at_least_float32(noise)
+        x_0 = at_least_float32(original_samples)
+        eps = with_dtype_of(x_0, noise)
         q = self._marginal.at(timesteps, x_0)
-        return add_scaled_(x_0 * q.signal, q.sigma, eps).to(original_samples.dtype)
+        return with_dtype_of(original_samples, add_scaled_(x_0 * q.signal, q.sigma, eps))
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Timestep) -> Tensor:
         """v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0, what "v_prediction" learns.
@@ -429,9 +434,10 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """
         checks.check_tensor("sample", sample)
         checks.check_tensor("noise", noise, sample)
-        x_0, eps = at_least_float32(sample), at_least_float32(noise)
+        x_0 = at_least_float32(sample)
+        eps = with_dtype_of(x_0, noise)
         q = self._marginal.at(timesteps, x_0)
-        return add_scaled_(eps * q.signal, -q.sigma, x_0).to(sample.dtype)
+        return with_dtype_of(sample, add_scaled_(eps * q.signal, -q.sigma, x_0))
 
     def diffuse_one_step(self, x_prev: Tensor, t: Timestep, noise: Tensor) -> Tensor:
         """x_t from q(x_t | x_prev), for given noise: the recursion that `add_noise` jumps over.
@@ -448,9 +454,10 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """
         checks.check_tensor("x_prev", x_prev)
         checks.check_tensor("noise", noise, x_prev)
-        x, eps = at_least_float32(x_prev), at_least_float32(noise)
+        x = at_least_float32(x_prev)
+        eps = with_dtype_of(x, noise)
         q = self._trajectory.forward.at(t, x)
-        return add_scaled_(x * q.signal, q.sigma, eps).to(x_prev.dtype)
+        return with_dtype_of(x_prev, add_scaled_(x * q.signal, q.sigma, eps))
 
     def q_mean_variance(self, x_0: Tensor, t: Timestep) -> Gaussian:
         """q(x_t | x_0): mean (B, ...), variance and its log, which broadcast (eq. 4).
@@ -480,7 +487,8 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """
         checks.check_tensor("x_0", x_0)
         checks.check_tensor("x_t", x_t, x_0)
-        x_0, x_t = at_least_float32(x_0), at_least_float32(x_t)
+        x_0 = at_least_float32(x_0)
+        x_t = with_dtype_of(x_0, x_t)
         q = self._trajectory.posterior.at(t, x_0)
         mean = add_scaled_(x_t * q.coef_x_t, q.coef_x_0, x_0)
         return Gaussian(mean, as_tensor(q.variance, x_0), as_tensor(q.log_variance, x_0))
@@ -559,6 +567,11 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 def at_least_float32(x: Tensor) -> Tensor:
     """x in the dtype that the mathematics is done in."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def with_dtype_of(like: Tensor, x: Tensor) -> Tensor:
+    """x in the dtype of `like`."""
+    return x if x.dtype == like.dtype else x.to(like.dtype)
 
 
 def draw_noise(like: Tensor, generator: Generators) -> Tensor:
