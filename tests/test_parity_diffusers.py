@@ -307,7 +307,9 @@ def test_the_compatible_schedulers_are_stocks():
 
 @pytest.mark.parametrize("name", COMPATIBLE)
 @pytest.mark.parametrize("values", [ODD_VALUES, {}], ids=["odd", "default"])
-@pytest.mark.parametrize("through_disk", [False, True], ids=["memory", "disk"])
+@pytest.mark.parametrize(
+    "through_disk", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["memory", "disk"]
+)
 @pytest.mark.filterwarnings("error::UserWarning")
 def test_a_swap_there_and_back_drops_no_value(name, values, through_disk, tmp_path, capfd):
     kind = getattr(diffusers, name)

@@ -13,7 +13,7 @@ from ddpm_hf.scheduling_ddpm_hf import GaussianDDPMScheduler
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 F64 = torch.float64
 PREDICTIONS = ["epsilon", "sample", "v_prediction"]
-quick = settings(max_examples=40, deadline=None, derandomize=True)
+quick = settings(max_examples=25, deadline=None, derandomize=True)
 
 
 @st.composite

@@ -48,7 +48,12 @@ REFERENCES = {
     "cosine 1000": ("squaredcos_cap_v2", cosine_betas, (1000,)),
     "cosine 4000": ("squaredcos_cap_v2", cosine_betas, (4000,)),
 }
-reference = pytest.mark.parametrize("case", REFERENCES)
+# One long schedule is enough for the inner loop.
+SLOW = {"linear 4000", "cosine 4000"}
+reference = pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=pytest.mark.slow if case in SLOW else ()) for case in REFERENCES],
+)
 
 
 @cache
