@@ -758,14 +758,17 @@ def test_step_compiles_as_one_graph_and_only_once(config, options):
     assert counter.frame_count == 1
 
 
-def test_sampling_first_does_not_break_training_later():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sampling_first_does_not_break_training_later(dtype):
     """Tables made under inference mode could not be saved for a backward pass."""
     with torch.inference_mode():
         scheduler, output, x = prepared()
+        output, x = output.to(dtype), x.to(dtype)
         scheduler.step(output, 500, x)
         scheduler.step(output, scheduler.timesteps[:2], x)
         scheduler.add_noise(x, x, torch.tensor([3, 5]))
-    x, output = randn(2, 3, 8, 8).float(), randn(2, 3, 8, 8, seed=1).float().requires_grad_()
+    x = randn(2, 3, 8, 8, dtype=dtype)
+    output = randn(2, 3, 8, 8, seed=1, dtype=dtype).requires_grad_()
     for t in (500, scheduler.timesteps[:2].clone()):
         scheduler.step(output, t, x).prev_sample.sum().backward()
     scheduler.add_noise(output, x, torch.tensor([3, 5])).sum().backward()

@@ -182,8 +182,9 @@ class Trajectory:
         self.is_learned = variance_type.startswith("learned")
         self.log_alpha_bar = log_alphas.cumsum()[timesteps]
         self.log_alpha_bar_prev = np.concatenate([[0.0], self.log_alpha_bar[:-1]])
-        # log(alpha_bar_t / alpha_bar_prev), summed: their difference loses digits where both are
-        # large.
+        self.signal = np.exp(self.log_alpha_bar / 2)
+        self.sigma = np.sqrt(-np.expm1(self.log_alpha_bar))
+        # log(alpha_bar_t / alpha_bar_prev), summed: a difference of large numbers loses digits.
         first_of_segment = np.concatenate([[0], timesteps[:-1] + 1])
         self.log_alpha = np.add.reduceat(log_alphas[: timesteps[-1] + 1], first_of_segment)
         self.beta = -np.expm1(self.log_alpha)
@@ -225,10 +226,8 @@ class Trajectory:
     @cached_property
     def inversion(self) -> Table:
         """DDIM's step upwards (2010.02502, eq. 12 at sigma = 0, from t to its next noisier)."""
-        signal = np.exp(self.log_alpha_bar / 2)
-        sigma = np.sqrt(-np.expm1(self.log_alpha_bar))
-        coef_x_t = sigma[1:] / sigma[:-1]
-        columns = Inversion(signal[1:] - coef_x_t * signal[:-1], coef_x_t)
+        coef_x_t = self.sigma[1:] / self.sigma[:-1]
+        columns = Inversion(self.signal[1:] - coef_x_t * self.signal[:-1], coef_x_t)
         steps = self.timesteps[:-1]
         return Table(columns, steps, self.num_train_timesteps, "scheduler.timesteps[1:]")
 
@@ -267,8 +266,7 @@ class Trajectory:
 
     def _x_0_coefficients(self) -> tuple[Array, Array]:
         """x_0 = first * output + second * x_t: eq. 15; for v 2202.00512, appendix D."""
-        signal = np.exp(self.log_alpha_bar / 2)
-        sigma = np.sqrt(-np.expm1(self.log_alpha_bar))
+        signal, sigma = self.signal, self.sigma
         if self.prediction_type == "epsilon":
             return -sigma / signal, 1 / signal
         if self.prediction_type == "v_prediction":
