@@ -106,7 +106,7 @@ def test_starting_over_deletes_only_what_the_demo_made(demo, tmp_path):
 def test_the_demo_runs_to_the_end_goes_on_and_says_that_a_short_training_is_not_enough(
     demo, tmp_path, monkeypatch, capfd
 ):
-    monkeypatch.setattr(demo, "NUM_INFERENCE_STEPS", 10)
+    monkeypatch.setattr(demo, "NUM_INFERENCE_STEPS", 20)
     monkeypatch.setattr(demo, "NUM_SCORED", 80)
     folder = tmp_path / "demo"
     arguments = ["--output", str(folder), "--steps", "3"]

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,12 @@ from sklearn.model_selection import train_test_split
 from sklearn.neighbors import NearestNeighbors
 from sklearn.svm import SVC
 
-from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler, TrainingConfig, load, train
+from ddpm_hf import GaussianDDPMPipeline, TrainingConfig, load, train
 from ddpm_hf.cli import run_command
 from ddpm_hf.model_card import write_model_card
 from ddpm_hf.pictures import image_grid
 from ddpm_hf.training import TrainingResult
+from ddpm_hf.training.report import duration
 
 NUM_STEPS = 3000
 NUM_INFERENCE_STEPS = 100
@@ -48,6 +50,7 @@ MOST_POINTS_APART, LEAST_SHARE_OF_A_DIGIT = 0.10, 0.03
 # Run by a Python that cannot import this package: what anyone with diffusers alone can do.
 STOCK_PROGRAM = """
 import sys
+import time
 
 sys.modules["ddpm_hf"] = None  # from here on `import ddpm_hf` fails, installed or not
 try:
@@ -60,13 +63,14 @@ else:
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
+from PIL import ImageOps
 
 model, picture, num_images, num_steps = sys.argv[1:]
 pipe = DiffusionPipeline.from_pretrained(model)
 print(f"loaded {model} as {type(pipe).__module__}.{type(pipe).__name__}")
 generator = torch.Generator().manual_seed(0)
 images = pipe(int(num_images), generator, num_inference_steps=int(num_steps)).images
-tiles = [image.resize((64, 64), 0) for image in images]
+tiles = [ImageOps.expand(image.resize((64, 64), 0), 8) for image in images]
 make_image_grid(tiles, rows=len(tiles) // 8, cols=8).save(picture)
 ours = sorted(name for name in sys.modules if name.startswith("ddpm_hf."))
 sys.exit(f"ddpm_hf was used: {ours}" if ours else 0)
@@ -208,9 +212,11 @@ def picture_loss(metrics_file: Path, path: Path) -> None:
     """The training loss as logged, and smoothed."""
     lines = metrics_file.read_text(encoding="utf-8").splitlines()
     steps, losses = np.array([(m["step"], m["loss"]) for m in map(json.loads, lines)]).T
-    window = np.ones(len(losses) // 20 + 1)
-    near = np.convolve(np.ones_like(losses), window, "same")  # fewer neighbours at both ends
-    smooth = np.exp(np.convolve(np.log(losses), window, "same") / near)
+    # The mean over a window that narrows towards both ends, where the loss is steep.
+    place = np.arange(len(losses))
+    half = np.minimum(len(losses) // 40, np.minimum(place, place[::-1]))
+    total = np.concatenate([[0.0], losses.cumsum()])
+    smooth = (total[place + half + 1] - total[place - half]) / (2 * half + 1)
     figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
     axis.semilogy(steps, losses, color="tab:blue", alpha=0.3, label="as logged")
     axis.semilogy(steps, smooth, color="tab:blue", label="smoothed")
@@ -248,21 +254,16 @@ def train_model(images: list[Image.Image], folder: Path, num_steps: int) -> Trai
         output_dir=str(folder),
         max_train_steps=num_steps,
         batch_size=64,
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
         learning_rate=2e-3,
-        lr_warmup_steps=100,
+        lr_warmup_steps=min(100, num_steps),
         ema_decay=0.999,
         sample_steps=500,
         checkpointing_steps=500,
     )
     torch.manual_seed(0)  # the first weights
-    return train(
-        config,
-        unet=build_unet(),
-        scheduler=GaussianDDPMScheduler(
-            beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction"
-        ),
-        dataset=as_dataset(images),
-    )
+    return train(config, unet=build_unet(), dataset=as_dataset(images))
 
 
 def draw(pipeline: GaussianDDPMPipeline, num_images: int) -> list[Image.Image]:
@@ -276,8 +277,9 @@ def draw_elsewhere(model: Path, picture: Path) -> np.ndarray:
     """Digits from the seed 0, drawn in a new process by diffusers alone: (64, 8, 8) uint8."""
     arguments = [str(model), str(picture), str(NUM_SHOWN), str(NUM_INFERENCE_STEPS)]
     subprocess.run([sys.executable, "-I", "-c", STOCK_PROGRAM, *arguments], check=True)
-    pixels = np.asarray(Image.open(picture).convert("L"))[4 :: 64 // 8, 4 :: 64 // 8]
-    return pixels.reshape(-1, 8, 8, 8).transpose(0, 2, 1, 3).reshape(-1, 8, 8)
+    with Image.open(picture) as grid:
+        tiles = np.asarray(grid.convert("L")).reshape(NUM_SHOWN // 8, 80, 8, 80).swapaxes(1, 2)
+    return tiles[:, :, 12:72:8, 12:72:8].reshape(-1, 8, 8)  # the middle of each enlarged pixel
 
 
 def start_over(folder: Path) -> None:
@@ -322,24 +324,28 @@ def record(scores: dict[str, Any], model: Path, path: Path) -> None:
 
 def what_next(folder: Path) -> str:
     """Where everything lies, and commands to go on with."""
-    python, command = (
-        os.path.relpath(Path(sys.executable).with_name(name)) for name in ("python", "ddpm-hf")
-    )
-    return f"""
-Where everything lies, in {folder}/
-  model/             the checkpoint: diffusers loads it, with or without ddpm_hf
-  samples.png        drawn digits beside real ones
-  denoising.png      how a digit comes out of noise
-  loss.png           the training loss
-  samples_stock.png  drawn by diffusers alone
-  scores.json        everything that was measured
-
-What to try next
-  {command} sample {folder}/model --num-images 16 --output grid.png
-  {command} train ./photos                       your own folder of images
-  {command} push {folder}/model YOUR_NAME/digits   share it, after `hf auth login`
-  {python} training/mlp_digits.py              the simplest DDPM there is, as a lesson
-  {python} training/demo.py --fresh            this again, from the start"""
+    beside_python, beside_this = Path(sys.executable).parent, Path(__file__).parent
+    python, command = (os.path.relpath(beside_python / name) for name in ("python", "ddpm-hf"))
+    lesson, demo = (os.path.relpath(beside_this / name) for name in ("mlp_digits.py", "demo.py"))
+    files = {
+        "model/": "the checkpoint: loads in diffusers, with or without ddpm_hf",
+        "samples.png": "drawn digits beside real ones",
+        "denoising.png": "how digits come out of noise",
+        "loss.png": "the training loss",
+        "samples_stock.png": "drawn by diffusers alone",
+        "scores.json": "everything that was measured",
+    }
+    commands = {
+        f"{command} sample {folder}/model --num-images 16 --output grid.png": "draw more",
+        f"{command} train ./photos": "train on your own folder of images",
+        f"{command} push {folder}/model YOU/digits": "share it, after `hf auth login`",
+        f"{python} {lesson}": "the simplest DDPM there is, as a lesson",
+        f"{python} {demo} --fresh": "this again, from the start",
+    }
+    lines = ["", "Where everything lies"]
+    lines += [f"  {folder / name!s:{len(str(folder)) + 20}}{text}" for name, text in files.items()]
+    lines += ["", "What to try next"]
+    return "\n".join(lines + [f"  {text}:\n    {line}" for line, text in commands.items()])
 
 
 def phase(number: int, text: str) -> None:
@@ -357,6 +363,7 @@ def main(argv: list[str]) -> int:
     folder: Path = options.output
     if options.fresh:
         start_over(folder)
+    began = time.monotonic()
 
     phase(1, "Real digits, a fifth of them held out")
     values, labels = load_digits(return_X_y=True)
@@ -395,6 +402,7 @@ def main(argv: list[str]) -> int:
     record(scores | {"shortcomings": wrong}, result.model_dir, folder / "scores.json")
     print(side_by_side(scores["drawn"], scores["real"]))
     print(what_next(folder))
+    print(f"\nDone in {duration(time.monotonic() - began)}.")
     for problem in wrong:
         print(f"\nNot good enough: {problem}")
     return 1 if wrong else 0
