@@ -30,6 +30,7 @@ from oracles import (
     geodiff_sigmoid_betas,
     linear_betas,
     randn,
+    relative_error,
     scaled_linear_betas,
     to_float64,
 )
@@ -246,16 +247,35 @@ def test_noise_reaches_half_precision_images_at_every_timestep(dtype, schedule):
     assert (stock == 0).any()
 
 
-def test_a_chain_in_half_precision_keeps_its_spread():
-    """Stock's spread falls from 0.474 to 0.464 with a bfloat16 state; ours computes in float32."""
-    x = randn(1, 1, 8, 8, dtype=torch.float32)
+def test_half_precision_is_rounded_to_once_at_the_end_of_a_step():
+    x = randn(1, 1, 8, 8, dtype=torch.float32).bfloat16()
     output = randn(1, 1, 8, 8, seed=1, dtype=torch.float32).bfloat16()
-    ours = GaussianDDPMScheduler()
     noise = randn(1, 1, 8, 8, seed=2, dtype=torch.float32)
-    in_half = ours.step(output, 3, x.bfloat16(), variance_noise=noise)
-    in_float = ours.step(output, 3, x.bfloat16().float(), variance_noise=noise)
+    ours = GaussianDDPMScheduler()
+    in_half = ours.step(output, 3, x, variance_noise=noise)
+    in_float = ours.step(output, 3, x.float(), variance_noise=noise)
     assert in_half.prev_sample.dtype == in_half.pred_original_sample.dtype == torch.bfloat16
     assert torch.equal(in_half.prev_sample, in_float.prev_sample.bfloat16())
+    stock = DDPMScheduler()
+    (half, _), (full, _) = (
+        stock.step(output, 0, form, return_dict=False) for form in (x, x.float())
+    )
+    assert not torch.equal(half, full.bfloat16())
+
+
+def test_stock_adds_noise_on_a_last_step_that_is_not_0_and_we_do_not():
+    x = torch.zeros(1, 1, 8, 8)
+    for kind, has_noise in ((GaussianDDPMScheduler, False), (DDPMScheduler, True)):
+        scheduler = kind(timestep_spacing="trailing", variance_type="fixed_large")
+        scheduler.set_timesteps(10)
+        assert bool(scheduler.step(x, 99, x).prev_sample.any()) == has_noise
+
+
+def test_stocks_tables_lose_digits_where_ours_do_not():
+    exact = [1 - bar for bar in alpha_bars(linear_betas(T))]
+    ours = GaussianDDPMScheduler().q_mean_variance(torch.ones(T, 1), torch.arange(T)).variance
+    assert relative_error(ours.reshape(-1).numpy(), exact) < 1e-7
+    assert relative_error(1 - DDPMScheduler().alphas_cumprod.numpy(), exact) > 1e-4
 
 
 def test_an_exact_network_survives_fp16_without_clipping():
