@@ -59,7 +59,7 @@ def load(
     *,
     revision: str | None = None,
     token: str | None = None,
-    torch_dtype: "torch.dtype | None" = None,
+    dtype: "torch.dtype | None" = None,
     use_safetensors: bool = True,
 ) -> "GaussianDDPMPipeline":
     """A pipeline from the Hub or from a folder: ours, or any other `DDPMPipeline`'s.
@@ -70,7 +70,7 @@ def load(
         repo_or_path: a folder, or "user/name" on the Hub.
         revision: branch, tag or commit on the Hub.
         token: for a private repository; by default that of `hf auth login` or HF_TOKEN.
-        torch_dtype: dtype of the weights; by default as they were saved.
+        dtype: of the weights; by default as they were saved.
         use_safetensors: False opens weights in pickled `.bin` files, which could carry code.
     Raises:
         ValueError: if there is no such checkpoint or revision, the token may not read it, it is of
@@ -89,7 +89,7 @@ def load(
 
         folder = Path(retry(download, name, WAITS_S))
     _check_index(folder, name)
-    return _open(folder, name, torch_dtype, use_safetensors)
+    return _open(folder, name, dtype, use_safetensors)
 
 
 def _loaded_files(use_safetensors: bool) -> list[str]:
@@ -134,7 +134,7 @@ def _open(
         )
     # Where a file lacks weights, diffusers makes up random ones and only logs it.
     unet, report = UNet2DModel.from_pretrained(
-        home, torch_dtype=dtype, use_safetensors=safetensors, output_loading_info=True
+        home, dtype=dtype, use_safetensors=safetensors, output_loading_info=True
     )
     if wrong := {kind: keys for kind, keys in report.items() if keys}:
         raise ValueError(
@@ -143,7 +143,7 @@ def _open(
     for key, weight in unet.state_dict().items():
         if not torch.isfinite(weight).all():
             raise ValueError(f"weight {key} of {name} holds values that are not finite")
-    return GaussianDDPMPipeline.from_pretrained(folder, unet=unet, torch_dtype=dtype)
+    return GaussianDDPMPipeline.from_pretrained(folder, unet=unet, dtype=dtype)
 
 
 def check_repo_id(repo_id: str, *, may_be_folder: bool = False) -> None:
