@@ -120,10 +120,10 @@ def _check_index(folder: Path, name: str) -> None:
 def _open(
     folder: Path, name: str, dtype: "torch.dtype | None", safetensors: bool
 ) -> "GaussianDDPMPipeline":
-    import torch
     from diffusers import UNet2DModel
 
     from ddpm_hf.pipeline_ddpm_hf import GaussianDDPMPipeline
+    from ddpm_hf.portable_ddpm_hf import check_finite
 
     home = folder / "unet" if (folder / "unet").is_dir() else folder
     if safetensors and not any(home.glob("*.safetensors")):
@@ -140,9 +140,7 @@ def _open(
         raise ValueError(
             f"the weights of {name} do not fit unet/config.json: {shorten(str(wrong))}"
         )
-    for key, weight in unet.state_dict().items():
-        if not torch.isfinite(weight).all():
-            raise ValueError(f"weight {key} of {name} holds values that are not finite")
+    check_finite(unet.state_dict(), name)
     return GaussianDDPMPipeline.from_pretrained(folder, unet=unet, dtype=dtype)
 
 

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -41,15 +41,15 @@ def checked_folder(save_directory: str | os.PathLike[str]) -> Path:
     return folder.absolute()
 
 
-def check_finite(model: torch.nn.Module) -> None:
+def check_finite(weights: Mapping[str, torch.Tensor], what: str) -> None:
     """Refuse weights that are not finite.
 
     Raises:
         ValueError: naming the first such weight.
     """
-    for name, weight in model.state_dict().items():
+    for name, weight in weights.items():
         if weight.is_floating_point() and not weight.is_meta and not weight.isfinite().all():
-            raise ValueError(f"weight {name} holds non-finite values; nothing was written")
+            raise ValueError(f"weight {name} of {what} holds values that are not finite")
 
 
 @contextmanager
@@ -70,10 +70,10 @@ def replacing(folder: Path, variant: str | None) -> Iterator[Path]:
     try:
         yield staging
         for path in [*staging.rglob("*"), staging]:
-            _sync(path)
+            sync(path)
         if is_new:
             staging.rename(folder)
-            _sync(folder.parent)
+            sync(folder.parent)
         else:
             _move_files(staging, folder, variant)
     finally:
@@ -91,7 +91,7 @@ def _move_files(staging: Path, folder: Path, variant: str | None) -> None:
             with suppress(OSError):  # a folder that is not empty stays
                 stale.parent.rmdir()
     for path in {folder, *((folder / file).parent for file in files)}:
-        _sync(path)
+        sync(path)
 
 
 def _stale(folder: Path, variant: str | None) -> list[Path]:
@@ -105,7 +105,7 @@ def _stale(folder: Path, variant: str | None) -> list[Path]:
     return [*sources] + [p for p in (folder / "unet").iterdir() if weights.fullmatch(p.name)]
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Flush a file or folder to disk."""
     with suppress(PermissionError):  # Windows opens no folders
         descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)

@@ -22,6 +22,8 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ddpm_hf.portable_ddpm_hf import check_finite, sync
+
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
@@ -30,7 +32,7 @@ _NAME = re.compile(r"step-(\d{8})")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is damaged, does not fit, or must not be written."""
+    """A run folder or checkpoint that cannot be used."""
 
 
 @dataclass
@@ -97,13 +99,6 @@ class TrainState:
         return {"step": self.step, "ema_step": self.ema.optimization_step, "scaler": scaler}
 
 
-def require_finite(tensors: dict[str, Tensor], where: str) -> None:
-    """Raise CheckpointError naming the first tensor that holds a NaN or an infinity."""
-    for name, value in tensors.items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise CheckpointError(f"{where} is not finite: {name}; it is not written")
-
-
 def save_checkpoint(folder: Path, state: TrainState, facts: dict[str, Any], keep: int) -> Path:
     """Write `state` as folder/step-<step>, then prune to the newest `keep` checkpoints.
 
@@ -115,13 +110,13 @@ def save_checkpoint(folder: Path, state: TrainState, facts: dict[str, Any], keep
     Returns:
         the path of the new checkpoint.
     Raises:
-        CheckpointError: if a value is not finite; nothing is written then.
+        ValueError: if a weight is not finite; nothing is written then.
         OSError: if the disk refuses; older checkpoints are untouched then.
     """
     target = folder / f"step-{state.step:08d}"
     files = state.tensors()
     for name, tensors in files.items():
-        require_finite(tensors, f"{name} at step {state.step}")
+        check_finite(tensors, f"{name} at step {state.step}")
     with replacing_folder(target) as temporary:
         for name, tensors in files.items():
             save_file({k: v.contiguous() for k, v in tensors.items()}, temporary / name)
@@ -218,7 +213,7 @@ def replacing_folder(target: Path) -> Iterator[Path]:
     try:
         yield temporary
         for path in [*temporary.rglob("*"), temporary]:
-            _sync(path)
+            sync(path)
     except BaseException:
         _remove(temporary)
         raise
@@ -226,7 +221,7 @@ def replacing_folder(target: Path) -> Iterator[Path]:
     if target.exists():
         os.rename(target, retired)
     os.rename(temporary, target)
-    _sync(target.parent)
+    sync(target.parent)
     _remove(retired)
 
 
@@ -302,15 +297,6 @@ def _digest(path: Path) -> dict[str, Any]:
             "bytes": path.stat().st_size,
             "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
         }
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or a folder's entries to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:
