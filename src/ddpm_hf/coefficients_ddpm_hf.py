@@ -108,17 +108,17 @@ class Table:
         on_device = isinstance(t, Tensor) and (t.ndim > 0 or t.device.type != "cpu")
         if on_device or torch.compiler.is_compiling():
             return self._gather(t, like)
-        row = self._host_rows(like.dtype).get(host_timestep(t))
+        rows = self._rows.get(like.dtype) or self._make_rows(like.dtype)
+        row = rows.get(host_timestep(t))
         return row if row is not None else self._refuse([int(t)])
 
-    def _host_rows(self, dtype: torch.dtype) -> dict[int, Any]:
-        if dtype not in self._rows:
-            with torch.inference_mode(False):
-                columns = self.on(torch.device("cpu"), dtype)[self.timesteps].T
-                named = zip(self.row_type._fields, columns, strict=True)
-                values = [c.unbind() if name in FACTORS else c.tolist() for name, c in named]
-            rows = map(self.row_type, *values)
-            self._rows[dtype] = dict(zip(self.timesteps.tolist(), rows, strict=True))
+    @torch.inference_mode(False)
+    def _make_rows(self, dtype: torch.dtype) -> dict[int, Any]:
+        columns = self.on(torch.device("cpu"), dtype)[self.timesteps].T
+        named = zip(self.row_type._fields, columns, strict=True)
+        values = [c.unbind() if name in FACTORS else c.tolist() for name, c in named]
+        rows = map(self.row_type, *values)
+        self._rows[dtype] = dict(zip(self.timesteps.tolist(), rows, strict=True))
         return self._rows[dtype]
 
     def _gather(self, t: Timestep, like: Tensor) -> Any:
@@ -156,9 +156,9 @@ class Table:
 
 def host_timestep(t: Any) -> int:
     """A timestep known on the host as an int; `tolist` of a CPU tensor dispatches no op."""
-    if type(t) is int:
-        return t
     value = t.tolist() if isinstance(t, Tensor) else t
+    if type(value) is int:
+        return value
     if isinstance(value, bool | np.bool_) or not hasattr(value, "__index__"):
         raise TypeError(f"timestep must be an integer or a tensor of integers, got {t!r}")
     return operator.index(value)
@@ -233,13 +233,14 @@ class Trajectory:
 
     def reverse(self, eta: float) -> Table:
         """All that `step` needs, for this `eta`."""
-        if eta not in self._reverse:
+        table = self._reverse.get(eta)
+        if table is None:
             if len(self._reverse) == 8:  # an eta that changes with every step must not fill memory
                 self._reverse.popitem()
-            self._reverse[eta] = self._table(
+            table = self._reverse[eta] = self._table(
                 Reverse(*self._x_0_coefficients(), *self._mean_coefficients(eta), *self._std(eta))
             )
-        return self._reverse[eta]
+        return table
 
     def _posterior_variance(self) -> tuple[Array, Array]:
         """beta~_t of eq. 7 and its log, the last step's 0 replaced by its neighbour (2102.09672).

@@ -312,7 +312,8 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             if v is not None:
                 noise = noise * row.std_base**v  # 2102.09672, eq. 15
             add_scaled_(x_prev, row.std, noise)
-        x_prev, x_0_hat = with_dtype_of(sample, x_prev), with_dtype_of(sample, x_0_hat)
+        if x_t is not sample:
+            x_prev, x_0_hat = x_prev.to(sample.dtype), x_0_hat.to(sample.dtype)
         if not return_dict:
             return x_prev, x_0_hat
         return GaussianDDPMOutput(x_prev, x_0_hat)
