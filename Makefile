@@ -2,6 +2,8 @@
 PYTHON ?= $(shell for p in python3.11 python3; do $$p -c 'import ensurepip, venv' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 READY := .venv/ready
+# Two workers for two cores, for every test keeps to one thread.
+PYTEST := $(BIN)/pytest -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo fmt lint type test-quick test test-all bench
@@ -24,10 +26,10 @@ type: $(READY) ## Check the types
 	$(BIN)/mypy
 
 test-quick: $(READY) ## The inner loop: under a minute
-	$(BIN)/pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
-test: $(READY) ## Every test that needs no network and no GPU: under 10 minutes on 2 cores
-	$(BIN)/pytest
+test: $(READY) ## Every test, offline: under 10 minutes on 2 cores
+	$(PYTEST)
 
 test-all: lint type test ## Style, types and every test: what CI runs
 
