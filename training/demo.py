@@ -50,7 +50,6 @@ MOST_POINTS_APART, LEAST_SHARE_OF_A_DIGIT = 0.10, 0.03
 # Run by a Python that cannot import this package: what anyone with diffusers alone can do.
 STOCK_PROGRAM = """
 import sys
-import time
 
 sys.modules["ddpm_hf"] = None  # from here on `import ddpm_hf` fails, installed or not
 try:
