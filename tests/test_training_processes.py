@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,9 +33,11 @@ OPTIONS = ["--max-train-steps", str(STEPS), "--batch-size", "4", "--checkpointin
            "--num-samples", "2", "--sample-steps", "20", "--sample-inference-steps", "4",
            "--gradient-accumulation-steps", "2"]  # fmt: skip
 ONE = [sys.executable, "-m", "ddpm_hf.cli", "train"]
-TWO = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
-       "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-       "-m", "ddpm_hf.training"]  # fmt: skip
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
+          "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+          "--main_process_port", "0"]  # fmt: skip
+TWO = [*LAUNCH, "-m", "ddpm_hf.training"]
+SCRIPT = [*LAUNCH, str(Path(__file__).parents[1] / "training" / "train.py")]
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +51,8 @@ def photos(tmp_path_factory):
 
 
 def command(launcher, photos, output, *more):
-    port = ["--main_process_port", "0"] if launcher is TWO else []
-    head = launcher[:-2] + port + launcher[-2:] if port else launcher
     config = ["--unet-config", str(photos.parent / "unet.json"), "--output-dir", str(output)]
-    return [*head, str(photos), *config, *OPTIONS, *more]
+    return [*launcher, str(photos), *config, *OPTIONS, *more]
 
 
 def environment(tmp_path):
@@ -78,7 +79,7 @@ def steps_logged(output):
     return max((int(p.name[5:]) for p in file.glob("step-*")), default=0)
 
 
-@pytest.mark.parametrize("launcher", [ONE, TWO], ids=["one process", "two processes"])
+@pytest.mark.parametrize("launcher", [ONE, SCRIPT], ids=["one process", "two processes"])
 def test_a_run_killed_at_random_and_started_again_equals_the_straight_run(
     launcher, photos, tmp_path
 ):

@@ -36,8 +36,8 @@ def main(argv: list[str]) -> int:
     # The diffusion: T steps, their noise schedule, and what the network predicts.
     scheduler = GaussianDDPMScheduler(
         num_train_timesteps=config.num_train_timesteps or 1000,
-        beta_schedule=config.beta_schedule or "linear",
-        prediction_type=config.prediction_type or "epsilon",
+        beta_schedule=config.beta_schedule or "squaredcos_cap_v2",
+        prediction_type=config.prediction_type or "v_prediction",
     )
 
     # Resumes by itself when the run was interrupted. `model_dir` holds the portable checkpoint.

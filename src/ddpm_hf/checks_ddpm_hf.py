@@ -138,7 +138,8 @@ def check_int(name: str, value: Any, low: int, high: int) -> None:
 
 
 def check_float(name: str, value: Any, wanted: str, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    # A tuple, for torch 2.8 cannot compile a check against a union.
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number {wanted}, got {value!r}")
     if not low <= value <= high:  # NaN compares false
         raise ValueError(f"{name} must be a number {wanted}, got {value!r}")

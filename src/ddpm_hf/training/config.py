@@ -94,10 +94,10 @@ class ModelOptions:
         None, "steps T of the diffusion (default: 1000, or the pretrained model's)"
     )
     beta_schedule: str | None = _option(
-        None, "noise schedule (default: linear, or the pretrained model's)"
+        None, "noise schedule (default: squaredcos_cap_v2, or the pretrained model's)"
     )
     prediction_type: Literal["epsilon", "sample", "v_prediction"] | None = _option(
-        None, "what the network predicts (default: epsilon, or the pretrained model's)"
+        None, "what the network predicts (default: v_prediction, or the pretrained model's)"
     )
     variance_type: Literal["fixed_small", "fixed_large"] | None = _option(
         None, "variance of a reverse step (default: fixed_small, or the pretrained model's)"

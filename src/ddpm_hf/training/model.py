@@ -222,10 +222,20 @@ def size_multiple(unet: torch.nn.Module) -> int:
 def build_scheduler(
     config: TrainingConfig, pretrained: GaussianDDPMScheduler | None = None
 ) -> GaussianDDPMScheduler:
-    """The scheduler: the pretrained one's configuration if given, with the options over it."""
+    """The scheduler: proposed, or the pretrained model's, with the options over it.
+
+    Args:
+        config: the options.
+        pretrained: the scheduler of the model that is fine-tuned. Where that is a bare network, the
+            defaults of diffusers are the best guess of what it was trained with.
+    """
     names = ("num_train_timesteps", "beta_schedule", "prediction_type", "variance_type")
     chosen = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-    before = {} if pretrained is None else pretrained.config
+    before: Any = pretrained.config if pretrained is not None else {}
+    if config.pretrained is None:
+        # After 750 updates on MNIST these draw clean digits, DDPM's linear betas with epsilon grey
+        # ones.
+        before = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
     scheduler: GaussianDDPMScheduler = GaussianDDPMScheduler.from_config(before, **chosen)
     return scheduler
 
