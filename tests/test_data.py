@@ -784,7 +784,7 @@ def test_a_source_that_is_none_gets_one_clear_line(tmp_path, monkeypatch, source
 
 
 def test_a_source_without_rows_is_refused(tmp_path):
-    rows().to_parquet(tmp_path / "none.parquet")
+    rows().to_parquet(tmp_path / "none.parquet", batch_size=1)
     with pytest.raises(DataError, match=r"none\.parquet"):
         load_images(tmp_path / "none.parquet")
     with pytest.raises(DataError, match="no rows"):

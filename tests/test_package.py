@@ -178,10 +178,16 @@ def launch(tmp_path: Path, config: str, *options: str, **environment: str) -> su
     )
 
 
+def measured(process: subprocess.Popen[str]) -> list[list[object]]:
+    """What the probes of a launch printed; torch 2.8 prints lines of Gloo's beside it."""
+    lines = process.communicate(timeout=60)[0].splitlines()
+    assert process.returncode == 0
+    return [json.loads(line) for line in lines if not line.startswith("[Gloo]")]
+
+
 @pytest.mark.slow
 def test_the_cpu_configuration_keeps_off_the_gpu(tmp_path):
-    output, _ = launch(tmp_path, "cpu").communicate(timeout=60)
-    assert json.loads(output) == [1, "cpu", "no"]
+    assert measured(launch(tmp_path, "cpu")) == [[1, "cpu", "no"]]
 
 
 @pytest.mark.slow
@@ -194,6 +200,4 @@ def test_the_two_machines_of_the_multi_node_configuration_find_each_other(tmp_pa
     machines = [
         launch(tmp_path, "multi_node", *options, rank, ACCELERATE_USE_CPU="true") for rank in "01"
     ]
-    first, second = (machine.communicate(timeout=60)[0] for machine in machines)
-    assert json.loads(first) == [4, "cpu", "bf16"]
-    assert second == ""
+    assert [measured(machine) for machine in machines] == [[[4, "cpu", "bf16"]], []]
