@@ -29,7 +29,7 @@ from ddpm_hf.pictures import image_grid
 from ddpm_hf.pipeline_ddpm_hf import GaussianDDPMPipeline
 from ddpm_hf.randomness import Batches, noise_and_timesteps, seed_of
 from ddpm_hf.scheduling_ddpm_hf import GaussianDDPMScheduler
-from ddpm_hf.training.config import FREE_ON_RESUME, ConfigError, TrainingConfig
+from ddpm_hf.training.config import ConfigError, TrainingConfig, continued
 from ddpm_hf.training.export import export_model, training_facts
 from ddpm_hf.training.model import Parts, assemble
 from ddpm_hf.training.report import Journal, describe, duration, trackers
@@ -419,58 +419,6 @@ class Run:
             stopped_by=self.stop.received,
             pushed=pushed,
         )
-
-
-def continued(given: TrainingConfig, before: dict[str, Any]) -> TrainingConfig:
-    """The configuration of a resumed run: what is left open now is as it was.
-
-    Args:
-        given: the options of the new command.
-        before: the complete options of the run so far.
-    Raises:
-        ConfigError: for options that shape what is learned and differ.
-    """
-    now = dataclasses.asdict(given)
-    merged: dict[str, Any] = {
-        name: before.get(name) if value is None else value for name, value in now.items()
-    }
-    changed = [
-        f"{name}: {before.get(name)!r} -> {value!r}"
-        for name, value in merged.items()
-        if value != before.get(name) and name not in FREE_ON_RESUME
-    ]
-    if changed:
-        raise ConfigError(
-            f"{given.run_folder()} holds a run with other options ({'; '.join(changed)}); resume "
-            "with the same ones, or choose another output_dir"
-        )
-    return TrainingConfig(**merged)
-
-
-@contextmanager
-def _accelerator(config: TrainingConfig) -> Iterator[Accelerator]:
-    """Accelerate's engine for one run.
-
-    Its state is global; it is forgotten at the end unless the caller had made it, so that the next
-    run in the same process (a notebook) may have another precision.
-    """
-    ours = not AcceleratorState._shared_state
-    try:
-        accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
-            gradient_accumulation_plugin=GradientAccumulationPlugin(
-                num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
-            ),
-            log_with=trackers() or None,
-            project_dir=config.run_folder(),
-        )
-        if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-            # Accelerate would train in float32 without a word.
-            raise ConfigError("mixed_precision fp16 needs a GPU; on the CPU choose bf16 or no")
-        yield accelerator
-    finally:
-        if ours:
-            AcceleratorState._reset_state()
 
 
 def _pusher(config: TrainingConfig, accelerator: Accelerator) -> BackgroundPusher | None:
