@@ -280,32 +280,6 @@ def continued(given: TrainingConfig, before: dict[str, Any]) -> TrainingConfig:
     return TrainingConfig(**merged)
 
 
-@contextmanager
-def _accelerator(config: TrainingConfig) -> Iterator[Accelerator]:
-    """Accelerate's engine for one run.
-
-    Its state is global; it is forgotten at the end unless the caller had made it, so that the next
-    run in the same process (a notebook) may have another precision.
-    """
-    ours = not AcceleratorState._shared_state
-    try:
-        accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
-            gradient_accumulation_plugin=GradientAccumulationPlugin(
-                num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
-            ),
-            log_with=trackers() or None,
-            project_dir=config.run_folder(),
-        )
-        if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-            # Accelerate would train in float32 without a word.
-            raise ConfigError("mixed_precision fp16 needs a GPU; on the CPU choose bf16 or no")
-        yield accelerator
-    finally:
-        if ours:
-            AcceleratorState._reset_state()
-
-
 def parse_config(argv: Sequence[str] | None = None, prog: str | None = None) -> TrainingConfig:
     """The configuration from a command line; flags win over the recipe given by `--config`.
 

@@ -421,6 +421,32 @@ class Run:
         )
 
 
+@contextmanager
+def _accelerator(config: TrainingConfig) -> Iterator[Accelerator]:
+    """Accelerate's engine for one run.
+
+    Its state is global; it is forgotten at the end unless the caller had made it, so that the next
+    run in the same process (a notebook) may have another precision.
+    """
+    ours = not AcceleratorState._shared_state
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
+            ),
+            log_with=trackers() or None,
+            project_dir=config.run_folder(),
+        )
+        if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+            # Accelerate would train in float32 without a word.
+            raise ConfigError("mixed_precision fp16 needs a GPU; on the CPU choose bf16 or no")
+        yield accelerator
+    finally:
+        if ours:
+            AcceleratorState._reset_state()
+
+
 def _pusher(config: TrainingConfig, accelerator: Accelerator) -> BackgroundPusher | None:
     """The uploader of the main process, its right to write proven before anything else."""
     if config.push_to_hub is None or not accelerator.is_main_process:
