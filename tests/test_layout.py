@@ -2,11 +2,14 @@
 
 import ast
 import re
+import socket
 import statistics
 import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "ddpm_hf"
@@ -180,3 +183,9 @@ def test_no_file_names_the_machine_it_was_written_on():
 def test_code_is_ascii():
     code = [path for path in written_files() if path.suffix not in {".md", ".json"}]
     assert [str(path) for path in code if not path.read_text(encoding="utf-8").isascii()] == []
+
+
+@pytest.mark.parametrize("address", [("192.0.2.1", 80), ("hub.invalid", 443)])
+def test_no_test_reaches_another_machine(address):
+    with pytest.raises(RuntimeError, match="loopback"):
+        socket.create_connection(address, timeout=1)
