@@ -126,11 +126,13 @@ def check_config(config: Any) -> None:
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """A value that is one of the choices."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
 
 
 def check_int(name: str, value: Any, low: int, high: int) -> None:
+    """An int in [low, high]; True and False are none."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int in {low}..{high}, got {value!r}")
     if not low <= value <= high:
@@ -138,6 +140,7 @@ def check_int(name: str, value: Any, low: int, high: int) -> None:
 
 
 def check_float(name: str, value: Any, wanted: str, low: float, high: float) -> None:
+    """A number in [low, high], described as `wanted`; NaN is none."""
     # A tuple, for torch 2.8 cannot compile a check against a union.
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number {wanted}, got {value!r}")
@@ -146,6 +149,7 @@ def check_float(name: str, value: Any, wanted: str, low: float, high: float) -> 
 
 
 def check_schedule_params(name: str, params: Any) -> dict[str, float]:
+    """The parameters of a schedule of ours, completed with its defaults."""
     known = schedules.schedule_parameters(name)
     if not isinstance(params, dict) or params.keys() - known.keys():
         allowed = ", ".join(map(repr, known)) or "nothing"
@@ -156,6 +160,7 @@ def check_schedule_params(name: str, params: Any) -> dict[str, float]:
 
 
 def check_betas(name: str, given: Any, num_train_timesteps: int) -> Array:
+    """Betas as (T,) float64, each in (0, 1); the last may be 1."""
     values = given.detach().cpu().numpy() if isinstance(given, Tensor) else given
     try:
         betas: Array = np.asarray(values, dtype=np.float64)
@@ -190,6 +195,7 @@ def check_timesteps(timesteps: Any, num_train_timesteps: int) -> Steps:
 
 
 def check_device(device: Any) -> torch.device | None:
+    """What torch takes for a device; None stands for the CPU."""
     try:
         return None if device is None else torch.device(device)
     except (RuntimeError, TypeError) as error:
