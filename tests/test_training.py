@@ -443,6 +443,11 @@ def test_fine_tuning_on_images_of_another_kind_says_what_to_do(tmp_path, pretrai
         train(tiny_config(tmp_path / "run", pretrained=str(pretrained[1])), dataset=images)
 
 
+def test_a_network_beside_a_pretrained_one_is_refused_instead_of_ignored(tmp_path, pretrained):
+    with pytest.raises(ConfigError, match="pretrained"):
+        run(tmp_path / "run", pretrained=str(pretrained[1]))
+
+
 def test_a_pretrained_folder_without_a_model_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="empty"):

@@ -47,13 +47,10 @@ def train_command(argv: list[str]) -> int:
     from ddpm_hf.training import TrainingError, parse_config, train
 
     try:
-        result = train(parse_config(argv, prog="ddpm-hf train"))
+        return train(parse_config(argv, prog="ddpm-hf train")).exit_status
     except TrainingError as error:
         print(f"ddpm-hf: error: {error}", file=sys.stderr)
         return 1
-    if result.stopped_by is not None:
-        return 128 + result.stopped_by
-    return _NOT_PUSHED if result.pushed is False else 0
 
 
 def sample_command(argv: list[str]) -> int:

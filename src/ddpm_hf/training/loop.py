@@ -76,6 +76,13 @@ class TrainingResult:
     stopped_by: int | None = None
     pushed: bool | None = None
 
+    @property
+    def exit_status(self) -> int:
+        """0; 128 + the signal's number; or 3 where the model is made but not pushed."""
+        if self.stopped_by is not None:
+            return 128 + self.stopped_by
+        return 3 if self.pushed is False else 0
+
 
 def train_step(
     denoiser: Denoiser,

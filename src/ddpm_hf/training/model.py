@@ -51,7 +51,9 @@ def assemble(
     """The parts of a run: those given, the rest from the configuration."""
     device = accelerator.device.type
     pretrained_scheduler = None
-    if config.pretrained is not None and unet is None:
+    if config.pretrained is not None:
+        if unet is not None:
+            raise ConfigError("pretrained and unet= exclude each other: leave one out")
         unet, pretrained_scheduler = load_pretrained(config.pretrained)
     # The main process decodes the images; the others find them in the cache.
     with accelerator.main_process_first():
@@ -83,6 +85,29 @@ def _images(
     config: TrainingConfig, dataset: Any, pretrained: torch.nn.Module | None
 ) -> tuple[Any, ImageFacts]:
     """The images and what they are; sized and coloured for the pretrained network, if any."""
+    if dataset is None or isinstance(dataset, datasets.Dataset):
+        dataset = build_images(config, dataset, pretrained)
+    if isinstance(dataset, ImageDataset):
+        return dataset, dataset.facts
+    channels, height, width = dataset[0].shape
+    modes = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+    if channels not in modes:
+        raise ConfigError(f"dataset has images of {channels} channels; 1 to 4 can be shown")
+    return dataset, ImageFacts(mode=modes[channels], height=height, width=width)
+
+
+def build_images(
+    config: TrainingConfig, dataset: Any = None, pretrained: torch.nn.Module | None = None
+) -> ImageDataset:
+    """The images that the options name, decoded and resized once.
+
+    Args:
+        config: the options.
+        dataset: a `datasets.Dataset` in place of the one that `config` names.
+        pretrained: network whose size and mode are taken where the options leave them open.
+    Raises:
+        ConfigError, DataError: if the images cannot be used.
+    """
     if dataset is None:
         if config.dataset is None:
             raise ConfigError("dataset is missing: name one, or pass dataset= to train()")
@@ -92,23 +117,15 @@ def _images(
             split=config.split,
             revision=config.dataset_revision,
         )
-    if isinstance(dataset, datasets.Dataset):
-        mode, resolution = _wanted_by(pretrained)
-        dataset = prepare_images(
-            dataset,
-            image_column=config.image_column,
-            resolution=config.resolution or resolution,
-            image_mode=config.image_mode or mode,
-            crop=config.crop,
-            on_bad_image=config.on_bad_image,
-        )
-    if isinstance(dataset, ImageDataset):
-        return dataset, dataset.facts
-    channels, height, width = dataset[0].shape
-    modes = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-    if channels not in modes:
-        raise ConfigError(f"dataset has images of {channels} channels; 1 to 4 can be shown")
-    return dataset, ImageFacts(mode=modes[channels], height=height, width=width)
+    mode, resolution = _wanted_by(pretrained)
+    return prepare_images(
+        dataset,
+        image_column=config.image_column,
+        resolution=config.resolution or resolution,
+        image_mode=config.image_mode or mode,
+        crop=config.crop,
+        on_bad_image=config.on_bad_image,
+    )
 
 
 def _wanted_by(unet: torch.nn.Module | None) -> tuple[str | None, int | None]:
