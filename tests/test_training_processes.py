@@ -33,9 +33,9 @@ OPTIONS = ["--max-train-steps", str(STEPS), "--batch-size", "4", "--checkpointin
            "--num-samples", "2", "--sample-steps", "20", "--sample-inference-steps", "4",
            "--gradient-accumulation-steps", "2"]  # fmt: skip
 ONE = [sys.executable, "-m", "ddpm_hf.cli", "train"]
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
-          "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-          "--main_process_port", "0"]  # fmt: skip
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
+          "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+          "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
 TWO = [*LAUNCH, "-m", "ddpm_hf.training"]
 SCRIPT = [*LAUNCH, str(Path(__file__).parents[1] / "training" / "train.py")]
 
@@ -56,7 +56,9 @@ def command(launcher, photos, output, *more):
 
 
 def environment(tmp_path):
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf")}
+    # Without ACCELERATE_USE_CPU each of two processes on the CPU would train alone.
+    both = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **both, "HF_HOME": str(tmp_path / "hf")}
 
 
 def weights(output):

@@ -10,7 +10,7 @@ program without this file; `--help` lists the options, which a recipe (`--config
 import sys
 
 from accelerate import PartialState
-from accelerate.utils import set_seed
+from accelerate.utils import parse_flag_from_env, set_seed
 
 from ddpm_hf import train
 from ddpm_hf.cli import run_command
@@ -24,12 +24,13 @@ def main(argv: list[str]) -> int:
         return train(config).exit_status
 
     # Any data set: a folder, parquet files, a name on the Hub. Decoded and resized once.
-    with PartialState().main_process_first():
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    with state.main_process_first():
         images = build_images(config)
 
     # A network for images of this size and mode; put your own UNet2DModel(...) in its place.
     set_seed(config.seed)
-    unet = build_unet(images.facts, PartialState().device.type, config.unet_config)
+    unet = build_unet(images.facts, state.device.type, config.unet_config)
 
     # The diffusion; put GaussianDDPMScheduler(beta_schedule=..., ...) in its place for your own.
     scheduler = build_scheduler(config)
