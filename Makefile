@@ -14,7 +14,7 @@ help: ## List the targets
 setup: $(READY) ## Make .venv with the tested versions; every other target does it by itself
 
 demo: $(READY) ## Train on real digits, save, load in a new process, sample: under 10 minutes on a CPU
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python training/demo.py
+	GOMP_SPINCOUNT=10000 $(BIN)/python training/demo.py
 
 fmt: $(READY) ## Format the code and apply the safe fixes
 	$(BIN)/ruff format && $(BIN)/ruff check --fix
