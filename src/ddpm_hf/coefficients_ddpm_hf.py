@@ -105,7 +105,7 @@ class Table:
             ValueError: if a `t` on the host is not in the table, or `t` is no (B,) for this batch.
             TypeError: if `t` is no integer.
         """
-        on_device = isinstance(t, Tensor) and (t.ndim > 0 or t.device.type != "cpu")
+        on_device = isinstance(t, Tensor) and (t.ndim > 0 or not t.is_cpu)
         if on_device or torch.compiler.is_compiling():
             return self._gather(t, like)
         rows = self._rows.get(like.dtype) or self._make_rows(like.dtype)

@@ -583,7 +583,7 @@ def draw_noise(like: Tensor, generator: Generators) -> Tensor:
         generator: one, or one per image; a CPU generator serves every device.
     """
     if generator is None:
-        return torch.empty_like(like, memory_format=torch.contiguous_format).normal_()
+        return torch.randn_like(like, memory_format=torch.contiguous_format)
     if isinstance(generator, torch.Generator):
         noise = torch.empty(like.shape, dtype=like.dtype, device=generator.device)
         return noise.normal_(generator=generator).to(like.device)
