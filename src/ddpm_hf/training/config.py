@@ -119,7 +119,11 @@ class OptimizationOptions:
     gradient_accumulation_steps: int = _option(
         1, "forward and backward passes that each process splits its share of a batch into"
     )
-    learning_rate: float = _option(1e-4, "peak learning rate of AdamW")
+    learning_rate: float | None = _option(
+        None,
+        "peak learning rate of AdamW (default: 1e-4; more, up to 4e-4, for a network that starts "
+        "from scratch with fewer than 128 channels)",
+    )
     lr_scheduler: Literal["cosine", "constant"] = _option(
         "cosine", "after the warm-up: fall to 0 along a cosine, or stay"
     )
@@ -191,7 +195,7 @@ class TrainingConfig(OutputOptions, OptimizationOptions, ModelOptions, DataOptio
                 raise ConfigError(f"{name} must be at least {lowest}, got {value}")
         # Adam moves a weight by little more than the learning rate, so a rate of at most 1 means
         # that finite gradients cannot make a weight overflow.
-        if not 0 < self.learning_rate <= 1:
+        if self.learning_rate is not None and not 0 < self.learning_rate <= 1:
             raise ConfigError(
                 f"learning_rate must be above 0 and at most 1, got {self.learning_rate}; "
                 "1e-4 is a good start"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -32,7 +32,7 @@ from ddpm_hf.scheduling_ddpm_hf import GaussianDDPMScheduler
 from ddpm_hf.training.config import ConfigError, TrainingConfig, continued
 from ddpm_hf.training.export import export_model, training_facts
 from ddpm_hf.training.model import Parts, assemble
-from ddpm_hf.training.report import Journal, describe, duration, trackers
+from ddpm_hf.training.report import Journal, describe, duration, outcome, trackers
 from ddpm_hf.training.signals import StopSignal
 from ddpm_hf.training.state import (
     TrainState,
@@ -45,6 +45,7 @@ from ddpm_hf.training.state import (
 )
 
 logger = logging.getLogger(__name__)
+Number = TypeVar("Number", int, float)
 
 # So many updates in a row without one finite gradient mean that the run is lost; a mixed-precision
 # run skips a few at its start while the loss scale settles.
@@ -162,7 +163,7 @@ class Run:
         self.folder = parts.config.run_folder()
         optimizer = torch.optim.AdamW(
             parts.unet.parameters(),
-            lr=self.config.learning_rate,
+            lr=_required(self.config.learning_rate),
             weight_decay=self.config.weight_decay,
             fused=True,
         )
@@ -419,6 +420,10 @@ class Run:
             print(self.pusher.message)
         self.accelerator.wait_for_everyone()
         self.journal.close()
+        took = time.monotonic() - self.began
+        self.accelerator.print(
+            outcome(self.config, self.state.step, took, stopped=self.stop.received is not None)
+        )
         return TrainingResult(
             model_dir=self.folder / "model",
             metrics_file=self.folder / "metrics.jsonl",
@@ -484,11 +489,11 @@ def _learning_rate(
         num_warmup_steps=config.lr_warmup_steps,
         num_training_steps=config.max_train_steps,
     )
-    factor = schedule.lr_lambdas[0]
-    return lambda step: config.learning_rate * float(factor(step))
+    peak, factor = _required(config.learning_rate), schedule.lr_lambdas[0]
+    return lambda step: peak * float(factor(step))
 
 
-def _required(value: int | None) -> int:
+def _required(value: Number | None) -> Number:
     """A value that `propose` has filled in."""
     if value is None:
         raise ConfigError("the configuration is not complete: call propose() first")

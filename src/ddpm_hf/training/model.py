@@ -59,11 +59,14 @@ def assemble(
     with accelerator.main_process_first():
         images, facts = _images(config, dataset, unet if config.pretrained else None)
     shares = accelerator.num_processes * config.gradient_accumulation_steps
-    config = propose(config, len(images), max(facts.height, facts.width), device, shares)
     if unet is None:
         torch.manual_seed(config.seed)  # the same first weights on every process and every start
         unet = build_unet(facts, device, config.unet_config)
     check_fit(unet, facts)
+    if config.learning_rate is None:
+        rate = 1e-4 if config.pretrained else rate_from_scratch(unet)
+        config = dataclasses.replace(config, learning_rate=rate)
+    config = propose(config, len(images), max(facts.height, facts.width), device, shares)
     if isinstance(unet, ModelMixin):
         unet.register_to_config(_ddpm_hf=facts.to_config())
     return Parts(
@@ -180,6 +183,16 @@ def propose(
         sample_steps=config.sample_steps or (250 if on_cpu else 1000),
         checkpointing_steps=config.checkpointing_steps or (250 if on_cpu else 1000),
     )
+
+
+def rate_from_scratch(unet: torch.nn.Module) -> float:
+    """The peak learning rate of a new network.
+
+    DDPM's networks, of 128 channels, took 1e-4 to 2e-4 (2006.11239, appendix B); Adam's best rate
+    falls with the width (2203.03466). The bound is what was tried, with 32 channels.
+    """
+    channels = getattr(getattr(unet, "config", None), "block_out_channels", (128,))
+    return float(min(max(1e-4 * 128 / channels[0], 1e-4), 4e-4))
 
 
 def build_unet(facts: ImageFacts, device: str, config_file: str | None = None) -> UNet2DModel:

@@ -108,6 +108,23 @@ def describe(
     )
 
 
+def outcome(config: TrainingConfig, step: int, seconds: float, *, stopped: bool) -> str:
+    """What a run left and what to do with it, in a few lines."""
+    folder = config.run_folder()
+    if stopped:
+        return (
+            f"stopped    after update {step:,}, saved in {folder / 'checkpoints'}; run the same "
+            "command again to go on"
+        )
+    grids = f", sample grids in {folder / 'samples'}" * bool(config.num_samples)
+    return (
+        f"done       {step:,} updates, this run took {duration(seconds)}\n"
+        f"model      {folder / 'model'}{grids}\n"
+        f"next       ddpm-hf sample {folder / 'model'}\n"
+        f"           ddpm-hf push {folder / 'model'} YOU/NAME"
+    )
+
+
 def duration(seconds: float) -> str:
     """Seconds for people: '45 s', '12 min', '3 h 20 min'."""
     if seconds < 90:
