@@ -1,6 +1,7 @@
 """The training program on real, tiny runs: exact resume, right schedules, nothing lost."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ from torch.testing import assert_close
 
 from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler, TrainingConfig, train
 from ddpm_hf.training import ConfigError, TrainingError
+from ddpm_hf.training.model import rate_from_scratch
 from ddpm_hf.training.state import CheckpointError
 
 
@@ -203,14 +205,31 @@ def test_resuming_on_other_images_is_refused(tmp_path):
         run(tmp_path, dataset=tiny_images(12), max_train_steps=8)
 
 
+def test_a_run_says_how_to_go_on_when_stopped_and_what_it_left_when_done(tmp_path, capsys):
+    run(tmp_path, dataset=stop_reading_at(10))
+    said = capsys.readouterr().out
+    assert f"after update 2, saved in {tmp_path / 'checkpoints'}; run the same command" in said
+    assert "done" not in said
+    run(tmp_path)
+    said = capsys.readouterr().out
+    assert "done       6 updates" in said
+    assert f"ddpm-hf sample {tmp_path / 'model'}\n" in said
+
+
 # Schedules
+
+
+@pytest.mark.parametrize(("channels", "rate"), [(8, 4e-4), (64, 2e-4), (128, 1e-4), (192, 1e-4)])
+def test_a_new_network_gets_a_learning_rate_by_its_width(channels, rate):
+    with torch.device("meta"):
+        unet = tiny_unet(block_out_channels=(channels, channels))
+    assert rate_from_scratch(unet) == pytest.approx(rate)
+    assert rate_from_scratch(torch.nn.Linear(1, 1)) == 1e-4
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
 def test_the_learning_rate_follows_the_updates_whatever_the_accumulation(tmp_path, accumulation):
     run(tmp_path, gradient_accumulation_steps=accumulation, max_train_steps=8)
-    import math
-
     want = [0, 0.5] + [0.5 * (1 + math.cos(math.pi * k / 6)) for k in range(6)]
     got = [entry["learning_rate"] for entry in metrics(tmp_path)]
     assert got == pytest.approx([1e-3 * factor for factor in want])
@@ -427,9 +446,17 @@ def test_fine_tuning_starts_from_the_pretrained_weights_and_diffusion(tmp_path, 
     kind, folder, unet = pretrained
     # With warm-up the first update has learning rate 0: its weights are the pretrained ones.
     result = train(
-        tiny_config(tmp_path / "run", pretrained=str(folder), max_train_steps=1, lr_warmup_steps=1),
+        tiny_config(
+            tmp_path / "run",
+            pretrained=str(folder),
+            max_train_steps=1,
+            lr_warmup_steps=1,
+            learning_rate=None,
+        ),
         dataset=tiny_images(),
     )
+    # However narrow the network: it does not start from scratch.
+    assert "learning_rate: 0.0001\n" in (tmp_path / "run" / "config.yaml").read_text()
     got = DDPMPipeline.from_pretrained(result.model_dir)
     want = unet.state_dict()
     assert all(torch.equal(value, want[name]) for name, value in got.unet.state_dict().items())

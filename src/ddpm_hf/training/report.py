@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,9 @@ class Journal:
         if self._file.exists():
             lines = self._file.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if _step_of(line) <= step]
-            self._file.write_text("".join(kept), encoding="utf-8")
+            beside = self._file.with_suffix(".new")
+            beside.write_text("".join(kept), encoding="utf-8")
+            os.replace(beside, self._file)
 
     def write(self, step: int, values: dict[str, float], num_images: int) -> None:
         """Log `values` for update `step`, with the speed since the last entry."""
