@@ -13,11 +13,16 @@ FACTS = Path(__file__).with_name("demo_card.json")
 CARD = Path(__file__).parents[2] / "model_card.md"
 
 
+def render() -> str:
+    """The card of the recorded demo; in this project its picture lies in docs/."""
+    facts = json.loads(FACTS.read_text(encoding="utf-8"))
+    return render_model_card(facts).replace("(samples.png)", "(docs/samples.png)")
+
+
 def main() -> None:
     if len(sys.argv) > 1:
         FACTS.write_text(json.dumps(card_facts(sys.argv[1]), indent=2) + "\n", encoding="utf-8")
-    facts = json.loads(FACTS.read_text(encoding="utf-8"))
-    CARD.write_text(render_model_card(facts), encoding="utf-8")
+    CARD.write_text(render(), encoding="utf-8")
 
 
 if __name__ == "__main__":
