@@ -199,6 +199,15 @@ def test_resuming_with_options_that_change_what_is_learned_is_refused(tmp_path, 
         run(tmp_path, **change)
 
 
+def test_resuming_in_another_precision_of_accelerate_is_refused(tmp_path, monkeypatch):
+    run(tmp_path, max_train_steps=2)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ConfigError, match="pass mixed_precision=no"):
+        run(tmp_path)
+    run(tmp_path, mixed_precision="no")
+    assert len(metrics(tmp_path)) == 6
+
+
 def test_resuming_on_other_images_is_refused(tmp_path):
     run(tmp_path)
     with pytest.raises(ConfigError, match=r"11.*12"):

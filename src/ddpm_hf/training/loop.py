@@ -142,6 +142,7 @@ def train(
         checkpoint = _find(folder, accelerator)
         if checkpoint is not None:
             config = continued(config, read_facts(checkpoint)["config"])
+        config = _with_precision(config, accelerator)
         parts = assemble(config, accelerator, unet, scheduler, dataset)
         with StopSignal() as stop:
             return Run(parts, accelerator, stop, checkpoint, pusher).to_the_end()
@@ -476,6 +477,18 @@ def _find(folder: Path, accelerator: Accelerator) -> Path | None:
         sweep(folder / "checkpoints")
         found = [find_checkpoint(folder / "checkpoints")]
     return broadcast_object_list(found)[0]  # type: ignore[no-any-return]
+
+
+def _with_precision(config: TrainingConfig, accelerator: Accelerator) -> TrainingConfig:
+    """`config` with the precision that Accelerate settled on, which a resumed run must share."""
+    precision = accelerator.mixed_precision
+    if config.mixed_precision not in (None, precision):
+        raise ConfigError(
+            f"{config.run_folder()} holds a run with mixed_precision {config.mixed_precision}, but "
+            f"accelerate's configuration says {precision}; pass mixed_precision="
+            f"{config.mixed_precision}, or choose another output_dir"
+        )
+    return dataclasses.replace(config, mixed_precision=precision)
 
 
 def _learning_rate(
