@@ -650,6 +650,24 @@ def test_int_and_tensor_timesteps_give_the_same_bits(variance_type, prediction, 
             assert torch.equal(step[0].pred_original_sample, other.pred_original_sample)
 
 
+def test_timesteps_of_tiny_samples_give_the_same_bits_too():
+    """Below 16 values torch draws normal numbers by another routine, in float64."""
+    scheduler, x = GaussianDDPMScheduler(), randn(2, 3, dtype=torch.float32)
+    for t in range(1, 1000, 111):
+        forms = (t, torch.tensor(t), torch.tensor([t, t]))
+        steps = [scheduler.step(x, form, x, torch.Generator().manual_seed(t)) for form in forms]
+        assert torch.equal(steps[0].prev_sample, steps[1].prev_sample)
+        assert torch.equal(steps[0].prev_sample, steps[2].prev_sample)
+
+
+def test_given_noise_of_half_precision_is_computed_with_in_float32():
+    scheduler, output, x = prepared()
+    noise = randn(*x.shape, seed=2, dtype=torch.float32).bfloat16()
+    want = scheduler.step(output, 500, x, variance_noise=noise.float()).prev_sample
+    for t in (500, torch.tensor([500, 500])):
+        assert torch.equal(scheduler.step(output, t, x, variance_noise=noise).prev_sample, want)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_noise_drawn_or_given_makes_the_same_bits(dtype):
     scheduler, output, x = prepared()
@@ -845,6 +863,31 @@ def test_copies_are_independent():
         twin.set_timesteps(50)
         got = twin.step(output, 500, x, torch.Generator().manual_seed(1)).prev_sample
         assert torch.equal(got, want)
+
+
+def test_a_used_scheduler_is_as_light_to_copy_as_a_new_one():
+    scheduler, output, x = prepared()
+    new = len(pickle.dumps(scheduler))
+    scheduler.step(output, 500, x)
+    scheduler.add_noise(x, x, 5)
+    # The table of noising, 1000 timesteps of six float32, and that of the trajectory's rows.
+    assert len(pickle.dumps(scheduler)) < new + 2 * 1000 * 6 * 4 + 1000
+
+
+def test_what_a_caller_does_to_a_variance_stays_there():
+    scheduler, output, x = prepared()
+    for get in (
+        lambda: scheduler.q_mean_variance(x, 500),
+        lambda: scheduler.q_posterior_mean_variance(x, x, 500),
+        lambda: scheduler.p_mean_variance(output, 500, x),
+    ):
+        q = get()
+        before = q.variance.clone()
+        q.variance.zero_()
+        assert q.variance.shape == q.log_variance.shape == (1, 1, 1, 1)
+        assert torch.equal(get().variance, before)
+    scheduler.snr(500).zero_()
+    assert scheduler.snr(500) > 0
 
 
 def test_the_output_is_stocks_output():

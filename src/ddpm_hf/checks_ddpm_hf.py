@@ -184,7 +184,7 @@ def check_timesteps(timesteps: Any, num_train_timesteps: int) -> Steps:
     values = timesteps.tolist() if hasattr(timesteps, "tolist") else timesteps
     if not isinstance(values, Sequence) or isinstance(values, str):
         raise TypeError(f"timesteps must be a sequence of integers, got {timesteps!r}")
-    steps = [coefficients.host_timestep(t) for t in values]
+    steps = [coefficients.as_int(t) for t in values]
     falling = all(a > b for a, b in pairwise(steps))
     if not steps or not falling or steps[0] >= num_train_timesteps or steps[-1] < 0:
         raise ValueError(

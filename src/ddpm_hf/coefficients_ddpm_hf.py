@@ -15,7 +15,8 @@ from torch import Tensor
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Steps = np.ndarray[Any, np.dtype[np.int64]]
 Timestep = int | Tensor
-# A number where the timestep is known on the host, else a tensor that broadcasts with the sample.
+# A column of a table (K,), in float64; in a row of it a tensor on the sample's device and in its
+# dtype, 0-dim for one timestep or (B, 1, ...) for one per image.
 Coef = Any
 
 
@@ -72,12 +73,8 @@ class Inversion(NamedTuple):
     coef_x_t: Coef
 
 
-# Kept as 0-dim tensors on the host: x * number costs three times as much (4.3 us on a CPU).
-FACTORS = ("x_0_from_output", "coef_x_t")
-
-
 class Table:
-    """Coefficients by timestep, for a timestep on the host or on a device.
+    """Coefficients by timestep, as tensors: a number takes twice the time to multiply by.
 
     Args:
         columns: a named tuple of arrays, (K,) float64.
@@ -88,46 +85,46 @@ class Table:
 
     @torch.inference_mode(False)  # a table made while sampling must serve training later
     def __init__(self, columns: Any, timesteps: Steps, num_train_timesteps: int, known_as: str):
-        self.row_type = type(columns)
-        self.timesteps = timesteps
+        self.columns, self.timesteps = columns, timesteps
         self._known, self._known_as = frozenset(timesteps.tolist()), known_as
         # On a device a wrong timestep cannot be refused without waiting: it gives NaN.
         table = np.full((num_train_timesteps, len(columns)), np.nan)
         table[timesteps] = np.stack(columns, axis=1)
         self._float64 = torch.from_numpy(table)
         self._on: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-        self._rows: dict[torch.dtype, dict[int, Any]] = {}
+        self._rows: dict[tuple[torch.device, torch.dtype], dict[int, Any]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy makes its own rows: pickled, each of the thousands would bring the whole table.
+        return {**self.__dict__, "_rows": {}}
 
     def at(self, t: Timestep, like: Tensor) -> Any:
-        """The row of `t`: numbers for a `t` on the host, else tensors that broadcast with `like`.
+        """The row of `t`: 0-dim tensors for one timestep, else tensors that broadcast with `like`.
 
         Raises:
             ValueError: if a `t` on the host is not in the table, or `t` is no (B,) for this batch.
             TypeError: if `t` is no integer.
         """
-        on_device = isinstance(t, Tensor) and (t.ndim > 0 or not t.is_cpu)
-        if on_device or torch.compiler.is_compiling():
+        t = host_timestep(t)
+        if isinstance(t, Tensor):
             return self._gather(t, like)
-        rows = self._rows.get(like.dtype) or self._make_rows(like.dtype)
-        row = rows.get(host_timestep(t))
-        return row if row is not None else self._refuse([int(t)])
+        key = (like.device, like.dtype)
+        row = (self._rows.get(key) or self._make_rows(*key)).get(t)
+        return row if row is not None else self._refuse([t])
 
     @torch.inference_mode(False)
-    def _make_rows(self, dtype: torch.dtype) -> dict[int, Any]:
-        columns = self.on(torch.device("cpu"), dtype)[self.timesteps].T
-        named = zip(self.row_type._fields, columns, strict=True)
-        values = [c.unbind() if name in FACTORS else c.tolist() for name, c in named]
-        rows = map(self.row_type, *values)
-        self._rows[dtype] = dict(zip(self.timesteps.tolist(), rows, strict=True))
-        return self._rows[dtype]
+    def _make_rows(self, device: torch.device, dtype: torch.dtype) -> dict[int, Any]:
+        table = self._float64[self.timesteps].to(dtype).to(device)
+        rows = (type(self.columns)(*row.unbind()) for row in table.unbind())
+        self._rows[device, dtype] = dict(zip(self.timesteps.tolist(), rows, strict=True))
+        return self._rows[device, dtype]
 
-    def _gather(self, t: Timestep, like: Tensor) -> Any:
-        t = t if isinstance(t, Tensor) else torch.full((), t, device=like.device)
+    def _gather(self, t: Tensor, like: Tensor) -> Any:
         self._check(t, like)
         rows = torch.nn.functional.embedding(t.to(like.device), self.on(like.device, like.dtype))
         if t.ndim:
             rows = rows.reshape(len(t), -1, *(1,) * (like.ndim - 1))
-        return self.row_type(*rows.unbind(t.ndim))
+        return type(self.columns)(*rows.unbind(t.ndim))
 
     def on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The table as (T, n), moved once per device and dtype."""
@@ -154,8 +151,26 @@ class Table:
         raise ValueError(f"timestep must be in {self._known_as}, got {wrong}")
 
 
-def host_timestep(t: Any) -> int:
-    """A timestep known on the host as an int; `tolist` of a CPU tensor dispatches no op."""
+class ReverseTable(Table):
+    """Coefficients of `Reverse`; on the host a std of 0 is None: there is nothing to draw."""
+
+    def _make_rows(self, device: torch.device, dtype: torch.dtype) -> dict[int, Any]:
+        rows = super()._make_rows(device, dtype)
+        for t, std in zip(self.timesteps.tolist(), self.columns.std.tolist(), strict=True):
+            if std == 0:
+                rows[t] = rows[t]._replace(std=None)
+        return rows
+
+
+def host_timestep(t: Any) -> int | Tensor:
+    """`t` as an int where the host knows it without asking a device, else the tensor that it is."""
+    if torch.compiler.is_compiling():
+        return torch.as_tensor(t)  # one graph for all timesteps
+    return t if isinstance(t, Tensor) and (t.ndim > 0 or not t.is_cpu) else as_int(t)
+
+
+def as_int(t: Any) -> int:
+    """One timestep as an int, wherever it is; `tolist` of a CPU tensor dispatches no op."""
     value = t.tolist() if isinstance(t, Tensor) else t
     if type(value) is int:
         return value
@@ -196,7 +211,7 @@ class Trajectory:
 
     def previous(self, t: Timestep) -> int:
         """The timestep that follows `t` in sampling; -1, the clean image, after the last."""
-        if (host_t := host_timestep(t)) not in self._previous:
+        if (host_t := as_int(t)) not in self._previous:
             raise ValueError(f"timestep must be in {self._known_as()}, got {host_t}")
         return self._previous[host_t]
 
@@ -204,8 +219,8 @@ class Trajectory:
         steps = self.timesteps
         return f"scheduler.timesteps ({len(steps)} values, {steps[-1]} to {steps[0]})"
 
-    def _table(self, columns: Any) -> Table:
-        return Table(columns, self.timesteps, self.num_train_timesteps, self._known_as())
+    def _table(self, columns: Any, kind: type[Table] = Table) -> Table:
+        return kind(columns, self.timesteps, self.num_train_timesteps, self._known_as())
 
     @cached_property
     def forward(self) -> Table:
@@ -237,9 +252,8 @@ class Trajectory:
         if table is None:
             if len(self._reverse) == 8:  # an eta that changes with every step must not fill memory
                 self._reverse.popitem()
-            table = self._reverse[eta] = self._table(
-                Reverse(*self._x_0_coefficients(), *self._mean_coefficients(eta), *self._std(eta))
-            )
+            columns = (*self._x_0_coefficients(), *self._mean_coefficients(eta), *self._std(eta))
+            table = self._reverse[eta] = self._table(Reverse(*columns), ReverseTable)
         return table
 
     def _posterior_variance(self) -> tuple[Array, Array]:
@@ -315,15 +329,3 @@ def marginal(log_alphas: Array) -> Table:
     )
     T = len(log_alphas)
     return Table(columns, np.arange(T), T, f"0..{T - 1}")
-
-
-def add_scaled_(total: Tensor, coef: Coef, x: Tensor) -> Tensor:
-    """total += coef * x in one pass; the same bits for a number and for a tensor."""
-    return total.addcmul_(x, coef) if isinstance(coef, Tensor) else total.add_(x, alpha=coef)
-
-
-def as_tensor(coef: Coef, like: Tensor) -> Tensor:
-    """A coefficient as a tensor that broadcasts with `like`."""
-    if isinstance(coef, Tensor):
-        return coef
-    return torch.full((1,) * like.ndim, coef, dtype=like.dtype, device=like.device)

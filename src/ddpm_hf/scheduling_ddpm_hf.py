@@ -14,6 +14,7 @@ This file and the three that it imports travel with the weights and need nothing
 import hashlib
 import json
 import re
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -30,13 +31,12 @@ from . import coefficients_ddpm_hf as coefficients
 from . import schedules_ddpm_hf as schedules
 
 EXTENSION_FORMAT_VERSION = 1
+WIDE = (torch.float32, torch.float64)
 
 Array = schedules.Array
 Steps = schedules.Steps
 Timestep = coefficients.Timestep
 Generators = torch.Generator | Sequence[torch.Generator] | None
-add_scaled_ = coefficients.add_scaled_
-as_tensor = coefficients.as_tensor
 
 
 class Gaussian(NamedTuple):
@@ -57,14 +57,16 @@ class ReverseGaussian(NamedTuple):
 
 
 class GaussianDDPMOutput(DDPMSchedulerOutput):  # type: ignore[misc]
-    """What `step` returns: the fields of `DDPMSchedulerOutput`.
+    """What `step` returns: the fields of `DDPMSchedulerOutput`, as attributes and as items.
 
-    The generic constructor of the parent would take a sixth of a small step's time.
+    The generic constructor of the parent would take a fifth of a small step's time.
     """
 
     def __init__(self, prev_sample: Tensor, pred_original_sample: Tensor) -> None:
-        self["prev_sample"] = prev_sample
-        self["pred_original_sample"] = pred_original_sample
+        fields = {"prev_sample": prev_sample, "pred_original_sample": pred_original_sample}
+        self.__dict__.update(fields)
+        for name, value in fields.items():
+            OrderedDict.__setitem__(self, name, value)
 
 
 class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
@@ -303,15 +305,9 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         x_t = at_least_float32(sample)
         row = self._reverse_row(timestep, x_t, eta)
         output, v = self._split(model_output, x_t)
-        if variance_noise is not None:
-            checks.check_tensor("variance_noise", variance_noise, x_t)
         x_0_hat = self._predict_x_0(output, x_t, row)  # eq. 15
-        x_prev = add_scaled_(x_t * row.coef_x_t, row.coef_x_0, x_0_hat)  # eq. 7
-        if not (isinstance(row.std, float) and row.std == 0.0):
-            noise = draw_noise(x_t, generator) if variance_noise is None else variance_noise
-            if v is not None:
-                noise = noise * row.std_base**v  # 2102.09672, eq. 15
-            add_scaled_(x_prev, row.std, noise)
+        x_prev = scaled_noise(row, v, x_t, generator, variance_noise)
+        x_prev.addcmul_(x_t, row.coef_x_t).addcmul_(x_0_hat, row.coef_x_0)  # eq. 7
         if x_t is not sample:
             x_prev, x_0_hat = x_prev.to(sample.dtype), x_0_hat.to(sample.dtype)
         if not return_dict:
@@ -339,7 +335,7 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         inversion = self._trajectory.inversion.at(timestep, x_t)
         output, _ = self._split(model_output, x_t)
         x_0_hat = self._predict_x_0(output, x_t, self._reverse_row(timestep, x_t, 0.0))
-        x_next = add_scaled_(x_t * inversion.coef_x_t, inversion.coef_x_0, x_0_hat)
+        x_next = (x_t * inversion.coef_x_t).addcmul_(x_0_hat, inversion.coef_x_0)
         return with_dtype_of(sample, x_next)
 
     def _reverse_row(self, t: Timestep, x_t: Tensor, eta: float) -> coefficients.Reverse:
@@ -360,7 +356,7 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def _predict_x_0(self, output: Tensor, x_t: Tensor, row: coefficients.Reverse) -> Tensor:
         """The estimate of x_0, clipped (eq. 15)."""
         config = self.config
-        x_0_hat = add_scaled_(output * row.x_0_from_output, row.x_0_from_x_t, x_t)
+        x_0_hat: Tensor = (output * row.x_0_from_output).addcmul_(x_t, row.x_0_from_x_t)
         if config.thresholding:
             return _threshold(x_0_hat, config.dynamic_thresholding_ratio, config.sample_max_value)
         if config.clip_sample:
@@ -389,13 +385,12 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         output, v = self._split(model_output, x_t)
         row = self._reverse_row(t, x_t, 1.0)
         x_0_hat = self._predict_x_0(output, x_t, row)
-        mean = add_scaled_(x_t * row.coef_x_t, row.coef_x_0, x_0_hat)  # eq. 7
+        mean = (x_t * row.coef_x_t).addcmul_(x_0_hat, row.coef_x_0)  # eq. 7
         of_t = self._trajectory.reverse_variance.at(t, x_t)
-        variance, log_variance = as_tensor(of_t.variance, x_t), as_tensor(of_t.log_variance, x_t)
-        if v is not None:
-            log_variance = v * of_t.slope + of_t.log_variance
-            variance = log_variance.exp()
-        return ReverseGaussian(mean, variance, log_variance, x_0_hat)
+        if v is None:
+            return ReverseGaussian(mean, *spread(of_t, x_t), x_0_hat)
+        log_variance = v * of_t.slope + of_t.log_variance
+        return ReverseGaussian(mean, log_variance.exp(), log_variance, x_0_hat)
 
     # Diffusion ------------------------------------------------------------------------------------
 
@@ -418,7 +413,7 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         x_0 = at_least_float32(original_samples)
         eps = with_dtype_of(x_0, noise)
         q = self._marginal.at(timesteps, x_0)
-        return with_dtype_of(original_samples, add_scaled_(x_0 * q.signal, q.sigma, eps))
+        return with_dtype_of(original_samples, (x_0 * q.signal).addcmul_(eps, q.sigma))
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Timestep) -> Tensor:
         """v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0, what "v_prediction" learns.
@@ -438,7 +433,7 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         x_0 = at_least_float32(sample)
         eps = with_dtype_of(x_0, noise)
         q = self._marginal.at(timesteps, x_0)
-        return with_dtype_of(sample, add_scaled_(eps * q.signal, -q.sigma, x_0))
+        return with_dtype_of(sample, (eps * q.signal).addcmul_(x_0, q.sigma, value=-1))
 
     def diffuse_one_step(self, x_prev: Tensor, t: Timestep, noise: Tensor) -> Tensor:
         """x_t from q(x_t | x_prev), for given noise: the recursion that `add_noise` jumps over.
@@ -458,7 +453,7 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         x = at_least_float32(x_prev)
         eps = with_dtype_of(x, noise)
         q = self._trajectory.forward.at(t, x)
-        return with_dtype_of(x_prev, add_scaled_(x * q.signal, q.sigma, eps))
+        return with_dtype_of(x_prev, (x * q.signal).addcmul_(eps, q.sigma))
 
     def q_mean_variance(self, x_0: Tensor, t: Timestep) -> Gaussian:
         """q(x_t | x_0): mean (B, ...), variance and its log, which broadcast (eq. 4).
@@ -470,7 +465,7 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         checks.check_tensor("x_0", x_0)
         x_0 = at_least_float32(x_0)
         q = self._marginal.at(t, x_0)
-        return Gaussian(x_0 * q.signal, as_tensor(q.variance, x_0), as_tensor(q.log_variance, x_0))
+        return Gaussian(x_0 * q.signal, *spread(q, x_0))
 
     def q_posterior_mean_variance(self, x_0: Tensor, x_t: Tensor, t: Timestep) -> Gaussian:
         """q(x_prev | x_t, x_0): mean (B, ...), variance and its log, which broadcast.
@@ -491,8 +486,8 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         x_0 = at_least_float32(x_0)
         x_t = with_dtype_of(x_0, x_t)
         q = self._trajectory.posterior.at(t, x_0)
-        mean = add_scaled_(x_t * q.coef_x_t, q.coef_x_0, x_0)
-        return Gaussian(mean, as_tensor(q.variance, x_0), as_tensor(q.log_variance, x_0))
+        mean = (x_t * q.coef_x_t).addcmul_(x_0, q.coef_x_0)
+        return Gaussian(mean, *spread(q, x_0))
 
     def snr(self, t: Timestep) -> Tensor:
         """alpha_bar_t / (1 - alpha_bar_t), float32 in the shape of t in [0, T) (2107.00630)."""
@@ -567,12 +562,40 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
 def at_least_float32(x: Tensor) -> Tensor:
     """x in the dtype that the mathematics is done in."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+    return x if x.dtype in WIDE else x.float()
 
 
 def with_dtype_of(like: Tensor, x: Tensor) -> Tensor:
     """x in the dtype of `like`."""
     return x if x.dtype == like.dtype else x.to(like.dtype)
+
+
+def as_tensor(coef: Tensor, like: Tensor) -> Tensor:
+    """A coefficient for the caller to keep: a copy, with as many dimensions as `like`."""
+    return coef.clone().reshape(coef.shape or (1,) * like.ndim)
+
+
+def spread(row: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Variance and log-variance of a row of coefficients, as tensors for the caller."""
+    return as_tensor(row.variance, like), as_tensor(row.log_variance, like)
+
+
+def scaled_noise(
+    row: coefficients.Reverse,
+    v: Tensor | None,
+    x_t: Tensor,
+    generator: Generators,
+    variance_noise: Tensor | None,
+) -> Tensor:
+    """The noise of a step times its std: a new tensor, in which the step is then summed up."""
+    if variance_noise is not None:
+        checks.check_tensor("variance_noise", variance_noise, x_t)
+    if row.std is None:  # the last step, or eta = 0
+        return torch.zeros_like(x_t)
+    std: Tensor = row.std if v is None else row.std * row.std_base**v  # 2102.09672, eq. 15
+    if variance_noise is None:
+        return draw_noise(x_t, generator).mul_(std)
+    return with_dtype_of(x_t, variance_noise) * std
 
 
 def draw_noise(like: Tensor, generator: Generators) -> Tensor:
@@ -585,7 +608,9 @@ def draw_noise(like: Tensor, generator: Generators) -> Tensor:
     if generator is None:
         return torch.randn_like(like, memory_format=torch.contiguous_format)
     if isinstance(generator, torch.Generator):
-        noise = torch.empty(like.shape, dtype=like.dtype, device=generator.device)
+        noise = torch.empty_like(
+            like, device=generator.device, memory_format=torch.contiguous_format
+        )
         return noise.normal_(generator=generator).to(like.device)
     checks.check_generators(generator, like)
     return torch.stack([draw_noise(x, g) for x, g in zip(like, generator, strict=True)])
