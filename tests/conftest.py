@@ -28,6 +28,7 @@ for name in (
     "HF_HUB_CACHE",
     "HF_DATASETS_CACHE",
     "HF_ENDPOINT",
+    "PYTHONDONTWRITEBYTECODE",  # people run with compiled code, so tests do
 ):
     os.environ.pop(name, None)
 
