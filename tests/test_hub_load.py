@@ -8,11 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoints import quiet, save_legacy, save_ours, save_stock, tiny_unet
-from diffusers import DDPMPipeline
+from checkpoints import (
+    image_facts_of,
+    quiet,
+    save_legacy,
+    save_ours,
+    save_stock,
+    tiny_scheduler,
+    tiny_unet,
+)
+from diffusers import DDPMPipeline, DDPMScheduler
 from hub_server import OWNER_TOKEN, STRANGER_TOKEN, Blob, ClientError, HubClient, HubServer
 
 from ddpm_hf import GaussianDDPMPipeline, load
+from ddpm_hf.hub import push
 from ddpm_hf.model_card import card_facts, mark, render_model_card
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -302,6 +311,15 @@ def link_unet(folder):
     (folder / "unet").symlink_to(folder.parent / "elsewhere")
 
 
+def spoil_config(folder, part, **changes):
+    path = folder / part / ("config.json" if part == "unet" else "scheduler_config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def cut_weights(folder):
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:1000])
+
+
 BAD = {
     "no index": (lambda f: (f / "model_index.json").unlink(), "no model_index.json"),
     "broken index": (
@@ -315,6 +333,23 @@ BAD = {
     "own scheduler": (lambda f: spoil_index(f, scheduler=["evil", "X"]), "code of its own"),
     "os.system": (lambda f: spoil_index(f, scheduler=["os", "system"]), "code of its own"),
     "odd part": (lambda f: spoil_index(f, scheduler="DDPMScheduler"), "code of its own"),
+    "null part": (lambda f: spoil_index(f, scheduler=None), "code of its own"),
+    "empty part": (lambda f: spoil_index(f, scheduler=[]), "code of its own"),
+    "other noise": (
+        lambda f: spoil_index(f, scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"]),
+        "does not sample DDPMs",
+    ),
+    "number as text": (
+        lambda f: spoil_config(f, "scheduler", num_train_timesteps="1000"),
+        "num_train_timesteps must be an int",
+    ),
+    "channels as text": (lambda f: spoil_config(f, "unet", in_channels="1"), "cannot be opened"),
+    "bad facts": (
+        lambda f: spoil_config(f, "unet", _ddpm_hf={**image_facts_of("L", 8, 8), "class_names": 3}),
+        "class_names must be a list of names",
+    ),
+    "no scheduler": (lambda f: shutil.rmtree(f / "scheduler"), "cannot be opened"),
+    "cut weights": (cut_weights, "cannot be opened"),
     "missing weight": (drop_weight, "do not fit"),
     "not finite": (plant_inf, "not finite"),
     "linked weights": (link_weights, "is a link"),
@@ -330,6 +365,25 @@ def test_a_bad_folder_is_refused_in_one_line(checkpoint, tmp_path, fault):
     with pytest.raises(ValueError, match=re.escape(expected)) as caught:
         load(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_our_scheduler_saved_by_a_stock_pipeline_loads_and_is_not_shared_as_it_is(tmp_path):
+    scheduler = tiny_scheduler(variance_type="fixed_large")
+    DDPMPipeline(tiny_unet(), scheduler).save_pretrained(tmp_path / "stock")
+    with pytest.raises(ValueError, match=r"ddpm_hf\.load.*save_pretrained"):
+        push(tmp_path / "stock", "user/x", dry_run=True)
+    pipe = load(tmp_path / "stock")
+    assert dict(pipe.scheduler.config) == dict(scheduler.config)
+    pipe.save_pretrained(tmp_path / "ours")
+    assert type(DDPMPipeline.from_pretrained(tmp_path / "ours").scheduler) is DDPMScheduler
+    assert push(tmp_path / "ours", "user/x", dry_run=True).files
+
+
+def test_a_file_is_no_checkpoint(checkpoint):
+    with pytest.raises(ValueError, match="is a file"):
+        load(checkpoint / "model_index.json")
+    with pytest.raises(ValueError, match="neither a folder"):
+        load("")
 
 
 @pytest.mark.parametrize("name", ["no/such/folder", "./nowhere", "/no/folder", "a b/c", "x" * 200])

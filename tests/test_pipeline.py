@@ -20,6 +20,7 @@ from diffusers import (
     DDPMScheduler,
     DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -307,6 +308,38 @@ def test_the_callback_sees_x_t_and_the_estimate_of_x_0_of_every_step(pipeline):
 def test_the_callback_can_replace_x_t(pipeline):
     x_0 = normal(1, 1, 8, 8)
     assert_close(pipeline(output_type="latent", **ends_at(x_0)).images, x_0, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_what_the_callback_gives_takes_the_dtype_of_the_chain(pipeline, dtype):
+    x_0 = torch.full((1, 1, 8, 8), 0.5, dtype=dtype)
+    images = pipeline(output_type="latent", **ends_at(x_0)).images
+    assert images.dtype == torch.float32
+    assert torch.equal(images, x_0.float())
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "said"),
+    [
+        ({"latents": torch.zeros(1, 1, 4, 4)}, ValueError, r"shape \(1, 1, 8, 8\).*4, 4"),
+        ({"latents": None}, ValueError, "must be a tensor.*NoneType"),
+        ([1], TypeError, "a dict or None"),
+    ],
+)
+def test_a_callback_that_gives_something_else_is_told_so(pipeline, answer, error, said):
+    with pytest.raises(error, match=said):
+        pipeline(callback_on_step_end=lambda *_: answer)
+
+
+def test_a_callback_that_is_no_function_is_refused_at_once(pipeline):
+    with pytest.raises(TypeError, match="callback_on_step_end must be a function, got 5"):
+        pipeline(callback_on_step_end=5)
+
+
+def test_integers_of_numpy_are_integers():
+    unet = tiny_unet(num_class_embeds=3)
+    call = {"num_inference_steps": np.int64(2), "class_labels": [np.int64(1), np.int32(2)]}
+    assert len(tiny_pipeline(unet)(batch_size=np.int64(2), **call).images) == 2
 
 
 def test_a_callback_can_end_the_chain(pipeline):
@@ -630,6 +663,12 @@ def test_a_network_whose_channels_do_not_fit_the_variance_is_refused(channels, v
         (tiny_unet(), None, "scheduler must be.*NoneType"),
         (tiny_unet(), tiny_unet(), "scheduler must be.*UNet2DModel"),
         (tiny_unet(), FlowMatchEulerDiscreteScheduler(), "scheduler must be.*FlowMatchEuler"),
+        # It takes our configuration, but denoises from other noise levels.
+        (
+            tiny_unet(),
+            EDMEulerScheduler.from_config(tiny_scheduler().config),
+            "scheduler must be.*EDMEuler",
+        ),
     ],
 )
 def test_parts_of_the_wrong_kind_are_named(unet, scheduler, named):

@@ -9,7 +9,7 @@ import signal
 import pytest
 import torch
 from diffusers import DDPMPipeline, UNet2DModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler, TrainingConfig, train
@@ -488,6 +488,37 @@ def test_a_pretrained_folder_without_a_model_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="empty"):
         train(tiny_config(tmp_path / "run", pretrained=str(tmp_path / "empty")), dataset=[])
+
+
+def only_pickles(folder):
+    unet = UNet2DModel.from_pretrained(folder)
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save(unet.state_dict(), folder / "diffusion_pytorch_model.bin")
+
+
+def lacking(folder):
+    weights = load_file(folder / "diffusion_pytorch_model.safetensors")
+    weights.pop("conv_in.weight")
+    save_file(weights, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+
+
+def with_nan(folder):
+    weights = load_file(folder / "diffusion_pytorch_model.safetensors")
+    weights["conv_in.weight"][0] = float("nan")
+    save_file(weights, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [(only_pickles, "can carry code"), (lacking, "do not fit"), (with_nan, "not finite")],
+)
+def test_a_bare_network_is_looked_at_as_closely_as_a_pipeline(tmp_path, damage, said):
+    tiny_unet().save_pretrained(tmp_path / "bare")
+    damage(tmp_path / "bare")
+    config = tiny_config(tmp_path / "run", pretrained=str(tmp_path / "bare"))
+    with pytest.raises(ConfigError, match=said):
+        train(config, dataset=tiny_images())
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_sizes_that_do(tmp_path):

@@ -139,6 +139,13 @@ def check_int(name: str, value: Any, low: int, high: int) -> None:
         raise ValueError(f"{name} must be an int in {low}..{high}, got {value!r}")
 
 
+def given_int(name: str, value: Any, low: int, high: int) -> int:
+    """An int in [low, high], which may come from NumPy."""
+    number = int(value) if isinstance(value, np.integer) else value
+    check_int(name, number, low, high)
+    return int(number)
+
+
 def check_float(name: str, value: Any, wanted: str, low: float, high: float) -> None:
     """A number in [low, high], described as `wanted`; NaN is none."""
     # A tuple, for torch 2.8 cannot compile a check against a union.

@@ -58,23 +58,49 @@ def sample_command(argv: list[str]) -> int:
     """draw images from a model on the Hub or in a folder"""
     parser = _parser("sample", sample_command)
     parser.add_argument("model", metavar="MODEL", help="Hub repository or folder of a model")
-    parser.add_argument("--num-images", type=_positive, default=16, metavar="N")
+    parser.add_argument(
+        "--num-images",
+        type=_positive,
+        default=16,
+        metavar="N",
+        help="how many to draw (default: %(default)s)",
+    )
     parser.add_argument(
         "--output",
         type=Path,
         default=Path("samples.png"),
-        help="a .png file for one grid of all images, else a folder for one file each",
+        metavar="PATH",
+        help="an image file for one grid of all, else a folder for one file each "
+        "(default: %(default)s)",
     )
     parser.add_argument(
-        "--num-inference-steps", type=_positive, metavar="K", help="denoising steps (model's own T)"
+        "--num-inference-steps",
+        type=_positive,
+        metavar="K",
+        help="denoising steps (default: as many as the model was trained with)",
     )
     parser.add_argument(
-        "--eta", type=float, default=1.0, help="1: DDPM; 0: deterministic DDIM, for few steps"
+        "--eta",
+        type=float,
+        default=1.0,
+        help="1: DDPM; 0: deterministic DDIM, for few steps (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="image i depends on (seed, i) alone")
-    parser.add_argument("--batch-size", type=_positive, default=16, metavar="N")
-    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="image i depends on the seed and on i alone (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=_positive,
+        default=16,
+        metavar="N",
+        help="images drawn at once (default: %(default)s)",
+    )
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub (default: main)")
     options = parser.parse_args(argv)
+    options.output.parent.mkdir(parents=True, exist_ok=True)  # fails before the work, if at all
     from ddpm_hf.hub import load
     from ddpm_hf.pictures import best_device, draw_images, save_images
 
@@ -97,7 +123,7 @@ def push_command(argv: list[str]) -> int:
     parser.add_argument("folder", type=Path, metavar="CHECKPOINT", help="folder of a model")
     parser.add_argument("repo_id", metavar="USER/REPO", help="repository, made if missing")
     parser.add_argument("--public", action="store_true", help="a new repository is public")
-    parser.add_argument("--revision", help="branch to push to (default: main)")
+    parser.add_argument("--revision", metavar="BRANCH", help="branch to push to (default: main)")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead")
     parser.add_argument("--dry-run", action="store_true", help="only list what would be uploaded")
     options = parser.parse_args(argv)
@@ -123,7 +149,6 @@ def _parser(name: str, command: Callable[[list[str]], int]) -> argparse.Argument
         prog=f"ddpm-hf {name}",
         description=str(command.__doc__),
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
 
 

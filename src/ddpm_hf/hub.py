@@ -7,7 +7,8 @@ import json
 import os
 import shlex
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -28,12 +29,23 @@ from ddpm_hf.hub_retry import TOKEN_HELP, WAITS_S, HubError, retry, shorten
 
 if TYPE_CHECKING:
     import torch
+    from diffusers import UNet2DModel
 
     from ddpm_hf.pipeline_ddpm_hf import GaussianDDPMPipeline
 
-__all__ = ["HubError", "PushResult", "load", "push", "push_command"]
+__all__ = [
+    "HubError",
+    "PushResult",
+    "fetch",
+    "load",
+    "open_pipeline",
+    "open_unet",
+    "push",
+    "push_command",
+]
 
 PIPELINES = ("DDPMPipeline", "DDIMPipeline", "GaussianDDPMPipeline")
+OUR_SCHEDULER = ["ddpm_hf.scheduling_ddpm_hf", "GaussianDDPMScheduler"]
 UNET_CONFIG, SCHEDULER_CONFIG = "unet/config.json", "scheduler/scheduler_config.json"
 
 # All that is ever uploaded, as glob patterns in a checkpoint's folder. The first group is replaced
@@ -70,26 +82,43 @@ def load(
         repo_or_path: a folder, or "user/name" on the Hub.
         revision: branch, tag or commit on the Hub.
         token: for a private repository; by default that of `hf auth login` or HF_TOKEN.
-        dtype: of the weights; by default as they were saved.
+        dtype: of the weights; torch.float32 by default, whatever they were saved in.
         use_safetensors: False opens weights in pickled `.bin` files, which could carry code.
     Raises:
         ValueError: if there is no such checkpoint or revision, the token may not read it, it is of
             another kind, or its weights are incomplete or not finite.
         HubError: if the Hub fails and the cache has no copy.
     """
-    name, folder = os.fspath(repo_or_path), Path(repo_or_path)
-    patterns = _loaded_files(use_safetensors)
-    if folder.is_dir():
+    name = os.fspath(repo_or_path)
+    folder = fetch(name, revision=revision, token=token, use_safetensors=use_safetensors)
+    return open_pipeline(folder, name, dtype=dtype, use_safetensors=use_safetensors)
+
+
+def fetch(
+    name: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    use_safetensors: bool = True,
+) -> Path:
+    """The folder of a checkpoint: the one of that name, or the cache's copy of a repository.
+
+    Raises:
+        ValueError: if there is neither, or the folder holds links to other places.
+        HubError: if the Hub fails and the cache has no copy.
+    """
+    patterns, folder = _loaded_files(use_safetensors), Path(name)
+    if name and folder.is_dir():
         _refuse_links(folder, (path for pattern in patterns for path in folder.glob(pattern)))
-    else:
-        check_repo_id(name, may_be_folder=True)
+        return folder
+    if folder.is_file():
+        raise ValueError(f"{name} is a file: give the folder of the checkpoint")
+    check_repo_id(name, may_be_folder=True)
 
-        def download() -> str:
-            return snapshot_download(name, revision=revision, token=token, allow_patterns=patterns)
+    def download() -> str:
+        return snapshot_download(name, revision=revision, token=token, allow_patterns=patterns)
 
-        folder = Path(retry(download, name, WAITS_S))
-    _check_index(folder, name)
-    return _open(folder, name, dtype, use_safetensors)
+    return Path(retry(download, name, WAITS_S))
 
 
 def _loaded_files(use_safetensors: bool) -> list[str]:
@@ -100,48 +129,102 @@ def _loaded_files(use_safetensors: bool) -> list[str]:
     return ["model_index.json", *(folder + name for folder in folders for name in names)]
 
 
-def _check_index(folder: Path, name: str) -> None:
-    """Raise ValueError unless it is a pipeline of our kind, all parts of which diffusers has."""
+def _scheduler_class(folder: Path, name: str) -> str:
+    """The scheduler's class; ValueError unless the index is of a pipeline of our kind.
+
+    All parts must be of diffusers, but for our scheduler, which a stock `DDPMPipeline` that was
+    given one saves under its own name.
+    """
     index = model_card.read_json(folder / "model_index.json")
     if not index:
         inner = folder / "model"
         hint = f"; did you mean {inner}?" if (inner / "model_index.json").is_file() else ""
         raise ValueError(f"{name} is not a checkpoint of a pipeline: no model_index.json{hint}")
     kind, parts = index.get("_class_name"), {k: v for k, v in index.items() if k[0] != "_"}
-    if isinstance(kind, list) or any(part[0] != "diffusers" for part in parts.values()):
+    known = [["diffusers", *part[1:]] for part in parts.values() if isinstance(part, list)]
+    if parts.get("scheduler") == OUR_SCHEDULER:
+        parts["scheduler"] = ["diffusers", OUR_SCHEDULER[1]]
+    if isinstance(kind, list) or list(parts.values()) != known:
         raise ValueError(
             f"{name} needs code of its own, which is never run here: read it, then use "
             "DiffusionPipeline.from_pretrained(..., trust_remote_code=True)"
         )
     if kind not in PIPELINES or parts.get("unet") != ["diffusers", "UNet2DModel"]:
         raise ValueError(f"{name} holds a {kind}; only {PIPELINES} with a UNet2DModel work here")
+    return str(parts.get("scheduler", [None, None])[-1])
 
 
-def _open(
-    folder: Path, name: str, dtype: "torch.dtype | None", safetensors: bool
+def open_pipeline(
+    folder: Path, name: str, *, dtype: "torch.dtype | None" = None, use_safetensors: bool = True
 ) -> "GaussianDDPMPipeline":
+    """The pipeline in a folder that `fetch` gave.
+
+    Args:
+        folder: holds the checkpoint.
+        name: what errors call it.
+        dtype, use_safetensors: as for `load`.
+    Raises:
+        ValueError: if it cannot be opened, or its weights are incomplete or not finite.
+    """
+    import diffusers
+
+    from ddpm_hf.pipeline_ddpm_hf import GaussianDDPMPipeline, image_facts
+    from ddpm_hf.scheduling_ddpm_hf import GaussianDDPMScheduler
+
+    with _one_line_about(name):
+        kind = _scheduler_class(folder, name)
+        ours = kind in ("DDPMScheduler", OUR_SCHEDULER[1])
+        if not ours and kind not in GaussianDDPMScheduler._compatibles:
+            raise ValueError(f"{name} has a {kind}, which does not sample DDPMs")
+        scheduler = GaussianDDPMScheduler if ours else getattr(diffusers, kind)
+        unet = open_unet(_part(folder, "unet"), name, dtype=dtype, use_safetensors=use_safetensors)
+        image_facts(unet)
+        return GaussianDDPMPipeline(unet, scheduler.from_pretrained(_part(folder, "scheduler")))
+
+
+def _part(folder: Path, name: str) -> Path:
+    """Where a part of a pipeline lies: early repositories are flat."""
+    return folder / name if (folder / name).is_dir() else folder
+
+
+def open_unet(
+    folder: Path, name: str, *, dtype: "torch.dtype | None" = None, use_safetensors: bool = True
+) -> "UNet2DModel":
+    """The network whose configuration and weights lie in a folder; arguments and errors as above.
+
+    Raises:
+        ValueError: if it cannot be opened, or its weights are incomplete or not finite.
+    """
     from diffusers import UNet2DModel
 
-    from ddpm_hf.pipeline_ddpm_hf import GaussianDDPMPipeline
     from ddpm_hf.portable_ddpm_hf import check_finite
 
-    home = folder / "unet" if (folder / "unet").is_dir() else folder
-    if safetensors and not any(home.glob("*.safetensors")):
+    if use_safetensors and not any(folder.glob("*.safetensors")):
         raise ValueError(
             f"{name} has no safetensors weights. Old repositories hold them in pickled .bin files, "
-            "a format that can carry code; if you trust the author, pass use_safetensors=False, "
-            "then save_pretrained(...) writes safetensors"
+            "a format that can carry code; if you trust the author, load it once with "
+            "use_safetensors=False and save_pretrained() it: that writes safetensors"
         )
-    # Where a file lacks weights, diffusers makes up random ones and only logs it.
-    unet, report = UNet2DModel.from_pretrained(
-        home, dtype=dtype, use_safetensors=safetensors, output_loading_info=True
-    )
+    with _one_line_about(name):
+        # Where a file lacks weights, diffusers makes up random ones and only logs it.
+        unet, report = UNet2DModel.from_pretrained(
+            folder, dtype=dtype, use_safetensors=use_safetensors, output_loading_info=True
+        )
     if wrong := {kind: keys for kind, keys in report.items() if keys}:
-        raise ValueError(
-            f"the weights of {name} do not fit unet/config.json: {shorten(str(wrong))}"
-        )
+        raise ValueError(f"the weights of {name} do not fit its config.json: {shorten(str(wrong))}")
     check_finite(unet.state_dict(), name)
-    return GaussianDDPMPipeline.from_pretrained(folder, unet=unet, dtype=dtype)
+    return unet
+
+
+@contextmanager
+def _one_line_about(name: str) -> Iterator[None]:
+    """Whatever the libraries raise about a damaged or foreign checkpoint, as one ValueError."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except (OSError, TypeError, AttributeError, LookupError, NotImplementedError) as error:
+        raise ValueError(f"{name} cannot be opened: {shorten(str(error))}") from error
 
 
 def check_repo_id(repo_id: str, *, may_be_folder: bool = False) -> None:
@@ -169,7 +252,11 @@ def prepare(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
-    _check_index(folder, str(folder))
+    if _scheduler_class(folder, str(folder)) == OUR_SCHEDULER[1]:
+        raise ValueError(
+            f"{folder} was saved by a stock pipeline, so that nobody without ddpm_hf could load it;"
+            " ddpm_hf.load(...).save_pretrained(...) writes the form for everyone"
+        )
     files: dict[str, Path | bytes] = {
         path.relative_to(folder).as_posix(): path for path in shared_files(folder)
     }

@@ -54,9 +54,9 @@ def _check_facts(facts: Facts, num_channels: int) -> None:
         ("format_version", facts.get("format_version"), facts.get("format_version") == 1, "1"),
         ("height, width", size, all(map(is_size, size)), "positive ints"),
         ("bit_depth", image.get("bit_depth"), image.get("bit_depth") in (8, 16), "8 or 16"),
-        ("mode", mode, mode is None or MODE_CHANNELS.get(mode) == num_channels,
+        ("mode", mode, mode is None or MODE_CHANNELS.get(str(mode)) == num_channels,
          f"a mode with the UNet's {num_channels} channels"),
-        ("class_names", names, names is None or all(isinstance(n, str) for n in names), "names"),
+        ("class_names", names, names is None or is_names(names), "a list of names"),
     ):  # fmt: skip
         if not is_right:
             raise ValueError(
@@ -67,6 +67,11 @@ def _check_facts(facts: Facts, num_channels: int) -> None:
 def is_int(value: Any) -> bool:
     """Whether this is an int; True and False are not."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_names(value: Any) -> bool:
+    """Whether this is a list of texts."""
+    return isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value)
 
 
 def is_size(value: Any) -> bool:

@@ -57,7 +57,7 @@ def draw_images(
 
 def save_images(images: Sequence[Image.Image], path: Path) -> Path:
     """Save one grid if `path` ends like an image file, else a folder of numbered PNG files."""
-    if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
+    if path.suffix.lower() in Image.registered_extensions():
         path.parent.mkdir(parents=True, exist_ok=True)
         image_grid(images).save(path)
         return path

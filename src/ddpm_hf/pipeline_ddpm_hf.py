@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from diffusers.models import UNet2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
@@ -50,13 +51,13 @@ def _check_components(unet: Any, scheduler: Any) -> None:
             f"unet must be a diffusers UNet2DModel, got {type(unet).__name__}; take it out of a "
             "DistributedDataParallel wrapper first (accelerator.unwrap_model)"
         )
-    needs = ("set_timesteps", "step", "scale_model_input", "init_noise_sigma")
-    usable = isinstance(scheduler, SchedulerMixin) and all(hasattr(scheduler, n) for n in needs)
-    if not usable or "beta_schedule" not in scheduler.config:
+    # Without alphas_cumprod it takes other noise levels (EDM's, say) and would draw garbage.
+    needs = ("set_timesteps", "step", "scale_model_input", "init_noise_sigma", "alphas_cumprod")
+    if not isinstance(scheduler, SchedulerMixin) or not all(hasattr(scheduler, n) for n in needs):
         raise TypeError(
-            "scheduler must be a diffusers scheduler over a beta schedule (what the network was "
-            f"trained on), got {type(scheduler).__name__}; use one of "
-            "GaussianDDPMScheduler.compatibles, such as DDIMScheduler"
+            "scheduler must be a diffusers scheduler over the betas that the network was trained "
+            f"on, got {type(scheduler).__name__}; use GaussianDDPMScheduler, DDIMScheduler, "
+            "DPMSolverMultistepScheduler or another with alphas_cumprod"
         )
 
 
@@ -156,7 +157,7 @@ class GaussianDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
         Source: DDPM (2006.11239), algorithm 2; guidance 2207.12598, eq. 6 with s = 1 + w.
         """
         _check_components(self.unet, self.scheduler)
-        checks.check_int("batch_size", batch_size, 1, MAX_BATCH_SIZE)
+        batch_size = checks.given_int("batch_size", batch_size, 1, MAX_BATCH_SIZE)
         generator = _check_generators(generator, batch_size)
         facts = image_facts(self.unet)
         size, window = images.frame(self.unet, facts)
@@ -246,7 +247,7 @@ class GaussianDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
             return
         num_train_timesteps = scheduler.config.num_train_timesteps
         num_steps = num_train_timesteps if num_steps is None else num_steps
-        checks.check_int("num_inference_steps", num_steps, 1, num_train_timesteps)
+        num_steps = checks.given_int("num_inference_steps", num_steps, 1, num_train_timesteps)
         scheduler.set_timesteps(num_steps)
         visited = scheduler.timesteps
         if len(visited) > 1 and visited[0] <= visited[-1]:  # the multistep solvers, near T steps
@@ -303,6 +304,8 @@ class GaussianDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs must be of {CALLBACK_TENSORS}, got {unknown}"
             )
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback_on_step_end must be a function, got {callback!r}")
 
         def call_back(i: int, t: Tensor, step: Any) -> Tensor:
             x_prev: Tensor = step.prev_sample
@@ -315,8 +318,8 @@ class GaussianDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
                     f"from {type(self.scheduler).__name__}"
                 )
             tensors: dict[str, Any] = {"latents": x_prev, "pred_original_sample": x_0_hat}
-            answer = callback(self, i, t, {name: tensors[name] for name in names}) or {}
-            return answer.get("latents", x_prev)
+            answer = callback(self, i, t, {name: tensors[name] for name in names})
+            return _replaced(x_prev, answer)
 
         return call_back
 
@@ -374,8 +377,8 @@ class GaussianDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
         """Write the portable checkpoint: stock index, safetensors, configurations and source files.
 
         All of it is on disk before the first file takes its place: a new folder appears at once, in
-        an existing one file after file is replaced, the index last. Other files there stay, links
-        are not followed, and after an error the folder is as it was.
+        an existing one file after file is replaced, the index last. So a full disk or a crash while
+        writing leaves the folder as it was. Other files there stay, and links are not followed.
 
         Args:
             save_directory: the folder to write; made where it is missing.
@@ -465,6 +468,7 @@ def _class_numbers(labels: Any, num_classes: int, names: Sequence[str] | None) -
     labels = list(labels) if isinstance(labels, (list, tuple)) else [labels]
     by_name = {name: number for number, name in enumerate(names or ())}
     numbers: list[Any] = [by_name.get(n, n) if isinstance(n, str) else n for n in labels]
+    numbers = [n.item() if isinstance(n, np.integer) else n for n in numbers]
     for number in numbers:
         if not images.is_int(number) or not 0 <= number < num_classes:
             known = f" or of {list(by_name)}" if by_name else ""
@@ -482,6 +486,20 @@ def _with_null_class(labels: Tensor | None, config: Any, names: Sequence[str] | 
             f"{config.num_class_embeds} embeddings are classes"
         )
     return torch.cat([labels, torch.full_like(labels, config.num_class_embeds - 1)])
+
+
+def _replaced(x_prev: Tensor, answer: Any) -> Tensor:
+    """The "latents" in what a callback returned, if any, in the place of `x_prev`."""
+    if answer is not None and not isinstance(answer, dict):
+        raise TypeError(f"callback_on_step_end must return a dict or None, got {answer!r:.100}")
+    latents = (answer or {}).get("latents", x_prev)
+    if not isinstance(latents, Tensor) or latents.shape != x_prev.shape:
+        got = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
+        raise ValueError(
+            f'"latents" of callback_on_step_end must be a tensor of shape {tuple(x_prev.shape)}, '
+            f"got {got}"
+        )
+    return latents.to(x_prev)
 
 
 def _check_finite(finite: Tensor, timesteps: Tensor) -> None:

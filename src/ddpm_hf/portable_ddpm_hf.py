@@ -14,11 +14,17 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+_WEIGHTS = re.compile(
+    r"diffusion_pytorch_model(\.(?P<variant>\w+))?(-\d+-of-\d+)?\.(safetensors|bin)"
+    r"|diffusion_pytorch_model\.(safetensors|bin)\.index(\.(?P<of_index>\w+))?\.json"
+)
 
 
 def checked_folder(save_directory: str | os.PathLike[str]) -> Path:
@@ -57,8 +63,8 @@ def replacing(folder: Path, variant: str | None) -> Iterator[Path]:
     """A staging folder whose files take their places in `folder` once all of them are on disk.
 
     A new folder appears by one rename. In an existing one each file is replaced by a rename, the
-    index last, so that no file is ever half-written, and files of others stay. After an error
-    `folder` is as before.
+    index last, so that no file is ever half-written, and files of others stay. After an error while
+    writing `folder` is as before.
     """
     is_new = not folder.exists()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -96,13 +102,14 @@ def _move_files(staging: Path, folder: Path, variant: str | None) -> None:
 
 def _stale(folder: Path, variant: str | None) -> list[Path]:
     """Weights (of this variant) and source files, which an earlier save may have left."""
-    suffix = re.escape(f".{variant}") if variant else ""
-    weights = re.compile(
-        rf"diffusion_pytorch_model({suffix}(-\d+-of-\d+)?\.(safetensors|bin)"
-        rf"|\.(safetensors|bin)\.index{suffix}\.json)"
-    )
-    sources = folder.glob("ddpm_hf_*/*_ddpm_hf.py")
-    return [*sources] + [p for p in (folder / "unet").iterdir() if weights.fullmatch(p.name)]
+    weights = (path for path in (folder / "unet").iterdir() if _variant_of(path.name) == variant)
+    return [*folder.glob("ddpm_hf_*/*_ddpm_hf.py"), *weights]
+
+
+def _variant_of(file_name: str) -> str | None:
+    """The variant that a file of weights belongs to, None for the plain one; "no weights" else."""
+    found = _WEIGHTS.fullmatch(file_name)
+    return found["variant"] or found["of_index"] if found else "no weights"
 
 
 def sync(path: Path) -> None:
@@ -150,7 +157,8 @@ def write_source(folder: Path) -> None:
 def upload(folder: Path, repo_id: str, prefix: str = "", **commit: Any) -> Any:
     """Upload a folder in one commit, so that no reader finds half a model.
 
-    `upload_folder` of huggingface_hub 2.4 splits large uploads into several commits.
+    What an earlier upload left of the same weights goes in the same commit. `upload_folder` of
+    huggingface_hub 2.4 splits large uploads into several commits.
 
     Args:
         folder: all files in it are uploaded, but no README.md where the repository has one:
@@ -165,7 +173,16 @@ def upload(folder: Path, repo_id: str, prefix: str = "", **commit: Any) -> Any:
     if any(file.rfilename == "README.md" for file in head.siblings or []):
         files.pop("README.md", None)
     added = [CommitOperationAdd(name, path) for name, path in sorted(files.items())]
-    return api.create_commit(repo_id, added, parent_commit=head.sha, **commit)
+    # Weights in one file would lose against the index of an earlier upload in several.
+    variants = {_variant_of(Path(name).name) for name in files} - {"no weights"}
+    others = {file.rfilename for file in head.siblings or []} - set(files)
+    stale = [
+        CommitOperationDelete(name)
+        for name in sorted(others)
+        if (name.startswith(f"{prefix}unet/") and _variant_of(Path(name).name) in variants)
+        or fnmatchcase(name, f"{prefix}ddpm_hf_*/*_ddpm_hf.py")
+    ]
+    return api.create_commit(repo_id, [*added, *stale], parent_commit=head.sha, **commit)
 
 
 def holds_only_pickles(source: str | os.PathLike[str], error: OSError) -> bool:

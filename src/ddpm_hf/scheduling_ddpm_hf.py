@@ -238,8 +238,7 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         checks.check_choice(
             "timestep_spacing", spacing, (*schedules.SPACINGS, "10,10,20", "ddim50")
         )
-        num_steps = int(num_steps) if isinstance(num_steps, np.integer) else num_steps
-        checks.check_int("num_inference_steps", num_steps, 1, T)
+        num_steps = checks.given_int("num_inference_steps", num_steps, 1, T)
         steps = schedules.SPACINGS[spacing](num_steps, T, self.config.steps_offset)
         checks.warn_if_signal_is_missed(spacing, int(steps[-1]), self._log_alphas)
         return steps

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from diffusers import ModelMixin, UNet2DModel
 
 from ddpm_hf.data import ImageDataset, ImageFacts, TrainingImages, load_images, prepare_images
-from ddpm_hf.hub import load
+from ddpm_hf.hub import fetch, open_pipeline, open_unet
 from ddpm_hf.pipeline_ddpm_hf import image_facts
 from ddpm_hf.scheduling_ddpm_hf import GaussianDDPMScheduler
 from ddpm_hf.training.config import ConfigError, TrainingConfig
@@ -279,20 +279,13 @@ def load_pretrained(source: str) -> tuple[UNet2DModel, GaussianDDPMScheduler | N
         ConfigError: if nothing of the kind is there.
     """
     try:
-        if not _holds_pipeline(source):
-            return UNet2DModel.from_pretrained(source), None
-        pipeline = load(source)
+        folder = fetch(source)
+        if not (folder / "model_index.json").is_file():
+            return open_unet(folder, source), None
+        pipeline = open_pipeline(folder, source)
         return pipeline.unet, pipeline.scheduler
     except (OSError, ValueError) as error:
         raise ConfigError(f"pretrained={source!r} cannot be loaded: {error}") from error
-
-
-def _holds_pipeline(source: str) -> bool:
-    if Path(source).is_dir():
-        return (Path(source) / "model_index.json").is_file()
-    from huggingface_hub import HfApi
-
-    return bool(HfApi().file_exists(source, "model_index.json"))
 
 
 def check_fit(unet: torch.nn.Module, facts: ImageFacts) -> None:
