@@ -375,7 +375,7 @@ def test_a_wrong_option_is_named_with_its_choices(options, message):
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"cache_dir.*file"):
+    with pytest.raises(DataError, match=r"prepared in .*file.*HF_DATASETS_CACHE"):
         prepare(greys((8, 8)), cache_dir=tmp_path / "file")
 
 
@@ -897,7 +897,7 @@ def test_paths_are_read_under_the_folder_that_the_caller_names(tmp_path, countin
 
 def test_part_of_a_folder_needs_to_be_told_where_it_lies(tmp_path):
     dataset = load_images(folder_of(tmp_path, CLASSES)).select([4, 0])
-    with pytest.raises(DataError, match=r"2 of 2 rows.*pass the folder as image_root"):
+    with pytest.raises(DataError, match=r"2 of 2 rows.*name the folder with.*image_root="):
         prepare(dataset)
     np.testing.assert_array_equal(
         prepare(dataset, image_root=tmp_path)[0][0], zoo.grey(8, 8) // 2 + 1

@@ -30,7 +30,7 @@ requeue=no
 trap 'requeue=yes; scancel --signal=TERM "$SLURM_JOB_ID.0"' USR1
 # A trapped signal ends `wait` early, while the processes still save.
 status=0
-until wait "$run"; do
+until wait "$run" && status=0; do
   status=$?
   kill -0 "$run" 2>/dev/null || break
 done

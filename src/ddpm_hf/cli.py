@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,21 +38,22 @@ def run_command(command: Callable[[list[str]], int], argv: Sequence[str] | None)
     """Run one command; bad input becomes a line and status 2, a failing disk or Hub status 1."""
     try:
         return command(list(sys.argv[1:] if argv is None else argv))
-    except (ValueError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0":  # the processes of one run say it once
+    except (ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and type(error).__name__ != "TrainingError":
+            raise
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # the processes of one machine say it once
             print(f"ddpm-hf: error: {error}", file=sys.stderr)
         return _BAD_INPUT if isinstance(error, ValueError) else 1
+    except KeyboardInterrupt:
+        print("ddpm-hf: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def train_command(argv: list[str]) -> int:
     """train on a folder of images or any data set, or go on with a run that was interrupted"""
-    from ddpm_hf.training import TrainingError, parse_config, train
+    from ddpm_hf.training import parse_config, train
 
-    try:
-        return train(parse_config(argv, prog="ddpm-hf train")).exit_status
-    except TrainingError as error:
-        print(f"ddpm-hf: error: {error}", file=sys.stderr)
-        return 1
+    return train(parse_config(argv, prog="ddpm-hf train")).exit_status
 
 
 def sample_command(argv: list[str]) -> int:

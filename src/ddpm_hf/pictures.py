@@ -27,8 +27,10 @@ def draw_images(
     pipeline: GaussianDDPMPipeline,
     num_images: int,
     *,
+    first: int = 0,
     batch_size: int = 16,
     seed: int = 0,
+    progress: bool = True,
     **call: Any,
 ) -> list[Image.Image]:
     """Draw images of which the i-th depends on (seed, i) alone, not on the batch it falls into.
@@ -36,16 +38,20 @@ def draw_images(
     Args:
         pipeline: draws them, on its device.
         num_images: how many.
+        first: i of the first of them.
         batch_size: images drawn at once.
         seed: image i comes from a generator seeded with a hash of `seed` and i.
+        progress: show progress bars; that of batches only where there are several.
         **call: further arguments of the pipeline, such as `num_inference_steps` and `eta`.
     Returns:
         PIL images.
     """
     images: list[Image.Image] = []
-    pipeline.set_progress_bar_config(leave=False, desc="denoising")
-    for first in tqdm(range(0, num_images, batch_size), desc="batches", disable=None):
-        places = range(first, min(first + batch_size, num_images))
+    pipeline.set_progress_bar_config(leave=False, desc="denoising", disable=not progress)
+    starts = range(first, first + num_images, batch_size)
+    silent = None if progress and len(starts) > 1 else True  # None: where nobody watches
+    for start in tqdm(starts, desc="batches", leave=False, disable=silent):
+        places = range(start, min(start + batch_size, first + num_images))
         generators = [
             torch.Generator(pipeline.device).manual_seed(seed_of(seed, "sample", place))
             for place in places

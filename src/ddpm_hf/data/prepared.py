@@ -178,6 +178,11 @@ def _image_column(dataset: Any, wanted: str | None) -> str:
         raise TypeError(f"dataset must be a datasets.Dataset, got {type(dataset).__name__}")
     if len(dataset) == 0:
         raise DataError("the data set has no rows")
+    if dataset.format["type"] == "custom":
+        raise DataError(
+            "the data set has a transform, which is not applied here: resizing, flips and scaling "
+            "are options; call reset_format() on it"
+        )
     columns = dataset.features
     images = [name for name in columns if isinstance(columns[name], datasets.Image)]
     encoded = [name for name in columns if _may_hold_files(columns[name])]
@@ -225,7 +230,10 @@ def _prepared_folder(
                 with _written_beside(folder) as temporary:
                     _prepare(source, plan, on_bad_image, temporary)
     except OSError as error:
-        raise DataError(f"cache_dir {str(cache)!r} cannot be written: {error}") from error
+        raise DataError(
+            f"the images cannot be prepared in {str(cache)!r}: {error}; set HF_DATASETS_CACHE to a "
+            "folder that can be written"
+        ) from error
     return folder
 
 
@@ -267,7 +275,8 @@ def _files_by_path(source: _Source) -> list[tuple[str, int, int]]:
         known = f"not a file under {source.root!r}" if source.root else "read only under image_root"
         raise DataError(
             f"{len(refused)} of {len(source.cells)} rows hold no image but a path that is {known}, "
-            f"such as {refused[0]}: embed the bytes, or pass the folder as image_root"
+            f"such as {refused[0]}: embed the bytes, or name the folder with "
+            "prepare_images(..., image_root=FOLDER)"
         )
     return files
 
@@ -443,7 +452,8 @@ def _check_free_space(folder: Path, need: int) -> None:
     if need > free:
         raise DataError(
             f"the prepared images need {need / 1e9:.1f} GB, but {str(folder.parent)!r} has "
-            f"{free / 1e9:.1f} GB free: pass another cache_dir or a lower resolution"
+            f"{free / 1e9:.1f} GB free: set HF_DATASETS_CACHE to another place, or lower the "
+            "resolution"
         )
 
 

@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import sys
 import types
 import typing
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ def _option(default: Any, text: str) -> Any:
 FREE_ON_RESUME = frozenset(
     {
         "max_train_steps", "gradient_accumulation_steps", "dataloader_num_workers", "output_dir",
+        "dataset",  # the images themselves are compared
         "logging_steps", "sample_steps", "num_samples", "sample_inference_steps",
         "checkpointing_steps", "checkpoints_total_limit", "push_to_hub", "public",
     }
@@ -189,6 +191,10 @@ class TrainingConfig(OutputOptions, OptimizationOptions, ModelOptions, DataOptio
             "checkpointing_steps": 1, "checkpoints_total_limit": 1, "sample_inference_steps": 1,
             "lr_warmup_steps": 0, "num_samples": 0, "dataloader_num_workers": 0, "seed": 0,
         }  # fmt: skip
+        if self.output_dir == "":
+            raise ConfigError("output_dir is empty; name the folder of the run, or leave it out")
+        if self.seed >= 2**32:
+            raise ConfigError(f"seed must be below 2**32, got {self.seed}")
         for name, lowest in at_least.items():
             value = getattr(self, name)
             if value is not None and value < lowest:
@@ -294,7 +300,7 @@ def parse_config(argv: Sequence[str] | None = None, prog: str | None = None) -> 
         ConfigError: for a bad value, an unknown recipe key or an unreadable recipe.
         SystemExit: for `--help` (0) and unknown flags (2), as argparse does.
     """
-    parser = _parser(prog)
+    parser, argv = _parser(prog), _flags_alone(sys.argv[1:] if argv is None else argv)
     recipe = parser.parse_known_args(argv)[0].config
     if recipe:
         parser.set_defaults(**_read_recipe(Path(recipe)))
@@ -327,6 +333,16 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def _flags_alone(argv: Sequence[str]) -> list[str]:
+    """`--random-flip ./photos` as `--random-flip true ./photos`: a switch takes no data set."""
+    switches = {f"--{f.name.replace('_', '-')}" for f in fields(TrainingConfig) if f.type is bool}
+    words, following = [], [*argv[1:], ""]
+    for word, after in zip(argv, following, strict=False):
+        alone = word in switches and after.lower() not in ("true", "false", "yes", "no", "1", "0")
+        words += [word, "true"] if alone else [word]
+    return words
+
+
 class _HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
     """Each flag once, in its dashed form, with its default unless that is 'proposed' (None)."""
 
@@ -357,5 +373,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
             close = difflib.get_close_matches(str(key), known, n=3)
             hint = f"; did you mean {' or '.join(close)}?" if close else ""
             raise ConfigError(f"the recipe {path} has the unknown option {key!r}{hint}")
-    # YAML reads 1e-4 as text; argparse converts a text default by the option's own type.
+    if recipe.get("mixed_precision") is False:
+        recipe["mixed_precision"] = "no"  # YAML reads a bare no as False
+    # It reads 1e-4 as text; argparse converts a text default by the option's own type.
     return recipe

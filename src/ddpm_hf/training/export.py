@@ -40,7 +40,8 @@ def export_model(run: Path, parts: Parts, state: TrainState, facts: dict[str, An
         scheduler = copy.deepcopy(parts.scheduler)
         GaussianDDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(folder)
         write_json(folder / "training.json", facts)
-        (folder / "recipe.yaml").write_text(shared.to_yaml(), encoding="utf-8")
+        network = "# --unet-config unet/config.json\n" * (parts.config.unet_config is not None)
+        (folder / "recipe.yaml").write_text(network + shared.to_yaml(), encoding="utf-8")
         shutil.copy2(run / "metrics.jsonl", folder)
         grids = sorted((run / "samples").glob("step-*.png"))
         if grids:
@@ -49,7 +50,15 @@ def export_model(run: Path, parts: Parts, state: TrainState, facts: dict[str, An
         if card.exists() and origin_of(card.read_text(encoding="utf-8")) == "person":
             shutil.copy2(card, folder)  # `write_model_card` leaves it alone
         write_model_card(folder)
+        _keep_files_of_others(target, folder)
     return target
+
+
+def _keep_files_of_others(before: Path, folder: Path) -> None:
+    """A licence, say, that a person put beside the model."""
+    for path in before.iterdir() if before.exists() else ():
+        if path.is_file() and not path.is_symlink() and not (folder / path.name).exists():
+            shutil.copy2(path, folder)
 
 
 def training_facts(

@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +17,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, gather_object
+from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -25,13 +27,15 @@ from transformers import get_scheduler
 
 from ddpm_hf.hub_background import BackgroundPusher
 from ddpm_hf.losses import Denoiser, simple_loss
-from ddpm_hf.pictures import image_grid
+from ddpm_hf.model_card import read_json
+from ddpm_hf.pictures import draw_images, image_grid
 from ddpm_hf.pipeline_ddpm_hf import GaussianDDPMPipeline
 from ddpm_hf.randomness import Batches, noise_and_timesteps, seed_of
 from ddpm_hf.scheduling_ddpm_hf import GaussianDDPMScheduler
 from ddpm_hf.training.config import ConfigError, TrainingConfig, continued
 from ddpm_hf.training.export import export_model, training_facts
 from ddpm_hf.training.model import Parts, assemble
+from ddpm_hf.training.processes import on_main
 from ddpm_hf.training.report import Journal, describe, duration, outcome, trackers
 from ddpm_hf.training.signals import StopSignal
 from ddpm_hf.training.state import (
@@ -115,7 +119,7 @@ def train_step(
 def train(
     config: TrainingConfig,
     *,
-    unet: torch.nn.Module | None = None,
+    unet: UNet2DModel | None = None,
     scheduler: GaussianDDPMScheduler | None = None,
     dataset: Any = None,
 ) -> TrainingResult:
@@ -133,19 +137,29 @@ def train(
     Raises:
         ConfigError: if an option, or the way the parts fit together, cannot work.
         DataError: if the images cannot be used.
-        CheckpointError: if `output_dir` is in use or not writable, or its checkpoints are damaged.
-        TrainingError: if the loss stays non-finite.
+        CheckpointError: if `output_dir` is in use, not writable or somebody else's, or if all its
+            checkpoints are damaged.
+        TrainingError: if the loss stays non-finite, or the accelerator's memory does not suffice.
     """
     folder = config.run_folder()
-    with _accelerator(config) as accelerator, run_lock(folder, accelerator.is_main_process):
-        pusher = _pusher(config, accelerator)
-        checkpoint = _find(folder, accelerator)
+    with _accelerator(config) as accelerator, ExitStack() as held:
+        on_main(accelerator, lambda: held.enter_context(run_lock(folder)))
+        pusher = on_main(accelerator, lambda: _pusher(config))
+        found = [on_main(accelerator, lambda: _find(folder))]
+        checkpoint = broadcast_object_list(found)[0]
         if checkpoint is not None:
             config = continued(config, read_facts(checkpoint)["config"])
         config = _with_precision(config, accelerator)
         parts = assemble(config, accelerator, unet, scheduler, dataset)
         with StopSignal() as stop:
-            return Run(parts, accelerator, stop, checkpoint, pusher).to_the_end()
+            try:
+                return Run(parts, accelerator, stop, checkpoint, pusher).to_the_end()
+            except torch.OutOfMemoryError as error:
+                raise TrainingError(
+                    f"out of memory: {error}. The same command with gradient_accumulation_steps "
+                    f"{2 * config.gradient_accumulation_steps} goes on with half as many images at "
+                    "once, and the same batch"
+                ) from error
 
 
 class Run:
@@ -201,18 +215,24 @@ class Run:
         images = iter(self._loader())
         bar = self._progress_bar()
         self.unet.train()
+        if self.state.step == last and not broadcast_object_list([self._is_exported()])[0]:
+            self._draw_samples()  # the run was cut short after its last checkpoint
+            self._export(must_succeed=True)
         for step in range(self.state.step, last):
             self._update(images, step)
             self.state.step = step + 1
             bar.update()
             stopping = self.stop.agreed()
             ending = stopping or self.state.step == last
+            saving = ending or self._due(config.checkpointing_steps)
             if ending or self._due(config.logging_steps):
                 bar.set_postfix(self._log(), refresh=False)
-            if config.num_samples and not stopping and (ending or self._due(config.sample_steps)):
-                self._draw_samples()
-            if ending or self._due(config.checkpointing_steps):
+            if saving:
                 self._save(must_succeed=ending)
+            if not stopping and (ending or self._due(config.sample_steps)):
+                self._draw_samples()
+            if saving:
+                self._export(must_succeed=ending)
             if stopping:
                 break
         bar.close()
@@ -266,47 +286,50 @@ class Run:
         }
         self.totals.zero_()
         self.logged_step = self.state.step
-        self.journal.write(self.state.step, values, updates * self.batches.batch_size)
+        with self._going_on("log"):
+            self.journal.write(self.state.step, values, updates * self.batches.batch_size)
         if int(self.skipped_in_a_row) >= _MAX_SKIPPED_IN_A_ROW:
             raise TrainingError(
                 f"no finite gradient in the last {int(self.skipped_in_a_row)} updates, up to "
                 f"update {self.state.step}; the weights are those before them. Lower "
                 "learning_rate, or use bf16 or no mixed precision"
             )
-        return {"loss": f"{values['loss']:.4f}", "lr": f"{values['learning_rate']:.2g}"}
+        shown = {"loss": f"{values['loss']:.4f}", "lr": f"{values['learning_rate']:.2g}"}
+        skipped = {"skipped": values["skipped_updates"]} if values["skipped_updates"] else {}
+        return shown | skipped
 
     def _draw_samples(self) -> None:
         """A grid from the averaged weights; every process draws its share."""
         config, accelerator = self.config, self.accelerator
+        if config.num_samples == 0:
+            return
         share = -(-config.num_samples // accelerator.num_processes)
         first = accelerator.process_index * share
-        generators = [
-            torch.Generator(accelerator.device).manual_seed(seed_of(config.seed, "sample", i))
-            for i in range(first, first + share)
-        ]
         with self.state.ema_weights() as unet:
             # A copy: sampling with fewer steps changes what "previous step" means.
             scheduler = copy.deepcopy(self.parts.scheduler)
             pipeline = GaussianDDPMPipeline(unet=unet, scheduler=scheduler)
-            pipeline.set_progress_bar_config(
-                desc="samples", leave=False, disable=not accelerator.is_main_process
-            )
-            output: Any = pipeline(
-                batch_size=share,
-                generator=generators,
+            drawn = draw_images(
+                pipeline,
+                share,
+                first=first,
+                batch_size=len(self.batches.rows(0)),  # training it fits in memory, so drawing does
+                seed=config.seed,
+                progress=accelerator.is_main_process,
                 num_inference_steps=min(
                     config.sample_inference_steps, scheduler.config.num_train_timesteps
                 ),
                 eta=0.0,
                 callback_on_step_end=self._interrupt_if_stopped,
             )
-        images = gather_object([] if self.stop.received else output.images)
+        images = gather_object([] if self.stop.received else drawn)
         if accelerator.is_main_process and len(images) >= config.num_samples:
             grid = image_grid(images[: config.num_samples])
             path = self.folder / "samples" / f"step-{self.state.step:08d}.png"
-            path.parent.mkdir(exist_ok=True)
-            grid.save(path)
-            self.journal.show(self.state.step, grid)
+            with self._going_on("draw samples"):
+                path.parent.mkdir(exist_ok=True)
+                grid.save(path)
+                self.journal.show(self.state.step, grid)
 
     def _interrupt_if_stopped(
         self, pipeline: Any, i: int, t: Any, tensors: dict[str, Tensor]
@@ -315,38 +338,66 @@ class Run:
         return tensors
 
     def _save(self, must_succeed: bool) -> None:
-        """Checkpoint and portable model; a full disk does not end a run that can still go on."""
+        """The checkpoint to go on from; a full disk does not end a run that can still go on."""
         if not self.accelerator.is_main_process:
             return
-        elapsed_s = self.elapsed_s + time.monotonic() - self.began
         facts = {
             "config": dataclasses.asdict(self.config),
-            "images": {"number": len(self.parts.images), **self.parts.facts.to_config()},
-            "elapsed_s": elapsed_s,
+            "parts": self.parts.identity(),
+            "elapsed_s": self._elapsed_s(),
             "num_processes": self.accelerator.num_processes,
         }
-        try:
-            keep = self.config.checkpoints_total_limit
+        keep = self.config.checkpoints_total_limit
+        with self._going_on("save", unless=must_succeed):
             save_checkpoint(self.folder / "checkpoints", self.state, facts, keep)
-            story = training_facts(self.parts, self.accelerator, self.state.step, elapsed_s)
-            model = export_model(self.folder, self.parts, self.state, story)
-        except OSError as error:
-            if must_succeed:
-                raise
-            logger.warning(
-                "could not save at update %d, training goes on: %s", self.state.step, error
-            )
+
+    def _export(self, must_succeed: bool) -> None:
+        """The portable model, which is also what is pushed."""
+        if not self.accelerator.is_main_process:
             return
-        if self.pusher is not None:
-            self.pusher.submit(model, self.state.step)
+        story = training_facts(self.parts, self.accelerator, self.state.step, self._elapsed_s())
+        with self._going_on("export the model", unless=must_succeed):
+            model = export_model(self.folder, self.parts, self.state, story)
+            if self.pusher is not None:
+                self.pusher.submit(model, self.state.step)
+
+    def _is_exported(self) -> bool:
+        """Whether run/model holds these very weights, and no push of them is wanted."""
+        record = read_json(self.folder / "model" / "training.json")
+        return self.config.push_to_hub is None and record.get("steps") == self.state.step
+
+    def _elapsed_s(self) -> float:
+        return self.elapsed_s + time.monotonic() - self.began
+
+    @contextmanager
+    def _going_on(self, what: str, unless: bool = False) -> Iterator[None]:
+        """Turn what the disk refuses into a warning, unless it must succeed."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            failure = f"could not {what} at update {self.state.step}: {error}"
+            if unless:
+                raise OSError(failure) from error
+            logger.warning("%s; training goes on", failure)
 
     def _resume(self, checkpoint: Path) -> None:
         tensors, facts = read_checkpoint(checkpoint)
-        images = {"number": len(self.parts.images), **self.parts.facts.to_config()}
-        if json.loads(json.dumps(images)) != facts["images"]:
+        now = json.loads(json.dumps(self.parts.identity()))
+        changed = [
+            f"{part} {key}: {before!r:.200} -> {now[part].get(key)!r:.200}"
+            for part, values in facts["parts"].items()
+            for key, before in values.items()
+            if now[part].get(key) != before
+        ]
+        if changed:
             raise ConfigError(
-                f"the images have changed since {checkpoint}: {facts['images']} then, {images} "
-                "now; choose another output_dir"
+                f"{self.folder} holds a run of other parts ({'; '.join(changed)}); resume with the "
+                "same ones, or choose another output_dir"
+            )
+        if facts["step"] > _required(self.config.max_train_steps):
+            raise ConfigError(
+                f"max_train_steps is {self.config.max_train_steps}, but {self.folder} holds a run "
+                f"of {facts['step']} updates already"
             )
         self.state.restore(tensors, facts)
         self.elapsed_s = facts["elapsed_s"]
@@ -460,23 +511,20 @@ def _accelerator(config: TrainingConfig) -> Iterator[Accelerator]:
             AcceleratorState._reset_state()
 
 
-def _pusher(config: TrainingConfig, accelerator: Accelerator) -> BackgroundPusher | None:
-    """The uploader of the main process, its right to write proven before anything else."""
-    if config.push_to_hub is None or not accelerator.is_main_process:
+def _pusher(config: TrainingConfig) -> BackgroundPusher | None:
+    """The uploader, its right to write proven before anything else."""
+    if config.push_to_hub is None:
         return None
     pusher = BackgroundPusher(config.push_to_hub, public=config.public)
     pusher.check()
     return pusher
 
 
-def _find(folder: Path, accelerator: Accelerator) -> Path | None:
-    """The checkpoint to resume from, the same on every process."""
-    found: list[Path | None] = [None]
-    if accelerator.is_main_process:
-        sweep(folder)
-        sweep(folder / "checkpoints")
-        found = [find_checkpoint(folder / "checkpoints")]
-    return broadcast_object_list(found)[0]  # type: ignore[no-any-return]
+def _find(folder: Path) -> Path | None:
+    """The checkpoint to resume from, after what a crash left is swept up."""
+    sweep(folder)
+    sweep(folder / "checkpoints")
+    return find_checkpoint(folder / "checkpoints")
 
 
 def _with_precision(config: TrainingConfig, accelerator: Accelerator) -> TrainingConfig:

@@ -1,21 +1,26 @@
 """What is trained: the network and the scheduler, proposed from the images or taken over."""
 
 import dataclasses
+import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import ModelMixin, UNet2DModel
+from diffusers import UNet2DModel
 
 from ddpm_hf.data import ImageDataset, ImageFacts, TrainingImages, load_images, prepare_images
+from ddpm_hf.data.sources import did_you_mean
 from ddpm_hf.hub import fetch, open_pipeline, open_unet
 from ddpm_hf.pipeline_ddpm_hf import image_facts
 from ddpm_hf.scheduling_ddpm_hf import GaussianDDPMScheduler
 from ddpm_hf.training.config import ConfigError, TrainingConfig
+from ddpm_hf.training.processes import main_first
 
 # Channels of each level in units of the first, by number of levels. With 4 levels and 128
 # channels this is the 35.7M network of DDPM (2006.11239, appendix B) for CIFAR-10, with 6 levels
@@ -37,38 +42,55 @@ class Parts:
     images: TrainingImages
     facts: ImageFacts
     num_skipped: int
-    unet: torch.nn.Module
+    digest: str
+    unet: UNet2DModel
     scheduler: GaussianDDPMScheduler
+
+    def identity(self) -> dict[str, dict[str, Any]]:
+        """What a resumed run must share, as JSON values."""
+        parts: dict[str, Any] = {"network": self.unet.config, "diffusion": self.scheduler.config}
+        public = {
+            part: {key: value for key, value in config.items() if key[0] != "_"}
+            for part, config in parts.items()
+        }
+        images = {**self.facts.to_config()["image"], "number": len(self.images)}
+        return {**public, "images": {**images, "digest": self.digest}}
 
 
 def assemble(
     config: TrainingConfig,
     accelerator: Accelerator,
-    unet: torch.nn.Module | None,
+    unet: UNet2DModel | None,
     scheduler: GaussianDDPMScheduler | None,
     dataset: Any,
 ) -> Parts:
-    """The parts of a run: those given, the rest from the configuration."""
+    """The parts of a run: those given, the rest from the configuration.
+
+    Raises:
+        ConfigError, DataError: if one of them, or the way they fit together, cannot work.
+    """
     device = accelerator.device.type
     pretrained_scheduler = None
     if config.pretrained is not None:
         if unet is not None:
             raise ConfigError("pretrained and unet= exclude each other: leave one out")
         unet, pretrained_scheduler = load_pretrained(config.pretrained)
-    # The main process decodes the images; the others find them in the cache.
-    with accelerator.main_process_first():
-        images, facts = _images(config, dataset, unet if config.pretrained else None)
+    pretrained = unet if config.pretrained else None
+    images, facts, digest = main_first(accelerator, lambda: _images(config, dataset, pretrained))
     shares = accelerator.num_processes * config.gradient_accumulation_steps
     if unet is None:
         torch.manual_seed(config.seed)  # the same first weights on every process and every start
         unet = build_unet(facts, device, config.unet_config)
-    check_fit(unet, facts)
+    scheduler = scheduler or build_scheduler(config, pretrained_scheduler)
+    check_fit(unet, scheduler, facts)
     if config.learning_rate is None:
         rate = 1e-4 if config.pretrained else rate_from_scratch(unet)
         config = dataclasses.replace(config, learning_rate=rate)
     config = propose(config, len(images), max(facts.height, facts.width), device, shares)
-    if isinstance(unet, ModelMixin):
-        unet.register_to_config(_ddpm_hf=facts.to_config())
+    # The network is convolutional: it is made for the size of these images from here on.
+    unet.register_to_config(
+        _ddpm_hf=facts.to_config(), sample_size=_sample_size(facts, size_multiple(unet))
+    )
     return Parts(
         config,
         TrainingImages(
@@ -79,24 +101,47 @@ def assemble(
         ),
         facts,
         len(getattr(images, "skipped", ())),
+        digest,
         unet,
-        scheduler or build_scheduler(config, pretrained_scheduler),
+        scheduler,
     )
 
 
 def _images(
     config: TrainingConfig, dataset: Any, pretrained: torch.nn.Module | None
-) -> tuple[Any, ImageFacts]:
-    """The images and what they are; sized and coloured for the pretrained network, if any."""
-    if dataset is None or isinstance(dataset, datasets.Dataset):
+) -> tuple[Any, ImageFacts, str]:
+    """The images, what they are, and a digest that tells them from others.
+
+    They are sized and coloured for the pretrained network, if any.
+    """
+    if dataset is None or isinstance(dataset, (datasets.Dataset, datasets.DatasetDict)):
         dataset = build_images(config, dataset, pretrained)
     if isinstance(dataset, ImageDataset):
-        return dataset, dataset.facts
-    channels, height, width = dataset[0].shape
+        # Some images, evenly spread: a large data set shall not be read for this.
+        some = range(0, len(dataset), max(1, len(dataset) // 64))
+        return dataset, dataset.facts, _digest(dataset.window(index) for index in some)
+    if not hasattr(dataset, "__getitem__") or len(dataset) == 0:
+        raise ConfigError(
+            "dataset must be a datasets.Dataset, what prepare_images() returns, or a map-style set "
+            f"of at least one float tensor (C, H, W) in [-1, 1]; got {type(dataset).__name__}"
+        )
+    first = dataset[0]
     modes = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-    if channels not in modes:
-        raise ConfigError(f"dataset has images of {channels} channels; 1 to 4 can be shown")
-    return dataset, ImageFacts(mode=modes[channels], height=height, width=width)
+    if not isinstance(first, torch.Tensor) or first.ndim != 3 or len(first) not in modes:
+        got = tuple(first.shape) if isinstance(first, torch.Tensor) else type(first).__name__
+        raise ConfigError(
+            f"dataset must hold float tensors (C, H, W) with 1 to 4 channels; the first is {got}"
+        )
+    channels, height, width = first.shape
+    facts = ImageFacts(mode=modes[channels], height=height, width=width)
+    return dataset, facts, _digest([first.detach().cpu().numpy()])
+
+
+def _digest(images: Iterable[Any]) -> str:
+    sums = hashlib.sha256()
+    for image in images:
+        sums.update(np.ascontiguousarray(image).tobytes())
+    return sums.hexdigest()[:16]
 
 
 def build_images(
@@ -206,7 +251,7 @@ def build_unet(facts: ImageFacts, device: str, config_file: str | None = None) -
         ConfigError: if the file cannot be read, or its network does not fit the images.
     """
     if config_file is not None:
-        return _unet_from_file(config_file, facts)
+        return _unet_from_file(config_file)
     size = max(facts.height, facts.width)
     # Halve down to 4 pixels for small images, to 8 for larger ones.
     levels = 1 + (size // (4 if size < 64 else 8)).bit_length() - 1
@@ -215,9 +260,8 @@ def build_unet(facts: ImageFacts, device: str, config_file: str | None = None) -
     # lowest resolution has attention in any case.
     sides = [-(-size // 2**level) for level in range(len(multipliers))]
     attention = [device != "cpu" and 8 < side <= 16 for side in sides]
-    sizes = _padded(facts, 2 ** (len(multipliers) - 1))
     return UNet2DModel(
-        sample_size=sizes[0] if sizes[0] == sizes[1] else sizes,
+        sample_size=_sample_size(facts, 2 ** (len(multipliers) - 1)),
         in_channels=facts.num_channels,
         out_channels=facts.num_channels,
         block_out_channels=tuple((32 if device == "cpu" else 128) * m for m in multipliers),
@@ -227,19 +271,24 @@ def build_unet(facts: ImageFacts, device: str, config_file: str | None = None) -
     )
 
 
-def _padded(facts: ImageFacts, multiple: int) -> tuple[int, int]:
-    return -(-facts.height // multiple) * multiple, -(-facts.width // multiple) * multiple
+def _sample_size(facts: ImageFacts, multiple: int) -> int | tuple[int, int]:
+    """The images' size once padded to a multiple, as `UNet2DModel` takes it."""
+    height, width = (-(-n // multiple) * multiple for n in (facts.height, facts.width))
+    return height if height == width else (height, width)
 
 
-def _unet_from_file(path: str, facts: ImageFacts) -> UNet2DModel:
+def _unet_from_file(path: str) -> UNet2DModel:
     try:
         arguments = json.loads(Path(path).read_text(encoding="utf-8"))
-        unet = UNet2DModel.from_config(arguments)
-    except (OSError, ValueError, TypeError) as error:
+        if not isinstance(arguments, dict):
+            raise TypeError(f"it must hold an object, got {arguments!r:.50}")
+        known = UNet2DModel._get_init_keys(UNet2DModel)
+        for key in arguments:
+            if key not in known and not key.startswith("_"):
+                raise ValueError(f"it has no argument {key!r}{did_you_mean(key, known)}")
+        unet: UNet2DModel = UNet2DModel.from_config(arguments)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"unet_config {path} does not make a UNet2DModel: {error}") from error
-    if arguments.get("sample_size") is None:
-        sizes = _padded(facts, size_multiple(unet))
-        unet.register_to_config(sample_size=sizes[0] if sizes[0] == sizes[1] else sizes)
     return unet
 
 
@@ -288,22 +337,37 @@ def load_pretrained(source: str) -> tuple[UNet2DModel, GaussianDDPMScheduler | N
         raise ConfigError(f"pretrained={source!r} cannot be loaded: {error}") from error
 
 
-def check_fit(unet: torch.nn.Module, facts: ImageFacts) -> None:
+def check_fit(unet: Any, scheduler: GaussianDDPMScheduler, facts: ImageFacts) -> None:
     """Raise ConfigError if the network cannot be trained on such images by L_simple."""
-    config: Any = getattr(unet, "config", {})
-    channels_in, channels_out = config.get("in_channels"), config.get("out_channels")
-    if channels_in is not None and channels_in != facts.num_channels:
+    if not isinstance(unet, UNet2DModel):
+        raise ConfigError(
+            f"unet must be a diffusers UNet2DModel, got {type(unet).__name__}; for another network "
+            "write a loop of your own around ddpm_hf.losses.simple_loss"
+        )
+    if unet.dtype != torch.float32 or not any(p.requires_grad for p in unet.parameters()):
+        raise ConfigError(
+            "unet must have float32 weights that require gradients; mixed_precision sets the "
+            "precision of the arithmetic"
+        )
+    if scheduler.config.variance_type.startswith("learned"):
+        raise ConfigError(
+            f"variance_type is {scheduler.config.variance_type!r}, which L_simple does not train: "
+            "use 'fixed_small' or 'fixed_large'"
+        )
+    config: Any = unet.config
+    channels_in, channels_out = config.in_channels, config.out_channels
+    if channels_in != facts.num_channels:
         raise ConfigError(
             f"the network takes {channels_in} channels but the images have {facts.num_channels} "
             f"({facts.mode}); set image_mode to one of {_modes_with(channels_in)}, or train a new "
             "network"
         )
-    if channels_out is not None and channels_out != channels_in:
+    if channels_out != channels_in:
         raise ConfigError(
             f"the network predicts {channels_out} channels for {channels_in}: a learned variance, "
             "which L_simple does not train"
         )
-    if config.get("num_class_embeds") is not None or config.get("class_embed_type") is not None:
+    if config.num_class_embeds is not None or config.class_embed_type is not None:
         raise ConfigError("the network is class-conditional; training here is unconditional")
 
 

@@ -28,6 +28,7 @@ class Journal:
         self._file = folder / "metrics.jsonl"
         self._since = time.monotonic()
         if accelerator.is_main_process:
+            self._file.touch()
             self._forget_after(step)
         if accelerator.log_with:
             # What an interrupted run had logged beyond its checkpoint is drawn once, not twice.
@@ -36,12 +37,11 @@ class Journal:
             )
 
     def _forget_after(self, step: int) -> None:
-        if self._file.exists():
-            lines = self._file.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if _step_of(line) <= step]
-            beside = self._file.with_suffix(".new")
-            beside.write_text("".join(kept), encoding="utf-8")
-            os.replace(beside, self._file)
+        lines = self._file.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if _step_of(line) <= step]
+        beside = self._file.with_suffix(".new")
+        beside.write_text("".join(kept), encoding="utf-8")
+        os.replace(beside, self._file)
 
     def write(self, step: int, values: dict[str, float], num_images: int) -> None:
         """Log `values` for update `step`, with the speed since the last entry."""
@@ -98,7 +98,7 @@ def describe(
         [
             f"images     {num_images:,} of {facts.width}x{facts.height}, {facts.mode}"
             + f" {facts.bit_depth} bit" * (facts.bit_depth != 8),
-            f"network    {type(unet).__name__}, {parameters / 1e6:.1f}M parameters"
+            f"network    {type(unet).__name__}, {parameters:,} parameters"
             + f", channels {'-'.join(map(str, channels))}" * bool(channels),
             f"diffusion  T={diffusion.num_train_timesteps}, {diffusion.beta_schedule}, "
             f"predicts {diffusion.prediction_type}",

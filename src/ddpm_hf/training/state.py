@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,10 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 _MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8})")
+_LEFTOVER = re.compile(r"(\.del-)?(?P<kind>\.(new|old|del)-)(?P<name>model|step-\d{8})")
+# What a run replaces or cuts: such files of somebody else's must not be there when it begins.
+_WRITTEN = ("model", "config.yaml", "metrics.jsonl")
+_LOCK_PATIENCE_S = 15.0
 
 
 class CheckpointError(ValueError):
@@ -111,7 +116,7 @@ def save_checkpoint(folder: Path, state: TrainState, facts: dict[str, Any], keep
         the path of the new checkpoint.
     Raises:
         ValueError: if a weight is not finite; nothing is written then.
-        OSError: if the disk refuses; older checkpoints are untouched then.
+        OSError, SafetensorError: if the disk refuses; older checkpoints are untouched then.
     """
     target = folder / f"step-{state.step:08d}"
     files = state.tensors()
@@ -231,38 +236,51 @@ def sweep(folder: Path) -> None:
     if not folder.is_dir():
         return
     for leftover in folder.iterdir():
-        kind, _, name = leftover.name.partition("-")
-        if kind == ".old" and not (folder / name).exists():
-            os.rename(leftover, folder / name)
-        elif kind in (".old", ".new", ".del"):
+        found = _LEFTOVER.fullmatch(leftover.name) if leftover.is_dir() else None
+        if found and found["kind"] == ".old-" and not (folder / found["name"]).exists():
+            os.rename(leftover, folder / found["name"])
+        elif found:
             _remove(leftover)
 
 
 @contextlib.contextmanager
-def run_lock(output_dir: Path, is_main_process: bool = True) -> Iterator[None]:
+def run_lock(output_dir: Path) -> Iterator[None]:
     """Hold `output_dir` (made if missing) for this run alone, until the block or process ends.
 
-    Of several processes of one run the main one holds it.
+    A run that fails before it has written anything else leaves no folder that was not there.
 
     Raises:
-        CheckpointError: if it cannot be written, or another run holds it.
+        CheckpointError: if it cannot be written, another run holds it, or it holds other things.
     """
-    if not is_main_process:
-        yield
-        return
+    was_there, file = output_dir.exists(), output_dir / ".lock"
+    _refuse_foreign_files(output_dir)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(output_dir / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
+        lock = open(file, "a+", encoding="utf-8")  # noqa: SIM115
     except OSError as error:
         raise CheckpointError(
             f"cannot write to output_dir {output_dir}: {error.strerror}; choose another one"
         ) from error
-    with lock:
-        _lock_or_raise(lock, output_dir)
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        yield
+    try:
+        with lock:
+            _lock_or_raise(lock, output_dir)
+            lock.truncate(0)
+            lock.write(str(os.getpid()))
+            lock.flush()
+            yield
+    finally:
+        if not was_there and list(output_dir.iterdir()) == [file]:
+            shutil.rmtree(output_dir)
+
+
+def _refuse_foreign_files(output_dir: Path) -> None:
+    is_a_run = (output_dir / ".lock").exists() or list_checkpoints(output_dir / "checkpoints")
+    foreign = [name for name in _WRITTEN if (output_dir / name).exists()]
+    if foreign and not is_a_run:
+        raise CheckpointError(
+            f"output_dir {output_dir} holds {', '.join(foreign)}, which no run of training put "
+            "there and this one would replace; choose another one"
+        )
 
 
 def _lock_or_raise(lock: Any, output_dir: Path) -> None:
@@ -270,14 +288,30 @@ def _lock_or_raise(lock: Any, output_dir: Path) -> None:
         import fcntl
     except ImportError:  # Windows has no flock; two runs in one folder are then the user's care.
         return
+    deadline = time.monotonic() + _LOCK_PATIENCE_S
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.seek(0)
+            holder = lock.read()
+            # The workers of a killed run hold its lock for the seconds until they notice.
+            if _is_alive(holder) or time.monotonic() > deadline:
+                raise CheckpointError(
+                    f"output_dir {output_dir} is in use by process {holder or '?'}; wait for it, "
+                    "or choose another one"
+                ) from error
+        time.sleep(0.2)
+
+
+def _is_alive(pid: str) -> bool:
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        lock.seek(0)
-        raise CheckpointError(
-            f"output_dir {output_dir} is in use by process {lock.read() or '?'}; wait for it, or "
-            "choose another one"
-        ) from error
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 def write_json(path: Path, value: Any) -> None:
