@@ -10,10 +10,10 @@ from diffusers import UNet2DModel
 from PIL import Image
 
 from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler
-from ddpm_hf.cli import main
+from ddpm_hf.cli import main, run_command
 from ddpm_hf.data import ImageFacts
 from ddpm_hf.pictures import image_grid
-from ddpm_hf.training import ConfigError, build_unet, parse_config
+from ddpm_hf.training import ConfigError, TrainingError, build_unet, parse_config
 from ddpm_hf.training.model import size_multiple
 
 
@@ -159,6 +159,79 @@ def test_a_bad_recipe_is_explained(tmp_path, recipe, said):
 
 
 # Pictures
+
+
+@pytest.mark.parametrize(
+    ("argv", "flip"),
+    [
+        (["--random-flip", "./photos"], True),
+        (["./photos", "--random-flip"], True),
+        (["--random-flip", "--seed", "1", "./photos"], True),
+        (["--random-flip", "false", "./photos"], False),
+        (["./photos"], False),
+    ],
+)
+def test_a_switch_leaves_the_data_set_alone(argv, flip):
+    config = parse_config(argv)
+    assert (config.dataset, config.random_flip) == ("./photos", flip)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["x", "--output-dir", ""], "output_dir is empty"),
+        (["x", "--seed", str(2**32)], "seed must be below"),
+    ],
+)
+def test_an_option_out_of_range_is_named(argv, said):
+    with pytest.raises(ConfigError, match=said):
+        parse_config(argv)
+
+
+def test_a_bare_no_in_a_recipe_is_the_precision(tmp_path):
+    (tmp_path / "r.yaml").write_text("dataset: x\nmixed_precision: no\n")
+    assert parse_config(["--config", str(tmp_path / "r.yaml")]).mixed_precision == "no"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[1]", "must hold an object"),
+        ('{"blok_out_channels": [8, 8]}', "did you mean 'block_out_channels'"),
+        ('{"in_channels": "3"}', "unet_config"),
+        ("{", "unet_config"),
+    ],
+)
+def test_a_network_file_that_makes_no_network_is_explained(tmp_path, content, said):
+    file = tmp_path / "unet.json"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=said):
+        build_unet(ImageFacts("L", 8, 8), "cpu", str(file))
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (TrainingError("lost"), 1, "error: lost"),
+        (OSError("disk"), 1, "error: disk"),
+        (ConfigError("bad"), 2, "error: bad"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_the_end_of_a_command_is_one_line(error, status, said, capsys):
+    def command(argv):
+        raise error
+
+    assert run_command(command, []) == status
+    assert capsys.readouterr().err.strip().endswith(said)
+
+
+def test_an_error_nobody_foresaw_keeps_its_traceback():
+    def command(argv):
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_command(command, [])
 
 
 def test_a_grid_shows_every_image_in_its_place():

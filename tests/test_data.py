@@ -895,6 +895,12 @@ def test_paths_are_read_under_the_folder_that_the_caller_names(tmp_path, countin
     assert asked == []
 
 
+def test_a_transform_is_refused_instead_of_ignored(tmp_path):
+    dataset = load_images(folder_of(tmp_path, CLASSES))
+    with pytest.raises(DataError, match=r"transform.*reset_format"):
+        prepare_images(dataset.with_transform(lambda rows: rows))
+
+
 def test_part_of_a_folder_needs_to_be_told_where_it_lies(tmp_path):
     dataset = load_images(folder_of(tmp_path, CLASSES)).select([4, 0])
     with pytest.raises(DataError, match=r"2 of 2 rows.*name the folder with.*image_root="):

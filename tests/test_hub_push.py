@@ -728,6 +728,38 @@ def test_training_outlives_a_hub_that_fails_and_says_how_to_push(client, hub, tm
 
 
 @pytest.mark.slow
+def test_training_that_could_not_push_pushes_when_it_is_run_again(client, hub, tmp_path):
+    hub.fault("/commit/main", status=503, times=999)
+    assert train_on_the_hub(client, hub, tmp_path)[0] == 3
+    hub.faults.clear()
+    status, out, err = train_on_the_hub(client, hub, tmp_path)
+    assert status == 0, err
+    assert "Pushed to" in out
+    local = local_files(tmp_path / "run/model")
+    assert without_cards(hub.repo("user/trained").files()) == without_cards(local)
+
+
+@pytest.mark.slow
+def test_the_pipelines_own_push_leaves_no_weights_of_an_earlier_one_in_force(
+    client, hub, checkpoint
+):
+    load = "from ddpm_hf import GaussianDDPMPipeline as P; pipe = P.from_pretrained(folder)"
+    client.run(load, folder=checkpoint)
+    client.run("pipe.save_pretrained('shards', max_shard_size='20KB')")
+    client.run("P.from_pretrained('shards').save_pretrained('shards', max_shard_size='20KB')")
+    shards = "from pathlib import Path; result = [p.name for p in Path('shards/unet').iterdir()]"
+    assert len(client.run(shards)) > 3
+    client.run(
+        "from huggingface_hub import HfApi; HfApi().create_repo('user/own', exist_ok=True)\n"
+        "HfApi().upload_folder(repo_id='user/own', folder_path='shards')"
+    )
+    assert f"{WEIGHTS}.index.json" in hub.repo("user/own").files()
+    client.run("pipe.push_to_hub('user/own')")
+    files = hub.repo("user/own").files()
+    assert [name for name in files if "safetensors" in name] == [WEIGHTS]
+
+
+@pytest.mark.slow
 def test_training_that_may_not_push_does_not_start(client, hub, tmp_path):
     status, _, err = train_on_the_hub(client, hub, tmp_path, "other/trained")
     assert status == 2

@@ -3,8 +3,11 @@
 import json
 import math
 import os
+import resource
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -391,6 +394,109 @@ def test_only_the_newest_checkpoints_are_kept_and_other_folders_left_alone(tmp_p
     assert names == ["step-00000004", "step-00000005", "step-00000006", "step-mine"]
 
 
+def test_a_folder_with_a_model_of_somebody_else_is_not_written_to(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.py").write_text("x = 1")
+    with pytest.raises(CheckpointError, match="holds model, which no run"):
+        run(tmp_path)
+    assert [p.name for p in tmp_path.rglob("*")] == ["model", "mine.py"]
+
+
+def test_what_a_person_puts_into_a_run_stays(tmp_path):
+    run(tmp_path, max_train_steps=2)
+    (tmp_path / "model" / "LICENSE").write_text("MIT")
+    for name in (".new-idea", ".old-photos"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".new-note.txt").write_text("x")
+    run(tmp_path, max_train_steps=4)
+    assert (tmp_path / "model" / "LICENSE").read_text() == "MIT"
+    assert all((tmp_path / n).exists() for n in (".new-idea", ".old-photos", ".new-note.txt"))
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path):
+    with pytest.raises(ConfigError, match="channels"):
+        run(tmp_path / "new", dataset=[torch.zeros(7, 8, 8)])
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_disk_that_refuses_for_a_while_costs_only_what_was_due_then(tmp_path, caplog):
+    """Files may not grow beyond 2 kB from update 2 to update 4, as on a disk that is full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+
+    class Disk(Images):
+        def __getitem__(self, index):
+            if self.reads in (5, 17):  # before the second and the fifth update
+                limit(2000 if self.reads == 5 else limits[0])
+            return super().__getitem__(index)
+
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        result = run(tmp_path, dataset=Disk(tiny_images(), None, None), logging_steps=2)
+    finally:
+        limit(limits[0])
+        signal.signal(signal.SIGXFSZ, before)
+    assert "could not save at update 2" in caplog.text
+    assert "could not export the model at update 2" in caplog.text
+    assert result.num_steps == 6
+    straight = run(tmp_path / "straight")
+    assert_equal_bits(checkpoint(tmp_path, 6), checkpoint(tmp_path / "straight", 6))
+    assert straight.model_dir.exists()
+
+
+# Few steps leave a gap before the first one, which the scheduler says.
+@pytest.mark.filterwarnings("ignore:timestep_spacing")
+def test_a_run_that_was_cut_short_before_its_model_was_written_writes_it_now(tmp_path):
+    options = {"num_samples": 1, "sample_inference_steps": 2, "max_train_steps": 2}
+    result = run(tmp_path, **options)
+    shutil.rmtree(result.model_dir)
+    shutil.rmtree(tmp_path / "samples")
+    before = checkpoint(tmp_path, 2)
+    run(tmp_path, **options)
+    assert json.loads((result.model_dir / "training.json").read_text())["steps"] == 2
+    assert (result.model_dir / "samples.png").exists()
+    assert_equal_bits(before, checkpoint(tmp_path, 2))
+
+
+def test_a_checkpoint_before_the_first_log_entry_comes_with_its_model(tmp_path, caplog):
+    seen = []
+    images = Images(tiny_images(), 10, lambda: seen.append((tmp_path / "model").exists()))
+    run(tmp_path, dataset=images, checkpointing_steps=1, logging_steps=5)
+    assert seen == [True]
+    assert "could not" not in caplog.text
+
+
+class FailsToSample(UNet2DModel):
+    def forward(self, *args, **options):
+        if not self.training:
+            raise torch.OutOfMemoryError("no room")
+        return super().forward(*args, **options)
+
+
+def test_a_failure_to_draw_comes_after_the_update_was_saved_and_says_what_to_do(tmp_path):
+    unet = FailsToSample(**{k: v for k, v in tiny_unet().config.items() if k[0] != "_"})
+    with pytest.raises(TrainingError, match="gradient_accumulation_steps 2"):
+        run(tmp_path, unet=unet, num_samples=1, sample_steps=3, checkpointing_steps=3)
+    assert checkpoint(tmp_path, 3)
+
+
+def test_the_lock_of_a_killed_run_is_waited_for_until_its_workers_end(tmp_path):
+    """They inherit it, and notice the death of their parent only after seconds."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / ".lock").write_text(str(dead.pid))
+    hold = "import fcntl, sys, time; f = open(sys.argv[1]); fcntl.flock(f, 2); print(flush=True)"
+    worker = subprocess.Popen(
+        [sys.executable, "-c", f"{hold}; time.sleep(1)", str(tmp_path / ".lock")],
+        stdout=subprocess.PIPE,
+    )
+    worker.stdout.readline()
+    assert run(tmp_path, max_train_steps=2).num_steps == 2
+    assert worker.wait() == 0
+
+
 # What comes out, and what can go in
 
 
@@ -488,6 +594,66 @@ def test_a_pretrained_folder_without_a_model_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="empty"):
         train(tiny_config(tmp_path / "run", pretrained=str(tmp_path / "empty")), dataset=[])
+
+
+@pytest.mark.filterwarnings("ignore:timestep_spacing")
+@pytest.mark.parametrize("size", [16, 6])
+def test_fine_tuning_at_another_size_makes_a_model_of_that_size(tmp_path, pretrained, size):
+    images = [torch.zeros(1, size, size)] * 4
+    config = tiny_config(
+        tmp_path / "run", pretrained=str(pretrained[1]), max_train_steps=1, num_samples=1,
+        sample_inference_steps=2, lr_warmup_steps=0,
+    )  # fmt: skip
+    pipe = DDPMPipeline.from_pretrained(train(config, dataset=images).model_dir)
+    assert pipe.unet.config.sample_size == size
+    assert pipe(num_inference_steps=2, output_type="np").images.shape == (1, size, size, 1)
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ({"unet": torch.nn.Linear(2, 2)}, "must be a diffusers UNet2DModel, got Linear"),
+        ({"unet": tiny_unet().bfloat16()}, "float32"),
+        ({"unet": tiny_unet().requires_grad_(False)}, "require gradients"),
+        ({"unet": tiny_unet(out_channels=2)}, "a learned variance"),
+        (
+            {"scheduler": GaussianDDPMScheduler(variance_type="learned_range")},
+            "variance_type is 'learned_range'",
+        ),
+        ({"dataset": []}, "at least one float tensor"),
+        ({"dataset": [(torch.zeros(1, 8, 8), 3)]}, "the first is tuple"),
+        ({"dataset": iter([])}, "list_iterator"),
+    ],
+)
+def test_parts_that_cannot_be_trained_are_refused_before_the_first_update(tmp_path, parts, said):
+    parts = {"unet": tiny_unet(), "dataset": tiny_images()} | parts
+    with pytest.raises(ConfigError, match=said):
+        train(tiny_config(tmp_path / "run"), **parts)
+    assert not (tmp_path / "run").exists()
+
+
+def test_resuming_with_other_parts_is_refused_with_what_differs(tmp_path):
+    run(tmp_path, max_train_steps=2)
+    for parts, said in (
+        ({"unet": tiny_unet(dropout=0.5)}, r"network dropout: 0.0 -> 0.5"),
+        ({"unet": tiny_unet(block_out_channels=(8, 16))}, "network block_out_channels"),
+        (
+            {"scheduler": GaussianDDPMScheduler(50, beta_schedule="squaredcos_cap_v2")},
+            "diffusion num_train_timesteps: 1000 -> 50",
+        ),
+        ({"dataset": tiny_images()[::-1]}, "images digest"),
+        ({"dataset": tiny_images(12)}, "images number: 11 -> 12"),
+    ):
+        parts = {"unet": tiny_unet(), "dataset": tiny_images()} | parts
+        with pytest.raises(ConfigError, match=said):
+            train(tiny_config(tmp_path, max_train_steps=4), **parts)
+    assert run(tmp_path, max_train_steps=4, dataset=tiny_images()).num_steps == 4
+
+
+def test_fewer_updates_than_were_done_are_refused(tmp_path):
+    run(tmp_path, max_train_steps=4)
+    with pytest.raises(ConfigError, match=r"max_train_steps is 3.*4 updates already"):
+        run(tmp_path, max_train_steps=3)
 
 
 def only_pickles(folder):

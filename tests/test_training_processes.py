@@ -167,3 +167,20 @@ def test_bad_input_is_one_line_and_status_2_and_leaves_nothing(arguments, said, 
     assert said in last
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.glob("runs/*/*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "arguments", [["/nowhere/photos"], ["PHOTOS", "--split", "trian"], ["PHOTOS", "IN USE"]]
+)
+def test_bad_input_to_two_processes_is_one_line_too(arguments, photos, tmp_path):
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    output = ["--output-dir", str(tmp_path / ("run" if "IN USE" in arguments else "other"))]
+    arguments = [a.replace("PHOTOS", str(photos)) for a in arguments if a != "IN USE"]
+    done = subprocess.run(
+        [*TWO, *arguments, *output], env=environment(tmp_path), capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    ours = [line for line in done.stderr.splitlines() if line.startswith("ddpm-hf: error:")]
+    assert len(ours) == 1, done.stderr
+    # The launcher says in a traceback of its own that its processes failed; ours say no more.
+    assert "ddpm_hf/training/" not in done.stderr
