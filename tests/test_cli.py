@@ -14,7 +14,7 @@ from ddpm_hf.cli import main, run_command
 from ddpm_hf.data import ImageFacts
 from ddpm_hf.pictures import image_grid
 from ddpm_hf.training import ConfigError, TrainingError, build_unet, parse_config
-from ddpm_hf.training.model import size_multiple
+from ddpm_hf.training.proposals import size_multiple
 
 
 @pytest.fixture(scope="module")

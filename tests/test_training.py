@@ -17,8 +17,8 @@ from torch.testing import assert_close
 
 from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler, TrainingConfig, train
 from ddpm_hf.training import ConfigError, TrainingError
-from ddpm_hf.training.model import rate_from_scratch
-from ddpm_hf.training.state import CheckpointError
+from ddpm_hf.training.folder import CheckpointError
+from ddpm_hf.training.proposals import rate_from_scratch
 
 
 def tiny_unet(**overrides):

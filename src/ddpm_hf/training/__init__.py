@@ -3,7 +3,8 @@
 
 from ddpm_hf.training.config import ConfigError, TrainingConfig, parse_config
 from ddpm_hf.training.loop import TrainingError, TrainingResult, train, train_step
-from ddpm_hf.training.model import build_images, build_scheduler, build_unet
+from ddpm_hf.training.parts import build_images
+from ddpm_hf.training.proposals import build_scheduler, build_unet
 
 __all__ = [
     "ConfigError",

@@ -16,8 +16,9 @@ from accelerate import Accelerator
 from ddpm_hf.model_card import origin_of, write_model_card
 from ddpm_hf.pipeline_ddpm_hf import GaussianDDPMPipeline
 from ddpm_hf.training.config import TrainingConfig
-from ddpm_hf.training.model import Parts
-from ddpm_hf.training.state import TrainState, replacing_folder, write_json
+from ddpm_hf.training.folder import replacing_folder, write_json
+from ddpm_hf.training.parts import Parts
+from ddpm_hf.training.state import TrainState
 
 # Names of people's folders are nobody else's business.
 _LOCAL_OPTIONS = ("dataset", "output_dir", "pretrained", "push_to_hub", "unet_config")

@@ -34,7 +34,8 @@ from ddpm_hf.randomness import Batches, noise_and_timesteps, seed_of
 from ddpm_hf.scheduling_ddpm_hf import GaussianDDPMScheduler
 from ddpm_hf.training.config import ConfigError, TrainingConfig, continued
 from ddpm_hf.training.export import export_model, training_facts
-from ddpm_hf.training.model import Parts, assemble
+from ddpm_hf.training.folder import run_lock, sweep
+from ddpm_hf.training.parts import Parts, assemble
 from ddpm_hf.training.processes import on_main
 from ddpm_hf.training.report import Journal, describe, duration, outcome, trackers
 from ddpm_hf.training.signals import StopSignal
@@ -43,9 +44,7 @@ from ddpm_hf.training.state import (
     find_checkpoint,
     read_checkpoint,
     read_facts,
-    run_lock,
     save_checkpoint,
-    sweep,
 )
 
 logger = logging.getLogger(__name__)

@@ -9,10 +9,7 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import re
-import shutil
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,21 +20,14 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ddpm_hf.portable_ddpm_hf import check_finite, sync
+from ddpm_hf.portable_ddpm_hf import check_finite
+from ddpm_hf.training.folder import CheckpointError, remove_folder, replacing_folder, write_json
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 _MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8})")
-_LEFTOVER = re.compile(r"(\.del-)?(?P<kind>\.(new|old|del)-)(?P<name>model|step-\d{8})")
-# What a run replaces or cuts: such files of somebody else's must not be there when it begins.
-_WRITTEN = ("model", "config.yaml", "metrics.jsonl")
-_LOCK_PATIENCE_S = 15.0
-
-
-class CheckpointError(ValueError):
-    """A run folder or checkpoint that cannot be used."""
 
 
 @dataclass
@@ -140,7 +130,7 @@ def _prune(newest: Path, keep: int) -> None:
     others = [path for path in list_checkpoints(newest.parent) if path != newest]
     earlier = [path for path in others if path.name < newest.name]
     for path in set(others) - set(earlier[: keep - 1]):
-        _remove(path)
+        remove_folder(path)
 
 
 def find_checkpoint(folder: Path) -> Path | None:
@@ -203,123 +193,6 @@ def verify_checkpoint(path: Path) -> None:
             raise CheckpointError(f"{path / name}: content differs from {_MANIFEST}")
 
 
-@contextlib.contextmanager
-def replacing_folder(target: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `target` when the block ends without an error.
-
-    Everything written is on disk before the rename. A crash leaves either the old folder or the
-    new one under the name `target`, or, in the instant between two renames, the old one beside it
-    (`sweep` puts it back).
-    """
-    temporary = target.with_name(f".new-{target.name}")
-    retired = target.with_name(f".old-{target.name}")
-    _remove(temporary)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        for path in [*temporary.rglob("*"), temporary]:
-            sync(path)
-    except BaseException:
-        _remove(temporary)
-        raise
-    _remove(retired)
-    if target.exists():
-        os.rename(target, retired)
-    os.rename(temporary, target)
-    sync(target.parent)
-    _remove(retired)
-
-
-def sweep(folder: Path) -> None:
-    """Clear what a crash left in `folder`: half-written folders go, a retired one without its
-    successor returns."""
-    if not folder.is_dir():
-        return
-    for leftover in folder.iterdir():
-        found = _LEFTOVER.fullmatch(leftover.name) if leftover.is_dir() else None
-        if found and found["kind"] == ".old-" and not (folder / found["name"]).exists():
-            os.rename(leftover, folder / found["name"])
-        elif found:
-            _remove(leftover)
-
-
-@contextlib.contextmanager
-def run_lock(output_dir: Path) -> Iterator[None]:
-    """Hold `output_dir` (made if missing) for this run alone, until the block or process ends.
-
-    A run that fails before it has written anything else leaves no folder that was not there.
-
-    Raises:
-        CheckpointError: if it cannot be written, another run holds it, or it holds other things.
-    """
-    was_there, file = output_dir.exists(), output_dir / ".lock"
-    _refuse_foreign_files(output_dir)
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(file, "a+", encoding="utf-8")  # noqa: SIM115
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write to output_dir {output_dir}: {error.strerror}; choose another one"
-        ) from error
-    try:
-        with lock:
-            _lock_or_raise(lock, output_dir)
-            lock.truncate(0)
-            lock.write(str(os.getpid()))
-            lock.flush()
-            yield
-    finally:
-        if not was_there and list(output_dir.iterdir()) == [file]:
-            shutil.rmtree(output_dir)
-
-
-def _refuse_foreign_files(output_dir: Path) -> None:
-    is_a_run = (output_dir / ".lock").exists() or list_checkpoints(output_dir / "checkpoints")
-    foreign = [name for name in _WRITTEN if (output_dir / name).exists()]
-    if foreign and not is_a_run:
-        raise CheckpointError(
-            f"output_dir {output_dir} holds {', '.join(foreign)}, which no run of training put "
-            "there and this one would replace; choose another one"
-        )
-
-
-def _lock_or_raise(lock: Any, output_dir: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows has no flock; two runs in one folder are then the user's care.
-        return
-    deadline = time.monotonic() + _LOCK_PATIENCE_S
-    while True:
-        try:
-            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            lock.seek(0)
-            holder = lock.read()
-            # The workers of a killed run hold its lock for the seconds until they notice.
-            if _is_alive(holder) or time.monotonic() > deadline:
-                raise CheckpointError(
-                    f"output_dir {output_dir} is in use by process {holder or '?'}; wait for it, "
-                    "or choose another one"
-                ) from error
-        time.sleep(0.2)
-
-
-def _is_alive(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return True
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON; NaN and infinities are refused."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
-
-
 def _manifest(folder: Path) -> dict[str, Any]:
     files = {path.name: _digest(path) for path in sorted(folder.iterdir())}
     return {"format_version": FORMAT_VERSION, "files": files}
@@ -331,13 +204,3 @@ def _digest(path: Path) -> dict[str, Any]:
             "bytes": path.stat().st_size,
             "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
         }
-
-
-def _remove(path: Path) -> None:
-    """Delete a folder; renamed first, so that a crash never leaves half of it under its name."""
-    if not path.exists():
-        return
-    doomed = path.with_name(f".del-{path.name}")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.rename(path, doomed)
-    shutil.rmtree(doomed)

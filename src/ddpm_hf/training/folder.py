@@ -1,0 +1,149 @@
+"""The folder of a run: nothing in it is half-written, and one run at a time has it."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ddpm_hf.portable_ddpm_hf import sync
+
+_LEFTOVER = re.compile(r"(\.del-)?(?P<kind>\.(new|old|del)-)(?P<name>model|step-\d{8})")
+# What a run replaces or cuts: such files of somebody else's must not be there when it begins.
+_WRITTEN = ("model", "config.yaml", "metrics.jsonl")
+_LOCK_PATIENCE_S = 15.0
+
+
+class CheckpointError(ValueError):
+    """A run folder or checkpoint that cannot be used."""
+
+
+@contextlib.contextmanager
+def replacing_folder(target: Path) -> Iterator[Path]:
+    """A new folder that takes the place of `target` when the block ends without an error.
+
+    Everything written is on disk before the rename. A crash leaves either the old folder or the
+    new one under the name `target`, or, in the instant between two renames, the old one beside it
+    (`sweep` puts it back).
+    """
+    temporary = target.with_name(f".new-{target.name}")
+    retired = target.with_name(f".old-{target.name}")
+    remove_folder(temporary)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for path in [*temporary.rglob("*"), temporary]:
+            sync(path)
+    except BaseException:
+        remove_folder(temporary)
+        raise
+    remove_folder(retired)
+    if target.exists():
+        os.rename(target, retired)
+    os.rename(temporary, target)
+    sync(target.parent)
+    remove_folder(retired)
+
+
+def sweep(folder: Path) -> None:
+    """Clear what a crash left in `folder`: half-written folders go, a retired one without its
+    successor returns."""
+    if not folder.is_dir():
+        return
+    for leftover in folder.iterdir():
+        found = _LEFTOVER.fullmatch(leftover.name) if leftover.is_dir() else None
+        if found and found["kind"] == ".old-" and not (folder / found["name"]).exists():
+            os.rename(leftover, folder / found["name"])
+        elif found:
+            remove_folder(leftover)
+
+
+@contextlib.contextmanager
+def run_lock(output_dir: Path) -> Iterator[None]:
+    """Hold `output_dir` (made if missing) for this run alone, until the block or process ends.
+
+    A run that fails before it has written anything else leaves no folder that was not there.
+
+    Raises:
+        CheckpointError: if it cannot be written, another run holds it, or it holds other things.
+    """
+    was_there, file = output_dir.exists(), output_dir / ".lock"
+    _refuse_foreign_files(output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(file, "a+", encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write to output_dir {output_dir}: {error.strerror}; choose another one"
+        ) from error
+    try:
+        with lock:
+            _lock_or_raise(lock, output_dir)
+            lock.truncate(0)
+            lock.write(str(os.getpid()))
+            lock.flush()
+            yield
+    finally:
+        if not was_there and list(output_dir.iterdir()) == [file]:
+            shutil.rmtree(output_dir)
+
+
+def _refuse_foreign_files(output_dir: Path) -> None:
+    is_a_run = (output_dir / ".lock").exists() or list(output_dir.glob("checkpoints/step-*"))
+    foreign = [name for name in _WRITTEN if (output_dir / name).exists()]
+    if foreign and not is_a_run:
+        raise CheckpointError(
+            f"output_dir {output_dir} holds {', '.join(foreign)}, which no run of training put "
+            "there and this one would replace; choose another one"
+        )
+
+
+def _lock_or_raise(lock: Any, output_dir: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows has no flock; two runs in one folder are then the user's care.
+        return
+    deadline = time.monotonic() + _LOCK_PATIENCE_S
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.seek(0)
+            holder = lock.read()
+            # The workers of a killed run hold its lock for the seconds until they notice.
+            if _is_alive(holder) or time.monotonic() > deadline:
+                raise CheckpointError(
+                    f"output_dir {output_dir} is in use by process {holder or '?'}; wait for it, "
+                    "or choose another one"
+                ) from error
+        time.sleep(0.2)
+
+
+def _is_alive(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON; NaN and infinities are refused."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder; renamed first, so that a crash never leaves half of it under its name."""
+    if not path.exists():
+        return
+    doomed = path.with_name(f".del-{path.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)

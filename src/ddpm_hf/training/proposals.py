@@ -1,0 +1,154 @@
+"""What is proposed from the images and the machine, where the options leave it open."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+
+from ddpm_hf.data import ImageFacts
+from ddpm_hf.data.sources import did_you_mean
+from ddpm_hf.scheduling_ddpm_hf import GaussianDDPMScheduler
+from ddpm_hf.training.config import ConfigError, TrainingConfig
+
+# Channels of each level in units of the first, by number of levels. With 4 levels and 128
+# channels this is the 35.7M network of DDPM (2006.11239, appendix B) for CIFAR-10, with 6 levels
+# the 114M one for 256 pixels.
+_CHANNEL_MULTIPLIERS = {
+    2: (1, 2),
+    3: (1, 2, 2),
+    4: (1, 2, 2, 2),
+    5: (1, 1, 2, 2, 4),
+    6: (1, 1, 2, 2, 4, 4),
+}
+
+
+def propose(
+    config: TrainingConfig, num_images: int, size: int, device: str, num_shares: int = 1
+) -> TrainingConfig:
+    """`config` with every option about the course of the training that was left open filled in.
+
+    Args:
+        config: the options as given.
+        num_images: how many images there are.
+        size: their longer side in pixels.
+        device: "cpu" or the kind of accelerator; a CPU gets a shorter run.
+        num_shares: processes x accumulation steps, which share a batch equally.
+    Returns:
+        a complete configuration: the recipe that gives the same run again.
+    Raises:
+        ConfigError: if the batch does not divide into equal shares.
+    """
+    on_cpu = device == "cpu"
+    usual = (32 if size <= 32 else 16) if on_cpu else (64 if size <= 64 else 32)
+    batch_size = config.batch_size or max(usual // num_shares, 1) * num_shares
+    if batch_size % num_shares:
+        raise ConfigError(
+            f"batch_size {batch_size} does not divide into {num_shares} equal shares (processes x "
+            f"gradient_accumulation_steps); {batch_size // num_shares * num_shares or num_shares} "
+            f"and {(batch_size // num_shares + 1) * num_shares} do"
+        )
+    # 400 passes over a small set, within what an evening (CPU) or a night (GPU) allows.
+    passes = max(400 * num_images // batch_size, 2000)
+    longest = (5000 if size <= 32 else 3000) if on_cpu else 50_000
+    steps = config.max_train_steps or min(passes, longest)
+    warmup = config.lr_warmup_steps
+    return dataclasses.replace(
+        config,
+        max_train_steps=steps,
+        batch_size=batch_size,
+        lr_warmup_steps=min(steps // 20, 1000) if warmup is None else warmup,
+        sample_steps=config.sample_steps or (250 if on_cpu else 1000),
+        checkpointing_steps=config.checkpointing_steps or (250 if on_cpu else 1000),
+    )
+
+
+def rate_from_scratch(unet: torch.nn.Module) -> float:
+    """The peak learning rate of a new network.
+
+    DDPM's networks, of 128 channels, took 1e-4 to 2e-4 (2006.11239, appendix B); Adam's best rate
+    falls with the width (2203.03466). The bound is what was tried, with 32 channels.
+    """
+    channels = getattr(getattr(unet, "config", None), "block_out_channels", (128,))
+    return float(min(max(1e-4 * 128 / channels[0], 1e-4), 4e-4))
+
+
+def build_unet(facts: ImageFacts, device: str, config_file: str | None = None) -> UNet2DModel:
+    """A fresh UNet2DModel for such images, from `config_file` or proposed.
+
+    Args:
+        facts: mode and size of the images.
+        device: "cpu" gets a quarter of the channels, so that a step takes a fraction of a second.
+        config_file: JSON file with arguments of `UNet2DModel`.
+    Raises:
+        ConfigError: if the file cannot be read, or its network does not fit the images.
+    """
+    if config_file is not None:
+        return _unet_from_file(config_file)
+    size = max(facts.height, facts.width)
+    # Halve down to 4 pixels for small images, to 8 for larger ones.
+    levels = 1 + (size // (4 if size < 64 else 8)).bit_length() - 1
+    multipliers = _CHANNEL_MULTIPLIERS[min(max(levels, 2), 6)]
+    # At 16 pixels, as in DDPM; a CPU spends a third of its time there, and the middle block at the
+    # lowest resolution has attention in any case.
+    sides = [-(-size // 2**level) for level in range(len(multipliers))]
+    attention = [device != "cpu" and 8 < side <= 16 for side in sides]
+    return UNet2DModel(
+        sample_size=padded_size(facts, 2 ** (len(multipliers) - 1)),
+        in_channels=facts.num_channels,
+        out_channels=facts.num_channels,
+        block_out_channels=tuple((32 if device == "cpu" else 128) * m for m in multipliers),
+        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention),
+        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
+        attention_head_dim=64,  # 64 channels a head were best in 2105.05233, table 3
+    )
+
+
+def padded_size(facts: ImageFacts, multiple: int) -> int | tuple[int, int]:
+    """The images' size once padded to a multiple, as `UNet2DModel` takes it."""
+    height, width = (-(-n // multiple) * multiple for n in (facts.height, facts.width))
+    return height if height == width else (height, width)
+
+
+def _unet_from_file(path: str) -> UNet2DModel:
+    try:
+        arguments = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(arguments, dict):
+            raise TypeError(f"it must hold an object, got {arguments!r:.50}")
+        known = UNet2DModel._get_init_keys(UNet2DModel)
+        for key in arguments:
+            if key not in known and not key.startswith("_"):
+                raise ValueError(f"it has no argument {key!r}{did_you_mean(key, known)}")
+        unet: UNet2DModel = UNet2DModel.from_config(arguments)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"unet_config {path} does not make a UNet2DModel: {error}") from error
+    return unet
+
+
+def size_multiple(unet: torch.nn.Module) -> int:
+    """Height and width of the network's input must be multiples of this."""
+    blocks = getattr(getattr(unet, "config", None), "block_out_channels", (0,))
+    return int(2 ** (len(blocks) - 1))
+
+
+def build_scheduler(
+    config: TrainingConfig, pretrained: GaussianDDPMScheduler | None = None
+) -> GaussianDDPMScheduler:
+    """The scheduler: proposed, or the pretrained model's, with the options over it.
+
+    Args:
+        config: the options.
+        pretrained: the scheduler of the model that is fine-tuned. Where that is a bare network, the
+            defaults of diffusers are the best guess of what it was trained with.
+    """
+    names = ("num_train_timesteps", "beta_schedule", "prediction_type", "variance_type")
+    chosen = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    before: Any = pretrained.config if pretrained is not None else {}
+    if config.pretrained is None:
+        # After 750 updates on MNIST these draw clean digits, DDPM's linear betas with epsilon grey
+        # ones.
+        before = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
+    scheduler: GaussianDDPMScheduler = GaussianDDPMScheduler.from_config(before, **chosen)
+    return scheduler
