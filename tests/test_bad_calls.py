@@ -87,6 +87,9 @@ CONSTRUCTOR = [
     ("trained_betas", {"trained_betas": np.full(999, 0.1)}, "(999,)"),
     ("trained_betas", {"trained_betas": torch.full((5,), 0.1)}, "(5,)"),
     ("trained_betas", {"trained_betas": "abc"}, "'abc'"),
+    ("trained_betas", {**T10, "trained_betas": ["0.1", "0.2", "0.3"]}, "'0.2'"),
+    ("trained_betas", {**T10, "trained_betas": [0.1, 0.2j, 0.3]}, "0.2j"),
+    ("trained_betas", {**T10, "trained_betas": [[0.1], [0.2, 0.3]]}, "0.2"),
     ("trained_betas", {"trained_betas": {"a": 1}}, "{'a': 1}"),
     ("trained_betas", {"trained_betas": 0.1}, "()"),
     ("trained_betas", {**T10, "trained_betas": [0.1, 0.2, "x"]}, "'x'"),
@@ -309,7 +312,10 @@ def test_the_mathematics_refuses(method, positional, argument):
         {},
         {"beta_start": 0.02, "beta_end": 0.02},
         {"num_train_timesteps": 1, "beta_start": 0.5, "beta_end": 0.5},
-        pytest.param({"num_train_timesteps": 100_000}, marks=pytest.mark.slow),
+        pytest.param(
+            {"num_train_timesteps": 100_000, "beta_schedule": "iddpm_linear"},
+            marks=pytest.mark.slow,
+        ),
         {**T10, "trained_betas": [0.1, 0.2, 1.0], "prediction_type": "sample"},
         {**T10, "trained_betas": (0.1, 0.2, 0.3)},
         {**T10, "trained_betas": np.array([0.1, 0.2, 0.3], dtype=np.float32)},
@@ -320,10 +326,14 @@ def test_the_mathematics_refuses(method, positional, argument):
 def test_valid_controls_pass(config):
     scheduler = new(**config)
     t = scheduler.timesteps[0]
-    scheduler.step(x, t, x)
-    scheduler.step(x, int(t), x, [torch.Generator(), torch.Generator()], eta=1)
-    scheduler.step(x, np.int64(t), x, variance_noise=y)
-    scheduler.step(x, t.expand(2).int(), x)
+    for step in (
+        scheduler.step(x, t, x),
+        scheduler.step(x, int(t), x, [torch.Generator(), torch.Generator()], eta=1),
+        scheduler.step(x, np.int64(t), x, variance_noise=y),
+        scheduler.step(x, t.expand(2).int(), x),
+    ):
+        assert step.prev_sample.isfinite().all()
+        assert step.pred_original_sample.isfinite().all()
     scheduler.set_timesteps(np.int64(1), device="cpu")
 
 
@@ -331,9 +341,3 @@ def test_absurd_configurations_are_refused_before_they_cost_anything():
     for T in (10**9, 10**12, -(10**9)):
         with pytest.raises(ValueError, match="num_train_timesteps"):
             new(num_train_timesteps=T, beta_schedule="squaredcos_cap_v2")
-
-
-def test_the_table_is_long_enough():
-    """The scheduler's share of the 110 bad calls that stock was tried with, and more."""
-    num_calls = len(CONSTRUCTOR) + len(SET_TIMESTEPS) + len(STEP) + 2 * len(LEARNED)
-    assert num_calls + 2 * len(NOISING) >= 110

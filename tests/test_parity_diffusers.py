@@ -442,6 +442,41 @@ def test_an_override_never_leaves_a_stale_extension(override):
         assert changed.config[key] == value
 
 
+@pytest.mark.parametrize(
+    ("name", "override"),
+    [
+        ("const", {"beta_schedule": "squaredcos_cap_v2"}),
+        ("const", {"beta_schedule": "chen_sigmoid"}),
+        ("const", {"beta_end": 0.05}),
+        ("const", {"num_train_timesteps": 50}),
+        ("chen_sigmoid", {"beta_schedule_params": {"tau": 0.3}}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*_ddpm_hf")
+def test_an_override_of_a_schedule_of_ours_does_what_it_says(name, override):
+    ours = GaussianDDPMScheduler(100, beta_schedule=name, prediction_type="v_prediction")
+    changed = GaussianDDPMScheduler.from_config(ours.config, **override)
+    given = {"num_train_timesteps": 100, "beta_schedule": name, "prediction_type": "v_prediction"}
+    want = GaussianDDPMScheduler(**(given | override))
+    assert torch.equal(changed.betas, want.betas)
+    assert changed.config.get("_ddpm_hf") == want.config.get("_ddpm_hf")
+    assert dict(ours.config) == dict(GaussianDDPMScheduler(**given).config)  # untouched
+
+
+@pytest.mark.parametrize("name", COMPATIBLE)
+def test_another_schedulers_own_configuration_is_taken_over(name, tmp_path):
+    other = getattr(diffusers, name)()
+    other.save_pretrained(tmp_path)
+    for ours in (
+        GaussianDDPMScheduler.from_config(other.config),
+        GaussianDDPMScheduler.from_pretrained(tmp_path),
+    ):
+        for key in STOCK_KEYS & other.config.keys() - {"variance_type", "trained_betas"}:
+            assert ours.config[key] == other.config[key], key
+        # DPMSolver's None says that the network learned none.
+        assert ours.config.variance_type == (other.config.get("variance_type") or "fixed_small")
+
+
 @pytest.mark.filterwarnings("ignore:.*_ddpm_hf")
 def test_an_override_by_another_schedule_of_ours_replaces_the_extension():
     ours = GaussianDDPMScheduler(100, beta_schedule="const")

@@ -3,12 +3,14 @@
 import copy
 import pickle
 from functools import cache
+from pathlib import Path
 
 import mpmath
 import numpy as np
 import pytest
 import torch
 import torch._dynamo
+from diffusers import DDPMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from mpmath import mpf
 from oracles import (
@@ -31,6 +33,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ddpm_hf.schedules_ddpm_hf import section_timesteps
 from ddpm_hf.scheduling_ddpm_hf import GaussianDDPMScheduler
 
 # Rounding of the ten or so float64 operations behind each coefficient.
@@ -532,10 +535,38 @@ def test_trailing_has_no_step_too_many_where_stock_has():
 
 
 @pytest.mark.parametrize("sections", ["10,10,20", "50", "1", "7,1,30,2", "1000", "334,333,333"])
+@pytest.mark.filterwarnings("ignore:timestep_spacing '1'")
 def test_sections_are_those_of_improved_ddpm(sections):
     scheduler = GaussianDDPMScheduler()
     scheduler.set_timesteps(timestep_spacing=sections)
     assert scheduler.timesteps.tolist() == iddpm_sections(1000, sections)[::-1]
+
+
+@pytest.mark.parametrize("T", [100, 1000])
+def test_a_section_of_any_length_rounds_as_improved_ddpm_does(T):
+    for K in range(1, T + 1):
+        assert section_timesteps(str(K), T).tolist() == iddpm_sections(T, str(K)), K
+
+
+def test_sections_that_start_in_the_signal_warn():
+    with pytest.warns(UserWarning, match="starts at t=500"):
+        GaussianDDPMScheduler().set_timesteps(timestep_spacing="ddim2")
+
+
+def test_assigned_timesteps_are_followed():
+    """Stock takes them so, too."""
+    scheduler, stock = GaussianDDPMScheduler(), DDPMScheduler()
+    x, output = randn(2, 3, dtype=torch.float32), randn(2, 3, seed=1, dtype=torch.float32)
+    for s in (scheduler, stock):
+        s.set_timesteps(10)
+    scheduler.timesteps = torch.tensor([900, 500, 100])
+    stock.set_timesteps(timesteps=[900, 500, 100])
+    assert [scheduler.previous_timestep(t) for t in (900, 500, 100)] == [500, 100, -1]
+    for t in (900, 500):
+        a, b = (s.step(output, t, x, torch.Generator().manual_seed(0)) for s in (scheduler, stock))
+        assert_close(a.prev_sample, b.prev_sample, rtol=1e-3, atol=1e-4)  # its float32 tables
+    with pytest.raises(ValueError, match="strictly descending"):
+        scheduler.timesteps = torch.tensor([1, 2])
 
 
 def test_ddim_sections_take_a_whole_stride():
@@ -724,9 +755,10 @@ def test_a_step_asks_for_few_operations_and_moves_no_table(variance_type):
 
 
 @pytest.mark.parametrize("variance_type", VARIANCE_TYPES)
-def test_nothing_waits_for_a_device(variance_type):
+@pytest.mark.parametrize("thresholding", [{}, {"thresholding": True, "sample_max_value": 2.0}])
+def test_nothing_waits_for_a_device(variance_type, thresholding):
     """A tensor on "meta" has no values: whatever asked for one, as a sync does, would raise."""
-    scheduler, output, x = prepared(variance_type, device="meta", thresholding=False)
+    scheduler, output, x = prepared(variance_type, device="meta", **thresholding)
     assert scheduler.timesteps.device.type == "meta"
     for t in (scheduler.timesteps[3], scheduler.timesteps[:2], 500):
         step = scheduler.step(output, t, x)
@@ -793,7 +825,8 @@ def test_sampling_first_does_not_break_training_later(dtype):
         scheduler.add_noise(x, x, torch.tensor([3, 5]))
     x = randn(2, 3, 8, 8, dtype=dtype)
     output = randn(2, 3, 8, 8, seed=1, dtype=dtype).requires_grad_()
-    for t in (500, scheduler.timesteps[:2].clone()):
+    assert not scheduler.timesteps.is_inference()
+    for t in (500, scheduler.timesteps[:2]):
         scheduler.step(output, t, x).prev_sample.sum().backward()
     scheduler.add_noise(output, x, torch.tensor([3, 5])).sum().backward()
     assert output.grad.isfinite().all()
@@ -872,6 +905,71 @@ def test_a_used_scheduler_is_as_light_to_copy_as_a_new_one():
     scheduler.add_noise(x, x, 5)
     # The table of noising, 1000 timesteps of six float32, and that of the trajectory's rows.
     assert len(pickle.dumps(scheduler)) < new + 2 * 1000 * 6 * 4 + 1000
+
+
+def test_a_generator_is_drawn_from_alike_whatever_the_form_of_t_without_noise():
+    scheduler, output, x = prepared()
+    states = []
+    for t in (500, torch.tensor([500, 500])):
+        generator = torch.Generator().manual_seed(0)
+        scheduler.step(output, t, x, generator, eta=0.0)
+        states.append(generator.get_state())
+    assert torch.equal(states[0], torch.Generator().manual_seed(0).get_state())
+    assert torch.equal(states[0], states[1])
+
+
+def test_an_empty_batch_passes_through():
+    scheduler, x, t = (
+        GaussianDDPMScheduler(),
+        torch.zeros(0, 3, 4),
+        torch.zeros(0, dtype=torch.int64),
+    )
+    for form in (500, t):
+        assert scheduler.step(x, form, x).prev_sample.shape == x.shape
+        assert scheduler.add_noise(x, x, form).shape == x.shape
+        assert scheduler.p_mean_variance(x, form, x).mean.shape == x.shape
+
+
+def test_the_variance_of_the_last_step_is_a_positive_zero():
+    x = torch.zeros(1, 1, dtype=F64)
+    assert 1 / GaussianDDPMScheduler().q_posterior_mean_variance(x, x, 0).variance == torch.inf
+
+
+def test_the_ratio_of_signal_and_noise_is_float32_whatever_torchs_default():
+    scheduler = GaussianDDPMScheduler()
+    torch.set_default_dtype(F64)
+    try:
+        assert scheduler.snr(5).dtype == scheduler.log_snr(torch.tensor([5])).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"beta_end": 0.5},
+        {"num_train_timesteps": 20_000},
+        {"beta_schedule": "const", "beta_end": 0.2},
+        {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+    ],
+)
+def test_epsilon_is_refused_where_the_signal_is_below_float32(config):
+    with pytest.raises(ValueError, match="'epsilon' divides by the signal's amplitude"):
+        GaussianDDPMScheduler(**config)
+    scheduler = GaussianDDPMScheduler(**config, prediction_type="v_prediction")
+    x, t = torch.ones(1, 1), len(scheduler) - 1
+    assert scheduler.step(x, t, x).prev_sample.isfinite().all()
+
+
+def test_a_warning_reaches_a_script_whose_path_begins_like_the_packages(tmp_path):
+    """The line to warn at is the first that is not of the package, which the last one may be."""
+    import ddpm_hf.checks_ddpm_hf as checks
+
+    script = f"{Path(checks.__file__).parent}_train.py"
+    code = compile("GaussianDDPMScheduler(100)", script, "exec")
+    with pytest.warns(UserWarning, match="60% of the signal") as caught:
+        exec(code, {"GaussianDDPMScheduler": GaussianDDPMScheduler})
+    assert caught[0].filename == script
 
 
 def test_what_a_caller_does_to_a_variance_stays_there():

@@ -43,10 +43,10 @@ Steps = schedules.Steps
 
 def warn(message: str) -> None:
     """Warn at the first line outside of this folder and of diffusers: the line to change."""
-    inside = (os.path.dirname(__file__), os.path.dirname(diffusers.__file__))
-    level = 1
-    while sys._getframe(level).f_code.co_filename.startswith(inside):
-        level += 1
+    inside = tuple(os.path.join(os.path.dirname(f), "") for f in (__file__, diffusers.__file__))
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_code.co_filename.startswith(inside):
+        level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level + 1)
 
 
@@ -168,11 +168,13 @@ def check_schedule_params(name: str, params: Any) -> dict[str, float]:
 
 def check_betas(name: str, given: Any, num_train_timesteps: int) -> Array:
     """Betas as (T,) float64, each in (0, 1); the last may be 1."""
-    values = given.detach().cpu().numpy() if isinstance(given, Tensor) else given
     try:
-        betas: Array = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a list of numbers, got {given!r:.200}") from None
+        values = np.asarray(given.detach().cpu() if isinstance(given, Tensor) else given)
+    except ValueError:  # rows of unequal length
+        values = np.asarray("")
+    if values.dtype.kind not in "fiu":
+        raise TypeError(f"{name} must be a list of numbers, got {given!r:.200}")
+    betas: Array = values.astype(np.float64)
     if betas.shape != (num_train_timesteps,):
         raise ValueError(
             f"{name} must hold num_train_timesteps={num_train_timesteps} values, got shape"
@@ -204,8 +206,8 @@ def check_timesteps(timesteps: Any, num_train_timesteps: int) -> Steps:
 def check_device(device: Any) -> torch.device | None:
     """What torch takes for a device; None stands for the CPU."""
     try:
-        return None if device is None else torch.device(device)
-    except (RuntimeError, TypeError) as error:
+        return None if device is None else torch.empty(0, device=device).device
+    except (RuntimeError, TypeError, AssertionError) as error:  # torch asserts that CUDA is there
         raise ValueError(f"device must be a torch device, got {device!r}: {error}") from None
 
 
@@ -215,6 +217,8 @@ def check_tensor(name: str, x: Any, like: Tensor | None = None, widen: int = 1) 
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"{name} must be a floating-point tensor, got {got}")
     if like is None:
+        if x.ndim == 0:
+            raise ValueError(f"{name} must be (B, ...), got a tensor without dimensions")
         return
     if like.ndim < widen:
         raise ValueError(f"sample must be (B, C, ...) for this variance_type, got {like.shape}")

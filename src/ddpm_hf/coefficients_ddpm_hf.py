@@ -123,7 +123,7 @@ class Table:
         self._check(t, like)
         rows = torch.nn.functional.embedding(t.to(like.device), self.on(like.device, like.dtype))
         if t.ndim:
-            rows = rows.reshape(len(t), -1, *(1,) * (like.ndim - 1))
+            rows = rows.reshape(len(t), rows.shape[-1], *(1,) * (like.ndim - 1))
         return type(self.columns)(*rows.unbind(t.ndim))
 
     def on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -152,7 +152,15 @@ class Table:
 
 
 class ReverseTable(Table):
-    """Coefficients of `Reverse`; on the host a std of 0 is None: there is nothing to draw."""
+    """Coefficients of `Reverse`; a std that the host knows to be 0 is None: nothing is drawn."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.draws = bool(self.columns.std.any())
+
+    def _gather(self, t: Tensor, like: Tensor) -> Any:
+        row = super()._gather(t, like)
+        return row if self.draws else row._replace(std=None)
 
     def _make_rows(self, device: torch.device, dtype: torch.dtype) -> dict[int, Any]:
         rows = super()._make_rows(device, dtype)
@@ -171,12 +179,15 @@ def host_timestep(t: Any) -> int | Tensor:
 
 def as_int(t: Any) -> int:
     """One timestep as an int, wherever it is; `tolist` of a CPU tensor dispatches no op."""
-    value = t.tolist() if isinstance(t, Tensor) else t
+    value: Any = t.tolist() if isinstance(t, Tensor) else t
     if type(value) is int:
         return value
-    if isinstance(value, bool | np.bool_) or not hasattr(value, "__index__"):
-        raise TypeError(f"timestep must be an integer or a tensor of integers, got {t!r}")
-    return operator.index(value)
+    try:
+        if not isinstance(value, bool | np.bool_):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise TypeError(f"timestep must be an integer or a tensor of integers, got {t!r}")
 
 
 class Trajectory:
@@ -205,6 +216,7 @@ class Trajectory:
         self.beta = -np.expm1(self.log_alpha)
         # (1 - alpha_bar_prev) / (1 - alpha_bar_t)
         self.noise_ratio = np.expm1(self.log_alpha_bar_prev) / np.expm1(self.log_alpha_bar)
+        self.noise_ratio[0] = 0.0  # not -0.0, of which 1 / variance would be -inf
         steps: list[int] = timesteps.tolist()
         self._previous = dict(zip(steps, [-1, *steps[:-1]], strict=True))
         self._reverse: dict[float, Table] = {}
@@ -297,10 +309,11 @@ class Trajectory:
         if self.variance_type.startswith("fixed_large"):
             log_var = np.concatenate([log_small[:1], log_large[1:]])
             return ReverseVariance(np.exp(log_var), log_var, zero)
+        nan = one * np.nan  # its log is what the network gives
         if self.variance_type == "learned":
-            return ReverseVariance(one, zero, one)
+            return ReverseVariance(nan, zero, one)
         mid, half = (log_large + log_small) / 2, (log_large - log_small) / 2  # 2102.09672, eq. 15
-        return ReverseVariance(np.exp(mid), mid, half)
+        return ReverseVariance(nan, mid, half)
 
     def _std(self, eta: float) -> tuple[Array, Array]:
         _, log_var, slope = self._reverse_variance()

@@ -253,8 +253,14 @@ def section_timesteps(sections: str, num_train_timesteps: int) -> Steps:
                 f"timestep_spacing {sections!r} wants {count} steps of a section of {len(part)}:"
                 f" {len(parts)} sections share num_train_timesteps={num_train_timesteps}"
             )
-    picked = [part[linspace(count, len(part))] for part, count in zip(parts, counts, strict=True)]
-    return np.concatenate(picked)
+    return np.concatenate([_section(p, count) for p, count in zip(parts, counts, strict=True)])
+
+
+def _section(part: Steps, count: int) -> Steps:
+    """Evenly spaced steps by a sum of strides, as the source has it: so ties round as there."""
+    stride = (len(part) - 1) / max(count - 1, 1)
+    offsets = np.concatenate([[0.0], np.full(count - 1, stride)]).cumsum()
+    return part[offsets.round().astype(np.int64)]
 
 
 def _whole_stride(num_steps: int, num_train_timesteps: int) -> Steps:

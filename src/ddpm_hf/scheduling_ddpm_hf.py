@@ -13,6 +13,7 @@ This file and the three that it imports travel with the weights and need nothing
 
 import hashlib
 import json
+import math
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -32,6 +33,9 @@ from . import schedules_ddpm_hf as schedules
 
 EXTENSION_FORMAT_VERSION = 1
 WIDE = (torch.float32, torch.float64)
+SCHEDULE_KEYS = {
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "beta_schedule_params"
+}  # fmt: skip
 
 Array = schedules.Array
 Steps = schedules.Steps
@@ -75,7 +79,8 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     Differs from diffusers 0.42.1: the last step of every trajectory is without noise, not only
     t = 0; "fixed_large_log" gives numbers and "learned" is a log-variance; "trailing" never visits
     t = -1 and an offset never T; the arithmetic is at least float32 on tables of full precision;
-    what cannot sample is refused at once.
+    what cannot sample is refused at once. `betas`, `alphas` and `alphas_cumprod` are for tools to
+    read: to change them, give `trained_betas`.
 
     Args:
         num_train_timesteps: T, the length of the training chain, 1 to 100000.
@@ -146,16 +151,18 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def _set_betas(self, params: dict[str, float]) -> None:
         """Tables: float64 for us, and their float32 roundings for tools of stock diffusers."""
         betas, extension = self._resolve_betas(params)
-        if self.config.rescale_betas_zero_snr:
-            betas = schedules.rescale_zero_terminal_snr(betas)
-        if betas[-1] == 1 and self.config.prediction_type == "epsilon":
-            raise ValueError(
-                "prediction_type 'epsilon' needs some signal at every step, and the last beta is 1"
-                " (zero terminal SNR): use 'v_prediction' or 'sample'"
-            )
         with np.errstate(divide="ignore"):  # log 0 at a last beta of 1
+            if self.config.rescale_betas_zero_snr:
+                betas = schedules.rescale_zero_terminal_snr(betas)
             self._log_alphas = np.log1p(-betas)
             self._marginal = coefficients.marginal(self._log_alphas)
+        left = np.exp(self._log_alphas.sum() / 2)
+        if self.config.prediction_type == "epsilon" and left < np.finfo(np.float32).tiny:
+            raise ValueError(
+                "prediction_type 'epsilon' divides by the signal's amplitude, of which"
+                f" {left:.0e} is left at the last step (zero terminal SNR): use 'v_prediction' or"
+                " 'sample', or lower the betas"
+            )
         self.betas = torch.from_numpy(betas).float()
         self.alphas = torch.from_numpy(1 - betas).float()
         self.alphas_cumprod = torch.from_numpy(np.exp(self._log_alphas.cumsum())).float()
@@ -227,8 +234,9 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def _spaced_timesteps(self, num_steps: Any, spacing: Any) -> Steps:
         T = len(self)
         spacing = self.config.timestep_spacing if spacing is None else spacing
-        if isinstance(spacing, str) and re.fullmatch(r"ddim\d+|\d+(,\d+)*", spacing):
+        if isinstance(spacing, str) and re.fullmatch("ddim[0-9]+|[0-9]+(,[0-9]+)*", spacing):
             steps = schedules.section_timesteps(spacing, T)
+            checks.warn_if_signal_is_missed(spacing, int(steps[-1]), self._log_alphas)
             if num_steps not in (None, len(steps)):
                 raise ValueError(
                     f"num_inference_steps={num_steps!r}, but timestep_spacing {spacing!r} has"
@@ -251,8 +259,17 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         for eta in (1.0, 0.0):  # made here, since torch.compile cannot make them inside of `step`
             trajectory.reverse(eta).on(device or torch.device("cpu"), torch.float32)
         with torch.inference_mode(False):
-            self.timesteps = torch.from_numpy(ascending[::-1].astype(np.int64)).to(device)
+            self._timesteps = torch.from_numpy(ascending[::-1].astype(np.int64)).to(device)
         self._trajectory = trajectory
+
+    @property
+    def timesteps(self) -> Tensor:
+        """The timesteps that sampling visits, descending, (K,) int64."""
+        return self._timesteps
+
+    @timesteps.setter
+    def timesteps(self, timesteps: Tensor) -> None:
+        self._follow(checks.check_timesteps(timesteps, len(self)), timesteps.device)
 
     def previous_timestep(self, timestep: Timestep) -> int:
         """The timestep that `step` goes to from `timestep`; -1, the clean image, from the last."""
@@ -298,7 +315,8 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
         Raises:
             TypeError, ValueError: for shapes, dtypes and host values that do not fit. A timestep on
-                a device that is not in the trajectory gives NaN: refusing it would cost a sync.
+                a device that is not in the trajectory gives NaN: refusing it would cost a sync. So
+                would asking whether it is the last: noise is then drawn, and multiplied by 0.
         """
         checks.check_tensor("sample", sample)
         x_t = at_least_float32(sample)
@@ -497,7 +515,8 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return self._of_t("log_snr", t)
 
     def _of_t(self, field: str, t: Timestep) -> Tensor:
-        like = torch.empty(t.shape, device=t.device) if isinstance(t, Tensor) else torch.empty(())
+        shape, device = (t.shape, t.device) if isinstance(t, Tensor) else ((), None)
+        like = torch.empty(shape, device=device, dtype=torch.float32)
         return as_tensor(getattr(self._marginal.at(t, like), field), like)
 
     # Configuration --------------------------------------------------------------------------------
@@ -529,6 +548,9 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             extension = config.get("_ddpm_hf")
             ours = ("_ddpm_hf", "_use_default_values")
             config = {key: value for key, value in config.items() if key not in ours}
+            if config.get("variance_type", "") is None:  # DPMSolver's word for "not learned"
+                del config["variance_type"]
+            config = _reopened(config, extension, kwargs)
         scheduler, unused = super().from_config(config, return_unused_kwargs=True, **kwargs)
         scheduler._adopt_extension(extension)
         return (scheduler, unused) if return_unused_kwargs else scheduler
@@ -617,9 +639,28 @@ def draw_noise(like: Tensor, generator: Generators) -> Tensor:
 
 def _threshold(x_0_hat: Tensor, ratio: float, max_value: float) -> Tensor:
     """Clamp to the quantile s of abs(x_0) of each image, in [1, max_value]; divide by s."""
-    s = torch.quantile(x_0_hat.reshape(len(x_0_hat), -1).abs(), ratio, dim=1).clamp(1.0, max_value)
+    magnitudes = x_0_hat.abs().reshape(len(x_0_hat), math.prod(x_0_hat.shape[1:]))
+    s = torch.quantile(magnitudes, ratio, dim=1).clamp(1.0, max_value)
     s = s.reshape(-1, *(1,) * (x_0_hat.ndim - 1))
     return x_0_hat.clamp(-s, s) / s
+
+
+def _reopened(config: dict[str, Any], extension: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with a schedule of ours by its name, where `given` changes that schedule.
+
+    Its betas, as they are written for stock, would win over the change.
+    """
+    if not isinstance(extension, dict) or "beta_schedule" not in extension:
+        return config
+    if "trained_betas" in given or not SCHEDULE_KEYS & given.keys():
+        return config
+    betas, prediction_type = config.get("trained_betas"), config.get("prediction_type", "epsilon")
+    if extension.get("fingerprint") != _fingerprint(np.array(betas, float), prediction_type):
+        return config
+    params = {} if "beta_schedule" in given else extension["beta_schedule_params"]
+    given.setdefault("beta_schedule", extension["beta_schedule"])
+    given["beta_schedule_params"] = {**params, **(given.get("beta_schedule_params") or {})}
+    return {**config, "trained_betas": None}
 
 
 def _fingerprint(betas: Array, prediction_type: str) -> str:
