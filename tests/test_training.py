@@ -308,7 +308,7 @@ def test_fp16_without_a_gpu_is_refused_instead_of_ignored(tmp_path):
 # Nothing lost
 
 
-def test_an_update_with_a_non_finite_gradient_leaves_weights_moments_and_average_alone(tmp_path):
+def test_an_update_with_a_non_finite_gradient_leaves_weights_and_moments_alone(tmp_path):
     images = [torch.full((1, 8, 8), float("nan")), *tiny_images(3)]
     # Batches of one image of four: every fourth update is lost.
     run(tmp_path, dataset=images, batch_size=1, max_train_steps=8, checkpointing_steps=1,

@@ -232,16 +232,18 @@ def check_tensor(name: str, x: Any, like: Tensor | None = None, widen: int = 1) 
         raise ValueError(f"{name} must be on {like.device} as the sample is, got {x.device}")
 
 
-def check_generators(generators: Any, sample: Tensor) -> None:
-    """One generator per image."""
-    if not isinstance(generators, list | tuple) or not all(
-        isinstance(generator, torch.Generator) for generator in generators
-    ):
+def check_generators(generator: Any, batch_size: int) -> None:
+    """None, one generator, or one per image."""
+    if generator is None or isinstance(generator, torch.Generator):
+        return
+    each = generator if isinstance(generator, list | tuple) else [None]
+    if not all(isinstance(one, torch.Generator) for one in each):
         raise TypeError(
-            f"generator must be a torch.Generator or a list of them, got {generators!r}"
+            "generator must be a torch.Generator or a list of them, one per image, got"
+            f" {generator!r}; make one with torch.Generator().manual_seed(0)"
         )
-    if len(generators) != len(sample):
+    if len(each) != batch_size:
         raise ValueError(
-            f"generator must be one or {len(sample)}, one per image; got a list of"
-            f" {len(generators)}"
+            f"generator is a list of {len(each)} for batch_size={batch_size}; pass one generator,"
+            " or exactly one per image"
         )

@@ -61,23 +61,6 @@ def _check_components(unet: Any, scheduler: Any) -> None:
         )
 
 
-def _check_generators(generator: Any, batch_size: int) -> Generators:
-    if generator is None or isinstance(generator, torch.Generator):
-        return generator
-    each: list[Any] = list(generator) if isinstance(generator, (list, tuple)) else [None]
-    if not all(isinstance(g, torch.Generator) for g in each):
-        raise TypeError(
-            "generator must be a torch.Generator or a list of them, one per image, got "
-            f"{generator!r}; make one with torch.Generator().manual_seed(0)"
-        )
-    if len(each) != batch_size:
-        raise ValueError(
-            f"generator is a list of {len(each)} for batch_size={batch_size}; pass one generator, "
-            "or exactly one per image"
-        )
-    return each
-
-
 # ----------------------------------------------------------------------------------------------
 
 
@@ -158,7 +141,8 @@ class GaussianDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
         """
         _check_components(self.unet, self.scheduler)
         batch_size = checks.given_int("batch_size", batch_size, 1, MAX_BATCH_SIZE)
-        generator = _check_generators(generator, batch_size)
+        checks.check_generators(generator, batch_size)
+        generator = list(generator) if isinstance(generator, tuple) else generator
         facts = image_facts(self.unet)
         size, window = images.frame(self.unet, facts)
         form = images.image_form(output_type, self.unet.config.in_channels, facts)

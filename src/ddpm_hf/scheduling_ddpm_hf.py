@@ -269,6 +269,7 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     @timesteps.setter
     def timesteps(self, timesteps: Tensor) -> None:
+        """Follow these from now on."""
         self._follow(checks.check_timesteps(timesteps, len(self)), timesteps.device)
 
     def previous_timestep(self, timestep: Timestep) -> int:
@@ -633,7 +634,7 @@ def draw_noise(like: Tensor, generator: Generators) -> Tensor:
             like, device=generator.device, memory_format=torch.contiguous_format
         )
         return noise.normal_(generator=generator).to(like.device)
-    checks.check_generators(generator, like)
+    checks.check_generators(generator, len(like))
     return torch.stack([draw_noise(x, g) for x, g in zip(like, generator, strict=True)])
 
 

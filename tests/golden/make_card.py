@@ -14,9 +14,10 @@ CARD = Path(__file__).parents[2] / "model_card.md"
 
 
 def render() -> str:
-    """The card of the recorded demo; in this project its picture lies in docs/."""
+    """The card of the recorded demo, for a reader of this project: its paths are seen from here."""
     facts = json.loads(FACTS.read_text(encoding="utf-8"))
-    return render_model_card(facts).replace("(samples.png)", "(docs/samples.png)")
+    card = render_model_card(facts).replace("(samples.png)", "(docs/samples.png)")
+    return card.replace('"."', '"runs/demo/model"')
 
 
 def main() -> None:

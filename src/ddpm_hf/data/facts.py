@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-IMAGE_MODES = ("L", "LA", "RGB", "RGBA")
+IMAGE_MODES = ("L", "LA", "RGB", "RGBA")  # one letter per channel
 MAX_SIZE = 8192
 
 

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from diffusers import UNet2DModel
 
 from ddpm_hf.data import ImageDataset, ImageFacts, TrainingImages, load_images, prepare_images
+from ddpm_hf.data.facts import IMAGE_MODES
 from ddpm_hf.hub import fetch, open_pipeline, open_unet
 from ddpm_hf.pipeline_ddpm_hf import image_facts
 from ddpm_hf.scheduling_ddpm_hf import GaussianDDPMScheduler
@@ -120,14 +121,13 @@ def _images(
             f"of at least one float tensor (C, H, W) in [-1, 1]; got {type(dataset).__name__}"
         )
     first = dataset[0]
-    modes = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-    if not isinstance(first, torch.Tensor) or first.ndim != 3 or len(first) not in modes:
+    if not isinstance(first, torch.Tensor) or first.ndim != 3 or not 1 <= len(first) <= 4:
         got = tuple(first.shape) if isinstance(first, torch.Tensor) else type(first).__name__
         raise ConfigError(
             f"dataset must hold float tensors (C, H, W) with 1 to 4 channels; the first is {got}"
         )
     channels, height, width = first.shape
-    facts = ImageFacts(mode=modes[channels], height=height, width=width)
+    facts = ImageFacts(mode=IMAGE_MODES[channels - 1], height=height, width=width)
     return dataset, facts, _digest([first.detach().cpu().numpy()])
 
 
@@ -175,11 +175,10 @@ def _wanted_by(unet: torch.nn.Module | None) -> tuple[str | None, int | None]:
     if unet is None:
         return None, None
     facts = (image_facts(unet) or {}).get("image", {})
-    by_channels = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
     config: Any = unet.config
     size = config.sample_size if isinstance(config.sample_size, int) else max(config.sample_size)
     return (
-        facts.get("mode") or by_channels.get(config.in_channels),
+        facts.get("mode") or _mode_with(config.in_channels),
         max(facts["height"], facts["width"]) if facts else size,
     )
 
@@ -224,8 +223,7 @@ def check_fit(unet: Any, scheduler: GaussianDDPMScheduler, facts: ImageFacts) ->
     if channels_in != facts.num_channels:
         raise ConfigError(
             f"the network takes {channels_in} channels but the images have {facts.num_channels} "
-            f"({facts.mode}); set image_mode to one of {_modes_with(channels_in)}, or train a new "
-            "network"
+            f"({facts.mode}); set image_mode to {_mode_with(channels_in)}, or train a new network"
         )
     if channels_out != channels_in:
         raise ConfigError(
@@ -236,5 +234,5 @@ def check_fit(unet: Any, scheduler: GaussianDDPMScheduler, facts: ImageFacts) ->
         raise ConfigError("the network is class-conditional; training here is unconditional")
 
 
-def _modes_with(channels: int) -> list[str]:
-    return [m for m, n in {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4}.items() if n == channels]
+def _mode_with(channels: int) -> str | None:
+    return next((mode for mode in IMAGE_MODES if len(mode) == channels), None)

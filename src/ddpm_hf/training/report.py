@@ -106,7 +106,8 @@ def describe(
             f"({steps * batch / num_images:,.0f} epochs), learning rate {config.learning_rate:g}",
             f"machine    {accelerator.num_processes} x {accelerator.device.type}, "
             f"mixed precision: {accelerator.mixed_precision}",
-            f"output     {config.run_folder()}",
+            f"output     {config.run_folder()}, losses in "
+            + ("logs/ for TensorBoard" if trackers() else "metrics.jsonl (no TensorBoard here)"),
         ]
     )
 
