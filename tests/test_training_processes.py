@@ -170,14 +170,20 @@ def test_bad_input_is_one_line_and_status_2_and_leaves_nothing(arguments, said, 
 
 
 @pytest.mark.parametrize(
-    "arguments", [["/nowhere/photos"], ["PHOTOS", "--split", "trian"], ["PHOTOS", "IN USE"]]
+    ("launcher", "arguments"),
+    [
+        (TWO, ["/nowhere/photos"]),
+        (SCRIPT, ["PHOTOS", "--split", "trian"]),
+        (TWO, ["PHOTOS", "IN USE"]),
+    ],
+    ids=["no data", "no split", "no folder"],
 )
-def test_bad_input_to_two_processes_is_one_line_too(arguments, photos, tmp_path):
+def test_bad_input_to_two_processes_is_one_line_too(launcher, arguments, photos, tmp_path):
     (tmp_path / "run" / "model").mkdir(parents=True)
     output = ["--output-dir", str(tmp_path / ("run" if "IN USE" in arguments else "other"))]
     arguments = [a.replace("PHOTOS", str(photos)) for a in arguments if a != "IN USE"]
     done = subprocess.run(
-        [*TWO, *arguments, *output], env=environment(tmp_path), capture_output=True, text=True
+        [*launcher, *arguments, *output], env=environment(tmp_path), capture_output=True, text=True
     )
     assert done.returncode != 0
     ours = [line for line in done.stderr.splitlines() if line.startswith("ddpm-hf: error:")]

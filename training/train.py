@@ -14,7 +14,7 @@ from accelerate.utils import parse_flag_from_env, set_seed
 
 from ddpm_hf import train
 from ddpm_hf.cli import run_command
-from ddpm_hf.training import build_images, build_scheduler, build_unet, parse_config
+from ddpm_hf.training import build_images, build_scheduler, build_unet, main_first, parse_config
 
 
 def main(argv: list[str]) -> int:
@@ -25,8 +25,7 @@ def main(argv: list[str]) -> int:
 
     # Any data set: a folder, parquet files, a name on the Hub. Decoded and resized once.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    with state.main_process_first():
-        images = build_images(config)
+    images = main_first(state, lambda: build_images(config))
 
     # A network for images of this size and mode; put your own UNet2DModel(...) in its place.
     set_seed(config.seed)

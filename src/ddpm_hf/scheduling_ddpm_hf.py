@@ -270,7 +270,8 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     @timesteps.setter
     def timesteps(self, timesteps: Tensor) -> None:
         """Follow these from now on."""
-        self._follow(checks.check_timesteps(timesteps, len(self)), timesteps.device)
+        device = getattr(timesteps, "device", None)
+        self._follow(checks.check_timesteps(timesteps, len(self)), device)
 
     def previous_timestep(self, timestep: Timestep) -> int:
         """The timestep that `step` goes to from `timestep`; -1, the clean image, from the last."""

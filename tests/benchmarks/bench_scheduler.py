@@ -134,7 +134,8 @@ def noising() -> dict[str, Any]:
     """Two passes and one new tensor, where stock has three of each.
 
     Arithmetic alone makes that 1.5x. Where glibc returns stock's temporaries to the system after
-    each call, which depends on what the process freed before, it is 14x: run it more than once.
+    each call, which depends on what the process freed before, it is 4x or, on a machine where page
+    faults are slow, 14x: run it more than once.
     MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=1000000000 keeps the memory (1.5x);
     the first alone at 131072 returns all, ours too (3x).
     """

@@ -4,6 +4,7 @@
 from ddpm_hf.training.config import ConfigError, TrainingConfig, parse_config
 from ddpm_hf.training.loop import TrainingError, TrainingResult, train, train_step
 from ddpm_hf.training.parts import build_images
+from ddpm_hf.training.processes import main_first
 from ddpm_hf.training.proposals import build_scheduler, build_unet
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "build_images",
     "build_scheduler",
     "build_unet",
+    "main_first",
     "parse_config",
     "train",
     "train_step",

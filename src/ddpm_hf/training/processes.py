@@ -3,19 +3,19 @@
 from collections.abc import Callable
 from typing import TypeVar
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 
 T = TypeVar("T")
 
 
-def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T | None:
+def on_main(process: Accelerator | PartialState, action: Callable[[], T]) -> T | None:
     """`action()` on the main process, None on the others; bad input there is an error on all.
 
     Without that the others would wait, until the launcher ends them with a page of tracebacks.
     """
     result, failure = None, None
-    if accelerator.is_main_process:
+    if process.is_main_process:
         try:
             result = action()
         except (ValueError, OSError) as error:
@@ -26,7 +26,7 @@ def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T | None:
     return result
 
 
-def main_first(accelerator: Accelerator, action: Callable[[], T]) -> T:
+def main_first(process: Accelerator | PartialState, action: Callable[[], T]) -> T:
     """`action()` on the main process and then on the others, which find what it has cached."""
-    result = on_main(accelerator, action)
+    result = on_main(process, action)
     return action() if result is None else result
