@@ -268,8 +268,9 @@ def test_a_passing_fault_of_the_download_is_survived(client, hub, checkpoint, fa
 @pytest.mark.slow
 def test_a_hub_out_of_reach_gives_one_line(client, hub, checkpoint):
     hub.fault("user/down", times=99, status=503)
+    client.run("from ddpm_hf import loading; loading.WAITS_S = (0.01, 0.01)")
     with pytest.raises(ClientError, match="the Hub failed for user/down") as caught:
-        client.run("import ddpm_hf.hub as hub; hub.WAITS_S = (0.01, 0.01); hub.load('user/down')")
+        client.run("load('user/down')")
     assert caught.value.kind == "HubError"
     assert "OSError" in caught.value.bases
     assert "\n" not in caught.value.message

@@ -24,14 +24,15 @@ from hub_server import (
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from ddpm_hf.hub import load, push
+from ddpm_hf import load
+from ddpm_hf.hub import push
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 # Retries wait for almost nothing; huggingface_hub's own, inside, take a second or two each.
 SETUP = """
 import functools, time
 from pathlib import Path
-from ddpm_hf import hub
+from ddpm_hf import hub, load
 from ddpm_hf.hub_background import BackgroundPusher
 WAITS = (0.02,) * 4
 push = functools.partial(hub.push, waits_s=WAITS)
@@ -710,7 +711,7 @@ def test_training_on_a_data_set_of_the_hub_pushes_what_it_made(client, hub, tmp_
     assert "Pushed to" in out
     written = local_files(tmp_path) | repo.files() | {"log": client.log.read_bytes()}
     assert [name for name, data in written.items() if OWNER_TOKEN.encode() in data] == []
-    assert client.run("result = hub.load('user/trained').unet.config.sample_size") == 8
+    assert client.run("result = load('user/trained').unet.config.sample_size") == 8
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ddpm_hf.hub import load
+    from ddpm_hf.loading import load
     from ddpm_hf.pipeline_ddpm_hf import GaussianDDPMPipeline
     from ddpm_hf.scheduling_ddpm_hf import GaussianDDPMScheduler
     from ddpm_hf.training import TrainingConfig, train
@@ -19,7 +19,7 @@ _HOME_OF = {
     "GaussianDDPMPipeline": "ddpm_hf.pipeline_ddpm_hf",
     "GaussianDDPMScheduler": "ddpm_hf.scheduling_ddpm_hf",
     "TrainingConfig": "ddpm_hf.training",
-    "load": "ddpm_hf.hub",
+    "load": "ddpm_hf.loading",
     "train": "ddpm_hf.training",
 }
 

@@ -103,7 +103,7 @@ def sample_command(argv: list[str]) -> int:
     parser.add_argument("--revision", help="branch, tag or commit on the Hub (default: main)")
     options = parser.parse_args(argv)
     options.output.parent.mkdir(parents=True, exist_ok=True)  # fails before the work, if at all
-    from ddpm_hf.hub import load
+    from ddpm_hf.loading import load
     from ddpm_hf.pictures import best_device, draw_images, save_images
 
     pipeline = load(options.model, revision=options.revision).to(best_device())

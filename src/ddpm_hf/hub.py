@@ -1,51 +1,23 @@
-"""Sharing checkpoints: load one from the Hub or a folder, push one in a single commit.
-
-All traffic is huggingface_hub's. A push sends files of a fixed list and nothing else.
-"""
+"""Pushing a checkpoint to the Hub: files of a fixed list and nothing else, in a single commit."""
 
 import json
 import os
 import shlex
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from huggingface_hub import (
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    get_token,
-    snapshot_download,
-)
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import RepositoryNotFoundError
 
 from ddpm_hf import model_card
 from ddpm_hf.hub_retry import TOKEN_HELP, WAITS_S, HubError, retry, shorten
+from ddpm_hf.loading import OUR_SCHEDULER, check_repo_id, refuse_links, scheduler_class
 
-if TYPE_CHECKING:
-    import torch
-    from diffusers import UNet2DModel
+__all__ = ["HubError", "PushResult", "push", "push_command"]
 
-    from ddpm_hf.pipeline_ddpm_hf import GaussianDDPMPipeline
-
-__all__ = [
-    "HubError",
-    "PushResult",
-    "fetch",
-    "load",
-    "open_pipeline",
-    "open_unet",
-    "push",
-    "push_command",
-]
-
-PIPELINES = ("DDPMPipeline", "DDIMPipeline", "GaussianDDPMPipeline")
-OUR_SCHEDULER = ["ddpm_hf.scheduling_ddpm_hf", "GaussianDDPMScheduler"]
 UNET_CONFIG, SCHEDULER_CONFIG = "unet/config.json", "scheduler/scheduler_config.json"
 
 # All that is ever uploaded, as glob patterns in a checkpoint's folder. The first group is replaced
@@ -63,183 +35,6 @@ SHARED = (
 
 
 # ----------------------------------------------------------------------------------------------
-# Loading
-
-
-def load(
-    repo_or_path: str | os.PathLike[str],
-    *,
-    revision: str | None = None,
-    token: str | None = None,
-    dtype: "torch.dtype | None" = None,
-    use_safetensors: bool = True,
-) -> "GaussianDDPMPipeline":
-    """A pipeline from the Hub or from a folder: ours, or any other `DDPMPipeline`'s.
-
-    Never runs code from the repository. Offline it loads what an earlier call left in the cache.
-
-    Args:
-        repo_or_path: a folder, or "user/name" on the Hub.
-        revision: branch, tag or commit on the Hub.
-        token: for a private repository; by default that of `hf auth login` or HF_TOKEN.
-        dtype: of the weights; torch.float32 by default, whatever they were saved in.
-        use_safetensors: False opens weights in pickled `.bin` files, which could carry code.
-    Raises:
-        ValueError: if there is no such checkpoint or revision, the token may not read it, it is of
-            another kind, or its weights are incomplete or not finite.
-        HubError: if the Hub fails and the cache has no copy.
-    """
-    name = os.fspath(repo_or_path)
-    folder = fetch(name, revision=revision, token=token, use_safetensors=use_safetensors)
-    return open_pipeline(folder, name, dtype=dtype, use_safetensors=use_safetensors)
-
-
-def fetch(
-    name: str,
-    *,
-    revision: str | None = None,
-    token: str | None = None,
-    use_safetensors: bool = True,
-) -> Path:
-    """The folder of a checkpoint: the one of that name, or the cache's copy of a repository.
-
-    Raises:
-        ValueError: if there is neither, or the folder holds links to other places.
-        HubError: if the Hub fails and the cache has no copy.
-    """
-    patterns, folder = _loaded_files(use_safetensors), Path(name)
-    if name and folder.is_dir():
-        _refuse_links(folder, (path for pattern in patterns for path in folder.glob(pattern)))
-        return folder
-    if folder.is_file():
-        raise ValueError(f"{name} is a file: give the folder of the checkpoint")
-    check_repo_id(name, may_be_folder=True)
-
-    def download() -> str:
-        return snapshot_download(name, revision=revision, token=token, allow_patterns=patterns)
-
-    return Path(retry(download, name, WAITS_S))
-
-
-def _loaded_files(use_safetensors: bool) -> list[str]:
-    """The files that a pipeline is made of: no code, and no pickles unless asked."""
-    names = ["*config.json", "diffusion_pytorch_model*.json"]
-    names.append("diffusion_pytorch_model*." + ("safetensors" if use_safetensors else "bin"))
-    folders = ("", "unet/", "scheduler/")  # early repositories are flat
-    return ["model_index.json", *(folder + name for folder in folders for name in names)]
-
-
-def _scheduler_class(folder: Path, name: str) -> str:
-    """The scheduler's class; ValueError unless the index is of a pipeline of our kind.
-
-    All parts must be of diffusers, but for our scheduler, which a stock `DDPMPipeline` that was
-    given one saves under its own name.
-    """
-    index = model_card.read_json(folder / "model_index.json")
-    if not index:
-        inner = folder / "model"
-        hint = f"; did you mean {inner}?" if (inner / "model_index.json").is_file() else ""
-        raise ValueError(f"{name} is not a checkpoint of a pipeline: no model_index.json{hint}")
-    kind, parts = index.get("_class_name"), {k: v for k, v in index.items() if k[0] != "_"}
-    known = [["diffusers", *part[1:]] for part in parts.values() if isinstance(part, list)]
-    if parts.get("scheduler") == OUR_SCHEDULER:
-        parts["scheduler"] = ["diffusers", OUR_SCHEDULER[1]]
-    if isinstance(kind, list) or list(parts.values()) != known:
-        raise ValueError(
-            f"{name} needs code of its own, which is never run here: read it, then use "
-            "DiffusionPipeline.from_pretrained(..., trust_remote_code=True)"
-        )
-    if kind not in PIPELINES or parts.get("unet") != ["diffusers", "UNet2DModel"]:
-        raise ValueError(f"{name} holds a {kind}; only {PIPELINES} with a UNet2DModel work here")
-    return str(parts.get("scheduler", [None, None])[-1])
-
-
-def open_pipeline(
-    folder: Path, name: str, *, dtype: "torch.dtype | None" = None, use_safetensors: bool = True
-) -> "GaussianDDPMPipeline":
-    """The pipeline in a folder that `fetch` gave.
-
-    Args:
-        folder: holds the checkpoint.
-        name: what errors call it.
-        dtype, use_safetensors: as for `load`.
-    Raises:
-        ValueError: if it cannot be opened, or its weights are incomplete or not finite.
-    """
-    import diffusers
-
-    from ddpm_hf.pipeline_ddpm_hf import GaussianDDPMPipeline, image_facts
-    from ddpm_hf.scheduling_ddpm_hf import GaussianDDPMScheduler
-
-    with _one_line_about(name):
-        kind = _scheduler_class(folder, name)
-        ours = kind in ("DDPMScheduler", OUR_SCHEDULER[1])
-        if not ours and kind not in GaussianDDPMScheduler._compatibles:
-            raise ValueError(f"{name} has a {kind}, which does not sample DDPMs")
-        scheduler = GaussianDDPMScheduler if ours else getattr(diffusers, kind)
-        unet = open_unet(_part(folder, "unet"), name, dtype=dtype, use_safetensors=use_safetensors)
-        image_facts(unet)
-        return GaussianDDPMPipeline(unet, scheduler.from_pretrained(_part(folder, "scheduler")))
-
-
-def _part(folder: Path, name: str) -> Path:
-    """Where a part of a pipeline lies: early repositories are flat."""
-    return folder / name if (folder / name).is_dir() else folder
-
-
-def open_unet(
-    folder: Path, name: str, *, dtype: "torch.dtype | None" = None, use_safetensors: bool = True
-) -> "UNet2DModel":
-    """The network whose configuration and weights lie in a folder; arguments and errors as above.
-
-    Raises:
-        ValueError: if it cannot be opened, or its weights are incomplete or not finite.
-    """
-    from diffusers import UNet2DModel
-
-    from ddpm_hf.portable_ddpm_hf import check_finite
-
-    if use_safetensors and not any(folder.glob("*.safetensors")):
-        raise ValueError(
-            f"{name} has no safetensors weights. Old repositories hold them in pickled .bin files, "
-            "a format that can carry code; if you trust the author, load it once with "
-            "use_safetensors=False and save_pretrained() it: that writes safetensors"
-        )
-    with _one_line_about(name):
-        # Where a file lacks weights, diffusers makes up random ones and only logs it.
-        unet, report = UNet2DModel.from_pretrained(
-            folder, dtype=dtype, use_safetensors=use_safetensors, output_loading_info=True
-        )
-    if wrong := {kind: keys for kind, keys in report.items() if keys}:
-        raise ValueError(f"the weights of {name} do not fit its config.json: {shorten(str(wrong))}")
-    check_finite(unet.state_dict(), name)
-    return unet
-
-
-@contextmanager
-def _one_line_about(name: str) -> Iterator[None]:
-    """Whatever the libraries raise about a damaged or foreign checkpoint, as one ValueError."""
-    try:
-        yield
-    except ValueError:
-        raise
-    except (OSError, TypeError, AttributeError, LookupError, NotImplementedError) as error:
-        raise ValueError(f"{name} cannot be opened: {shorten(str(error))}") from error
-
-
-def check_repo_id(repo_id: str, *, may_be_folder: bool = False) -> None:
-    """Raise ValueError unless it can be the name of a repository; to push, with its owner."""
-    wrong = "neither a folder here nor" if may_be_folder else "not"
-    try:
-        validate_repo_id(repo_id)
-        if may_be_folder or "/" in repo_id:
-            return
-    except HFValidationError:
-        pass
-    raise ValueError(f"{repo_id!r} is {wrong} a name on the Hub (user/name)")
-
-
-# ----------------------------------------------------------------------------------------------
 # What is shared
 
 
@@ -252,7 +47,7 @@ def prepare(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
-    if _scheduler_class(folder, str(folder)) == OUR_SCHEDULER[1]:
+    if scheduler_class(folder, str(folder)) == OUR_SCHEDULER[1]:
         raise ValueError(
             f"{folder} was saved by a stock pipeline, so that nobody without ddpm_hf could load it;"
             " ddpm_hf.load(...).save_pretrained(...) writes the form for everyone"
@@ -275,18 +70,8 @@ def prepare(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
 def shared_files(folder: Path) -> list[Path]:
     """The files of a checkpoint that may be uploaded; ValueError if one is a link."""
     found = {path for pattern in SHARED for path in folder.glob(pattern) if path.is_file()}
-    _refuse_links(folder, found)
+    refuse_links(folder, found)
     return sorted(found)
-
-
-def _refuse_links(folder: Path, paths: Iterable[Path]) -> None:
-    """Refuse links, except those of huggingface_hub's cache, where every file is one."""
-    root = folder.resolve()
-    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
-    for path in paths:
-        real = path.resolve()
-        if real != root / path.relative_to(folder) and real.parent != blobs:
-            raise ValueError(f"{path} is a link to another place: put the file itself there")
 
 
 def _check_weights(folder: Path, names: list[str]) -> None:

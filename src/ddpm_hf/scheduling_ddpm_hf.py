@@ -8,12 +8,11 @@ the next smaller of the chosen timesteps after `set_timesteps`.
     q(x_prev | x_t, x_0) = N(coef_x_0 x_0 + coef_x_t x_t, posterior_var I)            eq. 6, 7
     p(x_prev | x_t)      = the same, with the network's estimate in the place of x_0  eq. 11, 15
 
-This file and the three that it imports travel with the weights and need nothing of the package.
+This file and the four that it imports travel with the weights and need nothing of the package.
 """
 
 import hashlib
 import json
-import math
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -27,12 +26,12 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from torch import Tensor
 
 # Modules, not names: diffusers' loader of remote code looks for `from .x import y` elsewhere.
+from . import arithmetic_ddpm_hf as arithmetic
 from . import checks_ddpm_hf as checks
 from . import coefficients_ddpm_hf as coefficients
 from . import schedules_ddpm_hf as schedules
 
 EXTENSION_FORMAT_VERSION = 1
-WIDE = (torch.float32, torch.float64)
 SCHEDULE_KEYS = {
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "beta_schedule_params"
 }  # fmt: skip
@@ -40,7 +39,9 @@ SCHEDULE_KEYS = {
 Array = schedules.Array
 Steps = schedules.Steps
 Timestep = coefficients.Timestep
-Generators = torch.Generator | Sequence[torch.Generator] | None
+Generators = arithmetic.Generators
+at_least_float32 = arithmetic.at_least_float32
+with_dtype_of = arithmetic.with_dtype_of
 
 
 class Gaussian(NamedTuple):
@@ -325,7 +326,7 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         row = self._reverse_row(timestep, x_t, eta)
         output, v = self._split(model_output, x_t)
         x_0_hat = self._predict_x_0(output, x_t, row)  # eq. 15
-        x_prev = scaled_noise(row, v, x_t, generator, variance_noise)
+        x_prev = arithmetic.scaled_noise(row, v, x_t, generator, variance_noise)
         x_prev.addcmul_(x_t, row.coef_x_t).addcmul_(x_0_hat, row.coef_x_0)  # eq. 7
         if x_t is not sample:
             x_prev, x_0_hat = x_prev.to(sample.dtype), x_0_hat.to(sample.dtype)
@@ -377,7 +378,9 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         config = self.config
         x_0_hat: Tensor = (output * row.x_0_from_output).addcmul_(x_t, row.x_0_from_x_t)
         if config.thresholding:
-            return _threshold(x_0_hat, config.dynamic_thresholding_ratio, config.sample_max_value)
+            return arithmetic.threshold(
+                x_0_hat, config.dynamic_thresholding_ratio, config.sample_max_value
+            )
         if config.clip_sample:
             return x_0_hat.clamp_(-config.clip_sample_range, config.clip_sample_range)
         return x_0_hat
@@ -407,7 +410,7 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         mean = (x_t * row.coef_x_t).addcmul_(x_0_hat, row.coef_x_0)  # eq. 7
         of_t = self._trajectory.reverse_variance.at(t, x_t)
         if v is None:
-            return ReverseGaussian(mean, *spread(of_t, x_t), x_0_hat)
+            return ReverseGaussian(mean, *arithmetic.spread(of_t, x_t), x_0_hat)
         log_variance = v * of_t.slope + of_t.log_variance
         return ReverseGaussian(mean, log_variance.exp(), log_variance, x_0_hat)
 
@@ -484,7 +487,7 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         checks.check_tensor("x_0", x_0)
         x_0 = at_least_float32(x_0)
         q = self._marginal.at(t, x_0)
-        return Gaussian(x_0 * q.signal, *spread(q, x_0))
+        return Gaussian(x_0 * q.signal, *arithmetic.spread(q, x_0))
 
     def q_posterior_mean_variance(self, x_0: Tensor, x_t: Tensor, t: Timestep) -> Gaussian:
         """q(x_prev | x_t, x_0): mean (B, ...), variance and its log, which broadcast.
@@ -506,7 +509,7 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         x_t = with_dtype_of(x_0, x_t)
         q = self._trajectory.posterior.at(t, x_0)
         mean = (x_t * q.coef_x_t).addcmul_(x_0, q.coef_x_0)
-        return Gaussian(mean, *spread(q, x_0))
+        return Gaussian(mean, *arithmetic.spread(q, x_0))
 
     def snr(self, t: Timestep) -> Tensor:
         """alpha_bar_t / (1 - alpha_bar_t), float32 in the shape of t in [0, T) (2107.00630)."""
@@ -519,7 +522,7 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def _of_t(self, field: str, t: Timestep) -> Tensor:
         shape, device = (t.shape, t.device) if isinstance(t, Tensor) else ((), None)
         like = torch.empty(shape, device=device, dtype=torch.float32)
-        return as_tensor(getattr(self._marginal.at(t, like), field), like)
+        return arithmetic.as_tensor(getattr(self._marginal.at(t, like), field), like)
 
     # Configuration --------------------------------------------------------------------------------
 
@@ -578,73 +581,6 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         config = json.loads(super().to_json_string())
         config["_class_name"] = "DDPMScheduler"
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
-
-
-# Arithmetic ---------------------------------------------------------------------------------------
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """x in the dtype that the mathematics is done in."""
-    return x if x.dtype in WIDE else x.float()
-
-
-def with_dtype_of(like: Tensor, x: Tensor) -> Tensor:
-    """x in the dtype of `like`."""
-    return x if x.dtype == like.dtype else x.to(like.dtype)
-
-
-def as_tensor(coef: Tensor, like: Tensor) -> Tensor:
-    """A coefficient for the caller to keep: a copy, with as many dimensions as `like`."""
-    return coef.clone().reshape(coef.shape or (1,) * like.ndim)
-
-
-def spread(row: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Variance and log-variance of a row of coefficients, as tensors for the caller."""
-    return as_tensor(row.variance, like), as_tensor(row.log_variance, like)
-
-
-def scaled_noise(
-    row: coefficients.Reverse,
-    v: Tensor | None,
-    x_t: Tensor,
-    generator: Generators,
-    variance_noise: Tensor | None,
-) -> Tensor:
-    """The noise of a step times its std: a new tensor, in which the step is then summed up."""
-    if variance_noise is not None:
-        checks.check_tensor("variance_noise", variance_noise, x_t)
-    if row.std is None:  # the last step, or eta = 0
-        return torch.zeros_like(x_t)
-    std: Tensor = row.std if v is None else row.std * row.std_base**v  # 2102.09672, eq. 15
-    if variance_noise is None:
-        return draw_noise(x_t, generator).mul_(std)
-    return with_dtype_of(x_t, variance_noise) * std
-
-
-def draw_noise(like: Tensor, generator: Generators) -> Tensor:
-    """Standard normal noise shaped like `like`, contiguous: the same for every memory format.
-
-    Args:
-        like: gives shape, dtype and device.
-        generator: one, or one per image; a CPU generator serves every device.
-    """
-    if generator is None:
-        return torch.randn_like(like, memory_format=torch.contiguous_format)
-    if isinstance(generator, torch.Generator):
-        noise = torch.empty_like(
-            like, device=generator.device, memory_format=torch.contiguous_format
-        )
-        return noise.normal_(generator=generator).to(like.device)
-    checks.check_generators(generator, len(like))
-    return torch.stack([draw_noise(x, g) for x, g in zip(like, generator, strict=True)])
-
-
-def _threshold(x_0_hat: Tensor, ratio: float, max_value: float) -> Tensor:
-    """Clamp to the quantile s of abs(x_0) of each image, in [1, max_value]; divide by s."""
-    magnitudes = x_0_hat.abs().reshape(len(x_0_hat), math.prod(x_0_hat.shape[1:]))
-    s = torch.quantile(magnitudes, ratio, dim=1).clamp(1.0, max_value)
-    s = s.reshape(-1, *(1,) * (x_0_hat.ndim - 1))
-    return x_0_hat.clamp(-s, s) / s
 
 
 def _reopened(config: dict[str, Any], extension: Any, given: dict[str, Any]) -> dict[str, Any]:

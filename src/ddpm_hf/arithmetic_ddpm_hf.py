@@ -1,0 +1,78 @@
+"""The scheduler's arithmetic on samples: dtypes, noise, thresholding. Travels with the weights."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks_ddpm_hf as checks
+from . import coefficients_ddpm_hf as coefficients
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+WIDE = (torch.float32, torch.float64)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x in the dtype that the mathematics is done in."""
+    return x if x.dtype in WIDE else x.float()
+
+
+def with_dtype_of(like: Tensor, x: Tensor) -> Tensor:
+    """x in the dtype of `like`."""
+    return x if x.dtype == like.dtype else x.to(like.dtype)
+
+
+def as_tensor(coef: Tensor, like: Tensor) -> Tensor:
+    """A coefficient for the caller to keep: a copy, with as many dimensions as `like`."""
+    return coef.clone().reshape(coef.shape or (1,) * like.ndim)
+
+
+def spread(row: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Variance and log-variance of a row of coefficients, as tensors for the caller."""
+    return as_tensor(row.variance, like), as_tensor(row.log_variance, like)
+
+
+def scaled_noise(
+    row: coefficients.Reverse,
+    v: Tensor | None,
+    x_t: Tensor,
+    generator: Generators,
+    variance_noise: Tensor | None,
+) -> Tensor:
+    """The noise of a step times its std: a new tensor, in which the step is then summed up."""
+    if variance_noise is not None:
+        checks.check_tensor("variance_noise", variance_noise, x_t)
+    if row.std is None:  # the last step, or eta = 0
+        return torch.zeros_like(x_t)
+    std: Tensor = row.std if v is None else row.std * row.std_base**v  # 2102.09672, eq. 15
+    if variance_noise is None:
+        return draw_noise(x_t, generator).mul_(std)
+    return with_dtype_of(x_t, variance_noise) * std
+
+
+def draw_noise(like: Tensor, generator: Generators) -> Tensor:
+    """Standard normal noise shaped like `like`, contiguous: the same for every memory format.
+
+    Args:
+        like: gives shape, dtype and device.
+        generator: one, or one per image; a CPU generator serves every device.
+    """
+    if generator is None:
+        return torch.randn_like(like, memory_format=torch.contiguous_format)
+    if isinstance(generator, torch.Generator):
+        noise = torch.empty_like(
+            like, device=generator.device, memory_format=torch.contiguous_format
+        )
+        return noise.normal_(generator=generator).to(like.device)
+    checks.check_generators(generator, len(like))
+    return torch.stack([draw_noise(x, g) for x, g in zip(like, generator, strict=True)])
+
+
+def threshold(x_0_hat: Tensor, ratio: float, max_value: float) -> Tensor:
+    """Clamp to the quantile s of abs(x_0) of each image, in [1, max_value]; divide by s."""
+    magnitudes = x_0_hat.abs().reshape(len(x_0_hat), math.prod(x_0_hat.shape[1:]))
+    s = torch.quantile(magnitudes, ratio, dim=1).clamp(1.0, max_value)
+    s = s.reshape(-1, *(1,) * (x_0_hat.ndim - 1))
+    return x_0_hat.clamp(-s, s) / s
