@@ -14,9 +14,11 @@ import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
+
+Number = TypeVar("Number", int, float)
 
 
 class ConfigError(ValueError):
@@ -288,6 +290,13 @@ def continued(given: TrainingConfig, before: dict[str, Any]) -> TrainingConfig:
             "with the same ones, or choose another output_dir"
         )
     return TrainingConfig(**merged)
+
+
+def required(value: Number | None) -> Number:
+    """A value that `propose` has filled in."""
+    if value is None:
+        raise ConfigError("the configuration is not complete: propose() fills it in")
+    return value
 
 
 def parse_config(argv: Sequence[str] | None = None, prog: str | None = None) -> TrainingConfig:

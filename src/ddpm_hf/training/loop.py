@@ -7,23 +7,21 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import get_scheduler
 
 from ddpm_hf.hub_background import BackgroundPusher
 from ddpm_hf.losses import Denoiser, simple_loss
@@ -32,12 +30,13 @@ from ddpm_hf.pictures import draw_images, image_grid
 from ddpm_hf.pipeline_ddpm_hf import GaussianDDPMPipeline
 from ddpm_hf.randomness import Batches, noise_and_timesteps, seed_of
 from ddpm_hf.scheduling_ddpm_hf import GaussianDDPMScheduler
-from ddpm_hf.training.config import ConfigError, TrainingConfig, continued
+from ddpm_hf.training.config import ConfigError, TrainingConfig, continued, required
+from ddpm_hf.training.engine import engine_of, learning_rate_of, with_precision
 from ddpm_hf.training.export import export_model, training_facts
 from ddpm_hf.training.folder import run_lock, sweep
 from ddpm_hf.training.parts import Parts, assemble
 from ddpm_hf.training.processes import on_main
-from ddpm_hf.training.report import Journal, describe, duration, outcome, trackers
+from ddpm_hf.training.report import Journal, describe, duration, outcome
 from ddpm_hf.training.signals import StopSignal
 from ddpm_hf.training.state import (
     TrainState,
@@ -48,7 +47,6 @@ from ddpm_hf.training.state import (
 )
 
 logger = logging.getLogger(__name__)
-Number = TypeVar("Number", int, float)
 
 # So many updates in a row without one finite gradient mean that the run is lost; a mixed-precision
 # run skips a few at its start while the loss scale settles.
@@ -141,14 +139,14 @@ def train(
         TrainingError: if the loss stays non-finite, or the accelerator's memory does not suffice.
     """
     folder = config.run_folder()
-    with _accelerator(config) as accelerator, ExitStack() as held:
+    with engine_of(config) as accelerator, ExitStack() as held:
         on_main(accelerator, lambda: held.enter_context(run_lock(folder)))
         pusher = on_main(accelerator, lambda: _pusher(config))
         found = [on_main(accelerator, lambda: _find(folder))]
         checkpoint = broadcast_object_list(found)[0]
         if checkpoint is not None:
             config = continued(config, read_facts(checkpoint)["config"])
-        config = _with_precision(config, accelerator)
+        config = with_precision(config, accelerator)
         parts = assemble(config, accelerator, unet, scheduler, dataset)
         with StopSignal() as stop:
             try:
@@ -177,11 +175,11 @@ class Run:
         self.folder = parts.config.run_folder()
         optimizer = torch.optim.AdamW(
             parts.unet.parameters(),
-            lr=_required(self.config.learning_rate),
+            lr=required(self.config.learning_rate),
             weight_decay=self.config.weight_decay,
             fused=True,
         )
-        self.learning_rate = _learning_rate(self.config, optimizer)
+        self.learning_rate = learning_rate_of(self.config, optimizer)
         self.unet, self.optimizer = accelerator.prepare(parts.unet, optimizer)
         unet = accelerator.unwrap_model(self.unet)
         ema = EMAModel(unet.parameters(), decay=self.config.ema_decay, foreach=True)
@@ -192,9 +190,9 @@ class Run:
         self.batches = Batches(
             num_images=len(parts.images),
             seed=self.config.seed,
-            batch_size=_required(self.config.batch_size),
+            batch_size=required(self.config.batch_size),
             start=self.state.step,
-            stop=_required(self.config.max_train_steps),
+            stop=required(self.config.max_train_steps),
             rank=accelerator.process_index,
             num_processes=accelerator.num_processes,
             accumulation=self.config.gradient_accumulation_steps,
@@ -214,9 +212,8 @@ class Run:
         images = iter(self._loader())
         bar = self._progress_bar()
         self.unet.train()
-        if self.state.step == last and not broadcast_object_list([self._is_exported()])[0]:
-            self._draw_samples()  # the run was cut short after its last checkpoint
-            self._export(must_succeed=True)
+        if self.state.step == last:
+            self._make_up_for_the_end()
         for step in range(self.state.step, last):
             self._update(images, step)
             self.state.step = step + 1
@@ -360,10 +357,15 @@ class Run:
             if self.pusher is not None:
                 self.pusher.submit(model, self.state.step)
 
-    def _is_exported(self) -> bool:
-        """Whether run/model holds these very weights, and no push of them is wanted."""
-        record = read_json(self.folder / "model" / "training.json")
-        return self.config.push_to_hub is None and record.get("steps") == self.state.step
+    def _make_up_for_the_end(self) -> None:
+        """What a run that was cut short after its last checkpoint has left undone."""
+        model = self.folder / "model"
+        is_exported = read_json(model / "training.json").get("steps") == self.state.step
+        if not broadcast_object_list([is_exported])[0]:
+            self._draw_samples()
+            self._export(must_succeed=True)
+        elif self.pusher is not None:
+            self.pusher.submit(model, self.state.step)
 
     def _elapsed_s(self) -> float:
         return self.elapsed_s + time.monotonic() - self.began
@@ -393,7 +395,7 @@ class Run:
                 f"{self.folder} holds a run of other parts ({'; '.join(changed)}); resume with the "
                 "same ones, or choose another output_dir"
             )
-        if facts["step"] > _required(self.config.max_train_steps):
+        if facts["step"] > required(self.config.max_train_steps):
             raise ConfigError(
                 f"max_train_steps is {self.config.max_train_steps}, but {self.folder} holds a run "
                 f"of {facts['step']} updates already"
@@ -461,7 +463,7 @@ class Run:
         )
 
     def _due(self, every: int | None) -> bool:
-        return self.state.step % _required(every) == 0
+        return self.state.step % required(every) == 0
 
     def _finish(self) -> TrainingResult:
         pushed = None
@@ -484,32 +486,6 @@ class Run:
         )
 
 
-@contextmanager
-def _accelerator(config: TrainingConfig) -> Iterator[Accelerator]:
-    """Accelerate's engine for one run.
-
-    Its state is global; it is forgotten at the end unless the caller had made it, so that the next
-    run in the same process (a notebook) may have another precision.
-    """
-    ours = not AcceleratorState._shared_state
-    try:
-        accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
-            gradient_accumulation_plugin=GradientAccumulationPlugin(
-                num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
-            ),
-            log_with=trackers() or None,
-            project_dir=config.run_folder(),
-        )
-        if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-            # Accelerate would train in float32 without a word.
-            raise ConfigError("mixed_precision fp16 needs a GPU; on the CPU choose bf16 or no")
-        yield accelerator
-    finally:
-        if ours:
-            AcceleratorState._reset_state()
-
-
 def _pusher(config: TrainingConfig) -> BackgroundPusher | None:
     """The uploader, its right to write proven before anything else."""
     if config.push_to_hub is None:
@@ -524,37 +500,3 @@ def _find(folder: Path) -> Path | None:
     sweep(folder)
     sweep(folder / "checkpoints")
     return find_checkpoint(folder / "checkpoints")
-
-
-def _with_precision(config: TrainingConfig, accelerator: Accelerator) -> TrainingConfig:
-    """`config` with the precision that Accelerate settled on, which a resumed run must share."""
-    precision = accelerator.mixed_precision
-    if config.mixed_precision not in (None, precision):
-        raise ConfigError(
-            f"{config.run_folder()} holds a run with mixed_precision {config.mixed_precision}, but "
-            f"accelerate's configuration says {precision}; pass mixed_precision="
-            f"{config.mixed_precision}, or choose another output_dir"
-        )
-    return dataclasses.replace(config, mixed_precision=precision)
-
-
-def _learning_rate(
-    config: TrainingConfig, optimizer: torch.optim.Optimizer
-) -> Callable[[int], float]:
-    """The learning rate as a function of the update, so that there is nothing to save."""
-    name = "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler
-    schedule = get_scheduler(
-        name,
-        optimizer,
-        num_warmup_steps=config.lr_warmup_steps,
-        num_training_steps=config.max_train_steps,
-    )
-    peak, factor = _required(config.learning_rate), schedule.lr_lambdas[0]
-    return lambda step: peak * float(factor(step))
-
-
-def _required(value: Number | None) -> Number:
-    """A value that `propose` has filled in."""
-    if value is None:
-        raise ConfigError("the configuration is not complete: call propose() first")
-    return value
