@@ -18,7 +18,7 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 # of its modules.
 LAYERS = (
     {"schedules_ddpm_hf", "coefficients_ddpm_hf", "checks_ddpm_hf", "randomness"},
-    {"arithmetic_ddpm_hf", "scheduling_ddpm_hf", "images_ddpm_hf"},
+    {"arithmetic_ddpm_hf", "configuration_ddpm_hf", "scheduling_ddpm_hf", "images_ddpm_hf"},
     {"images_ddpm_hf", "portable_ddpm_hf", "pipeline_ddpm_hf", "losses", "data"},
     {"pictures", "model_card", "loading", "hub", "hub_retry", "hub_background"},
     {"training"},

@@ -8,11 +8,9 @@ the next smaller of the chosen timesteps after `set_timesteps`.
     q(x_prev | x_t, x_0) = N(coef_x_0 x_0 + coef_x_t x_t, posterior_var I)            eq. 6, 7
     p(x_prev | x_t)      = the same, with the network's estimate in the place of x_0  eq. 11, 15
 
-This file and the four that it imports travel with the weights and need nothing of the package.
+This file and the five that it imports travel with the weights and need nothing of the package.
 """
 
-import hashlib
-import json
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -20,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 from torch import Tensor
@@ -29,12 +27,8 @@ from torch import Tensor
 from . import arithmetic_ddpm_hf as arithmetic
 from . import checks_ddpm_hf as checks
 from . import coefficients_ddpm_hf as coefficients
+from . import configuration_ddpm_hf as configuration
 from . import schedules_ddpm_hf as schedules
-
-EXTENSION_FORMAT_VERSION = 1
-SCHEDULE_KEYS = {
-    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "beta_schedule_params"
-}  # fmt: skip
 
 Array = schedules.Array
 Steps = schedules.Steps
@@ -74,7 +68,7 @@ class GaussianDDPMOutput(DDPMSchedulerOutput):  # type: ignore[misc]
             OrderedDict.__setitem__(self, name, value)
 
 
-class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
+class GaussianDDPMScheduler(configuration.TravellingConfig, SchedulerMixin):  # type: ignore[misc]
     """Drop-in for diffusers' `DDPMScheduler`: same configuration keys, meaning and defaults.
 
     Differs from diffusers 0.42.1: the last step of every trajectory is without noise, not only
@@ -167,7 +161,7 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self.betas = torch.from_numpy(betas).float()
         self.alphas = torch.from_numpy(1 - betas).float()
         self.alphas_cumprod = torch.from_numpy(np.exp(self._log_alphas.cumsum())).float()
-        self._fingerprint = _fingerprint(betas, self.config.prediction_type)
+        self._fingerprint = configuration.fingerprint(betas, self.config.prediction_type)
         if extension:
             self._keep_extension(extension)
 
@@ -523,84 +517,3 @@ class GaussianDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         shape, device = (t.shape, t.device) if isinstance(t, Tensor) else ((), None)
         like = torch.empty(shape, device=device, dtype=torch.float32)
         return arithmetic.as_tensor(getattr(self._marginal.at(t, like), field), like)
-
-    # Configuration --------------------------------------------------------------------------------
-
-    @classmethod
-    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in diffusers; arguments that configurations do not hold can be given by keyword."""
-        own = {name: kwargs.pop(name) for name in cls.ignore_for_config if name in kwargs}
-        init, unused, hidden = super().extract_init_dict(config_dict, **kwargs)
-        return {**init, **own}, unused, hidden
-
-    @classmethod
-    def from_config(
-        cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any
-    ) -> Any:
-        """As in diffusers, with three differences.
-
-        No given value is dropped for standing at another class's default; a key that nobody knows
-        is warned about; an extension made for other betas or another prediction type is left out.
-
-        Args:
-            config: configuration of this or of a compatible scheduler.
-            return_unused_kwargs: return the unused keywords, too.
-            kwargs: values that win over those of `config`.
-        """
-        extension = None
-        if isinstance(config, dict):
-            checks.warn_of_unknown_keys(cls, {*config, *kwargs})
-            extension = config.get("_ddpm_hf")
-            ours = ("_ddpm_hf", "_use_default_values")
-            config = {key: value for key, value in config.items() if key not in ours}
-            if config.get("variance_type", "") is None:  # DPMSolver's word for "not learned"
-                del config["variance_type"]
-            config = _reopened(config, extension, kwargs)
-        scheduler, unused = super().from_config(config, return_unused_kwargs=True, **kwargs)
-        scheduler._adopt_extension(extension)
-        return (scheduler, unused) if return_unused_kwargs else scheduler
-
-    def _adopt_extension(self, extension: Any) -> None:
-        if extension is None:
-            return
-        if isinstance(extension, dict) and extension.get("fingerprint") == self._fingerprint:
-            self._keep_extension({**extension, **self.config.get("_ddpm_hf", {})})
-        else:
-            checks.warn(
-                "the configuration's `_ddpm_hf` was made for other betas or another prediction_type"
-                " and is left out"
-            )
-
-    def _keep_extension(self, extension: dict[str, Any]) -> None:
-        """Under one key with an underscore, which stock diffusers carries along unread."""
-        mark = {"format_version": EXTENSION_FORMAT_VERSION, "fingerprint": self._fingerprint}
-        self.register_to_config(_ddpm_hf={**mark, **extension})
-
-    def to_json_string(self) -> str:
-        """The configuration, under the class name that stock diffusers loads."""
-        config = json.loads(super().to_json_string())
-        config["_class_name"] = "DDPMScheduler"
-        return json.dumps(config, indent=2, sort_keys=True) + "\n"
-
-
-def _reopened(config: dict[str, Any], extension: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """The configuration with a schedule of ours by its name, where `given` changes that schedule.
-
-    Its betas, as they are written for stock, would win over the change.
-    """
-    if not isinstance(extension, dict) or "beta_schedule" not in extension:
-        return config
-    if "trained_betas" in given or not SCHEDULE_KEYS & given.keys():
-        return config
-    betas, prediction_type = config.get("trained_betas"), config.get("prediction_type", "epsilon")
-    if extension.get("fingerprint") != _fingerprint(np.array(betas, float), prediction_type):
-        return config
-    params = {} if "beta_schedule" in given else extension["beta_schedule_params"]
-    given.setdefault("beta_schedule", extension["beta_schedule"])
-    given["beta_schedule_params"] = {**params, **(given.get("beta_schedule_params") or {})}
-    return {**config, "trained_betas": None}
-
-
-def _fingerprint(betas: Array, prediction_type: str) -> str:
-    """What an extension belongs to; of float32, since libms differ in the last bit of float64."""
-    return hashlib.sha256(betas.astype("<f4").tobytes() + prediction_type.encode()).hexdigest()[:16]
