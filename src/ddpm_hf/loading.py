@@ -98,10 +98,10 @@ def scheduler_class(folder: Path, name: str) -> str:
         hint = f"; did you mean {inner}?" if (inner / "model_index.json").is_file() else ""
         raise ValueError(f"{name} is not a checkpoint of a pipeline: no model_index.json{hint}")
     kind, parts = index.get("_class_name"), {k: v for k, v in index.items() if k[0] != "_"}
-    known = [["diffusers", *part[1:]] for part in parts.values() if isinstance(part, list)]
     if parts.get("scheduler") == OUR_SCHEDULER:
         parts["scheduler"] = ["diffusers", OUR_SCHEDULER[1]]
-    if isinstance(kind, list) or list(parts.values()) != known:
+    known = (isinstance(part, list) and part[:1] == ["diffusers"] for part in parts.values())
+    if isinstance(kind, list) or not all(known):
         raise ValueError(
             f"{name} needs code of its own, which is never run here: read it, then use "
             "DiffusionPipeline.from_pretrained(..., trust_remote_code=True)"
