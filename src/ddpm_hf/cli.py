@@ -39,8 +39,11 @@ def run_command(command: Callable[[list[str]], int], argv: Sequence[str] | None)
     try:
         return command(list(sys.argv[1:] if argv is None else argv))
     except (ValueError, OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and type(error).__name__ != "TrainingError":
-            raise
+        if isinstance(error, RuntimeError):
+            from ddpm_hf.training import TrainingError
+
+            if not isinstance(error, TrainingError):
+                raise
         if os.environ.get("LOCAL_RANK", "0") == "0":  # the processes of one machine say it once
             print(f"ddpm-hf: error: {error}", file=sys.stderr)
         return _BAD_INPUT if isinstance(error, ValueError) else 1
