@@ -68,7 +68,7 @@ class GaussianDDPMOutput(DDPMSchedulerOutput):  # type: ignore[misc]
             OrderedDict.__setitem__(self, name, value)
 
 
-class GaussianDDPMScheduler(configuration.TravellingConfig, SchedulerMixin):  # type: ignore[misc]
+class GaussianDDPMScheduler(SchedulerMixin, configuration.TravellingConfig):  # type: ignore[misc]
     """Drop-in for diffusers' `DDPMScheduler`: same configuration keys, meaning and defaults.
 
     Differs from diffusers 0.42.1: the last step of every trajectory is without noise, not only

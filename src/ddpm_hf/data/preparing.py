@@ -149,6 +149,7 @@ def _problems(source: Source, notes: dict[str, NDArray[Any]]) -> list[str]:
 
 
 def bad_images(problems: list[str], total: int) -> DataError:
+    """The error that lists images which cannot be used, as far as a person would read."""
     listed = problems[:_MAX_LISTED]
     more = [f"and {len(problems) - len(listed)} more"] if len(problems) > len(listed) else []
     head = f"{len(problems)} of {total} images cannot be used; on_bad_image='skip' leaves them out:"
