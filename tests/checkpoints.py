@@ -8,8 +8,8 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import save_file
 
-from ddpm_hf.pipeline_ddpm_hf import GaussianDDPMPipeline
-from ddpm_hf.scheduling_ddpm_hf import GaussianDDPMScheduler
+from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
+from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 
 # However short it is, the cosine schedule ends at noise, and "trailing" starts there.
 SHORT_CHAIN = {

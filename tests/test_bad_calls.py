@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_hf.scheduling_ddpm_hf import GaussianDDPMScheduler
+from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 
 nan, inf = float("nan"), float("inf")
 T10 = {"num_train_timesteps": 3}

@@ -21,8 +21,8 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from hub_server import OWNER_TOKEN, STRANGER_TOKEN, Blob, ClientError, HubClient, HubServer
 
 from ddpm_hf import GaussianDDPMPipeline, load
-from ddpm_hf.hub import push
-from ddpm_hf.model_card import card_facts, mark, render_model_card
+from ddpm_hf.hub.card import card_facts, mark, render_model_card
+from ddpm_hf.hub.push import push
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 # The same file gives sums that differ in the last bits where it is mapped at another address.
@@ -159,7 +159,7 @@ def test_two_repositories_with_code_in_one_process_keep_to_their_own(hub, checkp
     changed = code.rename(other / "ddpm_hf_0123456789ab")
     for path in (other / "pipeline.py", *changed.glob("*.py")):
         path.write_text(path.read_text().replace(code.name, changed.name))
-    with (changed / "pipeline_ddpm_hf.py").open("a") as file:
+    with (changed / "pipeline.py").open("a") as file:
         file.write("\nGaussianDDPMPipeline.version = 'other'\n")
     hub.add_folder("user/other", other)
     with HubClient(hub, tmp_path / "home", package=False) as client:
@@ -268,7 +268,7 @@ def test_a_passing_fault_of_the_download_is_survived(client, hub, checkpoint, fa
 @pytest.mark.slow
 def test_a_hub_out_of_reach_gives_one_line(client, hub, checkpoint):
     hub.fault("user/down", times=99, status=503)
-    client.run("from ddpm_hf import loading; loading.WAITS_S = (0.01, 0.01)")
+    client.run("from ddpm_hf.hub import load as loading; loading.WAITS_S = (0.01, 0.01)")
     with pytest.raises(ClientError, match="the Hub failed for user/down") as caught:
         client.run("load('user/down')")
     assert caught.value.kind == "HubError"

@@ -25,17 +25,18 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ddpm_hf import load
-from ddpm_hf.hub import push
+from ddpm_hf.hub.push import push
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 # Retries wait for almost nothing; huggingface_hub's own, inside, take a second or two each.
 SETUP = """
 import functools, time
 from pathlib import Path
-from ddpm_hf import hub, load
-from ddpm_hf.hub_background import BackgroundPusher
+from ddpm_hf import load
+from ddpm_hf.hub.push import push
+from ddpm_hf.hub.background import BackgroundPusher
 WAITS = (0.02,) * 4
-push = functools.partial(hub.push, waits_s=WAITS)
+push = functools.partial(push, waits_s=WAITS)
 def pushed(*args, **options):
     return str(push(*args, **options))
 """
@@ -197,7 +198,7 @@ def litter(folder):
         "scheduler/secret.json",
         "pipeline.py.bak",
         "evil.py",
-        "ddpm_hf_x/deep/a_ddpm_hf.py",
+        "ddpm_hf_x/deep/a.py",
     ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(f"API_KEY={OWNER_TOKEN}")
@@ -262,7 +263,7 @@ def test_pushing_again_changes_nothing_and_deletes_nothing_of_others(client, hub
 def test_weights_and_code_that_are_gone_here_are_deleted_there(client, hub, checkpoint):
     push_from(client, checkpoint)
     hub.edit("user/digits", {"unet/diffusion_pytorch_model.safetensors.index.json": "{}"})
-    hub.edit("user/digits", {"ddpm_hf_old/pipeline_ddpm_hf.py": "old", "unet/mine.txt": "keep"})
+    hub.edit("user/digits", {"ddpm_hf_old/pipeline.py": "old", "unet/mine.txt": "keep"})
     push_from(client, checkpoint)
     added = set(hub.repo("user/digits").files()) - set(local_files(checkpoint))
     assert added == {"README.md", ".gitattributes", "unet/mine.txt"}

@@ -12,7 +12,7 @@ import yaml
 from checkpoints import image_facts_of, save_ours, tiny_unet
 from huggingface_hub import ModelCard
 
-from ddpm_hf.model_card import (
+from ddpm_hf.hub.card import (
     card_facts,
     card_to_share,
     check_metadata,

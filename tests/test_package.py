@@ -82,7 +82,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built):
     sources = (path for path in (SOURCE / "ddpm_hf").rglob("*") if path.is_file())
     expected = {str(path.relative_to(SOURCE)) for path in sources if path.suffix != ".pyc"}
     assert names == expected
-    assert {"ddpm_hf/py.typed", "ddpm_hf/model_card_template.md"} <= names
+    assert {"ddpm_hf/py.typed", "ddpm_hf/card_template.md"} <= names
 
 
 @pytest.mark.slow

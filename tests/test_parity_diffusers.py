@@ -36,7 +36,7 @@ from oracles import (
 )
 from torch.testing import assert_close
 
-from ddpm_hf.scheduling_ddpm_hf import GaussianDDPMScheduler
+from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 
 T = 1000
 SCHEDULES = ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"]

@@ -34,8 +34,8 @@ from diffusers import (
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch.testing import assert_close
 
-from ddpm_hf.pipeline_ddpm_hf import GaussianDDPMPipeline, image_facts
-from ddpm_hf.scheduling_ddpm_hf import GaussianDDPMScheduler
+from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline, image_facts
+from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 
 SCHEDULERS = (
     DDIMScheduler,

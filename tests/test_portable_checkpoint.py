@@ -28,9 +28,9 @@ from diffusers.utils.dynamic_modules_utils import get_relative_imports
 from safetensors.torch import load_file, save_file
 
 import ddpm_hf
-from ddpm_hf.pipeline_ddpm_hf import GaussianDDPMPipeline
+from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 
-PACKAGE = Path(ddpm_hf.__file__).parent
+PACKAGE = Path(ddpm_hf.__file__).parent / "diffusion"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -154,15 +154,15 @@ def save_by_another_version(folder, name, monkeypatch, root):
     """A checkpoint as an older or newer release of the package would write it."""
     package = root / f"release_{name}"
     package.mkdir()
-    for source in PACKAGE.glob("*_ddpm_hf.py"):
+    for source in PACKAGE.glob("*.py"):
         shutil.copy(source, package)
         with (package / source.name).open("a") as file:
             file.write(f'\nVERSION = "{name}"\n')
-    with (package / "pipeline_ddpm_hf.py").open("a") as file:
+    with (package / "pipeline.py").open("a") as file:
         modules = "portable.VERSION, scheduling.VERSION"
         file.write(f"GaussianDDPMPipeline.versions = lambda self: [VERSION, {modules}]\n")
     monkeypatch.syspath_prepend(root)
-    release = importlib.import_module(f"release_{name}.pipeline_ddpm_hf")
+    release = importlib.import_module(f"release_{name}.pipeline")
     release.GaussianDDPMPipeline(tiny_unet(), tiny_scheduler()).save_pretrained(folder)
 
 
@@ -224,7 +224,7 @@ def test_the_package_loads_its_own_classes_from_every_kind_of_copy(world):
     images, notes = routes["package"]
     assert notes["warnings"] == []
     for name in ("ours", "copy", "copy of a copy", "saved by stock"):
-        assert notes[name] == ["ddpm_hf.pipeline_ddpm_hf", "GaussianDDPMScheduler"], name
+        assert notes[name] == ["ddpm_hf.diffusion.pipeline", "GaussianDDPMScheduler"], name
         same(images[name], images["ours"])
 
 
@@ -289,12 +289,12 @@ def test_the_code_that_travels_is_the_package_s_own(tmp_path):
     folder = save_ours(tmp_path / "model")
     (package,) = folder.glob("ddpm_hf_*")
     travelled = {path.name: path.read_bytes() for path in package.iterdir()}
-    assert travelled == {path.name: path.read_bytes() for path in PACKAGE.glob("*_ddpm_hf.py")}
+    assert travelled == {path.name: path.read_bytes() for path in PACKAGE.glob("*.py")}
 
 
 def test_the_loader_sees_no_relative_import_in_a_file_that_travels():
     """On the Hub it follows those that it sees, and looks for the file at the root."""
-    for path in PACKAGE.glob("*_ddpm_hf.py"):
+    for path in PACKAGE.glob("*.py"):
         assert get_relative_imports(path) == [], path.name
 
 

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from ddpm_hf.schedules_ddpm_hf import BETA_SCHEDULES
-from ddpm_hf.scheduling_ddpm_hf import GaussianDDPMScheduler
+from ddpm_hf.diffusion.schedules import BETA_SCHEDULES
+from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 F64 = torch.float64

@@ -33,8 +33,8 @@ from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddpm_hf.schedules_ddpm_hf import section_timesteps
-from ddpm_hf.scheduling_ddpm_hf import GaussianDDPMScheduler
+from ddpm_hf.diffusion.schedules import section_timesteps
+from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 
 # Rounding of the ten or so float64 operations behind each coefficient.
 EXACT = {"rtol": 1e-13, "atol": 0}
@@ -963,7 +963,7 @@ def test_epsilon_is_refused_where_the_signal_is_below_float32(config):
 
 def test_a_warning_reaches_a_script_whose_path_begins_like_the_packages(tmp_path):
     """The line to warn at is the first that is not of the package, which the last one may be."""
-    import ddpm_hf.checks_ddpm_hf as checks
+    import ddpm_hf.diffusion.checks as checks
 
     script = f"{Path(checks.__file__).parent}_train.py"
     code = compile("GaussianDDPMScheduler(100)", script, "exec")

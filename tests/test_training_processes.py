@@ -36,7 +36,7 @@ ONE = [sys.executable, "-m", "ddpm_hf.cli", "train"]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
           "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
           "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
-TWO = [*LAUNCH, "-m", "ddpm_hf.training"]
+TWO = [*LAUNCH, "-m", "ddpm_hf", "train"]
 SCRIPT = [*LAUNCH, str(Path(__file__).parents[1] / "training" / "train.py")]
 
 

@@ -34,7 +34,7 @@ from sklearn.svm import SVC
 
 from ddpm_hf import GaussianDDPMPipeline, TrainingConfig, load, train
 from ddpm_hf.cli import run_command
-from ddpm_hf.model_card import write_model_card
+from ddpm_hf.hub.card import write_model_card
 from ddpm_hf.pictures import image_grid
 from ddpm_hf.training import TrainingResult
 from ddpm_hf.training.report import duration

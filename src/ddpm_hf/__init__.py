@@ -7,19 +7,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ddpm_hf.loading import load
-    from ddpm_hf.pipeline_ddpm_hf import GaussianDDPMPipeline
-    from ddpm_hf.scheduling_ddpm_hf import GaussianDDPMScheduler
+    from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
+    from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
+    from ddpm_hf.hub.load import load
     from ddpm_hf.training import TrainingConfig, train
 
 __version__ = "0.1.0"
 __all__ = ["GaussianDDPMPipeline", "GaussianDDPMScheduler", "TrainingConfig", "load", "train"]
 
 _HOME_OF = {
-    "GaussianDDPMPipeline": "ddpm_hf.pipeline_ddpm_hf",
-    "GaussianDDPMScheduler": "ddpm_hf.scheduling_ddpm_hf",
+    "GaussianDDPMPipeline": "ddpm_hf.diffusion.pipeline",
+    "GaussianDDPMScheduler": "ddpm_hf.diffusion.scheduling",
     "TrainingConfig": "ddpm_hf.training",
-    "load": "ddpm_hf.loading",
+    "load": "ddpm_hf.hub.load",
     "train": "ddpm_hf.training",
 }
 

@@ -106,7 +106,7 @@ def sample_command(argv: list[str]) -> int:
     parser.add_argument("--revision", help="branch, tag or commit on the Hub (default: main)")
     options = parser.parse_args(argv)
     options.output.parent.mkdir(parents=True, exist_ok=True)  # fails before the work, if at all
-    from ddpm_hf.loading import load
+    from ddpm_hf.hub.load import load
     from ddpm_hf.pictures import best_device, draw_images, save_images
 
     pipeline = load(options.model, revision=options.revision).to(best_device())
@@ -132,7 +132,7 @@ def push_command(argv: list[str]) -> int:
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead")
     parser.add_argument("--dry-run", action="store_true", help="only list what would be uploaded")
     options = parser.parse_args(argv)
-    from ddpm_hf.hub import HubError, push
+    from ddpm_hf.hub.push import HubError, push
 
     try:
         print(push(**vars(options)))

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ddpm_hf.pipeline_ddpm_hf import GaussianDDPMPipeline
+from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 from ddpm_hf.randomness import seed_of
 
 # A grid cell is enlarged by whole factors until its longer side has at least this many pixels.

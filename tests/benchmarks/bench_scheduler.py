@@ -23,7 +23,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddpm_hf.scheduling_ddpm_hf import GaussianDDPMScheduler
+from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 

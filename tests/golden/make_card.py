@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from ddpm_hf.model_card import card_facts, render_model_card
+from ddpm_hf.hub.card import card_facts, render_model_card
 
 FACTS = Path(__file__).with_name("demo_card.json")
 CARD = Path(__file__).parents[2] / "model_card.md"

@@ -1,5 +1,5 @@
 """Training by Accelerate: options (`config`), one pure step and its loop (`loop`), what is kept
-(`state`). `accelerate launch -m ddpm_hf.training` runs the program of `ddpm-hf train`."""
+(`state`). `accelerate launch -m ddpm_hf train` runs the program of `ddpm-hf train`."""
 
 from ddpm_hf.training.config import ConfigError, TrainingConfig, parse_config
 from ddpm_hf.training.loop import TrainingError, TrainingResult, train, train_step

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ddpm_hf.model_card import origin_of, write_model_card
-from ddpm_hf.pipeline_ddpm_hf import GaussianDDPMPipeline
+from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
+from ddpm_hf.hub.card import origin_of, write_model_card
 from ddpm_hf.training.config import TrainingConfig
 from ddpm_hf.training.folder import replacing_folder, write_json
 from ddpm_hf.training.parts import Parts

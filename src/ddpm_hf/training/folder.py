@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ddpm_hf.portable_ddpm_hf import sync
+from ddpm_hf.diffusion.portable import sync
 
 _LEFTOVER = re.compile(r"(\.del-)?(?P<kind>\.(new|old|del)-)(?P<name>model|step-\d{8})")
 # What a run replaces or cuts: such files of somebody else's must not be there when it begins.

@@ -23,13 +23,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ddpm_hf.hub_background import BackgroundPusher
+from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
+from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
+from ddpm_hf.hub.background import BackgroundPusher
+from ddpm_hf.hub.card import read_json
 from ddpm_hf.losses import Denoiser, simple_loss
-from ddpm_hf.model_card import read_json
 from ddpm_hf.pictures import draw_images, image_grid
-from ddpm_hf.pipeline_ddpm_hf import GaussianDDPMPipeline
 from ddpm_hf.randomness import Batches, noise_and_timesteps, seed_of
-from ddpm_hf.scheduling_ddpm_hf import GaussianDDPMScheduler
 from ddpm_hf.training.config import ConfigError, TrainingConfig, continued, required
 from ddpm_hf.training.engine import engine_of, learning_rate_of, with_precision
 from ddpm_hf.training.export import export_model, training_facts

@@ -14,9 +14,9 @@ from diffusers import UNet2DModel
 
 from ddpm_hf.data import ImageDataset, ImageFacts, TrainingImages, load_images, prepare_images
 from ddpm_hf.data.facts import IMAGE_MODES
-from ddpm_hf.loading import fetch, open_pipeline, open_unet
-from ddpm_hf.pipeline_ddpm_hf import image_facts
-from ddpm_hf.scheduling_ddpm_hf import GaussianDDPMScheduler
+from ddpm_hf.diffusion.pipeline import image_facts
+from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
+from ddpm_hf.hub.load import fetch, open_pipeline, open_unet
 from ddpm_hf.training.config import ConfigError, TrainingConfig
 from ddpm_hf.training.processes import main_first
 from ddpm_hf.training.proposals import (

@@ -10,7 +10,7 @@ from diffusers import UNet2DModel
 
 from ddpm_hf.data import ImageFacts
 from ddpm_hf.data.sources import did_you_mean
-from ddpm_hf.scheduling_ddpm_hf import GaussianDDPMScheduler
+from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.training.config import ConfigError, TrainingConfig
 
 # Channels of each level in units of the first, by number of levels. With 4 levels and 128

@@ -23,10 +23,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from . import checks_ddpm_hf as checks
-from . import images_ddpm_hf as images
-from . import portable_ddpm_hf as portable
-from . import scheduling_ddpm_hf as scheduling
+from . import checks, images, portable, scheduling
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 Denoiser = Callable[[Tensor, Tensor], Tensor]

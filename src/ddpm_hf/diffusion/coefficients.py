@@ -1,7 +1,7 @@
 """What follows from betas and timesteps: the coefficients of DDPM's distributions (2006.11239).
 
 Derived in float64 from log(1 - beta), where nothing cancels, and rounded once, to the dtype of the
-sample. Notation as in `scheduling_ddpm_hf.py`, beside which this file travels with the weights.
+sample. Notation as in `scheduling.py`, beside which this file travels with the weights.
 """
 
 import operator

@@ -10,17 +10,17 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from ddpm_hf import model_card
-from ddpm_hf.hub_retry import WAITS_S, retry, shorten
+from ddpm_hf.hub import card as model_card
+from ddpm_hf.hub.retry import WAITS_S, retry, shorten
 
 if TYPE_CHECKING:
     import torch
     from diffusers import UNet2DModel
 
-    from ddpm_hf.pipeline_ddpm_hf import GaussianDDPMPipeline
+    from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 
 PIPELINES = ("DDPMPipeline", "DDIMPipeline", "GaussianDDPMPipeline")
-OUR_SCHEDULER = ["ddpm_hf.scheduling_ddpm_hf", "GaussianDDPMScheduler"]
+OUR_SCHEDULER = ["ddpm_hf.diffusion.scheduling", "GaussianDDPMScheduler"]
 
 
 def load(
@@ -125,8 +125,8 @@ def open_pipeline(
     """
     import diffusers
 
-    from ddpm_hf.pipeline_ddpm_hf import GaussianDDPMPipeline, image_facts
-    from ddpm_hf.scheduling_ddpm_hf import GaussianDDPMScheduler
+    from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline, image_facts
+    from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 
     with _one_line_about(name):
         kind = scheduler_class(folder, name)
@@ -154,7 +154,7 @@ def open_unet(
     """
     from diffusers import UNet2DModel
 
-    from ddpm_hf.portable_ddpm_hf import check_finite
+    from ddpm_hf.diffusion.portable import check_finite
 
     if use_safetensors and not any(folder.glob("*.safetensors")):
         raise ValueError(

@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import coefficients_ddpm_hf as coefficients
-from . import schedules_ddpm_hf as schedules
+from . import coefficients, schedules
 
 MAX_TRAIN_TIMESTEPS = 100_000
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")

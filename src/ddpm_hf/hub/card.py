@@ -24,7 +24,7 @@ _SCHEDULER_KEYS = (
     *("num_train_timesteps", "beta_schedule", "beta_start", "beta_end"),
     *("prediction_type", "variance_type", "timestep_spacing"),
 )
-_TEMPLATE = Path(__file__).with_name("model_card_template.md")
+_TEMPLATE = Path(__file__).with_name("card_template.md")
 
 _MARK = re.compile(r"\n<!-- ddpm-hf (generated|edited) ([0-9a-f]{64}) -->\n?\Z")
 _TOKEN = re.compile(r"\b(?:hf_|ghp_|github_pat_|sk-)[A-Za-z0-9_-]{16,}|://[^/\s:@]+:[^/\s@]+@")

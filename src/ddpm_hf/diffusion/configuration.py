@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 from diffusers.configuration_utils import ConfigMixin
 
-from . import checks_ddpm_hf as checks
-from . import schedules_ddpm_hf as schedules
+from . import checks, schedules
 
 EXTENSION_FORMAT_VERSION = 1
 SCHEDULE_KEYS = {

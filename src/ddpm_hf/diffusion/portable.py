@@ -3,7 +3,7 @@
 
 model_index.json                 as stock diffusers reads it
 pipeline.py                      what `custom_pipeline=` loads: imports the files below
-ddpm_hf_<hash>/*.py              copies of the package's files named *_ddpm_hf.py
+ddpm_hf_<hash>/*.py              a copy of the folder that this file lies in
 unet/, scheduler/                configurations and safetensors
 """
 
@@ -103,7 +103,7 @@ def _move_files(staging: Path, folder: Path, variant: str | None) -> None:
 def _stale(folder: Path, variant: str | None) -> list[Path]:
     """Weights (of this variant) and source files, which an earlier save may have left."""
     weights = (path for path in (folder / "unet").iterdir() if _variant_of(path.name) == variant)
-    return [*folder.glob("ddpm_hf_*/*_ddpm_hf.py"), *weights]
+    return [*folder.glob("ddpm_hf_*/*.py"), *weights]
 
 
 def _variant_of(file_name: str) -> str | None:
@@ -135,7 +135,7 @@ def write_source(folder: Path) -> None:
     They lie in a folder named after their content: the loader gives the code of all local
     checkpoints one namespace, and two versions in one process would run each other's.
     """
-    sources = {p.stem: p.read_bytes() for p in sorted(Path(__file__).parent.glob("*_ddpm_hf.py"))}
+    sources = {p.stem: p.read_bytes() for p in sorted(Path(__file__).parent.glob("*.py"))}
     digest = hashlib.sha256(b"".join(sources.values())).hexdigest()[:12]
     package = f"ddpm_hf_{digest}"
     (folder / package).mkdir()
@@ -143,7 +143,7 @@ def write_source(folder: Path) -> None:
         (folder / package / f"{name}.py").write_bytes(source)
     door = [
         '"""Loaded by diffusers with custom_pipeline= and trust_remote_code=True."""\n',
-        f"from .{package}.pipeline_ddpm_hf import GaussianDDPMPipeline\n",
+        f"from .{package}.pipeline import GaussianDDPMPipeline\n",
         "# The loader copies only the files that this one names.",
         *(f"from .{package}.{name} import __doc__ as _" for name in sources),
         '\n__all__ = ["GaussianDDPMPipeline"]',
@@ -180,7 +180,7 @@ def upload(folder: Path, repo_id: str, prefix: str = "", **commit: Any) -> Any:
         CommitOperationDelete(name)
         for name in sorted(others)
         if (name.startswith(f"{prefix}unet/") and _variant_of(Path(name).name) in variants)
-        or fnmatchcase(name, f"{prefix}ddpm_hf_*/*_ddpm_hf.py")
+        or fnmatchcase(name, f"{prefix}ddpm_hf_*/*.py")
     ]
     return api.create_commit(repo_id, [*added, *stale], parent_commit=head.sha, **commit)
 

@@ -9,7 +9,7 @@ from diffusers.models import UNet2DModel
 from PIL import Image
 from torch import Tensor
 
-from . import checks_ddpm_hf as checks
+from . import checks
 
 Facts = dict[str, Any]
 

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks_ddpm_hf as checks
-from . import coefficients_ddpm_hf as coefficients
+from . import checks, coefficients
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 WIDE = (torch.float32, torch.float64)

@@ -12,9 +12,9 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from ddpm_hf import model_card
-from ddpm_hf.hub_retry import TOKEN_HELP, WAITS_S, HubError, retry, shorten
-from ddpm_hf.loading import OUR_SCHEDULER, check_repo_id, refuse_links, scheduler_class
+from ddpm_hf.hub import card as model_card
+from ddpm_hf.hub.load import OUR_SCHEDULER, check_repo_id, refuse_links, scheduler_class
+from ddpm_hf.hub.retry import TOKEN_HELP, WAITS_S, HubError, retry, shorten
 
 __all__ = ["HubError", "PushResult", "push", "push_command"]
 
@@ -25,7 +25,7 @@ UNET_CONFIG, SCHEDULER_CONFIG = "unet/config.json", "scheduler/scheduler_config.
 REPLACED = (
     "unet/diffusion_pytorch_model*.safetensors",
     "unet/diffusion_pytorch_model*.json",
-    "ddpm_hf_*/*_ddpm_hf.py",
+    "ddpm_hf_*/*.py",
 )
 SHARED = (
     *REPLACED,

@@ -24,11 +24,7 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from torch import Tensor
 
 # Modules, not names: diffusers' loader of remote code looks for `from .x import y` elsewhere.
-from . import arithmetic_ddpm_hf as arithmetic
-from . import checks_ddpm_hf as checks
-from . import coefficients_ddpm_hf as coefficients
-from . import configuration_ddpm_hf as configuration
-from . import schedules_ddpm_hf as schedules
+from . import arithmetic, checks, coefficients, configuration, schedules
 
 Array = schedules.Array
 Steps = schedules.Steps
@@ -81,7 +77,7 @@ class GaussianDDPMScheduler(SchedulerMixin, configuration.TravellingConfig):  # 
         num_train_timesteps: T, the length of the training chain, 1 to 100000.
         beta_start: first beta of "linear" and its relatives, in (0, 1).
         beta_end: last beta of "linear" and its relatives, in (0, 1).
-        beta_schedule: a name in `schedules_ddpm_hf.BETA_SCHEDULES`. Those that stock diffusers does
+        beta_schedule: a name in `schedules.BETA_SCHEDULES`. Those that stock diffusers does
             not know are written as `trained_betas`, so that it reads them all the same.
         trained_betas: T betas in (0, 1), instead of a named schedule; the last may be 1.
         variance_type: the reverse variance. "fixed_small" is the posterior's, "fixed_large" beta_t;
