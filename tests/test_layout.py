@@ -19,6 +19,7 @@ FLOORS = (
     {"losses", "data", "pictures"},
     {"likelihood", "hub"},
     {"training"},
+    {"commands"},
     {"cli"},
     {"__main__"},
 )

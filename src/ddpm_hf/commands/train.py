@@ -1,0 +1,10 @@
+"""`ddpm-hf train`."""
+
+HELP = "train on a folder of images or any data set, or go on with a run that was interrupted"
+
+
+def run(argv: list[str]) -> int:
+    """Train as `argv` says; 0, or the status of a run that was stopped or could not be pushed."""
+    from ddpm_hf.training import parse_config, train
+
+    return train(parse_config(argv, prog="ddpm-hf train")).exit_status
