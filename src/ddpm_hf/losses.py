@@ -1,14 +1,10 @@
 """Training losses: one value per sample, unreduced, for any denoiser."""
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from ddpm_hf.diffusion.arithmetic import Denoiser
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
-
-Denoiser = Callable[[Tensor, Tensor], Any]
 
 
 def prediction_target(

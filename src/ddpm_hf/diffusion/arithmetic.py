@@ -1,7 +1,7 @@
 """The scheduler's arithmetic on samples: dtypes, noise, thresholding. Travels with the weights."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor
 from . import checks, coefficients
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
+# (x_t, t) -> the prediction, as a tensor or as the `.sample` of an object.
+Denoiser = Callable[[Tensor, Tensor], Any]
 WIDE = (torch.float32, torch.float64)
 
 

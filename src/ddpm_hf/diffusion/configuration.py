@@ -4,21 +4,12 @@ Stock keys never lie: a schedule that stock does not know is written as its beta
 that names it belongs to these betas. Travels with the weights.
 """
 
-import hashlib
 import json
 from typing import Any
 
-import numpy as np
 from diffusers.configuration_utils import ConfigMixin
 
-from . import checks, schedules
-
-EXTENSION_FORMAT_VERSION = 1
-SCHEDULE_KEYS = {
-    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "beta_schedule_params"
-}  # fmt: skip
-
-Array = schedules.Array
+from . import checks, extension
 
 
 class TravellingConfig(ConfigMixin):  # type: ignore[misc]
@@ -50,60 +41,36 @@ class TravellingConfig(ConfigMixin):  # type: ignore[misc]
             return_unused_kwargs: return the unused keywords, too.
             kwargs: values that win over those of `config`.
         """
-        extension = None
+        own = None
         if isinstance(config, dict):
             checks.warn_of_unknown_keys(cls, {*config, *kwargs})
-            extension = config.get("_ddpm_hf")
-            ours = ("_ddpm_hf", "_use_default_values")
-            config = {key: value for key, value in config.items() if key not in ours}
+            config = dict(extension.reopened(config, kwargs))
+            own = config.pop("_ddpm_hf", None)
+            config.pop("_use_default_values", None)
             if config.get("variance_type", "") is None:  # DPMSolver's word for "not learned"
                 del config["variance_type"]
-            config = _reopened(config, extension, kwargs)
         scheduler, unused = super().from_config(config, return_unused_kwargs=True, **kwargs)
-        scheduler._adopt_extension(extension)
+        scheduler._adopt_extension(own)
         return (scheduler, unused) if return_unused_kwargs else scheduler
 
-    def _adopt_extension(self, extension: Any) -> None:
-        if extension is None:
+    def _adopt_extension(self, own: Any) -> None:
+        if own is None:
             return
-        if isinstance(extension, dict) and extension.get("fingerprint") == self._fingerprint:
-            self._keep_extension({**extension, **self.config.get("_ddpm_hf", {})})
+        if isinstance(own, dict) and own.get("fingerprint") == self._fingerprint:
+            self._keep_extension({**own, **self.config.get("_ddpm_hf", {})})
         else:
             checks.warn(
                 "the configuration's `_ddpm_hf` was made for other betas or another prediction_type"
                 " and is left out"
             )
 
-    def _keep_extension(self, extension: dict[str, Any]) -> None:
+    def _keep_extension(self, own: dict[str, Any]) -> None:
         """Under one key with an underscore, which stock diffusers carries along unread."""
-        mark = {"format_version": EXTENSION_FORMAT_VERSION, "fingerprint": self._fingerprint}
-        self.register_to_config(_ddpm_hf={**mark, **extension})
+        mark = {"format_version": extension.FORMAT_VERSION, "fingerprint": self._fingerprint}
+        self.register_to_config(_ddpm_hf={**mark, **own})
 
     def to_json_string(self) -> str:
         """The configuration, under the class name that stock diffusers loads."""
         config = json.loads(super().to_json_string())
         config["_class_name"] = "DDPMScheduler"
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
-
-
-def _reopened(config: dict[str, Any], extension: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """The configuration with a schedule of ours by its name, where `given` changes that schedule.
-
-    Its betas, as they are written for stock, would win over the change.
-    """
-    if not isinstance(extension, dict) or "beta_schedule" not in extension:
-        return config
-    if "trained_betas" in given or not SCHEDULE_KEYS & given.keys():
-        return config
-    betas, prediction_type = config.get("trained_betas"), config.get("prediction_type", "epsilon")
-    if extension.get("fingerprint") != fingerprint(np.array(betas, float), prediction_type):
-        return config
-    params = {} if "beta_schedule" in given else extension["beta_schedule_params"]
-    given.setdefault("beta_schedule", extension["beta_schedule"])
-    given["beta_schedule_params"] = {**params, **(given.get("beta_schedule_params") or {})}
-    return {**config, "trained_betas": None}
-
-
-def fingerprint(betas: Array, prediction_type: str) -> str:
-    """What an extension belongs to; of float32, since libms differ in the last bit of float64."""
-    return hashlib.sha256(betas.astype("<f4").tobytes() + prediction_type.encode()).hexdigest()[:16]

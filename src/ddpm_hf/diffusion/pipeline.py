@@ -23,17 +23,15 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from . import checks, images, portable, scheduling
+from . import arithmetic, checks, extension, images, portable, scheduling
 
-Generators = torch.Generator | Sequence[torch.Generator] | None
-Denoiser = Callable[[Tensor, Tensor], Tensor]
+Generators = arithmetic.Generators
+Denoiser = arithmetic.Denoiser
 ClassLabels = int | str | Sequence[int] | Sequence[str] | Tensor | None
 Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
 
 MAX_BATCH_SIZE = 2**20  # more in one call is a slip
 CALLBACK_TENSORS = ("latents", "pred_original_sample")
-# Ours is known by name: a copy that travelled with other weights is another class object.
-OUR_SCHEDULER = "GaussianDDPMScheduler"
 
 image_facts = images.image_facts
 
@@ -194,7 +192,7 @@ class GaussianDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
         """How many of the network's output channels this scheduler reads."""
         channels: int = self.unet.config.in_channels
         given = self.unet.config.out_channels
-        ours = type(self.scheduler).__name__ == OUR_SCHEDULER
+        ours = type(self.scheduler).__name__ == extension.OUR_SCHEDULER
         variance_type = self.scheduler.config.get("variance_type") or ""
         needed = 2 * channels if ours and variance_type.startswith("learned") else channels
         # Other schedulers have no use for a learned variance: they get the mean's channels.
@@ -265,7 +263,8 @@ class GaussianDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
         self._interrupt = False
         with self.progress_bar(total=len(timesteps)) as progress:
             for i, t in enumerate(timesteps):
-                model_output = denoise(self.scheduler.scale_model_input(x_t, t), on_device[i])
+                model_input = self.scheduler.scale_model_input(x_t, t)
+                model_output: Tensor = denoise(model_input, on_device[i])
                 step = self.scheduler.step(model_output, t, x_t, **step_options)
                 x_t = call_back(i, t, step)
                 finite[i] = model_output.isfinite().all() & x_t.isfinite().all()
@@ -342,7 +341,7 @@ class GaussianDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
         index = json.loads(super().to_json_string())
         index.pop("_name_or_path", None)  # a path of this machine, as a rule
         index["_class_name"] = "DDPMPipeline"
-        if index["scheduler"][1] == OUR_SCHEDULER:
+        if index["scheduler"][1] == extension.OUR_SCHEDULER:
             index["scheduler"] = ["diffusers", "DDPMScheduler"]
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 

@@ -161,6 +161,14 @@ OWN_SCHEDULES: dict[str, Callable[..., Array]] = {
     "warmup50": warmup50,
 }
 BETA_SCHEDULES = STOCK_SCHEDULES | OWN_SCHEDULES
+# Which ends of the range of betas a schedule depends on; the others come from its formula alone.
+BETA_RANGE = {
+    name: ("beta_end",) if name == "const" else ("beta_start", "beta_end")
+    for name in (
+        *("linear", "scaled_linear", "sigmoid"),
+        *("const", "iddpm_linear", "quad", "warmup10", "warmup50"),
+    )
+}
 
 
 def schedule_parameters(name: str) -> dict[str, float]:

@@ -8,7 +8,7 @@ the next smaller of the chosen timesteps after `set_timesteps`.
     q(x_prev | x_t, x_0) = N(coef_x_0 x_0 + coef_x_t x_t, posterior_var I)            eq. 6, 7
     p(x_prev | x_t)      = the same, with the network's estimate in the place of x_0  eq. 11, 15
 
-This file and the five that it imports travel with the weights and need nothing of the package.
+This file and the six that it imports travel with the weights and need nothing of the package.
 """
 
 import re
@@ -24,7 +24,7 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from torch import Tensor
 
 # Modules, not names: diffusers' loader of remote code looks for `from .x import y` elsewhere.
-from . import arithmetic, checks, coefficients, configuration, schedules
+from . import arithmetic, checks, coefficients, configuration, extension, schedules
 
 Array = schedules.Array
 Steps = schedules.Steps
@@ -141,7 +141,7 @@ class GaussianDDPMScheduler(SchedulerMixin, configuration.TravellingConfig):  # 
     @torch.inference_mode(False)  # a scheduler made while sampling must serve training later
     def _set_betas(self, params: dict[str, float]) -> None:
         """Tables: float64 for us, and their float32 roundings for tools of stock diffusers."""
-        betas, extension = self._resolve_betas(params)
+        betas, own = self._resolve_betas(params)
         with np.errstate(divide="ignore"):  # log 0 at a last beta of 1
             if self.config.rescale_betas_zero_snr:
                 betas = schedules.rescale_zero_terminal_snr(betas)
@@ -157,9 +157,9 @@ class GaussianDDPMScheduler(SchedulerMixin, configuration.TravellingConfig):  # 
         self.betas = torch.from_numpy(betas).float()
         self.alphas = torch.from_numpy(1 - betas).float()
         self.alphas_cumprod = torch.from_numpy(np.exp(self._log_alphas.cumsum())).float()
-        self._fingerprint = configuration.fingerprint(betas, self.config.prediction_type)
-        if extension:
-            self._keep_extension(extension)
+        self._fingerprint = extension.fingerprint(betas, self.config.prediction_type)
+        if own:
+            self._keep_extension(own)
 
     def _resolve_betas(self, params: dict[str, float]) -> tuple[Array, dict[str, Any]]:
         """The configured betas, and the name and parameters of a schedule that stock lacks."""

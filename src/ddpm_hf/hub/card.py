@@ -17,13 +17,12 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from ddpm_hf.diffusion.extension import beta_schedule_of
+
 TASK = "unconditional-image-generation"
 UNKNOWN = "not recorded"
 _UNET_KEYS = ("sample_size", "in_channels", "num_class_embeds")
-_SCHEDULER_KEYS = (
-    *("num_train_timesteps", "beta_schedule", "beta_start", "beta_end"),
-    *("prediction_type", "variance_type", "timestep_spacing"),
-)
+_SCHEDULER_KEYS = ("prediction_type", "variance_type", "timestep_spacing")
 _TEMPLATE = Path(__file__).with_name("card_template.md")
 
 _MARK = re.compile(r"\n<!-- ddpm-hf (generated|edited) ([0-9a-f]{64}) -->\n?\Z")
@@ -51,10 +50,17 @@ def card_facts(folder: str | Path) -> dict[str, Any]:
     facts["unet"] = {key: unet[key] for key in _UNET_KEYS if unet.get(key) is not None}
     facts["unet"]["num_parameters"] = _count_parameters(folder / "unet")
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    facts["scheduler"] = {k: scheduler[k] for k in _SCHEDULER_KEYS if scheduler.get(k) is not None}
+    facts["scheduler"] = _scheduler_facts(scheduler) if scheduler else {}
     facts["image"] = (unet.get("_ddpm_hf") or {}).get("image")
     facts["samples"] = (folder / "samples.png").is_file()
     return facts
+
+
+def _scheduler_facts(config: dict[str, Any]) -> dict[str, Any]:
+    name, params = beta_schedule_of(config)
+    facts = {"num_train_timesteps": config.get("num_train_timesteps"), "beta_schedule": name}
+    facts |= {**params, **{key: config.get(key) for key in _SCHEDULER_KEYS}}
+    return {key: value for key, value in facts.items() if value is not None}
 
 
 def read_json(path: Path) -> dict[str, Any]:

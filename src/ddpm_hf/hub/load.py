@@ -10,6 +10,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from ddpm_hf.diffusion.extension import OUR_SCHEDULER
 from ddpm_hf.hub import card as model_card
 from ddpm_hf.hub.retry import WAITS_S, retry, shorten
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 
 PIPELINES = ("DDPMPipeline", "DDIMPipeline", "GaussianDDPMPipeline")
-OUR_SCHEDULER = ["ddpm_hf.diffusion.scheduling", "GaussianDDPMScheduler"]
 
 
 def load(
@@ -98,8 +98,8 @@ def scheduler_class(folder: Path, name: str) -> str:
         hint = f"; did you mean {inner}?" if (inner / "model_index.json").is_file() else ""
         raise ValueError(f"{name} is not a checkpoint of a pipeline: no model_index.json{hint}")
     kind, parts = index.get("_class_name"), {k: v for k, v in index.items() if k[0] != "_"}
-    if parts.get("scheduler") == OUR_SCHEDULER:
-        parts["scheduler"] = ["diffusers", OUR_SCHEDULER[1]]
+    if parts.get("scheduler") == ["ddpm_hf.diffusion.scheduling", OUR_SCHEDULER]:
+        parts["scheduler"] = ["diffusers", OUR_SCHEDULER]
     known = (isinstance(part, list) and part[:1] == ["diffusers"] for part in parts.values())
     if isinstance(kind, list) or not all(known):
         raise ValueError(
@@ -130,7 +130,7 @@ def open_pipeline(
 
     with _one_line_about(name):
         kind = scheduler_class(folder, name)
-        ours = kind in ("DDPMScheduler", OUR_SCHEDULER[1])
+        ours = kind in ("DDPMScheduler", OUR_SCHEDULER)
         if not ours and kind not in GaussianDDPMScheduler._compatibles:
             raise ValueError(f"{name} has a {kind}, which does not sample DDPMs")
         scheduler = GaussianDDPMScheduler if ours else getattr(diffusers, kind)

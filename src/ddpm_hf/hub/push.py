@@ -12,8 +12,9 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import RepositoryNotFoundError
 
+from ddpm_hf.diffusion.extension import OUR_SCHEDULER
 from ddpm_hf.hub import card as model_card
-from ddpm_hf.hub.load import OUR_SCHEDULER, check_repo_id, refuse_links, scheduler_class
+from ddpm_hf.hub.load import check_repo_id, refuse_links, scheduler_class
 from ddpm_hf.hub.retry import TOKEN_HELP, WAITS_S, HubError, retry, shorten
 
 __all__ = ["HubError", "PushResult", "push", "push_command"]
@@ -47,7 +48,7 @@ def prepare(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
-    if scheduler_class(folder, str(folder)) == OUR_SCHEDULER[1]:
+    if scheduler_class(folder, str(folder)) == OUR_SCHEDULER:
         raise ValueError(
             f"{folder} was saved by a stock pipeline, so that nobody without ddpm_hf could load it;"
             " ddpm_hf.load(...).save_pretrained(...) writes the form for everyone"

@@ -23,11 +23,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from ddpm_hf.diffusion.arithmetic import Denoiser
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.hub.background import BackgroundPusher
 from ddpm_hf.hub.card import read_json
-from ddpm_hf.losses import Denoiser, simple_loss
+from ddpm_hf.losses import simple_loss
 from ddpm_hf.pictures import draw_images, image_grid
 from ddpm_hf.randomness import Batches, noise_and_timesteps, seed_of
 from ddpm_hf.training.config import ConfigError, TrainingConfig, continued, required

@@ -14,6 +14,7 @@ from accelerate.utils import is_tensorboard_available
 from PIL.Image import Image
 
 from ddpm_hf.data import ImageFacts
+from ddpm_hf.diffusion.extension import beta_schedule_of
 from ddpm_hf.training.config import TrainingConfig
 
 
@@ -91,6 +92,8 @@ def describe(
     channels = getattr(getattr(unet, "config", None), "block_out_channels", ())
     steps, batch = config.max_train_steps or 0, config.batch_size or 0
     diffusion = scheduler.config
+    schedule, params = beta_schedule_of(diffusion)
+    schedule += f" ({', '.join(f'{k} {v:g}' for k, v in params.items())})" * bool(params)
     split = f", {config.gradient_accumulation_steps} passes each" * (
         config.gradient_accumulation_steps > 1
     )
@@ -100,7 +103,7 @@ def describe(
             + f" {facts.bit_depth} bit" * (facts.bit_depth != 8),
             f"network    {type(unet).__name__}, {parameters:,} parameters"
             + f", channels {'-'.join(map(str, channels))}" * bool(channels),
-            f"diffusion  T={diffusion.num_train_timesteps}, {diffusion.beta_schedule}, "
+            f"diffusion  T={diffusion.num_train_timesteps}, {schedule}, "
             f"predicts {diffusion.prediction_type}",
             f"training   {steps:,} updates of {batch} images{split} "
             f"({steps * batch / num_images:,.0f} epochs), learning rate {config.learning_rate:g}",
