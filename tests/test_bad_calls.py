@@ -163,7 +163,7 @@ SET_TIMESTEPS = [
 x, y = torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4)
 long = torch.long
 STEP = [
-    ("timestep", (y, 5, x), {}, "scheduler.timesteps (10 values, 900 to 0)"),
+    ("timestep", (y, 5, x), {}, "(10 values, 900 to 0; set_timesteps(1000), best on"),
     ("timestep", (y, -1, x), {}, "-1"),
     ("timestep", (y, 1000, x), {}, "1000"),
     ("timestep", (y, 5.5, x), {}, "5.5"),

@@ -66,6 +66,20 @@ class ReverseVariance(NamedTuple):
     slope: Coef
 
 
+class Bound(NamedTuple):
+    """KL(q || p) of one step is (expm1 r - r)/2 + weight e^r (x_0 - x_0_hat)^2, in nats.
+
+    r = log_ratio + slope * v is log sigma_q^2 - log sigma_p^2, of which log_variance is the former;
+    weight is coef_x_0^2 / (2 sigma_q^2): half of what the SNR loses in the step.
+    """
+
+    weight: Coef
+    log_ratio: Coef
+    slope: Coef
+    log_variance: Coef
+    is_last: Coef
+
+
 class Inversion(NamedTuple):
     """x_next = coef_x_0 x_0 + coef_x_t x_t, the noiseless step to the next noisier timestep."""
 
@@ -220,6 +234,7 @@ class Trajectory:
         steps: list[int] = timesteps.tolist()
         self._previous = dict(zip(steps, [-1, *steps[:-1]], strict=True))
         self._reverse: dict[float, Table] = {}
+        self._bound: dict[float, Table] = {}
 
     def previous(self, t: Timestep) -> int:
         """The timestep that follows `t` in sampling; -1, the clean image, after the last."""
@@ -228,8 +243,12 @@ class Trajectory:
         return self._previous[host_t]
 
     def _known_as(self) -> str:
-        steps = self.timesteps
-        return f"scheduler.timesteps ({len(steps)} values, {steps[-1]} to {steps[0]})"
+        steps, T = self.timesteps, self.num_train_timesteps
+        back = f"; set_timesteps({T}), best on a copy, gives the whole chain back"
+        return (
+            f"scheduler.timesteps ({len(steps)} values, {steps[-1]} to {steps[0]}"
+            f"{back if len(steps) < T else ''})"
+        )
 
     def _table(self, columns: Any, kind: type[Table] = Table) -> Table:
         return kind(columns, self.timesteps, self.num_train_timesteps, self._known_as())
@@ -267,6 +286,25 @@ class Trajectory:
             columns = (*self._x_0_coefficients(), *self._mean_coefficients(eta), *self._std(eta))
             table = self._reverse[eta] = self._table(Reverse(*columns), ReverseTable)
         return table
+
+    def bound(self, eta: float) -> Table:
+        """What the bound compares, for this `eta` (2006.11239, eq. 5; 2010.02502, eq. 11)."""
+        if eta not in self._bound:
+            self._bound = {eta: self._make_bound(eta)}  # of the last one: few ask for two
+        return self._bound[eta]
+
+    def _make_bound(self, eta: float) -> Table:
+        _, log_variance = self._posterior_variance()
+        of_p = self._reverse_variance()
+        coef_x_0, _ = self._mean_coefficients(eta)
+        columns = Bound(
+            weight=(coef_x_0 / eta) ** 2 * np.exp(-log_variance) / 2,
+            log_ratio=log_variance - of_p.log_variance,
+            slope=-of_p.slope,
+            log_variance=log_variance,
+            is_last=np.arange(len(log_variance)) == 0,
+        )
+        return self._table(columns)
 
     def _posterior_variance(self) -> tuple[Array, Array]:
         """beta~_t of eq. 7 and its log, the last step's 0 replaced by its neighbour (2102.09672).

@@ -51,6 +51,19 @@ class ReverseGaussian(NamedTuple):
     pred_original_sample: Tensor
 
 
+class StepKL(NamedTuple):
+    """KL(q(x_prev | x_t, x_0) || p(x_prev | x_t)), in nats, and of p what a decoder asks for.
+
+    At the last step, whose mean is the estimate of x_0, the bound has -log p(x_0 | x_t) in the
+    place of the KL. `is_last`, 1 or 0, says where that is.
+    """
+
+    kl: Tensor
+    log_variance: Tensor
+    pred_original_sample: Tensor
+    is_last: Tensor
+
+
 class GaussianDDPMOutput(DDPMSchedulerOutput):  # type: ignore[misc]
     """What `step` returns: the fields of `DDPMSchedulerOutput`, as attributes and as items.
 
@@ -363,10 +376,14 @@ class GaussianDDPMScheduler(SchedulerMixin, configuration.TravellingConfig):  # 
         output, v = with_dtype_of(x_t, model_output).chunk(2, dim=1)
         return output, v
 
-    def _predict_x_0(self, output: Tensor, x_t: Tensor, row: coefficients.Reverse) -> Tensor:
+    def _predict_x_0(
+        self, output: Tensor, x_t: Tensor, row: coefficients.Reverse, clip: bool = True
+    ) -> Tensor:
         """The estimate of x_0, clipped (eq. 15)."""
         config = self.config
         x_0_hat: Tensor = (output * row.x_0_from_output).addcmul_(x_t, row.x_0_from_x_t)
+        if not clip:
+            return x_0_hat
         if config.thresholding:
             return arithmetic.threshold(
                 x_0_hat, config.dynamic_thresholding_ratio, config.sample_max_value
@@ -403,6 +420,49 @@ class GaussianDDPMScheduler(SchedulerMixin, configuration.TravellingConfig):  # 
             return ReverseGaussian(mean, *arithmetic.spread(of_t, x_t), x_0_hat)
         log_variance = v * of_t.slope + of_t.log_variance
         return ReverseGaussian(mean, log_variance.exp(), log_variance, x_0_hat)
+
+    def step_kl(
+        self,
+        model_output: Tensor,
+        x_0: Tensor,
+        x_t: Tensor,
+        t: Timestep,
+        *,
+        clip: bool = True,
+        eta: float = 1.0,
+    ) -> StepKL:
+        """How far p(x_prev | x_t) is from q(x_prev | x_t, x_0): a term of the bound, per value.
+
+        From the difference of x_0 and its estimate: that of the means, which agree in all but
+        their last digits where t is large, would leave none in float32.
+
+        Args:
+            model_output: the network's output at (x_t, t), as for `p_mean_variance`.
+            x_0: clean images, (B, ...), floating point.
+            x_t: noisy images at t, same shape.
+            t: elements of the trajectory, an int or (B,).
+            clip: clip or threshold the estimate of x_0 as configured, as sampling does. Where the
+                clip is active no gradient reaches the network's mean.
+            eta: that of `step`, in (0, 1].
+
+        Returns:
+            KL in nats and estimate of x_0, (B, ...); log_variance of p and is_last, which
+            broadcast. At least float32.
+
+        Source: eq. 5; for eta below 1 2010.02502, eq. 11.
+        """
+        checks.check_tensor("x_0", x_0)
+        checks.check_tensor("x_t", x_t, x_0)
+        checks.check_float("eta", eta, "in (0, 1]: 0 has no bound", checks.ABOVE_0, 1.0)
+        x_0 = at_least_float32(x_0)
+        x_t = with_dtype_of(x_0, x_t)
+        output, v = self._split(model_output, x_t)
+        x_0_hat = self._predict_x_0(output, x_t, self._reverse_row(t, x_t, eta), clip)
+        of_t = self._trajectory.bound(eta).at(t, x_t)
+        log_ratio = of_t.log_ratio if v is None else v * of_t.slope + of_t.log_ratio
+        of_mean = (x_0 - x_0_hat).square() * of_t.weight * log_ratio.exp()
+        kl = of_mean + (log_ratio.expm1() - log_ratio) / 2
+        return StepKL(kl, of_t.log_variance - log_ratio, x_0_hat, of_t.is_last)
 
     # Diffusion ------------------------------------------------------------------------------------
 
@@ -501,15 +561,15 @@ class GaussianDDPMScheduler(SchedulerMixin, configuration.TravellingConfig):  # 
         mean = (x_t * q.coef_x_t).addcmul_(x_0, q.coef_x_0)
         return Gaussian(mean, *arithmetic.spread(q, x_0))
 
-    def snr(self, t: Timestep) -> Tensor:
-        """alpha_bar_t / (1 - alpha_bar_t), float32 in the shape of t in [0, T) (2107.00630)."""
-        return self._of_t("snr", t)
+    def snr(self, t: Timestep, dtype: torch.dtype = torch.float32) -> Tensor:
+        """alpha_bar_t / (1 - alpha_bar_t), in the shape of t in [0, T) (2107.00630)."""
+        return self._of_t("snr", t, dtype)
 
-    def log_snr(self, t: Timestep) -> Tensor:
+    def log_snr(self, t: Timestep, dtype: torch.dtype = torch.float32) -> Tensor:
         """Natural log of `snr`: -inf where no signal is left."""
-        return self._of_t("log_snr", t)
+        return self._of_t("log_snr", t, dtype)
 
-    def _of_t(self, field: str, t: Timestep) -> Tensor:
+    def _of_t(self, field: str, t: Timestep, dtype: torch.dtype) -> Tensor:
         shape, device = (t.shape, t.device) if isinstance(t, Tensor) else ((), None)
-        like = torch.empty(shape, device=device, dtype=torch.float32)
+        like = torch.empty(shape, device=device, dtype=dtype)
         return arithmetic.as_tensor(getattr(self._marginal.at(t, like), field), like)
