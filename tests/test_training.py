@@ -17,8 +17,8 @@ from torch.testing import assert_close
 
 from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler, TrainingConfig, train
 from ddpm_hf.training import ConfigError, TrainingError
-from ddpm_hf.training.folder import CheckpointError
 from ddpm_hf.training.proposals import rate_from_scratch
+from ddpm_hf.training.run_folder import CheckpointError
 
 
 def tiny_unet(**overrides):
@@ -475,11 +475,25 @@ class FailsToSample(UNet2DModel):
         return super().forward(*args, **options)
 
 
-def test_a_failure_to_draw_comes_after_the_update_was_saved_and_says_what_to_do(tmp_path):
+def test_a_picture_that_cannot_be_drawn_costs_neither_the_run_nor_its_model(tmp_path, caplog):
     unet = FailsToSample(**{k: v for k, v in tiny_unet().config.items() if k[0] != "_"})
+    result = run(tmp_path, unet=unet, num_samples=1, sample_steps=3, checkpointing_steps=3)
+    assert "could not draw samples at update 3: no room" in caplog.text
+    assert result.num_steps == 6
+    assert load_file(result.model_dir / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def test_an_accelerator_without_room_ends_with_the_option_that_helps(tmp_path):
+    images = Images(tiny_images(), 10, lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
     with pytest.raises(TrainingError, match="gradient_accumulation_steps 2"):
-        run(tmp_path, unet=unet, num_samples=1, sample_steps=3, checkpointing_steps=3)
-    assert checkpoint(tmp_path, 3)
+        run(tmp_path, dataset=images)
+
+
+def test_a_tracker_that_fails_is_left_out_with_a_word(tmp_path, caplog, monkeypatch):
+    (tmp_path / "logs").write_text("in the way of TensorBoard's folder")
+    assert run(tmp_path).num_steps == 6
+    assert "the tracker failed" in caplog.text
+    assert len(metrics(tmp_path)) == 6
 
 
 def test_the_lock_of_a_killed_run_is_waited_for_until_its_workers_end(tmp_path):

@@ -1,10 +1,15 @@
 """Training losses: one value per sample, unreduced, for any denoiser."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ddpm_hf.diffusion.arithmetic import Denoiser
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
+
+# (denoiser, scheduler, x_0, t, noise) -> one value per sample, (B,), unreduced.
+Loss = Callable[[Denoiser, GaussianDDPMScheduler, Tensor, Tensor, Tensor], Tensor]
 
 
 def prediction_target(

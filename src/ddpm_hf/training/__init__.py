@@ -1,8 +1,8 @@
-"""Training by Accelerate: options (`config`), one pure step and its loop (`loop`), what is kept
-(`state`). `accelerate launch -m ddpm_hf train` runs the program of `ddpm-hf train`."""
+"""Training by Accelerate: options (`config`), what is trained (`parts`), the updates (`loop`), what
+is kept (`state`). `accelerate launch -m ddpm_hf train` runs the program of `ddpm-hf train`."""
 
 from ddpm_hf.training.config import ConfigError, TrainingConfig, parse_config
-from ddpm_hf.training.loop import TrainingError, TrainingResult, train, train_step
+from ddpm_hf.training.loop import TrainingError, TrainingResult, train
 from ddpm_hf.training.parts import build_images
 from ddpm_hf.training.processes import main_first
 from ddpm_hf.training.proposals import build_scheduler, build_unet
@@ -18,5 +18,4 @@ __all__ = [
     "main_first",
     "parse_config",
     "train",
-    "train_step",
 ]

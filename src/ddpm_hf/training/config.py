@@ -266,7 +266,7 @@ def _kinds(annotation: Any) -> tuple[Any, ...]:
     return (annotation,)
 
 
-def continued(given: TrainingConfig, before: dict[str, Any]) -> TrainingConfig:
+def merge_resumed_config(given: TrainingConfig, before: dict[str, Any]) -> TrainingConfig:
     """The configuration of a resumed run: what is left open now is as it was.
 
     Args:

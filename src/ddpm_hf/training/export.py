@@ -15,44 +15,42 @@ from accelerate import Accelerator
 
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 from ddpm_hf.hub.card import origin_of, write_model_card
+from ddpm_hf.paths import ModelPaths, RunPaths
 from ddpm_hf.training.config import TrainingConfig
-from ddpm_hf.training.folder import replacing_folder, write_json
 from ddpm_hf.training.parts import Parts
+from ddpm_hf.training.run_folder import replacing_folder, write_json
 from ddpm_hf.training.state import TrainState
 
 # Names of people's folders are nobody else's business.
 _LOCAL_OPTIONS = ("dataset", "output_dir", "pretrained", "push_to_hub", "unet_config")
 
 
-def export_model(run: Path, parts: Parts, state: TrainState, facts: dict[str, Any]) -> Path:
-    """Write run/model: loads with `DiffusionPipeline.from_pretrained`, ready to be pushed.
+def export_model(run: RunPaths, parts: Parts, state: TrainState, facts: dict[str, Any]) -> None:
+    """Write the run's model: loads with `DiffusionPipeline.from_pretrained`, ready to be pushed.
 
     Args:
-        run: the run's folder.
+        run: where; the folder is replaced as a whole.
         parts: what was trained.
         state: its averaged weights are written.
         facts: what `training.json` says.
-    Returns:
-        the folder, replaced as a whole.
     """
-    target = run / "model"
+    target = run.model.root
     shared = _shareable(parts.config)
     with state.ema_weights() as unet, replacing_folder(target) as folder:
+        model = ModelPaths(folder)
         scheduler = copy.deepcopy(parts.scheduler)
         GaussianDDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(folder)
-        write_json(folder / "training.json", facts)
+        write_json(model.facts, facts)
         network = "# --unet-config unet/config.json\n" * (parts.config.unet_config is not None)
-        (folder / "recipe.yaml").write_text(network + shared.to_yaml(), encoding="utf-8")
-        shutil.copy2(run / "metrics.jsonl", folder)
-        grids = sorted((run / "samples").glob("step-*.png"))
-        if grids:
-            shutil.copy2(grids[-1], folder / "samples.png")
-        card = target / "README.md"
+        model.recipe.write_text(network + shared.to_yaml(), encoding="utf-8")
+        shutil.copy2(run.metrics, model.metrics)
+        if grid := run.newest_sample_grid():
+            shutil.copy2(grid, model.samples)
+        card = run.model.card
         if card.exists() and origin_of(card.read_text(encoding="utf-8")) == "person":
             shutil.copy2(card, folder)  # `write_model_card` leaves it alone
         write_model_card(folder)
         _keep_files_of_others(target, folder)
-    return target
 
 
 def _keep_files_of_others(before: Path, folder: Path) -> None:

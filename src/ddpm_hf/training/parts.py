@@ -17,6 +17,7 @@ from ddpm_hf.data.facts import IMAGE_MODES
 from ddpm_hf.diffusion.pipeline import image_facts
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.hub.load import fetch, open_pipeline, open_unet
+from ddpm_hf.losses import Loss
 from ddpm_hf.training.config import ConfigError, TrainingConfig
 from ddpm_hf.training.processes import main_first
 from ddpm_hf.training.proposals import (
@@ -40,6 +41,7 @@ class Parts:
     digest: str
     unet: UNet2DModel
     scheduler: GaussianDDPMScheduler
+    loss: Loss
 
     def identity(self) -> dict[str, dict[str, Any]]:
         """What a resumed run must share, as JSON values."""
@@ -49,7 +51,9 @@ class Parts:
             for part, config in parts.items()
         }
         images = {**self.facts.to_config()["image"], "number": len(self.images)}
-        return {**public, "images": {**images, "digest": self.digest}}
+        name = getattr(self.loss, "__qualname__", type(self.loss).__qualname__)
+        objective = {"loss": f"{self.loss.__module__}.{name}"}
+        return {**public, "images": {**images, "digest": self.digest}, "objective": objective}
 
 
 def assemble(
@@ -58,6 +62,7 @@ def assemble(
     unet: UNet2DModel | None,
     scheduler: GaussianDDPMScheduler | None,
     dataset: Any,
+    loss: Loss,
 ) -> Parts:
     """The parts of a run: those given, the rest from the configuration.
 
@@ -99,6 +104,7 @@ def assemble(
         digest,
         unet,
         scheduler,
+        loss,
     )
 
 

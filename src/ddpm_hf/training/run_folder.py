@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_hf.diffusion.portable import sync
+from ddpm_hf.paths import RunPaths
 
 _LEFTOVER = re.compile(r"(\.del-)?(?P<kind>\.(new|old|del)-)(?P<name>model|step-\d{8})")
-# What a run replaces or cuts: such files of somebody else's must not be there when it begins.
-_WRITTEN = ("model", "config.yaml", "metrics.jsonl")
 _LOCK_PATIENCE_S = 15.0
 
 
@@ -28,7 +27,7 @@ def replacing_folder(target: Path) -> Iterator[Path]:
 
     Everything written is on disk before the rename. A crash leaves either the old folder or the
     new one under the name `target`, or, in the instant between two renames, the old one beside it
-    (`sweep` puts it back).
+    (`remove_leftovers` puts it back).
     """
     temporary = target.with_name(f".new-{target.name}")
     retired = target.with_name(f".old-{target.name}")
@@ -49,7 +48,7 @@ def replacing_folder(target: Path) -> Iterator[Path]:
     remove_folder(retired)
 
 
-def sweep(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Clear what a crash left in `folder`: half-written folders go, a retired one without its
     successor returns."""
     if not folder.is_dir():
@@ -63,16 +62,17 @@ def sweep(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def run_lock(output_dir: Path) -> Iterator[None]:
-    """Hold `output_dir` (made if missing) for this run alone, until the block or process ends.
+def run_lock(paths: RunPaths) -> Iterator[None]:
+    """Hold a run's folder (made if missing) for this run alone, until the block or process ends.
 
     A run that fails before it has written anything else leaves no folder that was not there.
 
     Raises:
         CheckpointError: if it cannot be written, another run holds it, or it holds other things.
     """
-    was_there, file = output_dir.exists(), output_dir / ".lock"
-    _refuse_foreign_files(output_dir)
+    output_dir, file = paths.root, paths.lock
+    was_there = output_dir.exists()
+    _refuse_foreign_files(paths)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         lock = open(file, "a+", encoding="utf-8")  # noqa: SIM115
@@ -92,12 +92,13 @@ def run_lock(output_dir: Path) -> Iterator[None]:
             shutil.rmtree(output_dir)
 
 
-def _refuse_foreign_files(output_dir: Path) -> None:
-    is_a_run = (output_dir / ".lock").exists() or list(output_dir.glob("checkpoints/step-*"))
-    foreign = [name for name in _WRITTEN if (output_dir / name).exists()]
-    if foreign and not is_a_run:
+def _refuse_foreign_files(paths: RunPaths) -> None:
+    # What a run replaces or cuts: such files of somebody else's must not be there when it begins.
+    written = (paths.model.root, paths.config, paths.metrics)
+    foreign = [path.name for path in written if path.exists()]
+    if foreign and not paths.is_run():
         raise CheckpointError(
-            f"output_dir {output_dir} holds {', '.join(foreign)}, which no run of training put "
+            f"output_dir {paths.root} holds {', '.join(foreign)}, which no run of training put "
             "there and this one would replace; choose another one"
         )
 

@@ -1,0 +1,134 @@
+"""What a run leaves on the way: checkpoints, sample grids, the portable model, and its push."""
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from accelerate.utils import broadcast_object_list, gather_object
+from PIL.Image import Image
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
+from ddpm_hf.hub.background import BackgroundPusher
+from ddpm_hf.hub.card import read_json
+from ddpm_hf.pictures import draw_images, image_grid
+from ddpm_hf.training.export import export_model, training_facts
+from ddpm_hf.training.metrics import MetricsLog
+from ddpm_hf.training.run import Run
+from ddpm_hf.training.state import save_checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+class Outputs:
+    """Writes what is due. What can be done again later is a warning when it fails.
+
+    Args:
+        run: every process has one; only the main process writes.
+        log: shows the sample grids, too.
+        pusher: takes each exported model to the Hub, if that was asked for.
+    """
+
+    def __init__(self, run: Run, log: MetricsLog, pusher: BackgroundPusher | None) -> None:
+        self.run, self.log, self.pusher = run, log, pusher
+
+    def save_checkpoint(self, must_succeed: bool) -> None:
+        """What the run resumes from; a full disk does not end a run that can still go on."""
+        run = self.run
+        if run.accelerator.is_main_process:
+            with self.warn_on_disk_error("save", unless=must_succeed):
+                keep = run.config.checkpoints_total_limit
+                save_checkpoint(run.paths.checkpoints, run.state, run.facts(), keep)
+
+    def export_model(self, must_succeed: bool) -> None:
+        """The portable model, which is also what is pushed."""
+        run = self.run
+        if not run.accelerator.is_main_process:
+            return
+        facts = training_facts(run.parts, run.accelerator, run.state.step, run.total_elapsed_s)
+        with self.warn_on_disk_error("export the model", unless=must_succeed):
+            export_model(run.paths, run.parts, run.state, facts)
+            self._push()
+
+    def complete(self) -> None:
+        """Export and push what a run that was cut after its last checkpoint has not."""
+        run = self.run
+        is_exported = read_json(run.paths.model.facts).get("steps") == run.state.step
+        if broadcast_object_list([is_exported])[0]:
+            self._push()
+        else:
+            self.draw_samples()
+            self.export_model(must_succeed=True)
+
+    def _push(self) -> None:
+        if self.pusher is not None:
+            self.pusher.submit(self.run.paths.model.root, self.run.state.step)
+
+    def draw_samples(self) -> None:
+        """A grid from the averaged weights; every process draws its share.
+
+        A grid that cannot be drawn is a warning: it must not cost the model.
+        """
+        run, count = self.run, self.run.config.num_samples
+        if count == 0:
+            return
+        drawn: list[Image] = []
+        with self._warn_on_any_error("draw samples"):
+            drawn = self._draw_share(-(-count // run.accelerator.num_processes))
+        images = gather_object([] if run.stop.received else drawn)
+        if run.accelerator.is_main_process and len(images) >= count:
+            with self._warn_on_any_error("save the samples"):
+                self._save_grid(images[:count])
+
+    def _draw_share(self, count: int) -> list[Image]:
+        run, config = self.run, self.run.config
+        with run.state.ema_weights() as unet:
+            # A copy: sampling with fewer steps changes what "previous step" means.
+            scheduler = copy.deepcopy(run.parts.scheduler)
+            return draw_images(
+                GaussianDDPMPipeline(unet=unet, scheduler=scheduler),
+                count,
+                first=run.accelerator.process_index * count,
+                # What training fits into memory, drawing does.
+                batch_size=len(run.batches.rows(0)),
+                seed=config.seed,
+                progress=run.accelerator.is_main_process,
+                num_inference_steps=min(config.sample_inference_steps, len(scheduler)),
+                eta=0.0,
+                callback_on_step_end=self._interrupt_if_stopped,
+            )
+
+    def _interrupt_if_stopped(
+        self, pipeline: Any, i: int, t: Any, tensors: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        pipeline._interrupt = self.run.stop.received is not None
+        return tensors
+
+    def _save_grid(self, images: list[Image]) -> None:
+        path = self.run.paths.sample_grid(self.run.state.step)
+        grid = image_grid(images)
+        path.parent.mkdir(exist_ok=True)
+        grid.save(path)
+        self.log.show(self.run.state.step, grid)
+
+    @contextmanager
+    def warn_on_disk_error(self, what: str, unless: bool = False) -> Iterator[None]:
+        """Turn what the disk refuses into a warning, unless it must succeed."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            failure = f"could not {what} at update {self.run.state.step}: {error}"
+            if unless:
+                raise OSError(failure) from error
+            logger.warning("%s; training goes on", failure)
+
+    @contextmanager
+    def _warn_on_any_error(self, what: str) -> Iterator[None]:
+        """For what is only looked at: out of memory, an image mode that no file holds, ..."""
+        try:
+            yield
+        except Exception as error:
+            logger.warning("could not %s at update %d: %s", what, self.run.state.step, error)

@@ -1,0 +1,103 @@
+"""What a run says before it begins and after it has ended."""
+
+import time
+
+import torch
+
+from ddpm_hf.diffusion.extension import beta_schedule_of
+from ddpm_hf.randomness import noise_and_timesteps
+from ddpm_hf.training.accelerator import available_trackers
+from ddpm_hf.training.config import required
+from ddpm_hf.training.run import Run
+
+# A run of fewer updates ends before its estimate would be read.
+_UPDATES_WORTH_AN_ESTIMATE = 100
+
+
+def print_plan(run: Run) -> None:
+    """Say what is about to happen and how long it will take; keep the options beside it."""
+    accelerator = run.accelerator
+    if run.state.step:
+        accelerator.print(f"resuming after update {run.state.step:,}, from {run.checkpoint}")
+    accelerator.print(describe(run))
+    updates = run.batches.stop - run.state.step
+    if updates > _UPDATES_WORTH_AN_ESTIMATE:
+        seconds = seconds_per_update(run)
+        accelerator.print(
+            f"time       about {duration(updates * seconds)} ({seconds:.2g} s an update); "
+            "stop at any time with Ctrl-C, run the same command again to go on"
+        )
+    if accelerator.is_main_process:
+        run.paths.config.write_text(run.config.to_yaml(), encoding="utf-8")
+
+
+def describe(run: Run) -> str:
+    """The plan of a run in a few lines, every proposed value included."""
+    config, accelerator, unet = run.config, run.accelerator, run.state.unet
+    facts, num_images = run.parts.facts, len(run.parts.images)
+    parameters = sum(p.numel() for p in unet.parameters())
+    channels = getattr(getattr(unet, "config", None), "block_out_channels", ())
+    steps, batch = required(config.max_train_steps), required(config.batch_size)
+    diffusion = run.parts.scheduler.config
+    schedule, params = beta_schedule_of(diffusion)
+    schedule += f" ({', '.join(f'{k} {v:g}' for k, v in params.items())})" * bool(params)
+    split = f", {config.gradient_accumulation_steps} passes each" * (
+        config.gradient_accumulation_steps > 1
+    )
+    losses = "logs/ for TensorBoard" if available_trackers() else f"{run.paths.metrics.name}"
+    return "\n".join(
+        [
+            f"images     {num_images:,} of {facts.width}x{facts.height}, {facts.mode}"
+            + f" {facts.bit_depth} bit" * (facts.bit_depth != 8),
+            f"network    {type(unet).__name__}, {parameters:,} parameters"
+            + f", channels {'-'.join(map(str, channels))}" * bool(channels),
+            f"diffusion  T={diffusion.num_train_timesteps}, {schedule}, "
+            f"predicts {diffusion.prediction_type}",
+            f"training   {steps:,} updates of {batch} images{split} "
+            f"({steps * batch / num_images:,.0f} epochs), learning rate {config.learning_rate:g}",
+            f"machine    {accelerator.num_processes} x {accelerator.device.type}, "
+            f"mixed precision: {accelerator.mixed_precision}",
+            f"output     {run.paths.root}, losses in {losses}",
+        ]
+    )
+
+
+def seconds_per_update(run: Run) -> float:
+    """Time of an update, measured on one that leaves no trace."""
+    size, device = len(run.batches.rows(0)), run.accelerator.device
+    x_0 = torch.zeros(size, *run.parts.images[0, 0].shape, device=device)
+    noise, t = noise_and_timesteps(0, 0, range(size), size, x_0, len(run.parts.scheduler))
+    for _ in range(2):  # the first one warms up
+        start = time.monotonic()
+        with run.accelerator.no_sync(run.model):
+            losses = run.parts.loss(run.model, run.parts.scheduler, x_0, t, noise)
+            torch.autograd.backward(losses.mean())
+        run.state.unet.zero_grad(set_to_none=True)
+        losses[0].item()  # waits for the device
+        seconds = time.monotonic() - start
+    return seconds * run.config.gradient_accumulation_steps
+
+
+def outcome(run: Run) -> str:
+    """What a run left and what to do with it, in a few lines."""
+    paths, step, model = run.paths, run.state.step, run.paths.model.root
+    if run.stop.received is not None:
+        return (
+            f"stopped    after update {step:,}, saved in {paths.checkpoints}; run the same "
+            "command again to go on"
+        )
+    grids = f", sample grids in {paths.samples}" * bool(run.config.num_samples)
+    return (
+        f"done       {step:,} updates, this run took {duration(run.elapsed_s)}\n"
+        f"model      {model}{grids}\n"
+        f"next       ddpm-hf sample {model}\n"
+        f"           ddpm-hf push {model} YOU/NAME"
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: '45 s', '12 min', '3 h 20 min'."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,127 @@
+"""One run of training: its parts, made ready for this machine, and how far it has come."""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ddpm_hf.paths import RunPaths
+from ddpm_hf.randomness import Batches
+from ddpm_hf.training.config import ConfigError, required
+from ddpm_hf.training.parts import Parts
+from ddpm_hf.training.signals import StopSignal
+from ddpm_hf.training.state import TrainState, read_checkpoint
+
+
+class Run:
+    """What the updates work on.
+
+    Args:
+        parts: what is trained, on what.
+        accelerator: the machine.
+        stop: tells whether somebody asked the run to end.
+        checkpoint: to resume from, if any.
+
+    Attributes:
+        state: weights, their average, moments, and the number of updates done.
+        model: the network to call in training, wrapped for many processes.
+        optimizer: the optimizer to step, wrapped likewise.
+        batches: which images each update sees.
+        paths: where everything is written.
+
+    Raises:
+        ConfigError: if the checkpoint is of a run of other parts, or of a longer one.
+    """
+
+    def __init__(
+        self, parts: Parts, accelerator: Accelerator, stop: StopSignal, checkpoint: Path | None
+    ) -> None:
+        self.parts, self.config = parts, parts.config
+        self.accelerator, self.stop, self.checkpoint = accelerator, stop, checkpoint
+        self.paths = RunPaths(parts.config.run_folder())
+        optimizer = torch.optim.AdamW(
+            parts.unet.parameters(),
+            lr=required(self.config.learning_rate),
+            weight_decay=self.config.weight_decay,
+            fused=True,
+        )
+        self.model, self.optimizer = accelerator.prepare(parts.unet, optimizer)
+        unet = accelerator.unwrap_model(self.model)
+        ema = EMAModel(unet.parameters(), decay=self.config.ema_decay, foreach=True)
+        self.state = TrainState(unet, ema, optimizer, accelerator.scaler)
+        self._began, self._elapsed_before_s = time.monotonic(), 0.0
+        if checkpoint is not None:
+            self._resume(checkpoint)
+        self.batches = Batches(
+            num_images=len(parts.images),
+            seed=self.config.seed,
+            batch_size=required(self.config.batch_size),
+            start=self.state.step,
+            stop=required(self.config.max_train_steps),
+            rank=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+            accumulation=self.config.gradient_accumulation_steps,
+        )
+
+    def _resume(self, checkpoint: Path) -> None:
+        tensors, facts = read_checkpoint(checkpoint)
+        now = json.loads(json.dumps(self.parts.identity()))
+        changed = [
+            f"{part} {key}: {before!r:.200} -> {now[part].get(key)!r:.200}"
+            for part, values in facts["parts"].items()
+            for key, before in values.items()
+            if now[part].get(key) != before
+        ]
+        if changed:
+            raise ConfigError(
+                f"{self.paths.root} holds a run of other parts ({'; '.join(changed)}); resume with "
+                "the same ones, or choose another output_dir"
+            )
+        if facts["step"] > required(self.config.max_train_steps):
+            raise ConfigError(
+                f"max_train_steps is {self.config.max_train_steps}, but {self.paths.root} holds a "
+                f"run of {facts['step']} updates already"
+            )
+        self.state.restore(tensors, facts)
+        self._elapsed_before_s = facts["elapsed_s"]
+
+    def load_batches(self) -> DataLoader[Tensor]:
+        """This process's share of every micro-batch that is left, in order."""
+        on_cpu = self.accelerator.device.type == "cpu"
+        workers = self.config.dataloader_num_workers
+        return DataLoader(
+            self.parts.images,
+            batch_sampler=self.batches,
+            num_workers=(0 if on_cpu else 4) if workers is None else workers,
+            pin_memory=not on_cpu,
+        )
+
+    def is_due(self, every: int | None) -> bool:
+        """Whether something that happens every so many updates happens after this one."""
+        return self.state.step % required(every) == 0
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds of training since this process began with it."""
+        return time.monotonic() - self._began
+
+    @property
+    def total_elapsed_s(self) -> float:
+        """Seconds of training, those of the interrupted runs before included."""
+        return self._elapsed_before_s + self.elapsed_s
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the run beside its state."""
+        return {
+            "config": dataclasses.asdict(self.config),
+            "parts": self.parts.identity(),
+            "elapsed_s": self.total_elapsed_s,
+            "num_processes": self.accelerator.num_processes,
+        }
