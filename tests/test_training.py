@@ -14,11 +14,13 @@ import torch
 from diffusers import DDPMPipeline, UNet2DModel
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
+from transformers import get_scheduler
 
 from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler, TrainingConfig, train
-from ddpm_hf.training import ConfigError, TrainingError
+from ddpm_hf.losses import simple_loss
+from ddpm_hf.training import CheckpointError, ConfigError, TrainingError
+from ddpm_hf.training.learning_rate import learning_rate
 from ddpm_hf.training.proposals import rate_from_scratch
-from ddpm_hf.training.run_folder import CheckpointError
 
 
 def tiny_unet(**overrides):
@@ -237,6 +239,21 @@ def test_a_new_network_gets_a_learning_rate_by_its_width(channels, rate):
         unet = tiny_unet(block_out_channels=(channels, channels))
     assert rate_from_scratch(unet) == pytest.approx(rate)
     assert rate_from_scratch(torch.nn.Linear(1, 1)) == 1e-4
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 7, 40])
+@pytest.mark.parametrize("kind", ["cosine", "constant"])
+def test_the_learning_rate_is_that_of_transformers(tmp_path, kind, warmup):
+    config = tiny_config(
+        tmp_path, lr_scheduler=kind, lr_warmup_steps=warmup, max_train_steps=40, learning_rate=3e-4
+    )
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=3e-4)
+    name = {"constant": "constant_with_warmup"}.get(kind, kind)
+    schedule = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=40)
+    for step in range(40):
+        assert learning_rate(config, step) == schedule.get_last_lr()[0]
+        optimizer.step()
+        schedule.step()
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
@@ -662,6 +679,21 @@ def test_resuming_with_other_parts_is_refused_with_what_differs(tmp_path):
         with pytest.raises(ConfigError, match=said):
             train(tiny_config(tmp_path, max_train_steps=4), **parts)
     assert run(tmp_path, max_train_steps=4, dataset=tiny_images()).num_steps == 4
+
+
+def halved(denoiser, scheduler, x_0, t, noise):
+    return simple_loss(denoiser, scheduler, x_0, t, noise) / 2
+
+
+def test_any_loss_can_be_trained_and_a_resumed_run_must_share_it(tmp_path):
+    parts = {"dataset": tiny_images(), "max_train_steps": 2, "checkpointing_steps": 2}
+    config = {k: parts.pop(k) for k in ("max_train_steps", "checkpointing_steps")}
+    for name, loss in (("whole", simple_loss), ("half", halved)):
+        train(tiny_config(tmp_path / name, **config), unet=tiny_unet(), loss=loss, **parts)
+    whole, half = (metrics(tmp_path / name)[0]["loss"] for name in ("whole", "half"))
+    assert half == pytest.approx(whole / 2)
+    with pytest.raises(ConfigError, match=r"objective loss: .*halved.* -> .*simple_loss"):
+        train(tiny_config(tmp_path / "half", max_train_steps=4), unet=tiny_unet(), **parts)
 
 
 def test_fewer_updates_than_were_done_are_refused(tmp_path):

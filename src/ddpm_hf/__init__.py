@@ -7,27 +7,60 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ddpm_hf.data import DataError
     from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
     from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
     from ddpm_hf.hub.load import load
-    from ddpm_hf.training import TrainingConfig, train
+    from ddpm_hf.hub.push import push
+    from ddpm_hf.hub.retry import HubError
+    from ddpm_hf.losses import simple_loss
+    from ddpm_hf.training import (
+        CheckpointError,
+        ConfigError,
+        TrainingConfig,
+        TrainingError,
+        TrainingResult,
+        train,
+    )
 
 __version__ = "0.1.0"
-__all__ = ["GaussianDDPMPipeline", "GaussianDDPMScheduler", "TrainingConfig", "load", "train"]
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "GaussianDDPMPipeline",
+    "GaussianDDPMScheduler",
+    "HubError",
+    "TrainingConfig",
+    "TrainingError",
+    "TrainingResult",
+    "load",
+    "push",
+    "simple_loss",
+    "train",
+]
 
 _HOME_OF = {
-    "GaussianDDPMPipeline": "ddpm_hf.diffusion.pipeline",
-    "GaussianDDPMScheduler": "ddpm_hf.diffusion.scheduling",
-    "TrainingConfig": "ddpm_hf.training",
-    "load": "ddpm_hf.hub.load",
-    "train": "ddpm_hf.training",
+    "CheckpointError": "training",
+    "ConfigError": "training",
+    "DataError": "data",
+    "GaussianDDPMPipeline": "diffusion.pipeline",
+    "GaussianDDPMScheduler": "diffusion.scheduling",
+    "HubError": "hub.retry",
+    "TrainingConfig": "training",
+    "TrainingError": "training",
+    "TrainingResult": "training",
+    "load": "hub.load",
+    "push": "hub.push",
+    "simple_loss": "losses",
+    "train": "training",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOME_OF[name]), name)
+    return getattr(import_module(f"ddpm_hf.{_HOME_OF[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -1,17 +1,13 @@
-"""What to train: the options of a run, their parsing, and the proposals for what was left open.
+"""What to train: the options of a run, what they admit, and what a resumed run may change.
 
 The same fields are the flags of `ddpm-hf train`, the keys of a YAML recipe and the arguments of
 `TrainingConfig` in Python.
 """
 
-import argparse
 import dataclasses
-import difflib
 import math
-import sys
 import types
 import typing
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -297,92 +293,3 @@ def required(value: Number | None) -> Number:
     if value is None:
         raise ConfigError("the configuration is not complete: propose() fills it in")
     return value
-
-
-def parse_config(argv: Sequence[str] | None = None, prog: str | None = None) -> TrainingConfig:
-    """The configuration from a command line; flags win over the recipe given by `--config`.
-
-    Args:
-        argv: the arguments, by default those of this process.
-        prog: the command's name in the help text.
-    Raises:
-        ConfigError: for a bad value, an unknown recipe key or an unreadable recipe.
-        SystemExit: for `--help` (0) and unknown flags (2), as argparse does.
-    """
-    parser, argv = _parser(prog), _flags_alone(sys.argv[1:] if argv is None else argv)
-    recipe = parser.parse_known_args(argv)[0].config
-    if recipe:
-        parser.set_defaults(**_read_recipe(Path(recipe)))
-    given = vars(parser.parse_args(argv))
-    given.pop("config")
-    source = given.pop("source")
-    if source is not None:
-        if given["dataset"] not in (None, source) and not recipe:
-            raise ConfigError(f"two data sets given: {source!r} and {given['dataset']!r}")
-        given["dataset"] = source
-    if given["dataset"] is None:
-        parser.error("which images? Give a folder or a data set: ddpm-hf train ./photos")
-    return TrainingConfig(**given)
-
-
-def _parser(prog: str | None) -> argparse.ArgumentParser:
-    from transformers import HfArgumentParser
-
-    parser: argparse.ArgumentParser = HfArgumentParser(
-        [DataOptions, ModelOptions, OptimizationOptions, OutputOptions],
-        prog=prog,
-        usage=f"{prog or '%(prog)s'} [DATASET] [--config FILE] [--option VALUE ...]",
-        description="Train a DDPM. Every option has a default or is proposed from the data: "
-        "`ddpm-hf train ./photos` works as it stands. Running the same command again resumes.",
-        formatter_class=_HelpWithDefaults,
-        allow_abbrev=False,
-    )
-    parser.add_argument("source", nargs="?", metavar="DATASET", help="same as --dataset")
-    parser.add_argument("--config", metavar="FILE", help="YAML recipe; flags win over it")
-    return parser
-
-
-def _flags_alone(argv: Sequence[str]) -> list[str]:
-    """`--random-flip ./photos` as `--random-flip true ./photos`: a switch takes no data set."""
-    switches = {f"--{f.name.replace('_', '-')}" for f in fields(TrainingConfig) if f.type is bool}
-    words, following = [], [*argv[1:], ""]
-    for word, after in zip(argv, following, strict=False):
-        alone = word in switches and after.lower() not in ("true", "false", "yes", "no", "1", "0")
-        words += [word, "true"] if alone else [word]
-    return words
-
-
-class _HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
-    """Each flag once, in its dashed form, with its default unless that is 'proposed' (None)."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or isinstance(action.default, bool):
-            return action.help
-        return super()._get_help_string(action)
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        if not action.option_strings or action.nargs == 0:
-            return super()._format_action_invocation(action)
-        flag = action.option_strings[-1]
-        if action.choices:
-            return f"{flag} {{{','.join(map(str, action.choices))}}}"
-        return flag if action.nargs == "?" else f"{flag} {action.metavar or 'VALUE'}"
-
-
-def _read_recipe(path: Path) -> dict[str, Any]:
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read the recipe {path}: {error}") from error
-    if not isinstance(recipe, dict):
-        raise ConfigError(f"the recipe {path} must hold 'option: value' lines")
-    known = {option.name for option in fields(TrainingConfig)}
-    for key in recipe:
-        if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=3)
-            hint = f"; did you mean {' or '.join(close)}?" if close else ""
-            raise ConfigError(f"the recipe {path} has the unknown option {key!r}{hint}")
-    if recipe.get("mixed_precision") is False:
-        recipe["mixed_precision"] = "no"  # YAML reads a bare no as False
-    # It reads 1e-4 as text; argparse converts a text default by the option's own type.
-    return recipe
