@@ -515,7 +515,6 @@ def test_facts_survive_their_json_form(facts):
         {"height": 0},
         {"width": "28"},
         {"bit_depth": 12},
-        {"depth": 8},
     ],
 )
 def test_wrong_facts_are_refused(change):

@@ -34,7 +34,8 @@ from diffusers import (
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch.testing import assert_close
 
-from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline, image_facts
+from ddpm_hf.diffusion.images import ImageFacts, image_facts
+from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 
 SCHEDULERS = (
@@ -392,14 +393,19 @@ def test_channels_that_are_no_picture_come_as_arrays_and_not_as_pil(channels):
         pipeline(num_inference_steps=1)
 
 
-def test_16_bit_colour_is_refused_as_pil_before_any_work():
-    facts = image_facts_of("RGB", 8, 8, bit_depth=16)
-    pipeline = tiny_pipeline(tiny_unet(in_channels=3), facts=facts)
-    steps = []
-    with pytest.raises(ValueError, match="16-bit images in grey only"):
-        pipeline(callback_on_step_end=lambda *_: steps.append(1))
-    assert not steps
-    assert pipeline(num_inference_steps=1, output_type="np").images.shape == (1, 8, 8, 3)
+@pytest.mark.parametrize(("mode", "channels"), [("LA", 2), ("RGB", 3), ("RGBA", 4)])
+def test_16_bit_colour_keeps_its_depth_in_arrays_and_is_8_bit_as_pil(mode, channels):
+    """257 levels of 16 bit are one of 8 bit: 65535 = 255 * 257."""
+    levels = (np.arange(channels * 64) % 255 * 257).reshape(1, channels, 8, 8) + 1
+    x_0 = torch.from_numpy(levels / 65535 * 2 - 1).float()
+    facts = image_facts_of(mode, 8, 8, bit_depth=16)
+    pipeline = tiny_pipeline(tiny_unet(in_channels=channels), facts=facts)
+    image = pipeline(**ends_at(x_0)).images[0]
+    assert image.mode == mode
+    pixels = np.asarray(image).reshape(8, 8, channels).transpose(2, 0, 1)
+    assert np.array_equal(pixels, levels[0] // 257)
+    array = pipeline(**ends_at(x_0), output_type="np").images[0]
+    assert np.array_equal((array.transpose(2, 0, 1) * 65535).round(), levels[0])
 
 
 @pytest.mark.parametrize(
@@ -440,8 +446,8 @@ def test_a_network_with_four_levels_samples_28_pixel_images():
         ({"mode": "RGB"}, "mode"),
         ({"mode": "CMYK"}, "mode"),
         ({"height": 9}, "height, width"),
-        ({"width": 0}, "height, width"),
-        ({"width": "8"}, "height, width"),
+        ({"width": 0}, "width"),
+        ({"width": "8"}, "width"),
         ({"bit_depth": 12}, "bit_depth"),
     ],
 )
@@ -470,7 +476,7 @@ def test_image_facts_gives_what_the_trainer_wrote_or_none():
     assert image_facts(unet) is None
     facts = image_facts_of("L", 5, 6, class_names=["cat", "dog"])
     unet.register_to_config(_ddpm_hf=facts)
-    assert image_facts(unet) == facts
+    assert image_facts(unet) == ImageFacts("L", 5, 6, class_names=("cat", "dog"))
 
 
 # ----------------------------------------------------------------------------------------------

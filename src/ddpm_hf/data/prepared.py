@@ -17,9 +17,9 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddpm_hf.data.facts import IMAGE_MODES, ImageFacts, check_choice, check_size
 from ddpm_hf.data.preparing import Plan, Source, bad_images, prepare_into
 from ddpm_hf.data.sources import DataError, did_you_mean, known_image_root
+from ddpm_hf.diffusion.images import IMAGE_MODES, MAX_SIZE, ImageFacts, is_size
 
 CROPS = ("center", "random", "none")
 _CACHE_VERSION = 1  # what another version prepared is not read
@@ -130,11 +130,15 @@ def prepare_images(
 
 
 def _check_options(resolution: Any, image_mode: Any, crop: Any, on_bad_image: Any) -> None:
-    if resolution is not None:
-        check_size("resolution", resolution)
-    check_choice("image_mode", image_mode, (None, *IMAGE_MODES))
-    check_choice("crop", crop, CROPS)
-    check_choice("on_bad_image", on_bad_image, ("error", "skip"))
+    if resolution is not None and not is_size(resolution):
+        raise ValueError(f"resolution must be an int in 1..{MAX_SIZE}, got {resolution!r}")
+    for name, value, choices in (
+        ("image_mode", image_mode, (None, *IMAGE_MODES)),
+        ("crop", crop, CROPS),
+        ("on_bad_image", on_bad_image, ("error", "skip")),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
 
 
 def _image_column(dataset: Any, wanted: str | None) -> str:

@@ -20,8 +20,8 @@ from ddpm_hf.data.decoding import (
     read_headers,
     shorter_side_to,
 )
-from ddpm_hf.data.facts import MAX_SIZE, ImageFacts
 from ddpm_hf.data.sources import DataError
+from ddpm_hf.diffusion.images import MAX_SIZE, ImageFacts
 
 NATIVE_SIZE_LIMIT = 256
 """Images that all have one size keep it up to this side; larger ones get a proposed resolution."""

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ddpm_hf.data.prepared import ImageDataset
 from ddpm_hf.data.sources import DataError
+from ddpm_hf.diffusion.images import centred_window, padded_size
 
 
 def to_unit_range(pixels: Tensor) -> Tensor:
@@ -117,9 +118,10 @@ class TrainingImages(torch.utils.data.Dataset[Tensor]):
 
 
 def _pad_to_multiple(x_0: Tensor, multiple: int) -> Tensor:
-    """Replicate the edges of (B, C, H, W), half of the padding, rounded down, above and left."""
-    height, width = -x_0.shape[-2] % multiple, -x_0.shape[-1] % multiple
-    top, left = height // 2, width // 2
-    if height == width == 0:
+    """Replicate the edges of (B, C, H, W)."""
+    height, width = padded_size(x_0.shape[-2:], multiple)
+    rows, columns = centred_window(x_0.shape[-2:], (height, width))
+    if (height, width) == x_0.shape[-2:]:
         return x_0
-    return F.pad(x_0, (left, width - left, top, height - top), mode="replicate")
+    around = (columns.start, width - columns.stop, rows.start, height - rows.stop)
+    return F.pad(x_0, around, mode="replicate")

@@ -109,8 +109,9 @@ class GaussianDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
             batch_size: number of images, B.
             generator: one generator, or a list of B: image i then gets the same noise in any batch.
             num_inference_steps: K; the scheduler's `num_train_timesteps` by default.
-            output_type: "pil", "np" (B, H, W, C) float32 in [0, 1], "pt" (B, C, H, W) float32 in
-                [0, 1], or "latent": the last x_t itself, uncropped.
+            output_type: "pil" (of 16-bit images only grey ones keep their depth, others get 8
+                bits, all that PIL has), "np" (B, H, W, C) float32 in [0, 1], "pt" (B, C, H, W)
+                float32 in [0, 1], or "latent": the last x_t itself, uncropped.
             return_dict: return an `ImagePipelineOutput`, else a tuple of the images.
             class_labels: for class-conditional networks: one class or one per image, as numbers in
                 [0, num_class_embeds) or as names where the model knows them. Networks with another
@@ -139,8 +140,8 @@ class GaussianDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
         checks.check_generators(generator, batch_size)
         generator = list(generator) if isinstance(generator, tuple) else generator
         facts = image_facts(self.unet)
-        size, window = images.frame(self.unet, facts)
-        form = images.image_form(output_type, self.unet.config.in_channels, facts)
+        size, window = images.size_and_window(self.unet, facts)
+        form = images.mode_and_bit_depth(output_type, self.unet.config.in_channels, facts)
         denoise = self._denoiser(batch_size, class_labels, guidance_scale, facts)
         step_options = self._step_options(generator, eta)
         call_back = self._caller(callback_on_step_end, callback_on_step_end_tensor_inputs)
@@ -160,13 +161,13 @@ class GaussianDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
         batch_size: int,
         class_labels: ClassLabels,
         guidance_scale: float,
-        facts: images.Facts | None,
+        facts: images.ImageFacts | None,
     ) -> Denoiser:
         """(x_t, t) -> what the scheduler reads of the network's output, guided if asked."""
         checks.check_float(
             "guidance_scale", guidance_scale, "that is finite", -checks.FINITE, checks.FINITE
         )
-        names = (facts or {}).get("class_names")
+        names = facts.class_names if facts else None
         labels = _class_tensor(self.unet, class_labels, batch_size, names)
         is_guided = guidance_scale != 1
         if is_guided:

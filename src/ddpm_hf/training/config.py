@@ -210,8 +210,6 @@ class TrainingConfig(OutputOptions, OptimizationOptions, ModelOptions, DataOptio
             raise ConfigError(f"max_grad_norm must be positive, got {self.max_grad_norm}")
         if not 0 <= self.weight_decay < 1:
             raise ConfigError(f"weight_decay must be in [0, 1), got {self.weight_decay}")
-        if self.resolution is not None and self.resolution > 8192:
-            raise ConfigError(f"resolution must be at most 8192, got {self.resolution}")
         if self.pretrained and self.unet_config:
             raise ConfigError(
                 "pretrained and unet_config exclude each other: a pretrained model brings its own "

@@ -13,8 +13,7 @@ from accelerate import Accelerator
 from diffusers import UNet2DModel
 
 from ddpm_hf.data import ImageDataset, ImageFacts, TrainingImages, load_images, prepare_images
-from ddpm_hf.data.facts import IMAGE_MODES
-from ddpm_hf.diffusion.pipeline import image_facts
+from ddpm_hf.diffusion.images import IMAGE_MODES, image_facts, size_multiple
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.hub.load import fetch, open_pipeline, open_unet
 from ddpm_hf.losses import Loss
@@ -23,10 +22,9 @@ from ddpm_hf.training.processes import main_first
 from ddpm_hf.training.proposals import (
     build_scheduler,
     build_unet,
-    padded_size,
     propose,
     rate_from_scratch,
-    size_multiple,
+    sample_size,
 )
 
 
@@ -89,7 +87,7 @@ def assemble(
     config = propose(config, len(images), max(facts.height, facts.width), device, shares)
     # The network is convolutional: it is made for the size of these images from here on.
     unet.register_to_config(
-        _ddpm_hf=facts.to_config(), sample_size=padded_size(facts, size_multiple(unet))
+        _ddpm_hf=facts.to_config(), sample_size=sample_size(facts, size_multiple(unet))
     )
     return Parts(
         config,
@@ -180,13 +178,11 @@ def _wanted_by(unet: torch.nn.Module | None) -> tuple[str | None, int | None]:
     """Mode and resolution of the images that a pretrained network was made for."""
     if unet is None:
         return None, None
-    facts = (image_facts(unet) or {}).get("image", {})
+    if facts := image_facts(unet):
+        return facts.mode, max(facts.height, facts.width)
     config: Any = unet.config
     size = config.sample_size if isinstance(config.sample_size, int) else max(config.sample_size)
-    return (
-        facts.get("mode") or _mode_with(config.in_channels),
-        max(facts["height"], facts["width"]) if facts else size,
-    )
+    return _mode_with(config.in_channels), size
 
 
 def load_pretrained(source: str) -> tuple[UNet2DModel, GaussianDDPMScheduler | None]:

@@ -10,6 +10,7 @@ from diffusers import UNet2DModel
 
 from ddpm_hf.data import ImageFacts
 from ddpm_hf.data.sources import did_you_mean
+from ddpm_hf.diffusion.images import padded_size
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.training.config import ConfigError, TrainingConfig
 
@@ -96,7 +97,7 @@ def build_unet(facts: ImageFacts, device: str, config_file: str | None = None) -
     sides = [-(-size // 2**level) for level in range(len(multipliers))]
     attention = [device != "cpu" and 8 < side <= 16 for side in sides]
     return UNet2DModel(
-        sample_size=padded_size(facts, 2 ** (len(multipliers) - 1)),
+        sample_size=sample_size(facts, 2 ** (len(multipliers) - 1)),
         in_channels=facts.num_channels,
         out_channels=facts.num_channels,
         block_out_channels=tuple((32 if device == "cpu" else 128) * m for m in multipliers),
@@ -106,9 +107,9 @@ def build_unet(facts: ImageFacts, device: str, config_file: str | None = None) -
     )
 
 
-def padded_size(facts: ImageFacts, multiple: int) -> int | tuple[int, int]:
+def sample_size(facts: ImageFacts, multiple: int) -> int | tuple[int, int]:
     """The images' size once padded to a multiple, as `UNet2DModel` takes it."""
-    height, width = (-(-n // multiple) * multiple for n in (facts.height, facts.width))
+    height, width = padded_size((facts.height, facts.width), multiple)
     return height if height == width else (height, width)
 
 
@@ -125,12 +126,6 @@ def _unet_from_file(path: str) -> UNet2DModel:
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"unet_config {path} does not make a UNet2DModel: {error}") from error
     return unet
-
-
-def size_multiple(unet: torch.nn.Module) -> int:
-    """Height and width of the network's input must be multiples of this."""
-    blocks = getattr(getattr(unet, "config", None), "block_out_channels", (0,))
-    return int(2 ** (len(blocks) - 1))
 
 
 def build_scheduler(
