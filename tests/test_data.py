@@ -421,7 +421,7 @@ def test_a_changed_file_is_prepared_anew(tmp_path):
 def test_what_a_killed_preparation_left_is_in_nobodys_way(tmp_path):
     cells = greys((8, 8))
     folder = prepare(cells, cache_dir=tmp_path).folder
-    half = folder.with_suffix(".incomplete")
+    half = folder.with_name(f".new-{folder.name}")
     folder.rename(half)
     (half / "summary.json").unlink()
     np.testing.assert_array_equal(prepare(cells, cache_dir=tmp_path)[0][0], zoo.grey(8, 8))

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from ddpm_hf.data.preparing import Plan, Source, bad_images, prepare_into
 from ddpm_hf.data.sources import DataError, did_you_mean, known_image_root
+from ddpm_hf.diffusion.atomic import replacing_folder
 from ddpm_hf.diffusion.images import IMAGE_MODES, MAX_SIZE, ImageFacts, is_size
 
 CROPS = ("center", "random", "none")
@@ -197,7 +197,7 @@ def _prepared_folder(
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):  # of two processes the second waits, then finds the folder
             if not folder.exists():
-                with _written_beside(folder) as temporary:
+                with replacing_folder(folder) as temporary:
                     prepare_into(source, plan, on_bad_image, temporary)
     except OSError as error:
         raise DataError(
@@ -205,19 +205,6 @@ def _prepared_folder(
             "folder that can be written"
         ) from error
     return folder
-
-
-@contextmanager
-def _written_beside(folder: Path) -> Iterator[Path]:
-    """A folder that gets its name when it is complete, so that none is ever half-written."""
-    temporary = folder.with_suffix(".incomplete")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
-    temporary.mkdir()
-    try:
-        yield temporary
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _key(source: Source, plan: Plan) -> str:

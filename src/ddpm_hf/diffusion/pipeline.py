@@ -379,7 +379,7 @@ class GaussianDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
             raise TypeError(f"save_pretrained() knows no {', '.join(sorted(unknown))}")
         folder = portable.checked_folder(save_directory)
         portable.check_finite(self.unet.state_dict(), "unet (nothing was written)")
-        with portable.replacing(folder, variant) as staging:
+        with portable.saving(folder, variant) as staging:
             super().save_pretrained(staging, variant=variant, max_shard_size=max_shard_size)
             portable.forget_origin(staging / "unet" / "config.json")
             portable.write_source(staging)

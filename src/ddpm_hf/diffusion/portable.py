@@ -11,15 +11,16 @@ import hashlib
 import json
 import os
 import re
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+from . import atomic
 
 _WEIGHTS = re.compile(
     r"diffusion_pytorch_model(\.(?P<variant>\w+))?(-\d+-of-\d+)?\.(safetensors|bin)"
@@ -58,46 +59,11 @@ def check_finite(weights: Mapping[str, torch.Tensor], what: str) -> None:
             raise ValueError(f"weight {name} of {what} holds values that are not finite")
 
 
-@contextmanager
-def replacing(folder: Path, variant: str | None) -> Iterator[Path]:
-    """A staging folder whose files take their places in `folder` once all of them are on disk.
-
-    A new folder appears by one rename. In an existing one each file is replaced by a rename, the
-    index last, so that no file is ever half-written, and files of others stay. After an error while
-    writing `folder` is as before.
-    """
-    is_new = not folder.exists()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Of one length, for a name of 255 bytes; of one name, so that the next save clears it away.
-    name = f".saving-{hashlib.sha256(os.fsencode(folder.name)).hexdigest()[:8]}"
-    staging = (folder.parent if is_new else folder) / name
-    shutil.rmtree(staging, ignore_errors=True)  # a killed process may have left it
-    staging.mkdir()
-    try:
-        yield staging
-        for path in [*staging.rglob("*"), staging]:
-            sync(path)
-        if is_new:
-            staging.rename(folder)
-            sync(folder.parent)
-        else:
-            _move_files(staging, folder, variant)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _move_files(staging: Path, folder: Path, variant: str | None) -> None:
-    files = [p.relative_to(staging) for p in staging.rglob("*") if p.is_file()]
-    for file in sorted(files, key=lambda p: (p.name == "model_index.json", p)):
-        (folder / file).parent.mkdir(exist_ok=True)
-        os.replace(staging / file, folder / file)
-    for stale in _stale(folder, variant):
-        if stale.relative_to(folder) not in files:
-            stale.unlink()
-            with suppress(OSError):  # a folder that is not empty stays
-                stale.parent.rmdir()
-    for path in {folder, *((folder / file).parent for file in files)}:
-        sync(path)
+def saving(folder: Path, variant: str | None) -> AbstractContextManager[Path]:
+    """Where to write a checkpoint; see `atomic.replacing_files`. The index comes last."""
+    return atomic.replacing_files(
+        folder, last="model_index.json", stale=lambda: _stale(folder, variant)
+    )
 
 
 def _stale(folder: Path, variant: str | None) -> list[Path]:
@@ -110,16 +76,6 @@ def _variant_of(file_name: str) -> str | None:
     """The variant that a file of weights belongs to, None for the plain one; "no weights" else."""
     found = _WEIGHTS.fullmatch(file_name)
     return found["variant"] or found["of_index"] if found else "no weights"
-
-
-def sync(path: Path) -> None:
-    """Flush a file or folder to disk."""
-    with suppress(PermissionError):  # Windows opens no folders
-        descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def forget_origin(config_file: Path) -> None:

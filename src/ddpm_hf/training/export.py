@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from ddpm_hf.diffusion.atomic import replacing_folder
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 from ddpm_hf.hub.card import origin_of, write_model_card
 from ddpm_hf.paths import ModelPaths, RunPaths
 from ddpm_hf.training.config import TrainingConfig
 from ddpm_hf.training.parts import Parts
-from ddpm_hf.training.run_folder import replacing_folder, write_json
+from ddpm_hf.training.run_folder import write_json
 from ddpm_hf.training.state import TrainState
 
 # Names of people's folders are nobody else's business.

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,8 @@ import torch
 from accelerate import Accelerator
 from PIL.Image import Image
 from torch import Tensor
+
+from ddpm_hf.diffusion.atomic import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -113,9 +114,7 @@ class MetricsLog:
 def _drop_entries_after(file: Path, step: int) -> None:
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if _step_of(line) <= step]
-    beside = file.with_suffix(".new")
-    beside.write_text("".join(kept), encoding="utf-8")
-    os.replace(beside, file)
+    write_text(file, "".join(kept))
 
 
 def _step_of(line: str) -> float:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ddpm_hf.diffusion.portable import sync
+from ddpm_hf.diffusion.atomic import remove_folder
 from ddpm_hf.paths import RunPaths
 
 _LEFTOVER = re.compile(r"(\.del-)?(?P<kind>\.(new|old|del)-)(?P<name>model|step-\d{8})")
@@ -19,33 +19,6 @@ _LOCK_PATIENCE_S = 15.0
 
 class CheckpointError(ValueError):
     """A run folder or checkpoint that cannot be used."""
-
-
-@contextlib.contextmanager
-def replacing_folder(target: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `target` when the block ends without an error.
-
-    Everything written is on disk before the rename. A crash leaves either the old folder or the
-    new one under the name `target`, or, in the instant between two renames, the old one beside it
-    (`remove_leftovers` puts it back).
-    """
-    temporary = target.with_name(f".new-{target.name}")
-    retired = target.with_name(f".old-{target.name}")
-    remove_folder(temporary)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        for path in [*temporary.rglob("*"), temporary]:
-            sync(path)
-    except BaseException:
-        remove_folder(temporary)
-        raise
-    remove_folder(retired)
-    if target.exists():
-        os.rename(target, retired)
-    os.rename(temporary, target)
-    sync(target.parent)
-    remove_folder(retired)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -138,13 +111,3 @@ def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON; NaN and infinities are refused."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")
-
-
-def remove_folder(path: Path) -> None:
-    """Delete a folder; renamed first, so that a crash never leaves half of it under its name."""
-    if not path.exists():
-        return
-    doomed = path.with_name(f".del-{path.name}")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.rename(path, doomed)
-    shutil.rmtree(doomed)

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files and folders that are never half-written: made beside, flushed to disk, then renamed.
+
+Travels with the weights.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+@contextmanager
+def replacing_folder(target: Path) -> Iterator[Path]:
+    """A new folder that takes the place of `target` when the block ends without an error.
+
+    A crash leaves either the old folder or the new one under the name `target`, or, in the instant
+    between two renames, the old one beside it as `.old-NAME`.
+    """
+    retired = target.with_name(f".old-{target.name}")
+    with _staging(target.with_name(f".new-{target.name}")) as staging:
+        yield staging
+        _sync_all(staging)
+        remove_folder(retired)
+        if target.exists():
+            os.rename(target, retired)
+        os.rename(staging, target)
+    sync(target.parent)
+    remove_folder(retired)
+
+
+@contextmanager
+def replacing_files(
+    folder: Path, *, last: str, stale: Callable[[], Iterable[Path]]
+) -> Iterator[Path]:
+    """A staging folder whose files take their places in `folder` when the block ends.
+
+    A new folder appears by one rename. In an existing one each file is replaced by a rename, and
+    files of others stay. After an error while writing `folder` is as before.
+
+    Args:
+        folder: where the files go.
+        last: name of the file that is replaced after all others.
+        stale: files of `folder` to remove then, unless they are among the new ones.
+    """
+    is_new = not folder.exists()
+    # Of one length, for a name of 255 bytes; of one name, so that the next save clears it away.
+    name = f".saving-{hashlib.sha256(os.fsencode(folder.name)).hexdigest()[:8]}"
+    with _staging((folder.parent if is_new else folder) / name) as staging:
+        yield staging
+        _sync_all(staging)
+        if is_new:
+            staging.rename(folder)
+            sync(folder.parent)
+        else:
+            _move_files(staging, folder, last, stale)
+
+
+def _move_files(
+    staging: Path, folder: Path, last: str, stale: Callable[[], Iterable[Path]]
+) -> None:
+    files = [p.relative_to(staging) for p in staging.rglob("*") if p.is_file()]
+    for file in sorted(files, key=lambda p: (p.name == last, p)):
+        (folder / file).parent.mkdir(exist_ok=True)
+        os.replace(staging / file, folder / file)
+    for path in stale():
+        if path.relative_to(folder) not in files:
+            path.unlink()
+            with suppress(OSError):  # a folder that is not empty stays
+                path.parent.rmdir()
+    for path in {folder, *((folder / file).parent for file in files)}:
+        sync(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write or replace a UTF-8 text file, with line ends as they are."""
+    beside = path.with_name(f".new-{path.name}")
+    try:
+        beside.write_text(text, encoding="utf-8", newline="")
+        sync(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder; renamed first, so that a crash never leaves half of it under its name."""
+    if not path.exists():
+        return
+    doomed = path.with_name(f".del-{path.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)
+
+
+@contextmanager
+def _staging(path: Path) -> Iterator[Path]:
+    """A new, empty folder, which is gone after the block unless it was renamed."""
+    shutil.rmtree(path, ignore_errors=True)  # a killed process may have left it
+    path.mkdir(parents=True)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _sync_all(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to disk."""
+    with suppress(PermissionError):  # Windows opens no folders
+        descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
