@@ -1,6 +1,7 @@
 """The command line in this process: what it writes, and what it says to bad input."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler
 from ddpm_hf.cli import main, run_command
+from ddpm_hf.commands.messages import flag_speller, flags_in_messages
 from ddpm_hf.data import ImageFacts
 from ddpm_hf.pictures import image_grid
 from ddpm_hf.training import ConfigError, TrainingError, build_unet, parse_config
@@ -226,6 +228,35 @@ def test_the_end_of_a_command_is_one_line(error, status, said, capsys):
     assert capsys.readouterr().err.strip().endswith(said)
 
 
+@pytest.mark.parametrize(
+    ("python", "command_line"),
+    [
+        ("max_train_steps must be at least 1", "--max-train-steps must be at least 1"),
+        ("eta must be in [0, 1], got 2", "--eta must be in [0, 1], got 2"),
+        ("eta=2.0: it has no eta", "--eta 2.0: it has no eta"),
+        ("pass max_train_steps=9 or eta=0.", "pass --max-train-steps 9 or --eta 0."),
+        ("(max_train_steps: 1 -> 2)", "(--max-train-steps: 1 -> 2)"),
+        ("unet.config.max_train_steps stays", "unet.config.max_train_steps stays"),
+        (
+            "'max_train_steps' and my_max_train_steps_2",
+            "'max_train_steps' and my_max_train_steps_2",
+        ),
+        ("runs/max_train_steps/x", "runs/max_train_steps/x"),
+        ("a beta and an eta", "a beta and an eta"),
+    ],
+)
+def test_what_python_calls_an_argument_the_command_line_calls_a_flag(python, command_line):
+    names = ("eta", "max_train_steps")
+    assert flag_speller(names)(python) == command_line
+    with pytest.raises(ConfigError, match=re.escape(command_line)), flags_in_messages(names):
+        raise ConfigError(python)
+
+
+def test_training_errors_name_flags(capsys):
+    assert main(["train", "./photos", "--max-train-steps", "0"]) == 2
+    assert "--max-train-steps must be at least 1, got 0" in capsys.readouterr().err
+
+
 def test_an_error_nobody_foresaw_keeps_its_traceback():
     def command(argv):
         raise RuntimeError("a bug")
@@ -253,6 +284,23 @@ def test_a_grid_shows_every_image_in_its_place():
 )
 def test_a_grid_shows_every_mode_as_a_person_would_see_it(image, seen):
     assert image_grid([image]).getpixel((32, 32)) == seen
+
+
+@pytest.mark.parametrize("num_channels", range(1, 8))
+def test_a_grid_shows_pixels_of_any_number_of_channels(num_channels):
+    image = np.broadcast_to(
+        np.linspace(0.2, 1, num_channels, dtype=np.float32), (64, 64, num_channels)
+    )
+    grid = image_grid([image, image])
+    tiles = num_channels if num_channels > 4 else 1
+    assert grid.size == (2 * tiles * 64 + 2, 64)
+    seen = [grid.getpixel((64 * i + 32, 32)) for i in range(tiles)]
+    if num_channels in (1, 3):
+        assert seen == [
+            tuple(np.round(255 * image[0, 0]).astype(int).tolist() * (3 // num_channels))
+        ]
+    if tiles > 1:
+        assert [grey[0] for grey in seen] == np.round(255 * image[0, 0]).astype(int).tolist()
 
 
 @pytest.mark.parametrize(("images", "columns"), [([], None), ([Image.new("L", (8, 8))], 0)])

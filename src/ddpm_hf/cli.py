@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from ddpm_hf import __version__
 from ddpm_hf.commands import push, sample, train
+from ddpm_hf.commands.messages import one_line_warnings, say
 
 COMMANDS = {"train": train, "sample": sample, "push": push}
 # Exit statuses besides 0: 2 for bad input, 128 + N after signal N, 1 for the rest; a command may
@@ -38,18 +39,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_command(command: Callable[[list[str]], int], argv: Sequence[str] | None) -> int:
     """Run one command; bad input becomes a line and status 2, a failing disk or Hub status 1."""
     try:
-        return command(list(sys.argv[1:] if argv is None else argv))
+        with one_line_warnings():
+            return command(list(sys.argv[1:] if argv is None else argv))
     except (ValueError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError):
             from ddpm_hf.training import TrainingError
 
             if not isinstance(error, TrainingError):
                 raise
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # the processes of one machine say it once
-            print(f"ddpm-hf: error: {error}", file=sys.stderr)
+        say(f"ddpm-hf: error: {error}")
         return BAD_INPUT if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
-        print("ddpm-hf: interrupted", file=sys.stderr)
+        say("ddpm-hf: interrupted")
         return 128 + signal.SIGINT
 
 

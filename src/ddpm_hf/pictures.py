@@ -1,10 +1,13 @@
-"""Pictures for people: drawn by a pipeline, side by side, large enough to see."""
+"""Pictures: drawn by a pipeline, side by side for people, and in files for people and programs."""
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
@@ -12,8 +15,11 @@ from tqdm.auto import tqdm
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 from ddpm_hf.randomness import seed_of
 
+Pixels = npt.NDArray[Any]  # one image, (H, W, C), float in [0, 1]
 # A grid cell is enlarged by whole factors until its longer side has at least this many pixels.
-_LEGIBLE_PIXELS = 64
+LEGIBLE_PIXELS = 64
+MOST_PICTURE_CHANNELS = 4
+BACKDROP = (235, 235, 235)
 
 
 def best_device() -> str:
@@ -30,9 +36,10 @@ def draw_images(
     first: int = 0,
     batch_size: int = 16,
     seed: int = 0,
+    class_labels: Sequence[int | str] | None = None,
     progress: bool = True,
     **call: Any,
-) -> list[Image.Image]:
+) -> list[Pixels]:
     """Draw images of which the i-th depends on (seed, i) alone, not on the batch it falls into.
 
     Args:
@@ -41,43 +48,54 @@ def draw_images(
         first: i of the first of them.
         batch_size: images drawn at once.
         seed: image i comes from a generator seeded with a hash of `seed` and i.
+        class_labels: the class of each image, as numbers or names.
         progress: show progress bars; that of batches only where there are several.
         **call: further arguments of the pipeline, such as `num_inference_steps` and `eta`.
     Returns:
-        PIL images.
+        arrays (H, W, C), float32 in [0, 1].
     """
-    images: list[Image.Image] = []
+    images: list[Pixels] = []
     pipeline.set_progress_bar_config(leave=False, desc="denoising", disable=not progress)
-    starts = range(first, first + num_images, batch_size)
+    starts = range(0, num_images, batch_size)
     silent = None if progress and len(starts) > 1 else True  # None: where nobody watches
     for start in tqdm(starts, desc="batches", leave=False, disable=silent):
-        places = range(start, min(start + batch_size, first + num_images))
-        generators = [
-            torch.Generator(pipeline.device).manual_seed(seed_of(seed, "sample", place))
-            for place in places
-        ]
-        output: Any = pipeline(batch_size=len(places), generator=generators, **call)
-        images += output.images
+        places = range(start, min(start + batch_size, num_images))
+        seeds = [seed_of(seed, "sample", first + place) for place in places]
+        generators = [torch.Generator(pipeline.device).manual_seed(seed) for seed in seeds]
+        if class_labels is not None:
+            call["class_labels"] = class_labels[places.start : places.stop]
+        output: Any = pipeline(len(places), generators, output_type="np", **call)
+        images += list(output.images)
     return images
 
 
-def save_images(images: Sequence[Image.Image], path: Path) -> Path:
-    """Save one grid if `path` ends like an image file, else a folder of numbered PNG files."""
-    if path.suffix.lower() in Image.registered_extensions():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image_grid(images).save(path)
-        return path
-    path.mkdir(parents=True, exist_ok=True)
-    for place, image in enumerate(images):
-        image.save(path / f"{place:05d}.png")
-    return path
+def quantised(image: Pixels, bit_depth: int) -> Pixels:
+    """Pixels of 8 or 16 bits from pixels in [0, 1]."""
+    pixels: Pixels = (image * (2**bit_depth - 1)).round()
+    return pixels.astype(np.uint16 if bit_depth == 16 else np.uint8)
 
 
-def image_grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
+def to_pil(image: Pixels, bit_depth: int = 8) -> Image.Image:
+    """The picture of pixels (H, W, C) in [0, 1]: L, LA, RGB or RGBA for C = 1, 2, 3, 4.
+
+    16 bits are kept in grey; PIL has colour in 8 bits only.
+
+    Raises:
+        ValueError: if C > 4.
+    """
+    num_channels = image.shape[-1]
+    if num_channels > MOST_PICTURE_CHANNELS:
+        raise ValueError(f"a picture has 1 to {MOST_PICTURE_CHANNELS} channels, not {num_channels}")
+    pixels = quantised(image, bit_depth if num_channels == 1 else 8)
+    return Image.fromarray(pixels[..., 0] if num_channels == 1 else pixels)
+
+
+def image_grid(images: Sequence[Image.Image | Pixels], columns: int | None = None) -> Image.Image:
     """One picture of all images, row by row, small ones enlarged without smoothing.
 
     Args:
-        images: PIL images of one size, in any mode; transparency is shown over a light grey.
+        images: of one size: PIL images in any mode, or pixels (H, W, C) in [0, 1]. Transparency is
+            shown over a light grey; of more than four channels, each is a grey tile.
         columns: images in a row, by default such that the grid is about square.
     Returns:
         an RGB image.
@@ -90,23 +108,69 @@ def image_grid(images: Sequence[Image.Image], columns: int | None = None) -> Ima
         raise ValueError(f"columns must be at least 1, got {columns}")
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
-    factor = max(1, math.ceil(_LEGIBLE_PIXELS / max(images[0].size)))
-    width, height = (side * factor for side in images[0].size)
+    cells = [_visible(image) for image in images]
+    factor = max(1, math.ceil(LEGIBLE_PIXELS / max(cells[0].size)))
+    width, height = (side * factor for side in cells[0].size)
     gap = 2
-    grid = Image.new(
-        "RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), (235, 235, 235)
-    )
-    for place, image in enumerate(images):
-        cell = _opaque(image).resize((width, height), Image.Resampling.NEAREST)
+    size = (columns * (width + gap) - gap, rows * (height + gap) - gap)
+    grid = Image.new("RGB", size, BACKDROP)
+    for place, cell in enumerate(cells):
+        cell = cell.resize((width, height), Image.Resampling.NEAREST)
         grid.paste(cell, (place % columns * (width + gap), place // columns * (height + gap)))
     return grid
 
 
-def _opaque(image: Image.Image) -> Image.Image:
+def _visible(image: Image.Image | Pixels) -> Image.Image:
+    """The image in RGB, as a person would see it."""
+    if not isinstance(image, Image.Image):
+        height, _, num_channels = image.shape
+        if num_channels > MOST_PICTURE_CHANNELS:
+            image = image.transpose(0, 2, 1).reshape(height, -1, 1)  # its channels side by side
+        image = to_pil(image)
     if image.mode.startswith("I;16"):
         # Pillow clips 16 bit to 8 instead of scaling.
         return image.point(lambda value: value / 257).convert("L").convert("RGB")
     if image.mode in ("LA", "RGBA"):
-        backdrop = Image.new("RGBA", image.size, (235, 235, 235, 255))
+        backdrop = Image.new("RGBA", image.size, (*BACKDROP, 255))
         return Image.alpha_composite(backdrop, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
+
+
+def is_picture(path: Path) -> bool:
+    """Whether the name is that of a picture that can be written, such as "grid.png"."""
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    return kind in Image.SAVE
+
+
+def save_images(images: Sequence[Pixels], path: Path, bit_depth: int = 8) -> Path:
+    """Save images, pixels (H, W, C) in [0, 1], in the form that the name asks for.
+
+    A picture, such as "grid.png", is one grid of all. "x.npz" holds pixels (N, H, W, C) of uint8 or
+    uint16 as `arr_0`, which is what evaluation tools read; "x.npy" the same in float32, in [0, 1].
+    Any other name is a folder of 00000.png, 00001.png, ...
+
+    Raises:
+        ValueError: if a folder of pictures is asked for and there are more than four channels.
+    """
+    if is_picture(path):
+        _write(path, image_grid(images).save)
+    elif path.suffix == ".npz":
+        pixels = np.stack([quantised(image, bit_depth) for image in images])
+        _write(path, lambda file: np.savez(file, pixels))
+    elif path.suffix == ".npy":
+        _write(path, lambda file: np.save(file, np.stack(images)))
+    else:
+        for place, image in enumerate(images):
+            _write(path / f"{place:05d}.png", to_pil(image, bit_depth).save)
+    return path
+
+
+def _write(path: Path, save: Callable[[Path], object]) -> None:
+    """Never half of a file under its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".new-{path.name}")
+    try:
+        save(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """Opening checkpoints, of the Hub or in a folder, without ever running their code."""
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ def load(
     revision: str | None = None,
     token: str | None = None,
     dtype: "torch.dtype | None" = None,
+    variant: str | None = None,
     use_safetensors: bool = True,
 ) -> "GaussianDDPMPipeline":
     """A pipeline from the Hub or from a folder: ours, or any other `DDPMPipeline`'s.
@@ -40,6 +42,7 @@ def load(
         revision: branch, tag or commit on the Hub.
         token: for a private repository; by default that of `hf auth login` or HF_TOKEN.
         dtype: of the weights; torch.float32 by default, whatever they were saved in.
+        variant: of the weights, such as "fp16", where a checkpoint has several.
         use_safetensors: False opens weights in pickled `.bin` files, which could carry code.
     Raises:
         ValueError: if there is no such checkpoint or revision, the token may not read it, it is of
@@ -48,7 +51,9 @@ def load(
     """
     name = os.fspath(repo_or_path)
     folder = fetch(name, revision=revision, token=token, use_safetensors=use_safetensors)
-    return open_pipeline(folder, name, dtype=dtype, use_safetensors=use_safetensors)
+    return open_pipeline(
+        folder, name, dtype=dtype, variant=variant, use_safetensors=use_safetensors
+    )
 
 
 def fetch(
@@ -112,14 +117,19 @@ def scheduler_class(folder: Path, name: str) -> str:
 
 
 def open_pipeline(
-    folder: Path, name: str, *, dtype: "torch.dtype | None" = None, use_safetensors: bool = True
+    folder: Path,
+    name: str,
+    *,
+    dtype: "torch.dtype | None" = None,
+    variant: str | None = None,
+    use_safetensors: bool = True,
 ) -> "GaussianDDPMPipeline":
     """The pipeline in a folder that `fetch` gave.
 
     Args:
         folder: holds the checkpoint.
         name: what errors call it.
-        dtype, use_safetensors: as for `load`.
+        dtype, variant, use_safetensors: as for `load`.
     Raises:
         ValueError: if it cannot be opened, or its weights are incomplete or not finite.
     """
@@ -134,7 +144,13 @@ def open_pipeline(
         if not ours and kind not in GaussianDDPMScheduler._compatibles:
             raise ValueError(f"{name} has a {kind}, which does not sample DDPMs")
         scheduler = GaussianDDPMScheduler if ours else getattr(diffusers, kind)
-        unet = open_unet(_part(folder, "unet"), name, dtype=dtype, use_safetensors=use_safetensors)
+        unet = open_unet(
+            _part(folder, "unet"),
+            name,
+            dtype=dtype,
+            variant=variant,
+            use_safetensors=use_safetensors,
+        )
         image_facts(unet)
         return GaussianDDPMPipeline(unet, scheduler.from_pretrained(_part(folder, "scheduler")))
 
@@ -145,7 +161,12 @@ def _part(folder: Path, name: str) -> Path:
 
 
 def open_unet(
-    folder: Path, name: str, *, dtype: "torch.dtype | None" = None, use_safetensors: bool = True
+    folder: Path,
+    name: str,
+    *,
+    dtype: "torch.dtype | None" = None,
+    variant: str | None = None,
+    use_safetensors: bool = True,
 ) -> "UNet2DModel":
     """The network whose configuration and weights lie in a folder; arguments and errors as above.
 
@@ -162,15 +183,29 @@ def open_unet(
             "a format that can carry code; if you trust the author, load it once with "
             "use_safetensors=False and save_pretrained() it: that writes safetensors"
         )
+    variants = weight_variants(folder)
+    if variant is None and variants and None not in variants:
+        found = " or ".join(f"variant={v!r}" for v in sorted(filter(None, variants)))
+        raise ValueError(f"{name} has no weights without a variant: pass {found}")
     with _one_line_about(name):
         # Where a file lacks weights, diffusers makes up random ones and only logs it.
         unet, report = UNet2DModel.from_pretrained(
-            folder, dtype=dtype, use_safetensors=use_safetensors, output_loading_info=True
+            folder,
+            dtype=dtype,
+            variant=variant,
+            use_safetensors=use_safetensors,
+            output_loading_info=True,
         )
     if wrong := {kind: keys for kind, keys in report.items() if keys}:
         raise ValueError(f"the weights of {name} do not fit its config.json: {shorten(str(wrong))}")
     check_finite(unet.state_dict(), name)
     return unet
+
+
+def weight_variants(folder: Path) -> set[str | None]:
+    """Which variants of the weights a folder holds; None is the plain one."""
+    form = re.compile(r"diffusion_pytorch_model(?:\.(\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)")
+    return {match[1] for file in folder.iterdir() if (match := form.fullmatch(file.name))}
 
 
 @contextmanager

@@ -1,0 +1,268 @@
+"""`ddpm-hf sample`: every kind of model, every scheduler, every form of the images."""
+
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DModel
+from diffusers.utils.import_utils import is_torchsde_available
+from PIL import Image
+
+from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler
+from ddpm_hf.cli import main
+from ddpm_hf.commands.sample import SCHEDULERS, output_path
+from ddpm_hf.pictures import draw_images, quantised
+
+T = 60
+
+
+def build_unet(num_channels=3, facts=None, **config):
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=num_channels,
+        out_channels=num_channels,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        **config,
+    )
+    if facts is not None:
+        unet.register_to_config(_ddpm_hf={"format_version": 1, **facts})
+    return unet
+
+
+def save(folder, unet, **options):
+    scheduler = GaussianDDPMScheduler(
+        num_train_timesteps=T, beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing"
+    )
+    GaussianDDPMPipeline(unet, scheduler).save_pretrained(folder, **options)
+    return folder
+
+
+def image_of(mode, bit_depth=8):
+    return {"mode": mode, "height": 8, "width": 8, "bit_depth": bit_depth}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders of models by what their images are."""
+    root = tmp_path_factory.mktemp("models")
+    classes = {"image": image_of("RGB"), "class_names": ["cat", "7"]}
+    unets = {
+        "two channels": build_unet(2),
+        "LA": build_unet(2, {"image": image_of("LA")}),
+        "RGB": build_unet(3),
+        "five channels": build_unet(5),
+        "16-bit grey": build_unet(1, {"image": image_of("L", 16)}),
+        "16-bit RGB": build_unet(3, {"image": image_of("RGB", 16)}),
+        "classes": build_unet(3, classes, num_class_embeds=3),  # the last one is the null class
+    }
+    return {name: save(root / name, unet) for name, unet in unets.items()}
+
+
+def sample(model, *options, steps="2"):
+    assert main(["sample", str(model), "--num-inference-steps", steps, *options]) == 0
+
+
+def refused(capsys, model, *options):
+    """The error line of a command that bad input ends."""
+    assert main(["sample", str(model), *options]) == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.filterwarnings("ignore:PNG gets 8 of the 16 bits")
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        ("two channels", "LA"),
+        ("LA", "LA"),
+        ("RGB", "RGB"),
+        ("16-bit grey", "I;16"),
+        ("16-bit RGB", "RGB"),
+    ],
+)
+def test_every_model_fills_a_folder_of_pictures_and_arrays(models, tmp_path, kind, mode):
+    sample(models[kind], "--num-images", "2", "--output", str(tmp_path / "all"))
+    sample(models[kind], "--num-images", "2", "--output", str(tmp_path / "all.npz"))
+    sample(models[kind], "--num-images", "2", "--output", str(tmp_path / "all.npy"))
+    pictures = [Image.open(path) for path in sorted((tmp_path / "all").iterdir())]
+    assert [picture.mode for picture in pictures] == [mode, mode]
+    with np.load(tmp_path / "all.npz") as file:
+        pixels = file["arr_0"]
+    exact = np.load(tmp_path / "all.npy")
+    bit_depth = 16 if "16" in kind else 8
+    assert (pixels.dtype, exact.dtype) == (np.dtype(f"uint{bit_depth}"), np.float32)
+    np.testing.assert_array_equal(pixels, quantised(exact, bit_depth))
+    if kind != "16-bit RGB":
+        seen = np.stack([np.asarray(picture) for picture in pictures]).reshape(pixels.shape)
+        np.testing.assert_array_equal(seen, pixels)
+
+
+def test_images_that_no_picture_holds_are_a_grid_or_arrays(models, tmp_path, capsys):
+    five = models["five channels"]
+    said = refused(capsys, five, "--output", str(tmp_path / "folder"))
+    assert "5 channels" in said
+    assert "--format npz" in said
+    sample(five, "--num-images", "1", "--output", str(tmp_path / "grid.png"))
+    assert Image.open(tmp_path / "grid.png").size == (5 * 16, 16)  # the channels side by side
+    sample(five, "--num-images", "2", "--output", str(tmp_path / "x"), "--format", "npz")
+    with np.load(tmp_path / "x.npz") as file:
+        assert file["arr_0"].shape == (2, 8, 8, 5)
+
+
+@pytest.mark.filterwarnings("always:PNG gets 8 of the 16 bits")
+def test_colour_of_16_bits_says_that_a_picture_gets_8(models, tmp_path, capsys):
+    sample(models["16-bit RGB"], "--num-images", "1", "--output", str(tmp_path / "all"))
+    assert "--format npz" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_offered_samples_with_its_usual_number_of_steps(models, tmp_path, name):
+    output = tmp_path / "x.npy"
+    arguments = ["--scheduler", name, "--num-images", "1", "--output", str(output)]
+    assert main(["sample", str(models["RGB"]), *arguments]) == 0
+    assert np.isfinite(np.load(output)).all()
+
+
+def test_every_compatible_scheduler_is_offered():
+    names = set(GaussianDDPMScheduler._compatibles) - {"EDMEulerScheduler"}  # has its own noise
+    if not is_torchsde_available():
+        names -= {"DPMSolverSDEScheduler"}
+    assert {name.removesuffix("Scheduler") for name in names} <= SCHEDULERS.keys()
+    assert all(hasattr(diffusers, f"{name}Scheduler") for name in SCHEDULERS)
+
+
+def test_the_scheduler_and_its_spacing_are_those_of_the_pipeline_in_python(models, tmp_path):
+    options = ("--scheduler", "DDIM", "--timestep-spacing", "linspace", "--num-images", "1")
+    sample(models["RGB"], *options, "--output", str(tmp_path / "x.npy"), steps="7")
+    pipeline = GaussianDDPMPipeline.from_pretrained(models["RGB"])
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(
+        pipeline.scheduler.config, timestep_spacing="linspace"
+    )
+    (image,) = draw_images(pipeline, 1, num_inference_steps=7, progress=False)
+    np.testing.assert_array_equal(np.load(tmp_path / "x.npy")[0], image)
+
+
+def drawn(model, output, *options):
+    sample(model, "--output", str(output), *options)
+    return np.load(output)
+
+
+def test_classes_are_names_or_numbers_given_in_turn(models, tmp_path):
+    model, files = models["classes"], iter(tmp_path / f"{i}.npy" for i in range(9))
+    four = ("--num-images", "4")
+    every = drawn(model, next(files), *four)
+    by_name = drawn(model, next(files), *four, "--class-labels", "cat", "7")
+    by_number = drawn(model, next(files), *four, "--class-labels", "0", "1")
+    np.testing.assert_array_equal(every, by_name)  # the null class is not one of them
+    np.testing.assert_array_equal(every, by_number)
+    cats = drawn(model, next(files), *four, "--class-labels", "cat")
+    is_equal = [np.array_equal(a, b) for a, b in zip(cats, every, strict=True)]
+    assert is_equal == [True, False, True, False]
+    in_parts = drawn(model, next(files), *four, "--batch-size", "3")
+    # Convolutions of another batch size may round the last bit of float32 differently.
+    np.testing.assert_allclose(in_parts, every, atol=1e-5)
+
+
+def test_guidance_changes_the_images_and_eta_is_left_to_the_scheduler(models, tmp_path):
+    model, two = models["classes"], ("--num-images", "2", "--class-labels", "cat")
+    plain = drawn(model, tmp_path / "a.npy", *two)
+    guided = drawn(model, tmp_path / "b.npy", *two, "--guidance-scale", "3")
+    assert not np.array_equal(plain, guided)
+    drawn(model, tmp_path / "c.npy", *two, "--scheduler", "EulerDiscrete")  # it has no eta
+
+
+def test_a_variant_of_the_weights_is_loaded_when_asked_for(models, tmp_path, capsys):
+    model = save(tmp_path / "half", build_unet(), variant="fp16")
+    assert "--variant 'fp16'" in refused(capsys, model, "--output", str(tmp_path / "x.npy"))
+    images = drawn(model, tmp_path / "x.npy", "--variant", "fp16")
+    np.testing.assert_array_equal(images, drawn(models["RGB"], tmp_path / "y.npy"))
+
+
+def test_pickled_weights_are_opened_when_allowed(models, tmp_path, capsys):
+    model = save(tmp_path / "old", build_unet())
+    (model / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save(build_unet().state_dict(), model / "unet" / "diffusion_pytorch_model.bin")
+    assert "--allow-pickle" in refused(capsys, model, "--output", str(tmp_path / "x.npy"))
+    images = drawn(model, tmp_path / "x.npy", "--allow-pickle")
+    np.testing.assert_array_equal(images, drawn(models["RGB"], tmp_path / "y.npy"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "said"),
+    [
+        ("RGB", ["--class-labels", "cat"], "--class-labels"),
+        ("RGB", ["--guidance-scale", "2"], "--guidance-scale must be 1"),
+        ("classes", ["--class-labels", "dog"], "'cat', '7'"),
+        ("classes", ["--class-labels", "3"], "0..2"),
+        ("RGB", ["--scheduler", "EulerDiscrete", "--eta", "0"], "--eta 0.0"),
+        ("RGB", ["--num-inference-steps", "61"], "--num-inference-steps must be"),
+        (
+            "RGB",
+            ["--scheduler", "DPMSolverSinglestep", "--timestep-spacing", "trailing"],
+            "--timestep-spacing trailing",
+        ),
+        ("RGB", ["--scheduler", "DDIM", "--timestep-spacing", "quadratic"], "DDIMScheduler"),
+        ("RGB", ["--format", "npz"], "--format npz does not fit"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said_in_the_words_of_the_command(
+    models, tmp_path, capsys, kind, options, said
+):
+    assert said in refused(capsys, models[kind], "--output", str(tmp_path / "x.npy"), *options)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("output", "form", "expected"),
+    [
+        (None, None, "samples.png"),
+        (None, "npz", "samples.npz"),
+        ("folder", None, "folder"),
+        ("folder", "png", "folder"),
+        ("grid.jpg", "png", "grid.jpg"),
+        ("run.v1", "npy", "run.v1.npy"),
+        ("x.npz", None, "x.npz"),
+        ("x.npz", "npz", "x.npz"),
+    ],
+)
+def test_where_images_go_by_output_and_format(output, form, expected):
+    assert output_path(Path(output) if output else None, form) == Path(expected)
+
+
+@pytest.mark.parametrize("name", ["grid.png", "x.npz", "folder"])
+def test_images_of_before_are_replaced_only_when_told(models, tmp_path, capsys, name):
+    output = tmp_path / name
+    options = ("--num-images", "1", "--output", str(output))
+    sample(models["RGB"], *options)
+    file = output if output.is_file() else output / "00000.png"
+    before = file.read_bytes()
+    assert "--overwrite" in refused(capsys, models["RGB"], *options, "--seed", "1")
+    assert file.read_bytes() == before
+    sample(models["RGB"], *options, "--seed", "1", "--overwrite")
+    assert file.read_bytes() != before
+
+
+def test_a_refusal_to_overwrite_comes_before_the_model_is_looked_for(tmp_path, capsys):
+    (tmp_path / "x.png").touch()
+    assert "--overwrite" in refused(capsys, "no/model", "--output", str(tmp_path / "x.png"))
+
+
+def test_home_is_meant_by_a_tilde(models, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").symlink_to(models["RGB"])
+    sample("~/model", "--num-images", "1", "--output=~/x.png")
+    assert (tmp_path / "x.png").is_file()
+
+
+@pytest.mark.filterwarnings("always:timestep_spacing")
+def test_a_warning_is_one_line_without_a_source_path(models, tmp_path, capsys):
+    output = ("--output", str(tmp_path / "x.png"))
+    sample(models["RGB"], "--timestep-spacing", "leading", *output)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert line.lstrip().startswith("ddpm-hf: warning: --timestep-spacing 'leading' starts at")
