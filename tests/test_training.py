@@ -11,12 +11,12 @@ import sys
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import get_scheduler
 
-from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler, TrainingConfig, train
+from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler, TrainingConfig, load, train
 from ddpm_hf.losses import simple_loss
 from ddpm_hf.training import CheckpointError, ConfigError, TrainingError
 from ddpm_hf.training.learning_rate import learning_rate
@@ -486,8 +486,11 @@ def test_a_checkpoint_before_the_first_log_entry_comes_with_its_model(tmp_path, 
 
 
 class FailsToSample(UNet2DModel):
+    num_calls = 0
+
     def forward(self, *args, **options):
-        if not self.training:
+        self.num_calls += not self.training
+        if not self.training and self.num_calls > 1:  # the first is a trial before the updates
             raise torch.OutOfMemoryError("no room")
         return super().forward(*args, **options)
 
@@ -640,6 +643,16 @@ def test_fine_tuning_at_another_size_makes_a_model_of_that_size(tmp_path, pretra
     assert pipe(num_inference_steps=2, output_type="np").images.shape == (1, size, size, 1)
 
 
+class WithoutSample(UNet2DModel):
+    """A network that breaks down when it is called."""
+
+    def __init__(self, unet):
+        super().__init__(**{k: v for k, v in unet.config.items() if k[0] != "_"})
+
+    def forward(self, sample, timestep, class_labels=None):
+        return super().forward(sample[:, :, 1:], timestep)
+
+
 @pytest.mark.parametrize(
     ("parts", "said"),
     [
@@ -651,6 +664,13 @@ def test_fine_tuning_at_another_size_makes_a_model_of_that_size(tmp_path, pretra
             {"scheduler": GaussianDDPMScheduler(variance_type="learned_range")},
             "variance_type is 'learned_range'",
         ),
+        ({"scheduler": DDIMScheduler()}, "got DDIMScheduler, which samples but does not train"),
+        ({"unet": tiny_unet(time_embedding_type="fourier")}, "use 'positional'"),
+        (
+            {"unet": tiny_unet(time_embedding_type="learned", num_train_timesteps=10)},
+            "learned embeddings of 10 timesteps, the diffusion has 1000",
+        ),
+        ({"unet": WithoutSample(tiny_unet())}, "does not run on 8x8 images"),
         ({"dataset": []}, "at least one float tensor"),
         ({"dataset": [(torch.zeros(1, 8, 8), 3)]}, "the first is tuple"),
         ({"dataset": iter([])}, "list_iterator"),
@@ -661,6 +681,22 @@ def test_parts_that_cannot_be_trained_are_refused_before_the_first_update(tmp_pa
     with pytest.raises(ConfigError, match=said):
         train(tiny_config(tmp_path / "run"), **parts)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_stock_scheduler_is_trained_as_our_own(tmp_path):
+    stock = DDPMScheduler(num_train_timesteps=50, beta_schedule="squaredcos_cap_v2")
+    result = train(
+        tiny_config(tmp_path, max_train_steps=2),
+        unet=tiny_unet(),
+        scheduler=stock,
+        dataset=tiny_images(),
+    )
+    assert load(result.model_dir).scheduler.config.num_train_timesteps == 50
+
+
+def test_a_path_in_the_place_of_the_options_is_an_error_that_says_how():
+    with pytest.raises(ConfigError, match=r"TrainingConfig\(dataset="):
+        train("./photos")
 
 
 def test_resuming_with_other_parts_is_refused_with_what_differs(tmp_path):

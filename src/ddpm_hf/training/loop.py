@@ -18,7 +18,7 @@ from ddpm_hf.losses import Loss, simple_loss
 from ddpm_hf.paths import RunPaths
 from ddpm_hf.randomness import noise_and_timesteps, seed_of
 from ddpm_hf.training.accelerator import create_accelerator, with_precision
-from ddpm_hf.training.config import TrainingConfig, merge_resumed_config
+from ddpm_hf.training.config import ConfigError, TrainingConfig, merge_resumed_config
 from ddpm_hf.training.learning_rate import learning_rate
 from ddpm_hf.training.metrics import MetricsLog, RunningMetrics
 from ddpm_hf.training.outputs import Outputs
@@ -98,6 +98,11 @@ def train(
             checkpoints are damaged.
         TrainingError: if the loss stays non-finite, or the accelerator's memory does not suffice.
     """
+    if not isinstance(config, TrainingConfig):
+        raise ConfigError(
+            f"config must be a TrainingConfig, got {config!r:.100}; for the usual options "
+            "train(TrainingConfig(dataset='./photos'))"
+        )
     paths = RunPaths(config.run_folder())
     with create_accelerator(config) as accelerator, ExitStack() as stack:
         on_main(accelerator, lambda: stack.enter_context(run_lock(paths)))

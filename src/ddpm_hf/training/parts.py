@@ -17,6 +17,7 @@ from ddpm_hf.diffusion.images import IMAGE_MODES, image_facts, size_multiple
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.hub.load import fetch, open_pipeline, open_unet
 from ddpm_hf.losses import Loss
+from ddpm_hf.training.checks import as_own_scheduler, check_runs, check_trainable, mode_with
 from ddpm_hf.training.config import ConfigError, TrainingConfig
 from ddpm_hf.training.processes import main_first
 from ddpm_hf.training.proposals import (
@@ -79,8 +80,8 @@ def assemble(
     if unet is None:
         torch.manual_seed(config.seed)  # the same first weights on every process and every start
         unet = build_unet(facts, device, config.unet_config)
-    scheduler = scheduler or build_scheduler(config, pretrained_scheduler)
-    check_fit(unet, scheduler, facts)
+    scheduler = as_own_scheduler(scheduler) or build_scheduler(config, pretrained_scheduler)
+    check_trainable(unet, scheduler, facts)
     if config.learning_rate is None:
         rate = 1e-4 if config.pretrained else rate_from_scratch(unet)
         config = dataclasses.replace(config, learning_rate=rate)
@@ -89,6 +90,7 @@ def assemble(
     unet.register_to_config(
         _ddpm_hf=facts.to_config(), sample_size=sample_size(facts, size_multiple(unet))
     )
+    check_runs(unet.to(accelerator.device))
     return Parts(
         config,
         TrainingImages(
@@ -182,7 +184,7 @@ def _wanted_by(unet: torch.nn.Module | None) -> tuple[str | None, int | None]:
         return facts.mode, max(facts.height, facts.width)
     config: Any = unet.config
     size = config.sample_size if isinstance(config.sample_size, int) else max(config.sample_size)
-    return _mode_with(config.in_channels), size
+    return mode_with(config.in_channels), size
 
 
 def load_pretrained(source: str) -> tuple[UNet2DModel, GaussianDDPMScheduler | None]:
@@ -201,40 +203,3 @@ def load_pretrained(source: str) -> tuple[UNet2DModel, GaussianDDPMScheduler | N
         return pipeline.unet, pipeline.scheduler
     except (OSError, ValueError) as error:
         raise ConfigError(f"pretrained={source!r} cannot be loaded: {error}") from error
-
-
-def check_fit(unet: Any, scheduler: GaussianDDPMScheduler, facts: ImageFacts) -> None:
-    """Raise ConfigError if the network cannot be trained on such images by L_simple."""
-    if not isinstance(unet, UNet2DModel):
-        raise ConfigError(
-            f"unet must be a diffusers UNet2DModel, got {type(unet).__name__}; for another network "
-            "write a loop of your own around ddpm_hf.losses.simple_loss"
-        )
-    if unet.dtype != torch.float32 or not any(p.requires_grad for p in unet.parameters()):
-        raise ConfigError(
-            "unet must have float32 weights that require gradients; mixed_precision sets the "
-            "precision of the arithmetic"
-        )
-    if scheduler.config.variance_type.startswith("learned"):
-        raise ConfigError(
-            f"variance_type is {scheduler.config.variance_type!r}, which L_simple does not train: "
-            "use 'fixed_small' or 'fixed_large'"
-        )
-    config: Any = unet.config
-    channels_in, channels_out = config.in_channels, config.out_channels
-    if channels_in != facts.num_channels:
-        raise ConfigError(
-            f"the network takes {channels_in} channels but the images have {facts.num_channels} "
-            f"({facts.mode}); set image_mode to {_mode_with(channels_in)}, or train a new network"
-        )
-    if channels_out != channels_in:
-        raise ConfigError(
-            f"the network predicts {channels_out} channels for {channels_in}: a learned variance, "
-            "which L_simple does not train"
-        )
-    if config.num_class_embeds is not None or config.class_embed_type is not None:
-        raise ConfigError("the network is class-conditional; training here is unconditional")
-
-
-def _mode_with(channels: int) -> str | None:
-    return next((mode for mode in IMAGE_MODES if len(mode) == channels), None)
