@@ -202,8 +202,9 @@ def draw(options: argparse.Namespace, output: Path) -> None:
         variant=options.variant,
         use_safetensors=not options.allow_pickle,
     )
-    facts = image_facts(pipeline.unet) or {}
-    bit_depth = facts.get("image", {}).get("bit_depth", 8)
+    facts = image_facts(pipeline.unet)
+    bit_depth = 8 if facts is None else facts.bit_depth
+    class_names = None if facts is None else facts.class_names
     check_files_can_hold(output, pipeline.unet.config.in_channels, bit_depth)
     change_scheduler(pipeline, options.scheduler, options.timestep_spacing)
     num_steps = options.num_inference_steps
@@ -215,7 +216,7 @@ def draw(options: argparse.Namespace, output: Path) -> None:
         options.num_images,
         batch_size=options.batch_size,
         seed=options.seed,
-        class_labels=class_of_each(pipeline, options, facts.get("class_names")),
+        class_labels=class_of_each(pipeline, options, class_names),
         num_inference_steps=num_steps,
         **{name: value for name, value in call.items() if value is not None},
     )

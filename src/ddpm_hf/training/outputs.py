@@ -7,14 +7,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from accelerate.utils import broadcast_object_list, gather_object
-from PIL.Image import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 from ddpm_hf.hub.background import BackgroundPusher
 from ddpm_hf.hub.card import read_json
-from ddpm_hf.pictures import draw_images, image_grid
+from ddpm_hf.pictures import Pixels, draw_images, image_grid
 from ddpm_hf.training.export import export_model, training_facts
 from ddpm_hf.training.metrics import MetricsLog
 from ddpm_hf.training.run import Run
@@ -75,7 +74,7 @@ class Outputs:
         run, count = self.run, self.run.config.num_samples
         if count == 0:
             return
-        drawn: list[Image] = []
+        drawn: list[Pixels] = []
         with self._warn_on_any_error("draw samples"):
             drawn = self._draw_share(-(-count // run.accelerator.num_processes))
         images = gather_object([] if run.stop.received else drawn)
@@ -83,7 +82,7 @@ class Outputs:
             with self._warn_on_any_error("save the samples"):
                 self._save_grid(images[:count])
 
-    def _draw_share(self, count: int) -> list[Image]:
+    def _draw_share(self, count: int) -> list[Pixels]:
         run, config = self.run, self.run.config
         with run.state.ema_weights() as unet:
             # A copy: sampling with fewer steps changes what "previous step" means.
@@ -107,7 +106,7 @@ class Outputs:
         pipeline._interrupt = self.run.stop.received is not None
         return tensors
 
-    def _save_grid(self, images: list[Image]) -> None:
+    def _save_grid(self, images: list[Pixels]) -> None:
         path = self.run.paths.sample_grid(self.run.state.step)
         grid = image_grid(images)
         path.parent.mkdir(exist_ok=True)
