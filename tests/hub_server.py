@@ -27,6 +27,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
+from processes import started
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".parquet", ".zip")
 OWNER_TOKEN = "hf_" + "owner" * 6  # the shape of a real token, so that a search for leaks finds it
@@ -193,7 +194,7 @@ class HubServer:
             time.sleep(seconds)
             self.start()
 
-        threading.Thread(target=back).start()
+        threading.Thread(target=back, daemon=True).start()
 
     def reset(self) -> None:
         """Forget everything but the ports and the users."""
@@ -275,6 +276,7 @@ class _Dropped(Exception):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    timeout = 60  # of every read and write, in seconds
     hub: HubServer
     fault: Fault | None
     body: bytes
@@ -695,7 +697,7 @@ class HubClient:
         self.env = client_environment(server, home, token) | (env or {})
         self.log = home / "log.txt"
         hide = "" if package else "import sys; sys.modules['ddpm_hf'] = None\n"
-        self._process = subprocess.Popen(
+        self._running = started(
             [sys.executable, "-c", hide + _WORKER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -706,14 +708,16 @@ class HubClient:
         )
 
     def __enter__(self) -> "HubClient":
+        self._process = self._running.__enter__()
         return self
 
     def __exit__(self, *exc: object) -> None:
         assert self._process.stdin
-        assert self._process.stdout
-        self._process.stdin.close()
-        self._process.wait(timeout=60)
-        self._process.stdout.close()
+        try:
+            self._process.stdin.close()
+            self._process.wait(timeout=60)
+        finally:
+            self._running.__exit__(None, None, None)
 
     def run(self, code: str, **values: Any) -> Any:
         """Execute `code` there; returns what it left in `result`, raises `ClientError`."""

@@ -3,9 +3,9 @@
 import json
 import pickle
 import re
-import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from io import BytesIO
@@ -19,6 +19,7 @@ import pytest
 import torch
 from hub_server import ClientError, HubClient, HubServer
 from PIL import Image
+from processes import run_process
 from torch.utils.data import DataLoader
 
 from ddpm_hf.data import (
@@ -446,9 +447,11 @@ print(json.dumps([str(images.folder), len(images), total, after - before]))
 """
 
 
-def start(*arguments):
+def prepare_in_a_process(*arguments):
     command = [sys.executable, "-W", "ignore", "-c", PREPARE_SCRIPT, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    done = run_process(command)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 @pytest.mark.slow
@@ -456,8 +459,9 @@ def test_two_processes_that_start_at_once_prepare_the_same_images(tmp_path):
     folder_of(
         tmp_path / "in", {f"{i}.png": zoo.encode(zoo.grey(32, 32) // 2 + i) for i in range(99)}
     )
-    running = [start(tmp_path / "in", tmp_path / "out") for _ in range(2)]
-    one, two = (json.loads(process.communicate()[0])[:3] for process in running)
+    with ThreadPoolExecutor() as both:
+        folders = [tmp_path / "in"] * 2, [tmp_path / "out"] * 2
+        one, two = (found[:3] for found in both.map(prepare_in_a_process, *folders))
     assert one == two
     assert one[1] == 99
     made = [file for file in (tmp_path / "out").iterdir() if file.suffix != ".lock"]
@@ -468,8 +472,7 @@ def test_two_processes_that_start_at_once_prepare_the_same_images(tmp_path):
 def test_decompression_bombs_cost_no_memory(tmp_path):
     bombs = {f"{side}.png": zoo.bomb(side) for side in (9_000, 12_000, 20_000)}
     folder_of(tmp_path / "in", {"good.png": zoo.encode(zoo.GREY), **bombs})
-    process = start(tmp_path / "in", tmp_path / "out")
-    _, count, _, kilobytes = json.loads(process.communicate()[0])
+    _, count, _, kilobytes = prepare_in_a_process(tmp_path / "in", tmp_path / "out")
     assert count == 1
     # The smallest alone would take 81 MB of pixels; the libraries' own growth is some 10 MB.
     assert kilobytes < 50_000

@@ -4,7 +4,6 @@ import io
 import json
 import re
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -22,6 +21,7 @@ from hub_server import (
     client_environment,
 )
 from PIL import Image
+from processes import run_process
 from safetensors.torch import load_file, save_file
 
 from ddpm_hf import load
@@ -618,9 +618,7 @@ def test_a_hub_that_hangs_does_not_hold_the_process(hub, checkpoint, tmp_path):
     code = SETUP + PUSHER + f"pusher.submit({str(checkpoint)!r}, 1)\nprint(pusher.finish(1))"
     env = client_environment(hub, tmp_path / "home", OWNER_TOKEN)
     start = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60
-    )
+    done = run_process([sys.executable, "-c", code], env=env)
     assert done.stdout.strip() == "False", done.stderr
     assert time.monotonic() - start < 20  # imports, one second of waiting, and no more
 
@@ -774,7 +772,7 @@ def test_training_that_may_not_push_does_not_start(client, hub, tmp_path):
 def test_a_missing_token_is_bad_input(hub, checkpoint, tmp_path):
     env = client_environment(hub, tmp_path / "home", None)
     command = [sys.executable, "-m", "ddpm_hf.cli", "push", str(checkpoint), "user/cli"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    done = run_process(command, env=env)
     assert done.returncode == 2
     assert "needs a token" in done.stderr
     assert done.stderr.count("\n") == 1

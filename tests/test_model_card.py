@@ -3,7 +3,6 @@
 import html
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 import yaml
 from checkpoints import image_facts_of, save_ours, tiny_unet
 from huggingface_hub import ModelCard
+from processes import run_process
 
 from ddpm_hf.hub.card import (
     card_facts,
@@ -191,9 +191,7 @@ def test_the_code_in_the_cards_runs_in_their_folders(tmp_path):
         for block in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
             code += f"{block}\nprint(type(pipe).__name__, len(images))\n"
     env = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300
-    )
+    done = run_process([sys.executable, "-c", code], env=env)
     assert done.returncode == 0, done.stderr
     ours = "GaussianDDPMPipeline 4"
     assert done.stdout.splitlines() == ["DDPMPipeline 4", ours, ours, ours, ours]

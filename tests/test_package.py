@@ -9,6 +9,7 @@ import tarfile
 import tomllib
 import venv
 import zipfile
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from packaging.metadata import Metadata
 from packaging.requirements import Requirement
 from packaging.version import Version
 from PIL import Image
+from processes import LIMIT_S, run_process, started
 
 import ddpm_hf
 
@@ -39,14 +41,7 @@ accelerator.end_training()
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:
     """Standard output of a command that must succeed."""
-    done = subprocess.run(
-        list(map(str, command)),
-        cwd=cwd,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run_process(list(map(str, command)), cwd=cwd, env=os.environ | environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 
@@ -168,20 +163,17 @@ def test_accelerate_reads_each_launcher_configuration(path):
 
 def launch(
     tmp_path: Path, config: str, *options: str, **environment: str
-) -> subprocess.Popen[bytes]:
+) -> AbstractContextManager[subprocess.Popen[bytes]]:
     (tmp_path / "probe.py").write_text(PROBE)
     file = ROOT / "training" / "accelerate" / f"{config}.yaml"
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
-    return subprocess.Popen(
-        [*launcher, *options, "probe.py"],
-        cwd=tmp_path,
-        env=os.environ | environment,
-    )
+    return started([*launcher, *options, "probe.py"], cwd=tmp_path, env=os.environ | environment)
 
 
 @pytest.mark.slow
 def test_the_cpu_configuration_keeps_off_the_gpu(tmp_path):
-    assert launch(tmp_path, "cpu").wait(timeout=60) == 0
+    with launch(tmp_path, "cpu") as launcher:
+        assert launcher.wait(LIMIT_S) == 0
     assert json.loads((tmp_path / "found.json").read_text()) == [1, "cpu", "no"]
 
 
@@ -192,8 +184,12 @@ def test_the_two_machines_of_the_multi_node_configuration_find_each_other(tmp_pa
         port = free.getsockname()[1]
     options = ("--num_processes", "4", "--main_process_ip", "127.0.0.1")
     options += ("--main_process_port", str(port), "--machine_rank")
-    machines = [
-        launch(tmp_path, "multi_node", *options, rank, ACCELERATE_USE_CPU="true") for rank in "01"
-    ]
-    assert [machine.wait(timeout=60) for machine in machines] == [0, 0]
+    with ExitStack() as running:
+        machines = [
+            running.enter_context(
+                launch(tmp_path, "multi_node", *options, rank, ACCELERATE_USE_CPU="true")
+            )
+            for rank in "01"
+        ]
+        assert [machine.wait(LIMIT_S) for machine in machines] == [0, 0]
     assert json.loads((tmp_path / "found.json").read_text()) == [4, "cpu", "bf16"]

@@ -15,7 +15,6 @@ Intended differences, each held by a test that stock fails:
 
 import itertools
 import json
-import subprocess
 import sys
 
 import diffusers
@@ -34,6 +33,7 @@ from oracles import (
     scaled_linear_betas,
     to_float64,
 )
+from processes import run_process
 from torch.testing import assert_close
 
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
@@ -517,7 +517,6 @@ def test_a_saved_scheduler_loads_in_stock_where_our_package_cannot_be_imported(t
         "from diffusers import DDPMScheduler\n"
         "print(DDPMScheduler.from_pretrained(sys.argv[1]).betas.tolist())"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True
-    )
+    done = run_process([sys.executable, "-c", script, str(tmp_path)])
+    assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == ours.betas.tolist()

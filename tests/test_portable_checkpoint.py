@@ -6,7 +6,6 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from checkpoints import (
 )
 from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline
 from diffusers.utils.dynamic_modules_utils import get_relative_imports
+from processes import run_process
 from safetensors.torch import load_file, save_file
 
 import ddpm_hf
@@ -143,9 +143,7 @@ def run_fresh(name, script, root, with_package=False):
     code = PROLOGUE.format(root=str(root), with_package=with_package) + script
     (root / f"{name}.py").write_text(code + EPILOGUE.format(name=name))
     environment = os.environ | {"HF_HOME": str(root / f"cache of {name}")}
-    done = subprocess.run(
-        [sys.executable, f"{name}.py"], cwd=root, env=environment, capture_output=True, text=True
-    )
+    done = run_process([sys.executable, f"{name}.py"], cwd=root, env=environment)
     assert done.returncode == 0, done.stderr
     return np.load(root / f"{name}.npz"), json.loads((root / f"{name}.json").read_text())
 

@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from processes import LIMIT_S, started
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import get_scheduler
@@ -518,17 +519,15 @@ def test_a_tracker_that_fails_is_left_out_with_a_word(tmp_path, caplog, monkeypa
 
 def test_the_lock_of_a_killed_run_is_waited_for_until_its_workers_end(tmp_path):
     """They inherit it, and notice the death of their parent only after seconds."""
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
+    with started([sys.executable, "-c", ""]) as dead:
+        dead.wait(LIMIT_S)
     (tmp_path / ".lock").write_text(str(dead.pid))
     hold = "import fcntl, sys, time; f = open(sys.argv[1]); fcntl.flock(f, 2); print(flush=True)"
-    worker = subprocess.Popen(
-        [sys.executable, "-c", f"{hold}; time.sleep(1)", str(tmp_path / ".lock")],
-        stdout=subprocess.PIPE,
-    )
-    worker.stdout.readline()
-    assert run(tmp_path, max_train_steps=2).num_steps == 2
-    assert worker.wait() == 0
+    command = [sys.executable, "-c", f"{hold}; time.sleep(1)", str(tmp_path / ".lock")]
+    with started(command, stdout=subprocess.PIPE) as worker:
+        worker.stdout.readline()
+        assert run(tmp_path, max_train_steps=2).num_steps == 2
+        assert worker.wait(LIMIT_S) == 0
 
 
 # What comes out, and what can go in

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import LIMIT_S, run_process, started
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -29,6 +30,7 @@ NETWORK = {
     "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
 }
 STEPS = 60
+SILENT = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 OPTIONS = ["--max-train-steps", str(STEPS), "--batch-size", "4", "--checkpointing-steps", "5",
            "--num-samples", "2", "--sample-steps", "20", "--sample-inference-steps", "4",
            "--gradient-accumulation-steps", "2"]  # fmt: skip
@@ -71,9 +73,16 @@ def weights(output):
 
 
 def finish(arguments, tmp_path):
-    done = subprocess.run(arguments, env=environment(tmp_path), capture_output=True, text=True)
+    done = run_process(arguments, env=environment(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     return done
+
+
+def wait_for_another_checkpoint(output, process):
+    reached, began = steps_logged(output), time.monotonic()
+    while steps_logged(output) <= reached and process.poll() is None:
+        assert time.monotonic() - began < LIMIT_S
+        time.sleep(0.02)
 
 
 def steps_logged(output):
@@ -88,20 +97,10 @@ def test_a_run_killed_at_random_and_started_again_equals_the_straight_run(
     finish(command(launcher, photos, tmp_path / "straight"), tmp_path)
     rng = random.Random(5)
     for _ in range(2 if launcher is ONE else 1):
-        process = subprocess.Popen(
-            command(launcher, photos, tmp_path / "killed"),
-            env=environment(tmp_path),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        reached, began = steps_logged(tmp_path / "killed"), time.monotonic()
-        while steps_logged(tmp_path / "killed") <= reached and process.poll() is None:
-            assert time.monotonic() - began < 120
-            time.sleep(0.02)
-        time.sleep(rng.uniform(0, 0.3))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        killed = command(launcher, photos, tmp_path / "killed")
+        with started(killed, env=environment(tmp_path), **SILENT) as process:
+            wait_for_another_checkpoint(tmp_path / "killed", process)
+            time.sleep(rng.uniform(0, 0.3))
     again = finish(command(launcher, photos, tmp_path / "killed"), tmp_path)
     assert "resuming after update" in again.stdout
 
@@ -115,18 +114,11 @@ def test_two_processes_learn_what_one_learns_and_sigterm_stops_both(photos, tmp_
     no_dropout.write_text(json.dumps({**NETWORK, "dropout": 0.0}))
     plain = ["--unet-config", str(no_dropout)]
     finish(command(ONE, photos, tmp_path / "one", *plain), tmp_path)
-    process = subprocess.Popen(
-        command(TWO, photos, tmp_path / "two", *plain),
-        env=environment(tmp_path),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    while not steps_logged(tmp_path / "two"):
-        assert process.poll() is None
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGTERM)
-    assert process.wait(timeout=60) != 0
+    two = command(TWO, photos, tmp_path / "two", *plain)
+    with started(two, env=environment(tmp_path), **SILENT) as process:
+        wait_for_another_checkpoint(tmp_path / "two", process)
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(LIMIT_S) != 0
     assert 0 < steps_logged(tmp_path / "two") < STEPS
     finish(command(TWO, photos, tmp_path / "two", *plain), tmp_path)
 
@@ -153,14 +145,7 @@ def test_two_processes_learn_what_one_learns_and_sigterm_stops_both(photos, tmp_
 )
 def test_bad_input_is_one_line_and_status_2_and_leaves_nothing(arguments, said, photos, tmp_path):
     arguments = [a.replace("PHOTOS", str(photos)) for a in arguments]
-    done = subprocess.run(
-        [*ONE, *arguments],
-        env=environment(tmp_path),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run_process([*ONE, *arguments], env=environment(tmp_path), cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("ddpm-hf: error:")
@@ -182,9 +167,7 @@ def test_bad_input_to_two_processes_is_one_line_too(launcher, arguments, photos,
     (tmp_path / "run" / "model").mkdir(parents=True)
     output = ["--output-dir", str(tmp_path / ("run" if "IN USE" in arguments else "other"))]
     arguments = [a.replace("PHOTOS", str(photos)) for a in arguments if a != "IN USE"]
-    done = subprocess.run(
-        [*launcher, *arguments, *output], env=environment(tmp_path), capture_output=True, text=True
-    )
+    done = run_process([*launcher, *arguments, *output], env=environment(tmp_path))
     assert done.returncode != 0
     ours = [line for line in done.stderr.splitlines() if line.startswith("ddpm-hf: error:")]
     assert len(ours) == 1, done.stderr

@@ -1,0 +1,62 @@
+"""Processes that tests start: each has a time limit, and none outlives its test.
+
+A launcher's processes hold its pipes and live on when it is killed, so that `subprocess.run` with a
+timeout would wait for them for ever; here a process and all its children form a group.
+"""
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+LIMIT_S = 180
+# Between the request for the stacks and the kill.
+_STACKS_S = 10
+
+
+@contextmanager
+def started(
+    command: Sequence[str | Path], *, env: dict[str, str] | None = None, **options: Any
+) -> Iterator[subprocess.Popen[Any]]:
+    """A running process; with the block, it and all its children end."""
+    env = {**(os.environ if env is None else env), "PYTHONFAULTHANDLER": "1"}
+    with subprocess.Popen(command, env=env, start_new_session=True, **options) as process:
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def run_process(
+    command: Sequence[str | Path],
+    *,
+    timeout: float = LIMIT_S,
+    env: dict[str, str] | None = None,
+    cwd: str | Path | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """`subprocess.run` with what was written, as text; past `timeout` the test fails with that and
+    the Python stacks of every process."""
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with started(command, env=env, cwd=cwd, **pipes) as process:
+        try:
+            output, errors = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            written = "\n".join(map(str, _stacks(process)))
+            pytest.fail(f"{command} took more than {timeout} s:\n{written}")
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
+
+
+def _stacks(process: "subprocess.Popen[str]") -> tuple[str, str]:
+    """What the processes wrote, and by now their stacks, which faulthandler writes at SIGABRT."""
+    os.killpg(process.pid, signal.SIGABRT)
+    try:
+        return process.communicate(timeout=_STACKS_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return process.communicate()
