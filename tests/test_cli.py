@@ -17,6 +17,7 @@ from ddpm_hf.data import ImageFacts
 from ddpm_hf.diffusion.images import size_multiple
 from ddpm_hf.pictures import image_grid
 from ddpm_hf.training import ConfigError, TrainingError, build_unet, parse_config
+from ddpm_hf.wording import counted
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +159,63 @@ def test_a_bad_recipe_is_explained(tmp_path, recipe, said):
     path.write_text(recipe)
     with pytest.raises((ConfigError, SystemExit), match=said):
         parse_config(["photos", "--config", str(path)])
+
+
+TINY = {
+    "block_out_channels": [8, 8],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "down_block_types": ["DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D"],
+}
+
+
+@pytest.mark.slow
+def test_a_refusal_to_resume_ends_with_the_command_that_does_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    for value in (0, 128, 255):
+        Image.new("RGB", (8, 8), (value, 0, 0)).save(f"photos/{value}.png")
+    Path("unet.json").write_text(json.dumps(TINY))
+    network = ["--unet-config", "unet.json", "--beta-schedule", "chen_sigmoid"]
+    length = ["--batch-size", "1", "--num-samples", "0", "--lr-warmup-steps", "0"]
+    command = ["train", "photos", *network, *length]
+    assert main([*command, "--max-train-steps", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "1 update of 1 image (0 epochs)" in said
+    # Another learning rate is another run, which the saved options begin, too.
+    same = ["train", "--config", "runs/photos/config.yaml", "--learning-rate", "2e-3"]
+    assert main(same) == 2
+    *_, hint = capsys.readouterr().err.strip().split(": add ")
+    assert hint == "--pretrained runs/photos/model --output-dir runs/photos-2"
+    assert main([*same, *hint.split()]) == 0
+    assert Path("runs/photos-2/model/model_index.json").is_file()
+    # So are more images.
+    Image.new("RGB", (8, 8), (50, 0, 0)).save("photos/more.png")
+    assert main([*command, "--max-train-steps", "1"]) == 2
+    assert capsys.readouterr().err.strip().endswith(hint)
+    Path("photos/more.png").unlink()
+    # A longer run is the same one, whose learning rate rises again: 4e-4 (1 + cos(pi / 2)) / 2.
+    assert main([*command, "--max-train-steps", "2"]) == 0
+    assert "the learning rate goes from 0.0004 to 0.0002" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flag", "recipe"),
+    [("pretrained", "unet_config"), ("unet_config", "pretrained")],
+)
+def test_a_flag_wins_over_what_it_excludes_in_the_recipe(tmp_path, flag, recipe):
+    (tmp_path / "r.yaml").write_text(f"dataset: x\n{recipe}: a\n")
+    option = "--" + flag.replace("_", "-")
+    config = parse_config(["--config", str(tmp_path / "r.yaml"), option, "b"])
+    assert (getattr(config, flag), getattr(config, recipe)) == ("b", None)
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [(0, "0 images"), (1, "1 image"), (2000, "2,000 images")]
+)
+def test_one_thing_is_singular(number, said):
+    assert counted(number, "image") == said
 
 
 # Pictures

@@ -768,6 +768,15 @@ def test_a_bare_network_is_looked_at_as_closely_as_a_pipeline(tmp_path, damage, 
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_pickled_weights_are_fine_tuned_when_allowed(tmp_path):
+    tiny_unet().save_pretrained(tmp_path / "bare")
+    only_pickles(tmp_path / "bare")
+    config = tiny_config(
+        tmp_path / "run", pretrained=str(tmp_path / "bare"), allow_pickle=True, max_train_steps=2
+    )
+    assert train(config, dataset=tiny_images()).num_steps == 2
+
+
 def test_a_batch_that_does_not_divide_is_refused_with_sizes_that_do(tmp_path):
     with pytest.raises(ConfigError, match=r"10.*9.*12"):
         run(tmp_path, batch_size=10, gradient_accumulation_steps=3)

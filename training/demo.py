@@ -37,7 +37,7 @@ from ddpm_hf.cli import run_command
 from ddpm_hf.hub.card import write_model_card
 from ddpm_hf.pictures import image_grid
 from ddpm_hf.training import TrainingResult
-from ddpm_hf.training.plan import duration
+from ddpm_hf.wording import duration
 
 NUM_STEPS = 3000
 NUM_INFERENCE_STEPS = 100

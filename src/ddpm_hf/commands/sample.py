@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddpm_hf.commands.messages import flags_in_messages
 from ddpm_hf.commands.options import command_parser, model_name, path, positive_int
+from ddpm_hf.wording import counted
 
 if TYPE_CHECKING:
     from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
@@ -221,7 +222,7 @@ def draw(options: argparse.Namespace, output: Path) -> None:
         **{name: value for name, value in call.items() if value is not None},
     )
     save_images(images, output, bit_depth)
-    print(f"{len(images)} {'image' if len(images) == 1 else 'images'} in {output}")
+    print(f"{counted(len(images), 'image')} in {output}")
 
 
 def check_files_can_hold(output: Path, num_channels: int, bit_depth: int) -> None:

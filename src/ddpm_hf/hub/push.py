@@ -16,6 +16,7 @@ from ddpm_hf.diffusion.extension import OUR_SCHEDULER
 from ddpm_hf.hub import card as model_card
 from ddpm_hf.hub.load import check_repo_id, refuse_links, scheduler_class
 from ddpm_hf.hub.retry import TOKEN_HELP, WAITS_S, HubError, retry, shorten
+from ddpm_hf.wording import counted
 
 __all__ = ["HubError", "PushResult", "push", "push_command"]
 
@@ -127,7 +128,7 @@ class PushResult:
     def __str__(self) -> str:
         if self.url is None:
             lines = [f"{size:>13,}  {path}" for path, size in sorted(self.files.items())]
-            total = f"{sum(self.files.values()):>13,}  bytes in {len(self.files)} files"
+            total = f"{sum(self.files.values()):>13,}  bytes in {counted(len(self.files), 'file')}"
             return "\n".join([f"Would upload to {self.repo_id}:", *lines, total])
         note = "; the card there has a person's edits and was kept" if self.card_kept else ""
         return f"Pushed to {self.url} ({'private' if self.private else 'public'}{note})"

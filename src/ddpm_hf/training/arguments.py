@@ -31,9 +31,15 @@ def parse_config(argv: Sequence[str] | None = None, prog: str | None = None) -> 
         SystemExit: for `--help` (0) and unknown flags (2), as argparse does.
     """
     parser, argv = _parser(prog), _flags_alone(sys.argv[1:] if argv is None else argv)
-    recipe = parser.parse_known_args(argv)[0].config
+    flags = parser.parse_known_args(argv)[0]
+    recipe = flags.config
     if recipe:
-        parser.set_defaults(**_read_recipe(Path(recipe)))
+        options = _read_recipe(Path(recipe))
+        # These two exclude each other: a flag wins over the other one of the recipe, too.
+        for flag, other in (("pretrained", "unet_config"), ("unet_config", "pretrained")):
+            if getattr(flags, flag) is not None:
+                options.pop(other, None)
+        parser.set_defaults(**options)
     given = vars(parser.parse_args(argv))
     given.pop("config")
     source = given.pop("source")

@@ -6,6 +6,7 @@ The same fields are the flags of `ddpm-hf train`, the keys of a YAML recipe and 
 
 import dataclasses
 import math
+import shlex
 import types
 import typing
 from dataclasses import dataclass, field, fields
@@ -31,7 +32,7 @@ FREE_ON_RESUME = frozenset(
         "max_train_steps", "gradient_accumulation_steps", "dataloader_num_workers", "output_dir",
         "dataset",  # the images themselves are compared
         "logging_steps", "sample_steps", "num_samples", "sample_inference_steps",
-        "checkpointing_steps", "checkpoints_total_limit", "push_to_hub", "public",
+        "checkpointing_steps", "checkpoints_total_limit", "push_to_hub", "public", "allow_pickle",
     }
 )  # fmt: skip
 
@@ -86,6 +87,11 @@ class ModelOptions:
         None,
         "fine-tune: start from the weights of this Hub repository or folder (a pipeline or a bare "
         "UNet2DModel)",
+    )
+    allow_pickle: bool = _option(
+        False,
+        "open the pickled .bin weights of an old pretrained repository; they could run code, so "
+        "only for authors you trust",
     )
     unet_config: str | None = _option(
         None, "JSON file with the arguments of a UNet2DModel (default: proposed)"
@@ -228,6 +234,14 @@ class TrainingConfig(OutputOptions, OptimizationOptions, ModelOptions, DataOptio
         name = Path(self.dataset or "images").resolve().name
         return Path("runs") / (name.split("*")[0].split(".")[0] or "images")
 
+    def how_to_change(self) -> str:
+        """The end of a refusal to resume: how to train with what is new all the same."""
+        folder = shlex.quote(str(self.run_folder()))
+        return (
+            "resume with the same, or start a new run from its weights: add "
+            f"pretrained={folder}/model output_dir={folder}-2"
+        )
+
     def to_yaml(self) -> str:
         """The options as a recipe that `--config` reads back; what is None is left out."""
         chosen = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
@@ -280,8 +294,8 @@ def merge_resumed_config(given: TrainingConfig, before: dict[str, Any]) -> Train
     ]
     if changed:
         raise ConfigError(
-            f"{given.run_folder()} holds a run with other options ({'; '.join(changed)}); resume "
-            "with the same ones, or choose another output_dir"
+            f"{given.run_folder()} holds a run with other options ({'; '.join(changed)}); "
+            + given.how_to_change()
         )
     return TrainingConfig(**merged)
 

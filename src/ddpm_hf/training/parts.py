@@ -73,7 +73,7 @@ def assemble(
     if config.pretrained is not None:
         if unet is not None:
             raise ConfigError("pretrained and unet= exclude each other: leave one out")
-        unet, pretrained_scheduler = load_pretrained(config.pretrained)
+        unet, pretrained_scheduler = load_pretrained(config.pretrained, config.allow_pickle)
     pretrained = unet if config.pretrained else None
     images, facts, digest = main_first(accelerator, lambda: _images(config, dataset, pretrained))
     shares = accelerator.num_processes * config.gradient_accumulation_steps
@@ -187,19 +187,22 @@ def _wanted_by(unet: torch.nn.Module | None) -> tuple[str | None, int | None]:
     return mode_with(config.in_channels), size
 
 
-def load_pretrained(source: str) -> tuple[UNet2DModel, GaussianDDPMScheduler | None]:
+def load_pretrained(
+    source: str, allow_pickle: bool = False
+) -> tuple[UNet2DModel, GaussianDDPMScheduler | None]:
     """Network with its weights, and scheduler, of a pipeline; no scheduler for a bare UNet2DModel.
 
     Args:
         source: Hub repository or local folder.
+        allow_pickle: open the weights in pickled .bin files.
     Raises:
         ConfigError: if nothing of the kind is there.
     """
     try:
-        folder = fetch(source)
+        folder = fetch(source, use_safetensors=not allow_pickle)
         if not (folder / "model_index.json").is_file():
-            return open_unet(folder, source), None
-        pipeline = open_pipeline(folder, source)
+            return open_unet(folder, source, use_safetensors=not allow_pickle), None
+        pipeline = open_pipeline(folder, source, use_safetensors=not allow_pickle)
         return pipeline.unet, pipeline.scheduler
     except (OSError, ValueError) as error:
         raise ConfigError(f"pretrained={source!r} cannot be loaded: {error}") from error

@@ -1,5 +1,6 @@
 """What a run says before it begins and after it has ended."""
 
+import dataclasses
 import time
 
 import torch
@@ -8,7 +9,10 @@ from ddpm_hf.diffusion.extension import beta_schedule_of
 from ddpm_hf.randomness import noise_and_timesteps
 from ddpm_hf.training.accelerator import available_trackers
 from ddpm_hf.training.config import required
+from ddpm_hf.training.learning_rate import learning_rate
 from ddpm_hf.training.run import Run
+from ddpm_hf.training.state import read_facts
+from ddpm_hf.wording import counted, duration
 
 # A run of fewer updates ends before its estimate would be read.
 _UPDATES_WORTH_AN_ESTIMATE = 100
@@ -19,6 +23,7 @@ def print_plan(run: Run) -> None:
     accelerator = run.accelerator
     if run.state.step:
         accelerator.print(f"resuming after update {run.state.step:,}, from {run.checkpoint}")
+        accelerator.print(other_length(run), end="")
     accelerator.print(describe(run))
     updates = run.batches.stop - run.state.step
     if updates > _UPDATES_WORTH_AN_ESTIMATE:
@@ -29,6 +34,24 @@ def print_plan(run: Run) -> None:
         )
     if accelerator.is_main_process:
         run.paths.config.write_text(run.config.to_yaml(), encoding="utf-8")
+
+
+def other_length(run: Run) -> str:
+    """What the learning rate does where a resumed run has another length than before, else ""."""
+    if run.checkpoint is None or run.config.lr_scheduler == "constant":
+        return ""
+    length = required(run.config.max_train_steps)
+    before = dataclasses.replace(
+        run.config, max_train_steps=read_facts(run.checkpoint)["config"]["max_train_steps"]
+    )
+    last = run.state.step - 1
+    if before.max_train_steps == length or run.state.step == length:
+        return ""
+    return (
+        f"length     {counted(length, 'update')} instead of {before.max_train_steps:,}: the "
+        f"learning rate goes from {learning_rate(before, last):.2g} to "
+        f"{learning_rate(run.config, last + 1):.2g} and then down to 0 at the end\n"
+    )
 
 
 def describe(run: Run) -> str:
@@ -53,8 +76,9 @@ def describe(run: Run) -> str:
             + f", channels {'-'.join(map(str, channels))}" * bool(channels),
             f"diffusion  T={diffusion.num_train_timesteps}, {schedule}, "
             f"predicts {diffusion.prediction_type}",
-            f"training   {steps:,} updates of {batch} images{split} "
-            f"({steps * batch / num_images:,.0f} epochs), learning rate {config.learning_rate:g}",
+            f"training   {counted(steps, 'update')} of {counted(batch, 'image')}{split} "
+            f"({counted(round(steps * batch / num_images), 'epoch')}), "
+            f"learning rate {config.learning_rate:g}",
             f"machine    {accelerator.num_processes} x {accelerator.device.type}, "
             f"mixed precision: {accelerator.mixed_precision}",
             f"output     {run.paths.root}, losses in {losses}",
@@ -88,16 +112,8 @@ def outcome(run: Run) -> str:
         )
     grids = f", sample grids in {paths.samples}" * bool(run.config.num_samples)
     return (
-        f"done       {step:,} updates, this run took {duration(run.elapsed_s)}\n"
+        f"done       {counted(step, 'update')}, this run took {duration(run.elapsed_s)}\n"
         f"model      {model}{grids}\n"
         f"next       ddpm-hf sample {model}\n"
         f"           ddpm-hf push {model} YOU/NAME"
     )
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: '45 s', '12 min', '3 h 20 min'."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

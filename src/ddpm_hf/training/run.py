@@ -81,8 +81,8 @@ class Run:
         ]
         if changed:
             raise ConfigError(
-                f"{self.paths.root} holds a run of other parts ({'; '.join(changed)}); resume with "
-                "the same ones, or choose another output_dir"
+                f"{self.paths.root} holds a run of other parts ({'; '.join(changed)}); "
+                + self.config.how_to_change()
             )
         if facts["step"] > required(self.config.max_train_steps):
             raise ConfigError(
