@@ -30,8 +30,10 @@ def as_tensor(coef: Tensor, like: Tensor) -> Tensor:
     return coef.clone().reshape(coef.shape or (1,) * like.ndim)
 
 
-def spread(row: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Variance and log-variance of a row of coefficients, as tensors for the caller."""
+def variance_and_log(
+    row: coefficients.Marginal | coefficients.Posterior | coefficients.ReverseVariance, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Variance and log-variance of a row of coefficients, as copies for the caller."""
     return as_tensor(row.variance, like), as_tensor(row.log_variance, like)
 
 
@@ -41,13 +43,14 @@ def scaled_noise(
     x_t: Tensor,
     generator: Generators,
     variance_noise: Tensor | None,
+    is_noiseless: bool,
 ) -> Tensor:
     """The noise of a step times its std: a new tensor, in which the step is then summed up."""
     if variance_noise is not None:
         checks.check_tensor("variance_noise", variance_noise, x_t)
-    if row.std is None:  # the last step, or eta = 0
+    if is_noiseless:
         return torch.zeros_like(x_t)
-    std: Tensor = row.std if v is None else row.std * row.std_base**v  # 2102.09672, eq. 15
+    std = row.std if v is None else row.std * row.std_base**v  # 2102.09672, eq. 15
     if variance_noise is None:
         return draw_noise(x_t, generator).mul_(std)
     return with_dtype_of(x_t, variance_noise) * std

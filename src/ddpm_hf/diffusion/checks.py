@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import coefficients, schedules
+from . import schedules, tables
 
 MAX_TRAIN_TIMESTEPS = 100_000
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
@@ -147,7 +147,7 @@ def given_int(name: str, value: Any, low: int, high: int) -> int:
 
 def check_float(name: str, value: Any, wanted: str, low: float, high: float) -> None:
     """A number in [low, high], described as `wanted`; NaN is none."""
-    # A tuple, for torch 2.8 cannot compile a check against a union.
+    # A tuple, because torch 2.8 cannot compile a check against a union.
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number {wanted}, got {value!r}")
     if not low <= value <= high:  # NaN compares false
@@ -155,7 +155,7 @@ def check_float(name: str, value: Any, wanted: str, low: float, high: float) -> 
 
 
 def check_schedule_params(name: str, params: Any) -> dict[str, float]:
-    """The parameters of a schedule of ours, completed with its defaults."""
+    """The parameters of an own schedule, completed with its defaults."""
     known = schedules.schedule_parameters(name)
     if not isinstance(params, dict) or params.keys() - known.keys():
         allowed = ", ".join(map(repr, known)) or "nothing"
@@ -192,7 +192,7 @@ def check_timesteps(timesteps: Any, num_train_timesteps: int) -> Steps:
     values = timesteps.tolist() if hasattr(timesteps, "tolist") else timesteps
     if not isinstance(values, Sequence) or isinstance(values, str):
         raise TypeError(f"timesteps must be a sequence of integers, got {timesteps!r}")
-    steps = [coefficients.as_int(t) for t in values]
+    steps = [tables.as_int(t) for t in values]
     falling = all(a > b for a, b in pairwise(steps))
     if not steps or not falling or steps[0] >= num_train_timesteps or steps[-1] < 0:
         raise ValueError(

@@ -12,7 +12,7 @@ from diffusers.configuration_utils import ConfigMixin
 from . import checks, extension
 
 
-class TravellingConfig(ConfigMixin):  # type: ignore[misc]
+class PortableConfig(ConfigMixin):  # type: ignore[misc]
     """The configuration of a scheduler whose extension is kept under `_ddpm_hf`.
 
     A subclass sets `_fingerprint`, by which an extension is known to belong to its betas.

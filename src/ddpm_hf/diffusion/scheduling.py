@@ -8,7 +8,7 @@ the next smaller of the chosen timesteps after `set_timesteps`.
     q(x_prev | x_t, x_0) = N(coef_x_0 x_0 + coef_x_t x_t, posterior_var I)            eq. 6, 7
     p(x_prev | x_t)      = the same, with the network's estimate in the place of x_0  eq. 11, 15
 
-This file and the six that it imports travel with the weights and need nothing of the package.
+All of this folder travels with the weights and needs nothing of the package.
 """
 
 import re
@@ -24,22 +24,23 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from torch import Tensor
 
 # Modules, not names: diffusers' loader of remote code looks for `from .x import y` elsewhere.
-from . import arithmetic, checks, coefficients, configuration, extension, schedules
+from . import (
+    arithmetic,
+    checks,
+    coefficients,
+    configuration,
+    extension,
+    forward_process,
+    schedules,
+    tables,
+)
 
 Array = schedules.Array
 Steps = schedules.Steps
-Timestep = coefficients.Timestep
+Timestep = tables.Timestep
 Generators = arithmetic.Generators
 at_least_float32 = arithmetic.at_least_float32
 with_dtype_of = arithmetic.with_dtype_of
-
-
-class Gaussian(NamedTuple):
-    """A normal distribution with diagonal covariance; the three broadcast with each other."""
-
-    mean: Tensor
-    variance: Tensor
-    log_variance: Tensor
 
 
 class ReverseGaussian(NamedTuple):
@@ -77,7 +78,11 @@ class GaussianDDPMOutput(DDPMSchedulerOutput):  # type: ignore[misc]
             OrderedDict.__setitem__(self, name, value)
 
 
-class GaussianDDPMScheduler(SchedulerMixin, configuration.TravellingConfig):  # type: ignore[misc]
+class GaussianDDPMScheduler(
+    SchedulerMixin,  # type: ignore[misc]
+    configuration.PortableConfig,
+    forward_process.ForwardProcess,
+):
     """Drop-in for diffusers' `DDPMScheduler`: same configuration keys, meaning and defaults.
 
     Differs from diffusers 0.42.1: the last step of every trajectory is without noise, not only
@@ -145,7 +150,7 @@ class GaussianDDPMScheduler(SchedulerMixin, configuration.TravellingConfig):  # 
         self.num_inference_steps: int | None = None
         self.custom_timesteps = False
         self._set_betas(beta_schedule_params or {})
-        self._follow(np.arange(num_train_timesteps))
+        self._set_trajectory(np.arange(num_train_timesteps))
         checks.warn_where_samples_suffer(self.config, self._log_alphas)
 
     def __len__(self) -> int:
@@ -231,7 +236,7 @@ class GaussianDDPMScheduler(SchedulerMixin, configuration.TravellingConfig):  # 
                 "timesteps is in place of num_inference_steps and timestep_spacing: pass one, got"
                 f" {timesteps!r}, {num_inference_steps!r} and {timestep_spacing!r}"
             )
-        self._follow(ascending, checks.check_device(device))
+        self._set_trajectory(ascending, checks.check_device(device))
         self.custom_timesteps = timesteps is not None
         self.num_inference_steps = len(ascending)
 
@@ -255,7 +260,7 @@ class GaussianDDPMScheduler(SchedulerMixin, configuration.TravellingConfig):  # 
         checks.warn_if_signal_is_missed(spacing, int(steps[-1]), self._log_alphas)
         return steps
 
-    def _follow(self, ascending: Steps, device: torch.device | None = None) -> None:
+    def _set_trajectory(self, ascending: Steps, device: torch.device | None = None) -> None:
         config = self.config
         trajectory = coefficients.Trajectory(
             self._log_alphas, ascending, config.prediction_type, config.variance_type
@@ -275,7 +280,7 @@ class GaussianDDPMScheduler(SchedulerMixin, configuration.TravellingConfig):  # 
     def timesteps(self, timesteps: Tensor) -> None:
         """Follow these from now on."""
         device = getattr(timesteps, "device", None)
-        self._follow(checks.check_timesteps(timesteps, len(self)), device)
+        self._set_trajectory(checks.check_timesteps(timesteps, len(self)), device)
 
     def previous_timestep(self, timestep: Timestep) -> int:
         """The timestep that `step` goes to from `timestep`; -1, the clean image, from the last."""
@@ -325,11 +330,12 @@ class GaussianDDPMScheduler(SchedulerMixin, configuration.TravellingConfig):  # 
                 would asking whether it is the last: noise is then drawn, and multiplied by 0.
         """
         checks.check_tensor("sample", sample)
-        x_t = at_least_float32(sample)
-        row = self._reverse_row(timestep, x_t, eta)
+        x_t, t = at_least_float32(sample), tables.host_timestep(timestep)
+        row = self._reverse(eta).at_host(t, x_t)
         output, v = self._split(model_output, x_t)
         x_0_hat = self._predict_x_0(output, x_t, row)  # eq. 15
-        x_prev = arithmetic.scaled_noise(row, v, x_t, generator, variance_noise)
+        is_noiseless = eta == 0 or (type(t) is int and t == self._trajectory.last)
+        x_prev = arithmetic.scaled_noise(row, v, x_t, generator, variance_noise, is_noiseless)
         x_prev.addcmul_(x_t, row.coef_x_t).addcmul_(x_0_hat, row.coef_x_0)  # eq. 7
         if x_t is not sample:
             x_prev, x_0_hat = x_prev.to(sample.dtype), x_0_hat.to(sample.dtype)
@@ -357,15 +363,14 @@ class GaussianDDPMScheduler(SchedulerMixin, configuration.TravellingConfig):  # 
         x_t = at_least_float32(sample)
         inversion = self._trajectory.inversion.at(timestep, x_t)
         output, _ = self._split(model_output, x_t)
-        x_0_hat = self._predict_x_0(output, x_t, self._reverse_row(timestep, x_t, 0.0))
+        x_0_hat = self._predict_x_0(output, x_t, self._reverse(0.0).at(timestep, x_t))
         x_next = (x_t * inversion.coef_x_t).addcmul_(x_0_hat, inversion.coef_x_0)
         return with_dtype_of(sample, x_next)
 
-    def _reverse_row(self, t: Timestep, x_t: Tensor, eta: float) -> coefficients.Reverse:
+    def _reverse(self, eta: float) -> tables.Table[coefficients.Reverse]:
         if eta != 1.0:
             checks.check_float("eta", eta, "in [0, 1]", 0.0, 1.0)
-        row: coefficients.Reverse = self._trajectory.reverse(eta).at(t, x_t)
-        return row
+        return self._trajectory.reverse(eta)
 
     def _split(self, model_output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
         """What predicts x_0, and v where the variance is learned."""
@@ -381,7 +386,7 @@ class GaussianDDPMScheduler(SchedulerMixin, configuration.TravellingConfig):  # 
     ) -> Tensor:
         """The estimate of x_0, clipped (eq. 15)."""
         config = self.config
-        x_0_hat: Tensor = (output * row.x_0_from_output).addcmul_(x_t, row.x_0_from_x_t)
+        x_0_hat = (output * row.x_0_from_output).addcmul_(x_t, row.x_0_from_x_t)
         if not clip:
             return x_0_hat
         if config.thresholding:
@@ -412,12 +417,12 @@ class GaussianDDPMScheduler(SchedulerMixin, configuration.TravellingConfig):  # 
         checks.check_tensor("x_t", x_t)
         x_t = at_least_float32(x_t)
         output, v = self._split(model_output, x_t)
-        row = self._reverse_row(t, x_t, 1.0)
+        row = self._reverse(1.0).at(t, x_t)
         x_0_hat = self._predict_x_0(output, x_t, row)
         mean = (x_t * row.coef_x_t).addcmul_(x_0_hat, row.coef_x_0)  # eq. 7
         of_t = self._trajectory.reverse_variance.at(t, x_t)
         if v is None:
-            return ReverseGaussian(mean, *arithmetic.spread(of_t, x_t), x_0_hat)
+            return ReverseGaussian(mean, *arithmetic.variance_and_log(of_t, x_t), x_0_hat)
         log_variance = v * of_t.slope + of_t.log_variance
         return ReverseGaussian(mean, log_variance.exp(), log_variance, x_0_hat)
 
@@ -457,119 +462,9 @@ class GaussianDDPMScheduler(SchedulerMixin, configuration.TravellingConfig):  # 
         x_0 = at_least_float32(x_0)
         x_t = with_dtype_of(x_0, x_t)
         output, v = self._split(model_output, x_t)
-        x_0_hat = self._predict_x_0(output, x_t, self._reverse_row(t, x_t, eta), clip)
+        x_0_hat = self._predict_x_0(output, x_t, self._reverse(eta).at(t, x_t), clip)
         of_t = self._trajectory.bound(eta).at(t, x_t)
         log_ratio = of_t.log_ratio if v is None else v * of_t.slope + of_t.log_ratio
         of_mean = (x_0 - x_0_hat).square() * of_t.weight * log_ratio.exp()
         kl = of_mean + (log_ratio.expm1() - log_ratio) / 2
         return StepKL(kl, of_t.log_variance - log_ratio, x_0_hat, of_t.is_last)
-
-    # Diffusion ------------------------------------------------------------------------------------
-
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Timestep) -> Tensor:
-        """x_t from q(x_t | x_0), for given noise (eq. 4).
-
-        Args:
-            original_samples: x_0, (B, ...), floating point.
-            noise: standard normal noise, same shape.
-            timesteps: t in [0, T), an int or (B,).
-
-        Returns:
-            x_t, in the dtype of `original_samples`. The arithmetic is at least float32.
-
-        Raises:
-            TypeError, ValueError: for tensors that do not fit, or a t on the host outside [0, T).
-        """
-        checks.check_tensor("original_samples", original_samples)
-        checks.check_tensor("noise", noise, original_samples)
-        x_0 = at_least_float32(original_samples)
-        eps = with_dtype_of(x_0, noise)
-        q = self._marginal.at(timesteps, x_0)
-        return with_dtype_of(original_samples, (x_0 * q.signal).addcmul_(eps, q.sigma))
-
-    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Timestep) -> Tensor:
-        """v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0, what "v_prediction" learns.
-
-        Args:
-            sample: x_0, (B, ...), floating point.
-            noise: the eps of `add_noise`, same shape.
-            timesteps: t in [0, T), an int or (B,).
-
-        Returns:
-            v, in the dtype of `sample`.
-
-        Source: 2202.00512, section 4.
-        """
-        checks.check_tensor("sample", sample)
-        checks.check_tensor("noise", noise, sample)
-        x_0 = at_least_float32(sample)
-        eps = with_dtype_of(x_0, noise)
-        q = self._marginal.at(timesteps, x_0)
-        return with_dtype_of(sample, (eps * q.signal).addcmul_(x_0, q.sigma, value=-1))
-
-    def diffuse_one_step(self, x_prev: Tensor, t: Timestep, noise: Tensor) -> Tensor:
-        """x_t from q(x_t | x_prev), for given noise: the recursion that `add_noise` jumps over.
-
-        Args:
-            x_prev: x at the previous element of the trajectory (x_0 before its last), (B, ...).
-            t: elements of the trajectory, an int or (B,).
-            noise: standard normal noise, same shape.
-
-        Returns:
-            x_t, in the dtype of `x_prev`.
-
-        Source: eq. 2.
-        """
-        checks.check_tensor("x_prev", x_prev)
-        checks.check_tensor("noise", noise, x_prev)
-        x = at_least_float32(x_prev)
-        eps = with_dtype_of(x, noise)
-        q = self._trajectory.forward.at(t, x)
-        return with_dtype_of(x_prev, (x * q.signal).addcmul_(eps, q.sigma))
-
-    def q_mean_variance(self, x_0: Tensor, t: Timestep) -> Gaussian:
-        """q(x_t | x_0): mean (B, ...), variance and its log, which broadcast (eq. 4).
-
-        Args:
-            x_0: clean images, (B, ...), floating point.
-            t: in [0, T), an int or (B,).
-        """
-        checks.check_tensor("x_0", x_0)
-        x_0 = at_least_float32(x_0)
-        q = self._marginal.at(t, x_0)
-        return Gaussian(x_0 * q.signal, *arithmetic.spread(q, x_0))
-
-    def q_posterior_mean_variance(self, x_0: Tensor, x_t: Tensor, t: Timestep) -> Gaussian:
-        """q(x_prev | x_t, x_0): mean (B, ...), variance and its log, which broadcast.
-
-        Args:
-            x_0: clean images, (B, ...), floating point.
-            x_t: noisy images at t, same shape.
-            t: elements of the trajectory, an int or (B,).
-
-        Returns:
-            The variance is 0 at the last step. Its log is clipped there to that of the step before
-            (2102.09672), or of beta_t where the trajectory has only one step.
-
-        Source: eq. 6 and 7.
-        """
-        checks.check_tensor("x_0", x_0)
-        checks.check_tensor("x_t", x_t, x_0)
-        x_0 = at_least_float32(x_0)
-        x_t = with_dtype_of(x_0, x_t)
-        q = self._trajectory.posterior.at(t, x_0)
-        mean = (x_t * q.coef_x_t).addcmul_(x_0, q.coef_x_0)
-        return Gaussian(mean, *arithmetic.spread(q, x_0))
-
-    def snr(self, t: Timestep, dtype: torch.dtype = torch.float32) -> Tensor:
-        """alpha_bar_t / (1 - alpha_bar_t), in the shape of t in [0, T) (2107.00630)."""
-        return self._of_t("snr", t, dtype)
-
-    def log_snr(self, t: Timestep, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Natural log of `snr`: -inf where no signal is left."""
-        return self._of_t("log_snr", t, dtype)
-
-    def _of_t(self, field: str, t: Timestep, dtype: torch.dtype) -> Tensor:
-        shape, device = (t.shape, t.device) if isinstance(t, Tensor) else ((), None)
-        like = torch.empty(shape, device=device, dtype=dtype)
-        return arithmetic.as_tensor(getattr(self._marginal.at(t, like), field), like)
