@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +19,11 @@ from checkpoints import (
     tiny_scheduler,
     tiny_unet,
 )
-from diffusers import DDPMPipeline, DDPMScheduler
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from hub_server import OWNER_TOKEN, STRANGER_TOKEN, Blob, ClientError, HubClient, HubServer
 
 from ddpm_hf import GaussianDDPMPipeline, load
+from ddpm_hf.diffusion import bounds
 from ddpm_hf.hub.card import card_facts, mark, render_model_card
 from ddpm_hf.hub.push import push
 
@@ -317,6 +320,18 @@ def spoil_config(folder, part, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def nest_config(folder):
+    (folder / "unet/config.json").write_text('{"a":' * 99_999)
+
+
+def fill_config(folder):
+    (folder / "unet/config.json").write_text(json.dumps({"a": "x" * 5_000_000}))
+
+
+def unet_with(**changes):
+    return lambda folder: spoil_config(folder, "unet", **changes)
+
+
 def cut_weights(folder):
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:1000])
 
@@ -344,10 +359,36 @@ BAD = {
         lambda f: spoil_config(f, "scheduler", num_train_timesteps="1000"),
         "num_train_timesteps must be an int",
     ),
-    "channels as text": (lambda f: spoil_config(f, "unet", in_channels="1"), "cannot be opened"),
+    "channels as text": (unet_with(in_channels="1"), "in_channels must be an int in 1..1024, got"),
+    "no groups": (unet_with(norm_num_groups=0), "norm_num_groups must be an int in 1..8192, got 0"),
+    "odd groups": (unet_with(norm_num_groups=3), "norm_num_groups must divide block_out_channels"),
+    "no heads": (unet_with(attention_head_dim=0), "attention_head_dim must be an int in 1..8192"),
+    "wide heads": (unet_with(attention_head_dim=99), "attention_head_dim must be at most"),
+    "a million layers": (unet_with(layers_per_block=1_000_000), "layers_per_block must be an int"),
+    "a thousand layers": (unet_with(layers_per_block=1000), "layers_per_block must be an int in"),
+    "wide": (unet_with(block_out_channels=[8, 65_536]), "block_out_channels must be an int in 1.."),
+    "wider": (unet_with(block_out_channels=[8, 10**6]), "block_out_channels must be an int in 1.."),
+    "many levels": (unet_with(block_out_channels=[8] * 11), "block_out_channels must be a list of"),
+    "many channels": (unet_with(in_channels=10**9), "in_channels must be an int in 1..1024"),
+    "many classes": (unet_with(num_class_embeds=10**10), "num_class_embeds must be an int in 1.."),
+    "too large": (unet_with(sample_size=20_000), "sample_size must be an int in 1..8192"),
+    "huge": (unet_with(sample_size=10**9), "sample_size must be an int in 1..8192"),
+    "less than nothing": (unet_with(sample_size=-1), "sample_size must be an int in 1..8192"),
+    "no such block": (unet_with(down_block_types=["X", "Y"]), "is of no UNet2DModel"),
+    "no epsilon": (unet_with(norm_eps=0), "norm_eps must be a number in (0, 1], got 0"),
+    "more than memory": (
+        unet_with(block_out_channels=[8192, 8192], layers_per_block=16),
+        "of memory",
+    ),
+    "nested config": (nest_config, "not valid JSON"),
+    "five megabytes of config": (fill_config, "at most 4,194,304 are read"),
+    "many steps": (
+        lambda f: spoil_config(f, "scheduler", num_train_timesteps=10**12),
+        "num_train_timesteps must be an int",
+    ),
     "bad facts": (
         lambda f: spoil_config(f, "unet", _ddpm_hf={**image_facts_of("L", 8, 8), "class_names": 3}),
-        "class_names must be a list of names",
+        "class_names must be",
     ),
     "no scheduler": (lambda f: shutil.rmtree(f / "scheduler"), "cannot be opened"),
     "cut weights": (cut_weights, "cannot be opened"),
@@ -366,6 +407,95 @@ def test_a_bad_folder_is_refused_in_one_line(checkpoint, tmp_path, fault):
     with pytest.raises(ValueError, match=re.escape(expected)) as caught:
         load(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_what_no_model_can_be_is_refused_by_the_pipelines_own_loader_too(checkpoint, tmp_path):
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "model"))
+    spoil_config(folder, "unet", layers_per_block=1_000_000)
+    with pytest.raises(ValueError, match="layers_per_block must be an int in"):
+        GaussianDDPMPipeline.from_pretrained(folder)
+
+
+@pytest.mark.slow
+def test_refusing_what_no_model_can_be_takes_neither_time_nor_memory(checkpoint, tmp_path):
+    """In a process of its own, whose peak is what the refusals took; CPU time, not the clock's."""
+    code = """
+import json, resource, sys, time
+from pathlib import Path
+import ddpm_hf.diffusion.pipeline
+from ddpm_hf import load
+config = Path(sys.argv[1]) / "unet" / "config.json"
+good = json.loads(config.read_text())
+load(sys.argv[1])
+peak, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+for key, value in (
+    ("layers_per_block", 10**6), ("block_out_channels", [10**6] * 2), ("in_channels", 10**9),
+    ("num_class_embeds", 10**10), ("block_out_channels", [8192, 8192]),
+):
+    config.write_text(json.dumps(good | {key: value, "layers_per_block": 16} | {key: value}))
+    try:
+        load(sys.argv[1])
+    except ValueError:
+        continue
+    raise SystemExit(f"{key}={value} was not refused")
+print(time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak)
+"""
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    seconds, kilobytes = map(float, done.stdout.split())
+    assert seconds < 5  # a second for each of five
+    assert kilobytes < 50_000
+
+
+def test_a_network_that_fits_is_not_refused_for_being_large(monkeypatch):
+    config = {"block_out_channels": [512, 1024], "layers_per_block": 4}
+    blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
+    with torch.device("meta"):
+        size = sum(p.numel() for p in UNet2DModel(**config, **blocks).parameters())
+    monkeypatch.setattr(bounds, "memory_bytes", lambda: 4 * size)
+    bounds.check_unet(config | blocks, "config.json", torch.float32)
+    monkeypatch.setattr(bounds, "memory_bytes", lambda: 4 * size - 1)
+    with pytest.raises(ValueError, match=f"a network of {size:,} parameters"):
+        bounds.check_unet(config | blocks, "config.json", torch.float32)
+    bounds.check_unet(config | blocks, "config.json", torch.float16)
+
+
+@pytest.mark.parametrize("use_safetensors", [True, False])
+def test_pickles_are_not_opened_where_there_are_safetensors(tmp_path, use_safetensors):
+    folder = save_ours(tmp_path / "model")
+    (folder / "unet/diffusion_pytorch_model.bin").write_bytes(b"not a pickle")
+    assert load(folder, use_safetensors=use_safetensors).unet.config.sample_size == 8
+
+
+def test_home_is_found_in_a_path(checkpoint, tmp_path, monkeypatch):
+    shutil.copytree(checkpoint, tmp_path / "model")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load("~/model").unet.config.sample_size == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("why", ["no token", "no answer", "offline"])
+def test_a_part_of_a_repository_in_the_cache_is_as_good_as_none(hub, checkpoint, tmp_path, why):
+    hub.add_folder("user/secret", checkpoint, private=True)
+    get_card = "from huggingface_hub import hf_hub_download\nhf_hub_download(repo, 'README.md')"
+    with HubClient(hub, tmp_path / why) as client:
+        client.run(get_card, repo="user/secret")
+    if why == "no answer":
+        hub.fault("user/secret", times=99, status=503)
+    token = None if why == "no token" else OWNER_TOKEN
+    env = {"HF_HUB_OFFLINE": "1"} if why == "offline" else {}
+    expected = {
+        "no token": "not on the Hub, or is private",
+        "no answer": "the Hub failed for user/secret",
+        "offline": "HF_HUB_OFFLINE is set",
+    }
+    with HubClient(hub, tmp_path / why, token=token, env=env) as client:
+        client.run("from ddpm_hf.hub import load as loading; loading.WAITS_S = (0.01,)")
+        with pytest.raises(ClientError, match=expected[why]):
+            client.run("loading.load('user/secret')")
 
 
 def test_our_scheduler_saved_by_a_stock_pipeline_loads_and_is_not_shared_as_it_is(tmp_path):

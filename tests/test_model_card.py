@@ -16,13 +16,14 @@ from ddpm_hf.hub.card import (
     card_facts,
     card_to_share,
     check_metadata,
-    find_leak,
     mark,
     may_replace,
     origin_of,
     render_model_card,
     write_model_card,
 )
+from ddpm_hf.hub.retry import shorten
+from ddpm_hf.hub.secrets import find_leak
 
 PROJECT = Path(__file__).parents[1]
 FULL = {
@@ -277,6 +278,8 @@ def test_a_harmless_text_is_left_alone(text):
 @pytest.mark.parametrize("text", SECRETS)
 def test_a_secret_is_not_repeated_in_the_message(text):
     assert find_leak(text) == "what looks like a token or password"
+    secret = re.search(r"hf_\w+|github_pat_\w+|secret", text)[0]
+    assert secret not in shorten(f"the server said: {text}")
 
 
 def test_the_token_in_use_is_found_whatever_it_looks_like(monkeypatch):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ddpm_hf.data.preparing import Plan, Source, bad_images, prepare_into
 from ddpm_hf.data.sources import DataError, did_you_mean, known_image_root
-from ddpm_hf.diffusion.atomic import replacing_folder
+from ddpm_hf.diffusion.files import replacing_folder
 from ddpm_hf.diffusion.images import IMAGE_MODES, MAX_SIZE, ImageFacts, is_size
 
 CROPS = ("center", "random", "none")

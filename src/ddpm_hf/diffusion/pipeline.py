@@ -23,7 +23,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from . import arithmetic, checks, extension, images, portable, scheduling
+from . import arithmetic, bounds, checks, extension, images, portable, scheduling
 
 Generators = arithmetic.Generators
 Denoiser = arithmetic.Denoiser
@@ -319,9 +319,12 @@ class GaussianDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
                 given: pickled weights (`.bin`) are opened only with `use_safetensors=False`.
         Raises:
             OSError: if there is no such checkpoint, it holds only pickled weights, or lacks some.
+            ValueError: if a configuration is of nothing that can be loaded here.
         """
         if kwargs.get("use_safetensors") is None:
             kwargs["use_safetensors"] = True
+        if os.path.isdir(pretrained_model_name_or_path):
+            bounds.check_checkpoint(Path(pretrained_model_name_or_path))
         try:
             pipeline: Self = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         except OSError as error:
@@ -336,6 +339,16 @@ class GaussianDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
         if absent and kwargs.get("device_map") is None:  # a device map may leave weights on disk
             raise OSError(f"{pretrained_model_name_or_path} lacks weights: {', '.join(absent)}")
         return pipeline
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str | os.PathLike[str]:
+        """As in diffusers; refuses configurations of nothing that can be loaded here."""
+        try:
+            folder: str | os.PathLike[str] = super().download(pretrained_model_name, **kwargs)
+        except RecursionError as error:
+            raise ValueError(f"model_index.json of {pretrained_model_name}: {error}") from None
+        bounds.check_checkpoint(Path(folder))
+        return folder
 
     def to_json_string(self) -> str:
         """`model_index.json` as stock diffusers reads it, whatever way this pipeline was loaded."""

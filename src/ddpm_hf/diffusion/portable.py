@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-from . import atomic
+from . import files
 
 _WEIGHTS = re.compile(
     r"diffusion_pytorch_model(\.(?P<variant>\w+))?(-\d+-of-\d+)?\.(safetensors|bin)"
@@ -60,8 +60,8 @@ def check_finite(weights: Mapping[str, torch.Tensor], what: str) -> None:
 
 
 def saving(folder: Path, variant: str | None) -> AbstractContextManager[Path]:
-    """Where to write a checkpoint; see `atomic.replacing_files`. The index comes last."""
-    return atomic.replacing_files(
+    """Where to write a checkpoint; see `files.replacing_files`. The index comes last."""
+    return files.replacing_files(
         folder, last="model_index.json", stale=lambda: _stale(folder, variant)
     )
 
@@ -70,6 +70,11 @@ def _stale(folder: Path, variant: str | None) -> list[Path]:
     """Weights (of this variant) and source files, which an earlier save may have left."""
     weights = (path for path in (folder / "unet").iterdir() if _variant_of(path.name) == variant)
     return [*folder.glob("ddpm_hf_*/*.py"), *weights]
+
+
+def weight_variants(folder: Path) -> set[str | None]:
+    """Which variants of the weights a folder holds; None is the plain one."""
+    return {_variant_of(path.name) for path in folder.iterdir()} - {"no weights"}
 
 
 def _variant_of(file_name: str) -> str | None:

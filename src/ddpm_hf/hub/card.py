@@ -13,11 +13,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, get_token
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ddpm_hf.diffusion.extension import beta_schedule_of
+from ddpm_hf.diffusion.files import read_json
 
 TASK = "unconditional-image-generation"
 UNKNOWN = "not recorded"
@@ -26,11 +27,6 @@ _SCHEDULER_KEYS = ("prediction_type", "variance_type", "timestep_spacing")
 _TEMPLATE = Path(__file__).with_name("card_template.md")
 
 _MARK = re.compile(r"\n<!-- ddpm-hf (generated|edited) ([0-9a-f]{64}) -->\n?\Z")
-_TOKEN = re.compile(r"\b(?:hf_|ghp_|github_pat_|sk-)[A-Za-z0-9_-]{16,}|://[^/\s:@]+:[^/\s@]+@")
-_LOCAL_PATH = re.compile(
-    r"(?<![\w/.:~-])/(?:home|Users|root|tmp|var|mnt|media|opt|srv|scratch|workspace|content|kaggle)/"
-    r"[^\s\"'`<>|)]+|\b[A-Za-z]:[\\/]+Users[\\/][^\s\"'`<>|)]+|file://\S+"
-)
 
 
 def card_facts(folder: str | Path) -> dict[str, Any]:
@@ -61,19 +57,6 @@ def _scheduler_facts(config: dict[str, Any]) -> dict[str, Any]:
     facts = {"num_train_timesteps": config.get("num_train_timesteps"), "beta_schedule": name}
     facts |= {**params, **{key: config.get(key) for key in _SCHEDULER_KEYS}}
     return {key: value for key, value in facts.items() if value is not None}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, or {} where there is no file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got a {type(content).__name__}")
-    return content
 
 
 def _count_parameters(folder: Path) -> int:
@@ -312,20 +295,3 @@ def check_metadata(text: str) -> None:
     except Exception as error:  # the parsers behind it raise errors of many kinds
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"README.md has metadata that the Hub would refuse: {first}") from error
-
-
-def find_leak(text: str, *, paths: bool = True) -> str | None:
-    """What in `text` should stay on this machine, without repeating a secret; None if nothing.
-
-    Args:
-        text: content of a file that is about to be shared.
-        paths: whether local paths count, as well as tokens and passwords.
-    """
-    token = get_token()
-    if _TOKEN.search(text) or (token and token in text):
-        return "what looks like a token or password"
-    places = [str(Path.home())] if len(str(Path.home())) > 1 else []
-    found = _LOCAL_PATH.search(text) if paths else None
-    if found:
-        return f"the local path {found[0]!r}"
-    return next((f"the local path {p!r}" for p in places if paths and p + "/" in text), None)

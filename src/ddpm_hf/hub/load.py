@@ -1,18 +1,17 @@
 """Opening checkpoints, of the Hub or in a folder, without ever running their code."""
 
 import os
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ddpm_hf.diffusion.extension import OUR_SCHEDULER
-from ddpm_hf.hub import card as model_card
+from ddpm_hf.diffusion.files import read_json
 from ddpm_hf.hub.retry import WAITS_S, retry, shorten
 
 if TYPE_CHECKING:
@@ -43,7 +42,8 @@ def load(
         token: for a private repository; by default that of `hf auth login` or HF_TOKEN.
         dtype: of the weights; torch.float32 by default, whatever they were saved in.
         variant: of the weights, such as "fp16", where a checkpoint has several.
-        use_safetensors: False opens weights in pickled `.bin` files, which could carry code.
+        use_safetensors: False opens weights in pickled `.bin` files, which could carry code, where
+            there are no others.
     Raises:
         ValueError: if there is no such checkpoint or revision, the token may not read it, it is of
             another kind, or its weights are incomplete or not finite.
@@ -69,26 +69,39 @@ def fetch(
         ValueError: if there is neither, or the folder holds links to other places.
         HubError: if the Hub fails and the cache has no copy.
     """
-    patterns, folder = _loaded_files(use_safetensors), Path(name)
+    folder = Path(name).expanduser()
     if name and folder.is_dir():
+        patterns = _loaded_files("safetensors" if use_safetensors else "*")
         refuse_links(folder, (path for pattern in patterns for path in folder.glob(pattern)))
         return folder
     if folder.is_file():
         raise ValueError(f"{name} is a file: give the folder of the checkpoint")
     check_repo_id(name, may_be_folder=True)
 
-    def download() -> str:
-        return snapshot_download(name, revision=revision, token=token, allow_patterns=patterns)
+    def download(weights: str) -> Path:
+        patterns = _loaded_files(weights)
+        found = snapshot_download(name, revision=revision, token=token, allow_patterns=patterns)
+        if not _has_weights(Path(found), weights):
+            # Without an answer of the Hub, the client returns any part that the cache holds (a
+            # README, say): this asks again, and raises what the matter is.
+            HfApi(token=token).model_info(name, revision=revision)
+        return Path(found)
 
-    return Path(retry(download, name, WAITS_S))
+    folder = retry(lambda: download("safetensors"), name, WAITS_S)
+    if not use_safetensors and not _has_weights(folder, "safetensors"):
+        folder = retry(lambda: download("bin"), name, WAITS_S)
+    return folder
 
 
-def _loaded_files(use_safetensors: bool) -> list[str]:
-    """The files that a pipeline is made of: no code, and no pickles unless asked."""
-    names = ["*config.json", "diffusion_pytorch_model*.json"]
-    names.append("diffusion_pytorch_model*." + ("safetensors" if use_safetensors else "bin"))
+def _loaded_files(weights: str) -> list[str]:
+    """The files that a pipeline is made of, with weights of one kind, and no code."""
+    names = ["*config.json", "diffusion_pytorch_model*.json", f"diffusion_pytorch_model*.{weights}"]
     folders = ("", "unet/", "scheduler/")  # early repositories are flat
     return ["model_index.json", *(folder + name for folder in folders for name in names)]
+
+
+def _has_weights(folder: Path, weights: str) -> bool:
+    return any(folder.glob(f"*.{weights}")) or any(folder.glob(f"unet/*.{weights}"))
 
 
 def scheduler_class(folder: Path, name: str) -> str:
@@ -97,7 +110,7 @@ def scheduler_class(folder: Path, name: str) -> str:
     All parts must be of diffusers, but for our scheduler, which a stock `DDPMPipeline` that was
     given one saves under its own name.
     """
-    index = model_card.read_json(folder / "model_index.json")
+    index = read_json(folder / "model_index.json")
     if not index:
         inner = folder / "model"
         hint = f"; did you mean {inner}?" if (inner / "model_index.json").is_file() else ""
@@ -135,29 +148,26 @@ def open_pipeline(
     """
     import diffusers
 
+    from ddpm_hf.diffusion.bounds import check_scheduler, part_of
     from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline, image_facts
     from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 
     with _one_line_about(name):
         kind = scheduler_class(folder, name)
+        check_scheduler(part_of(folder, "scheduler") / "scheduler_config.json")
         ours = kind in ("DDPMScheduler", OUR_SCHEDULER)
         if not ours and kind not in GaussianDDPMScheduler._compatibles:
             raise ValueError(f"{name} has a {kind}, which does not sample DDPMs")
         scheduler = GaussianDDPMScheduler if ours else getattr(diffusers, kind)
         unet = open_unet(
-            _part(folder, "unet"),
+            part_of(folder, "unet"),
             name,
             dtype=dtype,
             variant=variant,
             use_safetensors=use_safetensors,
         )
         image_facts(unet)
-        return GaussianDDPMPipeline(unet, scheduler.from_pretrained(_part(folder, "scheduler")))
-
-
-def _part(folder: Path, name: str) -> Path:
-    """Where a part of a pipeline lies: early repositories are flat."""
-    return folder / name if (folder / name).is_dir() else folder
+        return GaussianDDPMPipeline(unet, scheduler.from_pretrained(part_of(folder, "scheduler")))
 
 
 def open_unet(
@@ -173,11 +183,14 @@ def open_unet(
     Raises:
         ValueError: if it cannot be opened, or its weights are incomplete or not finite.
     """
+    import torch
     from diffusers import UNet2DModel
 
-    from ddpm_hf.diffusion.portable import check_finite
+    from ddpm_hf.diffusion.bounds import check_unet
+    from ddpm_hf.diffusion.portable import check_finite, weight_variants
 
-    if use_safetensors and not any(folder.glob("*.safetensors")):
+    is_safe = any(folder.glob("*.safetensors"))
+    if use_safetensors and not is_safe:
         raise ValueError(
             f"{name} has no safetensors weights. Old repositories hold them in pickled .bin files, "
             "a format that can carry code; if you trust the author, load it once with "
@@ -188,24 +201,20 @@ def open_unet(
         found = " or ".join(f"variant={v!r}" for v in sorted(filter(None, variants)))
         raise ValueError(f"{name} has no weights without a variant: pass {found}")
     with _one_line_about(name):
+        config = folder / "config.json"
+        check_unet(read_json(config), f"config.json of {name}", dtype or torch.float32)
         # Where a file lacks weights, diffusers makes up random ones and only logs it.
         unet, report = UNet2DModel.from_pretrained(
             folder,
             dtype=dtype,
             variant=variant,
-            use_safetensors=use_safetensors,
+            use_safetensors=is_safe,
             output_loading_info=True,
         )
     if wrong := {kind: keys for kind, keys in report.items() if keys}:
         raise ValueError(f"the weights of {name} do not fit its config.json: {shorten(str(wrong))}")
     check_finite(unet.state_dict(), name)
     return unet
-
-
-def weight_variants(folder: Path) -> set[str | None]:
-    """Which variants of the weights a folder holds; None is the plain one."""
-    form = re.compile(r"diffusion_pytorch_model(?:\.(\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)")
-    return {match[1] for file in folder.iterdir() if (match := form.fullmatch(file.name))}
 
 
 @contextmanager

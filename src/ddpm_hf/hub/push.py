@@ -13,9 +13,11 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from ddpm_hf.diffusion.extension import OUR_SCHEDULER
+from ddpm_hf.diffusion.files import read_json
 from ddpm_hf.hub import card as model_card
 from ddpm_hf.hub.load import check_repo_id, refuse_links, scheduler_class
 from ddpm_hf.hub.retry import TOKEN_HELP, WAITS_S, HubError, retry, shorten
+from ddpm_hf.hub.secrets import find_leak
 from ddpm_hf.wording import counted
 
 __all__ = ["HubError", "PushResult", "push", "push_command"]
@@ -60,7 +62,7 @@ def prepare(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
     _check_weights(folder, list(files))
     files["README.md"] = model_card.card_to_share(folder, repo_id).encode()
     for name in (UNET_CONFIG, SCHEDULER_CONFIG):
-        config = model_card.read_json(folder / name)
+        config = read_json(folder / name)
         if config.pop("_name_or_path", None):  # where diffusers had loaded it from
             files[name] = (json.dumps(config, indent=2) + "\n").encode()
     for name, data in files.items():
@@ -99,7 +101,7 @@ def _refuse_leaks(name: str, data: Path | bytes) -> None:
     if name.endswith((".safetensors", ".png")):
         return
     text = (data if isinstance(data, bytes) else data.read_bytes()).decode(errors="replace")
-    if leak := model_card.find_leak(text, paths=not name.endswith(".py")):
+    if leak := find_leak(text, paths=not name.endswith(".py")):
         raise ValueError(f"{name} holds {leak}: take it out before sharing")
 
 

@@ -21,6 +21,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
+from ddpm_hf.hub.secrets import hide_tokens
+
 T = TypeVar("T")
 WAITS_S: Sequence[float] = (1.0, 2.0, 4.0, 8.0, 16.0)
 LONGEST_WAIT_S = 60.0  # whatever the server asks for
@@ -124,21 +126,21 @@ def _reason(error: BaseException) -> str:
 
 
 def shorten(text: str, length: int = 300) -> str:
-    """`text` on one line, cut to `length`."""
-    text = " ".join(text.split())
+    """`text` on one line, cut to `length`, without tokens."""
+    text = hide_tokens(" ".join(text.split()))
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def _raise_explained(error: Exception, repo_id: str) -> None:
     """Raise what a person needs to know about a failure that repeating does not cure."""
-    status, reason = _status(error), _reason(error)
+    status, reason, cause = _status(error), _reason(error), _http_error(error)
     if _is_offline(error):
-        text = f"HF_HUB_OFFLINE is set and there is no copy of {repo_id} in the cache"
-    elif isinstance(error, GatedRepoError):
+        text = f"HF_HUB_OFFLINE is set and there is no whole copy of {repo_id} in the cache"
+    elif isinstance(cause, GatedRepoError):
         text = f"{repo_id} is gated: ask for access on its page, then {TOKEN_HELP}"
-    elif isinstance(error, RevisionNotFoundError):
+    elif isinstance(cause, RevisionNotFoundError):
         text = f"{repo_id} has no such revision: {reason}"
-    elif isinstance(error, RepositoryNotFoundError):
+    elif isinstance(cause, RepositoryNotFoundError):
         text = f"{repo_id} is not on the Hub, or is private: check the name, or {TOKEN_HELP}"
     elif status == 401:
         text = f"the Hub does not accept the token for {repo_id}: {TOKEN_HELP}"

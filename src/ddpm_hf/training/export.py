@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ddpm_hf.diffusion.atomic import replacing_folder
+from ddpm_hf.diffusion.files import replacing_folder
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 from ddpm_hf.hub.card import origin_of, write_model_card
 from ddpm_hf.paths import ModelPaths, RunPaths

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from PIL.Image import Image
 from torch import Tensor
 
-from ddpm_hf.diffusion.atomic import write_text
+from ddpm_hf.diffusion.files import write_text
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ddpm_hf.diffusion.files import read_json
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 from ddpm_hf.hub.background import BackgroundPusher
-from ddpm_hf.hub.card import read_json
 from ddpm_hf.pictures import Pixels, draw_images, image_grid
 from ddpm_hf.training.export import export_model, training_facts
 from ddpm_hf.training.metrics import MetricsLog

@@ -1,7 +1,6 @@
 """What is proposed from the images and the machine, where the options leave it open."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,8 @@ from diffusers import UNet2DModel
 
 from ddpm_hf.data import ImageFacts
 from ddpm_hf.data.sources import did_you_mean
+from ddpm_hf.diffusion.bounds import check_unet
+from ddpm_hf.diffusion.files import read_json
 from ddpm_hf.diffusion.images import padded_size
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.training.config import ConfigError, TrainingConfig
@@ -115,13 +116,14 @@ def sample_size(facts: ImageFacts, multiple: int) -> int | tuple[int, int]:
 
 def _unet_from_file(path: str) -> UNet2DModel:
     try:
-        arguments = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(arguments, dict):
-            raise TypeError(f"it must hold an object, got {arguments!r:.50}")
+        arguments = read_json(Path(path))
+        if not arguments:
+            raise ValueError("there is no such file, or it is empty")
         known = UNet2DModel._get_init_keys(UNet2DModel)
         for key in arguments:
             if key not in known and not key.startswith("_"):
                 raise ValueError(f"it has no argument {key!r}{did_you_mean(key, known)}")
+        check_unet(arguments, path, torch.float32)
         unet: UNet2DModel = UNet2DModel.from_config(arguments)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"unet_config {path} does not make a UNet2DModel: {error}") from error

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ddpm_hf.diffusion.atomic import remove_folder
+from ddpm_hf.diffusion.files import remove_folder
 from ddpm_hf.paths import RunPaths
 
 _LEFTOVER = re.compile(r"(\.del-)?(?P<kind>\.(new|old|del)-)(?P<name>model|step-\d{8})")

@@ -1,15 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files and folders that are never half-written: made beside, flushed to disk, then renamed.
+"""JSON read within bounds; files and folders that are never half-written.
 
-Travels with the weights.
+What is written is made beside, flushed to disk, then renamed. Needs no library, so that a model
+card can be written without torch. Travels with the weights.
 """
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+MAX_JSON_BYTES = 2**22  # a scheduler's configuration may list 100,000 betas
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, or {} where there is no file.
+
+    Raises:
+        ValueError: if it is too large, no valid JSON, nested too deeply, or no object.
+    """
+    if not path.is_file():
+        return {}
+    if (size := path.stat().st_size) > MAX_JSON_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes; at most {MAX_JSON_BYTES:,} are read")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got a {type(content).__name__}")
+    return content
 
 
 @contextmanager
