@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -77,7 +78,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built):
     sources = (path for path in (SOURCE / "ddpm_hf").rglob("*") if path.is_file())
     expected = {str(path.relative_to(SOURCE)) for path in sources if path.suffix != ".pyc"}
     assert names == expected
-    assert {"ddpm_hf/py.typed", "ddpm_hf/card_template.md"} <= names
+    assert {"ddpm_hf/py.typed", "ddpm_hf/hub/card_template.md"} <= names
 
 
 @pytest.mark.slow
@@ -101,7 +102,12 @@ def test_the_metadata_are_what_an_index_accepts(built):
     assert metadata.name == "ddpm-hf"
     assert metadata.version == Version(ddpm_hf.__version__)
     assert metadata.license_expression == "Apache-2.0"
-    assert set(metadata.provides_extra) == {"eval", "app", "dev", "all"}
+    assert set(metadata.provides_extra) == {"eval", "dev", "all"}
+    # A relative link leads nowhere on an index.
+    links = re.findall(r"\]\(([^)]*)\)", metadata.description)
+    assert links
+    assert [link for link in links if not link.startswith(("https://", "#"))] == []
+    assert "docs/samples.png" not in metadata.description
     needed = {r.name for r in metadata.requires_dist if r.marker is None}
     hub = {"diffusers", "transformers", "accelerate", "torch", "datasets", "huggingface-hub"}
     assert needed == hub
@@ -147,7 +153,7 @@ def test_the_constraints_hold_a_version_that_each_requirement_admits():
     pinned = {pin.name.lower().replace("_", "-"): pin for pin in pins}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    direct = [*project["dependencies"], *extras["eval"], *extras["app"], *extras["dev"]]
+    direct = [*project["dependencies"], *extras["eval"], *extras["dev"]]
     for requirement in map(Requirement, direct):
         (pin,) = pinned[requirement.name.lower()].specifier
         assert pin.operator == "=="
