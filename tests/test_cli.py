@@ -311,7 +311,7 @@ def test_what_python_calls_an_argument_the_command_line_calls_a_flag(python, com
 
 
 def test_training_errors_name_flags(capsys):
-    assert main(["train", "./photos", "--max-train-steps", "0"]) == 2
+    assert main(["train", "user/photos", "--max-train-steps", "0"]) == 2
     assert "--max-train-steps must be at least 1, got 0" in capsys.readouterr().err
 
 

@@ -15,7 +15,7 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 # From the ground up: a room, which is a module or a folder with all that is in it, imports from its
 # own floor and those below.
 FLOORS = (
-    {"diffusion", "paths", "randomness", "wording"},
+    {"diffusion", "names", "paths", "randomness", "wording"},
     {"losses", "data", "pictures"},
     {"likelihood", "hub"},
     {"training"},

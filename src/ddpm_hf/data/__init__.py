@@ -7,9 +7,10 @@
 Which file mode becomes what stands at the top of `decoding.py`.
 """
 
+from ddpm_hf.data.errors import DataError
 from ddpm_hf.data.prepared import ImageDataset, prepare_images
-from ddpm_hf.data.sources import DataError, load_images
-from ddpm_hf.data.training_images import TrainingImages, to_unit_range
+from ddpm_hf.data.sources import load_images
+from ddpm_hf.data.training_images import TrainingImages, read_batches, to_unit_range
 from ddpm_hf.diffusion.images import ImageFacts
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "TrainingImages",
     "load_images",
     "prepare_images",
+    "read_batches",
     "to_unit_range",
 ]

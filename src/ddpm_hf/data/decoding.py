@@ -8,21 +8,24 @@
 | LA, PA, RGBA, RGBa; 1, L, P,   | LA or RGBA | only if a kept pixel is not opaque, else L or RGB; |
 | RGB, I;16 with one colour      |            | the colour hidden under full transparency is       |
 | marked as transparent          |            | replaced by white                                  |
-| I;16 (16-bit grey)             | L, 16 bit  | 8-bit images beside it: value * 257                |
-| I (32-bit integer)             | L, 16 bit  | refused where a value is outside 0..65535          |
+| I;16 (16-bit grey)             | L, 16 bit  | 8-bit grey beside it: value * 257; with colour     |
+|                                |            | beside it it becomes 8 bit, value / 257, and this  |
+|                                |            | is said, unless 16 bits are asked for              |
+| I (32-bit integer)             | L, 16 bit  | likewise; refused where a value is outside 0..65535|
 | RGB, LA or RGBA of 16 bit      | as 8 bit   | Pillow reads no more; counted and warned about     |
 | F (float), LAB and others      | refused    | no defined range: scale them to 8 or 16 bit        |
 
 A data set gets the smallest mode that loses nothing of any of its images: grey and colour give
-RGB, opaque and transparent give an alpha channel, 8 and 16 bit give 16 bit. A mode without alpha
-that the user asks for puts transparent images on white. Resizing is Pillow's antialiased bicubic
-filter with premultiplied alpha, in 8 bit for 8-bit images and in float for 16 bit.
+RGB, opaque and transparent give an alpha channel, 8 and 16 bit of grey give 16 bit. A mode without
+alpha that the user asks for puts transparent images on white. Resizing is Pillow's antialiased
+bicubic filter with premultiplied alpha, in 8 bit for 8-bit images and in float for 16 bit.
 """
 
 import os
+import re
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any, BinaryIO
@@ -40,14 +43,23 @@ MAX_ASPECT = 4
 Cell = dict[str, Any]
 """One cell of a `datasets.Image` column: {"bytes": bytes or None, "path": str or None}."""
 
+with suppress(ImportError):  # the codec of iPhones is not part of Pillow
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
 Image.init()
 # Formats that Pillow decodes by itself and knows by a signature. EPS would start ghostscript.
 _FORMATS: list[str] = [
     name
-    for name in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
+    for name in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF", "HEIF")
     if name in Image.OPEN
 ]
 EXTENSIONS = {ext for ext, name in Image.registered_extensions().items() if name in _FORMATS}
+# What gives them to Pillow where it lacks them.
+_PACKAGES = {
+    **dict.fromkeys((".heic", ".heif", ".hif"), "pillow-heif"),
+    **dict.fromkeys((".avif", ".avifs"), "pillow>=11.3"),
+}
 
 _GREY_16 = {"I;16", "I;16B", "I;16L", "I;16N", "I"}
 _GREY = {"1", "L", "LA"} | _GREY_16
@@ -71,6 +83,13 @@ class Target:
     height: int
     width: int
     random_crop: bool = False
+
+
+def how_to_read(suffixes: Iterable[str]) -> str:
+    """Which packages to install for files that cannot be read here, as the end of a message."""
+    unread = sorted(_PACKAGES.keys() & set(suffixes) - EXTENSIONS)
+    packages = sorted({_PACKAGES[suffix] for suffix in unread})
+    return f"; for {' '.join(unread)} install {' '.join(packages)}" if unread else ""
 
 
 def cell_name(cell: Cell | None) -> str:
@@ -137,7 +156,10 @@ def _stream(cell: Cell | None, root: str | None) -> BinaryIO:
     if cell["bytes"] is None:
         path = os.path.join(root or "", cell["path"])
         if not os.path.isfile(path):
-            raise BadImage("there is no such file")
+            is_escaped = re.search(r"\\x[0-9a-f]{2}", path)
+            raise BadImage(
+                "its name is not UTF-8: rename it" if is_escaped else "there is no such file"
+            )
         return open(path, "rb")
     if not cell["bytes"]:
         raise BadImage("the file is empty")
@@ -169,7 +191,7 @@ def _header(image: Image.Image) -> dict[str, Any]:
 
 def _decode(image: Image.Image, target: Target) -> dict[str, Any]:
     animated = bool(getattr(image, "is_animated", False)) and image.format != "MPO"
-    narrowed = _is_narrowed(image)
+    narrowed = _is_narrowed(image, target)
     image.load()
     image = ImageOps.exif_transpose(image)
     planes = _planes_16(image, target) if target.bit_depth == 16 else _planes_8(image, target)
@@ -190,10 +212,12 @@ def _decode(image: Image.Image, target: Target) -> dict[str, Any]:
     }
 
 
-def _is_narrowed(image: Image.Image) -> bool:
-    """Whether the file holds 16 bits per channel and Pillow gives 8; known before decoding only."""
+def _is_narrowed(image: Image.Image, target: Target) -> bool:
+    """Whether the file holds 16 bits per channel and 8 are used; known before decoding only."""
+    if image.mode in _GREY_16:
+        return target.bit_depth == 8
     raw_modes = [str(tile[3]) for tile in getattr(image, "tile", [])]
-    return image.mode not in _GREY_16 and any(";16" in raw_mode for raw_mode in raw_modes)
+    return any(";16" in raw_mode for raw_mode in raw_modes)
 
 
 def _is_grey(planes: NDArray[Any]) -> bool:
@@ -201,7 +225,10 @@ def _is_grey(planes: NDArray[Any]) -> bool:
 
 
 def _planes_8(image: Image.Image, target: Target) -> NDArray[np.uint8]:
-    """(C, H, W) uint8 of an 8-bit image; Pillow premultiplies LA and RGBA when it resizes."""
+    """(C, H, W) uint8 of any image; Pillow premultiplies LA and RGBA when it resizes."""
+    if image.mode in _GREY_16:
+        grey, opaque = np.rint(_grey_16(image, "LA") / 257).astype(np.uint8)
+        image = Image.fromarray(np.stack([grey, opaque], -1) if opaque.min() == 0 else grey)
     array = np.array(_fit(_to_mode(image, target.mode), target))
     return array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1))
 

@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,18 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddpm_hf.data.preparing import Plan, Source, bad_images, prepare_into
-from ddpm_hf.data.sources import DataError, did_you_mean, known_image_root
+from ddpm_hf.data.decoding import how_to_read
+from ddpm_hf.data.errors import DataError
+from ddpm_hf.data.preparing import Plan, Source, bad_images, listed, prepare_into
+from ddpm_hf.data.sources import origin_of
 from ddpm_hf.diffusion.files import replacing_folder
-from ddpm_hf.diffusion.images import IMAGE_MODES, MAX_SIZE, ImageFacts, is_size
+from ddpm_hf.diffusion.images import BIT_DEPTHS, IMAGE_MODES, MAX_SIZE, ImageFacts, is_size
+from ddpm_hf.names import did_you_mean
+from ddpm_hf.wording import counted
 
 CROPS = ("center", "random", "none")
-_CACHE_VERSION = 1  # what another version prepared is not read
+_MAX_KINDS = _MAX_NAMED = 10
+_CACHE_VERSION = 2  # what another version prepared is not read
 
 
 class ImageDataset:
@@ -33,14 +39,20 @@ class ImageDataset:
     Attributes:
         facts: mode, size, bit depth and label names.
         skipped: one line for each row that was left out, with the reason.
+        left_out: number of files and rows that are not among the images, by kind or reason.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], files_left_out: Mapping[str, int] | None = None
+    ) -> None:
         self.folder = Path(folder)
+        self._files_left_out = dict(files_left_out or {})
         summary = json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
         self.facts = ImageFacts.from_config(summary["facts"])
         self.skipped: list[str] = summary["skipped"]
         self.remarks: list[str] = summary["remarks"]
+        bad = {"bad images": len(self.skipped)} if self.skipped else {}
+        self.left_out = dict(Counter(self._files_left_out | bad).most_common())
         # Colours may turn out to be grey and alphas opaque: then not all stored planes are used.
         self._planes = _used_planes(summary["stored_mode"], self.facts.mode)
         self._dtype = np.dtype(np.uint16 if self.facts.bit_depth == 16 else np.uint8)
@@ -59,7 +71,7 @@ class ImageDataset:
         return torch.from_numpy(self.window(index).copy())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.folder,)
+        return type(self), (self.folder, self._files_left_out)
 
     def window(self, index: int, top: float = 0.5, left: float = 0.5) -> NDArray[Any]:
         """The part of an image that has the size in `facts`: a read-only view, (C, H, W).
@@ -84,11 +96,12 @@ def _used_planes(stored_mode: str, mode: str) -> slice:
 
 
 def prepare_images(
-    dataset: datasets.Dataset,
+    dataset: datasets.Dataset | datasets.DatasetDict,
     *,
     image_column: str | None = None,
     resolution: int | None = None,
     image_mode: str | None = None,
+    bit_depth: int | None = None,
     crop: str = "center",
     on_bad_image: str = "error",
     cache_dir: str | os.PathLike[str] | None = None,
@@ -98,42 +111,55 @@ def prepare_images(
     """Every image decoded, checked and resized once; the second time it comes from the cache.
 
     Args:
-        dataset: rows with an image column, from `load_images` or from `datasets`.
+        dataset: rows with an image column, from `load_images` or from `datasets`; or a
+            `DatasetDict` of one split.
         image_column: needed only if there are several.
         resolution: length of the shorter side, 1..8192. None keeps images of one size up to 256
             as they are; else 64, or the median shorter side if that is less, in steps of 8.
-        image_mode: "L", "LA", "RGB" or "RGBA"; None takes it from the images.
+        image_mode: "L", "LA", "RGB" or "RGBA"; None takes it from the column's own declaration
+            (`datasets.Image(mode="RGB")`) or else from the images.
+        bit_depth: 8 or 16 bits per channel; None gives 16 where 16-bit images are grey and so are
+            all others, else 8.
         crop: "center" cuts the centred square; "random" keeps room for `TrainingImages` to cut
             one anew in each epoch; "none" keeps the whole image and needs images of one shape.
             Images that keep their native size are never cut.
         on_bad_image: "error" lists all that cannot be used, "skip" leaves them out and says so.
         cache_dir: where prepared images are kept; None: beside the cache of `datasets`.
-        image_root: folder from which rows that hold only a path may be read. `load_images` knows
-            it for its folders; such rows of any other data set are refused without it.
+        image_root: folder from which rows that hold only a path may be read. It is known of the
+            folders of `load_images` and of `datasets.load_dataset("imagefolder", ...)`; such rows
+            of any other data set are refused without it.
         progress: show progress bars.
 
     Raises:
         DataError: if the data cannot be used.
         ValueError: if an option is not one of its choices.
     """
-    _check_options(resolution, image_mode, crop, on_bad_image)
+    _check_options(resolution, image_mode, bit_depth, crop, on_bad_image)
+    if isinstance(dataset, datasets.DatasetDict) and len(dataset) == 1:
+        (dataset,) = dataset.values()
     column = _image_column(dataset, image_column)
+    image_mode = image_mode or _declared_mode(dataset.features[column])
     cells = dataset.with_format(None).select_columns([column])
     cells = cells.cast_column(column, datasets.Image(decode=False))
-    root = image_root or known_image_root(dataset)
+    origin = origin_of(dataset, column)
+    root = Path(image_root).expanduser() if image_root else origin.root
     source = Source(cells, column, os.path.realpath(root) if root else None, _class_names(dataset))
-    plan = Plan(resolution, image_mode, crop)
+    plan = Plan(resolution, image_mode, bit_depth, crop)
     with _progress_bars(progress):
-        images = ImageDataset(_prepared_folder(source, plan, cache_dir, on_bad_image))
+        folder = _prepared_folder(source, plan, cache_dir, on_bad_image)
+    images = ImageDataset(folder, origin.left_out)
     _report(images, len(cells), on_bad_image)
     return images
 
 
-def _check_options(resolution: Any, image_mode: Any, crop: Any, on_bad_image: Any) -> None:
+def _check_options(
+    resolution: Any, image_mode: Any, bit_depth: Any, crop: Any, on_bad_image: Any
+) -> None:
     if resolution is not None and not is_size(resolution):
         raise ValueError(f"resolution must be an int in 1..{MAX_SIZE}, got {resolution!r}")
     for name, value, choices in (
         ("image_mode", image_mode, (None, *IMAGE_MODES)),
+        ("bit_depth", bit_depth, (None, *BIT_DEPTHS)),
         ("crop", crop, CROPS),
         ("on_bad_image", on_bad_image, ("error", "skip")),
     ):
@@ -167,6 +193,11 @@ def _image_column(dataset: Any, wanted: str | None) -> str:
     return candidates[0]
 
 
+def _declared_mode(feature: Any) -> str | None:
+    mode = getattr(feature, "mode", None)
+    return mode if mode in IMAGE_MODES else None
+
+
 def _may_hold_files(feature: Any) -> bool:
     """Encoded images whose parquet file does not say that they are some."""
     if isinstance(feature, dict):
@@ -189,7 +220,7 @@ def _prepared_folder(
     source: Source, plan: Plan, cache_dir: str | os.PathLike[str] | None, on_bad_image: str
 ) -> Path:
     """The folder that holds the prepared images; made now unless it exists."""
-    cache = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE, "ddpm_hf"))
+    cache = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE, "ddpm_hf")).expanduser()
     folder = cache / _key(source, plan)
     if folder.exists():
         return folder
@@ -262,10 +293,20 @@ def _report(images: ImageDataset, total: int, on_bad_image: str) -> None:
     if images.skipped and on_bad_image == "error":
         raise bad_images(images.skipped, total)
     remarks = list(images.remarks)
-    if images.skipped:
-        remarks.append(f"{len(images.skipped)} of {total} images left out: {images.skipped[0]}")
+    if images.left_out:
+        remarks.append("; ".join([_use_of(images), *listed(images.skipped, _MAX_NAMED)]))
     for remark in remarks:
         warnings.warn(remark, stacklevel=3)
+
+
+def _use_of(images: ImageDataset) -> str:
+    """How many images are used and what was left out, in one line."""
+    kinds = [f"{kind} {count:,}" for kind, count in images.left_out.items()]
+    more = [f"and {len(kinds) - _MAX_KINDS} more kinds"] if len(kinds) > _MAX_KINDS else []
+    return (
+        f"{counted(len(images), 'image')} used, {sum(images.left_out.values()):,} left out "
+        f"({', '.join(kinds[:_MAX_KINDS] + more)}){how_to_read(images.left_out)}"
+    )
 
 
 @contextmanager

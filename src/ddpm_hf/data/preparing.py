@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ddpm_hf.data.decoding import (
     read_headers,
     shorter_side_to,
 )
-from ddpm_hf.data.sources import DataError
+from ddpm_hf.data.errors import DataError
 from ddpm_hf.diffusion.images import MAX_SIZE, ImageFacts
 
 NATIVE_SIZE_LIMIT = 256
@@ -50,6 +50,7 @@ class Plan:
 
     resolution: int | None
     image_mode: str | None
+    bit_depth: int | None
     crop: str
 
 
@@ -67,17 +68,20 @@ def prepare_into(source: Source, plan: Plan, on_bad_image: str, folder: Path) ->
     """Headers first, because the sizes and modes of all decide what each one becomes."""
     file = folder / "headers.arrow"
     headers = _map(source, read_headers, _HEADER_COLUMNS, file, "Reading image headers")
-    if not headers["height"].any():
-        raise bad_images(_problems(source, headers), len(source.cells))
+    unreadable = _problems(source, headers)
+    if unreadable and (on_bad_image == "error" or len(unreadable) == len(source.cells)):
+        raise bad_images(unreadable, len(source.cells))
     target = _choose_target(headers, plan)
     num_pixels = int(headers["height"].astype(np.int64) @ headers["width"])
     notes = _decode_all(source, target, folder, num_pixels)
     skipped = _problems(source, notes)
-    if skipped and (on_bad_image == "error" or len(skipped) == len(source.cells)):
+    if len(skipped) == len(source.cells):
         raise bad_images(skipped, len(source.cells))
-    # A damaged image may have had a good header: what is left out has no say.
+    # A damaged image may have had a good header: what is left out has no say. A mode that only it
+    # needed costs no second pass: `ImageDataset` leaves planes out.
     headers["height"] = np.where(notes["height"] > 0, headers["height"], 0)
-    if (better := _choose_target(headers, plan)) != target:
+    better = replace(_choose_target(headers, plan), mode=target.mode)
+    if better != target:
         target, notes = better, _decode_all(source, better, folder, num_pixels)
     mode = plan.image_mode or _smallest_mode(notes["colour"], notes["alpha"])
     facts = ImageFacts(mode, target.height, target.width, target.bit_depth, source.class_names)
@@ -150,10 +154,14 @@ def _problems(source: Source, notes: dict[str, NDArray[Any]]) -> list[str]:
 
 def bad_images(problems: list[str], total: int) -> DataError:
     """The error that lists images which cannot be used, as far as a person would read."""
-    listed = problems[:_MAX_LISTED]
-    more = [f"and {len(problems) - len(listed)} more"] if len(problems) > len(listed) else []
     head = f"{len(problems)} of {total} images cannot be used; on_bad_image='skip' leaves them out:"
-    return DataError("\n  ".join([head, *listed, *more]))
+    return DataError("\n  ".join([head, *listed(problems)]))
+
+
+def listed(problems: list[str], most: int = _MAX_LISTED) -> list[str]:
+    """As many of the lines as a person would read, and how many there are besides."""
+    more = len(problems) - most
+    return problems[:most] + ([f"and {more} more"] if more > 0 else [])
 
 
 def _smallest_mode(colour: NDArray[np.bool_], alpha: NDArray[np.bool_]) -> str:
@@ -166,9 +174,11 @@ def _choose_target(headers: dict[str, NDArray[Any]], plan: Plan) -> Target:
     is_native = plan.resolution is None and len(sizes) == 1 and max(sizes[0]) <= NATIVE_SIZE_LIMIT
     resolution = plan.resolution or _proposed_resolution(headers)
     height, width = sizes[0] if is_native else _output_size(sizes, resolution, plan.crop)
+    mode = plan.image_mode or _smallest_mode(headers["colour"], headers["alpha"])
+    own_depth = 16 if headers["deep"].any() and mode in ("L", "LA") else 8
     return Target(
-        mode=plan.image_mode or _smallest_mode(headers["colour"], headers["alpha"]),
-        bit_depth=16 if headers["deep"].any() else 8,
+        mode=mode,
+        bit_depth=plan.bit_depth or own_depth,
         height=height,
         width=width,
         random_crop=plan.crop == "random" and not is_native,
@@ -216,7 +226,9 @@ def _remarks(notes: dict[str, NDArray[Any]], target: Target) -> list[str]:
     is_square = target.height == target.width
     counts = {
         "animated or of several pages, of which the first is used": notes["animated"],
-        "16 bits per channel, of which Pillow reads 8": notes["narrowed"],
+        "16 bits per channel, of which 8 are used (of colour Pillow reads no more)": (
+            notes["narrowed"]
+        ),
         f"enlarged more than twice to {output} pixels, which looks soft": 2 * shorter < output,
         f"over {MAX_ASPECT} times longer than wide and mostly cut off": (
             is_square & (longer > MAX_ASPECT * shorter)

@@ -1,24 +1,26 @@
 """Where images come from: a folder, parquet or arrow files, a `save_to_disk` folder, or the Hub."""
 
-import difflib
 import glob
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path, PurePath
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import datasets
 from huggingface_hub import constants as hub_constants
 from huggingface_hub.file_download import repo_folder_name
 
-from ddpm_hf.data.decoding import EXTENSIONS
+from ddpm_hf.data.decoding import EXTENSIONS, how_to_read
+from ddpm_hf.data.errors import DataError
+from ddpm_hf.data.folders import Folder, by_split, image_splits, suffix
+from ddpm_hf.names import close_paths, did_you_mean
 
-_SPLITS = ("train", "test", "validation", "valid", "val")
-_ROOT_ATTRIBUTE = "_ddpm_hf_image_root"
+_ORIGIN_ATTRIBUTE = "_ddpm_hf_origin"
 # ImportError: fsspec misses a library for a protocol that a repository asks for.
 _LOADING_ERRORS = (
     OSError,
@@ -29,8 +31,17 @@ _LOADING_ERRORS = (
 )
 
 
-class DataError(ValueError):
-    """Data that cannot be used: one clear line, then one line per bad image where there are any."""
+@dataclass(frozen=True)
+class Origin:
+    """What `load_images` knows of the rows that it gave.
+
+    Attributes:
+        root: the folder from which rows that hold only a path may be read, if any.
+        left_out: number of files of a folder that are not among the rows, by kind or reason.
+    """
+
+    root: Path | None = None
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
 
 def load_images(
@@ -68,31 +79,47 @@ def load_images(
         raise DataError(f"{name} is for data sets on the Hub, but {text!r} is a local path")
     with _as_data_error(text):
         if path.is_dir():
-            dataset, root = _from_folder(path.resolve(), split)
+            dataset, origin = _from_folder(path.resolve(), split)
         elif is_local:
-            dataset, root = _from_files(text, split), None
+            dataset, origin = _from_files(text, split), Origin()
         else:
-            dataset, root = _from_hub(text, config_name, split, revision)
+            dataset, origin = _from_hub(text, config_name, split, revision)
     if len(dataset) == 0:
         raise DataError(f"{text!r} has no rows in split {split!r}")
-    setattr(dataset, _ROOT_ATTRIBUTE, root)
+    setattr(dataset, _ORIGIN_ATTRIBUTE, origin)
     return dataset
 
 
-def known_image_root(dataset: datasets.Dataset) -> Path | None:
-    """The folder from which `load_images` lets rows that hold only a path be read, if any.
+def origin_of(dataset: datasets.Dataset, column: str) -> Origin:
+    """Where rows come from, as far as it is known.
 
-    It belongs to that very object and does not survive `select` and the like: a row of somebody's
-    parquet file may name any file of this machine, so that not knowing has to mean refusing.
+    What `load_images` knows belongs to that very object and does not survive `select` and the like:
+    a row of somebody's parquet file may name any file of this machine, so that not knowing has to
+    mean refusing. Rows that `datasets.load_dataset("imagefolder", ...)` wrote into its own cache
+    name what it had listed: the folder that holds them all.
     """
-    root: Path | None = getattr(dataset, _ROOT_ATTRIBUTE, None)
-    return root
+    origin: Origin | None = getattr(dataset, _ORIGIN_ATTRIBUTE, None)
+    if origin is not None:
+        return origin
+    if not _is_cached_imagefolder(dataset):
+        return Origin()
+    chunks = dataset.with_format("arrow")[:].column(column).chunks
+    paths = {path for chunk in chunks for path in chunk.field("path").to_pylist() if path}
+    folders = {os.path.dirname(path) for path in paths if os.path.isabs(path)}
+    return Origin(Path(os.path.commonpath(folders)) if folders else None)
 
 
-def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """A hint with the close matches, or nothing."""
-    close = difflib.get_close_matches(name, list(names), n=3)
-    return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
+def _is_cached_imagefolder(dataset: datasets.Dataset) -> bool:
+    """Whether every row lies in a file that `imagefolder` wrote into the cache of `datasets`."""
+    table = dataset.data
+    is_joined = isinstance(table, datasets.table.ConcatenationTable)
+    blocks = [block for row in table.blocks for block in row] if is_joined else [table]
+    cache = Path(datasets.config.HF_DATASETS_CACHE, "imagefolder").resolve()
+    return all(
+        isinstance(block, datasets.table.MemoryMappedTable)
+        and Path(block.path).resolve().is_relative_to(cache)
+        for block in blocks
+    )
 
 
 @contextmanager
@@ -109,87 +136,24 @@ def _as_data_error(source: str) -> Iterator[None]:
         raise DataError(f"{source!r} cannot be loaded: {cause}") from error
 
 
-def _from_folder(root: Path, split: str) -> tuple[datasets.Dataset, Path | None]:
-    files = _list_files(root)
-    if {"state.json", "dataset_dict.json"} & set(files):
-        return _from_saved(root, split), None
-    images = [file for file in files if _suffix(file) in EXTENSIONS]
-    if images and any(os.path.basename(file).startswith("metadata.") for file in files):
-        return _from_builder("imagefolder", split, data_dir=glob.escape(str(root))), root
-    if images:
-        return _from_image_files(root, images, split), root
-    suffixes = Counter(map(_suffix, files))
+def _from_folder(root: Path, split: str) -> tuple[datasets.Dataset, Origin]:
+    folder = Folder(root)
+    if {"state.json", "dataset_dict.json"} & {*folder.files}:
+        return _from_saved(root, split), Origin()
+    if folder.images():
+        splits = image_splits(folder, lambda known: _check_split(split, known))
+        return _take(splits, split), Origin(root, +folder.left_out)
+    suffixes = Counter(map(suffix, folder.files))
     for kind in ("parquet", "arrow"):
-        if suffixes[f".{kind}"]:
-            tables = [file for file in files if _suffix(file) == f".{kind}"]
-            return _from_builder(kind, split, data_files=_by_split(root, tables)), None
-    found = ", ".join(f"{count} {suffix or 'other'}" for suffix, count in suffixes.most_common(5))
+        if tables := folder.of_kind(f".{kind}"):
+            return _from_builder(kind, split, data_files=by_split(root, tables)), Origin()
+    found = [f"{count} {name or 'other'}" for name, count in suffixes.most_common(5)]
+    found += [f"{count} {reason}" for reason, count in folder.left_out.items()]
     raise DataError(
-        f"{str(root)!r} holds no images, parquet or arrow files, but {found or 'nothing'}; "
-        f"images may be {' '.join(sorted(EXTENSIONS))}"
+        f"{str(root)!r} holds no images, parquet or arrow files, but "
+        f"{', '.join(found) or 'nothing'}; images may be {' '.join(sorted(EXTENSIONS))}"
+        f"{how_to_read(suffixes)}"
     )
-
-
-def _by_split(root: Path, files: list[str]) -> dict[str, list[str]]:
-    """Files by the split that a word of their path names; all are "train" where none does."""
-    found: dict[str, list[str]] = {}
-    for file in files:
-        words = re.split("[^a-z]+", file.lower())
-        for name in [name for name in _SPLITS if name in words][:1]:
-            found.setdefault(name, []).append(file)
-    groups = found or {"train": files}
-    return {name: [glob.escape(str(root / f)) for f in group] for name, group in groups.items()}
-
-
-def _suffix(file: str) -> str:
-    return os.path.splitext(file)[1].lower()
-
-
-def _list_files(root: Path) -> list[str]:
-    """Files under `root`, relative to it, sorted, without hidden ones. Links may not leave it."""
-    files, outside = [], []
-    for folder, subfolders, names in os.walk(root, onerror=_raise):
-        subfolders[:] = [name for name in subfolders if not name.startswith((".", "__"))]
-        names = [name for name in names if not name.startswith(".")]
-        for path in (os.path.join(folder, name) for name in [*subfolders, *names]):
-            if os.path.islink(path) and not Path(os.path.realpath(path)).is_relative_to(root):
-                outside.append(path)
-        files += [os.path.join(folder, name).removeprefix(f"{root}{os.sep}") for name in names]
-    if outside:
-        raise DataError(
-            f"{len(outside)} links leave the folder {str(root)!r}, such as {outside[0]!r}: copy "
-            "the files or give the folder that holds them"
-        )
-    return sorted(files)
-
-
-def _raise(error: OSError) -> None:
-    raise error
-
-
-def _from_image_files(root: Path, files: list[str], split: str) -> datasets.Dataset:
-    """Listed here: `imagefolder` takes a folder "my test shots" for the split "test"."""
-    by_top: dict[str, list[PurePath]] = {}
-    for file in map(PurePath, files):
-        by_top.setdefault(file.parts[0] if len(file.parts) > 1 else "", []).append(file)
-    folders = by_top.keys() & _SPLITS
-    if len(folders) > 1 or folders == by_top.keys():
-        groups = {name: by_top[name] for name in folders}
-    else:
-        groups = {"train": [file for group in by_top.values() for file in group]}
-    names = _check_split(split, groups)
-    return _take({name: _labelled_rows(root, groups[name]) for name in names}, split)
-
-
-def _labelled_rows(root: Path, files: list[PurePath]) -> datasets.Dataset:
-    """Rows by path; the parent folder is the label where two or more lie at the same depth."""
-    columns: dict[str, Any] = {"image": [str(root / file) for file in files]}
-    features = {"image": datasets.Image()}
-    labels = [file.parent.name for file in files]
-    if len(set(labels)) > 1 and len({len(file.parts) for file in files}) == 1:
-        features["label"] = datasets.ClassLabel(names=sorted(set(labels)))
-        columns["label"] = labels
-    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
 
 def _from_saved(root: Path, split: str) -> datasets.Dataset:
@@ -209,7 +173,7 @@ def _from_files(pattern: str, split: str) -> datasets.Dataset:
     files = [str(path)] if path.exists() else sorted(glob.glob(str(path), recursive=True))
     if not files:
         raise DataError(f"{pattern!r} matches no file")
-    kinds = {_suffix(file) for file in files}
+    kinds = {suffix(file) for file in files}
     if kinds not in ({".parquet"}, {".arrow"}):
         raise DataError(
             f"{pattern!r} is {', '.join(sorted(kinds)) or 'no known file'}: give a folder of "
@@ -228,23 +192,19 @@ def _from_builder(kind: str, split: str, **where: Any) -> datasets.Dataset:
 
 def _from_hub(
     name: str, config_name: str | None, split: str, revision: str | None
-) -> tuple[datasets.Dataset, Path]:
+) -> tuple[datasets.Dataset, Origin]:
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        raise DataError(f"{name!r} does not exist{_path_hint(name)}")
+        raise DataError(f"{name!r} does not exist{close_paths(name)}")
     try:
         builder = datasets.load_dataset_builder(name, config_name, revision=revision)
     except _LOADING_ERRORS as error:
-        hint = _path_hint(name)
+        hint = close_paths(name)
         raise DataError(f"{name!r} is no path here{hint}; as a Hub data set: {error}") from error
     _check_split(split, builder.info.splits or builder.config.data_files or ())
     builder.download_and_prepare()
     folder = repo_folder_name(repo_id=builder.repo_id or name, repo_type="dataset")
-    return builder.as_dataset(split=split), Path(hub_constants.HF_HUB_CACHE, folder).resolve()
-
-
-def _path_hint(name: str) -> str:
-    path = Path(name).expanduser()
-    return did_you_mean(path.name, os.listdir(path.parent) if path.parent.is_dir() else [])
+    root = Path(hub_constants.HF_HUB_CACHE, folder).resolve()
+    return builder.as_dataset(split=split), Origin(root)
 
 
 def _check_split(split: str, known: Iterable[Any]) -> list[str]:

@@ -1,6 +1,8 @@
 """The training set: prepared images as the network sees them, augmented by position."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from itertools import count, islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -8,10 +10,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
+from ddpm_hf.data.errors import DataError
 from ddpm_hf.data.prepared import ImageDataset
-from ddpm_hf.data.sources import DataError
 from ddpm_hf.diffusion.images import centred_window, padded_size
+
+_NUM_LOOKED_AT = 16
+_LARGEST = 1.001  # a rounding error is none of our business, 0..255 is
 
 
 def to_unit_range(pixels: Tensor) -> Tensor:
@@ -44,8 +50,11 @@ class TrainingImages(torch.utils.data.Dataset[Tensor]):
         random_flip: mirror every second image or so, left to right.
         size_multiple: of height and width, at least 1.
 
+    Warns where tensors seem to lie in [0, 1].
+
     Raises:
-        DataError: if there are no images, or they are not float tensors in [-1, 1] of one shape.
+        DataError: if there are no images, or they are not float tensors in [-1, 1] of one shape:
+            of the first ones here, of each as it is read, with its index.
         ValueError: if seed or size_multiple is too small.
     """
 
@@ -66,10 +75,13 @@ class TrainingImages(torch.utils.data.Dataset[Tensor]):
         self.random_flip = random_flip
         self.size_multiple = size_multiple
         self._draws: dict[int, NDArray[np.float32]] = {}
+        self._native_shape: torch.Size | None = None
         first = self._load([0], np.zeros((1, 3), np.float32))
-        self._native_shape = first.shape[1:]
-        if first.abs().max() > 1.001:  # a rounding error is none of our business, 0..255 is
-            raise DataError(f"images must be in [-1, 1], got {first.min():g}..{first.max():g}")
+        if not isinstance(images, ImageDataset) and self._seem_to_lie_in_0_to_1(first):
+            warnings.warn(
+                "the values of the images seem to lie in [0, 1]; black is -1 here: give x * 2 - 1",
+                stacklevel=2,
+            )
         self.shape = tuple(_pad_to_multiple(first, size_multiple).shape[1:])
 
     def __len__(self) -> int:
@@ -101,20 +113,80 @@ class TrainingImages(torch.utils.data.Dataset[Tensor]):
             places = zip(indices, draws[:, 1].tolist(), draws[:, 2].tolist(), strict=True)
             pixels = np.stack([self.images.window(*place) for place in places])
             return to_unit_range(torch.from_numpy(pixels))
-        images = [self.images[index] for index in indices]
-        for index, image in zip(indices, images, strict=True):
-            self._check_image(index, image)
-        return torch.stack(images).to(torch.float32)
+        x_0 = torch.stack([self._read(index) for index in indices]).to(torch.float32)
+        lows, highs = torch.aminmax(x_0.flatten(1), dim=1)  # of a NaN, both are NaN
+        is_good = (lows >= -_LARGEST) & (highs <= _LARGEST)
+        for index, low, high, good in zip(indices, lows, highs, is_good.tolist(), strict=True):
+            if not good:
+                raise DataError(f"images must be in [-1, 1], image {index} has {low:g}..{high:g}")
+        return x_0
+
+    def _seem_to_lie_in_0_to_1(self, first: Tensor) -> bool:
+        """Whether the first image has no value below 0, and some others, spread evenly, neither."""
+        if first.min() < 0 or first.max() == 0:
+            return False
+        some = range(0, len(self), -(-len(self) // _NUM_LOOKED_AT))
+        return bool(self._load(some, np.zeros((len(some), 3), np.float32)).min() >= 0)
+
+    def _read(self, index: int) -> Tensor:
+        try:
+            image = self.images[index]
+        except (DataError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise DataError(f"image {index} cannot be read: {reason}") from error
+        self._check_image(index, image)
+        return image
 
     def _check_image(self, index: int, image: Any) -> None:
         if not isinstance(image, Tensor) or not image.is_floating_point() or image.ndim != 3:
             is_tensor = isinstance(image, Tensor)
             kind = f"{image.dtype} {tuple(image.shape)}" if is_tensor else type(image).__name__
             raise DataError(f"images must be float tensors (C, H, W), image {index} is {kind}")
-        expected = getattr(self, "_native_shape", image.shape)
+        if self._native_shape is None:
+            self._native_shape = image.shape
+        expected = self._native_shape
         if image.shape != expected:
             shapes = f"{tuple(image.shape)}, but image 0 {tuple(expected)}"
             raise DataError(f"images must have one shape, image {index} has {shapes}")
+
+
+def read_batches(loader: DataLoader[Tensor]) -> Iterator[Tensor]:
+    """The batches of a loader over `TrainingImages`; an error names the rows.
+
+    Args:
+        loader: with a batch sampler that gives the same batches again.
+    Raises:
+        DataError: if an image cannot be read, or a process that reads them was killed.
+    """
+    batches = iter(loader)
+    for number in count():
+        try:
+            batch = next(batches, None)
+        except DataError as error:
+            if "Original Traceback" not in str(error):
+                raise
+            # torch puts the traceback of the worker before its message.
+            raise DataError(str(error).strip().splitlines()[-1].split(": ", 1)[1]) from error
+        except (RuntimeError, OSError, EOFError) as error:
+            # Where it dies while it hands a batch over, the connection breaks.
+            is_killed = not isinstance(error, RuntimeError) or "DataLoader worker (" in str(error)
+            if not (loader.num_workers and is_killed):
+                raise
+            sampler: Any = loader.batch_sampler
+            positions = next(islice(iter(sampler), number, None))
+            raise DataError(
+                f"a process that reads images ended while rows {_few(positions)} were due: {error}"
+            ) from error
+        if batch is None:
+            return
+        yield batch
+
+
+def _few(positions: Sequence[tuple[int, int]]) -> str:
+    rows = [str(index) for _, index in positions]
+    return ", ".join(rows[:8]) + ", ..." * (len(rows) > 8)
 
 
 def _pad_to_multiple(x_0: Tensor, multiple: int) -> Tensor:

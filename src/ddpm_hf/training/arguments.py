@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from ddpm_hf.names import without_secrets
 from ddpm_hf.training.config import (
     ConfigError,
     DataOptions,
@@ -34,7 +35,7 @@ def parse_config(argv: Sequence[str] | None = None, prog: str | None = None) -> 
     flags = parser.parse_known_args(argv)[0]
     recipe = flags.config
     if recipe:
-        options = _read_recipe(Path(recipe))
+        options = _read_recipe(Path(recipe).expanduser())
         # These two exclude each other: a flag wins over the other one of the recipe, too.
         for flag, other in (("pretrained", "unet_config"), ("unet_config", "pretrained")):
             if getattr(flags, flag) is not None:
@@ -45,7 +46,8 @@ def parse_config(argv: Sequence[str] | None = None, prog: str | None = None) -> 
     source = given.pop("source")
     if source is not None:
         if given["dataset"] not in (None, source) and not recipe:
-            raise ConfigError(f"two data sets given: {source!r} and {given['dataset']!r}")
+            two = f"two data sets given: {source!r} and {given['dataset']!r}"
+            raise ConfigError(without_secrets(two))
         given["dataset"] = source
     if given["dataset"] is None:
         parser.error("which images? Give a folder or a data set: ddpm-hf train ./photos")

@@ -9,7 +9,7 @@ from ddpm_hf.data import ImageFacts
 from ddpm_hf.diffusion.extension import OUR_SCHEDULER
 from ddpm_hf.diffusion.images import IMAGE_MODES
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
-from ddpm_hf.training.config import ConfigError
+from ddpm_hf.training.config import MIN_SIZE, ConfigError
 
 
 def as_own_scheduler(scheduler: Any) -> GaussianDDPMScheduler | None:
@@ -39,6 +39,11 @@ def check_trainable(unet: Any, scheduler: GaussianDDPMScheduler, facts: ImageFac
         raise ConfigError(
             "unet must have float32 weights that require gradients; mixed_precision sets the "
             "precision of the arithmetic"
+        )
+    if min(facts.height, facts.width) < MIN_SIZE:
+        raise ConfigError(
+            f"the images have {facts.width}x{facts.height} pixels, the least is {MIN_SIZE} a side: "
+            "set resolution"
         )
     _check_time_embedding(unet.config, len(scheduler))
     _check_channels(unet.config, scheduler, facts)

@@ -6,6 +6,7 @@ The same fields are the flags of `ddpm-hf train`, the keys of a YAML recipe and 
 
 import dataclasses
 import math
+import os
 import shlex
 import types
 import typing
@@ -25,6 +26,11 @@ class ConfigError(ValueError):
 def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
+
+MIN_SIZE = 3
+"""Fewest pixels a side: a network has nothing to halve below that."""
+
+_PATHS = ("dataset", "output_dir", "pretrained", "unet_config")  # a leading ~ means home
 
 # What a resumed run may change: everything else shapes what is learned.
 FREE_ON_RESUME = frozenset(
@@ -60,6 +66,9 @@ class DataOptions:
     )
     image_mode: Literal["L", "LA", "RGB", "RGBA"] | None = _option(
         None, "convert images to this mode: 1, 2, 3 or 4 channels (default: their own)"
+    )
+    bit_depth: Literal[8, 16] | None = _option(
+        None, "bits per channel (default: 16 where all images are grey and some have 16, else 8)"
     )
     crop: Literal["center", "random", "none"] = _option(
         "center",
@@ -185,16 +194,22 @@ class TrainingConfig(OutputOptions, OptimizationOptions, ModelOptions, DataOptio
         hints = typing.get_type_hints(type(self))
         for option in fields(self):
             value = _checked(option.name, hints[option.name], getattr(self, option.name))
-            setattr(self, option.name, value)
+            is_home = option.name in _PATHS and isinstance(value, str) and value.startswith("~")
+            setattr(self, option.name, os.path.expanduser(value) if is_home else value)
         self._check_ranges()
 
     def _check_ranges(self) -> None:
         at_least = {
-            "resolution": 1, "num_train_timesteps": 1, "max_train_steps": 1, "batch_size": 1,
+            "resolution": MIN_SIZE, "num_train_timesteps": 1, "max_train_steps": 1, "batch_size": 1,
             "gradient_accumulation_steps": 1, "logging_steps": 1, "sample_steps": 1,
             "checkpointing_steps": 1, "checkpoints_total_limit": 1, "sample_inference_steps": 1,
             "lr_warmup_steps": 0, "num_samples": 0, "dataloader_num_workers": 0, "seed": 0,
         }  # fmt: skip
+        if "://" in (self.dataset or ""):  # not repeated: it may hold a password
+            raise ConfigError(
+                "dataset is a URL: give the name of a Hub data set, such as 'user/photos', or "
+                "download the images and give their folder"
+            )
         if self.output_dir == "":
             raise ConfigError("output_dir is empty; name the folder of the run, or leave it out")
         if self.seed >= 2**32:

@@ -92,6 +92,7 @@ def _dataset_facts(parts: Parts) -> dict[str, Any]:
         "split": config.split,
         "num_images": len(parts.images),
         "num_skipped": parts.num_skipped,
+        "left_out": getattr(parts.images.images, "left_out", {}),
         "image": facts.to_config()["image"],
     }
     if config.dataset is not None and _public_name(name) == name and "/" in name:

@@ -12,6 +12,7 @@ from diffusers import UNet2DModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ddpm_hf.data import read_batches
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.hub.background import BackgroundPusher
 from ddpm_hf.losses import Loss, simple_loss
@@ -129,7 +130,7 @@ def train(
 def _train_loop(run: Run, log: MetricsLog, outputs: Outputs) -> None:
     """Every update that is left, with what is due after each."""
     config, state, last = run.config, run.state, run.batches.stop
-    images, metrics = iter(run.load_batches()), RunningMetrics(run.accelerator.device)
+    images, metrics = read_batches(run.load_batches()), RunningMetrics(run.accelerator.device)
     logged_step = state.step
     is_main = run.accelerator.is_main_process
     bar = tqdm(initial=state.step, total=last, desc="training", unit="update", disable=not is_main)

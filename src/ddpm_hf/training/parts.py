@@ -171,6 +171,7 @@ def build_images(
         image_column=config.image_column,
         resolution=config.resolution or resolution,
         image_mode=config.image_mode or mode,
+        bit_depth=config.bit_depth,
         crop=config.crop,
         on_bad_image=config.on_bad_image,
     )

@@ -1,0 +1,49 @@
+"""Names in messages: what a person may have meant, in printable form, and without secrets.
+
+Loads nothing heavy, so that a wrong path is answered at once.
+"""
+
+import difflib
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+# Of a URL the user with the password, and whatever its query holds; tokens of the Hub anywhere.
+_SECRETS = (
+    (re.compile(r"(?<=://)[^/@\s'\"]+@"), "***@"),
+    (re.compile(r"(?<=://)([^\s'\"?]*)\?[^\s'\"]*"), r"\1?***"),
+    (re.compile(r"\bhf_[A-Za-z0-9]{8,}"), "hf_***"),
+)
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """A hint with the close matches, or nothing."""
+    close = difflib.get_close_matches(name, list(names), n=3)
+    return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
+
+
+def close_paths(text: str) -> str:
+    """A hint with what lies beside a path that does not exist, or nothing."""
+    path = Path(text).expanduser()
+    return did_you_mean(path.name, os.listdir(path.parent) if path.parent.is_dir() else [])
+
+
+def check_local_path(text: str) -> None:
+    """Raises ValueError if `text` can only be a path, no name on the Hub, and nothing is there."""
+    is_local = text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text
+    is_pattern = "://" in text or any(char in text for char in "*?[")
+    if is_local and not is_pattern and not os.path.exists(os.path.expanduser(text)):
+        raise ValueError(without_secrets(f"{text!r} does not exist{close_paths(text)}"))
+
+
+def without_secrets(text: str) -> str:
+    """`text` without the passwords and tokens in it."""
+    for pattern, replacement in _SECRETS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def printable(name: str) -> str:
+    r"""A file's name as UTF-8; bytes that are none become \xNN."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

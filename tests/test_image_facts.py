@@ -1,0 +1,38 @@
+"""What a model knows of its images."""
+
+import json
+
+import pytest
+
+from ddpm_hf.data import ImageFacts
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        ImageFacts("L", 28, 28),
+        ImageFacts("RGBA", 64, 48, 16, ("a", "b")),
+    ],
+)
+def test_facts_survive_their_json_form(facts):
+    config = json.loads(json.dumps(facts.to_config()))
+    assert config["format_version"] == 1
+    assert set(config["image"]) == {"mode", "height", "width", "bit_depth"}
+    assert ImageFacts.from_config(config) == facts
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mode": "CMYK"},
+        {"height": 0},
+        {"width": "28"},
+        {"bit_depth": 12},
+    ],
+)
+def test_wrong_facts_are_refused(change):
+    config = ImageFacts("L", 28, 28).to_config()
+    with pytest.raises(ValueError, match=next(iter(change))):
+        ImageFacts.from_config({**config, "image": config["image"] | change})
+    with pytest.raises(ValueError, match="format_version must be 1, got 2"):
+        ImageFacts.from_config({**config, "format_version": 2})
