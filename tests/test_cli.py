@@ -256,7 +256,7 @@ def test_a_bare_no_in_a_recipe_is_the_precision(tmp_path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("[1]", "must hold an object"),
+        ("[1]", "must hold a JSON object"),
         ('{"blok_out_channels": [8, 8]}', "did you mean 'block_out_channels'"),
         ('{"in_channels": "3"}', "unet_config"),
         ("{", "unet_config"),
