@@ -15,10 +15,12 @@ from checkpoints import (
     tiny_unet,
 )
 from diffusers import (
+    DDIMInverseScheduler,
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
     DEISMultistepScheduler,
+    DPMSolverMultistepInverseScheduler,
     DPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
@@ -28,14 +30,17 @@ from diffusers import (
     KDPM2DiscreteScheduler,
     LMSDiscreteScheduler,
     PNDMScheduler,
+    RePaintScheduler,
     UNet2DModel,
     UniPCMultistepScheduler,
 )
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback, SDCFGCutoffCallback
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch.testing import assert_close
 
 from ddpm_hf.diffusion.images import ImageFacts, image_facts
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
+from ddpm_hf.diffusion.schedules import usual_num_steps
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 
 SCHEDULERS = (
@@ -87,6 +92,16 @@ class GaussianData(UNet2DModel):
         sigma_squared = np.exp(2 * np.interp(float(timestep), np.arange(1000), log_sigma))
         a = 1 / (1 + sigma_squared)  # alpha_bar
         return UNet2DOutput(sample=sample * float(np.sqrt(1 - a) / (a * 0.25 + 1 - a)))
+
+
+class Zeros(UNet2DModel):
+    """The exact network for images of zeros, whatever the schedule."""
+
+    def forward(self, sample, timestep, class_labels=None, return_dict=True):
+        log_snr = np.log(self.alpha_bar) - np.log1p(-self.alpha_bar)
+        # Some samplers visit fractional timesteps, which they define by this interpolation.
+        at_t = np.interp(float(timestep), np.arange(len(self.alpha_bar)), log_snr)
+        return UNet2DOutput(sample=sample * float(np.sqrt(1 + np.exp(at_t))))
 
 
 @pytest.fixture(scope="module")
@@ -303,7 +318,55 @@ def test_the_callback_sees_x_t_and_the_estimate_of_x_0_of_every_step(pipeline):
     # The mean of the last step is the estimate itself (eq. 7 with alpha_bar_prev = 1).
     assert_close(strip[-1]["pred_original_sample"], images, rtol=0, atol=1e-6)
     assert set(strip[0]) == {"latents", "pred_original_sample"}
-    assert all(x.is_inference() for tensors in strip for x in tensors.values())
+    assert not any(x.requires_grad for tensors in strip for x in tensors.values())
+
+
+def test_a_callback_can_guide_by_a_gradient(pipeline):
+    """Towards images that the network itself calls grey, by the gradient through the network."""
+    weights, greys = [p.clone() for p in pipeline.unet.parameters()], []
+
+    def towards_grey(p, i, t, tensors):
+        with torch.enable_grad():
+            x = tensors["latents"].detach().requires_grad_()
+            grey = p.unet(x, t).sample.square().mean() + x.square().mean()
+            (gradient,) = torch.autograd.grad(grey, x)
+            greys.append(grey.item())
+            return {"latents": x - 8 * gradient}
+
+    call = {"output_type": "latent", "num_inference_steps": 10}
+    images = pipeline(1, seeded(0), callback_on_step_end=towards_grey, **call).images
+    assert not images.requires_grad
+    assert len(greys) == 10
+    plain = pipeline(1, seeded(0), **call).images
+    assert images.square().mean() < 0.9 * plain.square().mean()
+    for before, after in zip(weights, pipeline.unet.parameters(), strict=True):
+        assert torch.equal(before, after)
+
+
+class Recorder(PipelineCallback):
+    """diffusers' kind of callback, which names the tensors that it wants."""
+
+    tensor_inputs = ["pred_original_sample"]  # noqa: RUF012
+
+    def callback_fn(self, pipeline, step_index, timesteps, callback_kwargs):
+        if step_index == int(pipeline.num_timesteps * self.config.cutoff_step_ratio) - 1:
+            self.seen = dict(callback_kwargs)
+        return callback_kwargs
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_callback_of_diffusers_gets_the_tensors_that_it_names(pipeline, several):
+    recorder = Recorder(cutoff_step_ratio=1.0)
+    callback = MultiPipelineCallbacks([recorder]) if several else recorder
+    call = {"output_type": "latent", "num_inference_steps": 4, "callback_on_step_end": callback}
+    images = pipeline(1, seeded(0), **call).images
+    assert set(recorder.seen) == {"pred_original_sample"}
+    assert_close(recorder.seen["pred_original_sample"], images, rtol=0, atol=1e-6)
+
+
+def test_a_callback_of_diffusers_that_needs_a_prompt_is_refused(pipeline):
+    with pytest.raises(ValueError, match=r"tensor_inputs.*prompt_embeds"):
+        pipeline(callback_on_step_end=SDCFGCutoffCallback())
 
 
 def test_the_callback_can_replace_x_t(pipeline):
@@ -675,6 +738,9 @@ def test_a_network_whose_channels_do_not_fit_the_variance_is_refused(channels, v
             EDMEulerScheduler.from_config(tiny_scheduler().config),
             "scheduler must be.*EDMEuler",
         ),
+        (tiny_unet(), DDIMInverseScheduler(), "DDIMInverseScheduler inverts"),
+        (tiny_unet(), DPMSolverMultistepInverseScheduler(), "MultistepInverseScheduler inverts"),
+        (tiny_unet(), RePaintScheduler(), "RePaintScheduler needs mask and original_image"),
     ],
 )
 def test_parts_of_the_wrong_kind_are_named(unet, scheduler, named):
@@ -687,7 +753,14 @@ def test_parts_of_the_wrong_kind_are_named(unet, scheduler, named):
     [
         (EulerDiscreteScheduler, {"eta": 0.5}, "eta=0.5: EulerDiscreteScheduler"),
         (DDIMScheduler, {"timesteps": [3, 1]}, "timesteps=.*DDIMScheduler"),
-        (DPMSolverMultistepScheduler, {}, "num_inference_steps=20 is too many.*DPMSolver"),
+        (
+            DPMSolverMultistepScheduler,
+            {"num_inference_steps": 20},
+            r"num_inference_steps=20 is too many for DPMSolver.*timesteps 0, 0.*fewer steps$",
+        ),
+        (PNDMScheduler, {"num_inference_steps": 2}, "PNDMScheduler cannot make num_inference"),
+        (EulerDiscreteScheduler, {"timesteps": [9, 5, 5]}, "timesteps.*strictly descending"),
+        (EulerDiscreteScheduler, {"timesteps": [5, 9]}, "timesteps.*strictly descending"),
         (
             PNDMScheduler,
             {
@@ -703,6 +776,49 @@ def test_what_another_scheduler_cannot_do_is_said(kind, call, message):
     scheduler = kind.from_config(tiny_scheduler(timestep_spacing="leading").config)
     with pytest.raises(ValueError, match=message):
         tiny_pipeline(scheduler=scheduler)(**call)
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    ("T", "spacing"),
+    [(5, "leading"), (20, "leading"), (20, "linspace"), (20, "trailing"), (1000, "leading")],
+)
+def test_by_default_other_schedulers_take_a_number_of_steps_that_works(kind, spacing, T):
+    """With the exact network for images of zeros the chain ends near zeros."""
+    config = {"num_train_timesteps": T, "beta_schedule": "squaredcos_cap_v2"}
+    scheduler = GaussianDDPMScheduler(**config, clip_sample=False)
+    pipeline = tiny_pipeline(scheduler=kind.from_config(scheduler.config, timestep_spacing=spacing))
+    pipeline.unet = Zeros(**pipeline.unet.config)
+    pipeline.unet.alpha_bar = scheduler.alphas_cumprod.double().numpy()
+    images = pipeline(output_type="latent", generator=seeded(0)).images
+    assert pipeline.scheduler.num_inference_steps == usual_num_steps(kind.__name__, T)
+    # With five steps the distance is theirs. PNDM extrapolates what it saw where the cosine
+    # schedule has no signal left, and diverges if it starts there, in any number of steps.
+    if T > 5 and (kind is not PNDMScheduler or spacing == "leading"):
+        assert images.abs().max() < 0.5
+
+
+@pytest.mark.parametrize("option", ["use_karras_sigmas", "use_exponential_sigmas"])
+@pytest.mark.parametrize(
+    "kind", [DPMSolverMultistepScheduler, UniPCMultistepScheduler, DEISMultistepScheduler]
+)
+def test_noise_levels_that_fall_on_one_timestep_are_one_error(kind, option):
+    """Between the last timesteps of the cosine schedule lie most of Karras' noise levels."""
+    scheduler = GaussianDDPMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=False)
+    pipeline = tiny_pipeline(scheduler=kind.from_config(scheduler.config, **{option: True}))
+    with pytest.raises(ValueError, match=f"too many for {kind.__name__}.*turn off {option}"):
+        pipeline(num_inference_steps=25)
+    linear = GaussianDDPMScheduler(clip_sample=False)
+    pipeline.scheduler = kind.from_config(linear.config, **{option: True})
+    assert len(pipeline(num_inference_steps=25).images) == 1
+
+
+def test_only_a_wrapped_network_is_told_to_be_unwrapped():
+    scheduler = DDPMScheduler(**SHORT_CHAIN)
+    with pytest.raises(TypeError, match=r"take it out of the DataParallel \(.*unwrap_model"):
+        GaussianDDPMPipeline(torch.nn.DataParallel(tiny_unet()), scheduler)
+    with pytest.raises(TypeError, match=r"got Linear$"):
+        GaussianDDPMPipeline(torch.nn.Linear(2, 2), scheduler)
 
 
 def test_return_dict_false_gives_a_tuple(pipeline):

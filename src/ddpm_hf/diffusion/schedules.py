@@ -279,3 +279,32 @@ def _whole_stride(num_steps: int, num_train_timesteps: int) -> Steps:
         f"timestep_spacing 'ddim{num_steps}': no whole stride gives {num_steps} of"
         f" num_train_timesteps={num_train_timesteps} steps; use 'leading' or 'linspace'"
     )
+
+
+# How many steps a scheduler of diffusers is usually run with --------------------------------------
+
+ANCESTRAL = ("GaussianDDPMScheduler", "DDPMScheduler", "DDPMParallelScheduler")
+DDIM = ("DDIMScheduler", "DDIMParallelScheduler")
+FIRST_ORDER = (
+    "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler", "LMSDiscreteScheduler",
+    "PNDMScheduler",
+)  # fmt: skip
+
+
+def usual_num_steps(scheduler: str, num_train_timesteps: int) -> int:
+    """The number of steps to sample in where nobody gave one.
+
+    Args:
+        scheduler: the name of its class.
+        num_train_timesteps: T.
+
+    Returns:
+        T where each step adds the noise of DDPM. Else 50, or 25 for solvers of higher order (such
+        as DPM-Solver, UniPC, DEIS, Heun), as far as T allows: most of them cannot make T steps.
+    """
+    T = num_train_timesteps
+    if scheduler in ANCESTRAL:
+        return T
+    if scheduler in DDIM:
+        return min(50, T)
+    return min(50 if scheduler in FIRST_ORDER else 25, max(1, T - 1))
