@@ -9,11 +9,14 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-# Of a URL the user with the password, and whatever its query holds; tokens of the Hub anywhere.
+TOKEN = re.compile(
+    r"\b(?:hf_|ghp_|github_pat_|sk-)[A-Za-z0-9_-]{16,}|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)"
+)
+# Of a URL also a user alone, which may be a token, and whatever its query holds.
 _SECRETS = (
-    (re.compile(r"(?<=://)[^/@\s'\"]+@"), "***@"),
-    (re.compile(r"(?<=://)([^\s'\"?]*)\?[^\s'\"]*"), r"\1?***"),
-    (re.compile(r"\bhf_[A-Za-z0-9]{8,}"), "hf_***"),
+    (TOKEN, "[hidden]"),
+    (re.compile(r"(?<=://)[^/@\s'\"]+(?=@)"), "[hidden]"),
+    (re.compile(r"(?<=://)([^\s'\"?]*)\?[^\s'\"]*"), r"\1?[hidden]"),
 )
 
 

@@ -7,8 +7,9 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from ddpm_hf.data.decoding import how_to_read
 from ddpm_hf.data.errors import DataError
+from ddpm_hf.data.labels import NO_LABEL, Labels, known_class_names, read_labels
 from ddpm_hf.data.preparing import Plan, Source, bad_images, listed, prepare_into
 from ddpm_hf.data.sources import origin_of
 from ddpm_hf.diffusion.files import replacing_folder
@@ -28,7 +30,7 @@ from ddpm_hf.wording import counted
 
 CROPS = ("center", "random", "none")
 _MAX_KINDS = _MAX_NAMED = 10
-_CACHE_VERSION = 2  # what another version prepared is not read
+_CACHE_VERSION = 3  # what another version prepared is not read
 
 
 class ImageDataset:
@@ -40,19 +42,25 @@ class ImageDataset:
         facts: mode, size, bit depth and label names.
         skipped: one line for each row that was left out, with the reason.
         left_out: number of files and rows that are not among the images, by kind or reason.
+        labels: the class of each image, (N,), -1 where it has none; None unless asked for.
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str], files_left_out: Mapping[str, int] | None = None
+        self,
+        folder: str | os.PathLike[str],
+        files_left_out: Mapping[str, int] | None = None,
+        class_names: tuple[str, ...] | None = None,
+        labels_of_rows: Labels | None = None,
     ) -> None:
         self.folder = Path(folder)
-        self._files_left_out = dict(files_left_out or {})
+        self._arguments = (folder, files_left_out, class_names, labels_of_rows)
         summary = json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
-        self.facts = ImageFacts.from_config(summary["facts"])
+        facts = ImageFacts.from_config(summary["facts"])
+        self.facts = replace(facts, class_names=class_names)
         self.skipped: list[str] = summary["skipped"]
         self.remarks: list[str] = summary["remarks"]
         bad = {"bad images": len(self.skipped)} if self.skipped else {}
-        self.left_out = dict(Counter(self._files_left_out | bad).most_common())
+        self.left_out = dict(Counter({**(files_left_out or {}), **bad}).most_common())
         # Colours may turn out to be grey and alphas opaque: then not all stored planes are used.
         self._planes = _used_planes(summary["stored_mode"], self.facts.mode)
         self._dtype = np.dtype(np.uint16 if self.facts.bit_depth == 16 else np.uint8)
@@ -63,6 +71,7 @@ class ImageDataset:
         self._heights = columns.column("height").to_numpy()
         self._widths = columns.column("width").to_numpy()
         self._rows = np.flatnonzero(self._heights)  # a row that was left out has height 0
+        self.labels = None if labels_of_rows is None else labels_of_rows[self._rows]
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -71,7 +80,7 @@ class ImageDataset:
         return torch.from_numpy(self.window(index).copy())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.folder, self._files_left_out)
+        return type(self), self._arguments
 
     def window(self, index: int, top: float = 0.5, left: float = 0.5) -> NDArray[Any]:
         """The part of an image that has the size in `facts`: a read-only view, (C, H, W).
@@ -104,6 +113,7 @@ def prepare_images(
     bit_depth: int | None = None,
     crop: str = "center",
     on_bad_image: str = "error",
+    label_column: str | Literal[True] | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     image_root: str | os.PathLike[str] | None = None,
     progress: bool = True,
@@ -124,6 +134,9 @@ def prepare_images(
             one anew in each epoch; "none" keeps the whole image and needs images of one shape.
             Images that keep their native size are never cut.
         on_bad_image: "error" lists all that cannot be used, "skip" leaves them out and says so.
+        label_column: column of the class labels, or True for the one that is declared to hold them
+            (the sub-folders of a folder); see `labels`. None reads none: only the names in a
+            declared column are known.
         cache_dir: where prepared images are kept; None: beside the cache of `datasets`.
         image_root: folder from which rows that hold only a path may be read. It is known of the
             folders of `load_images` and of `datasets.load_dataset("imagefolder", ...)`; such rows
@@ -143,11 +156,14 @@ def prepare_images(
     cells = cells.cast_column(column, datasets.Image(decode=False))
     origin = origin_of(dataset, column)
     root = Path(image_root).expanduser() if image_root else origin.root
-    source = Source(cells, column, os.path.realpath(root) if root else None, _class_names(dataset))
+    source = Source(cells, column, os.path.realpath(root) if root else None)
+    labels, class_names = None, known_class_names(dataset)
+    if label_column is not None:
+        labels, class_names = read_labels(dataset, label_column)
     plan = Plan(resolution, image_mode, bit_depth, crop)
     with _progress_bars(progress):
         folder = _prepared_folder(source, plan, cache_dir, on_bad_image)
-    images = ImageDataset(folder, origin.left_out)
+    images = ImageDataset(folder, origin.left_out, class_names, labels)
     _report(images, len(cells), on_bad_image)
     return images
 
@@ -210,12 +226,6 @@ def _kinds(columns: Any) -> str:
     return f"the columns are {', '.join(kinds)}"
 
 
-def _class_names(dataset: datasets.Dataset) -> tuple[str, ...] | None:
-    labels = [n for n, kind in dataset.features.items() if isinstance(kind, datasets.ClassLabel)]
-    name = "label" if "label" in labels else labels[0] if len(labels) == 1 else None
-    return tuple(dataset.features[name].names) if name else None
-
-
 def _prepared_folder(
     source: Source, plan: Plan, cache_dir: str | os.PathLike[str] | None, on_bad_image: str
 ) -> Path:
@@ -240,7 +250,7 @@ def _prepared_folder(
 
 def _key(source: Source, plan: Plan) -> str:
     """Hash of all that decides what is prepared, the state of the files that rows name included."""
-    rows = (source.cells._fingerprint, source.class_names, _files_by_path(source))
+    rows = (source.cells._fingerprint, _files_by_path(source))
     text = repr((_CACHE_VERSION, plan, rows))
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
@@ -295,6 +305,9 @@ def _report(images: ImageDataset, total: int, on_bad_image: str) -> None:
     remarks = list(images.remarks)
     if images.left_out:
         remarks.append("; ".join([_use_of(images), *listed(images.skipped, _MAX_NAMED)]))
+    num_unlabelled = 0 if images.labels is None else int((images.labels == NO_LABEL).sum())
+    if num_unlabelled:
+        remarks.append(f"{num_unlabelled:,} of {counted(len(images), 'image')} have no label")
     for remark in remarks:
         warnings.warn(remark, stacklevel=3)
 

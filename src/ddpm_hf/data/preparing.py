@@ -61,7 +61,6 @@ class Source:
     cells: Any
     column: str
     root: str | None
-    class_names: tuple[str, ...] | None
 
 
 def prepare_into(source: Source, plan: Plan, on_bad_image: str, folder: Path) -> None:
@@ -84,7 +83,7 @@ def prepare_into(source: Source, plan: Plan, on_bad_image: str, folder: Path) ->
     if better != target:
         target, notes = better, _decode_all(source, better, folder, num_pixels)
     mode = plan.image_mode or _smallest_mode(notes["colour"], notes["alpha"])
-    facts = ImageFacts(mode, target.height, target.width, target.bit_depth, source.class_names)
+    facts = ImageFacts(mode, target.height, target.width, target.bit_depth)
     summary = {
         "facts": facts.to_config(),
         "stored_mode": target.mode,

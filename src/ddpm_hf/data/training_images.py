@@ -37,8 +37,11 @@ class Images(Protocol):
     def __getitem__(self, index: int, /) -> Tensor: ...
 
 
-class TrainingImages(torch.utils.data.Dataset[Tensor]):
+class TrainingImages(torch.utils.data.Dataset[Any]):
     """What the network sees: `training[epoch, index]` is a float32 image (C, H, W) in [-1, 1].
+
+    Where the images were prepared with their labels it is the pair of that image and its class, an
+    int, -1 where it has none.
 
     Flips and crops are drawn from (seed, epoch, index) alone, so that neither the number of
     workers nor a resumed run changes them. Then the image is padded at its edges, replicated, to a
@@ -71,6 +74,7 @@ class TrainingImages(torch.utils.data.Dataset[Tensor]):
         if len(images) == 0:
             raise DataError("there are no images")
         self.images = images
+        self.labels = images.labels if isinstance(images, ImageDataset) else None
         self.seed = seed
         self.random_flip = random_flip
         self.size_multiple = size_multiple
@@ -87,17 +91,21 @@ class TrainingImages(torch.utils.data.Dataset[Tensor]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, position: tuple[int, int]) -> Tensor:
+    def __getitem__(self, position: tuple[int, int]) -> Any:
         return self.__getitems__([position])[0]
 
-    def __getitems__(self, positions: Sequence[tuple[int, int]]) -> list[Tensor]:
+    def __getitems__(self, positions: Sequence[tuple[int, int]]) -> list[Any]:
         """A batch at once, for `DataLoader`: many times faster than one by one."""
         draws = np.stack([self._draws_of(epoch)[index] for epoch, index in positions])  # (B, 3)
         x_0 = self._load([index for _, index in positions], draws)
         if self.random_flip:
             is_flipped = torch.from_numpy(draws[:, 0] < 0.5)
             x_0[is_flipped] = x_0[is_flipped].flip(-1)
-        return list(_pad_to_multiple(x_0, self.size_multiple))
+        padded = list(_pad_to_multiple(x_0, self.size_multiple))
+        if self.labels is None:
+            return padded
+        labels = self.labels[[index for _, index in positions]].tolist()
+        return list(zip(padded, labels, strict=True))
 
     def _draws_of(self, epoch: int) -> NDArray[np.float32]:
         """Flip, top and left of all images in an epoch, (N, 3) in [0, 1)."""
@@ -152,8 +160,10 @@ class TrainingImages(torch.utils.data.Dataset[Tensor]):
             raise DataError(f"images must have one shape, image {index} has {shapes}")
 
 
-def read_batches(loader: DataLoader[Tensor]) -> Iterator[Tensor]:
+def read_batches(loader: DataLoader[Any]) -> Iterator[Any]:
     """The batches of a loader over `TrainingImages`; an error names the rows.
+
+    A batch is images (B, C, H, W), or, where they have labels, these and their classes (B,).
 
     Args:
         loader: with a batch sampler that gives the same batches again.

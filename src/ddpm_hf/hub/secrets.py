@@ -5,9 +5,8 @@ from pathlib import Path
 
 from huggingface_hub import get_token
 
-_TOKEN = re.compile(
-    r"\b(?:hf_|ghp_|github_pat_|sk-)[A-Za-z0-9_-]{16,}|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)"
-)
+from ddpm_hf.names import TOKEN
+
 _LOCAL_PATH = re.compile(
     r"(?<![\w/.:~-])/(?:home|Users|root|tmp|var|mnt|media|opt|srv|scratch|workspace|content|kaggle)/"
     r"[^\s\"'`<>|)]+|\b[A-Za-z]:[\\/]+Users[\\/][^\s\"'`<>|)]+|file://\S+"
@@ -32,6 +31,6 @@ def find_leak(text: str, *, paths: bool = True) -> str | None:
 
 def hide_tokens(text: str) -> str:
     """`text`, with a placeholder for each token and password, that of this login included."""
-    text = _TOKEN.sub("[hidden]", text)
+    text = TOKEN.sub("[hidden]", text)
     token = get_token()
     return text.replace(token, "[hidden]") if token else text
