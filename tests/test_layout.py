@@ -16,7 +16,7 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 # own floor and those below.
 FLOORS = (
     {"diffusion", "names", "paths", "randomness", "wording"},
-    {"losses", "data", "pictures"},
+    {"losses", "decoders", "timestep_samplers", "weightings", "data", "pictures"},
     {"likelihood", "hub"},
     {"training"},
     {"commands"},

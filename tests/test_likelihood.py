@@ -1,11 +1,34 @@
 """The variational bound: its terms, its decoder and bits/dim, against other routes to each."""
 
+import itertools
+import math
+
+import mpmath
+import numpy as np
 import pytest
 import torch
-from oracles import randn
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+from mpmath import mpf
+from oracles import (
+    GAP_OF_BOUND,
+    alpha_bars,
+    bin_nll,
+    iddpm_sections,
+    kl_of_step,
+    linear_betas,
+    mean_of_mixture,
+    papers_nll,
+    posterior_by_conditioning,
+    randn,
+    target,
+    to_float64,
+)
 from torch.testing import assert_close
 
-from ddpm_hf import GaussianDDPMScheduler
+from ddpm_hf import GaussianDDPMScheduler, bits_per_dim
+from ddpm_hf.decoders import decoder_of
+from ddpm_hf.diffusion.arithmetic import expm1_minus
+from ddpm_hf.losses import vlb_term
 
 VARIANCE_TYPES = ["fixed_small", "fixed_large", "learned", "learned_range"]
 
@@ -72,3 +95,439 @@ def test_at_smaller_eta_step_kl_compares_the_processes_of_ddim():
     assert_close(scheduler.step_kl(x_0_hat, x_0, x_t, t, eta=eta).kl, want, rtol=1e-10, atol=0)
     with pytest.raises(ValueError, match=r"eta must be .*0 has no bound, got 0"):
         scheduler.step_kl(x_0_hat, x_0, x_t, t, eta=0)
+
+
+# The bound -------------------------------------------------------------------------------------
+
+
+def chain(num_inference_steps):
+    """Timesteps evenly spaced as Improved DDPM's code has them, and 40-digit coefficients at each.
+
+    Descending; (alpha_bar, posterior) of each.
+    """
+    steps = iddpm_sections(1000, str(num_inference_steps))
+    bars = alpha_bars(linear_betas(1000))
+    previous = [mpf(1), *(bars[t] for t in steps)]
+    rows = [
+        (bars[t], posterior_by_conditioning(bars[t], prev))
+        for t, prev in zip(steps, previous, strict=False)
+    ]
+    return steps[::-1], rows[::-1]
+
+
+def reverse_variances(rows, variance_type):
+    """Of each step but the last, whose decoder has the posterior's of the step before."""
+    betas = [
+        1 - bar / prev
+        for (bar, _), (prev, _) in zip(rows, [*rows[1:], (mpf(1), None)], strict=True)
+    ]
+    small = [q.variance for _, q in rows]
+    return [*(betas if variance_type == "fixed_large" else small)[:-1], small[-2]]
+
+
+class ExactDenoiser:
+    """The best network for a given E[x_0 | x_t]; it keeps the x_t that it was asked about."""
+
+    def __init__(self, mean_of_x_0, prediction_type="epsilon", log_variances=None):
+        self.mean_of_x_0, self.prediction_type = mean_of_x_0, prediction_type
+        self.log_variances, self.seen = log_variances, {}
+        self.alpha_bar = to_float64(alpha_bars(linear_betas(1000)))
+
+    def __call__(self, x_t, t):
+        outputs = []
+        for x, step in zip(x_t, t.tolist(), strict=True):
+            self.seen.setdefault(step, []).append(x)
+            a = float(self.alpha_bar[step])
+            x_0 = self.mean_of_x_0(x, a)
+            output = target(self.prediction_type, x_0, (x - a**0.5 * x_0) / (1 - a) ** 0.5, a)
+            if self.log_variances:
+                log_variance = torch.full_like(x, self.log_variances[step])
+                output = torch.cat([output, log_variance])
+            outputs.append(output)
+        return torch.stack(outputs)
+
+
+def normal_mean(data_var):
+    return lambda x_t, a: a**0.5 * data_var / (a * data_var + 1 - a) * x_t
+
+
+DATA = {
+    "normal": (lambda n: randn(n, 1, 2, 4) / 2, normal_mean(0.25)),
+    "mixture": (
+        lambda n: randn(n, 1, 2, 4) / 10 + torch.where(randn(n, 1, 2, 4, seed=9) > 0, 0.5, -0.3),
+        lambda x_t, a: mean_of_mixture(x_t, a, [0.5, -0.3], 0.1),
+    ),
+}
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("num_inference_steps", [1000, 10])
+def test_the_bound_of_an_exact_network_is_its_closed_form(num_inference_steps, data, variance_type):
+    """Every term from 40-digit coefficients and the network's errors on the x_t that it saw."""
+    make_images, mean_of_x_0 = DATA[data]
+    images = make_images(3)
+    steps, rows = chain(num_inference_steps)
+    scheduler = GaussianDDPMScheduler(clip_sample=False, variance_type=variance_type)
+    denoiser = ExactDenoiser(mean_of_x_0)
+    errors = lambda t, a: torch.stack(  # noqa: E731
+        [
+            (x_0 - mean_of_x_0(x, a)).square().mean()
+            for x_0, x in zip(images, denoiser.seen[t], strict=True)
+        ]
+    )
+
+    result = bits_per_dim(denoiser, scheduler, images, timesteps=steps, decoder="continuous")
+
+    variances = reverse_variances(rows, variance_type)
+    want = torch.zeros(3, len(steps), dtype=torch.float64)
+    mse = torch.zeros(len(steps), dtype=torch.float64)
+    for k, (t, (bar, q), variance) in enumerate(zip(steps, rows, variances, strict=True)):
+        error = errors(t, float(bar))
+        mse[k] = error.mean()
+        for i, e in enumerate(error.tolist()):
+            kl = (
+                kl_of_step(q, variance, mpf(e))
+                if k < len(steps) - 1
+                else (mpmath.log(2 * mpmath.pi * variance) + mpf(e) / variance) / 2
+            )
+            want[i, k] = float(kl / mpmath.log(2))
+    bar = rows[0][0]
+    square = images.square().flatten(1).mean(1)
+    prior = (float(bar) * square + float(-bar - mpmath.log1p(-bar))) / (2 * math.log(2))
+    assert_close(result.terms, want, rtol=1e-10, atol=0)
+    # The part of the prior that no image changes is 1e-9 of float64's 1.
+    assert_close(result.prior, prior, rtol=1e-10, atol=1e-16)
+    assert_close(result.total, prior + want.sum(1), rtol=1e-10, atol=0)
+    assert_close(result.x_0_mse, mse, rtol=1e-10, atol=0)
+    snr = torch.tensor([float(bar / (1 - bar)) for bar, _ in rows], dtype=torch.float64)
+    assert_close(result.eps_mse, mse * snr, rtol=1e-10, atol=0)
+    assert result.timesteps.tolist() == steps
+    assert result.mean == pytest.approx(result.total.mean().item())
+    assert result.standard_error == pytest.approx(result.total.std().item() / 3**0.5)
+
+
+def best_variances(rows, data_var):
+    """Of p where the network is exact: posterior's plus what x_0's own uncertainty adds."""
+    uncertainty = [data_var * (1 - bar) / (bar * data_var + 1 - bar) for bar, _ in rows]
+    return [q.variance + q.coef_x_0**2 * m for (_, q), m in zip(rows, uncertainty, strict=True)]
+
+
+@pytest.mark.parametrize("kind", ["fixed_small", "fixed_large", "best"])
+@pytest.mark.parametrize("num_inference_steps", sorted(GAP_OF_BOUND))
+def test_the_gap_of_the_bound_on_normal_data_is_that_of_the_table(num_inference_steps, kind):
+    """x_0 and noise whose squares and products have the mean that they have in expectation."""
+    steps, rows = chain(num_inference_steps)
+    best = best_variances(rows, mpf("0.25"))
+    variances = best if kind == "best" else [*reverse_variances(rows, kind)[:-1], best[-1]]
+    log_variances = {t: float(mpmath.log(v)) for t, v in zip(steps, variances, strict=True)}
+    scheduler = GaussianDDPMScheduler(clip_sample=False, variance_type="learned")
+    scheduler.set_timesteps(timesteps=steps)
+    x_0 = torch.tensor([0.5, 0.5, -0.5, -0.5], dtype=torch.float64).expand(len(steps), 1, 4)
+    noise = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64).expand(len(steps), 1, 4)
+    denoiser = ExactDenoiser(normal_mean(0.25), log_variances=log_variances)
+
+    terms = vlb_term(denoiser, scheduler, x_0, torch.tensor(steps), noise, decoder="continuous")
+
+    bar = float(rows[0][0])
+    prior = (0.25 * bar - bar - math.log1p(-bar)) / (2 * math.log(2))
+    gap = prior + terms.sum().item() - math.log2(2 * math.pi * math.e * 0.25) / 2
+    if kind == "best":  # nothing is lost at any K but by x_T, whose variance is not quite 1
+        assert gap == pytest.approx(
+            (-0.75 * bar - math.log1p(-0.75 * bar)) / math.log(4), abs=1e-10
+        )
+    else:
+        small, large = GAP_OF_BOUND[num_inference_steps]
+        digits, want = (2, small) if kind == "fixed_small" else (4, large)
+        assert round(gap, digits) == want
+
+
+def levels(*shape, bit_depth=8, seed=0, dtype=torch.float64):
+    """Random pixels on the grid, in [-1, 1]."""
+    top = 2**bit_depth - 1
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(top + 1, shape, generator=generator).to(dtype) * 2 / top - 1
+
+
+def halve(x_t, t):
+    return x_t * 0.5
+
+
+def generators(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+@pytest.fixture
+def scheduler():
+    return GaussianDDPMScheduler(num_train_timesteps=20, beta_end=0.5, timestep_spacing="trailing")
+
+
+def test_the_scheduler_is_not_changed_and_its_short_trajectory_not_taken_over(scheduler):
+    images, rows = levels(2, 1, 2, 2), torch.arange(20).flip(0)
+    whole = bits_per_dim(halve, scheduler, images, generator=generators(1, 2))
+    scheduler.set_timesteps(4)
+    before = scheduler.timesteps.clone()
+    again = bits_per_dim(halve, scheduler, images, generator=generators(1, 2))
+    assert torch.equal(scheduler.timesteps, before)
+    assert torch.equal(again.timesteps, rows)
+    assert torch.equal(again.total, whole.total)
+    short = bits_per_dim(halve, scheduler, images, num_inference_steps=4)
+    assert torch.equal(short.timesteps, before)
+    assert short.terms.shape == (2, 4)
+    custom = bits_per_dim(halve, scheduler, images, timesteps=[19, 3])
+    assert custom.timesteps.tolist() == [19, 3]
+    one = bits_per_dim(halve, scheduler, images, timesteps=[19])
+    assert torch.equal(one.total, one.prior + one.terms[:, 0])
+
+
+@pytest.mark.parametrize("num_timesteps", [None, 5])
+def test_an_image_with_its_own_generator_has_one_bound_in_any_batch(scheduler, num_timesteps):
+    images = levels(5, 1, 2, 2)
+    options = {"num_timesteps": num_timesteps}
+    whole = bits_per_dim(halve, scheduler, images, generator=generators(*range(5)), **options)
+    split = bits_per_dim(
+        halve, scheduler, images, generator=generators(*range(5)), batch_size=2, **options
+    )
+    loader = (batch for batch in images.split([1, 4]))
+    streamed = bits_per_dim(halve, scheduler, loader, generator=generators(*range(5)), **options)
+    for other in (split, streamed):
+        for name in ("total", "prior", "terms", "num_measured"):
+            assert torch.equal(getattr(other, name), getattr(whole, name))
+        # Sums in another order.
+        assert_close(other.x_0_mse, whole.x_0_mse, rtol=1e-14, atol=0, equal_nan=True)
+
+
+def test_sampled_timesteps_give_the_whole_bound_within_their_standard_error():
+    scheduler = GaussianDDPMScheduler(clip_sample=False)
+    images, denoiser = levels(200, 1, 4, 4), ExactDenoiser(normal_mean(1 / 3))
+    draw = torch.Generator().manual_seed(1)  # not the images' own seed
+    whole = bits_per_dim(denoiser, scheduler, images, num_inference_steps=100, generator=draw)
+    few = bits_per_dim(
+        denoiser, scheduler, images, num_inference_steps=100, num_timesteps=6, generator=draw
+    )
+    assert few.num_measured.sum() == 6 * 200
+    assert few.num_measured[-1] == 200
+    assert_close(few.total, few.prior + few.terms.sum(1))
+    distance = few.total - whole.total  # paired: the images are the same
+    assert abs(distance.mean().item()) < 3 * (distance.std() / 200**0.5).item()
+    # Drawn as the noise's log-variance falls, 6 calls are hardly worse than 100.
+    assert few.standard_error < 2 * whole.standard_error
+
+
+def test_the_standard_error_of_sampled_timesteps_is_how_far_estimates_scatter(scheduler):
+    images, draw = levels(50, 1, 2, 2), torch.Generator().manual_seed(1)
+    runs = [
+        bits_per_dim(halve, scheduler, images, num_timesteps=3, generator=draw) for _ in range(60)
+    ]
+    scatter = torch.tensor([run.mean for run in runs]).std().item()
+    # The images are the same in all runs, so that theirs is no part of the scatter.
+    per_image = torch.stack([run.total for run in runs])
+    within = per_image.var(0).mean().sqrt().item() / 50**0.5
+    assert scatter == pytest.approx(within, rel=0.3)  # 60 runs: 9 % standard error
+    assert torch.tensor([run.standard_error for run in runs]).mean() > 0.9 * within
+
+
+def test_all_timesteps_sampled_is_the_whole_bound(scheduler):
+    images = levels(2, 1, 2, 2)
+    whole = bits_per_dim(halve, scheduler, images, generator=generators(1, 2))
+    every = bits_per_dim(halve, scheduler, images, generator=generators(1, 2), num_timesteps=20)
+    assert torch.equal(every.terms, whole.terms)
+
+
+def test_float32_has_the_terms_to_1e_4_and_their_sum_to_2e_5():
+    """Where differences of means would have no digit left: linear schedule, T = 1000."""
+    scheduler = GaussianDDPMScheduler(clip_sample=False, variance_type="learned_range")
+    t = torch.arange(1000)
+    x_0 = levels(1, 3, 8, 8, dtype=torch.float32).expand(1000, 3, 8, 8)
+    noise = randn(1000, 3, 8, 8, dtype=torch.float32)
+    wrong, v = randn(1000, 3, 8, 8, seed=1) / 3, randn(1000, 3, 8, 8, seed=2).clamp(-1, 1)
+
+    def terms(dtype):
+        output = torch.cat([noise.to(dtype) + wrong.float().to(dtype), v.float().to(dtype)], dim=1)
+        return vlb_term(lambda x_t, t: output, scheduler, x_0.to(dtype), t, noise.to(dtype))
+
+    want, got = terms(torch.float64), terms(torch.float32)
+    assert got.dtype == torch.float32
+    assert_close(got.double(), want, rtol=1e-4, atol=0)
+    assert_close(got.double().sum(), want.sum(), rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_variances_part_of_the_kl_has_its_digits_and_its_gradient_at_any_ratio(dtype):
+    ratios = [s * 10.0**n for n in range(-7, 2) for s in (-1, -0.49, 0.51, 1)]
+    r = torch.tensor(ratios, dtype=dtype, requires_grad=True)
+    value = expm1_minus(r)
+    value.sum().backward()
+    exact = [mpf(x) for x in r.tolist()]
+    digits = 1e-5 if dtype == torch.float32 else 1e-12  # the worst is where the series ends
+    want = [float(mpmath.expm1(x) - x) for x in exact]
+    assert_close(value, torch.tensor(want, dtype=dtype), rtol=digits, atol=0)
+    want = [float(mpmath.expm1(x)) for x in exact]
+    assert_close(r.grad, torch.tensor(want, dtype=dtype), rtol=digits, atol=0)
+
+
+def test_ddpms_own_scheduler_will_do_and_a_deterministic_one_has_no_bound(scheduler):
+    images = levels(2, 1, 2, 2)
+    stock = DDPMScheduler.from_config(scheduler.config)
+    want = bits_per_dim(halve, scheduler, images, generator=generators(1, 2))
+    got = bits_per_dim(halve, stock, images, generator=generators(1, 2))
+    assert torch.equal(got.total, want.total)
+    ddim = DDIMScheduler.from_config(scheduler.config)
+    with pytest.raises(TypeError, match="got DDIMScheduler: a sampler without noise"):
+        bits_per_dim(halve, ddim, images)
+    with pytest.raises(ValueError, match=r"eta must be .*0 has no bound, got 0"):
+        bits_per_dim(halve, scheduler, images, eta=0.0)
+
+
+def small_unet(**config):
+    return UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        dropout=0.5,
+    )
+
+
+def test_a_model_is_evaluated_in_its_own_dtype_and_left_as_it_was(scheduler):
+    unet, images = small_unet(), levels(3, 1, 8, 8, dtype=torch.float32)
+    unet.train()
+    first = bits_per_dim(unet, scheduler, images, generator=generators(1, 2, 3))
+    again = bits_per_dim(unet, scheduler, images, generator=generators(1, 2, 3))
+    assert torch.equal(first.total, again.total)  # without dropout
+    assert unet.training
+    assert all(p.requires_grad for p in unet.parameters())
+    assert first.total.dtype == torch.float64
+    half = bits_per_dim(unet.to(torch.bfloat16), scheduler, images, generator=generators(1, 2, 3))
+    assert_close(half.total, first.total, rtol=0.05, atol=0)  # bfloat16 has 3 digits
+    scheduler.step(images, 3, images)  # what was made in inference mode can be trained with
+
+
+def test_the_bit_depth_is_what_the_model_was_trained_on(scheduler):
+    unet, images = small_unet(), levels(3, 1, 8, 8, bit_depth=16, dtype=torch.float32)
+    with pytest.raises(ValueError, match="off the 8-bit grid"):
+        bits_per_dim(unet, scheduler, images)
+    image = {"mode": "L", "height": 8, "width": 8, "bit_depth": 16}
+    unet.register_to_config(_ddpm_hf={"format_version": 1, "image": image})
+    told = bits_per_dim(unet, scheduler, images, generator=generators(1, 2, 3))
+    function = unet.eval().forward
+    asked = bits_per_dim(function, scheduler, images, generator=generators(1, 2, 3), bit_depth=16)
+    assert torch.equal(told.total, asked.total)
+
+
+images = levels(2, 1, 2, 2)
+BAD = {
+    "no images": ({"images": images[:0]}, "images is empty"),
+    "no batches": ({"images": iter([])}, "images is empty"),
+    "bytes": ({"images": torch.zeros(2, 1, 2, 2, dtype=torch.uint8)}, "floating-point"),
+    "pixels": ({"images": images * 127.5 + 127.5}, r"images must be in \[-1, 1\], got 47..251"),
+    "off the grid": ({"images": images * 0.9}, "off the 8-bit grid"),
+    "NaN": ({"images": images / images.round().clamp(0, 0)}, "images hold values that are not"),
+    "pairs": ({"images": [[images, 0]]}, "must be a tensor, or yield tensors .* got list"),
+    "one number per image": ({"images": images[:, 0, 0, 0]}, r"must be \(N, C, ...\)"),
+    "one output too many": ({"denoiser": lambda x, t: x.repeat(1, 2, 1, 1)}, r"needs \(2, 1, 2"),
+    "no tensor": ({"denoiser": lambda x, t: (x,)}, "denoiser returned tuple"),
+    "a damaged network": ({"denoiser": lambda x, t: x * math.nan}, "not finite at timestep 19"),
+    "more steps than T": ({"num_inference_steps": 21}, "1..20, got 21"),
+    "a timestep beyond T": ({"timesteps": [20, 3]}, "in 0..19"),
+    "two trajectories": ({"timesteps": [3], "num_inference_steps": 1}, "pass one"),
+    "one sampled timestep": ({"num_timesteps": 1}, "num_timesteps must be an int in 2..20, got 1"),
+    "another decoder": ({"decoder": "erf"}, "'exact', 'tanh', 'continuous'; got 'erf'"),
+    "another depth": ({"bit_depth": 12}, "bit_depth must be 8 or 16, got 12"),
+    "no batch size": ({"batch_size": 0}, "batch_size must be an int in 1"),
+    "too few generators": ({"generator": generators(1)}, "list of 1 for batch_size=2"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_with_its_value_and_the_way_out(scheduler, case):
+    given, message = BAD[case]
+    call = {"denoiser": halve, "scheduler": scheduler, "images": images, **given}
+    with pytest.raises((TypeError, ValueError), match=message):
+        bits_per_dim(**call)
+
+
+# The decoder -----------------------------------------------------------------------------------
+
+LOG_STDS = [-9.0, -5.0, -3.0, -2.54, -1.0, 0.0]
+MEANS = [-1.3, -1.0, -0.31, -0.18, 0.0, 0.4, 0.998, 1.0, 2.0]
+
+
+def grid_of_cases(bit_depth):
+    """x_0, mean and log-variance: both edges, their neighbours and the middle, near and far off."""
+    top = 2**bit_depth - 1
+    pixels = [k * 2 / top - 1 for k in (0, 1, top // 3, top // 2, top - 1, top)]
+    cases = itertools.product(pixels, MEANS, [2 * s for s in LOG_STDS])
+    return torch.tensor(list(cases), dtype=torch.float64).unbind(1)
+
+
+@pytest.mark.parametrize("bit_depth", [8, 16])
+def test_the_exact_decoder_has_the_mass_of_the_bin_to_12_digits(bit_depth):
+    x_0, mean, log_variance = grid_of_cases(bit_depth)
+    want = [
+        bin_nll(*case, bit_depth) for case in torch.stack([x_0, mean, log_variance], 1).tolist()
+    ]
+    got = decoder_of("exact", bit_depth)(x_0, mean, log_variance)
+    assert_close(
+        got, torch.tensor([float(w) for w in want], dtype=torch.float64), rtol=1e-12, atol=1e-300
+    )
+
+
+@pytest.mark.parametrize("bit_depth", [8, 16])
+def test_the_masses_of_all_bins_sum_to_1(bit_depth):
+    top = 2**bit_depth - 1
+    x_0 = torch.arange(top + 1, dtype=torch.float64) * 2 / top - 1
+    for mean, log_std in itertools.product(MEANS, LOG_STDS):
+        nll = decoder_of("exact", bit_depth)(
+            x_0, torch.full_like(x_0, mean), torch.full_like(x_0, 2 * log_std)
+        )
+        assert (-nll).exp().sum().item() == pytest.approx(1, abs=1e-12)
+
+
+def test_the_papers_decoder_is_theirs_with_its_floor():
+    x_0, mean, log_variance = grid_of_cases(8)
+    want = papers_nll(x_0.numpy(), mean.numpy(), log_variance.numpy())
+    got = decoder_of("tanh")(x_0, mean, log_variance)
+    # As masses, for their difference of two numbers near 1 has 4 digits where it is 1e-12.
+    assert_close((-got).exp(), torch.from_numpy(np.exp(-want)), rtol=1e-12, atol=1e-15)
+    assert got.max().item() == pytest.approx(-math.log(1e-12))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_gradient_reaches_where_the_papers_floor_stops_it(dtype):
+    x_0, log_variance = torch.ones(1, dtype=dtype), torch.full((1,), -9.8, dtype=dtype)
+    gradients = {}
+    for name in ("exact", "tanh"):
+        mean = torch.tensor([-0.5], dtype=dtype, requires_grad=True)
+        decoder_of(name)(x_0, mean, log_variance).backward()
+        gradients[name] = mean.grad.item()
+    assert gradients["tanh"] == 0
+    variance = math.exp(-9.8)
+    assert gradients["exact"] == pytest.approx((-0.5 - 1 + 1 / 255) / variance, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bit_depth", [8, 16])
+def test_no_mean_or_variance_gives_a_gradient_that_is_not_finite(bit_depth, dtype):
+    x_0, mean, log_variance = (x.to(dtype) for x in grid_of_cases(bit_depth))
+    mean = torch.cat([mean, mean * 300]).requires_grad_()
+    log_variance = log_variance.repeat(2).requires_grad_()
+    nll = decoder_of("exact", bit_depth)(x_0.repeat(2), mean, log_variance)
+    nll.sum().backward()
+    assert nll.isfinite().all()
+    assert mean.grad.isfinite().all()
+    assert log_variance.grad.isfinite().all()
+
+
+def test_the_gradient_of_the_decoder_is_that_of_its_value():
+    x_0, mean, log_variance = grid_of_cases(8)
+    # Finite differences see nothing where the value is 1e9 or its curvature 1e8.
+    near = ((x_0 - mean).abs() * (-log_variance / 2).exp() < 100) & (log_variance > -11)
+    args = (x_0[near], mean[near].requires_grad_(), log_variance[near].requires_grad_())
+    assert near.sum() > 50
+    for name in ("exact", "continuous"):
+        assert torch.autograd.gradcheck(decoder_of(name), args, rtol=1e-5, atol=1e-4)

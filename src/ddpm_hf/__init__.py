@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ddpm_hf.hub.load import load
     from ddpm_hf.hub.push import push
     from ddpm_hf.hub.retry import HubError
+    from ddpm_hf.likelihood import bits_per_dim
     from ddpm_hf.losses import simple_loss
     from ddpm_hf.training import (
         CheckpointError,
@@ -34,6 +35,7 @@ __all__ = [
     "TrainingConfig",
     "TrainingError",
     "TrainingResult",
+    "bits_per_dim",
     "load",
     "push",
     "simple_loss",
@@ -50,6 +52,7 @@ _HOME_OF = {
     "TrainingConfig": "training",
     "TrainingError": "training",
     "TrainingResult": "training",
+    "bits_per_dim": "likelihood",
     "load": "hub.load",
     "push": "hub.push",
     "simple_loss": "losses",

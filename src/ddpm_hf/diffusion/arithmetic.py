@@ -30,6 +30,19 @@ def as_tensor(coef: Tensor, like: Tensor) -> Tensor:
     return coef.clone().reshape(coef.shape or (1,) * like.ndim)
 
 
+def expm1_minus(r: Tensor) -> Tensor:
+    """e^r - 1 - r. Near 0 from its series, for the difference has no digits, nor has its gradient.
+
+    The terms that are left out are below 1e-14 of it.
+    """
+    small = r.clamp(-0.05, 0.05)
+    series = torch.full_like(r, 1 / 8)
+    for n in (7, 6, 5, 4, 3):
+        series = (1 + series * small) / n
+    near = (1 + series * small) * small.square() / 2
+    return torch.where(small == r, near, r.expm1() - r)
+
+
 def variance_and_log(
     row: coefficients.Marginal | coefficients.Posterior | coefficients.ReverseVariance, like: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -183,7 +183,7 @@ class GaussianDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
         )
         samplers.set_timesteps(self.scheduler, num_inference_steps, timesteps)
         shape = (batch_size, self.unet.config.in_channels, *size)
-        with _evaluating(self.unet), torch.no_grad():
+        with evaluating(self.unet), torch.no_grad():
             x_T = self._initial_noise(shape, generator, latents)
             x_0 = self._reverse_chain(x_T, denoise, step_options, after_step)
         self.maybe_free_model_hooks()
@@ -370,7 +370,7 @@ class GaussianDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
 
 
 @contextmanager
-def _evaluating(unet: torch.nn.Module) -> Iterator[None]:
+def evaluating(unet: torch.nn.Module) -> Iterator[None]:
     """Eval mode inside; afterwards every module is in the mode that it had."""
     modes = [(module, module.training) for module in unet.modules()]
     unet.eval()

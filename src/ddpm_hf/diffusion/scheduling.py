@@ -466,5 +466,5 @@ class GaussianDDPMScheduler(
         of_t = self._trajectory.bound(eta).at(t, x_t)
         log_ratio = of_t.log_ratio if v is None else v * of_t.slope + of_t.log_ratio
         of_mean = (x_0 - x_0_hat).square() * of_t.weight * log_ratio.exp()
-        kl = of_mean + (log_ratio.expm1() - log_ratio) / 2
+        kl = of_mean + arithmetic.expm1_minus(log_ratio) / 2
         return StepKL(kl, of_t.log_variance - log_ratio, x_0_hat, of_t.is_last)

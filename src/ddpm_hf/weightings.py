@@ -1,0 +1,109 @@
+"""Weights of L_simple by step: what of the training signal goes to which noise level.
+
+Each is defined by the weight that it gives to the squared error of x_0, as a function of the
+signal-to-noise ratio; what that makes of the error of eps or v follows, so that an objective is the
+same for every prediction type:
+
+    |eps - eps_hat|^2 = SNR |x_0 - x_0_hat|^2,   |v - v_hat|^2 = (SNR + 1) |x_0 - x_0_hat|^2
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{name} must be positive, got {value!r}")
+
+
+class Weighting(ABC):
+    """Weights of the squared error of what the network predicts."""
+
+    @abstractmethod
+    def of_x_0(self, snr: Tensor) -> Tensor:
+        """The weight of the squared error of x_0 at this signal-to-noise ratio."""
+
+    def __call__(
+        self, scheduler: GaussianDDPMScheduler, t: Tensor, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """The weights at `t`.
+
+        Args:
+            scheduler: its signal-to-noise ratios and prediction type.
+            t: (B,), in [0, T).
+            dtype: of the weights.
+        Returns:
+            (B,).
+        """
+        snr = scheduler.snr(t, dtype)
+        weight = self.of_x_0(snr)
+        match scheduler.config.prediction_type:
+            case "epsilon":
+                return weight / snr
+            case "sample":
+                return weight
+            case _:
+                return weight / (snr + 1)
+
+
+@dataclass(frozen=True)
+class MinSNR(Weighting):
+    """min(SNR, gamma): spends less on the steps with little noise (2303.09556, section 3.4).
+
+    Attributes:
+        gamma: positive; 5 in the paper.
+    """
+
+    gamma: float = 5.0
+
+    def __post_init__(self) -> None:
+        _check_positive("gamma", self.gamma)
+
+    def of_x_0(self, snr: Tensor) -> Tensor:
+        """min(SNR, gamma)."""
+        return snr.clamp(max=self.gamma)
+
+
+@dataclass(frozen=True)
+class P2(Weighting):
+    """SNR / (k + SNR)^gamma: spends less on imperceptible detail (2204.00227, section 3).
+
+    Attributes:
+        gamma: at least 0, where every step of an eps-network has weight 1; 0.5 or 1 in the paper.
+        k: positive; 1 in the paper.
+    """
+
+    gamma: float = 1.0
+    k: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_positive("k", self.k)
+        if not self.gamma >= 0:
+            raise ValueError(f"gamma must be at least 0, got {self.gamma!r}")
+
+    def of_x_0(self, snr: Tensor) -> Tensor:
+        """SNR / (k + SNR)^gamma."""
+        return snr / (self.k + snr) ** self.gamma
+
+
+@dataclass(frozen=True)
+class TruncatedSNR(Weighting):
+    """max(SNR, 1): every step counts, also where hardly any signal is left (2202.00512, sec. 4)."""
+
+    def of_x_0(self, snr: Tensor) -> Tensor:
+        """max(SNR, 1)."""
+        return snr.clamp(min=1)
+
+
+# By the name that a command or a configuration gives; "none" weighs every step by 1.
+WEIGHTINGS: dict[str, Weighting | None] = {
+    "none": None,
+    "min_snr": MinSNR(),
+    "p2": P2(),
+    "truncated_snr": TruncatedSNR(),
+}
