@@ -122,11 +122,9 @@ class TrainingImages(torch.utils.data.Dataset[Any]):
             pixels = np.stack([self.images.window(*place) for place in places])
             return to_unit_range(torch.from_numpy(pixels))
         x_0 = torch.stack([self._read(index) for index in indices]).to(torch.float32)
-        lows, highs = torch.aminmax(x_0.flatten(1), dim=1)  # of a NaN, both are NaN
-        is_good = (lows >= -_LARGEST) & (highs <= _LARGEST)
-        for index, low, high, good in zip(indices, lows, highs, is_good.tolist(), strict=True):
-            if not good:
-                raise DataError(f"images must be in [-1, 1], image {index} has {low:g}..{high:g}")
+        low, high = torch.aminmax(x_0)  # NaN where one is in x_0, which no comparison holds for
+        if not (low >= -_LARGEST and high <= _LARGEST):
+            raise _out_of_range(indices, x_0)
         return x_0
 
     def _seem_to_lie_in_0_to_1(self, first: Tensor) -> bool:
@@ -158,6 +156,14 @@ class TrainingImages(torch.utils.data.Dataset[Any]):
         if image.shape != expected:
             shapes = f"{tuple(image.shape)}, but image 0 {tuple(expected)}"
             raise DataError(f"images must have one shape, image {index} has {shapes}")
+
+
+def _out_of_range(indices: Sequence[int], x_0: Tensor) -> DataError:
+    """The error that names the first image with a value outside of [-1, 1]."""
+    lows, highs = torch.aminmax(x_0.flatten(1), dim=1)
+    first = int((~((lows >= -_LARGEST) & (highs <= _LARGEST))).nonzero()[0])
+    found = f"{lows[first]:g}..{highs[first]:g}"
+    return DataError(f"images must be in [-1, 1], image {indices[first]} has {found}")
 
 
 def read_batches(loader: DataLoader[Any]) -> Iterator[Any]:
