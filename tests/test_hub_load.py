@@ -24,7 +24,7 @@ from hub_server import OWNER_TOKEN, STRANGER_TOKEN, Blob, ClientError, HubClient
 
 from ddpm_hf import GaussianDDPMPipeline, load
 from ddpm_hf.diffusion import bounds
-from ddpm_hf.hub.card import card_facts, mark, render_model_card
+from ddpm_hf.hub.card import card_facts, render_model_card
 from ddpm_hf.hub.push import push
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -64,7 +64,7 @@ def hub(server):
 def checkpoint(tmp_path_factory):
     """Ours, with a card and an extension that stock diffusers does not know."""
     folder = save_ours(tmp_path_factory.mktemp("made") / "model")
-    text = mark(render_model_card(card_facts(folder), "user/digits"), "generated")
+    text = render_model_card(card_facts(folder), "user/digits")
     (folder / "README.md").write_text(text)
     return folder
 

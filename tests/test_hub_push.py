@@ -459,6 +459,35 @@ def test_an_edit_of_the_card_on_the_hub_survives_ten_races_of_ten(client, hub, c
 
 
 @pytest.mark.slow
+def test_words_in_a_generated_card_stay_on_the_hub_while_its_facts_are_renewed(
+    client, hub, checkpoint
+):
+    write_facts(checkpoint, steps=247)
+    push_from(client, checkpoint)
+    hub.edit("user/digits", {"README.md": written_in(hub, "user/digits", "By Jane.")})
+    write_facts(checkpoint, steps=450)
+    message = push_from(client, checkpoint, license="mit")
+    card = hub.repo("user/digits").files()["README.md"].decode()
+    assert "By Jane." in card
+    assert "| optimizer updates | 450 |" in card
+    assert "license: mit" in card
+    assert "kept" in message
+    write_facts(checkpoint, steps=900)
+    push_from(client, checkpoint)
+    card = hub.repo("user/digits").files()["README.md"].decode()
+    assert "license: mit" in card
+    assert "| optimizer updates | 900 |" in card
+
+
+def test_a_dry_run_shows_the_card(checkpoint):
+    write_facts(checkpoint, steps=1234)
+    text = str(push(checkpoint, "user/digits", dry_run=True, license="apache-2.0"))
+    assert "| optimizer updates | 1,234 |" in text
+    assert "license: apache-2.0" in text
+    assert 'load("user/digits")' in text
+
+
+@pytest.mark.slow
 def test_a_card_written_here_can_be_improved_here(client, hub, checkpoint):
     for text in ("# First words\n", "# Better words\n"):
         (checkpoint / "README.md").write_text(text)
@@ -487,6 +516,47 @@ def test_the_pipelines_own_push_uploads_the_portable_form_in_one_commit(client, 
     hub.edit("user/own", {"README.md": "# By a person\n"})
     client.run("pipe.push_to_hub('user/own')")
     assert "# By a person" in repo.files()["README.md"].decode()
+
+
+@pytest.mark.slow
+def test_every_way_to_push_writes_the_same_card(client, hub, checkpoint):
+    push_from(client, checkpoint, "user/card")
+    expected = hub.repo("user/card").files()["README.md"]
+    load = "from ddpm_hf import GaussianDDPMPipeline as P; pipe = P.from_pretrained(folder)"
+    client.run(load, folder=checkpoint)
+    for name, call in {
+        "push_to_hub": "pipe.push_to_hub('user/card')",
+        "save_pretrained": "pipe.save_pretrained('saved', push_to_hub=True, repo_id='user/card')",
+    }.items():
+        hub.reset()
+        client.run(call)
+        assert hub.repo("user/card").files()["README.md"] == expected, name
+
+
+@pytest.mark.slow
+def test_the_pipelines_own_push_tells_what_the_repository_knows_of_the_training(
+    client, hub, checkpoint
+):
+    write_facts(checkpoint, steps=1234)
+    (checkpoint / "samples.png").write_bytes(b"png")
+    push_from(client, checkpoint, "user/own")
+    hub.edit("user/own", {"README.md": written_in(hub, "user/own", "By Jane.")})
+    client.run(
+        "from ddpm_hf import GaussianDDPMPipeline as P\nfrom diffusers import DDIMScheduler\n"
+        "pipe = P.from_pretrained(folder)\n"
+        "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)\n"
+        "pipe.push_to_hub('user/own')",
+        folder=checkpoint,
+    )
+    card = hub.repo("user/own").files()["README.md"].decode()
+    for words in ("By Jane.", "1,234", "samples.png", "num_inference_steps=20"):
+        assert words in card, words
+
+
+def written_in(hub, repo, words):
+    """The card of a repository, with words of a person in it."""
+    card = hub.repo(repo).files()["README.md"].decode()
+    return card.replace("<!-- ddpm-hf training", f"{words}\n\n<!-- ddpm-hf training", 1)
 
 
 @pytest.mark.slow

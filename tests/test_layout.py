@@ -23,6 +23,9 @@ FLOORS = (
     {"cli"},
     {"__main__"},
 )
+# The one arrow upwards: where the package is installed, a pipeline's own push writes the package's
+# model card; a copy that travelled without it makes do with that of diffusers.
+UPWARD = {"diffusion.portable -> hub.card"}
 # What travels with the weights may rely on nothing that a reader with stock diffusers lacks.
 TRAVELLERS = sorted((SOURCE / "diffusion").glob("*"))
 TRAVEL_WITH = {"torch", "numpy", "PIL", "diffusers", "huggingface_hub", "safetensors"}
@@ -76,7 +79,7 @@ def test_imports_point_from_the_command_line_down_to_the_mathematics():
         for other in our_imports(NAMES[name])
         if floor(other) > floor(name)
     }
-    assert upward == set()
+    assert upward == UPWARD
 
 
 def test_no_module_imports_itself_through_others():
@@ -96,15 +99,15 @@ def test_the_folder_that_travels_needs_only_what_its_reader_has():
         for name in imported_names(path)
         if name.split(".")[0] not in reliable and not name.startswith("ddpm_hf.diffusion.")
     }
-    assert foreign == set()
+    assert foreign == {"portable.py: ddpm_hf.hub.card.card_to_share"}
     absolute = {
-        f"{path.name}:{node.lineno}"
+        f"{path.name}: {node.module}"
         for path in modules
         for node in ast.walk(parse(path))
         if isinstance(node, ast.ImportFrom) and not node.level
         if (node.module or "").startswith("ddpm_hf")
     }
-    assert absolute == set()
+    assert absolute == {"portable.py: ddpm_hf.hub.card"}
 
 
 def test_a_check_of_input_is_no_assert():

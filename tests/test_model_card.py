@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from checkpoints import image_facts_of, save_ours, tiny_unet
+from checkpoints import image_facts_of, save_ours, tiny_pipeline, tiny_unet
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+)
+from golden import make_card
 from huggingface_hub import ModelCard
 from processes import run_process
 
@@ -16,12 +23,11 @@ from ddpm_hf.hub.card import (
     card_facts,
     card_to_share,
     check_metadata,
-    mark,
-    may_replace,
-    origin_of,
     render_model_card,
     write_model_card,
+    write_results,
 )
+from ddpm_hf.hub.edits import merged, renewed, with_metadata
 from ddpm_hf.hub.retry import shorten
 from ddpm_hf.hub.secrets import find_leak
 
@@ -103,7 +109,7 @@ def test_what_was_not_recorded_is_said_and_not_made_up():
     assert set(data) == {"library_name", "pipeline_tag", "tags"}
     assert "Data: not recorded." in text
     assert "No measure of quality was recorded." in text
-    assert "Licence: not recorded" in text
+    assert "ask the owner before you reuse" in text
     assert text.count("not recorded |") == 6
     assert "samples.png" not in text
 
@@ -202,25 +208,101 @@ def test_the_code_in_the_cards_runs_in_their_folders(tmp_path):
 # Whose card it is
 
 
-def test_an_edit_is_noticed_and_a_change_of_line_ends_is_none():
-    card = mark(render_model_card(FULL), "generated")
-    assert origin_of(None) is None
-    assert origin_of(card) == "generated"
-    assert origin_of(card.replace("\n", "\r\n")) == "generated"
-    assert origin_of(mark("# Mine", "edited")) == "edited"
-    for edited in ("# Mine", card.replace("butterflies", "moths"), card + "More.\n", ""):
-        assert origin_of(edited) == "person"
+def fresh_card(**facts):
+    return render_model_card(FULL | facts, "user/x")
 
 
-def test_only_a_card_that_nobody_touched_is_replaced():
-    generated, ours = mark("# A", "generated"), mark("# B", "edited")
-    assert may_replace(None, generated)
-    assert may_replace(mark("# old", "generated"), generated)
-    assert may_replace(mark("# old", "generated"), ours)
-    assert may_replace(mark("# old", "edited"), ours)
-    assert not may_replace(mark("# old", "edited"), generated)
-    assert not may_replace("# by hand", ours)
-    assert not may_replace("# by hand", generated)
+def test_a_card_that_nobody_touched_becomes_the_new_one():
+    old, new = fresh_card(steps=247, metrics=[]), fresh_card(steps=450, metrics=[])
+    assert renewed(None, new) == renewed(new, new) == renewed(old, new) == new
+    assert renewed(old.replace("\n", "\r\n"), new) == new
+
+
+def test_a_licence_and_words_that_a_person_added_stay_while_the_training_goes_on():
+    card = fresh_card(steps=247, license=None)
+    card = card.replace("---\n", "---\nlicense: mit  # ours\nlanguage: de\n", 1)
+    card = card.replace("<!-- ddpm-hf training", "Trained at night.\n\n<!-- ddpm-hf training", 1)
+    card += "\n## Thanks\n\nTo the butterflies.\n"
+    once = renewed(card, fresh_card(steps=450, license=None))
+    twice = renewed(once, fresh_card(steps=900, license=None))
+    for text, steps in ((once, 450), (twice, 900)):
+        assert f"| optimizer updates | {steps} |" in text
+        assert "247" not in text
+        assert "license: mit  # ours\nlanguage: de\n" in text
+        assert "Trained at night.\n" in text
+        assert text.count("To the butterflies.") == 1
+        assert metadata(text)["license"] == "mit"
+        assert metadata(text)["datasets"] == ["user/butterflies"]
+
+
+def test_a_generated_part_that_a_person_changed_is_theirs_and_an_emptied_one_comes_back():
+    card = fresh_card(steps=247)
+    changed = card.replace("| optimizer updates | 247 |", "| optimizer updates | about 250 |")
+    text = renewed(changed, fresh_card(steps=450, model_name="moths"))
+    assert "about 250" in text
+    assert "# moths" in text
+    emptied = re.sub(r"(<!-- ddpm-hf training \w+ -->\n).*?(<!-- /)", r"\1\2", card, flags=re.S)
+    assert renewed(emptied, fresh_card(steps=450)) == fresh_card(steps=450)
+
+
+def test_what_a_person_removed_stays_away():
+    card = fresh_card(metrics=[])
+    without = re.sub(r"<!-- ddpm-hf limits.*?<!-- /ddpm-hf -->\n", "", card, flags=re.S)
+    without = without.replace("base_model: google/ddpm-cifar10-32\n", "")
+    text = renewed(without, fresh_card(steps=450))
+    assert "## Limits" not in text
+    assert "base_model" not in metadata(text)
+    assert "model-index" in metadata(text)  # new since then
+
+
+def test_a_key_that_is_no_longer_true_goes_unless_a_person_changed_it():
+    card = fresh_card()
+    plain = fresh_card(metrics=[], base_model=None)
+    assert "model-index" not in metadata(renewed(card, plain))
+    changed = card.replace("name: butterflies-64", "name: my butterflies")
+    assert metadata(renewed(changed, plain))["model-index"][0]["name"] == "my butterflies"
+
+
+def test_a_card_that_is_all_a_persons_is_left_to_the_byte():
+    for card in ("# Mine\r\n", "---\na: [\n---\n# Broken\n", "", "---\nlicense: mit\n---\n"):
+        assert renewed(card, fresh_card()) == card
+
+
+def test_broken_metadata_of_a_person_is_not_lost():
+    card = fresh_card(steps=247).replace("license: apache-2.0", "license: [")
+    text = renewed(card, fresh_card(steps=450))
+    assert "license: [\n" in text
+    assert "| optimizer updates | 450 |" in text
+
+
+def test_words_on_the_hub_win_over_others_unless_they_came_from_here():
+    old, new = fresh_card(steps=1), fresh_card(steps=2)
+    here, there = "# By hand, here\n", "# By hand, there\n"
+    assert merged(None, None, new).text == merged(None, old, new).text == new
+    assert merged(old, there, new).text == merged(here, there, new).text == there
+    assert merged(here, there, new).is_theirs
+    first = merged(here, None, new).text
+    assert first.startswith(here)
+    better = merged("# Better, here\n", first, new)
+    assert better.text.startswith("# Better, here\n")
+    assert not better.is_theirs
+    assert merged(None, better.text, new).text == better.text
+    edited = better.text.replace("Better", "Best")
+    assert merged("# Other words\n", edited, new).text == edited
+
+
+def test_words_on_the_hub_stay_and_the_facts_around_them_are_renewed():
+    remote = fresh_card(steps=247).replace("## Citation", "By Jane.\n\n## Citation")
+    card = merged(fresh_card(steps=450), remote, fresh_card(steps=450))
+    assert "By Jane." in card.text
+    assert "| optimizer updates | 450 |" in card.text
+
+
+def test_a_licence_that_is_given_is_set_and_stays():
+    for card in (fresh_card(license=None), fresh_card(license="mit"), "# Mine\n"):
+        text = with_metadata(card, "license", "apache-2.0")
+        assert metadata(text)["license"] == "apache-2.0"
+        assert metadata(renewed(text, fresh_card(license="mit")))["license"] == "apache-2.0"
 
 
 def test_writing_the_card_again_follows_the_facts_but_leaves_a_persons_card_alone(tmp_path):
@@ -229,11 +311,84 @@ def test_writing_the_card_again_follows_the_facts_but_leaves_a_persons_card_alon
     (folder / "training.json").write_text(json.dumps({"steps": 777}))
     card = write_model_card(folder, "user/x").read_text()
     assert "| optimizer updates | 777 |" in card
-    assert card == card_to_share(folder, "user/x")
+    assert card == card_to_share(folder, "user/x").text
     (folder / "README.md").write_text("# Mine\n")
     write_model_card(folder, "user/x")
     assert (folder / "README.md").read_text() == "# Mine\n"
-    assert card_to_share(folder, "user/x") == mark("# Mine\n", "edited")
+    assert card_to_share(folder, "user/x").text.startswith("# Mine\n")
+
+
+# ----------------------------------------------------------------------------------------------
+# What the facts are
+
+
+def test_settings_that_were_not_set_are_left_out():
+    text = render_model_card({"config": {"resolution": None, "seed": 0}})
+    assert "| `seed` | 0 |" in text
+    assert "resolution" not in text
+
+
+def test_what_was_left_out_of_the_images_is_counted_by_kind():
+    dataset = {"name": "photos", "num_images": 3, "left_out": {".heic": 40, ".mp4": 1}}
+    text = render_model_card({"dataset": dataset})
+    assert "Data: photos (3 images; 41 left out: .heic 40, .mp4 1)." in text
+
+
+def test_a_fine_tuned_model_tells_what_its_base_was_trained_on_and_for_how_long():
+    base = {"dataset": FULL["dataset"], "steps": 247, "base_model": "user/first"}
+    text = render_model_card({"base_model": "user/second", "base": base})
+    assert "Base: user/second, itself fine-tuned from user/first." in text
+    assert "Smithsonian butterflies" in text
+    assert "Its training: 247 optimizer updates." in text
+    unknown = render_model_card({"base_model": "user/second"})
+    assert "Its data: not recorded. Its training: not recorded." in unknown
+
+
+def test_parameters_of_variants_and_shards_are_counted_once(tmp_path):
+    pipeline = tiny_pipeline()
+    pipeline.save_pretrained(tmp_path, max_shard_size="40KB")
+    pipeline.save_pretrained(tmp_path, variant="fp16")
+    number = sum(p.numel() for p in pipeline.unet.parameters())
+    assert card_facts(tmp_path)["unet"]["num_parameters"] == number
+
+
+@pytest.mark.parametrize(
+    ("kind", "steps"),
+    [(DDPMScheduler, 400), (DDIMScheduler, 50), (EulerDiscreteScheduler, 50),
+     (DPMSolverMultistepScheduler, 25)],
+)  # fmt: skip
+def test_the_code_in_the_card_asks_for_as_many_steps_as_the_scheduler_can_make(
+    tmp_path, kind, steps
+):
+    folder = save_ours(tmp_path, scheduler=kind(400, beta_schedule="squaredcos_cap_v2"))
+    assert f"num_inference_steps={steps})" in render_model_card(card_facts(folder))
+
+
+def test_results_of_an_evaluation_come_into_the_card_and_its_index(tmp_path):
+    folder = save_ours(tmp_path / "model")
+    (folder / "training.json").write_text(json.dumps({"dataset": {"name": "digits"}}))
+    card = write_model_card(folder)
+    card.write_text("---\nlicense: mit\n" + card.read_text()[4:] + "\nBy Jane.\n")
+    write_results(folder, [{"name": "FID", "value": 13.0, "type": "fid", "how": "outdated"}])
+    other = {"name": "moths", "hub_id": "user/moths", "split": "test"}
+    write_results(
+        folder,
+        [
+            {"name": "FID", "value": 12.5, "type": "fid", "how": "10,000 images"},
+            {"name": "FID", "value": 40, "type": "fid", "dataset": other},
+        ],
+    )
+    loaded = ModelCard.load(card)
+    results = {(r.dataset_name, r.metric_type): r.metric_value for r in loaded.data.eval_results}
+    assert results == {("digits", "fid"): 12.5, ("moths", "fid"): 40}
+    assert loaded.data.license == "mit"
+    assert "| FID | 12.5 | 10,000 images |" in loaded.text
+    assert "| FID | 40 | on moths |" in loaded.text
+    assert "By Jane." in loaded.text
+    assert "outdated" not in loaded.text
+    for bad in ({"name": "FID"}, {"name": "FID", "value": float("nan")}, {"value": 1.0}):
+        with pytest.raises(ValueError, match="a name and a finite value"):
+            write_results(folder, [bad])
 
 
 # ----------------------------------------------------------------------------------------------
@@ -297,9 +452,6 @@ def test_a_template_and_a_card_with_broken_metadata_are_told_apart():
 
 def test_the_projects_model_card_is_rendered_from_what_was_measured():
     """Refresh it with `python tests/golden/make_card.py FOLDER`."""
-    facts = json.loads((PROJECT / "tests/golden/demo_card.json").read_text())
-    card, picture = (PROJECT / "model_card.md").read_text(), "docs/samples.png"
-    seen_from_there = card.replace(picture, "samples.png").replace('"runs/demo/model"', '"."')
-    assert seen_from_there == render_model_card(facts)
-    assert f"({picture})" in card
-    assert (PROJECT / picture).is_file()
+    assert make_card.render() == make_card.CARD.read_text()
+    assert "(docs/samples.png)" in make_card.CARD.read_text()
+    assert (PROJECT / "docs/samples.png").is_file()

@@ -543,16 +543,41 @@ def test_the_model_loads_in_stock_diffusers_and_holds_the_averaged_weights(tmp_p
     assert stock(batch_size=2, num_inference_steps=2, output_type="np").images.shape == (2, 8, 8, 1)
 
 
-def test_a_card_that_a_person_wrote_survives_the_next_save(tmp_path):
-    run(tmp_path, max_train_steps=2)
+def test_a_card_is_renewed_around_what_a_person_wrote_in_it(tmp_path):
+    run(tmp_path, max_train_steps=2, license="apache-2.0")
     card = tmp_path / "model" / "README.md"
     generated = card.read_text()
-    card.write_text(generated.replace("denoising", "marvellous"))
-    run(tmp_path, max_train_steps=4)
-    assert "marvellous" in card.read_text()
-    card.write_text(generated)
+    assert "license: apache-2.0\n" in generated
+    assert "| optimizer updates | 2 |" in generated
+    card.write_text(generated.replace("license: apache-2.0", "license: mit") + "By Jane.\n")
+    run(tmp_path, max_train_steps=4, license="apache-2.0")
+    text = card.read_text()
+    assert "license: mit\n" in text
+    assert "By Jane.\n" in text
+    assert "| optimizer updates | 4 |" in text
+    card.write_text("# By hand\n")
     run(tmp_path, max_train_steps=6)
-    assert card.read_text() != generated
+    assert card.read_text() == "# By hand\n"
+
+
+def test_a_card_that_cannot_be_made_is_a_warning_and_the_model_is_written(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr("ddpm_hf.hub.card._TEMPLATE", tmp_path / "nothing.md")
+    run(tmp_path / "run", max_train_steps=2)
+    assert "model card" in caplog.text
+    assert (tmp_path / "run/model/unet/config.json").is_file()
+
+
+def test_a_fine_tuned_model_tells_what_its_base_was_trained_on(tmp_path):
+    run(tmp_path / "base", max_train_steps=2)
+    config = tiny_config(
+        tmp_path / "tuned", max_train_steps=2, pretrained=str(tmp_path / "base/model")
+    )
+    train(config, dataset=tiny_images())
+    text = (tmp_path / "tuned/model/README.md").read_text()
+    assert "Base: model. Its data: images passed in Python" in text
+    assert "Its training: 2 optimizer updates." in text
 
 
 # Few steps leave a gap before the first one, which the scheduler says.

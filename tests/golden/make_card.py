@@ -4,6 +4,7 @@ Usage: python tests/golden/make_card.py FOLDER
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -16,8 +17,9 @@ CARD = Path(__file__).parents[2] / "model_card.md"
 def render() -> str:
     """The card of the recorded demo, for a reader of this project: its paths are seen from here."""
     facts = json.loads(FACTS.read_text(encoding="utf-8"))
-    card = render_model_card(facts).replace("(samples.png)", "(docs/samples.png)")
-    return card.replace('"."', '"runs/demo/model"')
+    card = re.sub(r"<!--.*?-->\n", "", render_model_card(facts))  # nobody renews this copy
+    card = re.sub(r"\n{3,}", "\n\n", card).rstrip() + "\n"
+    return card.replace("(samples.png)", "(docs/samples.png)").replace('"."', '"runs/demo/model"')
 
 
 def main() -> None:

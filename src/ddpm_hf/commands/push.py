@@ -44,5 +44,6 @@ def parser() -> argparse.ArgumentParser:
     add("--public", action="store_true", help="a new repository is public (default: private)")
     add("--revision", metavar="BRANCH", help="branch to push to (default: main)")
     add("--create-pr", action="store_true", help="open a pull request instead of a commit")
-    add("--dry-run", action="store_true", help="only list what would be uploaded")
+    add("--license", metavar="NAME", help="licence for the card, such as apache-2.0")
+    add("--dry-run", action="store_true", help="only list what would be uploaded, with the card")
     return parser

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -20,7 +20,9 @@ from typing import Any
 import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-from . import files
+from . import checks, files
+
+CardWriter = Callable[[str | None, Any], str]
 
 _WEIGHTS = re.compile(
     r"diffusion_pytorch_model(\.(?P<variant>\w+))?(-\d+-of-\d+)?\.(safetensors|bin)"
@@ -115,35 +117,91 @@ def write_source(folder: Path) -> None:
     (folder / "pipeline.py").write_text("\n".join(door), "utf-8")
 
 
-def upload(folder: Path, repo_id: str, prefix: str = "", **commit: Any) -> Any:
-    """Upload a folder in one commit, so that no reader finds half a model.
-
-    What an earlier upload left of the same weights goes in the same commit. `upload_folder` of
-    huggingface_hub 2.4 splits large uploads into several commits.
+def upload(folder: Path, repo_id: str, prefix: str = "", **options: Any) -> Any:
+    """Upload what `save_pretrained` wrote, with a card; stale weights of its variant go.
 
     Args:
-        folder: all files in it are uploaded, but no README.md where the repository has one:
-            whoever wrote that, it stays.
+        folder: all files in it are uploaded.
         repo_id: an existing repository.
-        prefix: folder in the repository, with "/" at its end.
-        **commit: `token`, `commit_message`, `create_pr`.
+        prefix: folder in the repository, with "/" at its end; no card is written for one.
+        **options: `token`, `commit_message`, `create_pr`.
+    Returns:
+        what huggingface_hub tells of the commit.
     """
-    api = HfApi(token=commit.pop("token"))
-    head = api.model_info(repo_id)
+    api = HfApi(token=options.pop("token"))
     files = {prefix + p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
-    if any(file.rfilename == "README.md" for file in head.siblings or []):
-        files.pop("README.md", None)
-    added = [CommitOperationAdd(name, path) for name, path in sorted(files.items())]
-    # Weights in one file would lose against the index of an earlier upload in several.
     variants = {_variant_of(Path(name).name) for name in files} - {"no weights"}
-    others = {file.rfilename for file in head.siblings or []} - set(files)
-    stale = [
-        CommitOperationDelete(name)
-        for name in sorted(others)
-        if (name.startswith(f"{prefix}unet/") and _variant_of(Path(name).name) in variants)
-        or fnmatchcase(name, f"{prefix}ddpm_hf_*/*.py")
-    ]
-    return api.create_commit(repo_id, [*added, *stale], parent_commit=head.sha, **commit)
+
+    def is_stale(name: str) -> bool:
+        # Weights in one file would lose against the index of an earlier upload in several.
+        is_weights = name.startswith(f"{prefix}unet/") and _variant_of(Path(name).name) in variants
+        return is_weights or fnmatchcase(name, f"{prefix}ddpm_hf_*/*.py")
+
+    template = files.pop("README.md", None)  # diffusers' own, of which nothing is filled in
+    card = None if prefix or not template else _card_writer(api, folder, repo_id, template)
+    return commit(api, repo_id, files, is_stale, card, **options)[0]
+
+
+def _card_writer(api: HfApi, folder: Path, repo_id: str, template: Path) -> CardWriter:
+    """The package's card, where it is installed; else that of diffusers, and none if there is one.
+
+    What the repository knows of the training stands in its training.json, which an upload leaves.
+    """
+    lesser = template.read_text("utf-8")
+    template.unlink()
+    try:
+        from ddpm_hf.hub.card import card_to_share
+    except ImportError:  # this file travelled without the package
+        return lambda remote, head: lesser if remote is None else remote
+
+    def write(remote: str | None, head: Any) -> str:
+        for file in {"training.json", "samples.png"} & {f.rfilename for f in head.siblings or []}:
+            api.hf_hub_download(repo_id, file, revision=head.sha, local_dir=folder)
+        try:
+            return str(card_to_share(folder, repo_id, remote).text)
+        except ValueError as error:  # of a broken training.json, say
+            checks.warn(f"the model card could not be made: {error}")
+            return lesser if remote is None else remote
+
+    return write
+
+
+def commit(
+    api: HfApi,
+    repo_id: str,
+    files: Mapping[str, Path | bytes],
+    is_stale: Callable[[str], bool],
+    card: CardWriter | None,
+    **options: Any,
+) -> tuple[Any, Any]:
+    """One commit upon the head as it is now, so that no reader finds half a model.
+
+    It fails if somebody else commits in between. `upload_folder` of huggingface_hub 2.4 splits
+    large uploads into several commits.
+
+    Args:
+        api: the client.
+        repo_id: an existing repository.
+        files: what to upload, by path in the repository.
+        is_stale: which of the other files to delete.
+        card: called with the text of README.md there (None where there is none) and the head;
+            returns the new text.
+        **options: of `HfApi.create_commit`.
+    Returns:
+        what huggingface_hub tells of the commit, and of the head before.
+    """
+    head = api.model_info(repo_id, revision=options.get("revision"))
+    present, files = {file.rfilename for file in head.siblings or []}, dict(files)
+    if card is not None:
+        remote = None
+        if "README.md" in present:
+            path = api.hf_hub_download(repo_id, "README.md", revision=head.sha)
+            remote = Path(path).read_bytes().decode(errors="surrogateescape")
+        files["README.md"] = card(remote, head).encode(errors="surrogateescape")
+    added = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
+    stale = [CommitOperationDelete(name) for name in sorted(present - set(files)) if is_stale(name)]
+    made = api.create_commit(repo_id, [*added, *stale], parent_commit=head.sha, **options)
+    return made, head
 
 
 def holds_only_pickles(source: str | os.PathLike[str], error: OSError) -> bool:

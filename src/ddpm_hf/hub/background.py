@@ -62,7 +62,7 @@ class BackgroundPusher:
             ValueError: without a token or that right, or if the repository holds something else.
             HubError: if the Hub still failed at the last attempt.
         """
-        self._target.claim()
+        self._target.check_access()
 
     def submit(self, folder: str | os.PathLike[str], step: int) -> None:
         """Upload `folder` as it is now, in the background. Never raises, never waits for the Hub.
@@ -123,8 +123,9 @@ class BackgroundPusher:
     def _work(self) -> None:
         while copy := self._take():
             try:
-                files = prepare(copy.path or copy.folder, self._target.repo_id)
-                result = self._target.upload(files, f"Step {copy.step}")
+                folder = copy.path or copy.folder
+                files = prepare(folder, self._target.repo_id)
+                result = self._target.upload(folder, files, f"Step {copy.step}")
             except Exception as error:
                 self._report(copy, error)
             else:

@@ -1,15 +1,14 @@
-"""The model card: rendered from what was recorded, guarded against leaks, and marked as ours.
+"""The model card: rendered from what was recorded, renewed around what a person wrote.
 
 `training.json` beside the weights holds the facts (every key is optional); the rest is read from
-the checkpoint. What was not recorded is said to be so: nothing is guessed. A hidden last line holds
-a hash of the card, so that an edit by a person can be told from a card that nobody touched.
+the checkpoint. What was not recorded is said to be so: nothing is guessed.
 """
 
-import hashlib
 import html
 import json
 import math
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,16 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ddpm_hf.diffusion.extension import beta_schedule_of
-from ddpm_hf.diffusion.files import read_json
+from ddpm_hf.diffusion.files import read_json, write_text
+from ddpm_hf.diffusion.schedules import usual_num_steps
+from ddpm_hf.hub.edits import Merged, merged, renewed, sealed, with_metadata
+from ddpm_hf.wording import counted
 
 TASK = "unconditional-image-generation"
 UNKNOWN = "not recorded"
 _UNET_KEYS = ("sample_size", "in_channels", "num_class_embeds")
 _SCHEDULER_KEYS = ("prediction_type", "variance_type", "timestep_spacing")
 _TEMPLATE = Path(__file__).with_name("card_template.md")
-
-_MARK = re.compile(r"\n<!-- ddpm-hf (generated|edited) ([0-9a-f]{64}) -->\n?\Z")
 
 
 def card_facts(folder: str | Path) -> dict[str, Any]:
@@ -54,7 +54,8 @@ def card_facts(folder: str | Path) -> dict[str, Any]:
 
 def _scheduler_facts(config: dict[str, Any]) -> dict[str, Any]:
     name, params = beta_schedule_of(config)
-    facts = {"num_train_timesteps": config.get("num_train_timesteps"), "beta_schedule": name}
+    facts = {"class": config.get("_class_name"), "beta_schedule": name}
+    facts |= {"num_train_timesteps": config.get("num_train_timesteps")}
     facts |= {**params, **{key: config.get(key) for key in _SCHEDULER_KEYS}}
     return {key: value for key, value in facts.items() if value is not None}
 
@@ -62,11 +63,12 @@ def _scheduler_facts(config: dict[str, Any]) -> dict[str, Any]:
 def _count_parameters(folder: Path) -> int:
     from safetensors import safe_open
 
-    total = 0
+    sizes: dict[str, int] = {}  # by name: variants lie side by side
     for path in folder.glob("diffusion_pytorch_model*.safetensors"):
         with safe_open(path, framework="pt") as weights:
-            total += sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
-    return total
+            names = weights.keys()
+            sizes |= {name: math.prod(weights.get_slice(name).get_shape()) for name in names}
+    return sum(sizes.values())
 
 
 def render_model_card(facts: dict[str, Any], repo_id: str | None = None) -> str:
@@ -88,14 +90,20 @@ def render_model_card(facts: dict[str, Any], repo_id: str | None = None) -> str:
         num_classes=num_classes,
         labels=f", class_labels={[i % num_classes for i in range(4)]}" if num_classes else "",
         padded=_padded_size(facts),
-        num_steps=scheduler.get("num_train_timesteps", 1000),
-        data=_data_sentence(dataset),
+        num_steps=usual_num_steps(
+            scheduler.get("class", "DDPMScheduler"), scheduler.get("num_train_timesteps", 1000)
+        ),
+        data=f"Data: {_data_sentence(dataset)}.",
+        base=_base_sentence(facts),
         training=_training_rows(facts),
-        config=[(_name(k), _inline(v)) for k, v in sorted((facts.get("config") or {}).items())],
+        config=[
+            (_name(key), _inline(value))
+            for key, value in sorted((facts.get("config") or {}).items())
+            if value is not None
+        ],
         metrics=[_metric_row(metric) for metric in facts.get("metrics") or []],
-        licence=_inline(facts.get("license") or f"{UNKNOWN}; ask the owner before you reuse it"),
     )
-    return str(card).rstrip() + "\n"
+    return sealed(str(card))
 
 
 def _title(facts: dict[str, Any], repo_id: str | None) -> str:
@@ -106,8 +114,12 @@ def _title(facts: dict[str, Any], repo_id: str | None) -> str:
 def _metadata(facts: dict[str, Any], repo_id: str | None) -> ModelCardData:
     dataset = facts.get("dataset") or {}
     base_model, hub_id = facts.get("base_model"), dataset.get("hub_id")
-    results = [_eval_result(m, dataset) for m in facts.get("metrics") or [] if _is_number(m)]
-    measured = bool(results and dataset.get("name"))  # the Hub's index wants the data set's name
+    measured = [
+        _eval_result(metric, metric.get("dataset") or dataset)
+        for metric in facts.get("metrics") or []
+        # The Hub's index wants the data set's name.
+        if _is_number(metric) and (metric.get("dataset") or dataset).get("name")
+    ]
     return ModelCardData(
         library_name="diffusers",
         pipeline_tag=TASK,
@@ -116,7 +128,7 @@ def _metadata(facts: dict[str, Any], repo_id: str | None) -> ModelCardData:
         datasets=[str(hub_id)] if _is_hub_id(hub_id) else None,
         base_model=base_model if _is_hub_id(base_model) else None,
         model_name=_title(facts, repo_id) if measured else None,
-        eval_results=results if measured else None,
+        eval_results=measured or None,
     )
 
 
@@ -133,7 +145,7 @@ def _eval_result(metric: dict[str, Any], dataset: dict[str, Any]) -> EvalResult:
     )
 
 
-def _is_number(metric: dict[str, Any]) -> bool:
+def _is_number(metric: Mapping[str, Any]) -> bool:
     value = metric.get("value")
     return isinstance(value, int | float) and math.isfinite(value)
 
@@ -187,12 +199,13 @@ def _padded_size(facts: dict[str, Any]) -> str:
 
 def _data_sentence(dataset: dict[str, Any]) -> str:
     if not dataset:
-        return f"Data: {UNKNOWN}."
+        return UNKNOWN
     name, hub_id = _inline(dataset.get("name") or UNKNOWN), dataset.get("hub_id")
     link = f"[{name}](https://huggingface.co/datasets/{hub_id})" if _is_hub_id(hub_id) else name
     image = dataset.get("image") or {}
     parts = [f"split {_inline(dataset['split'])}"] if dataset.get("split") else []
-    parts.append(f"{_number(dataset.get('num_images', UNKNOWN))} images")
+    count = dataset.get("num_images")
+    parts.append(counted(count, "image") if isinstance(count, int) else f"{UNKNOWN} images")
     if image:
         sizes = (
             f"{image.get('height')}x{image.get('width')}, {image.get('mode', 'mode ' + UNKNOWN)}"
@@ -200,14 +213,36 @@ def _data_sentence(dataset: dict[str, Any]) -> str:
         parts.append(_inline(f"{sizes}, {image.get('bit_depth', 8)} bit"))
     if dataset.get("num_classes"):
         parts.append(f"{_number(dataset['num_classes'])} classes")
-    if dataset.get("num_skipped"):
-        parts.append(f"{_number(dataset['num_skipped'])} unreadable images left out")
-    return f"Data: {link} ({'; '.join(parts)})."
+    return f"{link} ({'; '.join([*parts, *_left_out(dataset)])})"
+
+
+def _left_out(dataset: dict[str, Any]) -> list[str]:
+    """How many images were not used, by kind or reason where that was recorded."""
+    reasons = dataset.get("left_out")
+    if isinstance(reasons, dict) and reasons:
+        listing = ", ".join(f"{_inline(why)} {_number(number)}" for why, number in reasons.items())
+        return [f"{sum(map(int, reasons.values())):,} left out: {listing}"]
+    if number := reasons or dataset.get("num_skipped"):
+        return [f"{_number(number)} unreadable images left out"]
+    return []
+
+
+def _base_sentence(facts: dict[str, Any]) -> str:
+    """What a fine-tuned model began with."""
+    name, base = facts.get("base_model"), facts.get("base") or {}
+    if not name:
+        return ""
+    steps = base.get("steps")
+    how_long = counted(steps, "optimizer update") if isinstance(steps, int) else UNKNOWN
+    first = base.get("base_model")
+    before = f", itself fine-tuned from {_inline(first)}" if first else ""
+    trained_on = _data_sentence(base.get("dataset") or {})
+    return f"Base: {_inline(name)}{before}. Its data: {trained_on}. Its training: {how_long}."
 
 
 def _training_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     seconds, versions = facts.get("duration_s"), facts.get("versions") or {}
-    scheduler = facts.get("scheduler") or {}
+    scheduler = {k: v for k, v in (facts.get("scheduler") or {}).items() if k != "class"}
     rows = [
         ("optimizer updates", facts.get("steps")),
         ("images seen", facts.get("num_images_seen")),
@@ -222,11 +257,13 @@ def _training_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _metric_row(metric: dict[str, Any]) -> tuple[str, str, str]:
     value = f"{metric['value']:.4g}" if _is_number(metric) else "no finite value"
-    return _inline(metric.get("name", UNKNOWN)), value, _inline(metric.get("how") or UNKNOWN)
+    how, elsewhere = metric.get("how"), (metric.get("dataset") or {}).get("name")
+    told = [str(how)] * bool(how) + [f"on {elsewhere}"] * bool(elsewhere)
+    return _inline(metric.get("name", UNKNOWN)), value, _inline("; ".join(told) or UNKNOWN)
 
 
 def write_model_card(folder: str | Path, repo_id: str | None = None) -> Path:
-    """Write `README.md` into a checkpoint, unless a person has written or edited the one there.
+    """Write or renew `README.md` of a checkpoint; what a person wrote in it stays.
 
     Args:
         folder: a portable checkpoint.
@@ -235,57 +272,61 @@ def write_model_card(folder: str | Path, repo_id: str | None = None) -> Path:
         the path of the card.
     """
     path = Path(folder) / "README.md"
-    if origin_of(_read(path)) in (None, "generated"):
-        text = mark(render_model_card(card_facts(folder), repo_id), "generated")
-        path.write_text(text, encoding="utf-8", newline="\n")
+    write_text(path, renewed(_read(path), render_model_card(card_facts(folder), repo_id)))
     return path
 
 
-def card_to_share(folder: Path, repo_id: str) -> str:
-    """The card to upload for a checkpoint: the person's own if there is one, else a fresh one."""
-    local = _read(folder / "README.md")
-    if local is not None and origin_of(local) != "generated":
-        return mark(_MARK.sub("\n", local), "edited")
-    return mark(render_model_card(card_facts(folder), repo_id), "generated")
+def card_to_share(
+    folder: str | Path, repo_id: str, remote: str | None = None, license: str | None = None
+) -> Merged:
+    """The card to upload for a checkpoint.
+
+    Args:
+        folder: the checkpoint; its README.md is optional.
+        repo_id: its name on the Hub.
+        remote: the card that is there.
+        license: for the metadata, whatever it says now.
+    """
+    local = _read(Path(folder) / "README.md")
+    card = merged(local, remote, render_model_card(card_facts(folder), repo_id))
+    text = with_metadata(card.text, "license", license) if license else card.text
+    return Merged(text, card.is_theirs)
+
+
+def write_results(folder: str | Path, results: Iterable[Mapping[str, Any]]) -> Path:
+    """Add results of an evaluation to a checkpoint: to `training.json`, and with it to the card.
+
+    One of the same name and data set is replaced. The next export of a run, whose weights are
+    others, begins without any.
+
+    Args:
+        folder: a portable checkpoint.
+        results: each with "name" and "value", a finite number; if known, "how" it was measured (one
+            line), "type" (the Hub's name of the measure, such as "fid") and "dataset" (with "name",
+            "hub_id", "split"; by default that of the training).
+    Returns:
+        the path of the card.
+    Raises:
+        ValueError: for a result without a name or a finite value.
+    """
+    path = Path(folder) / "training.json"
+    facts = read_json(path)
+    by_name = {_result_key(metric): metric for metric in facts.get("metrics") or []}
+    for result in results:
+        if not isinstance(result.get("name"), str) or not _is_number(result):
+            raise ValueError(f"a result needs a name and a finite value, got {dict(result)!r}")
+        by_name[_result_key(result)] = dict(result)
+    facts["metrics"] = list(by_name.values())
+    write_text(path, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    return write_model_card(folder)
+
+
+def _result_key(metric: Mapping[str, Any]) -> tuple[str, str]:
+    return str(metric.get("name")), json.dumps(metric.get("dataset"), sort_keys=True)
 
 
 def _read(path: Path) -> str | None:
     return path.read_bytes().decode("utf-8", errors="replace") if path.is_file() else None
-
-
-def mark(text: str, origin: str) -> str:
-    """Append the hidden line that tells later whether the card was touched."""
-    text = text.rstrip() + "\n"
-    return f"{text}\n<!-- ddpm-hf {origin} {_digest(text)} -->\n"
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.replace("\r\n", "\n").encode()).hexdigest()
-
-
-def origin_of(text: str | None) -> str | None:
-    """Who wrote a card.
-
-    Returns:
-        "generated": rendered here and untouched since; "edited": a person's, uploaded by us and
-        untouched since; "person": written or changed by a person since; None: there is no card.
-    """
-    if text is None:
-        return None
-    text = text.replace("\r\n", "\n")
-    found = _MARK.search(text)
-    if not found or _digest(text[: found.start()]) != found[2]:
-        return "person"
-    return found[1]
-
-
-def may_replace(remote: str | None, ours: str) -> bool:
-    """Whether `ours` may take the place of the card on the Hub: never that of a person's edit.
-
-    A card that a person wrote here may follow an earlier one like it; a generated one may not.
-    """
-    origin = origin_of(remote)
-    return origin in (None, "generated") or (origin == "edited" and origin_of(ours) == "edited")
 
 
 def check_metadata(text: str) -> None:

@@ -97,7 +97,11 @@ def _loaded_files(weights: str) -> list[str]:
     """The files that a pipeline is made of, with weights of one kind, and no code."""
     names = ["*config.json", "diffusion_pytorch_model*.json", f"diffusion_pytorch_model*.{weights}"]
     folders = ("", "unet/", "scheduler/")  # early repositories are flat
-    return ["model_index.json", *(folder + name for folder in folders for name in names)]
+    return [
+        "model_index.json",
+        "training.json",
+        *(folder + name for folder in folders for name in names),
+    ]
 
 
 def _has_weights(folder: Path, weights: str) -> bool:

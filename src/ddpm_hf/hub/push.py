@@ -8,13 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from ddpm_hf.diffusion.extension import OUR_SCHEDULER
 from ddpm_hf.diffusion.files import read_json
-from ddpm_hf.hub import card as model_card
+from ddpm_hf.diffusion.portable import commit
+from ddpm_hf.hub.card import card_to_share, check_metadata
+from ddpm_hf.hub.edits import Merged
 from ddpm_hf.hub.load import check_repo_id, refuse_links, scheduler_class
 from ddpm_hf.hub.retry import TOKEN_HELP, WAITS_S, HubError, retry, shorten
 from ddpm_hf.hub.secrets import find_leak
@@ -43,7 +46,7 @@ SHARED = (
 
 
 def prepare(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
-    """What to upload, by path in the repository, after all checks that need no connection.
+    """What to upload besides the card, by path there, after all checks that need no connection.
 
     Raises:
         ValueError: if the folder is not a checkpoint, is incomplete, damaged or not finite, holds
@@ -60,15 +63,26 @@ def prepare(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
         path.relative_to(folder).as_posix(): path for path in shared_files(folder)
     }
     _check_weights(folder, list(files))
-    files["README.md"] = model_card.card_to_share(folder, repo_id).encode()
+    files.pop("README.md", None)
+    _checked_card(folder, repo_id)
     for name in (UNET_CONFIG, SCHEDULER_CONFIG):
         config = read_json(folder / name)
         if config.pop("_name_or_path", None):  # where diffusers had loaded it from
             files[name] = (json.dumps(config, indent=2) + "\n").encode()
     for name, data in files.items():
         _refuse_leaks(name, data)
-    model_card.check_metadata(bytes(files["README.md"]).decode())
     return files
+
+
+def _checked_card(
+    folder: Path, repo_id: str, remote: str | None = None, license: str | None = None
+) -> Merged:
+    """README.md, which is made anew upon the one that is on the Hub at the moment of a commit."""
+    card = card_to_share(folder, repo_id, remote, license)
+    if not card.is_theirs:  # what is on the Hub already is no leak of this push
+        _refuse_leaks("README.md", card.text.encode())
+        check_metadata(card.text)
+    return card
 
 
 def shared_files(folder: Path) -> list[Path]:
@@ -116,13 +130,15 @@ class PushResult:
     Attributes:
         repo_id: "user/name".
         files: bytes per path in the repository.
+        card: README.md as it is uploaded.
         url: of the commit or pull request, None in a dry run.
         private: whether the repository is, None in a dry run.
-        card_kept: whether a card with a person's edits was left as it is on the Hub.
+        card_kept: whether a person's edits of the card on the Hub were kept.
     """
 
     repo_id: str
     files: dict[str, int]
+    card: str
     url: str | None = None
     private: bool | None = None
     card_kept: bool = False
@@ -131,8 +147,9 @@ class PushResult:
         if self.url is None:
             lines = [f"{size:>13,}  {path}" for path, size in sorted(self.files.items())]
             total = f"{sum(self.files.values()):>13,}  bytes in {counted(len(self.files), 'file')}"
-            return "\n".join([f"Would upload to {self.repo_id}:", *lines, total])
-        note = "; the card there has a person's edits and was kept" if self.card_kept else ""
+            listing = [f"Would upload to {self.repo_id}:", *lines, total]
+            return "\n".join([*listing, "", "With this card, unless there is one:", "", self.card])
+        note = "; the card there has a person's edits, which were kept" if self.card_kept else ""
         return f"Pushed to {self.url} ({'private' if self.private else 'public'}{note})"
 
 
@@ -146,12 +163,13 @@ def push(
     dry_run: bool = False,
     token: str | None = None,
     commit_message: str = "Upload checkpoint",
+    license: str | None = None,
     waits_s: Sequence[float] = WAITS_S,
 ) -> PushResult:
     """Upload a checkpoint to the Hub in one commit, with a model card.
 
-    Only files that match `SHARED` leave the machine. Doing it again changes nothing. A card that a
-    person edited on the Hub is never replaced.
+    Only files that match `SHARED` leave the machine. Doing it again changes nothing. What a person
+    wrote in the card on the Hub stays; the generated parts of it are renewed.
 
     Args:
         folder: a checkpoint as `save_pretrained` or the trainer wrote it.
@@ -162,6 +180,7 @@ def push(
         dry_run: check and list only, without any connection.
         token: by default that of `hf auth login` or HF_TOKEN.
         commit_message: title of the commit.
+        license: for the card: an identifier of the Hub, such as "apache-2.0".
         waits_s: seconds before each further attempt after a failure that may pass.
     Raises:
         ValueError: if the folder is not a checkpoint, is not finite or would leak a secret or a
@@ -169,12 +188,14 @@ def push(
         HubError: if the Hub still failed at the last attempt.
     """
     check_repo_id(repo_id)
-    files = prepare(Path(folder), repo_id)
+    folder = Path(folder).expanduser()
+    files = prepare(folder, repo_id)
     if dry_run:
-        return PushResult(repo_id, {name: _size(data) for name, data in files.items()})
-    target = Target(repo_id, public, revision, create_pr, token, tuple(waits_s))
-    target.claim()
-    return target.upload(files, commit_message)
+        card = _checked_card(folder, repo_id, license=license)
+        return PushResult(repo_id, _sizes(files, card.text), card.text)
+    target = Target(repo_id, public, revision, create_pr, token, tuple(waits_s), license=license)
+    target.check_access()
+    return target.upload(folder, files, commit_message)
 
 
 def push_command(
@@ -189,8 +210,12 @@ def push_command(
     return shlex.join(["ddpm-hf", "push", os.fspath(folder), repo_id, *options])
 
 
-def _size(data: Path | bytes) -> int:
-    return len(data) if isinstance(data, bytes) else data.stat().st_size
+def _sizes(files: dict[str, Path | bytes], card: str) -> dict[str, int]:
+    contents = {**files, "README.md": card.encode(errors="surrogateescape")}
+    return {
+        name: len(data) if isinstance(data, bytes) else data.stat().st_size
+        for name, data in contents.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -204,19 +229,20 @@ class Target:
     token: str | None
     waits_s: tuple[float, ...]
     stop: threading.Event | None = None
+    license: str | None = None
 
     @property
     def api(self) -> HfApi:
         """The client, with our token."""
         return HfApi(token=self.token, library_name="ddpm_hf")
 
-    def claim(self) -> None:
+    def check_access(self) -> None:
         """Make the repository where it is missing, and prove the right to write to it."""
         if not (self.token or get_token()):
             raise ValueError(f"pushing to {self.repo_id} needs a token: {TOKEN_HELP}")
-        retry(self._claim, self.repo_id, self.waits_s, stop=self.stop)
+        retry(self._check_access, self.repo_id, self.waits_s, stop=self.stop)
 
-    def _claim(self) -> None:
+    def _check_access(self) -> None:
         try:
             present = self.api.list_repo_files(self.repo_id)
         except RepositoryNotFoundError:
@@ -237,48 +263,43 @@ class Target:
                 raise ValueError(f"{self.repo_id} is a {kind} on the Hub: choose another name")
         self.api.create_repo(self.repo_id, private=not self.public, exist_ok=True)
 
-    def upload(self, files: dict[str, Path | bytes], commit_message: str) -> PushResult:
-        """Commit `files`; the repository must exist."""
+    def upload(
+        self, folder: Path, files: dict[str, Path | bytes], commit_message: str
+    ) -> PushResult:
+        """Commit `files` and the card of `folder`; the repository must exist."""
         return retry(
-            lambda: self._commit(files, commit_message),
+            lambda: self._commit(folder, files, commit_message),
             self.repo_id,
             self.waits_s,
             stop=self.stop,
             repeat_unanswered=not self.create_pr,  # it might open a second pull request
         )
 
-    def _commit(self, files: dict[str, Path | bytes], commit_message: str) -> PushResult:
-        """One attempt upon the head as it is now; a commit by someone else in between fails it."""
-        info = self.api.model_info(self.repo_id, revision=self.revision)
-        present = {file.rfilename for file in info.siblings or []}
-        card = self._card_at(info.sha) if "README.md" in present else None
-        keep = not model_card.may_replace(card, bytes(files["README.md"]).decode())
-        stale = [
-            CommitOperationDelete(name)
-            for name in sorted(present - set(files))
-            if any(fnmatchcase(name, pattern) for pattern in REPLACED)
-        ]
-        added = [
-            CommitOperationAdd(name, data)
-            for name, data in sorted(files.items())
-            if not (keep and name == "README.md")
-        ]
-        # Not upload_folder: with Xet it commits in batches, and a reader would find half a model.
-        made = self.api.create_commit(
+    def _commit(
+        self, folder: Path, files: dict[str, Path | bytes], commit_message: str
+    ) -> PushResult:
+        card = Merged("")
+
+        def write(remote: str | None, head: Any) -> str:
+            nonlocal card
+            card = _checked_card(folder, self.repo_id, remote, self.license)
+            return card.text
+
+        made, head = commit(
+            self.api,
             self.repo_id,
-            [*added, *stale],
+            files,
+            lambda name: any(fnmatchcase(name, pattern) for pattern in REPLACED),
+            write,
             commit_message=commit_message,
             revision=self.revision,
             create_pr=self.create_pr,
-            parent_commit=info.sha,
         )
-        sizes = {name: _size(data) for name, data in files.items()}
+        sizes = _sizes(files, card.text)
         url = made.pr_url or str(made.commit_url)
-        return PushResult(self.repo_id, sizes, url, info.private, card_kept=keep)
-
-    def _card_at(self, commit: str | None) -> str:
-        path = self.api.hf_hub_download(self.repo_id, "README.md", revision=commit)
-        return Path(path).read_bytes().decode(errors="replace")
+        return PushResult(
+            self.repo_id, sizes, card.text, url, head.private, card_kept=card.is_theirs
+        )
 
 
 def _refuse_other_model(repo_id: str, present: list[str]) -> None:

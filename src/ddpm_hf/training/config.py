@@ -38,7 +38,8 @@ FREE_ON_RESUME = frozenset(
         "max_train_steps", "gradient_accumulation_steps", "dataloader_num_workers", "output_dir",
         "dataset",  # the images themselves are compared
         "logging_steps", "sample_steps", "num_samples", "sample_inference_steps",
-        "checkpointing_steps", "checkpoints_total_limit", "push_to_hub", "public", "allow_pickle",
+        "checkpointing_steps", "checkpoints_total_limit", "push_to_hub", "public", "license",
+        "allow_pickle",
     }
 )  # fmt: skip
 
@@ -179,6 +180,9 @@ class OutputOptions:
         None, "also push to this Hub repository, 'user/name', at every checkpoint"
     )
     public: bool = _option(False, "make a new Hub repository public (default: private)")
+    license: str | None = _option(
+        None, "licence of the model, for its card: a name that the Hub knows, such as 'apache-2.0'"
+    )
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import logging
 import os
 import platform
 import shutil
@@ -15,12 +16,14 @@ from accelerate import Accelerator
 
 from ddpm_hf.diffusion.files import replacing_folder
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
-from ddpm_hf.hub.card import origin_of, write_model_card
+from ddpm_hf.hub.card import write_model_card
 from ddpm_hf.paths import ModelPaths, RunPaths
 from ddpm_hf.training.config import TrainingConfig
 from ddpm_hf.training.parts import Parts
 from ddpm_hf.training.run_folder import write_json
 from ddpm_hf.training.state import TrainState
+
+logger = logging.getLogger(__name__)
 
 # Names of people's folders are nobody else's business.
 _LOCAL_OPTIONS = ("dataset", "output_dir", "pretrained", "push_to_hub", "unet_config")
@@ -47,10 +50,12 @@ def export_model(run: RunPaths, parts: Parts, state: TrainState, facts: dict[str
         shutil.copy2(run.metrics, model.metrics)
         if grid := run.newest_sample_grid():
             shutil.copy2(grid, model.samples)
-        card = run.model.card
-        if card.exists() and origin_of(card.read_text(encoding="utf-8")) == "person":
-            shutil.copy2(card, folder)  # `write_model_card` leaves it alone
-        write_model_card(folder)
+        if run.model.card.exists():
+            shutil.copy2(run.model.card, folder)  # what a person wrote in it stays
+        try:
+            write_model_card(folder)
+        except Exception as error:  # the model matters more than its card
+            logger.warning("the model card was not renewed: %s", error)
         _keep_files_of_others(target, folder)
 
 
@@ -80,6 +85,10 @@ def training_facts(
     }
     if config.pretrained is not None:
         facts["base_model"] = _public_name(config.pretrained)
+        known = ("base_model", "dataset", "steps", "num_images_seen")
+        facts["base"] = {key: value for key, value in (parts.base or {}).items() if key in known}
+    if config.license is not None:
+        facts["license"] = config.license
     return facts
 
 

@@ -1,5 +1,6 @@
 """What a run is made of: images, network and diffusion, given, loaded or proposed, and checked."""
 
+import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ from accelerate import Accelerator
 from diffusers import UNet2DModel
 
 from ddpm_hf.data import ImageDataset, ImageFacts, TrainingImages, load_images, prepare_images
+from ddpm_hf.diffusion.files import read_json
 from ddpm_hf.diffusion.images import IMAGE_MODES, image_facts, size_multiple
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.hub.load import fetch, open_pipeline, open_unet
@@ -41,6 +43,7 @@ class Parts:
     unet: UNet2DModel
     scheduler: GaussianDDPMScheduler
     loss: Loss
+    base: dict[str, Any] | None = None  # training.json of the pretrained model
 
     def identity(self) -> dict[str, dict[str, Any]]:
         """What a resumed run must share, as JSON values."""
@@ -69,11 +72,11 @@ def assemble(
         ConfigError, DataError: if one of them, or the way they fit together, cannot work.
     """
     device = accelerator.device.type
-    pretrained_scheduler = None
+    pretrained_scheduler, base = None, None
     if config.pretrained is not None:
         if unet is not None:
             raise ConfigError("pretrained and unet= exclude each other: leave one out")
-        unet, pretrained_scheduler = load_pretrained(config.pretrained, config.allow_pickle)
+        unet, pretrained_scheduler, base = load_pretrained(config.pretrained, config.allow_pickle)
     pretrained = unet if config.pretrained else None
     images, facts, digest = main_first(accelerator, lambda: _images(config, dataset, pretrained))
     shares = accelerator.num_processes * config.gradient_accumulation_steps
@@ -105,6 +108,7 @@ def assemble(
         unet,
         scheduler,
         loss,
+        base,
     )
 
 
@@ -190,8 +194,10 @@ def _wanted_by(unet: torch.nn.Module | None) -> tuple[str | None, int | None]:
 
 def load_pretrained(
     source: str, allow_pickle: bool = False
-) -> tuple[UNet2DModel, GaussianDDPMScheduler | None]:
-    """Network with its weights, and scheduler, of a pipeline; no scheduler for a bare UNet2DModel.
+) -> tuple[UNet2DModel, GaussianDDPMScheduler | None, dict[str, Any]]:
+    """Network with its weights, scheduler, and what is known of its training.
+
+    A bare UNet2DModel brings no scheduler; what is known may be nothing.
 
     Args:
         source: Hub repository or local folder.
@@ -202,8 +208,10 @@ def load_pretrained(
     try:
         folder = fetch(source, use_safetensors=not allow_pickle)
         if not (folder / "model_index.json").is_file():
-            return open_unet(folder, source, use_safetensors=not allow_pickle), None
+            return open_unet(folder, source, use_safetensors=not allow_pickle), None, {}
         pipeline = open_pipeline(folder, source, use_safetensors=not allow_pickle)
-        return pipeline.unet, pipeline.scheduler
+        with contextlib.suppress(ValueError):
+            return pipeline.unet, pipeline.scheduler, read_json(folder / "training.json")
+        return pipeline.unet, pipeline.scheduler, {}
     except (OSError, ValueError) as error:
         raise ConfigError(f"pretrained={source!r} cannot be loaded: {error}") from error
