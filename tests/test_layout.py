@@ -126,6 +126,8 @@ def undocumented(body: list[ast.stmt], prefix: str) -> Iterator[str]:
     for node in body:
         if not isinstance(node, ast.ClassDef | ast.FunctionDef) or node.name.startswith("_"):
             continue
+        if any(isinstance(d, ast.Name) and d.id == "overload" for d in node.decorator_list):
+            continue  # described where it is implemented
         if ast.get_docstring(node) is None and not node.name.startswith("check_"):
             yield prefix + node.name
         if isinstance(node, ast.ClassDef):

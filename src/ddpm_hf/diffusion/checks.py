@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 import diffusers
+import huggingface_hub
 import numpy as np
 import torch
 from torch import Tensor
@@ -41,8 +42,9 @@ Steps = schedules.Steps
 
 
 def warn(message: str) -> None:
-    """Warn at the first line outside of this folder and of diffusers: the line to change."""
-    inside = tuple(os.path.join(os.path.dirname(f), "") for f in (__file__, diffusers.__file__))
+    """Warn at the first line outside of this folder, diffusers and what it loads by."""
+    files = (__file__, diffusers.__file__, huggingface_hub.__file__)
+    inside = tuple(os.path.join(os.path.dirname(f), "") for f in files)
     level, frame = 1, sys._getframe(1)
     while frame.f_back and frame.f_code.co_filename.startswith(inside):
         level, frame = level + 1, frame.f_back
@@ -185,6 +187,29 @@ def check_betas(name: str, given: Any, num_train_timesteps: int) -> Array:
         bad = int(np.argmin(good))
         raise ValueError(f"{name} must be in (0, 1); got {betas[bad]} at t={bad}")
     return betas
+
+
+def check_signal_left(prediction_type: str, log_alphas: Array) -> None:
+    """Enough signal at the last step for a network that predicts the noise."""
+    left = np.exp(log_alphas.sum() / 2)
+    if prediction_type == "epsilon" and left < np.finfo(np.float32).tiny:
+        raise ValueError(
+            "prediction_type 'epsilon' divides by the signal's amplitude, of which"
+            f" {left:.0e} is left at the last step (zero terminal SNR): use 'v_prediction' or"
+            " 'sample', or lower the betas"
+        )
+
+
+def check_same_table(name: str, given: Any, table: Tensor) -> None:
+    """A table of the same values as `table`, on any device and of any floating dtype."""
+    same = isinstance(given, Tensor) and given.is_floating_point() and given.shape == table.shape
+    if same and not given.is_meta and not table.is_meta:
+        same = torch.equal(given.detach().cpu(), table.detach().cpu().to(given.dtype))
+    if not same:
+        raise ValueError(
+            f"{name} cannot be changed, because all coefficients come from the betas in float64:"
+            " pass trained_betas to the constructor or to from_config"
+        )
 
 
 def check_timesteps(timesteps: Any, num_train_timesteps: int) -> Steps:

@@ -5,20 +5,85 @@ that names it belongs to these betas. Travels with the weights.
 """
 
 import json
-from typing import Any
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar, cast, overload
 
-from diffusers.configuration_utils import ConfigMixin
+import diffusers
+import numpy as np
+from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from . import checks, extension
+from . import checks, extension, files, schedules
+
+Array = schedules.Array
+
+Init = TypeVar("Init", bound=Callable[..., None])
 
 
-class PortableConfig(ConfigMixin):  # type: ignore[misc]
-    """The configuration of a scheduler whose extension is kept under `_ddpm_hf`.
+def registered(init: Init) -> Init:
+    """diffusers' `register_to_config`, through which type checkers see the signature."""
+    return cast(Init, register_to_config(init))
 
-    A subclass sets `_fingerprint`, by which an extension is known to belong to its betas.
+
+class PortableScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
+    """A scheduler that stock diffusers reads, and whose extension is kept under `_ddpm_hf`.
+
+    By its fingerprint an extension is known to belong to the betas.
     """
 
-    _fingerprint: str
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        subfolder: str | None = ...,
+        return_unused_kwargs: Literal[False] = ...,
+        **kwargs: Any,
+    ) -> Self: ...
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        subfolder: str | None = ...,
+        *,
+        return_unused_kwargs: Literal[True],
+        **kwargs: Any,
+    ) -> tuple[Self, dict[str, Any]]: ...
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        subfolder: str | None = None,
+        return_unused_kwargs: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """The scheduler of a folder or a repository of the Hub; arguments as in diffusers.
+
+        Raises:
+            OSError: if there is none.
+            ValueError: if its configuration is malformed.
+        """
+        try:
+            scheduler, unused = super().from_pretrained(
+                pretrained_model_name_or_path, subfolder, return_unused_kwargs=True, **kwargs
+            )
+        except (AttributeError, LookupError, TypeError) as error:
+            where = f"{cls.config_name} of {pretrained_model_name_or_path}"
+            raise ValueError(f"{where}: {error}") from error
+        # What was loaded was given, every key of it: as in diffusers, where its tests ask for that.
+        given = {k: v for k, v in scheduler.config.items() if k != "_use_default_values"}
+        scheduler._internal_dict = FrozenDict(given)
+        return (scheduler, unused) if return_unused_kwargs else scheduler
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
+        """What diffusers reads a configuration by, within bounds."""
+        return files.read_json(Path(json_file))
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -27,14 +92,27 @@ class PortableConfig(ConfigMixin):  # type: ignore[misc]
         init, unused, hidden = super().extract_init_dict(config_dict, **kwargs)
         return {**init, **own}, unused, hidden
 
+    @overload
+    @classmethod
+    def from_config(
+        cls, config: Any = ..., return_unused_kwargs: Literal[False] = ..., **kwargs: Any
+    ) -> Self: ...
+
+    @overload
+    @classmethod
+    def from_config(
+        cls, config: Any = ..., *, return_unused_kwargs: Literal[True], **kwargs: Any
+    ) -> tuple[Self, dict[str, Any]]: ...
+
     @classmethod
     def from_config(
         cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Any:
-        """As in diffusers, with three differences.
+        """As in diffusers, with four differences.
 
-        No given value is dropped for standing at another class's default; a key that nobody knows
-        is warned about; an extension made for other betas or another prediction type is left out.
+        No given value is dropped for standing at another class's default; what means something to
+        other schedulers only is left out; a key that nobody knows is warned about; an extension
+        made for other betas or another prediction type is left out.
 
         Args:
             config: configuration of this or of a compatible scheduler.
@@ -44,19 +122,49 @@ class PortableConfig(ConfigMixin):  # type: ignore[misc]
         own = None
         if isinstance(config, dict):
             checks.warn_of_unknown_keys(cls, {*config, *kwargs})
-            config = dict(extension.reopened(config, kwargs))
+            config = _without_foreign_keys(cls, extension.reopened(config, kwargs))
             own = config.pop("_ddpm_hf", None)
-            config.pop("_use_default_values", None)
-            if config.get("variance_type", "") is None:  # DPMSolver's word for "not learned"
-                del config["variance_type"]
         scheduler, unused = super().from_config(config, return_unused_kwargs=True, **kwargs)
         scheduler._adopt_extension(own)
         return (scheduler, unused) if return_unused_kwargs else scheduler
 
+    def _resolve_betas(self, params: dict[str, float]) -> Array:
+        """The configured betas; the name of a schedule that stock lacks goes to the extension."""
+        betas, own = self._named_or_trained_betas(params)
+        if self.config.rescale_betas_zero_snr:
+            with np.errstate(divide="ignore"):  # log 0 at a last beta of 1
+                betas = schedules.rescale_zero_terminal_snr(betas)
+        self._fingerprint = extension.fingerprint(betas, self.config.prediction_type)
+        if own:
+            self._keep_extension(own)
+        return betas
+
+    def _named_or_trained_betas(self, params: dict[str, float]) -> tuple[Array, dict[str, Any]]:
+        """The configured betas, and the name and parameters of a schedule that stock lacks."""
+        config = self.config
+        T, name, trained = config.num_train_timesteps, config.beta_schedule, config.trained_betas
+        params = checks.check_schedule_params(name, params)
+        is_own = name in schedules.OWN_SCHEDULES
+        if trained is not None:
+            if is_own:
+                raise ValueError(
+                    f"trained_betas and beta_schedule={name!r} contradict each other: pass one"
+                    " (to from_config, trained_betas=None drops what the configuration holds)"
+                )
+            betas = checks.check_betas("trained_betas", trained, T)
+            self.register_to_config(trained_betas=betas.tolist())
+            return betas, {}
+        betas = schedules.named_betas(name, T, config.beta_start, config.beta_end, params)
+        betas = checks.check_betas(f"betas of beta_schedule {name!r}, T={T}, {params}", betas, T)
+        if not is_own:
+            return betas, {}
+        self.register_to_config(beta_schedule="linear", trained_betas=betas.tolist())
+        return betas, {"beta_schedule": name, "beta_schedule_params": params}
+
     def _adopt_extension(self, own: Any) -> None:
         if own is None:
             return
-        if isinstance(own, dict) and own.get("fingerprint") == self._fingerprint:
+        if extension.is_well_formed(own) and own["fingerprint"] == self._fingerprint:
             self._keep_extension({**own, **self.config.get("_ddpm_hf", {})})
         else:
             checks.warn(
@@ -74,3 +182,22 @@ class PortableConfig(ConfigMixin):  # type: ignore[misc]
         config = json.loads(super().to_json_string())
         config["_class_name"] = "DDPMScheduler"
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    def __repr__(self) -> str:
+        """The settings, with the schedule under its true name instead of its betas."""
+        told = {"beta_schedule", "beta_start", "beta_end", "trained_betas"}
+        settings = {k: v for k, v in self.config.items() if k[0] != "_" and k not in told}
+        name, params = extension.beta_schedule_of(self.config)
+        settings |= {"beta_schedule": name, **params}
+        return f"{type(self).__name__} {json.dumps(settings, indent=2, sort_keys=True)}"
+
+
+def _without_foreign_keys(cls: Any, config: dict[str, Any]) -> dict[str, Any]:
+    """What a scheduler of this class understands of a configuration, be it another's."""
+    # Keys that stock's DDPM has gained since are kept for it.
+    known = cls._get_init_keys(cls) | cls._get_init_keys(diffusers.DDPMScheduler)
+    kept = {k: v for k, v in config.items() if k in known or k[:1] == "_"}
+    kept.pop("_use_default_values", None)
+    if kept.get("variance_type", "") is None:  # DPMSolver's word for "not learned"
+        del kept["variance_type"]
+    return kept

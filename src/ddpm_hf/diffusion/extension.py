@@ -6,7 +6,7 @@ without torch. Travels with the weights.
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -30,11 +30,11 @@ def fingerprint(betas: Array, prediction_type: str) -> str:
 def valid_extension(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The extension of a configuration, if it was made for the betas and predictions there."""
     extension, betas = config.get("_ddpm_hf"), config.get("trained_betas")
-    if not isinstance(extension, dict) or betas is None:
+    if not is_well_formed(extension) or betas is None:
         return None
     try:
         values = np.asarray(betas, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         return None
     if values.ndim != 1:
         return None
@@ -42,7 +42,19 @@ def valid_extension(config: Mapping[str, Any]) -> dict[str, Any] | None:
         with np.errstate(all="ignore"):
             values = schedules.rescale_zero_terminal_snr(values)
     made_for = fingerprint(values, str(config.get("prediction_type", "epsilon")))
-    return extension if extension.get("fingerprint") == made_for else None
+    return extension if extension["fingerprint"] == made_for else None
+
+
+def is_well_formed(extension: Any) -> TypeGuard[dict[str, Any]]:
+    """Whether this could be an extension: what stands in a file may be anything."""
+    if not isinstance(extension, dict) or "fingerprint" not in extension:
+        return False
+    name, params = extension.get("beta_schedule", ""), extension.get("beta_schedule_params", {})
+    return (
+        isinstance(name, str)
+        and isinstance(params, dict)
+        and all(isinstance(value, (int, float)) for value in params.values())
+    )
 
 
 def beta_schedule_of(config: Mapping[str, Any]) -> tuple[str, dict[str, float]]:
@@ -62,7 +74,7 @@ def beta_schedule_of(config: Mapping[str, Any]) -> tuple[str, dict[str, float]]:
     if config.get("trained_betas") is not None:
         extension = valid_extension(config) or {}
         name = extension.get("beta_schedule", "trained_betas")
-        params = extension.get("beta_schedule_params") or {}
+        params = extension.get("beta_schedule_params", {})
     ends = schedules.BETA_RANGE.get(name, ())
     defaults = {"beta_start": 0.0001, "beta_end": 0.02}
     return name, {**{key: config.get(key, defaults[key]) for key in ends}, **params}
@@ -78,7 +90,7 @@ def reopened(config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     extension = valid_extension(config)
     if extension is None or "beta_schedule" not in extension:
         return config
-    params = {} if "beta_schedule" in given else extension["beta_schedule_params"]
+    params = {} if "beta_schedule" in given else extension.get("beta_schedule_params", {})
     given.setdefault("beta_schedule", extension["beta_schedule"])
     given["beta_schedule_params"] = {**params, **(given.get("beta_schedule_params") or {})}
     told = {"format_version", "fingerprint", "beta_schedule", "beta_schedule_params"}

@@ -7,31 +7,64 @@
 Notation as in `scheduling.py`, beside which this file travels with the weights.
 """
 
-from typing import NamedTuple
+from typing import Any, Self, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from . import arithmetic, checks, coefficients, tables
+from . import arithmetic, checks, coefficients, outputs, schedules, tables
 
+Array = schedules.Array
 Timestep = tables.Timestep
 at_least_float32 = arithmetic.at_least_float32
 with_dtype_of = arithmetic.with_dtype_of
+Gaussian = outputs.Gaussian
 
 
-class Gaussian(NamedTuple):
-    """A normal distribution with diagonal covariance; the three broadcast with each other."""
+class PublicTable:
+    """A float32 table for tools of diffusers: it can be read and moved, but not changed.
 
-    mean: Tensor
-    variance: Tensor
-    log_variance: Tensor
+    What is computed comes from tables in float64, which a change of this one would not reach.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, scheduler: None, owner: type) -> Self: ...
+
+    @overload
+    def __get__(self, scheduler: Any, owner: type) -> Tensor: ...
+
+    def __get__(self, scheduler: Any, owner: type) -> Any:
+        return self if scheduler is None else vars(scheduler)[f"_{self._name}"]
+
+    def __set__(self, scheduler: Any, table: Tensor) -> None:
+        present = vars(scheduler).get(f"_{self._name}")
+        if present is not None:
+            checks.check_same_table(self._name, table, present)
+        vars(scheduler)[f"_{self._name}"] = table
 
 
 class ForwardProcess:
-    """The methods of a scheduler that no network takes part in."""
+    """The part of a scheduler that no network takes part in."""
 
-    _marginal: tables.Table[coefficients.Marginal]
+    betas = PublicTable()
+    alphas = PublicTable()
+    alphas_cumprod = PublicTable()
+
     _trajectory: coefficients.Trajectory
+
+    @torch.inference_mode(False)  # a scheduler made while sampling must serve training later
+    def _set_betas(self, betas: Array) -> None:
+        """Tables: float64 to compute by, and their float32 roundings for tools of diffusers."""
+        with np.errstate(divide="ignore"):  # log 0 at a last beta of 1
+            self._log_alphas = np.log1p(-betas)
+            self._marginal = coefficients.marginal(self._log_alphas)
+        self.betas = torch.from_numpy(betas).float()
+        self.alphas = torch.from_numpy(1 - betas).float()
+        self.alphas_cumprod = torch.from_numpy(np.exp(self._log_alphas.cumsum())).float()
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Timestep) -> Tensor:
         """x_t from q(x_t | x_0), for given noise (eq. 4).

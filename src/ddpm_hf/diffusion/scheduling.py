@@ -12,15 +12,12 @@ All of this folder travels with the weights and needs nothing of the package.
 """
 
 import re
-from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
-from diffusers.configuration_utils import register_to_config
-from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
-from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from torch import Tensor
 
 # Modules, not names: diffusers' loader of remote code looks for `from .x import y` elsewhere.
@@ -29,8 +26,8 @@ from . import (
     checks,
     coefficients,
     configuration,
-    extension,
     forward_process,
+    outputs,
     schedules,
     tables,
 )
@@ -41,62 +38,30 @@ Timestep = tables.Timestep
 Generators = arithmetic.Generators
 at_least_float32 = arithmetic.at_least_float32
 with_dtype_of = arithmetic.with_dtype_of
+GaussianDDPMOutput = outputs.GaussianDDPMOutput
+ReverseGaussian = outputs.ReverseGaussian
+StepKL = outputs.StepKL
 
 
-class ReverseGaussian(NamedTuple):
-    """p(x_prev | x_t), and the estimate of x_0 that its mean is made of."""
-
-    mean: Tensor
-    variance: Tensor
-    log_variance: Tensor
-    pred_original_sample: Tensor
-
-
-class StepKL(NamedTuple):
-    """KL(q(x_prev | x_t, x_0) || p(x_prev | x_t)), in nats, and of p what a decoder asks for.
-
-    At the last step, whose mean is the estimate of x_0, the bound has -log p(x_0 | x_t) in the
-    place of the KL. `is_last`, 1 or 0, says where that is.
-    """
-
-    kl: Tensor
-    log_variance: Tensor
-    pred_original_sample: Tensor
-    is_last: Tensor
-
-
-class GaussianDDPMOutput(DDPMSchedulerOutput):  # type: ignore[misc]
-    """What `step` returns: the fields of `DDPMSchedulerOutput`, as attributes and as items.
-
-    The generic constructor of the parent would take a fifth of a small step's time.
-    """
-
-    def __init__(self, prev_sample: Tensor, pred_original_sample: Tensor) -> None:
-        fields = {"prev_sample": prev_sample, "pred_original_sample": pred_original_sample}
-        self.__dict__.update(fields)
-        for name, value in fields.items():
-            OrderedDict.__setitem__(self, name, value)
-
-
-class GaussianDDPMScheduler(
-    SchedulerMixin,  # type: ignore[misc]
-    configuration.PortableConfig,
-    forward_process.ForwardProcess,
-):
+class GaussianDDPMScheduler(configuration.PortableScheduler, forward_process.ForwardProcess):
     """Drop-in for diffusers' `DDPMScheduler`: same configuration keys, meaning and defaults.
 
     Differs from diffusers 0.42.1: the last step of every trajectory is without noise, not only
     t = 0; "fixed_large_log" gives numbers and "learned" is a log-variance; "trailing" never visits
     t = -1 and an offset never T; the arithmetic is at least float32 on tables of full precision;
     what cannot sample is refused at once. `betas`, `alphas` and `alphas_cumprod` are for tools to
-    read: to change them, give `trained_betas`.
+    read and to move: to change them, give `trained_betas`.
 
     Args:
         num_train_timesteps: T, the length of the training chain, 1 to 100000.
         beta_start: first beta of "linear" and its relatives, in (0, 1).
         beta_end: last beta of "linear" and its relatives, in (0, 1).
-        beta_schedule: a name in `schedules.BETA_SCHEDULES`. Those that stock diffusers does
-            not know are written as `trained_betas`, so that it reads them all the same.
+        beta_schedule: "linear", "scaled_linear", "squaredcos_cap_v2" (cosine), "sigmoid" or
+            "laplace" as in diffusers; "quad", "const", "jsd", "warmup10" and "warmup50" of DDPM's
+            code; "cosine" (with "offset" and "cap"), "iddpm_linear" (linear for any T),
+            "chen_sigmoid" (2212.11972, with "start", "end" and "tau") or "laplace_log_snr"
+            (2407.03297, with "mu" and "b"). Those that diffusers does not know are written as
+            `trained_betas`, so that it reads them all the same.
         trained_betas: T betas in (0, 1), instead of a named schedule; the last may be 1.
         variance_type: the reverse variance. "fixed_small" is the posterior's, "fixed_large" beta_t;
             the "_log" forms are the same distributions. "learned" takes the network's second half
@@ -113,7 +78,7 @@ class GaussianDDPMScheduler(
         steps_offset: added to "leading" timesteps, as far as they stay below T.
         rescale_betas_zero_snr: rescale so that the last step holds no signal (2305.08891). Needs a
             network that predicts "sample" or "v_prediction", and "trailing" to visit that step.
-        beta_schedule_params: parameters of a schedule of ours, such as {"tau": 0.7}.
+        beta_schedule_params: parameters of such a schedule by name, as {"tau": 0.7}.
 
     Raises:
         TypeError, ValueError: for a value that could not sample, with the choices.
@@ -123,7 +88,7 @@ class GaussianDDPMScheduler(
     ignore_for_config = ["beta_schedule_params"]  # noqa: RUF012
     order = 1
 
-    @register_to_config  # type: ignore[untyped-decorator]
+    @configuration.registered
     def __init__(
         self,
         num_train_timesteps: int = 1000,
@@ -149,57 +114,13 @@ class GaussianDDPMScheduler(
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
         self.custom_timesteps = False
-        self._set_betas(beta_schedule_params or {})
+        self._set_betas(self._resolve_betas(beta_schedule_params or {}))
+        checks.check_signal_left(self.config.prediction_type, self._log_alphas)
         self._set_trajectory(np.arange(num_train_timesteps))
         checks.warn_where_samples_suffer(self.config, self._log_alphas)
 
     def __len__(self) -> int:
         return int(self.config.num_train_timesteps)
-
-    @torch.inference_mode(False)  # a scheduler made while sampling must serve training later
-    def _set_betas(self, params: dict[str, float]) -> None:
-        """Tables: float64 for us, and their float32 roundings for tools of stock diffusers."""
-        betas, own = self._resolve_betas(params)
-        with np.errstate(divide="ignore"):  # log 0 at a last beta of 1
-            if self.config.rescale_betas_zero_snr:
-                betas = schedules.rescale_zero_terminal_snr(betas)
-            self._log_alphas = np.log1p(-betas)
-            self._marginal = coefficients.marginal(self._log_alphas)
-        left = np.exp(self._log_alphas.sum() / 2)
-        if self.config.prediction_type == "epsilon" and left < np.finfo(np.float32).tiny:
-            raise ValueError(
-                "prediction_type 'epsilon' divides by the signal's amplitude, of which"
-                f" {left:.0e} is left at the last step (zero terminal SNR): use 'v_prediction' or"
-                " 'sample', or lower the betas"
-            )
-        self.betas = torch.from_numpy(betas).float()
-        self.alphas = torch.from_numpy(1 - betas).float()
-        self.alphas_cumprod = torch.from_numpy(np.exp(self._log_alphas.cumsum())).float()
-        self._fingerprint = extension.fingerprint(betas, self.config.prediction_type)
-        if own:
-            self._keep_extension(own)
-
-    def _resolve_betas(self, params: dict[str, float]) -> tuple[Array, dict[str, Any]]:
-        """The configured betas, and the name and parameters of a schedule that stock lacks."""
-        config = self.config
-        T, name, trained = config.num_train_timesteps, config.beta_schedule, config.trained_betas
-        params = checks.check_schedule_params(name, params)
-        is_own = name in schedules.OWN_SCHEDULES
-        if trained is not None:
-            if is_own:
-                raise ValueError(
-                    f"trained_betas and beta_schedule={name!r} contradict each other: pass one"
-                    " (to from_config, trained_betas=None drops what the configuration holds)"
-                )
-            betas = checks.check_betas("trained_betas", trained, T)
-            self.register_to_config(trained_betas=betas.tolist())
-            return betas, {}
-        betas = schedules.named_betas(name, T, config.beta_start, config.beta_end, params)
-        betas = checks.check_betas(f"betas of beta_schedule {name!r}, T={T}, {params}", betas, T)
-        if not is_own:
-            return betas, {}
-        self.register_to_config(beta_schedule="linear", trained_betas=betas.tolist())
-        return betas, {"beta_schedule": name, "beta_schedule_params": params}
 
     # The trajectory -------------------------------------------------------------------------------
 
@@ -282,15 +203,73 @@ class GaussianDDPMScheduler(
         device = getattr(timesteps, "device", None)
         self._set_trajectory(checks.check_timesteps(timesteps, len(self)), device)
 
-    def previous_timestep(self, timestep: Timestep) -> int:
-        """The timestep that `step` goes to from `timestep`; -1, the clean image, from the last."""
-        return self._trajectory.previous(timestep)
+    def previous_timestep(self, timestep: Timestep) -> Tensor:
+        """The timestep that `step` goes to from `timestep`, 0-dim; -1, the clean image, at last."""
+        return torch.tensor(self._trajectory.previous(timestep), device=self._timesteps.device)
+
+    def _get_variance(
+        self,
+        t: Timestep,
+        predicted_variance: Tensor | None = None,
+        variance_type: str | None = None,
+    ) -> Tensor | None:
+        """What code written for stock's scheduler asks for; use `p_mean_variance` in new code.
+
+        As there, a variance, but a standard deviation for "fixed_small_log", a log-variance for
+        "fixed_large_log" and "learned_range", and for "learned" what the network gave.
+        """
+        kind = self.config.variance_type if variance_type is None else variance_type
+        checks.check_choice("variance_type", kind, checks.VARIANCE_TYPES)
+        if kind == "learned":
+            return predicted_variance
+        like = torch.empty((), device=self._timesteps.device, dtype=torch.float32)
+        small = self._trajectory.posterior.at(t, like)
+        large = self._trajectory.forward.at(t, like).sigma.square()
+        if kind == "learned_range":
+            if predicted_variance is None:
+                raise ValueError(
+                    "predicted_variance must be given for variance_type='learned_range'"
+                )
+            return torch.lerp(small.log_variance, large.log(), (predicted_variance + 1) / 2)
+        by_type = {
+            "fixed_small": small.variance.clone(),
+            "fixed_small_log": small.variance.sqrt(),
+            "fixed_large": large,
+            "fixed_large_log": large.log(),
+        }
+        return by_type[kind]
 
     # Sampling -------------------------------------------------------------------------------------
 
     def scale_model_input(self, sample: Tensor, timestep: Timestep | None = None) -> Tensor:
         """The sample as it is: DDPM does not scale what the network sees."""
         return sample
+
+    @overload
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Timestep,
+        sample: Tensor,
+        generator: Generators = ...,
+        return_dict: Literal[True] = ...,
+        *,
+        variance_noise: Tensor | None = ...,
+        eta: float = ...,
+    ) -> GaussianDDPMOutput: ...
+
+    @overload
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Timestep,
+        sample: Tensor,
+        generator: Generators = ...,
+        *,
+        return_dict: Literal[False],
+        variance_noise: Tensor | None = ...,
+        eta: float = ...,
+    ) -> tuple[Tensor, Tensor]: ...
 
     def step(
         self,

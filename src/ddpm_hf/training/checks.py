@@ -21,7 +21,7 @@ def as_own_scheduler(scheduler: Any) -> GaussianDDPMScheduler | None:
     if scheduler is None or type(scheduler).__name__ == OUR_SCHEDULER:
         return scheduler  # type: ignore[no-any-return]
     if type(scheduler) is DDPMScheduler:
-        return GaussianDDPMScheduler.from_config(scheduler.config)  # type: ignore[no-any-return]
+        return GaussianDDPMScheduler.from_config(scheduler.config)
     raise ConfigError(
         f"scheduler must be a GaussianDDPMScheduler, got {type(scheduler).__name__}, which samples "
         "but does not train; GaussianDDPMScheduler.from_config(scheduler.config) has the same betas"

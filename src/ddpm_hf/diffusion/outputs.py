@@ -1,0 +1,53 @@
+"""What the scheduler's methods return. Travels with the weights."""
+
+from collections import OrderedDict
+from typing import NamedTuple
+
+from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
+from torch import Tensor
+
+
+class Gaussian(NamedTuple):
+    """A normal distribution with diagonal covariance; the three broadcast with each other."""
+
+    mean: Tensor
+    variance: Tensor
+    log_variance: Tensor
+
+
+class ReverseGaussian(NamedTuple):
+    """p(x_prev | x_t), and the estimate of x_0 that its mean is made of."""
+
+    mean: Tensor
+    variance: Tensor
+    log_variance: Tensor
+    pred_original_sample: Tensor
+
+
+class StepKL(NamedTuple):
+    """KL(q(x_prev | x_t, x_0) || p(x_prev | x_t)), in nats, and of p what a decoder asks for.
+
+    At the last step, whose mean is the estimate of x_0, the bound has -log p(x_0 | x_t) in the
+    place of the KL. `is_last`, 1 or 0, says where that is.
+    """
+
+    kl: Tensor
+    log_variance: Tensor
+    pred_original_sample: Tensor
+    is_last: Tensor
+
+
+class GaussianDDPMOutput(DDPMSchedulerOutput):  # type: ignore[misc]
+    """What `step` returns: the fields of `DDPMSchedulerOutput`, as attributes and as items.
+
+    The generic constructor of the parent would take a fifth of a small step's time.
+    """
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor
+
+    def __init__(self, prev_sample: Tensor, pred_original_sample: Tensor) -> None:
+        fields = {"prev_sample": prev_sample, "pred_original_sample": pred_original_sample}
+        self.__dict__.update(fields)
+        for name, value in fields.items():
+            OrderedDict.__setitem__(self, name, value)
