@@ -129,6 +129,7 @@ def test_the_code_that_travels_gives_all_features_by_consent(hub, checkpoint, tm
         answer = client.run(last + "result = show(pipe)")
     np.testing.assert_allclose(images_of(answer), draw(ours), atol=ATOL)
     first, third = (hub.repo(f"user/{name}").files() for name in ("digits", "copy-of-copy"))
+    assert b"library_name: diffusers" in third["README.md"]  # a lesser card, without the package
     same = [name for name in first if name not in ("README.md", "training.json")]
     assert {name: third[name] for name in same} == {name: first[name] for name in same}
 

@@ -93,7 +93,7 @@ def forget_origin(config_file: Path) -> None:
 
 
 def write_source(folder: Path) -> None:
-    """Write the files that travel, and the `pipeline.py` by which diffusers comes to them.
+    """Write the files that travel, and the `pipeline.py` through which diffusers imports them.
 
     They lie in a folder named after their content: the loader gives the code of all local
     checkpoints one namespace, and two versions in one process would run each other's.
@@ -104,17 +104,17 @@ def write_source(folder: Path) -> None:
     (folder / package).mkdir()
     for name, source in sources.items():
         (folder / package / f"{name}.py").write_bytes(source)
-    door = [
+    lines = [
         '"""Loaded by diffusers with custom_pipeline= and trust_remote_code=True."""\n',
         f"from .{package}.pipeline import GaussianDDPMPipeline\n",
         "# The loader copies only the files that this one names.",
         *(f"from .{package}.{name} import __doc__ as _" for name in sources),
         '\n__all__ = ["GaussianDDPMPipeline"]',
-        # The loader copies every pipeline.py to one place, and Python takes compiled code for
-        # current if the source has the same size and second: another version, another size.
+        # The loader copies every pipeline.py to one place, and Python reuses compiled code if the
+        # source has the same size and second, so another version gets another size.
         f"# {'.' * (int(digest, 16) % 4000)}\n",
     ]
-    (folder / "pipeline.py").write_text("\n".join(door), "utf-8")
+    (folder / "pipeline.py").write_text("\n".join(lines), "utf-8")
 
 
 def upload(folder: Path, repo_id: str, prefix: str = "", **options: Any) -> Any:
@@ -174,7 +174,7 @@ def commit(
     card: CardWriter | None,
     **options: Any,
 ) -> tuple[Any, Any]:
-    """One commit upon the head as it is now, so that no reader finds half a model.
+    """Make one commit on the head as it is now, so that no reader finds half a model.
 
     It fails if somebody else commits in between. `upload_folder` of huggingface_hub 2.4 splits
     large uploads into several commits.

@@ -77,7 +77,7 @@ class BackgroundPusher:
             before, self._newest = self._newest, copy
         try:
             if before is None:
-                _sweep(copy.folder.parent)
+                _remove_leftovers(copy.folder.parent)
             copy.make()
         except Exception as error:
             self._report(copy, error)
@@ -175,7 +175,7 @@ class _Copy:
             shutil.rmtree(self.path, ignore_errors=True)
 
 
-def _sweep(folder: Path) -> None:
+def _remove_leftovers(folder: Path) -> None:
     """Remove copies that a killed run left; only one run at a time has this folder."""
     for path in folder.glob(_PREFIX + "*"):
         shutil.rmtree(path, ignore_errors=True)

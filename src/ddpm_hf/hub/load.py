@@ -82,8 +82,8 @@ def fetch(
         patterns = _loaded_files(weights)
         found = snapshot_download(name, revision=revision, token=token, allow_patterns=patterns)
         if not _has_weights(Path(found), weights):
-            # Without an answer of the Hub, the client returns any part that the cache holds (a
-            # README, say): this asks again, and raises what the matter is.
+            # Without an answer from the Hub, the client returns whatever part of the repository is
+            # in the cache (a README, say). Asking again raises the reason.
             HfApi(token=token).model_info(name, revision=revision)
         return Path(found)
 

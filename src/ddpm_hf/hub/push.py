@@ -77,7 +77,7 @@ def prepare(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
 def _checked_card(
     folder: Path, repo_id: str, remote: str | None = None, license: str | None = None
 ) -> Merged:
-    """README.md, which is made anew upon the one that is on the Hub at the moment of a commit."""
+    """The README.md to upload, checked; merged with the one on the Hub, if that is given."""
     card = card_to_share(folder, repo_id, remote, license)
     if not card.is_theirs:  # what is on the Hub already is no leak of this push
         _refuse_leaks("README.md", card.text.encode())
