@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ddpm_hf.randomness import Batches, noise_and_timesteps, seed_of
+from ddpm_hf.randomness import Batches, noise_of_rows, seed_of, timestep_generator
 
 
 def shares(num_processes, accumulation, *, start=0, stop=5, num_images=10, batch_size=12):
@@ -47,35 +47,39 @@ def test_another_seed_gives_another_order():
     assert first != second
 
 
-def test_a_row_has_the_same_noise_and_step_in_whatever_part_of_the_batch_it_is_computed():
+def test_a_row_has_the_same_noise_in_whatever_part_of_the_batch_it_is_computed():
     x_0 = torch.zeros(8, 1, 4, 4)
-    noise, t = noise_and_timesteps(0, 5, range(8), 8, x_0, 1000)
+    noise = noise_of_rows(0, 5, range(8), x_0)
     for rows in (range(4), range(3, 5), range(7, 8)):
-        part = noise_and_timesteps(0, 5, rows, 8, x_0[rows.start : rows.stop], 1000)
-        assert torch.equal(part[0], noise[rows.start : rows.stop])
-        assert torch.equal(part[1], t[rows.start : rows.stop])
+        part = slice(rows.start, rows.stop)
+        assert torch.equal(noise_of_rows(0, 5, rows, x_0[part]), noise[part])
 
 
-def test_noise_is_standard_normal_and_steps_are_uniform():
+def test_noise_is_standard_normal():
     x_0 = torch.zeros(16, 1, 16, 16)
-    draws = [noise_and_timesteps(3, step, range(16), 16, x_0, 10) for step in range(250)]
-    noise = torch.cat([noise for noise, _ in draws])
+    noise = torch.cat([noise_of_rows(3, step, range(16), x_0) for step in range(250)])
     count = noise.numel()
     # z bounds of 4 standard errors; the seed is fixed.
     assert abs(noise.mean().item()) < 4 / count**0.5
     assert abs(noise.var().item() - 1) < 4 * (2 / count) ** 0.5
-    steps = torch.cat([t for _, t in draws]).bincount(minlength=10)
-    assert len(steps) == 10
-    chi_squared = ((steps - 400.0) ** 2 / 400).sum().item()
-    assert chi_squared < 27.9  # 0.1% point of chi squared with 9 degrees of freedom
 
 
 def test_images_that_share_a_batch_and_neighbouring_updates_have_unrelated_noise():
     x_0 = torch.zeros(2, 3, 32, 32)
-    (first, _), (second, _) = (noise_and_timesteps(0, s, range(2), 2, x_0, 9) for s in (0, 1))
+    first, second = (noise_of_rows(0, step, range(2), x_0) for step in (0, 1))
     rows = torch.stack([*first.flatten(1), *second.flatten(1)])
     correlation = torch.corrcoef(rows) - torch.eye(4)
     assert correlation.abs().max() < 4 / rows.shape[1] ** 0.5
+
+
+def test_every_update_has_timesteps_of_its_own_which_are_uniform():
+    cpu = torch.device("cpu")
+    draws = [
+        torch.randint(10, (16,), generator=timestep_generator(3, step, cpu)) for step in range(250)
+    ]
+    counts = torch.cat(draws).bincount(minlength=10)
+    chi_squared = ((counts - 400.0) ** 2 / 400).sum().item()
+    assert chi_squared < 27.9  # 0.1% point of chi squared with 9 degrees of freedom
 
 
 def test_seeds_differ_for_positions_that_print_alike():

@@ -27,12 +27,12 @@ def main(argv: list[str]) -> int:
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     images = main_first(state, lambda: build_images(config))
 
-    # A network for images of this size and mode; put your own UNet2DModel(...) in its place.
-    set_seed(config.seed)
-    unet = build_unet(images.facts, state.device.type, config.unet_config)
-
     # The diffusion; put GaussianDDPMScheduler(beta_schedule=..., ...) in its place for your own.
     scheduler = build_scheduler(config)
+
+    # A network for images of this size and mode; put your own UNet2DModel(...) in its place.
+    set_seed(config.seed)
+    unet = build_unet(images.facts, state.device.type, config.unet_config, scheduler)
 
     # Resumes by itself when the run was interrupted. `model_dir` holds the portable checkpoint.
     result = train(config, unet=unet, scheduler=scheduler, dataset=images)

@@ -64,27 +64,24 @@ class Batches:
         return torch.randperm(self.num_images, generator=generator).tolist()
 
 
-def noise_and_timesteps(
-    seed: int, step: int, rows: range, batch_size: int, x_0: Tensor, num_train_timesteps: int
-) -> tuple[Tensor, Tensor]:
-    """Noise and time steps of some rows of a batch.
+def timestep_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
+    """What the timesteps of update `step` are drawn from, those of the whole batch at once."""
+    return torch.Generator(device).manual_seed(seed_of(seed, "timesteps", step))
+
+
+def noise_of_rows(seed: int, step: int, rows: range, like: Tensor) -> Tensor:
+    """Standard normal noise for some rows of the batch of update `step`.
 
     Args:
         seed: the run's seed.
         step: the update.
-        rows: which rows of the whole batch `x_0` holds.
-        batch_size: rows of the whole batch.
-        x_0: the images, (B, C, H, W); gives shape and device.
-        num_train_timesteps: T.
+        rows: which rows of the whole batch `like` holds.
+        like: the images, (B, C, H, W); gives shape and device.
     Returns:
-        noise, standard normal in float32, shaped like `x_0`; t uniform in [0, T), (B,).
+        float32, shaped like `like`.
     """
-    generator = torch.Generator(x_0.device)
-    generator.manual_seed(seed_of(seed, "timesteps", step))
-    t = torch.randint(num_train_timesteps, (batch_size,), generator=generator, device=x_0.device)[
-        rows.start : rows.stop
-    ]
-    noise = torch.empty(x_0.shape, device=x_0.device)
+    generator = torch.Generator(like.device)
+    noise = torch.empty(like.shape, device=like.device)
     for image, row in zip(noise, rows, strict=True):
         image.normal_(generator=generator.manual_seed(seed_of(seed, "noise", step, row)))
-    return noise, t
+    return noise

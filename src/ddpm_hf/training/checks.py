@@ -72,15 +72,13 @@ def _check_channels(config: Any, scheduler: GaussianDDPMScheduler, facts: ImageF
             f"the network takes {channels} channels but the images have {facts.num_channels} "
             f"({facts.mode}); set image_mode to {mode_with(channels)}, or train a new network"
         )
-    if variance_type.startswith("learned"):
+    needed = 2 * channels if variance_type.startswith("learned") else channels
+    if config.out_channels != needed:
         raise ConfigError(
-            f"variance_type is {variance_type!r}, which L_simple does not train: "
-            "use 'fixed_small' or 'fixed_large'"
-        )
-    if config.out_channels != channels:
-        raise ConfigError(
-            f"the network predicts {config.out_channels} channels for {channels}: a learned "
-            "variance, which L_simple does not train"
+            f"the network predicts {config.out_channels} channels for {channels} of the images, "
+            f"but variance_type {variance_type!r} needs {needed}: set out_channels of the network "
+            f"to {needed}, or variance_type to "
+            + ("learned_range" if config.out_channels == 2 * channels else "fixed_small")
         )
 
 

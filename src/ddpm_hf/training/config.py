@@ -115,8 +115,10 @@ class ModelOptions:
     prediction_type: Literal["epsilon", "sample", "v_prediction"] | None = _option(
         None, "what the network predicts (default: v_prediction, or the pretrained model's)"
     )
-    variance_type: Literal["fixed_small", "fixed_large"] | None = _option(
-        None, "variance of a reverse step (default: fixed_small, or the pretrained model's)"
+    variance_type: Literal["fixed_small", "fixed_large", "learned_range"] | None = _option(
+        None,
+        "variance of a reverse step; learned_range: the network predicts it, which gives better "
+        "likelihoods (default: fixed_small, or the pretrained model's)",
     )
 
 
@@ -126,6 +128,20 @@ class OptimizationOptions:
 
     _argument_group_name: ClassVar[str] = "optimization"
 
+    objective: Literal["simple", "hybrid", "vlb"] | None = _option(
+        None,
+        "what an update minimises: the squared error, the variational bound, or the squared error "
+        "with the bound for a learned variance (default: hybrid if the variance is learned, else "
+        "simple)",
+    )
+    loss_weighting: Literal["none", "min_snr", "p2", "truncated_snr"] = _option(
+        "none", "weights of the squared error by noise level"
+    )
+    timestep_sampling: Literal["uniform", "low_discrepancy", "loss_second_moment"] = _option(
+        "uniform",
+        "timesteps of a batch: independent, evenly spaced, or more of those with large losses (for "
+        "objective vlb)",
+    )
     max_train_steps: int | None = _option(None, "optimizer updates in all (default: proposed)")
     batch_size: int | None = _option(
         None,
@@ -303,6 +319,8 @@ def merge_resumed_config(given: TrainingConfig, before: dict[str, Any]) -> Train
         ConfigError: for options that shape what is learned and differ.
     """
     now = dataclasses.asdict(given)
+    # An option that is newer than the run was at its default then.
+    before = {option.name: option.default for option in fields(TrainingConfig)} | before
     merged: dict[str, Any] = {
         name: before.get(name) if value is None else value for name, value in now.items()
     }

@@ -15,13 +15,14 @@ from tqdm.auto import tqdm
 from ddpm_hf.data import read_batches
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.hub.background import BackgroundPusher
-from ddpm_hf.losses import Loss, simple_loss
+from ddpm_hf.losses import Loss
 from ddpm_hf.paths import RunPaths
-from ddpm_hf.randomness import noise_and_timesteps, seed_of
+from ddpm_hf.randomness import noise_of_rows, seed_of, timestep_generator
 from ddpm_hf.training.accelerator import create_accelerator, with_precision
 from ddpm_hf.training.config import ConfigError, TrainingConfig, merge_resumed_config
 from ddpm_hf.training.learning_rate import learning_rate
 from ddpm_hf.training.metrics import MetricsLog, RunningMetrics
+from ddpm_hf.training.objective import in_order_of_rows
 from ddpm_hf.training.outputs import Outputs
 from ddpm_hf.training.parts import assemble
 from ddpm_hf.training.plan import outcome, print_plan
@@ -76,7 +77,7 @@ def train(
     unet: UNet2DModel | None = None,
     scheduler: GaussianDDPMScheduler | None = None,
     dataset: Any = None,
-    loss: Loss = simple_loss,
+    loss: Loss | None = None,
 ) -> TrainingResult:
     """Train a DDPM, or resume a run that was interrupted.
 
@@ -87,9 +88,9 @@ def train(
         dataset: images instead of those that `config.dataset` names: a `datasets.Dataset`, the
             result of `prepare_images`, or any map-style data set of float tensors (C, H, W) in
             [-1, 1].
-        loss: what an update minimises, a function `(denoiser, scheduler, x_0, t, noise)` of the
-            form of `ddpm_hf.losses`, which returns one value per image, (B,). A resumed run must
-            share it; it is known by its name.
+        loss: what an update minimises instead of `config.objective`: a function `(denoiser,
+            scheduler, x_0, t, noise)` of the form of `ddpm_hf.losses`, which returns one value per
+            image, (B,). A resumed run must share it; it is known by its name.
     Returns:
         where everything lies, and how far the run came.
     Raises:
@@ -168,20 +169,24 @@ def _update(run: Run, images: Iterator[Tensor], step: int) -> tuple[Tensor, Tens
         loss and gradient norm, as scalars on the device.
     """
     config, accelerator, batches = run.config, run.accelerator, run.batches
-    scheduler = run.parts.scheduler
-    total_loss = torch.zeros((), device=accelerator.device)
+    scheduler, objective = run.parts.scheduler, run.parts.objective
+    generator = timestep_generator(config.seed, step, accelerator.device)
+    # Of the whole batch, on every process; the weights make up for timesteps drawn more often.
+    all_t, weights = objective.timesteps.sample(batches.batch_size, generator, accelerator.device)
+    total_loss, all_losses = torch.zeros((), device=accelerator.device), []
     for micro_step in range(config.gradient_accumulation_steps):
         x_0 = next(images).to(accelerator.device, non_blocking=True)
         rows = batches.rows(micro_step)
-        noise, t = noise_and_timesteps(
-            config.seed, step, rows, batches.batch_size, x_0, len(scheduler)
-        )
+        here = slice(rows.start, rows.stop)
+        noise, t = noise_of_rows(config.seed, step, rows, like=x_0), all_t[here]
         # Dropout draws from the global generator.
         torch.manual_seed(seed_of(config.seed, "dropout", step, batches.rank, micro_step))
         with accelerator.accumulate(run.model):
-            losses = run.parts.loss(run.model, scheduler, x_0, t, noise)  # (B,)
-            accelerator.backward(losses.mean())
-        total_loss += losses.detach().mean() / config.gradient_accumulation_steps
+            losses = objective.loss(run.model, scheduler, x_0, t, noise)  # (B,)
+            loss = (losses * weights[here]).mean()
+            accelerator.backward(loss)
+        total_loss += loss.detach() / config.gradient_accumulation_steps
+        all_losses.append(losses.detach())
     # Summed over all processes by now: they agree on what follows.
     grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), config.max_grad_norm)
     if accelerator.scaler is None:
@@ -193,6 +198,8 @@ def _update(run: Run, images: Iterator[Tensor], step: int) -> tuple[Tensor, Tens
     run.optimizer.step()
     run.optimizer.zero_grad()
     run.state.ema.step(run.state.unet.parameters())
+    if objective.timesteps.needs_losses:
+        objective.timesteps.update(all_t, in_order_of_rows(all_losses, accelerator))
     return total_loss, grad_norm
 
 

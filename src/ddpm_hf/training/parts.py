@@ -21,6 +21,7 @@ from ddpm_hf.hub.load import fetch, open_pipeline, open_unet
 from ddpm_hf.losses import Loss
 from ddpm_hf.training.checks import as_own_scheduler, check_runs, check_trainable, mode_with
 from ddpm_hf.training.config import ConfigError, TrainingConfig
+from ddpm_hf.training.objective import Objective, build_objective, choose_objective
 from ddpm_hf.training.processes import main_first
 from ddpm_hf.training.proposals import (
     build_scheduler,
@@ -28,6 +29,7 @@ from ddpm_hf.training.proposals import (
     propose,
     rate_from_scratch,
     sample_size,
+    widen_for_learned_variance,
 )
 
 
@@ -42,8 +44,9 @@ class Parts:
     digest: str
     unet: UNet2DModel
     scheduler: GaussianDDPMScheduler
-    loss: Loss
+    objective: Objective
     base: dict[str, Any] | None = None  # training.json of the pretrained model
+    notes: tuple[str, ...] = ()
 
     def identity(self) -> dict[str, dict[str, Any]]:
         """What a resumed run must share, as JSON values."""
@@ -53,8 +56,7 @@ class Parts:
             for part, config in parts.items()
         }
         images = {**self.facts.to_config()["image"], "number": len(self.images)}
-        name = getattr(self.loss, "__qualname__", type(self.loss).__qualname__)
-        objective = {"loss": f"{self.loss.__module__}.{name}"}
+        objective = {"name": self.objective.name}
         return {**public, "images": {**images, "digest": self.digest}, "objective": objective}
 
 
@@ -64,7 +66,7 @@ def assemble(
     unet: UNet2DModel | None,
     scheduler: GaussianDDPMScheduler | None,
     dataset: Any,
-    loss: Loss,
+    loss: Loss | None,
 ) -> Parts:
     """The parts of a run: those given, the rest from the configuration.
 
@@ -80,11 +82,13 @@ def assemble(
     pretrained = unet if config.pretrained else None
     images, facts, digest = main_first(accelerator, lambda: _images(config, dataset, pretrained))
     shares = accelerator.num_processes * config.gradient_accumulation_steps
+    scheduler = as_own_scheduler(scheduler) or build_scheduler(config, pretrained_scheduler)
     if unet is None:
         torch.manual_seed(config.seed)  # the same first weights on every process and every start
-        unet = build_unet(facts, device, config.unet_config)
-    scheduler = as_own_scheduler(scheduler) or build_scheduler(config, pretrained_scheduler)
+        unet = build_unet(facts, device, config.unet_config, scheduler)
+    notes = _fit_to_variance(unet, scheduler, pretrained_scheduler) if config.pretrained else []
     check_trainable(unet, scheduler, facts)
+    config = choose_objective(config, scheduler)
     if config.learning_rate is None:
         rate = 1e-4 if config.pretrained else rate_from_scratch(unet)
         config = dataclasses.replace(config, learning_rate=rate)
@@ -107,9 +111,25 @@ def assemble(
         digest,
         unet,
         scheduler,
-        loss,
+        build_objective(config, scheduler, facts, loss),
         base,
+        tuple(notes),
     )
+
+
+def _fit_to_variance(
+    unet: UNet2DModel, scheduler: GaussianDDPMScheduler, before: GaussianDDPMScheduler | None
+) -> list[str]:
+    """Widen a pretrained network where its variance shall be learned from now on."""
+    channels, now = unet.config.in_channels, scheduler.config.variance_type
+    if now != "learned_range" or unet.config.out_channels != channels:
+        return []
+    fixed = before.config.variance_type if before is not None else "fixed_small"
+    widen_for_learned_variance(unet, fixed)
+    return [
+        f"the network gets {channels} more channels, which predict its variance; they start so "
+        f"that it samples as with {fixed}"
+    ]
 
 
 def _images(

@@ -6,7 +6,6 @@ import time
 import torch
 
 from ddpm_hf.diffusion.extension import beta_schedule_of
-from ddpm_hf.randomness import noise_and_timesteps
 from ddpm_hf.training.accelerator import available_trackers
 from ddpm_hf.training.config import required
 from ddpm_hf.training.learning_rate import learning_rate
@@ -75,13 +74,14 @@ def describe(run: Run) -> str:
             f"network    {type(unet).__name__}, {parameters:,} parameters"
             + f", channels {'-'.join(map(str, channels))}" * bool(channels),
             f"diffusion  T={diffusion.num_train_timesteps}, {schedule}, "
-            f"predicts {diffusion.prediction_type}",
+            f"predicts {diffusion.prediction_type}, variance {diffusion.variance_type}",
             f"training   {counted(steps, 'update')} of {counted(batch, 'image')}{split} "
             f"({counted(round(steps * batch / num_images), 'epoch')}), "
-            f"learning rate {config.learning_rate:g}",
+            f"learning rate {config.learning_rate:g}, objective {run.parts.objective.name}",
             f"machine    {accelerator.num_processes} x {accelerator.device.type}, "
             f"mixed precision: {accelerator.mixed_precision}",
             f"output     {run.paths.root}, losses in {losses}",
+            *(f"note       {note}" for note in run.parts.notes),
         ]
     )
 
@@ -89,12 +89,12 @@ def describe(run: Run) -> str:
 def seconds_per_update(run: Run) -> float:
     """Time of an update, measured on one that leaves no trace."""
     size, device = len(run.batches.rows(0)), run.accelerator.device
-    x_0 = torch.zeros(size, *run.parts.images[0, 0].shape, device=device)
-    noise, t = noise_and_timesteps(0, 0, range(size), size, x_0, len(run.parts.scheduler))
+    x_0 = torch.full((size, *run.parts.images[0, 0].shape), -1.0, device=device)
+    noise, t = torch.randn_like(x_0), torch.zeros(size, dtype=torch.long, device=device)
     for _ in range(2):  # the first one warms up
         start = time.monotonic()
         with run.accelerator.no_sync(run.model):
-            losses = run.parts.loss(run.model, run.parts.scheduler, x_0, t, noise)
+            losses = run.parts.objective.loss(run.model, run.parts.scheduler, x_0, t, noise)
             torch.autograd.backward(losses.mean())
         run.state.unet.zero_grad(set_to_none=True)
         losses[0].item()  # waits for the device

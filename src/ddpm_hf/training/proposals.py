@@ -77,13 +77,19 @@ def rate_from_scratch(unet: torch.nn.Module) -> float:
     return float(min(max(1e-4 * 128 / channels[0], 1e-4), 4e-4))
 
 
-def build_unet(facts: ImageFacts, device: str, config_file: str | None = None) -> UNet2DModel:
+def build_unet(
+    facts: ImageFacts,
+    device: str,
+    config_file: str | None = None,
+    scheduler: GaussianDDPMScheduler | None = None,
+) -> UNet2DModel:
     """A fresh UNet2DModel for such images, from `config_file` or proposed.
 
     Args:
         facts: mode and size of the images.
         device: "cpu" gets a quarter of the channels, so that a step takes a fraction of a second.
         config_file: JSON file with arguments of `UNet2DModel`.
+        scheduler: where its variance is learned, the proposed network predicts that, too.
     Raises:
         ConfigError: if the file cannot be read, or its network does not fit the images.
     """
@@ -100,12 +106,36 @@ def build_unet(facts: ImageFacts, device: str, config_file: str | None = None) -
     return UNet2DModel(
         sample_size=sample_size(facts, 2 ** (len(multipliers) - 1)),
         in_channels=facts.num_channels,
-        out_channels=facts.num_channels,
+        out_channels=facts.num_channels * (2 if learns_variance(scheduler) else 1),
         block_out_channels=tuple((32 if device == "cpu" else 128) * m for m in multipliers),
         down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention),
         up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
         attention_head_dim=64,  # 64 channels a head were best in 2105.05233, table 3
     )
+
+
+def learns_variance(scheduler: GaussianDDPMScheduler | None) -> bool:
+    """Whether the network predicts the variance in channels of its own."""
+    return scheduler is not None and scheduler.config.variance_type.startswith("learned")
+
+
+def widen_for_learned_variance(unet: UNet2DModel, variance_type: str) -> None:
+    """Give a network of fixed variance the channels that predict v of 2102.09672, eq. 15.
+
+    They start at the constant v that stands for the variance it was sampled with, so that the first
+    step samples as before.
+
+    Args:
+        unet: changed in place.
+        variance_type: "fixed_small", for v = -1, or "fixed_large", for v = 1; "_log" or not.
+    """
+    old, channels = unet.conv_out, unet.config.out_channels
+    new = torch.nn.Conv2d(old.in_channels, 2 * channels, old.kernel_size, padding=old.padding)
+    v = 1.0 if variance_type.startswith("fixed_large") else -1.0
+    new.weight = torch.nn.Parameter(torch.cat([old.weight, torch.zeros_like(old.weight)]).detach())
+    new.bias = torch.nn.Parameter(torch.cat([old.bias, torch.full_like(old.bias, v)]).detach())
+    unet.conv_out = new
+    unet.register_to_config(out_channels=2 * channels)
 
 
 def sample_size(facts: ImageFacts, multiple: int) -> int | tuple[int, int]:

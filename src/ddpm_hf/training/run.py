@@ -55,7 +55,7 @@ class Run:
         self.model, self.optimizer = accelerator.prepare(parts.unet, optimizer)
         unet = accelerator.unwrap_model(self.model)
         ema = EMAModel(unet.parameters(), decay=self.config.ema_decay, foreach=True)
-        self.state = TrainState(unet, ema, optimizer, accelerator.scaler)
+        self.state = TrainState(unet, ema, optimizer, parts.objective.timesteps, accelerator.scaler)
         self._began, self._elapsed_before_s = time.monotonic(), 0.0
         if checkpoint is not None:
             self._resume(checkpoint)

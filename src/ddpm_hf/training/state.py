@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ddpm_hf.diffusion.files import remove_folder, replacing_folder
 from ddpm_hf.diffusion.portable import check_finite
+from ddpm_hf.timestep_samplers import TimestepSampler
 from ddpm_hf.training.run_folder import CheckpointError, write_json
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ class TrainState:
     unet: torch.nn.Module
     ema: EMAModel
     optimizer: torch.optim.Optimizer
+    timesteps: TimestepSampler
     scaler: Any = None
     step: int = 0
 
@@ -60,7 +62,8 @@ class TrainState:
         """The tensors of a checkpoint by file; optimizer keys are 'parameter index.moment'."""
         names = [name for name, _ in self.unet.named_parameters()]
         moments = self.optimizer.state_dict()["state"]
-        return {
+        history = self.timesteps.state_dict()
+        return ({"timesteps.safetensors": history} if history else {}) | {
             "unet.safetensors": dict(self.unet.state_dict()),
             "ema.safetensors": dict(zip(names, self.ema.shadow_params, strict=True)),
             "optimizer.safetensors": {
@@ -87,6 +90,7 @@ class TrainState:
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         if self.scaler is not None and facts["scaler"]:
             self.scaler.load_state_dict(facts["scaler"])
+        self.timesteps.load_state_dict(tensors.get("timesteps.safetensors", {}))
         self.step = facts["step"]
 
     def facts(self) -> dict[str, Any]:

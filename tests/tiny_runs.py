@@ -1,0 +1,94 @@
+"""Runs of training that take a second, and what they left."""
+
+import json
+import os
+import signal
+
+import torch
+from diffusers import UNet2DModel
+from safetensors.torch import load_file
+
+from ddpm_hf import TrainingConfig, train
+
+
+def tiny_unet(**overrides):
+    torch.manual_seed(0)
+    arguments = {
+        "sample_size": 8,
+        "in_channels": 1,
+        "out_channels": 1,
+        "block_out_channels": (8, 8),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    }
+    return UNet2DModel(**{**arguments, **overrides})
+
+
+def tiny_images(count=11):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.rand(1, 8, 8, generator=generator) * 2 - 1 for _ in range(count)]
+
+
+class Images:
+    """Images that do something when the n-th one is read."""
+
+    def __init__(self, images, at, action):
+        self.images, self.at, self.action, self.reads = images, at, action, 0
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        self.reads += 1
+        if self.reads == self.at:
+            self.action()
+        return self.images[index]
+
+
+def tiny_config(folder, **overrides):
+    options = {
+        "output_dir": str(folder),
+        "max_train_steps": 6,
+        "batch_size": 4,
+        "learning_rate": 1e-3,
+        "lr_warmup_steps": 2,
+        "logging_steps": 1,
+        "checkpointing_steps": 2,
+        "num_samples": 0,
+    }
+    return TrainingConfig(**{**options, **overrides})
+
+
+def run(folder, *, dataset=None, unet=None, **overrides):
+    return train(
+        tiny_config(folder, **overrides),
+        unet=unet or tiny_unet(),
+        dataset=dataset or tiny_images(),
+    )
+
+
+def checkpoint(folder, step):
+    """Every tensor of a checkpoint, copied: safetensors maps the file, which a test may change."""
+    path = folder / "checkpoints" / f"step-{step:08d}"
+    return {
+        f"{file.name}:{name}": value.clone()
+        for file in sorted(path.glob("*.safetensors"))
+        for name, value in load_file(file).items()
+    }
+
+
+def assert_equal_bits(first, second):
+    assert first.keys() == second.keys()
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not different
+
+
+def metrics(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def stop_reading_at(read, number=signal.SIGTERM):
+    return Images(tiny_images(), read, lambda: os.kill(os.getpid(), number))
