@@ -17,6 +17,7 @@ from ddpm_hf.training.config import (
     ModelOptions,
     OptimizationOptions,
     OutputOptions,
+    ValidationOptions,
     TrainingConfig,
 )
 
@@ -58,7 +59,7 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     from transformers import HfArgumentParser
 
     parser: argparse.ArgumentParser = HfArgumentParser(
-        [DataOptions, ModelOptions, OptimizationOptions, OutputOptions],
+        [DataOptions, ModelOptions, OptimizationOptions, ValidationOptions, OutputOptions],
         prog=prog,
         usage=f"{prog or '%(prog)s'} [DATASET] [--config FILE] [--option VALUE ...]",
         description="Train a DDPM. Every option has a default or is proposed from the data: "

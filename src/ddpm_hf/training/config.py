@@ -40,6 +40,7 @@ FREE_ON_RESUME = frozenset(
         "logging_steps", "sample_steps", "num_samples", "sample_inference_steps",
         "checkpointing_steps", "checkpoints_total_limit", "push_to_hub", "public", "license",
         "allow_pickle",
+        "validation_steps", "validation_images", "validation_timesteps", "keep_best",
     }
 )  # fmt: skip
 
@@ -176,6 +177,29 @@ class OptimizationOptions:
 
 
 @dataclass
+class ValidationOptions:
+    """Bits/dim of held-out images on the way; for the whole bound see `ddpm-hf evaluate`."""
+
+    _argument_group_name: ClassVar[str] = "validation"
+
+    validation_split: str | None = _option(
+        None,
+        "measure bits/dim on these images: a split such as 'test', or a share of the training "
+        "images such as 0.05, which is then not trained on (default: no measurement)",
+    )
+    validation_steps: int | None = _option(
+        None, "updates between two measurements (default: as checkpointing_steps)"
+    )
+    validation_images: int = _option(64, "how many of the images are measured, always the same")
+    validation_timesteps: int = _option(
+        16, "network calls per image, at timesteps drawn such that the measurement is unbiased"
+    )
+    keep_best: bool = _option(
+        False, "also keep the model with the lowest bits/dim so far, in the folder best/"
+    )
+
+
+@dataclass
 class OutputOptions:
     """What is written, where and when."""
 
@@ -202,7 +226,9 @@ class OutputOptions:
 
 
 @dataclass
-class TrainingConfig(OutputOptions, OptimizationOptions, ModelOptions, DataOptions):
+class TrainingConfig(
+    OutputOptions, ValidationOptions, OptimizationOptions, ModelOptions, DataOptions
+):
     """Every option of a training run; None means: propose it from the data and the machine.
 
     Raises:
@@ -223,6 +249,7 @@ class TrainingConfig(OutputOptions, OptimizationOptions, ModelOptions, DataOptio
             "resolution": MIN_SIZE, "num_train_timesteps": 1, "max_train_steps": 1, "batch_size": 1,
             "gradient_accumulation_steps": 1, "logging_steps": 1, "sample_steps": 1,
             "checkpointing_steps": 1, "checkpoints_total_limit": 1, "sample_inference_steps": 1,
+            "validation_steps": 1, "validation_images": 2, "validation_timesteps": 2,
             "lr_warmup_steps": 0, "num_samples": 0, "dataloader_num_workers": 0, "seed": 0,
         }  # fmt: skip
         if "://" in (self.dataset or ""):  # not repeated: it may hold a password

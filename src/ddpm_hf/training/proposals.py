@@ -64,6 +64,9 @@ def propose(
         lr_warmup_steps=min(steps // 20, 1000) if warmup is None else warmup,
         sample_steps=config.sample_steps or (250 if on_cpu else 1000),
         checkpointing_steps=config.checkpointing_steps or (250 if on_cpu else 1000),
+        validation_steps=config.validation_steps
+        or config.checkpointing_steps
+        or (250 if on_cpu else 1000),
     )
 
 
