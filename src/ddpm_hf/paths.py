@@ -81,6 +81,11 @@ class RunPaths:
         return ModelPaths(self.root / "model")
 
     @property
+    def best(self) -> ModelPaths:
+        """The portable checkpoint that measured best so far."""
+        return ModelPaths(self.root / "best")
+
+    @property
     def samples(self) -> Path:
         """The sample grids."""
         return self.root / "samples"

@@ -17,8 +17,8 @@ from ddpm_hf.training.config import (
     ModelOptions,
     OptimizationOptions,
     OutputOptions,
-    ValidationOptions,
     TrainingConfig,
+    ValidationOptions,
 )
 
 

@@ -29,18 +29,20 @@ logger = logging.getLogger(__name__)
 _LOCAL_OPTIONS = ("dataset", "output_dir", "pretrained", "push_to_hub", "unet_config")
 
 
-def export_model(run: RunPaths, parts: Parts, state: TrainState, facts: dict[str, Any]) -> None:
-    """Write the run's model: loads with `DiffusionPipeline.from_pretrained`, ready to be pushed.
+def export_model(
+    target: ModelPaths, run: RunPaths, parts: Parts, state: TrainState, facts: dict[str, Any]
+) -> None:
+    """Write a model that loads with `DiffusionPipeline.from_pretrained`, ready to be pushed.
 
     Args:
-        run: where; the folder is replaced as a whole.
+        target: where; the folder is replaced as a whole.
+        run: has metrics and samples.
         parts: what was trained.
         state: its averaged weights are written.
         facts: what `training.json` says.
     """
-    target = run.model.root
     shared = _shareable(parts.config)
-    with state.ema_weights() as unet, replacing_folder(target) as folder:
+    with state.ema_weights() as unet, replacing_folder(target.root) as folder:
         model = ModelPaths(folder)
         scheduler = copy.deepcopy(parts.scheduler)
         GaussianDDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(folder)
@@ -50,13 +52,13 @@ def export_model(run: RunPaths, parts: Parts, state: TrainState, facts: dict[str
         shutil.copy2(run.metrics, model.metrics)
         if grid := run.newest_sample_grid():
             shutil.copy2(grid, model.samples)
-        if run.model.card.exists():
-            shutil.copy2(run.model.card, folder)  # what a person wrote in it stays
+        if target.card.exists():
+            shutil.copy2(target.card, folder)  # what a person wrote in it stays
         try:
             write_model_card(folder)
         except Exception as error:  # the model matters more than its card
             logger.warning("the model card was not renewed: %s", error)
-        _keep_files_of_others(target, folder)
+        _keep_files_of_others(target.root, folder)
 
 
 def _keep_files_of_others(before: Path, folder: Path) -> None:
@@ -67,7 +69,7 @@ def _keep_files_of_others(before: Path, folder: Path) -> None:
 
 
 def training_facts(
-    parts: Parts, accelerator: Accelerator, step: int, elapsed_s: float
+    parts: Parts, accelerator: Accelerator, step: int, elapsed_s: float, metrics: list[Any]
 ) -> dict[str, Any]:
     """What happened, for `training.json` and the model card."""
     config = parts.config
@@ -81,7 +83,7 @@ def training_facts(
         "hardware": _hardware(accelerator),
         "versions": {name: version(name) for name in ("ddpm-hf", "diffusers", "torch")},
         "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "metrics": [],
+        "metrics": metrics,
     }
     if config.pretrained is not None:
         facts["base_model"] = _public_name(config.pretrained)
@@ -101,7 +103,7 @@ def _dataset_facts(parts: Parts) -> dict[str, Any]:
         "split": config.split,
         "num_images": len(parts.images),
         "num_skipped": parts.num_skipped,
-        "left_out": getattr(parts.images.images, "left_out", {}),
+        "left_out": parts.left_out,
         "image": facts.to_config()["image"],
     }
     if config.dataset is not None and _public_name(name) == name and "/" in name:

@@ -31,6 +31,7 @@ from ddpm_hf.training.run import Run
 from ddpm_hf.training.run_folder import remove_leftovers, run_lock
 from ddpm_hf.training.signals import StopSignal
 from ddpm_hf.training.state import find_checkpoint, read_facts
+from ddpm_hf.training.validation import Validation
 
 # So many updates in a row without one finite gradient mean that the run is lost; a mixed-precision
 # run skips a few at its start while the loss scale settles.
@@ -118,9 +119,10 @@ def train(
         stop = stack.enter_context(StopSignal())
         stack.enter_context(_out_of_memory_as_training_error(config))
         run = Run(parts, accelerator, stop, checkpoint)
-        print_plan(run)
+        validation = Validation(run, run.parts.held_out) if run.parts.held_out else None
+        print_plan(run, validation)
         log = MetricsLog(paths.metrics, accelerator, run.state.step)
-        outputs = Outputs(run, log, pusher)
+        outputs = Outputs(run, log, pusher, validation)
         if run.state.step == run.batches.stop:
             outputs.complete()
         else:
@@ -143,9 +145,12 @@ def _train_loop(run: Run, log: MetricsLog, outputs: Outputs) -> None:
         stopping = run.stop.agreed()
         ending = stopping or state.step == last
         saving = ending or run.is_due(config.checkpointing_steps)
-        if ending or run.is_due(config.logging_steps):
+        due = ending or run.is_due(config.validation_steps)
+        measuring = outputs.validation is not None and due and not stopping
+        if ending or measuring or run.is_due(config.logging_steps):
             values = metrics.read(run.accelerator, state.step - logged_step)
             values["learning_rate"] = learning_rate(config, step)
+            values |= outputs.measure() if measuring else {}
             with outputs.warn_on_disk_error("log"):
                 log.write(state.step, values, (state.step - logged_step) * run.batches.batch_size)
             logged_step = state.step

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,11 +14,13 @@ from torch import Tensor
 from ddpm_hf.diffusion.files import read_json
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 from ddpm_hf.hub.background import BackgroundPusher
+from ddpm_hf.paths import ModelPaths
 from ddpm_hf.pictures import Pixels, draw_images, image_grid
 from ddpm_hf.training.export import export_model, training_facts
 from ddpm_hf.training.metrics import MetricsLog
 from ddpm_hf.training.run import Run
 from ddpm_hf.training.state import save_checkpoint
+from ddpm_hf.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +32,18 @@ class Outputs:
         run: every process has one; only the main process writes.
         log: shows the sample grids, too.
         pusher: takes each exported model to the Hub, if that was asked for.
+        validation: measures held-out images, likewise.
     """
 
-    def __init__(self, run: Run, log: MetricsLog, pusher: BackgroundPusher | None) -> None:
-        self.run, self.log, self.pusher = run, log, pusher
+    def __init__(
+        self,
+        run: Run,
+        log: MetricsLog,
+        pusher: BackgroundPusher | None = None,
+        validation: Validation | None = None,
+    ) -> None:
+        self.run, self.log, self.pusher, self.validation = run, log, pusher, validation
+        self.measured: dict[str, float] = {}
 
     def save_checkpoint(self, must_succeed: bool) -> None:
         """What the run resumes from; a full disk does not end a run that can still go on."""
@@ -47,10 +58,33 @@ class Outputs:
         run = self.run
         if not run.accelerator.is_main_process:
             return
-        facts = training_facts(run.parts, run.accelerator, run.state.step, run.total_elapsed_s)
         with self.warn_on_disk_error("export the model", unless=must_succeed):
-            export_model(run.paths, run.parts, run.state, facts)
+            self._export_to(run.paths.model)
             self._push()
+
+    def _export_to(self, target: ModelPaths) -> None:
+        run = self.run
+        facts = training_facts(
+            run.parts,
+            run.accelerator,
+            run.state.step,
+            run.total_elapsed_s,
+            self.validation.results(self.measured) if self.validation and self.measured else [],
+        )
+        export_model(target, run.paths, run.parts, run.state, facts)
+
+    def measure(self) -> dict[str, float]:
+        """Bits/dim of the held-out images, whose best model is kept if that was asked for."""
+        if self.validation is None:
+            return {}
+        self.measured = self.validation.measure()
+        run = self.run
+        if run.config.keep_best and run.accelerator.is_main_process:
+            before = read_json(run.paths.best.facts).get("metrics") or [{"value": math.inf}]
+            if self.measured["validation_bits_per_dim"] < before[0]["value"]:
+                with self.warn_on_disk_error("keep the best model"):
+                    self._export_to(run.paths.best)
+        return self.measured
 
     def complete(self) -> None:
         """Export and push what a run that was cut after its last checkpoint has not."""
@@ -60,6 +94,7 @@ class Outputs:
             self._push()
         else:
             self.draw_samples()
+            self.measure()
             self.export_model(must_succeed=True)
 
     def _push(self) -> None:

@@ -21,6 +21,7 @@ from ddpm_hf.hub.load import fetch, open_pipeline, open_unet
 from ddpm_hf.losses import Loss
 from ddpm_hf.training.checks import as_own_scheduler, check_runs, check_trainable, mode_with
 from ddpm_hf.training.config import ConfigError, TrainingConfig
+from ddpm_hf.training.held_out import HeldOut, Selection, hold_out, validation_share
 from ddpm_hf.training.objective import Objective, build_objective, choose_objective
 from ddpm_hf.training.processes import main_first
 from ddpm_hf.training.proposals import (
@@ -38,13 +39,15 @@ class Parts:
     """What a run is made of; the configuration is complete."""
 
     config: TrainingConfig
-    images: TrainingImages
+    images: TrainingImages | Selection
     facts: ImageFacts
     num_skipped: int
     digest: str
     unet: UNet2DModel
     scheduler: GaussianDDPMScheduler
     objective: Objective
+    held_out: HeldOut | None
+    left_out: dict[str, int]
     base: dict[str, Any] | None = None  # training.json of the pretrained model
     notes: tuple[str, ...] = ()
 
@@ -98,23 +101,53 @@ def assemble(
         _ddpm_hf=facts.to_config(), sample_size=sample_size(facts, size_multiple(unet))
     )
     check_runs(unet.to(accelerator.device))
+    training, held_out = _hold_out(config, images, facts, unet, dataset is None)
     return Parts(
         config,
-        TrainingImages(
-            images,
-            seed=config.seed,
-            random_flip=config.random_flip,
-            size_multiple=size_multiple(unet),
-        ),
+        training,
         facts,
         len(getattr(images, "skipped", ())),
         digest,
         unet,
         scheduler,
         build_objective(config, scheduler, facts, loss),
+        held_out,
+        dict(getattr(images, "left_out", {})),
         base,
         tuple(notes),
     )
+
+
+def _hold_out(
+    config: TrainingConfig, images: Any, facts: ImageFacts, unet: UNet2DModel, has_splits: bool
+) -> tuple[TrainingImages | Selection, HeldOut | None]:
+    """The images to train on, as the network sees them, and those to measure, if any."""
+    multiple = size_multiple(unet)
+    training = TrainingImages(
+        images, seed=config.seed, random_flip=config.random_flip, size_multiple=multiple
+    )
+    share = validation_share(config.validation_split)
+    if config.validation_split is None:
+        return training, None
+    if share is not None:
+        if not 0 < share < 1 or len(images) < 2:
+            raise ConfigError(
+                f"validation_split is {config.validation_split!r}: a share must be above 0 and "
+                "below 1, of two images at least; or name a split"
+            )
+        return hold_out(training, share, config.seed)
+    if not has_splits:
+        raise ConfigError(
+            f"validation_split {config.validation_split!r} names a split, which images passed in "
+            "Python do not have; give a share such as 0.05"
+        )
+    measured = build_images(dataclasses.replace(config, split=config.validation_split), None, unet)
+    if measured.facts != facts:
+        raise ConfigError(
+            f"the images of validation_split {config.validation_split!r} are {measured.facts}, "
+            f"those of the training {facts}; set resolution and image_mode"
+        )
+    return training, TrainingImages(measured, seed=config.seed, size_multiple=multiple)
 
 
 def _fit_to_variance(

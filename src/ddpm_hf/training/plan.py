@@ -11,19 +11,20 @@ from ddpm_hf.training.config import required
 from ddpm_hf.training.learning_rate import learning_rate
 from ddpm_hf.training.run import Run
 from ddpm_hf.training.state import read_facts
+from ddpm_hf.training.validation import Validation
 from ddpm_hf.wording import counted, duration
 
 # A run of fewer updates ends before its estimate would be read.
 _UPDATES_WORTH_AN_ESTIMATE = 100
 
 
-def print_plan(run: Run) -> None:
+def print_plan(run: Run, validation: Validation | None = None) -> None:
     """Say what is about to happen and how long it will take; keep the options beside it."""
     accelerator = run.accelerator
     if run.state.step:
         accelerator.print(f"resuming after update {run.state.step:,}, from {run.checkpoint}")
         accelerator.print(other_length(run), end="")
-    accelerator.print(describe(run))
+    accelerator.print(describe(run, validation))
     updates = run.batches.stop - run.state.step
     if updates > _UPDATES_WORTH_AN_ESTIMATE:
         seconds = seconds_per_update(run)
@@ -53,7 +54,7 @@ def other_length(run: Run) -> str:
     )
 
 
-def describe(run: Run) -> str:
+def describe(run: Run, validation: Validation | None = None) -> str:
     """The plan of a run in a few lines, every proposed value included."""
     config, accelerator, unet = run.config, run.accelerator, run.state.unet
     facts, num_images = run.parts.facts, len(run.parts.images)
@@ -81,6 +82,7 @@ def describe(run: Run) -> str:
             f"machine    {accelerator.num_processes} x {accelerator.device.type}, "
             f"mixed precision: {accelerator.mixed_precision}",
             f"output     {run.paths.root}, losses in {losses}",
+            *([validation.describe()] if validation else []),
             *(f"note       {note}" for note in run.parts.notes),
         ]
     )

@@ -13,7 +13,7 @@ from typing import Any
 from ddpm_hf.diffusion.files import remove_folder
 from ddpm_hf.paths import RunPaths
 
-_LEFTOVER = re.compile(r"(\.del-)?(?P<kind>\.(new|old|del)-)(?P<name>model|step-\d{8})")
+_LEFTOVER = re.compile(r"(\.del-)?(?P<kind>\.(new|old|del)-)(?P<name>model|best|step-\d{8})")
 _LOCK_PATIENCE_S = 15.0
 
 

@@ -1,45 +1,17 @@
 """Bits/dim of held-out images while training goes on."""
 
 import copy
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor
 
-from ddpm_hf.data import TrainingImages
 from ddpm_hf.likelihood import bits_per_dim, standard_error
 from ddpm_hf.randomness import seed_of
 from ddpm_hf.training.config import required
+from ddpm_hf.training.held_out import HeldOut
 from ddpm_hf.training.run import Run
-
-
-class Selection(torch.utils.data.Dataset[Tensor]):
-    """Some of the training images, under numbers of their own."""
-
-    def __init__(self, images: TrainingImages, indices: Sequence[int]) -> None:
-        self.images, self.indices = images, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, position: tuple[int, int]) -> Tensor:
-        return self.__getitems__([position])[0]
-
-    def __getitems__(self, positions: Sequence[tuple[int, int]]) -> list[Tensor]:
-        """A batch at once, for `DataLoader`."""
-        return self.images.__getitems__([(epoch, self.indices[i]) for epoch, i in positions])
-
-
-def hold_out(images: TrainingImages, share: float, seed: int) -> tuple[Selection, Selection]:
-    """The images to train on, and a share of them, drawn by the seed, that is held out."""
-    generator = torch.Generator().manual_seed(seed_of(seed, "validation"))
-    order: list[int] = torch.randperm(len(images), generator=generator).tolist()
-    count = max(1, round(share * len(images)))
-    return Selection(images, sorted(order[count:])), Selection(images, sorted(order[:count]))
+from ddpm_hf.wording import counted
 
 
 class Validation:
@@ -52,7 +24,7 @@ class Validation:
         images: held out; as many as the options say are used.
     """
 
-    def __init__(self, run: Run, images: Selection | TrainingImages) -> None:
+    def __init__(self, run: Run, images: HeldOut) -> None:
         self.run, self.images = run, images
         self.num_images = min(len(images), run.config.validation_images)
         self.num_timesteps = min(run.config.validation_timesteps, len(run.parts.scheduler))
@@ -81,6 +53,28 @@ class Validation:
             "validation_bits_per_dim": everyones.mean().item(),
             "validation_standard_error": standard_error(everyones),
         }
+
+    def results(self, measured: dict[str, float]) -> list[dict[str, Any]]:
+        """A measurement, as the card shows it."""
+        return [
+            {
+                "type": "bits-per-dim",
+                "name": f"bits/dim of {self.num_images} held-out images (bound)",
+                "value": measured["validation_bits_per_dim"],
+                "standard_error": measured["validation_standard_error"],
+            }
+        ]
+
+    def describe(self) -> str:
+        """What is measured, and what that costs beside the updates."""
+        config, calls = self.run.config, self.num_images * self.num_timesteps
+        every = required(config.validation_steps)
+        # An update calls the network forwards and backwards: about three times a call alone.
+        cost = calls / (3 * every * required(config.batch_size))
+        return (
+            f"validation {counted(self.num_images, 'image')}, {self.num_timesteps} network calls "
+            f"each, every {counted(every, 'update')}: about {cost:.0%} of the time on top"
+        )
 
     def _generator(self, index: int) -> torch.Generator:
         seed = seed_of(self.run.config.seed, "validation", index)

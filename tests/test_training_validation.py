@@ -1,0 +1,114 @@
+"""Bits/dim of held-out images while training goes on."""
+
+import json
+import math
+import os
+import signal
+
+import pytest
+import torch
+from tiny_runs import Images, assert_equal_bits, checkpoint, metrics, tiny_config, tiny_unet
+from tiny_runs import tiny_images as any_images
+
+from ddpm_hf import ConfigError, GaussianDDPMPipeline, TrainingConfig, load, train
+from ddpm_hf.data import TrainingImages
+from ddpm_hf.hub.card import card_facts, render_model_card
+from ddpm_hf.training.held_out import hold_out
+
+OPTIONS = {
+    "validation_split": "0.3",
+    "validation_steps": 2,
+    "validation_timesteps": 4,
+    "num_train_timesteps": 20,
+    "checkpointing_steps": 100,
+}
+
+
+def on_grid(count=20):
+    """Images of 8 bits, which the decoder of the bound asks for."""
+    return [((image + 1) * 127.5).round() / 127.5 - 1 for image in any_images(count)]
+
+
+def run(folder, dataset=None, **options):
+    config = tiny_config(folder, **{**OPTIONS, **options})
+    return train(config, unet=tiny_unet(), dataset=dataset or on_grid())
+
+
+def measured(folder):
+    entries = {entry["step"]: entry for entry in metrics(folder)}
+    return {s: e["validation_bits_per_dim"] for s, e in entries.items() if len(e) > 6}
+
+
+def test_held_out_images_are_others_than_those_trained_on():
+    images = TrainingImages([torch.full((1, 4, 4), i / 10) for i in range(10)])
+    training, held_out = hold_out(images, 0.3, seed=0)
+    values = [{round(10 * part[0, i].max().item()) for i in range(len(part))}
+              for part in (training, held_out)]  # fmt: skip
+    assert len(held_out) == 3
+    assert values[0] | values[1] == set(range(10))
+    assert not values[0] & values[1]
+    assert hold_out(images, 0.3, seed=0)[1].indices == held_out.indices
+    assert hold_out(images, 0.3, seed=1)[1].indices != held_out.indices
+
+
+def test_bits_per_dim_are_measured_when_due_and_reach_metrics_and_card(tmp_path, capsys):
+    result = run(tmp_path)
+    seen = measured(tmp_path)
+    assert list(seen) == [2, 4, 6]
+    assert all(math.isfinite(value) and value > 0 for value in seen.values())
+    assert "6 images, 4 network calls each, every 2 updates" in capsys.readouterr().out
+    facts = json.loads((result.model_dir / "training.json").read_text())
+    assert facts["metrics"][0]["value"] == seen[6]
+    assert facts["dataset"]["num_images"] == 14
+    assert f"{seen[6]:.3f}"[:4] in render_model_card(card_facts(result.model_dir))
+
+
+def test_measuring_changes_nothing_that_is_learned_and_a_resumed_run_measures_the_same(tmp_path):
+    run(tmp_path / "straight")
+    run(tmp_path / "seldom", validation_steps=6)
+    stop = Images(on_grid(), 4 * 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert run(tmp_path / "resumed", dataset=stop).num_steps < 6
+    run(tmp_path / "resumed")
+    straight = checkpoint(tmp_path / "straight", 6)
+    assert_equal_bits(checkpoint(tmp_path / "seldom", 6), straight)
+    assert_equal_bits(checkpoint(tmp_path / "resumed", 6), straight)
+    assert measured(tmp_path / "resumed")[6] == measured(tmp_path / "straight")[6]
+
+
+def test_the_best_model_is_kept_beside_the_last(tmp_path):
+    run(tmp_path, keep_best=True, validation_steps=1, max_train_steps=8, learning_rate=0.05)
+    values = measured(tmp_path)
+    best = min(values, key=values.get)
+    facts = json.loads((tmp_path / "best" / "training.json").read_text())
+    assert facts["steps"] == best
+    assert facts["metrics"][0]["value"] == values[best]
+    assert isinstance(load(tmp_path / "best"), GaussianDDPMPipeline)
+
+
+def test_a_split_of_the_data_set_is_measured(tmp_path):
+    from PIL import Image
+
+    for split, count in (("train", 6), ("test", 3)):
+        (tmp_path / "photos" / split).mkdir(parents=True)
+        for i in range(count):
+            Image.new("L", (8, 8), 20 * i).save(tmp_path / "photos" / split / f"{i}.png")
+    config = TrainingConfig(
+        **{**OPTIONS, "validation_split": "test"},
+        dataset=str(tmp_path / "photos"),
+        output_dir=str(tmp_path / "run"),
+        max_train_steps=2,
+        batch_size=2,
+        num_samples=0,
+    )
+    result = train(config, unet=tiny_unet())
+    assert measured(tmp_path / "run")
+    facts = json.loads((result.model_dir / "training.json").read_text())
+    assert facts["dataset"]["num_images"] == 6
+    assert "of 3 held-out images" in facts["metrics"][0]["name"]
+
+
+@pytest.mark.parametrize("split", ["1.5", "0", "test"])
+def test_what_cannot_be_held_out_is_refused(tmp_path, split):
+    with pytest.raises(ConfigError, match="validation_split"):
+        run(tmp_path / "run", validation_split=split)
+    assert not (tmp_path / "run").exists()
