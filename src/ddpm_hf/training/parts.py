@@ -100,7 +100,8 @@ def assemble(
     unet.register_to_config(
         _ddpm_hf=facts.to_config(), sample_size=sample_size(facts, size_multiple(unet))
     )
-    check_runs(unet.to(accelerator.device))
+    with accelerator.autocast():
+        check_runs(unet.to(accelerator.device))
     training, held_out = _hold_out(config, images, facts, unet, dataset is None)
     return Parts(
         config,
