@@ -375,7 +375,7 @@ BAD = {
     "too large": (unet_with(sample_size=20_000), "sample_size must be an int in 1..8192"),
     "huge": (unet_with(sample_size=10**9), "sample_size must be an int in 1..8192"),
     "less than nothing": (unet_with(sample_size=-1), "sample_size must be an int in 1..8192"),
-    "no such block": (unet_with(down_block_types=["X", "Y"]), "is of no UNet2DModel"),
+    "no such block": (unet_with(down_block_types=["X", "Y"]), "X does not exist"),
     "no epsilon": (unet_with(norm_eps=0), "norm_eps must be a number in (0, 1], got 0"),
     "more than memory": (
         unet_with(block_out_channels=[8192, 8192], layers_per_block=16),

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -483,6 +484,22 @@ def test_the_model_loads_in_stock_diffusers_and_holds_the_averaged_weights(tmp_p
     assert got.keys() == averages.keys()
     assert all(torch.equal(got[name], averages[name]) for name in averages)
     assert stock(batch_size=2, num_inference_steps=2, output_type="np").images.shape == (2, 8, 8, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ({"layers_per_block": 1_000_000}, "layers_per_block must be an int in 1..16, got 1000000"),
+        ({"in_channels": 10**9}, "in_channels must be an int in 1..1024"),
+        ({"block_out_channels": [8192] * 4, "layers_per_block": 16}, "of memory"),
+    ],
+)
+def test_a_network_that_cannot_be_is_refused_before_any_image_is_read(tmp_path, arguments, why):
+    (tmp_path / "unet.json").write_text(json.dumps(arguments))
+    unread = Images(tiny_images(), 1, lambda: pytest.fail("an image was read"))
+    config = tiny_config(tmp_path / "run", unet_config=str(tmp_path / "unet.json"))
+    with pytest.raises(ConfigError, match=re.escape(why)):
+        train(config, dataset=unread)
 
 
 def test_a_card_is_renewed_around_what_a_person_wrote_in_it(tmp_path):

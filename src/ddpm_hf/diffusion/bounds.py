@@ -74,28 +74,31 @@ def check_scheduler(path: Path) -> None:
         raise ValueError(f"{path}: {error}") from None
 
 
-def check_unet(config: Mapping[str, Any], name: str, dtype: torch.dtype = torch.float16) -> None:
+def check_unet(
+    config: Mapping[str, Any], name: str = "", dtype: torch.dtype = torch.float16
+) -> None:
     """Refuse the configuration of a `UNet2DModel` that cannot be, or not on this machine.
 
     Args:
         config: arguments of `UNet2DModel`; other keys are ignored.
-        name: what errors call the configuration.
+        name: what errors call the configuration, if anything.
         dtype: of the weights in memory, where it is known.
     Raises:
         ValueError: naming key, value and bound; or the size of the weights and of the memory.
     """
+    prefix = f"{name}: " if name else ""
     try:
         _check_keys(config)
         with torch.device("meta"):  # nothing is allocated
             unet = UNet2DModel.from_config({k: v for k, v in config.items() if k[0] != "_"})
     except Exception as error:  # the constructor raises errors of every kind
-        raise ValueError(f"{name} is of no UNet2DModel: {error}") from error
+        raise ValueError(f"{prefix}{error}") from error
     num_parameters = sum(parameter.numel() for parameter in unet.parameters())
     needed, there = dtype.itemsize * num_parameters, memory_bytes()
     if needed > there:
         raise ValueError(
-            f"{name} is of a network of {num_parameters:,} parameters, {needed / 2**30:,.0f} GiB in"
-            f" {dtype}; this machine has {there / 2**30:,.0f} GiB of memory"
+            f"{prefix}a network of {num_parameters:,} parameters takes {needed / 2**30:,.0f} GiB in"
+            f" {dtype}, and this machine has {there / 2**30:,.0f} GiB of memory"
         )
 
 

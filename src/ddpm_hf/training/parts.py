@@ -30,6 +30,7 @@ from ddpm_hf.training.proposals import (
     propose,
     rate_from_scratch,
     sample_size,
+    unet_arguments,
     widen_for_learned_variance,
 )
 
@@ -82,6 +83,8 @@ def assemble(
         if unet is not None:
             raise ConfigError("pretrained and unet= exclude each other: leave one out")
         unet, pretrained_scheduler, base = load_pretrained(config.pretrained, config.allow_pickle)
+    if config.unet_config is not None:
+        unet_arguments(config.unet_config)  # refused before images are prepared
     pretrained = unet if config.pretrained else None
     images, facts, digest = main_first(accelerator, lambda: _images(config, dataset, pretrained))
     shares = accelerator.num_processes * config.gradient_accumulation_steps

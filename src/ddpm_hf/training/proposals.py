@@ -97,7 +97,8 @@ def build_unet(
         ConfigError: if the file cannot be read, or its network does not fit the images.
     """
     if config_file is not None:
-        return _unet_from_file(config_file)
+        unet: UNet2DModel = UNet2DModel.from_config(unet_arguments(config_file))
+        return unet
     size = max(facts.height, facts.width)
     # Halve down to 4 pixels for small images, to 8 for larger ones.
     levels = 1 + (size // (4 if size < 64 else 8)).bit_length() - 1
@@ -147,7 +148,8 @@ def sample_size(facts: ImageFacts, multiple: int) -> int | tuple[int, int]:
     return height if height == width else (height, width)
 
 
-def _unet_from_file(path: str) -> UNet2DModel:
+def unet_arguments(path: str) -> dict[str, Any]:
+    """The arguments of a `UNet2DModel` in a JSON file; ConfigError if there is none to be made."""
     try:
         arguments = read_json(Path(path))
         if not arguments:
@@ -156,11 +158,10 @@ def _unet_from_file(path: str) -> UNet2DModel:
         for key in arguments:
             if key not in known and not key.startswith("_"):
                 raise ValueError(f"it has no argument {key!r}{did_you_mean(key, known)}")
-        check_unet(arguments, path, torch.float32)
-        unet: UNet2DModel = UNet2DModel.from_config(arguments)
+        check_unet(arguments, dtype=torch.float32)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"unet_config {path} does not make a UNet2DModel: {error}") from error
-    return unet
+    return arguments
 
 
 def build_scheduler(
