@@ -17,7 +17,9 @@ from typing import Any, Literal, overload
 
 import numpy as np
 import torch
-from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
+
+# diffusers looks for SchedulerMixin in the module of a scheduler, to know how it is loaded.
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin  # noqa: F401
 from torch import Tensor
 
 # Modules, not names: diffusers' loader of remote code looks for `from .x import y` elsewhere.
