@@ -3,10 +3,10 @@ is kept (`state`). `accelerate launch -m ddpm_hf train` runs the program of `ddp
 
 from ddpm_hf.training.arguments import parse_config
 from ddpm_hf.training.config import ConfigError, TrainingConfig
+from ddpm_hf.training.images import build_images
 from ddpm_hf.training.loop import TrainingError, TrainingResult, train
-from ddpm_hf.training.parts import build_images
+from ddpm_hf.training.network import build_scheduler, build_unet
 from ddpm_hf.training.processes import main_first
-from ddpm_hf.training.proposals import build_scheduler, build_unet
 from ddpm_hf.training.run_folder import CheckpointError
 
 __all__ = [

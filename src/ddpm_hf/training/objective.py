@@ -15,7 +15,7 @@ from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.losses import Loss, hybrid_loss, simple_loss, vlb_loss
 from ddpm_hf.timestep_samplers import TIMESTEP_SAMPLERS, TimestepSampler
 from ddpm_hf.training.config import ConfigError, TrainingConfig
-from ddpm_hf.training.proposals import learns_variance
+from ddpm_hf.training.network import learns_variance
 from ddpm_hf.weightings import WEIGHTINGS
 
 

@@ -9,7 +9,7 @@ from accelerate.utils import gather_object
 from ddpm_hf.likelihood import bits_per_dim, standard_error
 from ddpm_hf.randomness import seed_of
 from ddpm_hf.training.config import required
-from ddpm_hf.training.held_out import HeldOut
+from ddpm_hf.training.images import HeldOut
 from ddpm_hf.training.run import Run
 from ddpm_hf.wording import counted
 
