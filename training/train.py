@@ -9,12 +9,18 @@ program without this file; `--help` lists the options, which a recipe (`--config
 
 import sys
 
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env, set_seed
+from accelerate.utils import set_seed
 
 from ddpm_hf import train
 from ddpm_hf.cli import run_command
-from ddpm_hf.training import build_images, build_scheduler, build_unet, main_first, parse_config
+from ddpm_hf.training import (
+    build_images,
+    build_scheduler,
+    build_unet,
+    join_processes,
+    main_first,
+    parse_config,
+)
 
 
 def main(argv: list[str]) -> int:
@@ -24,7 +30,7 @@ def main(argv: list[str]) -> int:
         return train(config).exit_status
 
     # Any data set: a folder, parquet files, a name on the Hub. Decoded and resized once.
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    state = join_processes(config)
     images = main_first(state, lambda: build_images(config))
 
     # The diffusion; put GaussianDDPMScheduler(beta_schedule=..., ...) in its place for your own.

@@ -47,7 +47,8 @@ def run_command(command: Callable[[list[str]], int], argv: Sequence[str] | None)
 
             if not isinstance(error, TrainingError):
                 raise
-        say(f"ddpm-hf: error: {error}")
+        # Where the first process is the one that hangs, another one says so.
+        say(f"ddpm-hf: error: {error}", for_all=getattr(error, "speaks", False))
         return BAD_INPUT if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
         say("ddpm-hf: interrupted")

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 Speller = Callable[[str], str]
 
 
-def say(text: str) -> None:
-    """A line on stderr; the first of a machine's processes speaks for all of them."""
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+def say(text: str, for_all: bool = False) -> None:
+    """A line on stderr; the first of a machine's processes, or this one, speaks for all of them."""
+    if os.environ.get("LOCAL_RANK", "0") != "0" and not for_all:
         return
     tqdm = sys.modules.get("tqdm")
     if tqdm is None:

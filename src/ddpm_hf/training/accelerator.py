@@ -1,14 +1,32 @@
-"""The Accelerator of one run."""
+"""The Accelerator of one run, and the processes that it works with."""
 
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import GradientAccumulationPlugin, is_tensorboard_available
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    is_tensorboard_available,
+    parse_flag_from_env,
+)
 
 from ddpm_hf.training.config import ConfigError, TrainingConfig
+from ddpm_hf.training.processes import (
+    leave_process_group,
+    name_missing_processes,
+    roll_call_s,
+)
+
+# Ways of `accelerate launch` that leave each process a part of the weights.
+_SHARDED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
 
 
 @contextmanager
@@ -19,9 +37,12 @@ def create_accelerator(config: TrainingConfig) -> Iterator[Accelerator]:
     in the same process (a notebook) may have another precision.
 
     Raises:
-        ConfigError: for a precision that the machine does not have.
+        ConfigError: for a precision that the machine does not have, or a launch that shards.
+        ProcessError: if another process of the run does not answer any more.
     """
     is_ours = not AcceleratorState._shared_state
+    _refuse_sharding()
+    is_over = False
     try:
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
@@ -30,14 +51,43 @@ def create_accelerator(config: TrainingConfig) -> Iterator[Accelerator]:
             ),
             log_with=available_trackers() or None,
             project_dir=config.run_folder(),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=_timeout(config))],
         )
         if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
             # Accelerate would train in float32 without a word.
             raise ConfigError("mixed_precision fp16 needs a GPU; on the CPU choose bf16 or no")
-        yield accelerator
+        with name_missing_processes(accelerator, config.ddp_timeout):
+            yield accelerator
+        is_over = True
     finally:
+        leave_process_group(after_error=not is_over)
         if is_ours:
             AcceleratorState._reset_state()
+
+
+def join_processes(config: TrainingConfig) -> PartialState:
+    """The processes of this launch, for what comes before training.
+
+    Raises:
+        ConfigError: for a launch that shards the weights.
+    """
+    _refuse_sharding()
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=_timeout(config))
+
+
+def _timeout(config: TrainingConfig) -> timedelta:
+    """Of the process group: NCCL ends a process by it, which shall first have said why."""
+    return timedelta(seconds=config.ddp_timeout + 2 * roll_call_s(config.ddp_timeout))
+
+
+def _refuse_sharding() -> None:
+    for flag, name in _SHARDED.items():
+        if parse_flag_from_env(flag):
+            raise ConfigError(
+                f"accelerate's configuration asks for {name}, which gives every process a part of "
+                "the weights; here each one has all of them: choose multi-GPU (accelerate config), "
+                "or launch with --multi_gpu"
+            )
 
 
 def available_trackers() -> list[str]:

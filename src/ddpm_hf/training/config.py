@@ -23,6 +23,10 @@ class ConfigError(ValueError):
     """An option with a value that cannot work; the message names it, the choices and the fix."""
 
 
+class TrainingError(RuntimeError):
+    """A run that cannot go on; its last checkpoint is good."""
+
+
 def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
@@ -39,7 +43,7 @@ FREE_ON_RESUME = frozenset(
         "dataset",  # the images themselves are compared
         "logging_steps", "sample_steps", "num_samples", "sample_inference_steps",
         "checkpointing_steps", "checkpoints_total_limit", "push_to_hub", "public", "license",
-        "allow_pickle",
+        "allow_pickle", "ddp_timeout",
         "validation_steps", "validation_images", "validation_timesteps", "keep_best",
     }
 )  # fmt: skip
@@ -173,6 +177,9 @@ class OptimizationOptions:
     mixed_precision: Literal["no", "fp16", "bf16"] | None = _option(
         None, "precision of the network's arithmetic (default: accelerate's configuration)"
     )
+    ddp_timeout: int = _option(
+        300, "seconds that the processes of a run wait for one that does not answer"
+    )
     seed: int = _option(0, "every random number of the run follows from it")
 
 
@@ -250,7 +257,8 @@ class TrainingConfig(
             "gradient_accumulation_steps": 1, "logging_steps": 1, "sample_steps": 1,
             "checkpointing_steps": 1, "checkpoints_total_limit": 1, "sample_inference_steps": 1,
             "validation_steps": 1, "validation_images": 2, "validation_timesteps": 2,
-            "lr_warmup_steps": 0, "num_samples": 0, "dataloader_num_workers": 0, "seed": 0,
+            "ddp_timeout": 1, "lr_warmup_steps": 0, "num_samples": 0, "dataloader_num_workers": 0,
+            "seed": 0,
         }  # fmt: skip
         if "://" in (self.dataset or ""):  # not repeated: it may hold a password
             raise ConfigError(

@@ -19,17 +19,22 @@ from ddpm_hf.losses import Loss
 from ddpm_hf.paths import RunPaths
 from ddpm_hf.randomness import noise_of_rows, seed_of, timestep_generator
 from ddpm_hf.training.accelerator import create_accelerator, with_precision
-from ddpm_hf.training.config import ConfigError, TrainingConfig, merge_resumed_config
+from ddpm_hf.training.config import (
+    ConfigError,
+    TrainingConfig,
+    TrainingError,
+    merge_resumed_config,
+)
 from ddpm_hf.training.learning_rate import learning_rate
 from ddpm_hf.training.metrics import MetricsLog, RunningMetrics
 from ddpm_hf.training.objective import in_order_of_rows
 from ddpm_hf.training.outputs import Outputs
 from ddpm_hf.training.parts import assemble
 from ddpm_hf.training.plan import outcome, print_plan
-from ddpm_hf.training.processes import on_main
+from ddpm_hf.training.processes import free_gradient_reducer, on_main
 from ddpm_hf.training.run import Run
 from ddpm_hf.training.run_folder import remove_leftovers, run_lock
-from ddpm_hf.training.signals import StopSignal
+from ddpm_hf.training.signals import StopSignal, is_under_a_launcher
 from ddpm_hf.training.state import find_checkpoint, read_facts
 from ddpm_hf.training.validation import Validation
 
@@ -39,10 +44,6 @@ _MAX_SKIPPED_IN_A_ROW = 20
 _LAST_PUSH_S = 600
 # Whoever sends a signal waits only so long before killing.
 _LAST_PUSH_AFTER_SIGNAL_S = 10
-
-
-class TrainingError(RuntimeError):
-    """A run that cannot go on; its last checkpoint is good."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,13 @@ class TrainingResult:
 
     @property
     def exit_status(self) -> int:
-        """0; 128 + the signal's number; or 3 where the model is made but not pushed."""
+        """0; 128 + the signal's number; or 3 where the model is made but not pushed.
+
+        A run that was stopped ends with 0 under torchrun and `accelerate launch` with many
+        processes, which take anything else for a crash, and say so on a page.
+        """
         if self.stopped_by is not None:
-            return 128 + self.stopped_by
+            return 0 if is_under_a_launcher() else 128 + self.stopped_by
         return 3 if self.pushed is False else 0
 
 
@@ -108,26 +113,29 @@ def train(
         )
     paths = RunPaths(config.run_folder())
     with create_accelerator(config) as accelerator, ExitStack() as stack:
-        on_main(accelerator, lambda: stack.enter_context(run_lock(paths)))
-        pusher = on_main(accelerator, lambda: _create_pusher(config))
-        found = on_main(accelerator, lambda: _checkpoint_to_resume(paths))
+        wait_s = config.ddp_timeout
+        on_main(accelerator, lambda: stack.enter_context(run_lock(paths)), wait_s)
+        pusher = on_main(accelerator, lambda: _create_pusher(config), wait_s)
+        found = on_main(accelerator, lambda: _checkpoint_to_resume(paths), wait_s)
         checkpoint = broadcast_object_list([found])[0]
         if checkpoint is not None:
             config = merge_resumed_config(config, read_facts(checkpoint)["config"])
         config = with_precision(config, accelerator)
         parts = assemble(config, accelerator, unet, scheduler, dataset, loss)
-        stop = stack.enter_context(StopSignal())
+        stop = stack.enter_context(StopSignal(config.ddp_timeout))
         stack.enter_context(_out_of_memory_as_training_error(config))
         run = Run(parts, accelerator, stop, checkpoint)
+        stack.callback(free_gradient_reducer, run.model)
         validation = Validation(run, run.parts.held_out) if run.parts.held_out else None
         print_plan(run, validation)
         log = MetricsLog(paths.metrics, accelerator, run.state.step)
+        stack.callback(log.close)
         outputs = Outputs(run, log, pusher, validation)
         if run.state.step == run.batches.stop:
             outputs.complete()
         else:
             _train_loop(run, log, outputs)
-        return _finish(run, log, pusher)
+        return _finish(run, pusher)
 
 
 def _train_loop(run: Run, log: MetricsLog, outputs: Outputs) -> None:
@@ -224,14 +232,20 @@ def _check_not_lost(metrics: RunningMetrics, step: int) -> None:
         )
 
 
-def _finish(run: Run, log: MetricsLog, pusher: BackgroundPusher | None) -> TrainingResult:
+def _finish(run: Run, pusher: BackgroundPusher | None) -> TrainingResult:
     """Wait for the last push and for the other processes, and say what there is now."""
-    stopped_by, pushed = run.stop.received, None
-    if pusher is not None:
-        pushed = pusher.finish(_LAST_PUSH_S if stopped_by is None else _LAST_PUSH_AFTER_SIGNAL_S)
+    stopped_by = run.stop.received
+    wait_s = _LAST_PUSH_S if stopped_by is None else _LAST_PUSH_AFTER_SIGNAL_S
+
+    def last_push() -> bool | None:
+        if pusher is None:
+            return None
+        pushed = pusher.finish(wait_s)
         print(pusher.message)
+        return pushed
+
+    pushed = on_main(run.accelerator, last_push, run.config.ddp_timeout)
     run.accelerator.wait_for_everyone()
-    log.close()
     run.accelerator.print(outcome(run))
     return TrainingResult(
         model_dir=run.paths.model.root,

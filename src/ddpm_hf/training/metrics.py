@@ -99,7 +99,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flush and close the trackers."""
-        self._track(self._accelerator.end_training)
+        for tracker in self._accelerator.trackers:
+            self._track(tracker.finish)
 
     def _track(self, action: Callable[[], object]) -> None:
         if not self._tracks:

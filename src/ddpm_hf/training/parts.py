@@ -80,7 +80,7 @@ def assemble(
         unet_arguments(config.unet_config)  # refused before images are prepared
     pretrained = unet if config.pretrained else None
     images, facts, digest = main_first(
-        accelerator, lambda: open_images(config, dataset, pretrained)
+        accelerator, lambda: open_images(config, dataset, pretrained), config.ddp_timeout
     )
     shares = accelerator.num_processes * config.gradient_accumulation_steps
     scheduler = as_own_scheduler(scheduler) or build_scheduler(config, pretrained_scheduler)

@@ -52,13 +52,15 @@ class Run:
             weight_decay=self.config.weight_decay,
             fused=True,
         )
-        self.model, self.optimizer = accelerator.prepare(parts.unet, optimizer)
-        unet = accelerator.unwrap_model(self.model)
+        # The plain network, whatever wraps or compiles it for training: its keys are what is kept.
+        unet = parts.unet.to(accelerator.device)
         ema = EMAModel(unet.parameters(), decay=self.config.ema_decay, foreach=True)
         self.state = TrainState(unet, ema, optimizer, parts.objective.timesteps, accelerator.scaler)
         self._began, self._elapsed_before_s = time.monotonic(), 0.0
         if checkpoint is not None:
             self._resume(checkpoint)
+        # Nothing fails from here on that would leave the wrapper to itself.
+        self.model, self.optimizer = accelerator.prepare(unet, optimizer)
         self.batches = Batches(
             num_images=len(parts.images),
             seed=self.config.seed,

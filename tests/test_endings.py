@@ -1,0 +1,248 @@
+"""How a run ends: asked to stop, in an error, or because one of its processes does not go on."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from checkpoints import tiny_unet
+from PIL import Image
+from processes import LIMIT_S, started
+
+from ddpm_hf import TrainingConfig, train
+
+TRAIN = [sys.executable, "-m", "ddpm_hf", "train"]
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
+
+
+def images():
+    generator = torch.Generator().manual_seed(0)
+    return list(torch.rand(12, 3, 8, 8, generator=generator) * 2 - 1)
+
+
+def run(folder, action=None, **options):
+    """Six updates; `action` is done at the third one."""
+    unet, updates = tiny_unet(in_channels=3), []
+
+    def count(module, args):
+        updates.extend([1] if module.training else [])
+        if len(updates) == 3 and action is not None:
+            action()
+
+    unet.register_forward_pre_hook(count)
+    few = {"max_train_steps": 6, "batch_size": 4, "checkpointing_steps": 6, "num_samples": 0}
+    config = TrainingConfig(output_dir=str(folder), learning_rate=1e-4, **(few | options))
+    return train(config, unet=unet, dataset=images())
+
+
+def newest_step(folder):
+    steps = [int(path.name[5:]) for path in folder.glob("checkpoints/step-*")]
+    return max(steps, default=0)
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("times", [1, 2], ids=["once", "to the process and to its group"])
+def test_a_signal_that_asks_to_stop_saves_the_update(tmp_path, number, times):
+    def send():
+        for _ in range(times):
+            signal.raise_signal(number)
+
+    before = signal.getsignal(number)
+    result = run(tmp_path, send)
+    assert result.stopped_by == number
+    assert result.exit_status == 128 + number
+    assert newest_step(tmp_path) == result.num_steps == 3
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_signal_that_was_ignored_stays_ignored(tmp_path, number):
+    """So `nohup ddpm-hf train ... &` outlives its terminal."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        result = run(tmp_path, lambda: signal.raise_signal(number))
+    finally:
+        signal.signal(number, before)
+    assert result.stopped_by is None
+    assert result.num_steps == 6
+
+
+def test_a_second_request_to_stop_ends_the_process_at_once(tmp_path):
+    def ask_twice():
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(1.1)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, ask_twice)
+
+
+@pytest.mark.parametrize(
+    ("launch", "name"), [("DEEPSPEED", "DeepSpeed"), ("FSDP", "FSDP"), ("MEGATRON_LM", "Megatron")]
+)
+def test_a_launch_that_shards_the_weights_is_refused_in_one_sentence(
+    tmp_path, monkeypatch, launch, name
+):
+    monkeypatch.setenv(f"ACCELERATE_USE_{launch}", "true")
+    with pytest.raises(ValueError, match=f"asks for {name}.*multi_gpu"):
+        run(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# Several processes, started as `training/slurm.sh` starts them, without a launcher between.
+
+
+def start_processes(stack, command, tmp_path, count=2, **environment):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    common = {
+        "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf"),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count),
+    }  # fmt: skip
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return [
+        stack.enter_context(
+            started(
+                command,
+                env={**os.environ, **common, **environment, "RANK": rank, "LOCAL_RANK": rank},
+                cwd=tmp_path,
+                **pipes,
+            )
+        )
+        for rank in map(str, range(count))
+    ]
+
+
+@pytest.fixture
+def photos(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for i in range(8):
+        Image.new("RGB", (8, 8), (i, 2 * i, 3 * i)).save(tmp_path / "photos" / f"{i}.png")
+    network = tiny_unet(in_channels=3).config
+    public = {key: value for key, value in network.items() if not key.startswith("_")}
+    (tmp_path / "unet.json").write_text(json.dumps(public))
+    return tmp_path / "photos"
+
+
+def endless(photos, output):
+    return [
+        str(photos), "--unet-config", str(photos.parent / "unet.json"), "--output-dir", str(output),
+        "--max-train-steps", "100000", "--checkpointing-steps", "100000", "--logging-steps", "1",
+        "--batch-size", "4", "--num-samples", "0", "--ddp-timeout", "3",
+    ]  # fmt: skip
+
+
+def wait_until_training(output, process):
+    began = time.monotonic()
+    while not (output / "metrics.jsonl").exists() or not (output / "metrics.jsonl").read_text():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() - began < LIMIT_S
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_process_that_stands_still_ends_the_run_and_is_named(photos, tmp_path, frozen):
+    with ExitStack() as stack:
+        processes = start_processes(stack, [*TRAIN, *endless(photos, tmp_path / "run")], tmp_path)
+        wait_until_training(tmp_path / "run", processes[0])
+        processes[frozen].send_signal(signal.SIGSTOP)
+        said = processes[1 - frozen].communicate(timeout=LIMIT_S)[0]
+        assert processes[1 - frozen].returncode == 1
+        assert re.search(f"ddpm-hf: error: rank {frozen} of 2 processes .* stands still", said)
+        assert "Traceback" not in said
+
+
+PREPARE_TOGETHER = """
+import os, signal, sys, time
+from accelerate import PartialState
+from ddpm_hf.training import ProcessError, main_first
+state = PartialState(cpu=True)
+print(main_first(state, lambda: time.sleep(7) or "ready", timeout_s=5))
+if state.is_main_process:
+    print("stopping", flush=True)
+try:
+    main_first(state, lambda: os.kill(os.getpid(), signal.SIGSTOP), timeout_s=5)
+except ProcessError as error:
+    print(error.speaks, error)
+"""
+
+
+@pytest.mark.slow
+def test_preparing_takes_as_long_as_it_takes_unless_the_main_process_stands_still(tmp_path):
+    with ExitStack() as stack:
+        command = [sys.executable, "-c", PREPARE_TOGETHER]
+        _, other = start_processes(stack, command, tmp_path)
+        said = other.communicate(timeout=LIMIT_S)[0]
+    assert re.search(r"^ready$.*^True rank 0 of 2 processes", said, re.MULTILINE | re.DOTALL), said
+
+
+# Reports, when the process group goes, whether a gradient reducer is left that would take its
+# last reference with it, and end the process never.
+REDUCERS = """
+import gc, os, signal, sys
+import torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+import test_endings
+destroy = dist.destroy_process_group
+def look_and_destroy(group=None):
+    wrappers = [o for o in gc.get_objects() if type(o) is DistributedDataParallel]
+    if group is None:
+        print("wrappers", [w.reducer for w in wrappers], flush=True)
+    destroy(group)
+dist.destroy_process_group = look_and_destroy
+def fail():
+    raise RuntimeError("broken")
+actions = {"end": None, "stop": lambda: os.kill(os.getpid(), signal.SIGTERM), "error": fail}
+try:
+    result = test_endings.run(sys.argv[2], actions[sys.argv[1]])
+    print("stopped by", result.stopped_by)
+except Exception as error:
+    print("error", error)
+"""
+
+
+ENDS = {"end": "stopped by None", "stop": "stopped by 15", "error": "error"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ENDS)
+def test_no_gradient_reducer_outlives_the_process_group(tmp_path, how):
+    path = f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    with ExitStack() as stack:
+        command = [sys.executable, "-c", REDUCERS, how, str(tmp_path / "run")]
+        processes = start_processes(stack, command, tmp_path, PYTHONPATH=path)
+        for process in processes:
+            said = process.communicate(timeout=LIMIT_S)[0]
+            assert process.returncode == 0, said
+            assert "wrappers [None]" in said
+            assert {"end": "stopped by None", "stop": "stopped by 15", "error": "error"}[
+                how
+            ] in said
+
+
+@pytest.mark.slow
+def test_a_clean_stop_of_a_launch_is_saved_and_prints_no_traceback(photos, tmp_path):
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+              "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+              "--main_process_port", "0", "-m", "ddpm_hf", "train"]  # fmt: skip
+    command = [sys.executable, *launch, *endless(photos, tmp_path / "run")]
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "HF_HOME": str(tmp_path / "hf")}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with started(command, env=env, cwd=tmp_path, **pipes) as launcher:
+        wait_until_training(tmp_path / "run", launcher)
+        for child in psutil.Process(launcher.pid).children():
+            child.terminate()
+        said = launcher.communicate(timeout=LIMIT_S)[0]
+    assert launcher.returncode == 0, said
+    assert "Traceback" not in said
+    assert f"stopped    after update {newest_step(tmp_path / 'run')}," in said
