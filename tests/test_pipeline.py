@@ -369,6 +369,12 @@ def test_a_callback_of_diffusers_that_needs_a_prompt_is_refused(pipeline):
         pipeline(callback_on_step_end=SDCFGCutoffCallback())
 
 
+def test_what_a_callback_keeps_is_its_own(pipeline):
+    x_0 = normal(1, 1, 8, 8)
+    pipeline(output_type="latent", **ends_at(x_0)).images.zero_()
+    assert x_0.abs().sum() > 0
+
+
 def test_the_callback_can_replace_x_t(pipeline):
     x_0 = normal(1, 1, 8, 8)
     assert_close(pipeline(output_type="latent", **ends_at(x_0)).images, x_0, rtol=0, atol=0)

@@ -122,7 +122,7 @@ class PortableScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         own = None
         if isinstance(config, dict):
             checks.warn_of_unknown_keys(cls, {*config, *kwargs})
-            config = _without_foreign_keys(cls, extension.reopened(config, kwargs))
+            config = _without_foreign_keys(cls, extension.with_schedule_by_name(config, kwargs))
             own = config.pop("_ddpm_hf", None)
         scheduler, unused = super().from_config(config, return_unused_kwargs=True, **kwargs)
         scheduler._adopt_extension(own)

@@ -80,7 +80,7 @@ def beta_schedule_of(config: Mapping[str, Any]) -> tuple[str, dict[str, float]]:
     return name, {**{key: config.get(key, defaults[key]) for key in ends}, **params}
 
 
-def reopened(config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+def with_schedule_by_name(config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """The configuration with its own schedule by name, where `given` changes that schedule.
 
     Its betas, as they are written for stock, would win over the change.
