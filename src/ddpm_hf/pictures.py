@@ -2,6 +2,7 @@
 
 import math
 import os
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
@@ -19,6 +20,7 @@ Pixels = npt.NDArray[Any]  # one image, (H, W, C), float in [0, 1]
 # A grid cell is enlarged by whole factors until its longer side has at least this many pixels.
 LEGIBLE_PIXELS = 64
 MOST_PICTURE_CHANNELS = 4
+LONGEST_NAME = 24  # characters of a row's name in a grid
 BACKDROP = (235, 235, 235)
 
 
@@ -90,13 +92,18 @@ def to_pil(image: Pixels, bit_depth: int = 8) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if num_channels == 1 else pixels)
 
 
-def image_grid(images: Sequence[Image.Image | Pixels], columns: int | None = None) -> Image.Image:
+def image_grid(
+    images: Sequence[Image.Image | Pixels],
+    columns: int | None = None,
+    row_names: Sequence[str] | None = None,
+) -> Image.Image:
     """One picture of all images, row by row, small ones enlarged without smoothing.
 
     Args:
         images: of one size: PIL images in any mode, or pixels (H, W, C) in [0, 1]. Transparency is
             shown over a light grey; of more than four channels, each is a grey tile.
         columns: images in a row, by default such that the grid is about square.
+        row_names: written to the left of the rows, such as the names of classes.
     Returns:
         an RGB image.
     Raises:
@@ -117,7 +124,20 @@ def image_grid(images: Sequence[Image.Image | Pixels], columns: int | None = Non
     for place, cell in enumerate(cells):
         cell = cell.resize((width, height), Image.Resampling.NEAREST)
         grid.paste(cell, (place % columns * (width + gap), place // columns * (height + gap)))
-    return grid
+    return _with_row_names(grid, row_names, height + gap) if row_names else grid
+
+
+def _with_row_names(grid: Image.Image, names: Sequence[str], row_height: int) -> Image.Image:
+    """The grid with a name, cut where it is long, at the middle of the left of each row."""
+    font = ImageFont.load_default(size=14)
+    names = [textwrap.shorten(name, LONGEST_NAME, placeholder="...") for name in names]
+    margin = math.ceil(max(font.getlength(name) for name in names)) + 12
+    picture = Image.new("RGB", (grid.width + margin, grid.height), "white")
+    picture.paste(grid, (margin, 0))
+    draw = ImageDraw.Draw(picture)
+    for row, name in enumerate(names):
+        draw.text((6, row * row_height + row_height // 2), name, "black", font, anchor="lm")
+    return picture
 
 
 def _visible(image: Image.Image | Pixels) -> Image.Image:

@@ -8,6 +8,7 @@ processes and accumulation steps share it.
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,6 +68,12 @@ class Batches:
 def timestep_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
     """What the timesteps of update `step` are drawn from, those of the whole batch at once."""
     return torch.Generator(device).manual_seed(seed_of(seed, "timesteps", step))
+
+
+def dropped_labels(seed: int, step: int, batch_size: int, share: float, device: Any) -> Tensor:
+    """Which rows of the batch of update `step` do not show their class, (batch_size,) bool."""
+    generator = torch.Generator(device).manual_seed(seed_of(seed, "class dropout", step))
+    return torch.rand(batch_size, generator=generator, device=device) < share
 
 
 def noise_of_rows(seed: int, step: int, rows: range, like: Tensor) -> Tensor:

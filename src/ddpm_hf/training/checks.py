@@ -47,8 +47,7 @@ def check_trainable(unet: Any, scheduler: GaussianDDPMScheduler, facts: ImageFac
         )
     _check_time_embedding(unet.config, len(scheduler))
     _check_channels(unet.config, scheduler, facts)
-    if unet.config.num_class_embeds is not None or unet.config.class_embed_type is not None:
-        raise ConfigError("the network is class-conditional; training here is unconditional")
+    _check_classes(unet.config, facts)
 
 
 def _check_time_embedding(config: Any, num_train_timesteps: int) -> None:
@@ -82,14 +81,35 @@ def _check_channels(config: Any, scheduler: GaussianDDPMScheduler, facts: ImageF
         )
 
 
+def _check_classes(config: Any, facts: ImageFacts) -> None:
+    names, given = facts.class_names, config.num_class_embeds
+    if config.class_embed_type is not None:
+        raise ConfigError(
+            f"the network embeds classes by {config.class_embed_type!r}; only numbered classes "
+            "(num_class_embeds) can be trained here"
+        )
+    if names is None and given is not None:
+        raise ConfigError(
+            f"the network has embeddings of {given - 1} classes and of none, but the training is "
+            "without classes: pass class_conditional, or another network"
+        )
+    if names is not None and given != len(names) + 1:
+        raise ConfigError(
+            f"num_class_embeds of the network is {given}, but {len(names)} classes need "
+            f"{len(names) + 1}: the last one stands for no class"
+        )
+
+
 @torch.no_grad()
 def check_runs(unet: UNet2DModel) -> None:
     """Raise ConfigError if the network does not take a noisy image of its `sample_size`."""
     size = unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     x_t = torch.zeros(1, unet.config.in_channels, height, width, device=unet.device)
+    zero = torch.zeros(1, dtype=torch.long, device=unet.device)
+    labels = None if unet.class_embedding is None else zero
     try:
-        output = unet.eval()(x_t, torch.zeros(1, dtype=torch.long, device=unet.device)).sample
+        output = unet.eval()(x_t, zero, class_labels=labels).sample
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
         raise ConfigError(
             f"the network does not run on {width}x{height} images: {error}"

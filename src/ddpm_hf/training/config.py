@@ -76,6 +76,14 @@ class DataOptions:
     bit_depth: Literal[8, 16] | None = _option(
         None, "bits per channel (default: 16 where all images are grey and some have 16, else 8)"
     )
+    class_conditional: bool = _option(
+        False, "train on the class labels, too, so that a class can be drawn"
+    )
+    class_column: str | None = _option(
+        None,
+        "column of the class labels (default: the one that is declared as such, or the sub-folders "
+        "of a folder); implies class_conditional",
+    )
     crop: Literal["center", "random", "none"] = _option(
         "center",
         "images of unequal size become square: cut the middle, or another part in every epoch; "
@@ -146,6 +154,11 @@ class OptimizationOptions:
         "uniform",
         "timesteps of a batch: independent, evenly spaced, or more of those with large losses (for "
         "objective vlb)",
+    )
+    class_dropout: float = _option(
+        0.1,
+        "share of the labels that are hidden from the network, so that it learns to draw without "
+        "one, which guidance needs",
     )
     max_train_steps: int | None = _option(None, "optimizer updates in all (default: proposed)")
     batch_size: int | None = _option(
@@ -249,6 +262,7 @@ class TrainingConfig(
             value = _checked(option.name, hints[option.name], getattr(self, option.name))
             is_home = option.name in _PATHS and isinstance(value, str) and value.startswith("~")
             setattr(self, option.name, os.path.expanduser(value) if is_home else value)
+        self.class_conditional |= self.class_column is not None
         self._check_ranges()
 
     def _check_ranges(self) -> None:
@@ -280,6 +294,8 @@ class TrainingConfig(
                 f"learning_rate must be above 0 and at most 1, got {self.learning_rate}; "
                 "1e-4 is a good start"
             )
+        if not 0 <= self.class_dropout < 1:
+            raise ConfigError(f"class_dropout must be in [0, 1), got {self.class_dropout}")
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
         if not (0 < self.max_grad_norm < math.inf):

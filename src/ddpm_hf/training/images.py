@@ -9,7 +9,6 @@ import datasets
 import numpy as np
 import torch
 from diffusers import UNet2DModel
-from torch import Tensor
 
 from ddpm_hf.data import ImageDataset, ImageFacts, TrainingImages, load_images, prepare_images
 from ddpm_hf.diffusion.images import IMAGE_MODES, image_facts, size_multiple
@@ -43,6 +42,7 @@ def build_images(
     return prepare_images(
         dataset,
         image_column=config.image_column,
+        label_column=config.class_column or (True if config.class_conditional else None),
         resolution=config.resolution or resolution,
         image_mode=config.image_mode or mode,
         bit_depth=config.bit_depth,
@@ -74,7 +74,18 @@ def open_images(
     if isinstance(dataset, ImageDataset):
         # Some images, evenly spread: a large data set shall not be read for this.
         some = range(0, len(dataset), max(1, len(dataset) // 64))
-        return dataset, dataset.facts, _digest(dataset.window(index) for index in some)
+        if config.class_conditional and dataset.labels is None:
+            raise ConfigError(
+                "class_conditional needs labels: pass label_column=True to prepare_images()"
+            )
+        labels = [] if dataset.labels is None else [dataset.labels]
+        digest = _digest([*(dataset.window(index) for index in some), *labels])
+        return dataset, dataset.facts, digest
+    if config.class_conditional:
+        raise ConfigError(
+            "class_conditional needs the labels of a data set: pass a datasets.Dataset with a "
+            "column of them, or what prepare_images(label_column=...) returns"
+        )
     if not hasattr(dataset, "__getitem__") or len(dataset) == 0:
         raise ConfigError(
             "dataset must be a datasets.Dataset, what prepare_images() returns, or a map-style set "
@@ -98,19 +109,20 @@ def _digest(images: Iterable[Any]) -> str:
     return sums.hexdigest()[:16]
 
 
-class Selection(torch.utils.data.Dataset[Tensor]):
+class Selection(torch.utils.data.Dataset[Any]):
     """Some of the training images, under numbers of their own."""
 
     def __init__(self, images: TrainingImages, indices: Sequence[int]) -> None:
         self.images, self.indices = images, indices
+        self.labels = None if images.labels is None else images.labels[list(indices)]
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, position: tuple[int, int]) -> Tensor:
+    def __getitem__(self, position: tuple[int, int]) -> Any:
         return self.__getitems__([position])[0]
 
-    def __getitems__(self, positions: Sequence[tuple[int, int]]) -> list[Tensor]:
+    def __getitems__(self, positions: Sequence[tuple[int, int]]) -> list[Any]:
         """A batch at once, for `DataLoader`."""
         return self.images.__getitems__([(epoch, self.indices[i]) for epoch, i in positions])
 

@@ -13,11 +13,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ddpm_hf.data import read_batches
+from ddpm_hf.data.labels import NO_LABEL
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.hub.background import BackgroundPusher
 from ddpm_hf.losses import Loss
 from ddpm_hf.paths import RunPaths
-from ddpm_hf.randomness import noise_of_rows, seed_of, timestep_generator
+from ddpm_hf.randomness import dropped_labels, noise_of_rows, seed_of, timestep_generator
 from ddpm_hf.training.accelerator import create_accelerator, with_precision
 from ddpm_hf.training.config import (
     ConfigError,
@@ -175,7 +176,7 @@ def _train_loop(run: Run, log: MetricsLog, outputs: Outputs) -> None:
     bar.close()
 
 
-def _update(run: Run, images: Iterator[Tensor], step: int) -> tuple[Tensor, Tensor]:
+def _update(run: Run, images: Iterator[Any], step: int) -> tuple[Tensor, Tensor]:
     """One optimizer update, which a gradient that is not finite turns into none at all.
 
     Returns:
@@ -188,14 +189,14 @@ def _update(run: Run, images: Iterator[Tensor], step: int) -> tuple[Tensor, Tens
     all_t, weights = objective.timesteps.sample(batches.batch_size, generator, accelerator.device)
     total_loss, all_losses = torch.zeros((), device=accelerator.device), []
     for micro_step in range(config.gradient_accumulation_steps):
-        x_0 = next(images).to(accelerator.device, non_blocking=True)
         rows = batches.rows(micro_step)
         here = slice(rows.start, rows.stop)
+        x_0, labels = _next_batch(run, images, step, here)
         noise, t = noise_of_rows(config.seed, step, rows, like=x_0), all_t[here]
         # Dropout draws from the global generator.
         torch.manual_seed(seed_of(config.seed, "dropout", step, batches.rank, micro_step))
         with accelerator.accumulate(run.model):
-            losses = objective.loss(run.model, scheduler, x_0, t, noise)  # (B,)
+            losses = objective.loss(run.denoiser(labels), scheduler, x_0, t, noise)  # (B,)
             loss = (losses * weights[here]).mean()
             accelerator.backward(loss)
         total_loss += loss.detach() / config.gradient_accumulation_steps
@@ -214,6 +215,19 @@ def _update(run: Run, images: Iterator[Tensor], step: int) -> tuple[Tensor, Tens
     if objective.timesteps.needs_losses:
         objective.timesteps.update(all_t, in_order_of_rows(all_losses, accelerator))
     return total_loss, grad_norm
+
+
+def _next_batch(
+    run: Run, images: Iterator[Any], step: int, here: slice
+) -> tuple[Tensor, Tensor | None]:
+    """Images on the device and their classes, if there are any, some of which are hidden."""
+    device, config = run.accelerator.device, run.config
+    batch = next(images)
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True), None
+    x_0, labels = (part.to(device, non_blocking=True) for part in batch)
+    hidden = dropped_labels(config.seed, step, run.batches.batch_size, config.class_dropout, device)
+    return x_0, torch.where(hidden[here], NO_LABEL, labels)
 
 
 def _shown(values: dict[str, float]) -> dict[str, str]:

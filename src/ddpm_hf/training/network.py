@@ -1,6 +1,7 @@
 """The network and the diffusion of a run: new, loaded, or changed to what they shall learn."""
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from diffusers import UNet2DModel
 from ddpm_hf.data import ImageFacts
 from ddpm_hf.diffusion.bounds import check_unet
 from ddpm_hf.diffusion.files import read_json
-from ddpm_hf.diffusion.images import padded_size
+from ddpm_hf.diffusion.images import image_facts, padded_size
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.hub.load import fetch, open_pipeline, open_unet
 from ddpm_hf.names import did_you_mean
@@ -34,6 +35,7 @@ def build_unet(
     device: str,
     config_file: str | None = None,
     scheduler: GaussianDDPMScheduler | None = None,
+    num_classes: int | None = None,
 ) -> UNet2DModel:
     """A fresh UNet2DModel for such images, from `config_file` or proposed.
 
@@ -42,6 +44,7 @@ def build_unet(
         device: "cpu" gets a quarter of the channels, so that a step takes a fraction of a second.
         config_file: JSON file with arguments of `UNet2DModel`.
         scheduler: where its variance is learned, the proposed network predicts that, too.
+        num_classes: for a network that is told the class; one more embedding stands for "none".
     Raises:
         ConfigError: if the file cannot be read, or its network does not fit the images.
     """
@@ -63,6 +66,7 @@ def build_unet(
         block_out_channels=tuple((32 if device == "cpu" else 128) * m for m in multipliers),
         down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention),
         up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
+        num_class_embeds=num_classes and num_classes + 1,
         attention_head_dim=64,  # 64 channels a head were best in 2105.05233, table 3
     )
 
@@ -153,6 +157,31 @@ def fit_to_variance(
         f"the network gets {channels} more channels, which predict its variance; they start so "
         f"that it samples as with {fixed}"
     ]
+
+
+def fit_to_classes(unet: UNet2DModel, names: Sequence[str]) -> list[str]:
+    """Give a pretrained network embeddings of these classes, and of none, where it has others.
+
+    They start as the embedding of no class, which for an unconditional network is 0: until it has
+    learned them, the network draws as it did without a class.
+    """
+    facts, before = image_facts(unet), unet.class_embedding
+    count = len(names) + 1
+    if before is not None and facts is not None and facts.class_names == tuple(names):
+        return []
+    if before is not None and not isinstance(before, torch.nn.Embedding):
+        raise ConfigError(
+            f"the network embeds classes by {unet.config.class_embed_type!r}, not by number: it "
+            "cannot be given other classes"
+        )
+    width = unet.time_embedding.linear_2.out_features
+    embedding = torch.nn.Embedding(count, width)
+    none = torch.zeros(width) if before is None else before.weight[-1].detach()
+    embedding.weight = torch.nn.Parameter(none.repeat(count, 1))
+    unet.class_embedding = embedding
+    unet.register_to_config(num_class_embeds=count)
+    what = "embeddings" if before is None else "new embeddings, in the place of others,"
+    return [f"the network gets {what} of {len(names)} classes; they start as that of no class"]
 
 
 def widen_for_learned_variance(unet: UNet2DModel, variance_type: str) -> None:

@@ -24,6 +24,8 @@ from ddpm_hf.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
+_MAX_CLASSES_DRAWN = 64  # rows that a person can look through
+
 
 class Outputs:
     """Writes what is due. What can be done again later is a warning when it fails.
@@ -106,26 +108,39 @@ class Outputs:
 
         A grid that cannot be drawn is a warning: it must not cost the model.
         """
-        run, count = self.run, self.run.config.num_samples
-        if count == 0:
+        run, labels = self.run, self._classes_to_draw()
+        count = len(labels) if labels else run.config.num_samples
+        if run.config.num_samples == 0:
             return
         drawn: list[Pixels] = []
         with self._warn_on_any_error("draw samples"):
-            drawn = self._draw_share(-(-count // run.accelerator.num_processes))
+            drawn = self._draw_share(-(-count // run.accelerator.num_processes), labels)
         images = gather_object([] if run.stop.received else drawn)
         if run.accelerator.is_main_process and len(images) >= count:
             with self._warn_on_any_error("save the samples"):
                 self._save_grid(images[:count])
 
-    def _draw_share(self, count: int) -> list[Pixels]:
+    def _classes_to_draw(self) -> list[int] | None:
+        """The class of each image of the grid: as many of each, every class up to a limit."""
+        names = self.run.parts.facts.class_names
+        if not names:
+            return None
+        each = max(1, self.run.config.num_samples // len(names))
+        return [label for label in range(min(len(names), _MAX_CLASSES_DRAWN)) for _ in range(each)]
+
+    def _draw_share(self, count: int, labels: list[int] | None) -> list[Pixels]:
         run, config = self.run, self.run.config
+        first = run.accelerator.process_index * count
+        if labels is not None:  # the last share is filled up with the last class
+            labels = (labels + [labels[-1]] * count)[first : first + count]
         with run.state.ema_weights() as unet:
             # A copy: sampling with fewer steps changes what "previous step" means.
             scheduler = copy.deepcopy(run.parts.scheduler)
             return draw_images(
                 GaussianDDPMPipeline(unet=unet, scheduler=scheduler),
                 count,
-                first=run.accelerator.process_index * count,
+                first=first,
+                class_labels=labels,
                 # What training fits into memory, drawing does.
                 batch_size=len(run.batches.rows(0)),
                 seed=config.seed,
@@ -142,8 +157,12 @@ class Outputs:
         return tensors
 
     def _save_grid(self, images: list[Pixels]) -> None:
-        path = self.run.paths.sample_grid(self.run.state.step)
-        grid = image_grid(images)
+        run = self.run
+        path = run.paths.sample_grid(run.state.step)
+        names = run.parts.facts.class_names
+        names = names[:_MAX_CLASSES_DRAWN] if names else None
+        columns = len(images) // len(names) if names else None
+        grid = image_grid(images, columns, row_names=names)
         path.parent.mkdir(exist_ok=True)
         grid.save(path)
         self.log.show(self.run.state.step, grid)

@@ -18,6 +18,7 @@ from ddpm_hf.training.images import HeldOut, Selection, open_images, split_off_v
 from ddpm_hf.training.network import (
     build_scheduler,
     build_unet,
+    fit_to_classes,
     fit_to_variance,
     load_pretrained,
     sample_size,
@@ -82,12 +83,18 @@ def assemble(
     images, facts, digest = main_first(
         accelerator, lambda: open_images(config, dataset, pretrained), config.ddp_timeout
     )
+    facts, notes = _with_classes_in_use(config, facts)
+    names = facts.class_names
     shares = accelerator.num_processes * config.gradient_accumulation_steps
     scheduler = as_own_scheduler(scheduler) or build_scheduler(config, pretrained_scheduler)
     if unet is None:
         torch.manual_seed(config.seed)  # the same first weights on every process and every start
-        unet = build_unet(facts, device, config.unet_config, scheduler)
-    notes = fit_to_variance(unet, scheduler, pretrained_scheduler) if config.pretrained else []
+        unet = build_unet(
+            facts, device, config.unet_config, scheduler, len(names) if names else None
+        )
+    if config.pretrained:
+        notes += fit_to_variance(unet, scheduler, pretrained_scheduler)
+        notes += fit_to_classes(unet, names) if names else []
     check_trainable(unet, scheduler, facts)
     config = choose_objective(config, scheduler)
     if config.learning_rate is None:
@@ -115,3 +122,14 @@ def assemble(
         base,
         tuple(notes),
     )
+
+
+def _with_classes_in_use(config: TrainingConfig, facts: ImageFacts) -> tuple[ImageFacts, list[str]]:
+    """`facts` without the names of classes that are not trained on, and a word about these."""
+    names = facts.class_names
+    if config.class_conditional or names is None:
+        return facts, []
+    shown = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
+    return dataclasses.replace(facts, class_names=None), [
+        f"the images have {len(names)} classes ({shown}); class_conditional trains on them"
+    ]

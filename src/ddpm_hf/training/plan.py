@@ -5,6 +5,7 @@ import time
 
 import torch
 
+from ddpm_hf.data.labels import NO_LABEL
 from ddpm_hf.diffusion.extension import beta_schedule_of
 from ddpm_hf.training.accelerator import available_trackers
 from ddpm_hf.training.config import required
@@ -71,7 +72,8 @@ def describe(run: Run, validation: Validation | None = None) -> str:
     return "\n".join(
         [
             f"images     {num_images:,} of {facts.width}x{facts.height}, {facts.mode}"
-            + f" {facts.bit_depth} bit" * (facts.bit_depth != 8),
+            + f" {facts.bit_depth} bit" * (facts.bit_depth != 8)
+            + (f", {len(facts.class_names)} classes" if facts.class_names else ""),
             f"network    {type(unet).__name__}, {parameters:,} parameters"
             + f", channels {'-'.join(map(str, channels))}" * bool(channels),
             f"diffusion  T={diffusion.num_train_timesteps}, {schedule}, "
@@ -91,12 +93,16 @@ def describe(run: Run, validation: Validation | None = None) -> str:
 def seconds_per_update(run: Run) -> float:
     """Time of an update, measured on one that leaves no trace."""
     size, device = len(run.batches.rows(0)), run.accelerator.device
-    x_0 = torch.full((size, *run.parts.images[0, 0].shape), -1.0, device=device)
+    parts, first = run.parts, run.parts.images[0, 0]
+    has_labels = not isinstance(first, torch.Tensor)
+    shape = first[0].shape if has_labels else first.shape
+    x_0 = torch.full((size, *shape), -1.0, device=device)
+    labels = torch.full((size,), NO_LABEL) if has_labels else None
     noise, t = torch.randn_like(x_0), torch.zeros(size, dtype=torch.long, device=device)
     for _ in range(2):  # the first one warms up
         start = time.monotonic()
         with run.accelerator.no_sync(run.model):
-            losses = run.parts.objective.loss(run.model, run.parts.scheduler, x_0, t, noise)
+            losses = parts.objective.loss(run.denoiser(labels), parts.scheduler, x_0, t, noise)
             torch.autograd.backward(losses.mean())
         run.state.unet.zero_grad(set_to_none=True)
         losses[0].item()  # waits for the device

@@ -12,6 +12,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ddpm_hf.diffusion.arithmetic import Denoiser
 from ddpm_hf.paths import RunPaths
 from ddpm_hf.randomness import Batches
 from ddpm_hf.training.config import ConfigError, required
@@ -104,6 +105,21 @@ class Run:
             num_workers=(0 if on_cpu else 4) if workers is None else workers,
             pin_memory=not on_cpu,
         )
+
+    def denoiser(self, labels: Tensor | None, unet: Any = None) -> Denoiser:
+        """The network as a function of (x_t, t), given the classes (B,) if there are any.
+
+        Args:
+            labels: -1 stands for no class, which is the last embedding.
+            unet: in place of the network in training.
+        """
+        unet = unet or self.model
+        if labels is None:
+            return unet  # type: ignore[no-any-return]
+        config: Any = self.state.unet.config
+        none = config.num_class_embeds - 1
+        labels = torch.where(labels < 0, none, labels).to(self.accelerator.device)
+        return lambda x_t, t: unet(x_t, t, class_labels=labels)
 
     def is_due(self, every: int | None) -> bool:
         """Whether something that happens every so many updates happens after this one."""

@@ -1,11 +1,13 @@
 """Bits/dim of held-out images while training goes on."""
 
-import copy
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from torch import Tensor
+from torch.utils.data import default_collate
 
+from ddpm_hf.diffusion.pipeline import evaluating
 from ddpm_hf.likelihood import bits_per_dim, standard_error
 from ddpm_hf.randomness import seed_of
 from ddpm_hf.training.config import required
@@ -35,24 +37,33 @@ class Validation:
         mine = range(run.accelerator.process_index, self.num_images, run.accelerator.num_processes)
         totals: list[tuple[int, float]] = []
         if mine:
-            with run.state.ema_weights() as unet:
-                bound = bits_per_dim(
-                    unet,
-                    copy.deepcopy(run.parts.scheduler),
-                    torch.stack([self.images[0, index] for index in mine]),
-                    num_timesteps=self.num_timesteps,
-                    generator=[self._generator(index) for index in mine],
-                    bit_depth=run.parts.facts.bit_depth,
-                    batch_size=len(run.batches.rows(0)),
-                    progress=False,
-                )
-            totals = list(zip(mine, bound.total.tolist(), strict=True))
+            with run.state.ema_weights() as unet, evaluating(unet):
+                size = len(run.batches.rows(0))  # what training fits into memory
+                for start in range(0, len(mine), size):
+                    totals += self._totals(unet, mine[start : start + size])
         # In the order of the images, so that the sum is the same for any number of processes.
         everyones = torch.tensor([total for _, total in sorted(gather_object(totals))])
         return {
             "validation_bits_per_dim": everyones.mean().item(),
             "validation_standard_error": standard_error(everyones),
         }
+
+    def _totals(self, unet: torch.nn.Module, indices: range) -> list[tuple[int, float]]:
+        """The bound of each of these images, with its number."""
+        run = self.run
+        x_0, labels = default_collate(self.images.__getitems__([(0, i) for i in indices])), None
+        if not isinstance(x_0, Tensor):
+            x_0, labels = x_0
+        bound = bits_per_dim(
+            run.denoiser(labels, unet),
+            run.parts.scheduler,
+            x_0.to(run.accelerator.device),
+            num_timesteps=self.num_timesteps,
+            generator=[self._generator(index) for index in indices],
+            bit_depth=run.parts.facts.bit_depth,
+            progress=False,
+        )
+        return list(zip(indices, bound.total.tolist(), strict=True))
 
     def results(self, measured: dict[str, float]) -> list[dict[str, Any]]:
         """A measurement, as the card shows it."""

@@ -1,0 +1,180 @@
+"""Training on class labels: what the network is told, and what can be drawn afterwards."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_runs import assert_equal_bits, checkpoint, tiny_config, tiny_images, tiny_unet
+
+from ddpm_hf import ConfigError, GaussianDDPMPipeline, GaussianDDPMScheduler, load, train
+from ddpm_hf.data import load_images, prepare_images
+from ddpm_hf.pictures import image_grid
+from ddpm_hf.randomness import dropped_labels
+
+OPTIONS = {"class_conditional": True, "num_train_timesteps": 20, "checkpointing_steps": 100}
+
+
+@pytest.fixture
+def pets(tmp_path, monkeypatch):
+    """A folder of dark cats and bright dogs."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    rng = np.random.default_rng(0)
+    for name, level in (("cat", 40), ("dog", 215)):
+        folder = tmp_path / "pets" / name
+        folder.mkdir(parents=True)
+        for i in range(6):
+            pixels = np.clip(rng.normal(level, 20, (8, 8)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+    return str(tmp_path / "pets")
+
+
+def labelled(pets):
+    return prepare_images(load_images(pets), label_column=True, progress=False)
+
+
+def run(folder, pets, unet=None, **options):
+    config = tiny_config(folder, **{**OPTIONS, **options})
+    return train(config, unet=unet or tiny_unet(num_class_embeds=3), dataset=labelled(pets))
+
+
+def test_a_class_that_was_trained_can_be_drawn_by_its_name(tmp_path, pets):
+    result = run(
+        tmp_path / "run",
+        pets,
+        max_train_steps=150,
+        learning_rate=5e-3,
+        batch_size=8,
+        logging_steps=50,
+        class_dropout=0.2,
+    )
+    pipeline = load(result.model_dir)
+    means = {}
+    for name in ("cat", "dog"):
+        generator = torch.Generator().manual_seed(0)
+        images = pipeline(8, generator, output_type="np", class_labels=name, guidance_scale=2.0)
+        means[name] = images.images.mean()
+    # dark is 40 / 255 = 0.16 and bright 0.84
+    assert means["cat"] < 0.4
+    assert means["dog"] > 0.6
+
+
+def test_one_flag_is_enough_for_a_folder_with_sub_folders(tmp_path, pets, capsys):
+    config = tiny_config(
+        tmp_path / "run",
+        dataset=pets,
+        **OPTIONS,
+        max_train_steps=1,
+        lr_warmup_steps=0,
+        num_samples=4,
+        sample_inference_steps=2,
+    )
+    result = train(config)
+    assert "12 of 8x8, L, 2 classes" in capsys.readouterr().out
+    config = json.loads((result.model_dir / "unet" / "config.json").read_text())
+    assert config["num_class_embeds"] == 3
+    assert config["_ddpm_hf"]["class_names"] == ["cat", "dog"]
+    assert "cat" in (result.model_dir / "README.md").read_text()
+    with Image.open(next((tmp_path / "run" / "samples").glob("*.png"))) as grid:
+        assert grid.height == 2 * 64 + 2  # a row for each class
+        assert grid.width > 2 * 64 + 2  # and its name to the left
+
+
+def test_classes_that_are_not_asked_for_are_mentioned_and_left_alone(tmp_path, pets, capsys):
+    config = tiny_config(tmp_path / "run", dataset=pets, max_train_steps=1, lr_warmup_steps=0)
+    pipeline = load(train(config).model_dir)
+    assert "2 classes (cat, dog); class_conditional trains on them" in capsys.readouterr().out
+    assert pipeline.unet.config.num_class_embeds is None
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_resumed_run_with_classes_equals_the_straight_one(tmp_path, pets, accumulation):
+    options = {"gradient_accumulation_steps": accumulation, "class_dropout": 0.5}
+    run(tmp_path / "straight", pets, **options)
+    unet = tiny_unet(num_class_embeds=3)
+    calls = []
+
+    def stop(module, args):
+        calls.append(1)
+        if len(calls) == 4 * accumulation:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    unet.register_forward_pre_hook(stop)
+    assert run(tmp_path / "resumed", pets, unet, **options).num_steps < 6
+    run(tmp_path / "resumed", pets, **options)
+    assert_equal_bits(checkpoint(tmp_path / "resumed", 6), checkpoint(tmp_path / "straight", 6))
+
+
+def test_hidden_labels_are_the_asked_share_and_a_function_of_the_update():
+    draws = torch.stack([dropped_labels(0, s, 64, 0.25, "cpu") for s in range(100)])
+    # 6400 draws: 4 standard errors of a share of 1/4
+    assert abs(draws.float().mean().item() - 0.25) < 4 * (0.25 * 0.75 / 6400) ** 0.5
+    assert torch.equal(draws[3], dropped_labels(0, 3, 64, 0.25, "cpu"))
+    assert not torch.equal(draws[3], draws[4])
+    assert not dropped_labels(0, 3, 64, 0.0, "cpu").any()
+
+
+@pytest.mark.parametrize(("dropout", "told"), [(0.0, {0, 1}), (0.999999, {2})])
+def test_the_network_is_told_the_class_or_none(tmp_path, pets, dropout, told):
+    unet, seen = tiny_unet(num_class_embeds=3), set()
+    unet.class_embedding.register_forward_pre_hook(
+        lambda module, args: seen.update(args[0].tolist()) if module.training else None
+    )
+    run(tmp_path, pets, unet, class_dropout=dropout, max_train_steps=4)
+    assert seen == told
+
+
+def test_an_unconditional_network_gets_classes_and_draws_as_before_at_first(tmp_path, pets):
+    scheduler = GaussianDDPMScheduler(20, beta_schedule="squaredcos_cap_v2")
+    before = GaussianDDPMPipeline(tiny_unet(), scheduler)
+    before.save_pretrained(tmp_path / "plain")
+    config = tiny_config(
+        tmp_path / "run",
+        dataset=pets,
+        pretrained=str(tmp_path / "plain"),
+        class_conditional=True,
+        max_train_steps=1,
+        lr_warmup_steps=1,  # the first update has learning rate 0
+    )
+    after = load(train(config).model_dir)
+    draws = [
+        pipeline(2, torch.Generator().manual_seed(0), output_type="np", **call).images
+        for pipeline, call in ((before, {}), (after, {"class_labels": "dog"}))
+    ]
+    np.testing.assert_array_equal(draws[0], draws[1])
+
+
+@pytest.mark.parametrize(
+    ("unet", "options", "said"),
+    [
+        (tiny_unet(), {}, "num_class_embeds of the network is None, but 2 classes need 3"),
+        (tiny_unet(num_class_embeds=2), {}, "is 2, but 2 classes need 3"),
+        (tiny_unet(class_embed_type="timestep"), {}, "embeds classes by 'timestep'"),
+        (
+            tiny_unet(num_class_embeds=3),
+            {"class_conditional": False},
+            "embeddings of 2 classes and of none, but the training is without classes",
+        ),
+    ],
+)
+def test_a_network_that_does_not_fit_the_classes_is_refused(tmp_path, pets, unet, options, said):
+    with pytest.raises(ConfigError, match=said):
+        run(tmp_path / "run", pets, unet, **options)
+
+
+def test_classes_of_images_without_labels_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="class_conditional needs the labels"):
+        train(tiny_config(tmp_path, **OPTIONS), dataset=tiny_images())
+
+
+def test_a_grid_with_names_keeps_the_images_and_cuts_long_names():
+    images = [np.full((64, 64, 1), 0.5)] * 4
+    plain = image_grid(images, 2)
+    named = image_grid(images, 2, row_names=["cat", "a name that nobody could call short " * 3])
+    assert named.height == plain.height
+    assert plain.width < named.width < plain.width + 250
+    right = named.crop((named.width - plain.width, 0, named.width, named.height))
+    assert np.array_equal(np.asarray(right), np.asarray(plain))
