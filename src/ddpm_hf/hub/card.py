@@ -47,7 +47,8 @@ def card_facts(folder: str | Path) -> dict[str, Any]:
     facts["unet"]["num_parameters"] = _count_parameters(folder / "unet")
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     facts["scheduler"] = _scheduler_facts(scheduler) if scheduler else {}
-    facts["image"] = (unet.get("_ddpm_hf") or {}).get("image")
+    known = unet.get("_ddpm_hf") or {}
+    facts["image"], facts["class_names"] = known.get("image"), known.get("class_names")
     facts["samples"] = (folder / "samples.png").is_file()
     return facts
 
@@ -88,7 +89,7 @@ def render_model_card(facts: dict[str, Any], repo_id: str | None = None) -> str:
         samples=bool(facts.get("samples")),
         repo=json.dumps(repo_id or "."),
         num_classes=num_classes,
-        labels=f", class_labels={[i % num_classes for i in range(4)]}" if num_classes else "",
+        labels=_label_argument(facts.get("class_names"), num_classes),
         padded=_padded_size(facts),
         num_steps=usual_num_steps(
             scheduler.get("class", "DDPMScheduler"), scheduler.get("num_train_timesteps", 1000)
@@ -104,6 +105,15 @@ def render_model_card(facts: dict[str, Any], repo_id: str | None = None) -> str:
         metrics=[_metric_row(metric) for metric in facts.get("metrics") or []],
     )
     return sealed(str(card))
+
+
+def _label_argument(names: list[str] | None, num_classes: int | None) -> str:
+    """What a call needs besides the number of images; guided, where there is a null class."""
+    if not num_classes:
+        return ""
+    if names and len(names) < num_classes:
+        return f", class_labels={json.dumps(names[0])}, guidance_scale=2.0"
+    return f", class_labels={[i % num_classes for i in range(4)]}"
 
 
 def _title(facts: dict[str, Any], repo_id: str | None) -> str:
