@@ -599,6 +599,72 @@ def test_guidance_moves_from_the_null_class_through_the_class(conditional, scale
     assert_close(conditional(2, seeded(5), **call).images, want, rtol=0, atol=1e-4)
 
 
+def test_guidance_is_left_out_at_log_snrs_outside_of_the_interval(conditional):
+    unet, scheduler = conditional.unet, conditional.scheduler
+    x_T = torch.randn(1, 1, 8, 8, generator=(generator := seeded(5)))
+    alpha_bar = scheduler.alphas_cumprod.double()
+    log_snr = (alpha_bar / (1 - alpha_bar)).log()
+    low, high = log_snr[-2].item() - 0.01, log_snr[2].item() + 0.01
+
+    def denoise(x, t):
+        of_class, of_null = (unet(x, t, class_labels=torch.tensor([n])).sample for n in (1, 3))
+        inside = low <= log_snr[t] <= high
+        return of_null + 3 * (of_class - of_null) if inside else of_class
+
+    want = reverse_chain(unet, scheduler, x_T, generator, denoise)
+    call = {"class_labels": 1, "guidance_scale": 3.0, "output_type": "latent"}
+    got = conditional(1, seeded(5), guidance_interval=(low, high), **call).images
+    assert_close(got, want, rtol=0, atol=1e-4)  # as above
+    everywhere = conditional(1, seeded(5), **call).images
+    assert not torch.allclose(got, everywhere, atol=1e-2)
+    infinite = (-float("inf"), float("inf"))
+    assert torch.equal(
+        conditional(1, seeded(5), guidance_interval=infinite, **call).images, everywhere
+    )
+
+
+@pytest.mark.parametrize("as_pipeline", [True, False])
+@pytest.mark.parametrize("knows_classes", [True, False])
+def test_a_weaker_model_guides_by_what_it_gets_wrong(conditional, as_pipeline, knows_classes):
+    unet, scheduler = conditional.unet, conditional.scheduler
+    weak = tiny_unet(seed=7, num_class_embeds=4 if knows_classes else None).train()
+    x_T = torch.randn(1, 1, 8, 8, generator=(generator := seeded(5)))
+    label = torch.tensor([1])
+
+    def denoise(x, t):
+        strong = unet(x, t, class_labels=label).sample
+        weak_one = weak.eval()(x, t, class_labels=label if knows_classes else None).sample
+        return weak_one + 2 * (strong - weak_one)
+
+    want = reverse_chain(unet, scheduler, x_T, generator, denoise)
+    guide = tiny_pipeline(weak.train(), scheduler) if as_pipeline else weak.train()
+    call = {"class_labels": 1, "guidance_scale": 2.0, "output_type": "latent"}
+    assert_close(conditional(1, seeded(5), guide=guide, **call).images, want, rtol=0, atol=1e-4)
+    assert weak.training
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "said"),
+    [
+        ({"guidance_interval": (3, -3)}, ValueError, "guidance_interval.*lowest and the highest"),
+        ({"guidance_interval": 3}, ValueError, "guidance_interval"),
+        ({"guide": "user/model"}, TypeError, "guide must be a pipeline or a UNet2DModel, got str"),
+        ({"guide": tiny_unet(in_channels=3, out_channels=3)}, ValueError, "guide.*1 channels"),
+        ({"guide": tiny_unet(num_class_embeds=7)}, ValueError, "guide must know the same classes"),
+        ({"guide": tiny_unet(), "guidance_scale": 1.0}, ValueError, "no effect"),
+        (
+            {"guide": tiny_pipeline(scheduler=tiny_scheduler(prediction_type="sample"))},
+            ValueError,
+            "guide must be of the same diffusion, but its prediction_type is 'sample'",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_guide_or_interval_that_means_nothing_is_refused(conditional, call, kind, said):
+    with pytest.raises(kind, match=said):
+        conditional(**{"class_labels": 1, "guidance_scale": 2.0, **call})
+
+
 def test_guidance_leaves_a_learned_variance_to_the_conditional_network():
     unet = tiny_unet(num_class_embeds=4, out_channels=2)
     scheduler = tiny_scheduler(num_train_timesteps=5, variance_type="learned_range")

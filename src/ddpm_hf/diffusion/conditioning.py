@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Class labels and classifier-free guidance. Travels with the weights."""
+"""Class labels and guidance: classifier-free, by a weaker model, in an interval of noise levels."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 from diffusers.models import UNet2DModel
 from torch import Tensor
 
-from . import arithmetic, checks, images
+from . import arithmetic, images
 
 ClassLabels = int | str | Sequence[int] | Sequence[str] | Tensor | None
 Denoiser = arithmetic.Denoiser
@@ -76,46 +76,120 @@ def with_null_class(labels: Tensor | None, config: Any, names: Sequence[str] | N
     return torch.cat([labels, torch.full_like(labels, config.num_class_embeds - 1)])
 
 
-def guided_denoiser(
+def denoiser_of(unet: UNet2DModel, labels: Tensor | None, num_outputs: int) -> Denoiser:
+    """(x_t, t) -> the first `num_outputs` channels of the prediction, without guidance.
+
+    Args:
+        unet: the network, run in its own dtype.
+        labels: of `label_tensor`, on the network's device.
+        num_outputs: channels that the scheduler reads.
+    """
+
+    def denoise(x_t: Tensor, t: Tensor) -> Tensor:
+        output: Tensor = unet(x_t.to(unet.dtype), t, class_labels=labels).sample
+        return output[:, :num_outputs].to(x_t.dtype)
+
+    return denoise
+
+
+def classifier_free(
     unet: UNet2DModel,
     labels: Tensor | None,
     guidance_scale: float,
     names: Sequence[str] | None,
     num_outputs: int,
 ) -> Denoiser:
-    """(x_t, t) -> the first `num_outputs` channels of the prediction, guided if asked.
+    """The prediction for the class, pushed away from that for no class; one run for both.
 
     Args:
-        unet: the network, run in its own dtype.
-        labels: of `label_tensor`, on the network's device.
-        guidance_scale: s in null + s (class - null); at 1 the network is run once, else twice.
+        unet, labels, num_outputs: as for `denoiser_of`.
+        guidance_scale: s in null + s (class - null).
         names: what the classes are called.
-        num_outputs: channels that the scheduler reads.
 
     Raises:
-        ValueError: if the scale is not finite, or the network was not trained for guidance.
-        TypeError: if the scale is no number.
+        ValueError: if the network was not trained for guidance.
 
     Source: 2207.12598, eq. 6 with s = 1 + w.
     """
-    checks.check_float(
-        "guidance_scale", guidance_scale, "that is finite", -checks.FINITE, checks.FINITE
-    )
-    is_guided = guidance_scale != 1
-    if is_guided:
-        labels = with_null_class(labels, unet.config, names)
-    num_channels = unet.config.in_channels
+    both = denoiser_of(unet, with_null_class(labels, unet.config, names), num_outputs)
 
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-        x = x_t.to(unet.dtype)
-        x = torch.cat([x, x]) if is_guided else x
-        output: Tensor = unet(x, t, class_labels=labels).sample[:, :num_outputs].to(x_t.dtype)
-        if not is_guided:
-            return output
-        conditional, unconditional = output.chunk(2)
-        guided = torch.lerp(unconditional, conditional, guidance_scale)
-        # Guidance moves the mean alone: a learned variance is the conditional network's.
-        guided[:, num_channels:] = conditional[:, num_channels:]
-        return guided
+        conditional, unconditional = both(torch.cat([x_t, x_t]), t).chunk(2)
+        return _extrapolated(unconditional, conditional, guidance_scale, unet.config.in_channels)
 
     return denoise
+
+
+def autoguided(
+    unet: UNet2DModel,
+    guide: UNet2DModel,
+    labels: Tensor | None,
+    guidance_scale: float,
+    num_outputs: int,
+) -> Denoiser:
+    """The prediction, pushed away from that of a weaker model of the same data.
+
+    Args:
+        unet, labels, num_outputs: as for `denoiser_of`.
+        guide: the weaker model; told the class where it knows classes.
+        guidance_scale: s in guide + s (network - guide).
+
+    Raises:
+        ValueError: if the two do not predict the same.
+
+    Source: 2406.02507, eq. 5.
+    """
+    num_channels = unet.config.in_channels
+    if guide.config.in_channels != num_channels or guide.config.out_channels < num_channels:
+        raise ValueError(
+            f"guide must be a model of {num_channels} channels as this one is, got in_channels="
+            f"{guide.config.in_channels}, out_channels={guide.config.out_channels}"
+        )
+    knows_classes = guide.class_embedding is not None
+    if knows_classes and guide.config.num_class_embeds != unet.config.num_class_embeds:
+        raise ValueError("guide must know the same classes as this model, or none")
+    strong = denoiser_of(unet, labels, num_outputs)
+    weak = denoiser_of(guide, labels if knows_classes else None, num_channels)
+
+    def denoise(x_t: Tensor, t: Tensor) -> Tensor:
+        return _extrapolated(weak(x_t, t), strong(x_t, t), guidance_scale, num_channels)
+
+    return denoise
+
+
+def _extrapolated(weak: Tensor, strong: Tensor, scale: float, num_channels: int) -> Tensor:
+    """weak + scale (strong - weak) of the mean; a learned variance is the strong one's."""
+    mean = torch.lerp(weak[:, :num_channels], strong[:, :num_channels], scale)
+    return torch.cat([mean, strong[:, num_channels:]], dim=1)
+
+
+def is_guided_at(
+    timesteps: Tensor, alphas_cumprod: Tensor, interval: tuple[float, float] | None
+) -> list[bool]:
+    """Whether each step is guided: those with a log-SNR inside of the interval.
+
+    Args:
+        timesteps: those of the trajectory, (K,).
+        alphas_cumprod: of the training schedule, (T,).
+        interval: lowest and highest natural log of alpha_bar / (1 - alpha_bar), infinite ones
+            included; None for all steps.
+
+    Raises:
+        ValueError: if the interval is none.
+
+    Source: 2404.07724, section 3; in log-SNR, so that it means the same in any number of steps.
+    """
+    if interval is None:
+        return [True] * len(timesteps)
+    try:
+        low, high = map(float, interval)
+    except (TypeError, ValueError):
+        low, high = 1.0, 0.0
+    if not low <= high:
+        raise ValueError(
+            "guidance_interval must be the lowest and the highest log-SNR to guide at, such as"
+            f" (-3, 4), got {interval!r}"
+        )
+    alpha_bar = alphas_cumprod.cpu().double()[timesteps.cpu().long()]
+    log_snr = torch.special.logit(alpha_bar)
+    return ((low <= log_snr) & (log_snr <= high)).tolist()  # type: ignore[no-any-return]

@@ -94,6 +94,8 @@ class GaussianDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
         callback_on_step_end: Callback | None = ...,
         callback_on_step_end_tensor_inputs: Sequence[str] | None = ...,
         eta: float | None = ...,
+        guidance_interval: tuple[float, float] | None = ...,
+        guide: "UNet2DModel | DiffusionPipeline | None" = ...,
     ) -> ImagePipelineOutput: ...
 
     @overload
@@ -112,6 +114,8 @@ class GaussianDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
         callback_on_step_end: Callback | None = ...,
         callback_on_step_end_tensor_inputs: Sequence[str] | None = ...,
         eta: float | None = ...,
+        guidance_interval: tuple[float, float] | None = ...,
+        guide: "UNet2DModel | DiffusionPipeline | None" = ...,
     ) -> tuple[Any]: ...
 
     def __call__(
@@ -128,6 +132,8 @@ class GaussianDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
         eta: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        guide: "UNet2DModel | DiffusionPipeline | None" = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Images sampled from noise by the reverse process.
 
@@ -148,7 +154,8 @@ class GaussianDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
                 [0, num_class_embeds) or as names where the model knows them. Networks with another
                 `class_embed_type` get the tensor as it is.
             guidance_scale: s of classifier-free guidance, null + s (class - null): 1 is none. The
-                null class is the last embedding, which training must have used as such.
+                null class is the last embedding, which training must have used as such. With a
+                `guide`, s of guide + s (network - guide).
             latents: standard normal noise to start from, (B, C, H, W), H and W as the UNet works.
             timesteps: the timesteps to visit, descending, instead of `num_inference_steps`.
             callback_on_step_end: called as `(pipeline, step, timestep, tensors)` after each step, a
@@ -159,6 +166,10 @@ class GaussianDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
                 default) and "pred_original_sample" (the estimate of x_0).
             eta: noise of the step, in [0, 1]: 1 is DDPM, 0 is DDIM. The scheduler's own default
                 (1 for `GaussianDDPMScheduler`, 0 for `DDIMScheduler`) unless given.
+            guidance_interval: lowest and highest log-SNR at which to guide (2404.07724); all by
+                default. The network is called once where it is not guided.
+            guide: a weaker model of the same data and diffusion, such as an early checkpoint, to be
+                guided away from (2406.02507), in the place of the null class; needs no classes.
         Returns:
             `ImagePipelineOutput` with `.images`, or `(images,)`.
         Raises:
@@ -176,16 +187,21 @@ class GaussianDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
         size, window = images.size_and_window(self.unet, facts)
         form = images.mode_and_bit_depth(output_type, self.unet.config.in_channels, facts)
         names = facts.class_names if facts else None
-        denoise = self._denoiser(batch_size, class_labels, guidance_scale, names)
+        plain, guided = self._denoisers(batch_size, class_labels, guidance_scale, guide, names)
         step_options = samplers.step_options(self.scheduler, generator, eta)
         after_step = callbacks.after_step(
             self, callback_on_step_end, callback_on_step_end_tensor_inputs
         )
         samplers.set_timesteps(self.scheduler, num_inference_steps, timesteps)
+        is_guided = conditioning.is_guided_at(
+            self.scheduler.timesteps, self.scheduler.alphas_cumprod, guidance_interval
+        )
+        denoisers = [guided if here else plain for here in is_guided]
         shape = (batch_size, self.unet.config.in_channels, *size)
-        with evaluating(self.unet), torch.no_grad():
+        weak = getattr(guide, "unet", guide)
+        with evaluating(self.unet), evaluating(weak or self.unet), torch.no_grad():
             x_T = self._initial_noise(shape, generator, latents)
-            x_0 = self._reverse_chain(x_T, denoise, step_options, after_step)
+            x_0 = self._reverse_chain(x_T, denoisers, step_options, after_step)
         self.maybe_free_model_hooks()
         if output_type == "latent":
             x_0 = x_0.clone()  # what a callback has seen stays as it was
@@ -198,18 +214,53 @@ class GaussianDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
         """How many steps the current chain has; callbacks of diffusers ask for it."""
         return len(self.scheduler.timesteps)
 
-    def _denoiser(
+    def _denoisers(
         self,
         batch_size: int,
         class_labels: ClassLabels,
         guidance_scale: float,
+        guide: Any,
         names: Sequence[str] | None,
-    ) -> Denoiser:
-        """(x_t, t) -> what the scheduler reads of the network's output, guided if asked."""
+    ) -> tuple[Denoiser, Denoiser]:
+        """(x_t, t) -> what the scheduler reads of the output: as it is, and guided if asked."""
+        checks.check_float(
+            "guidance_scale", guidance_scale, "that is finite", -checks.FINITE, checks.FINITE
+        )
         labels = conditioning.label_tensor(self.unet, class_labels, batch_size, names)
         labels = None if labels is None else labels.to(self._execution_device)
         num_outputs = samplers.num_outputs(self.unet.config, self.scheduler)
-        return conditioning.guided_denoiser(self.unet, labels, guidance_scale, names, num_outputs)
+        plain = conditioning.denoiser_of(self.unet, labels, num_outputs)
+        if guide is not None and guidance_scale == 1:
+            raise ValueError(
+                "guide has no effect at guidance_scale=1: pass a larger one, such as 2"
+            )
+        if guide is not None:
+            weak = self._network_of_guide(guide)
+            return plain, conditioning.autoguided(
+                self.unet, weak, labels, guidance_scale, num_outputs
+            )
+        if guidance_scale == 1:
+            return plain, plain
+        return plain, conditioning.classifier_free(
+            self.unet, labels, guidance_scale, names, num_outputs
+        )
+
+    def _network_of_guide(self, guide: Any) -> UNet2DModel:
+        """The network of a weaker model, in eval mode and on this pipeline's device."""
+        if isinstance(guide, DiffusionPipeline):
+            ours, theirs = self.scheduler.config, guide.scheduler.config
+            for key in ("prediction_type", "num_train_timesteps"):
+                if ours.get(key, "epsilon") != theirs.get(key, "epsilon"):
+                    raise ValueError(
+                        f"guide must be of the same diffusion, but its {key} is {theirs.get(key)!r}"
+                        f" and this model's {ours.get(key)!r}"
+                    )
+            guide = guide.unet
+        if not isinstance(guide, UNet2DModel):
+            raise TypeError(
+                f"guide must be a pipeline or a UNet2DModel, got {type(guide).__name__}"
+            )
+        return guide.to(self._execution_device)
 
     def _initial_noise(
         self, shape: tuple[int, ...], generator: Generators, latents: Tensor | None
@@ -228,7 +279,7 @@ class GaussianDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
     def _reverse_chain(
         self,
         x_t: Tensor,
-        denoise: Denoiser,
+        denoisers: Sequence[Denoiser],
         step_options: dict[str, Any],
         after_step: Callable[[int, Tensor, Any], Tensor],
     ) -> Tensor:
@@ -240,7 +291,7 @@ class GaussianDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
         with self.progress_bar(total=len(timesteps)) as progress:
             for i, t in enumerate(timesteps):
                 model_input = self.scheduler.scale_model_input(x_t, t)
-                model_output: Tensor = denoise(model_input, on_device[i])
+                model_output: Tensor = denoisers[i](model_input, on_device[i])
                 step = self.scheduler.step(model_output, t, x_t, **step_options)
                 x_t = after_step(i, t, step)
                 finite[i] = model_output.isfinite().all() & x_t.isfinite().all()
