@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,11 @@ PATH = Path(__file__).parents[1] / "training" / "demo.py"
 def demo():
     spec = importlib.util.spec_from_file_location("demo", PATH)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(PATH.parent))  # as Python does for a file that it runs
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(PATH.parent))
     return module
 
 

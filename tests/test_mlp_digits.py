@@ -1,6 +1,8 @@
 """The lesson in training/mlp_digits.py does what it says."""
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -49,17 +51,24 @@ def test_the_loss_of_the_lesson_is_the_error_of_the_estimate(lesson):
 
 
 @pytest.mark.slow
-def test_the_network_learns_digits_and_knowing_t_lowers_its_error(lesson):
+@pytest.mark.parametrize("told_t", [False, True], ids=["not told t", "told t"])
+def test_the_network_learns_what_can_be_known_of_digits(lesson, told_t):
     x_0 = lesson.digits()[torch.randperm(1797, generator=torch.Generator().manual_seed(0))]
-    errors = {}
-    for told_t in (False, True):
-        torch.manual_seed(0)
-        mlp = lesson.MLP(told_t)
-        lesson.train(mlp, x_0[:1500], 1500)
-        errors[told_t] = lesson.errors(mlp, x_0[1500:])
-    spread = x_0[1500:].var(0).mean().item()
-    assert errors[True][0] < 0.5 * spread < errors[True][999]
-    assert errors[True][0] < 0.98 * errors[False][0]
+    torch.manual_seed(0)
+    mlp = lesson.MLP(told_t)
+    lesson.train(mlp, x_0[:1500], 500)
+    errors = lesson.errors(mlp, x_0[1500:])
+    variance = x_0[1500:].var(0).mean().item()
+    # Nearly all of a digit at t = 0; at t = 999, from noise alone, the mean of all digits.
+    assert errors[0] < 0.25 * variance
+    assert 0.8 * variance < errors[999] < 1.2 * variance
+
+
+@pytest.mark.slow
+def test_the_lesson_says_how_to_run_it(tmp_path):
+    command = [sys.executable, str(PATH), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "--steps" in done.stdout
 
 
 @pytest.mark.slow

@@ -102,7 +102,7 @@ def test_the_metadata_are_what_an_index_accepts(built):
     assert metadata.name == "ddpm-hf"
     assert metadata.version == Version(ddpm_hf.__version__)
     assert metadata.license_expression == "Apache-2.0"
-    assert set(metadata.provides_extra) == {"eval", "dev", "all"}
+    assert set(metadata.provides_extra) == {"heic", "eval", "dev", "all"}
     # A relative link leads nowhere on an index.
     links = re.findall(r"\]\(([^)]*)\)", metadata.description)
     assert links
@@ -153,7 +153,7 @@ def test_the_constraints_hold_a_version_that_each_requirement_admits():
     pinned = {pin.name.lower().replace("_", "-"): pin for pin in pins}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    direct = [*project["dependencies"], *extras["eval"], *extras["dev"]]
+    direct = [*project["dependencies"], *extras["heic"], *extras["eval"], *extras["dev"]]
     for requirement in map(Requirement, direct):
         (pin,) = pinned[requirement.name.lower()].specifier
         assert pin.operator == "=="

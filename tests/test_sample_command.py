@@ -133,7 +133,7 @@ def test_every_compatible_scheduler_is_offered():
     names = set(GaussianDDPMScheduler._compatibles) - {"EDMEulerScheduler"}  # has its own noise
     if not is_torchsde_available():
         names -= {"DPMSolverSDEScheduler"}
-    assert {name.removesuffix("Scheduler") for name in names} <= SCHEDULERS.keys()
+    assert {name.removesuffix("Scheduler") for name in names} <= set(SCHEDULERS)
     assert all(hasattr(diffusers, f"{name}Scheduler") for name in SCHEDULERS)
 
 

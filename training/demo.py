@@ -20,17 +20,13 @@ import matplotlib
 
 matplotlib.use("agg")
 
-import datasets
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from diffusers import UNet2DModel
 from PIL import Image, ImageOps
-from sklearn.calibration import CalibratedClassifierCV
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from sklearn.neighbors import NearestNeighbors
-from sklearn.svm import SVC
 
 from ddpm_hf import GaussianDDPMPipeline, TrainingConfig, load, train
 from ddpm_hf.cli import run_command
@@ -38,14 +34,22 @@ from ddpm_hf.hub.card import write_model_card
 from ddpm_hf.pictures import image_grid
 from ddpm_hf.training import TrainingResult
 from ddpm_hf.wording import duration
+from digits import (
+    SURE,
+    as_dataset,
+    fit_judge,
+    judge,
+    shortcomings,
+    side_by_side,
+    to_images,
+    to_values,
+)
 
 NUM_STEPS = 3000
 NUM_INFERENCE_STEPS = 100
 NUM_SCORED = 500
 NUM_SHOWN = 64
 PICTURES = ("samples.png", "denoising.png", "loss.png", "samples_stock.png")
-SURE = 0.9  # a digit counts as recognised when the classifier gives its answer this probability
-MOST_POINTS_APART, LEAST_SHARE_OF_A_DIGIT = 0.10, 0.03
 
 # Run by a Python that cannot import this package: what anyone with diffusers alone can do.
 STOCK_PROGRAM = """
@@ -74,83 +78,6 @@ make_image_grid(tiles, rows=len(tiles) // 8, cols=8).save(picture)
 ours = sorted(name for name in sys.modules if name.startswith("ddpm_hf."))
 sys.exit(f"ddpm_hf was used: {ours}" if ours else 0)
 """
-
-
-# ----------------------------------------------------------------------------------------------
-# Data: the digits have 17 grey levels, 0 to 16; as 8-bit images they survive the way there and back
-
-
-def to_images(values: np.ndarray) -> list[Image.Image]:
-    """Digits (N, 64) with values 0..16 as 8-bit grey images of 8x8."""
-    pixels = (values * 255 / 16).round().astype(np.uint8).reshape(-1, 8, 8)
-    return [Image.fromarray(image) for image in pixels]
-
-
-def to_values(images: list[Image.Image]) -> np.ndarray:
-    """The way back: (N, 64), 0..16, no longer whole numbers for drawn digits."""
-    return np.stack([np.asarray(image) for image in images]).reshape(-1, 64) * (16 / 255)
-
-
-def as_dataset(images: list[Image.Image]) -> datasets.Dataset:
-    """Images as a Hugging Face data set, as they come from the Hub or from a folder."""
-    return datasets.Dataset.from_dict(
-        {"image": images}, features=datasets.Features({"image": datasets.Image()})
-    )
-
-
-# ----------------------------------------------------------------------------------------------
-# The judge
-
-
-def fit_judge(values: np.ndarray, labels: np.ndarray) -> CalibratedClassifierCV:
-    """A classifier whose probabilities mean what they say (temperature scaling, 1706.04599)."""
-    svm = SVC(C=10, gamma="scale")
-    return CalibratedClassifierCV(svm, method="temperature", cv=5).fit(values, labels)
-
-
-def judge(classifier: Any, values: np.ndarray, known: np.ndarray) -> dict[str, Any]:
-    """What the classifier makes of digits, and how far they are from the digits trained on."""
-    probabilities = classifier.predict_proba(values)
-    named = np.bincount(probabilities.argmax(1), minlength=10) / len(values)
-    distances, _ = NearestNeighbors(n_neighbors=1).fit(known / 16).kneighbors(values / 16)
-    return {
-        "count": len(values),
-        "recognised": float((probabilities.max(1) >= SURE).mean()),
-        "share_of_digit": [round(float(share), 4) for share in named],
-        "distance_to_training": float(np.median(distances)),
-    }
-
-
-def shortcomings(drawn: dict[str, Any], real: dict[str, Any]) -> list[str]:
-    """What is wrong with the drawn digits; empty if they are as recognisable as real ones."""
-    wrong = []
-    if abs(drawn["recognised"] - real["recognised"]) > MOST_POINTS_APART:
-        wrong.append(
-            f"{drawn['recognised']:.1%} are recognised, of the real ones {real['recognised']:.1%}: "
-            f"more than {MOST_POINTS_APART:.0%} apart"
-        )
-    rare = [n for n, share in enumerate(drawn["share_of_digit"]) if share < LEAST_SHARE_OF_A_DIGIT]
-    if rare:
-        digits = ", ".join(map(str, rare))
-        wrong.append(f"fewer than {LEAST_SHARE_OF_A_DIGIT:.0%} of the drawn digits are a {digits}")
-    return wrong
-
-
-def side_by_side(drawn: dict[str, Any], real: dict[str, Any]) -> str:
-    """The two results as a table."""
-    rows = [
-        ("", "drawn", "real, held out"),
-        ("digits", drawn["count"], real["count"]),
-        (f"recognised (p >= {SURE})", f"{drawn['recognised']:.1%}", f"{real['recognised']:.1%}"),
-        (
-            "distance to the nearest digit trained on",
-            f"{drawn['distance_to_training']:.2f}",
-            f"{real['distance_to_training']:.2f}",
-        ),
-    ]
-    shares = zip(drawn["share_of_digit"], real["share_of_digit"], strict=True)
-    rows += [(f"named {n}", f"{a:.1%}", f"{b:.1%}") for n, (a, b) in enumerate(shares)]
-    return "\n".join(f"  {name:42}{a:>8}{b:>17}" for name, a, b in rows)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -211,14 +138,12 @@ def picture_loss(metrics_file: Path, path: Path) -> None:
     """The training loss as logged, and smoothed."""
     lines = metrics_file.read_text(encoding="utf-8").splitlines()
     steps, losses = np.array([(m["step"], m["loss"]) for m in map(json.loads, lines)]).T
-    # The mean over a window that narrows towards both ends, where the loss is steep.
-    place = np.arange(len(losses))
-    half = np.minimum(len(losses) // 40, np.minimum(place, place[::-1]))
-    total = np.concatenate([[0.0], losses.cumsum()])
-    smooth = (total[place + half + 1] - total[place - half]) / (2 * half + 1)
+    window = len(losses) // 20 + 1
+    smooth = np.convolve(losses, np.full(window, 1 / window), mode="valid")
+    first = window // 2  # a mean stands at the middle of its window
     figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
     axis.semilogy(steps, losses, color="tab:blue", alpha=0.3, label="as logged")
-    axis.semilogy(steps, smooth, color="tab:blue", label="smoothed")
+    axis.semilogy(steps[first : first + len(smooth)], smooth, color="tab:blue", label="smoothed")
     axis.set(xlabel="update", ylabel="mean squared error", title="training loss")
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter("{x:g}")

@@ -1,10 +1,11 @@
 """The simplest DDPM there is (2006.11239): a plain MLP on flattened 28x28 digits.
 
-`python training/mlp_digits.py` prints how the forward process works, trains the network without
-and with knowledge of t, and draws digits with both. Scheduler and loss take any callable
+It prints how the forward process works, trains the network without and with knowledge of t, and
+draws digits with both: a minute or two on a CPU. Scheduler and loss take any callable
 `(x_t, t) -> prediction`: there is no UNet, trainer or pipeline in here.
 """
 
+import argparse
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -28,18 +29,21 @@ def digits() -> Tensor:
 
 
 class MLP(nn.Module):
-    """Estimates x_0 from x_t; `told_t` appends 32 sines and cosines of t to the input."""
+    """Estimates x_0 from x_t; one that is `told_t` gets 32 sines and cosines of t in each layer."""
 
-    def __init__(self, told_t: bool) -> None:
+    def __init__(self, told_t: bool, width: int = 256, depth: int = 3) -> None:
         super().__init__()
         self.told_t = told_t
-        hidden = (nn.ReLU(), nn.Linear(128, 128), nn.ReLU())
-        self.layers = nn.Sequential(nn.Linear(784 + 32 * told_t, 128), *hidden, nn.Linear(128, 784))
+        self.first = nn.Linear(784 + 32 * told_t, width)
+        self.layers = nn.ModuleList(nn.Linear(width + 32 * told_t, width) for _ in range(depth))
+        self.last = nn.Linear(width, 784)
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        if self.told_t:
-            x_t = torch.cat([x_t, get_timestep_embedding(t.expand(len(x_t)), 32)], dim=1)
-        return self.layers(x_t)
+        told = [get_timestep_embedding(t.expand(len(x_t)), 32)] if self.told_t else []
+        h = self.first(torch.cat([x_t, *told], dim=1)).relu()
+        for layer in self.layers:
+            h = h + layer(torch.cat([h, *told], dim=1)).relu()
+        return self.last(h)
 
 
 def diffuse(x_0: Tensor) -> dict[int, tuple[float, float]]:
@@ -55,13 +59,15 @@ def diffuse(x_0: Tensor) -> dict[int, tuple[float, float]]:
 
 def train(mlp: MLP, x_0: Tensor, steps: int) -> None:
     """Mean squared error of the estimate of x_0, at a random t for each image."""
-    optimizer = torch.optim.Adam(mlp.parameters(), lr=1e-4)
+    optimizer = torch.optim.Adam(mlp.parameters(), lr=2e-3)
+    learning_rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)  # down to 0
     for _ in trange(steps, desc="training"):
         batch, t = x_0[torch.randint(len(x_0), (128,))], torch.randint(T, (128,))
         loss = simple_loss(mlp, scheduler, batch, t, torch.randn_like(batch)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        learning_rate.step()
 
 
 @torch.no_grad()
@@ -82,7 +88,7 @@ def sample(mlp: MLP, num_images: int) -> Tensor:
     return x_t
 
 
-def main(steps: int = 10_000, picture: Path = Path("runs/mlp_digits.png")) -> None:
+def main(steps: int = 4000, picture: Path = Path("runs/mlp_digits.png")) -> None:
     """Run the lesson: `steps` updates for each of the two networks."""
     torch.manual_seed(0)
     x_0 = digits()[torch.randperm(1797)]
@@ -103,7 +109,10 @@ def main(steps: int = 10_000, picture: Path = Path("runs/mlp_digits.png")) -> No
         tiles = nn.functional.pad(sample(mlp, 36).view(6, 6, 28, 28), (1, 1, 1, 1), value=1)
         axis.imshow(tiles.transpose(1, 2).reshape(180, 180).numpy(), cmap="gray", vmin=-1, vmax=1)
 
-    print("error of the estimate of x_0 on held-out digits, and what knowing t takes off it")
+    print(
+        "error of the estimate of x_0 on held-out digits, and what knowing t changes: not much, for"
+    )
+    print("of 784 pixels the network sees for itself how noisy they are")
     blind, told = (errors(mlp, held_out) for mlp in networks.values())
     change = {t: 100 * (told[t] / blind[t] - 1) for t in blind}
     for t in blind:
@@ -117,4 +126,10 @@ def main(steps: int = 10_000, picture: Path = Path("runs/mlp_digits.png")) -> No
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=4000, help="updates (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("runs/mlp_digits.png"), help="picture")
+    options = parser.parse_args()
+    main(options.steps, options.output)

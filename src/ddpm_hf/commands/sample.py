@@ -23,23 +23,12 @@ draw images from a model on the Hub or in a folder
   ddpm-hf sample runs/pets/model --class-labels cat dog       of each in turn
   ddpm-hf sample runs/photos/model --num-images 5000 --format npz   to evaluate
 """
-# Those of diffusers that sample a model of this kind, and their usual number of steps.
-SCHEDULERS = {
-    "DDPM": None,  # as many as the model was trained with
-    "DDIM": 50,
-    "PNDM": 50,
-    "DPMSolverMultistep": 25,
-    "DPMSolverSinglestep": 25,
-    "UniPCMultistep": 25,
-    "DEISMultistep": 25,
-    "SASolver": 25,
-    "EulerDiscrete": 50,
-    "EulerAncestralDiscrete": 50,
-    "HeunDiscrete": 25,
-    "KDPM2Discrete": 25,
-    "KDPM2AncestralDiscrete": 25,
-    "LMSDiscrete": 50,
-}
+# Those of diffusers that sample a model of this kind.
+SCHEDULERS = (
+    "DDPM", "DDIM", "PNDM", "DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep",
+    "DEISMultistep", "SASolver", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete",
+    "KDPM2Discrete", "KDPM2AncestralDiscrete", "LMSDiscrete",
+)  # fmt: skip
 SPACINGS = ("leading", "linspace", "trailing", "quadratic")
 FORMATS = ("png", "npz", "npy")
 
@@ -111,8 +100,8 @@ def _add_how(group: Any) -> None:
         "--num-inference-steps",
         type=positive_int,
         metavar="K",
-        help="denoising steps: fewer are faster, more are better (default: the usual number of "
-        "--scheduler; of the model's own: as many as it was trained with, if it can)",
+        help="denoising steps: fewer are faster, more are better (default: the scheduler's usual "
+        "number; of DDPM: as many as the model was trained with)",
     )
     group.add_argument(
         "--timestep-spacing",
@@ -208,9 +197,6 @@ def draw(options: argparse.Namespace, output: Path) -> None:
     class_names = None if facts is None else facts.class_names
     check_files_can_hold(output, pipeline.unet.config.in_channels, bit_depth)
     change_scheduler(pipeline, options.scheduler, options.timestep_spacing)
-    num_steps = options.num_inference_steps
-    if num_steps is None and (usual := SCHEDULERS.get(options.scheduler)):
-        num_steps = min(usual, pipeline.scheduler.config.num_train_timesteps)
     call = {"eta": options.eta, "guidance_scale": options.guidance_scale}
     images = draw_images(
         pipeline.to(best_device()),
@@ -218,7 +204,7 @@ def draw(options: argparse.Namespace, output: Path) -> None:
         batch_size=options.batch_size,
         seed=options.seed,
         class_labels=class_of_each(pipeline, options, class_names),
-        num_inference_steps=num_steps,
+        num_inference_steps=options.num_inference_steps,
         **{name: value for name, value in call.items() if value is not None},
     )
     save_images(images, output, bit_depth)

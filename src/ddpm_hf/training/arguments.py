@@ -21,6 +21,19 @@ from ddpm_hf.training.config import (
     ValidationOptions,
 )
 
+_DESCRIPTION = """
+train on a folder of images or any data set, or go on with a run that was interrupted
+
+  PROG ./photos                     size, network, batch and length proposed
+  PROG ./photos --resolution 64     every proposal can be overridden
+  PROG user/dataset                 a data set of the Hub
+  PROG ./photos --pretrained google/ddpm-cifar10-32     fine-tune a model
+  PROG ./photos --config recipe.yaml                    options from a file
+
+The plan is printed before the first update. The model, grids of samples and the losses
+go to runs/NAME. Stop at any time; the same command again goes on where it was.
+"""
+
 
 def parse_config(argv: Sequence[str] | None = None, prog: str | None = None) -> TrainingConfig:
     """The configuration from a command line; flags win over the recipe given by `--config`.
@@ -62,13 +75,18 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
         [DataOptions, ModelOptions, OptimizationOptions, ValidationOptions, OutputOptions],
         prog=prog,
         usage=f"{prog or '%(prog)s'} [DATASET] [--config FILE] [--option VALUE ...]",
-        description="Train a DDPM. Every option has a default or is proposed from the data: "
-        "`ddpm-hf train ./photos` works as it stands. Running the same command again resumes.",
+        description=_DESCRIPTION.replace("PROG", prog or "train.py"),
         formatter_class=_HelpWithDefaults,
         allow_abbrev=False,
     )
-    parser.add_argument("source", nargs="?", metavar="DATASET", help="same as --dataset")
-    parser.add_argument("--config", metavar="FILE", help="YAML recipe; flags win over it")
+    parser.add_argument(
+        "source", nargs="?", metavar="DATASET", help="the images: same as --dataset"
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML recipe, such as the config.yaml of a run; flags win over it",
+    )
     return parser
 
 
@@ -82,7 +100,9 @@ def _flags_alone(argv: Sequence[str]) -> list[str]:
     return words
 
 
-class _HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
+class _HelpWithDefaults(
+    argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
+):
     """Each flag once, in its dashed form, with its default unless that is 'proposed' (None)."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
@@ -96,7 +116,8 @@ class _HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
         flag = action.option_strings[-1]
         if action.choices:
             return f"{flag} {{{','.join(map(str, action.choices))}}}"
-        return flag if action.nargs == "?" else f"{flag} {action.metavar or 'VALUE'}"
+        kind = {int: "N", float: "X"}.get(action.type, "NAME")  # type: ignore[call-overload]
+        return flag if action.nargs == "?" else f"{flag} {action.metavar or kind}"
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
