@@ -301,6 +301,7 @@ def test_the_end_of_a_command_is_one_line(error, status, said, capsys):
         ),
         ("runs/max_train_steps/x", "runs/max_train_steps/x"),
         ("a beta and an eta", "a beta and an eta"),
+        ("", ""),
     ],
 )
 def test_what_python_calls_an_argument_the_command_line_calls_a_flag(python, command_line):
@@ -308,6 +309,11 @@ def test_what_python_calls_an_argument_the_command_line_calls_a_flag(python, com
     assert flag_speller(names)(python) == command_line
     with pytest.raises(ConfigError, match=re.escape(command_line)), flags_in_messages(names):
         raise ConfigError(python)
+
+
+@pytest.mark.parametrize("message", ["", "eta=2 is left alone"])
+def test_without_option_names_messages_stay(message):
+    assert flag_speller([])(message) == message
 
 
 def test_training_errors_name_flags(capsys):

@@ -11,7 +11,7 @@ import sys
 
 from accelerate.utils import set_seed
 
-from ddpm_hf import train
+from ddpm_hf import TrainingConfig, train
 from ddpm_hf.cli import run_command
 from ddpm_hf.training import (
     build_images,
@@ -46,4 +46,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, sys.argv[1:]))
+    sys.exit(run_command(main, sys.argv[1:], vars(TrainingConfig())))

@@ -4,11 +4,11 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from ddpm_hf import __version__
 from ddpm_hf.commands import push, sample, train
-from ddpm_hf.commands.messages import one_line_warnings, say
+from ddpm_hf.commands.messages import flags_in_messages, say
 
 COMMANDS = {"train": train, "sample": sample, "push": push}
 # Exit statuses besides 0: 2 for bad input, 128 + N after signal N, 1 for the rest; a command may
@@ -36,10 +36,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(COMMANDS[chosen.command].run, rest)
 
 
-def run_command(command: Callable[[list[str]], int], argv: Sequence[str] | None) -> int:
-    """Run one command; bad input becomes a line and status 2, a failing disk or Hub status 1."""
+def run_command(
+    command: Callable[[list[str]], int],
+    argv: Sequence[str] | None,
+    option_names: Iterable[str] = (),
+) -> int:
+    """Run one command; bad input becomes a line and status 2, a failing disk or Hub status 1.
+
+    Args:
+        command: takes its arguments, returns the exit status.
+        argv: the arguments, by default those of this process.
+        option_names: arguments in Python that messages name as flags, where it has not said so.
+    """
     try:
-        with one_line_warnings():
+        with flags_in_messages(option_names):
             return command(list(sys.argv[1:] if argv is None else argv))
     except (ValueError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError):

@@ -54,8 +54,8 @@ def flag_speller(names: Iterable[str]) -> Speller:
     What is quoted, or part of a path or of another name, stays.
     """
     given = sorted(set(names), key=len, reverse=True)
-    compound = "|".join(name for name in given if "_" in name) or "$^"
-    plain = "|".join(name for name in given if "_" not in name) or "$^"
+    compound = "|".join(name for name in given if "_" in name) or "(?!)"
+    plain = "|".join(name for name in given if "_" not in name) or "(?!)"
     pattern = re.compile(
         rf"(?<![\w./'\"-])({compound})(?![\w'\"/(]|\.\w)(=)?"
         rf"|^({plain})(?= must | is | and )"

@@ -1,7 +1,6 @@
 """`ddpm-hf train`."""
 
 from collections.abc import Iterator
-from dataclasses import fields
 from itertools import pairwise
 
 from ddpm_hf.commands.messages import flags_in_messages
@@ -16,7 +15,7 @@ def run(argv: list[str]) -> int:
         check_local_path(text)  # before the imports, which take seconds
     from ddpm_hf.training import TrainingConfig, parse_config, train
 
-    with flags_in_messages(option.name for option in fields(TrainingConfig)):
+    with flags_in_messages(vars(TrainingConfig())):
         return train(parse_config(argv, prog="ddpm-hf train")).exit_status
 
 
