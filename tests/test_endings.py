@@ -17,8 +17,10 @@ import torch
 from checkpoints import tiny_unet
 from PIL import Image
 from processes import LIMIT_S, started
+from tiny_runs import assert_equal_bits, checkpoint
 
 from ddpm_hf import TrainingConfig, train
+from ddpm_hf.training import TrainingError
 
 TRAIN = [sys.executable, "-m", "ddpm_hf", "train"]
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
@@ -29,7 +31,24 @@ def images():
     return list(torch.rand(12, 3, 8, 8, generator=generator) * 2 - 1)
 
 
-def run(folder, action=None, **options):
+class FailingImages:
+    """Images that do something when a certain one is read in training, counted over all reads."""
+
+    def __init__(self, at_read, action):
+        self.images, self.at_read, self.action = images(), at_read, action
+        self.reads = 0
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        self.reads += 1
+        if self.reads == self.at_read:
+            self.action()
+        return self.images[index]
+
+
+def run(folder, action=None, dataset=None, **options):
     """Six updates; `action` is done at the third one."""
     unet, updates = tiny_unet(in_channels=3), []
 
@@ -41,7 +60,7 @@ def run(folder, action=None, **options):
     unet.register_forward_pre_hook(count)
     few = {"max_train_steps": 6, "batch_size": 4, "checkpointing_steps": 6, "num_samples": 0}
     config = TrainingConfig(output_dir=str(folder), learning_rate=1e-4, **(few | options))
-    return train(config, unet=unet, dataset=images())
+    return train(config, unet=unet, dataset=dataset or images())
 
 
 def newest_step(folder):
@@ -96,6 +115,52 @@ def test_a_launch_that_shards_the_weights_is_refused_in_one_sentence(
     with pytest.raises(ValueError, match=f"asks for {name}.*multi_gpu"):
         run(tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def raise_an_error():
+    raise KeyError("no such row")
+
+
+def kill_the_process():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("workers", "action", "said"),
+    [
+        (0, raise_an_error, r"image \d+ cannot be read: KeyError: 'no such row'"),
+        (1, raise_an_error, r"image \d+ cannot be read: KeyError: 'no such row'"),
+        (1, kill_the_process, r"rows \d+, \d+, \d+, \d+ were due: DataLoader worker"),
+    ],
+    ids=["raised", "raised in a worker", "a killed worker"],
+)
+def test_what_was_learned_before_an_image_that_cannot_be_read_is_saved(
+    tmp_path, workers, action, said
+):
+    reads = FailingImages(None, None)
+    run(tmp_path / "straight", dataset=reads)
+    # While update 4 is read; a worker counts from what its parent has read.
+    at_read = reads.reads - 24 + 3 * 4 + 2
+    failing = FailingImages(at_read, action)
+    options = {"dataloader_num_workers": workers}
+    with pytest.raises(TrainingError, match=rf"^no images for update \d: .*{said}") as failure:
+        run(tmp_path / "failed", dataset=failing, **options)
+    assert "\n" not in str(failure.value)
+    saved = newest_step(tmp_path / "failed")
+    assert f"update {saved + 1}: " in str(failure.value)
+    # What a killed worker has read and not yet handed over is lost with it.
+    assert saved in ((1, 2, 3) if action is kill_the_process else (3,))
+    run(tmp_path / "failed", **options)
+    assert_equal_bits(checkpoint(tmp_path / "failed", 6), checkpoint(tmp_path / "straight", 6))
+
+
+def test_a_first_image_that_cannot_be_read_leaves_no_checkpoint(tmp_path):
+    reads = FailingImages(None, None)
+    run(tmp_path / "straight", dataset=reads)
+    failing = FailingImages(reads.reads - 24 + 2, raise_an_error)
+    with pytest.raises(TrainingError, match=r"^no images for update 1: "):
+        run(tmp_path / "failed", dataset=failing)
+    assert newest_step(tmp_path / "failed") == 0
 
 
 # Several processes, started as `training/slurm.sh` starts them, without a launcher between.

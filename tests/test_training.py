@@ -47,7 +47,7 @@ def test_a_run_that_was_stopped_and_resumed_equals_the_straight_run_bit_by_bit(
     run(tmp_path / "straight", **dropout, **unet)
 
     unet = tiny_unet(dropout=0.2)
-    stopped = run(tmp_path / "resumed", dataset=stop_reading_at(11), unet=unet, **dropout)
+    stopped = run(tmp_path / "resumed", dataset=stop_reading_at(15), unet=unet, **dropout)
     assert stopped.stopped_by == signal.SIGTERM
     assert stopped.num_steps == 3
     finished = run(tmp_path / "resumed", unet=tiny_unet(dropout=0.2), **dropout)
@@ -62,7 +62,7 @@ def test_a_run_that_was_stopped_and_resumed_equals_the_straight_run_bit_by_bit(
 
 
 def test_resuming_reads_no_image_twice(tmp_path):
-    run(tmp_path, dataset=stop_reading_at(8))
+    run(tmp_path, dataset=stop_reading_at(12))
     images = Images(tiny_images(), None, None)
     run(tmp_path, dataset=images)
     # The shape of the first image, twice, and 4 updates of 4 images.
@@ -149,7 +149,7 @@ def test_resuming_on_other_images_is_refused(tmp_path):
 
 
 def test_a_run_says_how_to_go_on_when_stopped_and_what_it_left_when_done(tmp_path, capsys):
-    run(tmp_path, dataset=stop_reading_at(10))
+    run(tmp_path, dataset=stop_reading_at(14))
     said = capsys.readouterr().out
     assert f"after update 2, saved in {tmp_path / 'checkpoints'}; run the same command" in said
     assert "done" not in said
@@ -423,7 +423,7 @@ def test_a_run_that_was_cut_short_before_its_model_was_written_writes_it_now(tmp
 
 def test_a_checkpoint_before_the_first_log_entry_comes_with_its_model(tmp_path, caplog):
     seen = []
-    images = Images(tiny_images(), 10, lambda: seen.append((tmp_path / "model").exists()))
+    images = Images(tiny_images(), 14, lambda: seen.append((tmp_path / "model").exists()))
     run(tmp_path, dataset=images, checkpointing_steps=1, logging_steps=5)
     assert seen == [True]
     assert "could not" not in caplog.text

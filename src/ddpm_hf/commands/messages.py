@@ -1,5 +1,6 @@
 """What a command says: in one line, and with flags where the Python interface has arguments."""
 
+import logging
 import os
 import re
 import sys
@@ -23,16 +24,22 @@ def say(text: str, for_all: bool = False) -> None:
 
 @contextmanager
 def one_line_warnings(spell: Speller = str) -> Iterator[None]:
-    """Inside, a warning is one line, without the place in the source that raised it."""
+    """Inside, a warning is one line, without the place in the source that raised or logged it."""
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
         say(f"ddpm-hf: warning: {spell(' '.join(str(message).split()))}")
 
-    before, warnings.showwarning = warnings.showwarning, show
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            show(record.getMessage())
+
+    logger = logging.getLogger("ddpm_hf")
+    before = warnings.showwarning, logger.handlers, logger.propagate
+    warnings.showwarning, logger.handlers, logger.propagate = show, [Handler("WARNING")], False
     try:
         yield
     finally:
-        warnings.showwarning = before
+        warnings.showwarning, logger.handlers, logger.propagate = before
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 """The training set: prepared images as the network sees them, augmented by position."""
 
+import signal
+import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from itertools import count, islice
 from typing import Any, Protocol
 
@@ -166,7 +168,7 @@ def _out_of_range(indices: Sequence[int], x_0: Tensor) -> DataError:
     return DataError(f"images must be in [-1, 1], image {indices[first]} has {found}")
 
 
-def read_batches(loader: DataLoader[Any]) -> Iterator[Any]:
+def read_batches(loader: DataLoader[Any]) -> Generator[Any]:
     """The batches of a loader over `TrainingImages`; an error names the rows.
 
     A batch is images (B, C, H, W), or, where they have labels, these and their classes (B,).
@@ -176,7 +178,7 @@ def read_batches(loader: DataLoader[Any]) -> Iterator[Any]:
     Raises:
         DataError: if an image cannot be read, or a process that reads them was killed.
     """
-    batches = iter(loader)
+    batches = _iterate(loader)
     for number in count():
         try:
             batch = next(batches, None)
@@ -198,6 +200,19 @@ def read_batches(loader: DataLoader[Any]) -> Iterator[Any]:
         if batch is None:
             return
         yield batch
+
+
+def _iterate(loader: DataLoader[Any]) -> Iterator[Any]:
+    """`iter(loader)`, which tells of a killed worker when the next batch is asked for.
+
+    torch tells of it at once, by a handler of SIGCHLD: an exception in the midst of anything, of an
+    update that is half made.
+    """
+    before = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+    batches = iter(loader)
+    if before is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before)
+    return batches
 
 
 def _few(positions: Sequence[tuple[int, int]]) -> str:

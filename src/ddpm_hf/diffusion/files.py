@@ -111,6 +111,8 @@ def write_text(path: Path, text: str) -> None:
 
 def remove_folder(path: Path) -> None:
     """Delete a folder; renamed first, so that a crash never leaves half of it under its name."""
+    if path.is_file():  # in its place
+        path.unlink()
     if not path.exists():
         return
     doomed = path.with_name(f".del-{path.name}")

@@ -1,13 +1,14 @@
 """Training: `train` sets a run up, `_train_loop` makes its updates."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from diffusers import UNet2DModel
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -33,6 +34,7 @@ from ddpm_hf.training.outputs import Outputs
 from ddpm_hf.training.parts import assemble
 from ddpm_hf.training.plan import outcome, print_plan
 from ddpm_hf.training.processes import free_gradient_reducer, on_main
+from ddpm_hf.training.read_ahead import ReadAhead
 from ddpm_hf.training.run import Run
 from ddpm_hf.training.run_folder import remove_leftovers, run_lock
 from ddpm_hf.training.signals import StopSignal, is_under_a_launcher
@@ -120,6 +122,7 @@ def train(
         found = on_main(accelerator, lambda: _checkpoint_to_resume(paths), wait_s)
         checkpoint = broadcast_object_list([found])[0]
         if checkpoint is not None:
+            stack.enter_context(_warned_already())
             config = merge_resumed_config(config, read_facts(checkpoint)["config"])
         config = with_precision(config, accelerator)
         parts = assemble(config, accelerator, unet, scheduler, dataset, loss)
@@ -135,23 +138,41 @@ def train(
         if run.state.step == run.batches.stop:
             outputs.complete()
         else:
-            _train_loop(run, log, outputs)
+            source = read_batches(run.load_batches())
+            ahead = ReadAhead(source, config.gradient_accumulation_steps)
+            stack.callback(ahead.close)
+            # However the updates end, the bar is closed before anything else is said.
+            bar = stack.enter_context(_progress_bar(run))
+            _train_loop(run, log, outputs, ahead, bar)
         return _finish(run, pusher)
 
 
-def _train_loop(run: Run, log: MetricsLog, outputs: Outputs) -> None:
+def _progress_bar(run: Run) -> "tqdm[Any]":
+    return tqdm(
+        initial=run.state.step,
+        total=run.batches.stop,
+        desc="training",
+        unit="update",
+        disable=not run.accelerator.is_main_process,
+    )
+
+
+def _train_loop(
+    run: Run, log: MetricsLog, outputs: Outputs, ahead: ReadAhead, bar: "tqdm[Any]"
+) -> None:
     """Every update that is left, with what is due after each."""
     config, state, last = run.config, run.state, run.batches.stop
-    images, metrics = read_batches(run.load_batches()), RunningMetrics(run.accelerator.device)
-    logged_step = state.step
-    is_main = run.accelerator.is_main_process
-    bar = tqdm(initial=state.step, total=last, desc="training", unit="update", disable=not is_main)
+    run.stop.agreed(ahead.failure is not None)
+    if run.stop.failed:
+        _raise_on_all(ahead.failure, run)
+    metrics, logged_step = RunningMetrics(run.accelerator.device), state.step
     run.model.train()
     for step in range(state.step, last):
-        metrics.add(*_update(run, images, step))
+        metrics.add(step, *_update(run, ahead.batches, step))
         state.step = step + 1
         bar.update()
-        stopping = run.stop.agreed()
+        ahead.advance()
+        stopping = run.stop.agreed(ahead.failure is not None)
         ending = stopping or state.step == last
         saving = ending or run.is_due(config.checkpointing_steps)
         due = ending or run.is_due(config.validation_steps)
@@ -160,8 +181,10 @@ def _train_loop(run: Run, log: MetricsLog, outputs: Outputs) -> None:
             values = metrics.read(run.accelerator, state.step - logged_step)
             values["learning_rate"] = learning_rate(config, step)
             values |= outputs.measure() if measuring else {}
+            num_images = (state.step - logged_step) * run.batches.batch_size
+            skipped = [run.describe_update(step, t) for step, t in metrics.skipped]
             with outputs.warn_on_disk_error("log"):
-                log.write(state.step, values, (state.step - logged_step) * run.batches.batch_size)
+                log.write(state.step, values, num_images, skipped)
             logged_step = state.step
             bar.set_postfix(_shown(values), refresh=False)
             _check_not_lost(metrics, state.step)
@@ -174,13 +197,25 @@ def _train_loop(run: Run, log: MetricsLog, outputs: Outputs) -> None:
         if stopping:
             break
     bar.close()
+    # A terminal that asks to stop stops the processes that read images, too.
+    if run.stop.failed and run.stop.received is None:
+        _raise_on_all(ahead.failure, run)
 
 
-def _update(run: Run, images: Iterator[Any], step: int) -> tuple[Tensor, Tensor]:
+def _raise_on_all(failure: Exception | None, run: Run) -> NoReturn:
+    """Raise the same error on every process, whichever of them could not read its images."""
+    reasons = gather_object([f"{failure}" if failure else ""])
+    raise TrainingError(
+        f"no images for update {run.state.step + 1}: {next(filter(None, reasons))}. The updates "
+        "before it are saved; the same command goes on from there"
+    ) from failure
+
+
+def _update(run: Run, images: list[Any], step: int) -> tuple[Tensor, Tensor, Tensor]:
     """One optimizer update, which a gradient that is not finite turns into none at all.
 
     Returns:
-        loss and gradient norm, as scalars on the device.
+        loss and gradient norm, as scalars on the device, and the timesteps of the whole batch.
     """
     config, accelerator, batches = run.config, run.accelerator, run.batches
     scheduler, objective = run.parts.scheduler, run.parts.objective
@@ -188,10 +223,10 @@ def _update(run: Run, images: Iterator[Any], step: int) -> tuple[Tensor, Tensor]
     # Of the whole batch, on every process; the weights make up for timesteps drawn more often.
     all_t, weights = objective.timesteps.sample(batches.batch_size, generator, accelerator.device)
     total_loss, all_losses = torch.zeros((), device=accelerator.device), []
-    for micro_step in range(config.gradient_accumulation_steps):
+    for micro_step, batch in enumerate(images):
         rows = batches.rows(micro_step)
         here = slice(rows.start, rows.stop)
-        x_0, labels = _next_batch(run, images, step, here)
+        x_0, labels = _on_device(run, batch, step, here)
         noise, t = noise_of_rows(config.seed, step, rows, like=x_0), all_t[here]
         # Dropout draws from the global generator.
         torch.manual_seed(seed_of(config.seed, "dropout", step, batches.rank, micro_step))
@@ -214,15 +249,12 @@ def _update(run: Run, images: Iterator[Any], step: int) -> tuple[Tensor, Tensor]
     run.state.ema.step(run.state.unet.parameters())
     if objective.timesteps.needs_losses:
         objective.timesteps.update(all_t, in_order_of_rows(all_losses, accelerator))
-    return total_loss, grad_norm
+    return total_loss, grad_norm, all_t
 
 
-def _next_batch(
-    run: Run, images: Iterator[Any], step: int, here: slice
-) -> tuple[Tensor, Tensor | None]:
+def _on_device(run: Run, batch: Any, step: int, here: slice) -> tuple[Tensor, Tensor | None]:
     """Images on the device and their classes, if there are any, some of which are hidden."""
     device, config = run.accelerator.device, run.config
-    batch = next(images)
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True), None
     x_0, labels = (part.to(device, non_blocking=True) for part in batch)
@@ -284,6 +316,14 @@ def _checkpoint_to_resume(paths: RunPaths) -> Path | None:
     remove_leftovers(paths.root)
     remove_leftovers(paths.checkpoints)
     return find_checkpoint(paths.checkpoints)
+
+
+@contextmanager
+def _warned_already() -> Iterator[None]:
+    """A run gives its advice when it begins, and not each time that it is resumed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module="ddpm_hf")
+        yield
 
 
 @contextmanager

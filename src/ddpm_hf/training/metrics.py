@@ -4,8 +4,10 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,15 +24,22 @@ class RunningMetrics:
     """Loss and gradient norm of the updates since the last log entry.
 
     Kept on the device, because reading them would make the host wait for every update.
+
+    Attributes:
+        skipped: the updates without a finite gradient that `read` found, each with the timesteps of
+            its batch; of the last thousand before it.
     """
 
     def __init__(self, device: torch.device) -> None:
+        self.skipped: list[tuple[int, list[int]]] = []
+        self._recent: deque[tuple[int, Tensor, Tensor]] = deque(maxlen=1000)
         self._totals = torch.zeros(3, device=device)  # loss, gradient norm, finite updates
         self._skipped_in_a_row = torch.zeros((), device=device)
 
-    def add(self, loss: Tensor, grad_norm: Tensor) -> None:
+    def add(self, step: int, loss: Tensor, grad_norm: Tensor, t: Tensor) -> None:
         """Take in an update, which counts as skipped where its gradient is not finite."""
         is_finite = torch.isfinite(grad_norm)
+        self._recent.append((step, is_finite, t))
         measured = torch.stack([loss, grad_norm, torch.ones_like(loss)])
         self._totals += torch.where(is_finite, measured, 0.0)
         self._skipped_in_a_row = torch.where(is_finite, 0.0, self._skipped_in_a_row + 1)
@@ -42,11 +51,19 @@ class RunningMetrics:
         """
         loss, grad_norm, count = accelerator.reduce(self._totals, reduction="mean").tolist()
         self._totals.zero_()
+        num_skipped = num_updates - round(count)
+        self.skipped = self._find_skipped() if num_skipped else []
+        self._recent.clear()
         return {
             "loss": loss / count if count else math.nan,
             "grad_norm": grad_norm / count if count else math.nan,
-            "skipped_updates": num_updates - round(count),
+            "skipped_updates": num_skipped,
         }
+
+    def _find_skipped(self) -> list[tuple[int, list[int]]]:
+        were_finite = torch.stack([is_finite for _, is_finite, _ in self._recent]).tolist()
+        recent = zip(were_finite, self._recent, strict=True)
+        return [(step, t.tolist()) for was_finite, (step, _, t) in recent if not was_finite]
 
     @property
     def skipped_in_a_row(self) -> int:
@@ -77,16 +94,26 @@ class MetricsLog:
             purge = {"tensorboard": {"purge_step": step + 1 if step else None}}
             self._track(lambda: accelerator.init_trackers("logs", init_kwargs=purge))
 
-    def write(self, step: int, values: dict[str, float], num_images: int) -> None:
-        """Log `values` for update `step`, with the speed since the last entry."""
+    def write(
+        self,
+        step: int,
+        values: dict[str, float],
+        num_images: int,
+        skipped: Sequence[dict[str, Any]] = (),
+    ) -> None:
+        """Log `values` for update `step`, with the speed since the last entry.
+
+        What `skipped` says about updates is for the file alone.
+        """
         now = time.monotonic()
         values = {**values, "images_per_s": round(num_images / max(now - self._since, 1e-9), 1)}
         self._since = now
         self._track(lambda: self._accelerator.log(values, step=step))
         if self._accelerator.is_main_process:
             finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
+            entry = {"step": step, **finite, **({"skipped": skipped} if skipped else {})}
             with self._file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **finite}) + "\n")
+                file.write(json.dumps(entry) + "\n")
 
     def show(self, step: int, grid: Image) -> None:
         """Give the sample grid of update `step` to the tracker."""

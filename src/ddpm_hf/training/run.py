@@ -16,6 +16,7 @@ from ddpm_hf.diffusion.arithmetic import Denoiser
 from ddpm_hf.paths import RunPaths
 from ddpm_hf.randomness import Batches
 from ddpm_hf.training.config import ConfigError, required
+from ddpm_hf.training.images import Selection
 from ddpm_hf.training.parts import Parts
 from ddpm_hf.training.signals import StopSignal
 from ddpm_hf.training.state import TrainState, read_checkpoint
@@ -77,10 +78,10 @@ class Run:
         tensors, facts = read_checkpoint(checkpoint)
         now = json.loads(json.dumps(self.parts.identity()))
         changed = [
-            f"{part} {key}: {before!r:.200} -> {now[part].get(key)!r:.200}"
+            f"{part} {key}: {before!r:.200} -> {now.get(part, {}).get(key)!r:.200}"
             for part, values in facts["parts"].items()
             for key, before in values.items()
-            if now[part].get(key) != before
+            if now.get(part, {}).get(key) != before
         ]
         if changed:
             raise ConfigError(
@@ -120,6 +121,22 @@ class Run:
         none = config.num_class_embeds - 1
         labels = torch.where(labels < 0, none, labels).to(self.accelerator.device)
         return lambda x_t, t: unet(x_t, t, class_labels=labels)
+
+    def describe_update(self, step: int, t: list[int]) -> dict[str, Any]:
+        """Which update `step` (from 0) is, and what its batch holds on all processes.
+
+        Args:
+            step: the update.
+            t: the timesteps of its batch.
+        """
+        whole = dataclasses.replace(
+            self.batches, start=step, stop=step + 1, rank=0, num_processes=1, accumulation=1
+        )
+        images = self.parts.images
+        rows = [index for batch in whole for _, index in batch]
+        if isinstance(images, Selection):
+            rows = [images.indices[index] for index in rows]
+        return {"step": step + 1, "rows": rows, "timesteps": t}
 
     def is_due(self, every: int | None) -> bool:
         """Whether something that happens every so many updates happens after this one."""

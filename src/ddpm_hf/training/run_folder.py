@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,7 +43,7 @@ def run_lock(paths: RunPaths) -> Iterator[None]:
         CheckpointError: if it cannot be written, another run holds it, or it holds other things.
     """
     output_dir, file = paths.root, paths.lock
-    was_there = output_dir.exists()
+    made = [path for path in (output_dir, *output_dir.parents) if not path.exists()]
     _refuse_foreign_files(paths)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -61,8 +60,11 @@ def run_lock(paths: RunPaths) -> Iterator[None]:
             lock.flush()
             yield
     finally:
-        if not was_there and list(output_dir.iterdir()) == [file]:
-            shutil.rmtree(output_dir)
+        if made and list(output_dir.iterdir()) == [file]:
+            file.unlink()
+            with contextlib.suppress(OSError):  # somebody else's work has begun there
+                for path in made:
+                    path.rmdir()
 
 
 def _refuse_foreign_files(paths: RunPaths) -> None:

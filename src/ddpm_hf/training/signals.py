@@ -32,11 +32,13 @@ class StopSignal:
 
     Attributes:
         received: the signal's number, or None.
+        failed: whether one of the processes said in `agreed` that it cannot go on.
     """
 
     def __init__(self, timeout_s: float = 300.0) -> None:
         self.timeout_s = timeout_s
         self.received: int | None = None
+        self.failed = False
         self._received_at = 0.0
         self._previous: dict[int, Any] = {}
         self._group: Any = None
@@ -73,13 +75,14 @@ class StopSignal:
             self._restore()
             signal.raise_signal(number)
 
-    def agreed(self) -> bool:
-        """Whether any process was asked to stop; the same answer on all of them."""
+    def agreed(self, failed: bool = False) -> bool:
+        """Whether any process was asked to stop or has failed; the same answer on all of them."""
+        self.failed = failed
         if self._group is not None:
-            number = torch.tensor(self.received or 0)
-            dist.all_reduce(number, dist.ReduceOp.MAX, group=self._group)
-            self.received = int(number) or None
-        return self.received is not None
+            found = torch.tensor([self.received or 0, failed])
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=self._group)
+            self.received, self.failed = int(found[0]) or None, bool(found[1])
+        return self.received is not None or self.failed
 
 
 def is_under_a_launcher() -> bool:

@@ -7,9 +7,9 @@ any moment leaves the newest complete checkpoint intact. Nothing is pickled.
 
 import contextlib
 import hashlib
-import json
 import logging
 import re
+import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ddpm_hf.diffusion.files import remove_folder, replacing_folder
+from ddpm_hf.diffusion.files import read_json, remove_folder, replacing_folder
 from ddpm_hf.diffusion.portable import check_finite
 from ddpm_hf.timestep_samplers import TimestepSampler
 from ddpm_hf.training.run_folder import CheckpointError, write_json
@@ -30,6 +30,11 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 _MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8})")
+# What a run is resumed by, and of which type it is.
+_FACTS: dict[str, type | types.UnionType] = {
+    "step": int, "ema_step": int, "scaler": dict | None, "elapsed_s": int | float,
+    "config": dict, "parts": dict,
+}  # fmt: skip
 
 
 @dataclass
@@ -75,8 +80,12 @@ class TrainState:
 
     def restore(self, tensors: dict[str, dict[str, Tensor]], facts: dict[str, Any]) -> None:
         """Take over what `tensors` and `facts` of a checkpoint hold."""
-        self.unet.load_state_dict(tensors["unet.safetensors"])
-        averages = tensors["ema.safetensors"]
+        # Runs that were compiled once kept the names of the compiled network.
+        weights, averages = (
+            {name.removeprefix("_orig_mod."): value for name, value in tensors[file].items()}
+            for file in ("unet.safetensors", "ema.safetensors")
+        )
+        self.unet.load_state_dict(weights)
         for (name, _), shadow in zip(
             self.unet.named_parameters(), self.ema.shadow_params, strict=True
         ):
@@ -162,9 +171,8 @@ def find_checkpoint(folder: Path) -> Path | None:
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds besides tensors: step, configuration, ..."""
-    facts: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    return facts
+    """What a verified checkpoint holds besides tensors: step, configuration, ..."""
+    return read_json(path / "state.json")
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -176,26 +184,39 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of `folder`, newest step first; other names are ignored."""
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=lambda path: path.name, reverse=True)
 
 
 def verify_checkpoint(path: Path) -> None:
     """Raise CheckpointError unless `path` holds exactly the files of its manifest, unchanged."""
-    try:
-        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
-        listed = manifest["files"]
-        version = manifest["format_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: no readable {_MANIFEST} ({error})") from error
+    manifest = _read_damaged(path / _MANIFEST)
+    listed, version = manifest.get("files"), manifest.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path}: format_version {version}, this version reads 1")
+    if not isinstance(listed, dict):
+        raise CheckpointError(f"{path}: {_MANIFEST} lists no files")
     actual = {file.name for file in path.iterdir()} - {_MANIFEST}
     if actual != set(listed):
         raise CheckpointError(f"{path}: missing or extra files {sorted(actual ^ set(listed))}")
     for name, entry in listed.items():
         if _digest(path / name) != entry:
             raise CheckpointError(f"{path / name}: content differs from {_MANIFEST}")
+    facts = _read_damaged(path / "state.json")
+    wrong = [key for key, kind in _FACTS.items() if not isinstance(facts.get(key), kind)]
+    if not wrong and facts["step"] != int(path.name.removeprefix("step-")):
+        wrong = ["step"]
+    if not wrong and not all(isinstance(part, dict) for part in facts["parts"].values()):
+        wrong = ["parts"]
+    if wrong:
+        raise CheckpointError(f"{path / 'state.json'} has no valid {wrong[0]}")
+
+
+def _read_damaged(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
