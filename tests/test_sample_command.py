@@ -177,6 +177,23 @@ def test_guidance_changes_the_images_and_eta_is_left_to_the_scheduler(models, tm
     drawn(model, tmp_path / "c.npy", *two, "--scheduler", "EulerDiscrete")  # it has no eta
 
 
+def test_a_weaker_model_and_an_interval_guide_and_a_grid_has_a_row_for_each_class(models, tmp_path):
+    model, two = models["classes"], ("--num-images", "2", "--class-labels", "cat")
+    plain = drawn(model, tmp_path / "a.npy", *two)
+    guided = drawn(model, tmp_path / "b.npy", *two, "--guide", str(models["classes"]))
+    # A model that guides itself away from itself: what it does is what it did, but for rounding.
+    np.testing.assert_allclose(guided, plain, atol=1e-4)
+    scale = ("--guidance-scale", "3")
+    outside = drawn(model, tmp_path / "c.npy", *two, *scale, "--guidance-interval", "90", "99")
+    np.testing.assert_array_equal(outside, plain)
+    inside = drawn(model, tmp_path / "d.npy", *two, *scale, "--guidance-interval", "-90", "90")
+    assert not np.allclose(inside, plain, atol=1e-4)
+    three = ("--num-images", "3", "--class-labels", "cat", "0", "--num-inference-steps", "2")
+    assert main(["sample", str(model), "--output", str(tmp_path / "x.png"), *three]) == 0
+    with Image.open(tmp_path / "x.png") as grid:
+        assert grid.width > grid.height  # two rows of two places, one of them empty, and the names
+
+
 def test_a_variant_of_the_weights_is_loaded_when_asked_for(models, tmp_path, capsys):
     model = save(tmp_path / "half", build_unet(), variant="fp16")
     assert "--variant 'fp16'" in refused(capsys, model, "--output", str(tmp_path / "x.npy"))

@@ -93,7 +93,7 @@ def to_pil(image: Pixels, bit_depth: int = 8) -> Image.Image:
 
 
 def image_grid(
-    images: Sequence[Image.Image | Pixels],
+    images: Sequence[Image.Image | Pixels | None],
     columns: int | None = None,
     row_names: Sequence[str] | None = None,
 ) -> Image.Image:
@@ -101,7 +101,8 @@ def image_grid(
 
     Args:
         images: of one size: PIL images in any mode, or pixels (H, W, C) in [0, 1]. Transparency is
-            shown over a light grey; of more than four channels, each is a grey tile.
+            shown over a light grey; of more than four channels, each is a grey tile. None leaves a
+            place empty, but the first.
         columns: images in a row, by default such that the grid is about square.
         row_names: written to the left of the rows, such as the names of classes.
     Returns:
@@ -115,16 +116,26 @@ def image_grid(
         raise ValueError(f"columns must be at least 1, got {columns}")
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
-    cells = [_visible(image) for image in images]
+    cells = {place: _visible(image) for place, image in enumerate(images) if image is not None}
     factor = max(1, math.ceil(LEGIBLE_PIXELS / max(cells[0].size)))
     width, height = (side * factor for side in cells[0].size)
     gap = 2
     size = (columns * (width + gap) - gap, rows * (height + gap) - gap)
     grid = Image.new("RGB", size, BACKDROP)
-    for place, cell in enumerate(cells):
+    for place, cell in cells.items():
         cell = cell.resize((width, height), Image.Resampling.NEAREST)
         grid.paste(cell, (place % columns * (width + gap), place // columns * (height + gap)))
     return _with_row_names(grid, row_names, height + gap) if row_names else grid
+
+
+def grid_by_row(images: Sequence[Pixels], rows: Sequence[str]) -> Image.Image:
+    """A grid with a row for each name in `rows`, which has that of every image."""
+    by_row: dict[str, list[Pixels | None]] = {}
+    for image, name in zip(images, rows, strict=True):
+        by_row.setdefault(name, []).append(image)
+    columns = max(map(len, by_row.values()))
+    cells = [cell for row in by_row.values() for cell in [*row, *[None] * (columns - len(row))]]
+    return image_grid(cells, columns, list(by_row))
 
 
 def _with_row_names(grid: Image.Image, names: Sequence[str], row_height: int) -> Image.Image:
@@ -162,18 +173,25 @@ def is_picture(path: Path) -> bool:
     return kind in Image.SAVE
 
 
-def save_images(images: Sequence[Pixels], path: Path, bit_depth: int = 8) -> Path:
+def save_images(
+    images: Sequence[Pixels], path: Path, bit_depth: int = 8, rows: Sequence[str] | None = None
+) -> Path:
     """Save images, pixels (H, W, C) in [0, 1], in the form that the name asks for.
 
     A picture, such as "grid.png", is one grid of all. "x.npz" holds pixels (N, H, W, C) of uint8 or
     uint16 as `arr_0`, which is what evaluation tools read; "x.npy" the same in float32, in [0, 1].
     Any other name is a folder of 00000.png, 00001.png, ...
 
+    Args:
+        images: to save.
+        path: where, and by its ending how.
+        bit_depth: of the pixels: 8 or 16.
+        rows: of each image the name of its row in a grid, such as its class.
     Raises:
         ValueError: if a folder of pictures is asked for and there are more than four channels.
     """
     if is_picture(path):
-        _write(path, image_grid(images).save)
+        _write(path, (grid_by_row(images, rows) if rows else image_grid(images)).save)
     elif path.suffix == ".npz":
         pixels = np.stack([quantised(image, bit_depth) for image in images])
         _write(path, lambda file: np.savez(file, pixels))

@@ -77,7 +77,21 @@ def _add_what(group: Any) -> None:
         type=float,
         metavar="S",
         help="classifier-free guidance: above 1, images are more typical of their class and vary "
-        "less (default: 1, which is none)",
+        "less (default: 1, which is none; 2 with --guide)",
+    )
+    group.add_argument(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="guide only where the log of the signal-to-noise ratio is in this range, such as -3 4",
+    )
+    group.add_argument(
+        "--guide",
+        type=model_name,
+        metavar="MODEL",
+        help="guide away from this weaker model, such as an early checkpoint of the same run, in "
+        "the place of the null class; works without classes, too",
     )
     group.add_argument(
         "--seed",
@@ -197,18 +211,33 @@ def draw(options: argparse.Namespace, output: Path) -> None:
     class_names = None if facts is None else facts.class_names
     check_files_can_hold(output, pipeline.unet.config.in_channels, bit_depth)
     change_scheduler(pipeline, options.scheduler, options.timestep_spacing)
-    call = {"eta": options.eta, "guidance_scale": options.guidance_scale}
+    scale = options.guidance_scale
+    call = {
+        "eta": options.eta,
+        "guidance_scale": 2.0 if options.guide and scale is None else scale,
+        "guidance_interval": options.guidance_interval and tuple(options.guidance_interval),
+        "guide": options.guide and load(options.guide),
+    }
+    labels = class_of_each(pipeline, options, class_names)
     images = draw_images(
         pipeline.to(best_device()),
         options.num_images,
         batch_size=options.batch_size,
         seed=options.seed,
-        class_labels=class_of_each(pipeline, options, class_names),
+        class_labels=labels,
         num_inference_steps=options.num_inference_steps,
         **{name: value for name, value in call.items() if value is not None},
     )
-    save_images(images, output, bit_depth)
+    rows = [name_of(label, class_names) for label in labels] if labels else None
+    save_images(images, output, bit_depth, rows)
     print(f"{counted(len(images), 'image')} in {output}")
+
+
+def name_of(label: int | str, class_names: Sequence[str] | None) -> str:
+    """What a class is called."""
+    if isinstance(label, int) and class_names and label < len(class_names):
+        return class_names[label]
+    return str(label)
 
 
 def check_files_can_hold(output: Path, num_channels: int, bit_depth: int) -> None:

@@ -15,7 +15,7 @@ from ddpm_hf.diffusion.files import read_json
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 from ddpm_hf.hub.background import BackgroundPusher
 from ddpm_hf.paths import ModelPaths
-from ddpm_hf.pictures import Pixels, draw_images, image_grid
+from ddpm_hf.pictures import Pixels, draw_images, grid_by_row, image_grid
 from ddpm_hf.training.export import export_model, training_facts
 from ddpm_hf.training.metrics import MetricsLog
 from ddpm_hf.training.run import Run
@@ -118,7 +118,7 @@ class Outputs:
         images = gather_object([] if run.stop.received else drawn)
         if run.accelerator.is_main_process and len(images) >= count:
             with self._warn_on_any_error("save the samples"):
-                self._save_grid(images[:count])
+                self._save_grid(images[:count], labels)
 
     def _classes_to_draw(self) -> list[int] | None:
         """The class of each image of the grid: as many of each, every class up to a limit."""
@@ -156,13 +156,15 @@ class Outputs:
         pipeline._interrupt = self.run.stop.received is not None
         return tensors
 
-    def _save_grid(self, images: list[Pixels]) -> None:
+    def _save_grid(self, images: list[Pixels], labels: list[int] | None) -> None:
         run = self.run
         path = run.paths.sample_grid(run.state.step)
         names = run.parts.facts.class_names
-        names = names[:_MAX_CLASSES_DRAWN] if names else None
-        columns = len(images) // len(names) if names else None
-        grid = image_grid(images, columns, row_names=names)
+        grid = (
+            grid_by_row(images, [names[i] for i in labels])
+            if labels and names
+            else image_grid(images)
+        )
         path.parent.mkdir(exist_ok=True)
         grid.save(path)
         self.log.show(self.run.state.step, grid)
