@@ -2,7 +2,8 @@
 
 `make demo` runs this; run again, it goes on where it was. The data are the 1,797 handwritten digits
 that scikit-learn ships, 8x8 pixels. At the end a classifier fitted to real digits says how many of
-the drawn ones it recognises.
+the drawn ones it recognises, and the variational bound how well the model explains digits that it
+has not seen.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from ddpm_hf import GaussianDDPMPipeline, TrainingConfig, load, train
+from ddpm_hf import GaussianDDPMPipeline, TrainingConfig, bits_per_dim, load, train
 from ddpm_hf.cli import run_command
 from ddpm_hf.hub.card import write_model_card
 from ddpm_hf.pictures import image_grid
@@ -48,6 +49,7 @@ from digits import (
 NUM_STEPS = 3000
 NUM_INFERENCE_STEPS = 100
 NUM_SCORED = 500
+NUM_BOUND_CALLS = 50  # of the network per held-out digit: an unbiased estimate of 1,000
 NUM_SHOWN = 64
 PICTURES = ("samples.png", "denoising.png", "loss.png", "samples_stock.png")
 
@@ -206,6 +208,25 @@ def draw_elsewhere(model: Path, picture: Path) -> np.ndarray:
     return tiles[:, :, 12:72:8, 12:72:8].reshape(-1, 8, 8)  # the middle of each enlarged pixel
 
 
+def bound_of(pipeline: GaussianDDPMPipeline, images: list[Image.Image]) -> dict[str, float]:
+    """Bits/dim of images that the model has not seen, with the standard error."""
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))[:, None]
+    bound = bits_per_dim(
+        pipeline.unet,
+        pipeline.scheduler,
+        pixels / 127.5 - 1,
+        num_timesteps=NUM_BOUND_CALLS,
+        generator=torch.Generator().manual_seed(0),
+    )
+    return {
+        "value": bound.mean,
+        "standard_error": bound.standard_error,
+        "prior": bound.prior.mean().item(),
+        "decoder": bound.terms[:, -1].mean().item(),
+        "count": len(images),
+    }
+
+
 def start_over(folder: Path) -> None:
     """Delete what an earlier demo left in `folder`, and nothing else."""
     for name in ("checkpoints", "logs", "model", "samples"):
@@ -218,6 +239,7 @@ def record(scores: dict[str, Any], model: Path, path: Path) -> None:
     """What was measured, beside the run's own record, in a file and in the model's card."""
     facts = json.loads((model / "training.json").read_text(encoding="utf-8"))
     drawn, real = scores["drawn"], scores["real"]
+    bound = scores["bits_per_dim"]
     judged = (
         f"{drawn['count']} drawn digits, {NUM_INFERENCE_STEPS} steps, SVM fitted to real digits"
     )
@@ -239,6 +261,13 @@ def record(scores: dict[str, Any], model: Path, path: Path) -> None:
             "value": drawn["distance_to_training"],
             "how": "median over drawn digits, to the nearest training digit, pixels in [0, 1]; "
             f"real digits held out: {real['distance_to_training']:.3f}",
+        },
+        {
+            "type": "bits-per-dim",
+            "name": "bits/dim",
+            "value": bound["value"],
+            "how": f"variational bound, {bound['count']} held-out digits, {NUM_BOUND_CALLS} of "
+            f"1,000 terms each; standard error {bound['standard_error']:.3f}",
         },
     ]
     for file, content in ((model / "training.json", facts), (path, scores | {"training": facts})):
@@ -315,16 +344,22 @@ def main(argv: list[str]) -> int:
     difference = int(np.abs(elsewhere.astype(int) - here).max())
     print(f"from the same seed as ddpm_hf, pixels differ by at most {difference} of 255")
 
-    phase(5, "Are these digits? Asking a classifier that was fitted to real ones")
+    phase(5, "Are these digits? Asking a classifier fitted to real ones, and the bound")
     classifier = fit_judge(known, known_labels)
     scores = {
         "drawn": judge(classifier, to_values(drawn), known),
         "real": judge(classifier, to_values(real), known),
+        "bits_per_dim": bound_of(pipeline, real),
         "largest_difference_to_stock": difference,
     }
     wrong = shortcomings(scores["drawn"], scores["real"])
     record(scores | {"shortcomings": wrong}, result.model_dir, folder / "scores.json")
     print(side_by_side(scores["drawn"], scores["real"]))
+    bound = scores["bits_per_dim"]
+    print(
+        f"\n{bound['value']:.3f} +- {bound['standard_error']:.3f} bits/dim on {bound['count']} "
+        f"held-out digits (8 would be no model), {bound['decoder']:.3f} of them in the last step"
+    )
     print(what_next(folder))
     print(f"\nDone in {duration(time.monotonic() - began)}.")
     for problem in wrong:
