@@ -307,7 +307,7 @@ def test_the_end_of_a_command_is_one_line(error, status, said, capsys):
 def test_what_python_calls_an_argument_the_command_line_calls_a_flag(python, command_line):
     names = ("eta", "max_train_steps")
     assert flag_speller(names)(python) == command_line
-    with pytest.raises(ConfigError, match=re.escape(command_line)), flags_in_messages(names):
+    with pytest.raises(ConfigError, match=f"^{re.escape(command_line)}$"), flags_in_messages(names):
         raise ConfigError(python)
 
 
