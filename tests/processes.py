@@ -6,9 +6,10 @@ timeout would wait for them for ever; here a process and all its children form a
 
 import os
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,32 @@ def run_process(
             written = "\n".join(map(str, _stacks(process)))
             pytest.fail(f"{command} took more than {timeout} s:\n{written}")
     return subprocess.CompletedProcess(command, process.returncode, output, errors)
+
+
+@contextmanager
+def started_ranks(
+    command: Sequence[str | Path], count: int = 2, *, env: dict[str, str], **options: Any
+) -> Iterator[list[subprocess.Popen[Any]]]:
+    """The processes of one run on the CPU, as srun starts them: no launcher between."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    common = {
+        "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count),
+    }  # fmt: skip
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with ExitStack() as stack:
+        yield [
+            stack.enter_context(
+                started(
+                    command,
+                    env=env | common | {"RANK": rank, "LOCAL_RANK": rank},
+                    **options,
+                    **pipes,
+                )
+            )
+            for rank in map(str, range(count))
+        ]
 
 
 def _stacks(process: "subprocess.Popen[str]") -> tuple[str, str]:

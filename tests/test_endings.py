@@ -4,11 +4,9 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -16,7 +14,7 @@ import pytest
 import torch
 from checkpoints import tiny_unet
 from PIL import Image
-from processes import LIMIT_S, started
+from processes import LIMIT_S, started, started_ranks
 from tiny_runs import assert_equal_bits, checkpoint
 
 from ddpm_hf import TrainingConfig, train
@@ -166,25 +164,9 @@ def test_a_first_image_that_cannot_be_read_leaves_no_checkpoint(tmp_path):
 # Several processes, started as `training/slurm.sh` starts them, without a launcher between.
 
 
-def start_processes(stack, command, tmp_path, count=2, **environment):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    common = {
-        "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf"),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count),
-    }  # fmt: skip
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return [
-        stack.enter_context(
-            started(
-                command,
-                env={**os.environ, **common, **environment, "RANK": rank, "LOCAL_RANK": rank},
-                cwd=tmp_path,
-                **pipes,
-            )
-        )
-        for rank in map(str, range(count))
-    ]
+def ranks(command, tmp_path, **environment):
+    env = {**os.environ, "HF_HOME": str(tmp_path / "hf"), **environment}
+    return started_ranks(command, env=env, cwd=tmp_path)
 
 
 @pytest.fixture
@@ -217,8 +199,7 @@ def wait_until_training(output, process):
 @pytest.mark.slow
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_a_process_that_stands_still_ends_the_run_and_is_named(photos, tmp_path, frozen):
-    with ExitStack() as stack:
-        processes = start_processes(stack, [*TRAIN, *endless(photos, tmp_path / "run")], tmp_path)
+    with ranks([*TRAIN, *endless(photos, tmp_path / "run")], tmp_path) as processes:
         wait_until_training(tmp_path / "run", processes[0])
         processes[frozen].send_signal(signal.SIGSTOP)
         said = processes[1 - frozen].communicate(timeout=LIMIT_S)[0]
@@ -244,9 +225,7 @@ except ProcessError as error:
 
 @pytest.mark.slow
 def test_preparing_takes_as_long_as_it_takes_unless_the_main_process_stands_still(tmp_path):
-    with ExitStack() as stack:
-        command = [sys.executable, "-c", PREPARE_TOGETHER]
-        _, other = start_processes(stack, command, tmp_path)
+    with ranks([sys.executable, "-c", PREPARE_TOGETHER], tmp_path) as (_, other):
         said = other.communicate(timeout=LIMIT_S)[0]
     assert re.search(r"^ready$.*^True rank 0 of 2 processes", said, re.MULTILINE | re.DOTALL), said
 
@@ -254,45 +233,48 @@ def test_preparing_takes_as_long_as_it_takes_unless_the_main_process_stands_stil
 # Reports, when the process group goes, whether a gradient reducer is left that would take its
 # last reference with it, and end the process never.
 REDUCERS = """
-import gc, os, signal, sys
+import gc, os, signal, socket, sys
 import torch, torch.distributed as dist
+from accelerate.state import AcceleratorState
 from torch.nn.parallel import DistributedDataParallel
 import test_endings
+
 destroy = dist.destroy_process_group
 def look_and_destroy(group=None):
     wrappers = [o for o in gc.get_objects() if type(o) is DistributedDataParallel]
     if group is None:
-        print("wrappers", [w.reducer for w in wrappers], flush=True)
+        print(how, [w.reducer for w in wrappers], flush=True)
     destroy(group)
 dist.destroy_process_group = look_and_destroy
+
 def fail():
     raise RuntimeError("broken")
-actions = {"end": None, "stop": lambda: os.kill(os.getpid(), signal.SIGTERM), "error": fail}
-try:
-    result = test_endings.run(sys.argv[2], actions[sys.argv[1]])
-    print("stopped by", result.stopped_by)
-except Exception as error:
-    print("error", error)
+def stop():
+    os.kill(os.getpid(), signal.SIGTERM)
+for how, action in {"end": None, "stop": stop, "error": fail}.items():
+    os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
+    try:
+        result = test_endings.run(f"{sys.argv[1]}/{how}", action)
+        print("stopped by", result.stopped_by)
+    except RuntimeError as error:
+        print("error", error)
+    AcceleratorState._reset_state(reset_partial_state=True)
 """
 
 
-ENDS = {"end": "stopped by None", "stop": "stopped by 15", "error": "error"}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ENDS)
-def test_no_gradient_reducer_outlives_the_process_group(tmp_path, how):
+def test_no_gradient_reducer_outlives_the_process_group(tmp_path):
     path = f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    with ExitStack() as stack:
-        command = [sys.executable, "-c", REDUCERS, how, str(tmp_path / "run")]
-        processes = start_processes(stack, command, tmp_path, PYTHONPATH=path)
+    command = [sys.executable, "-c", REDUCERS, str(tmp_path / "run")]
+    with ranks(command, tmp_path, PYTHONPATH=path) as processes:
         for process in processes:
             said = process.communicate(timeout=LIMIT_S)[0]
             assert process.returncode == 0, said
-            assert "wrappers [None]" in said
-            assert {"end": "stopped by None", "stop": "stopped by 15", "error": "error"}[
-                how
-            ] in said
+            found = re.findall("^(?:end|stop|error|stopped by) .*", said, re.MULTILINE)
+            assert found == [
+                "end [None]", "stopped by None", "stop [None]", "stopped by 15",
+                "error [None]", "error broken",
+            ]  # fmt: skip
 
 
 @pytest.mark.slow
