@@ -307,6 +307,9 @@ def test_sampled_timesteps_give_the_whole_bound_within_their_standard_error():
     )
     assert few.num_measured.sum() == 6 * 200
     assert few.num_measured[-1] == 200
+    # Counts of 200 draws each, no more spread than independent ones: 5 standard errors.
+    excess = few.num_measured - 200 * few.num_expected
+    assert (excess.abs() < 5 * (200 * few.num_expected).sqrt() + 1).all()
     assert_close(few.total, few.prior + few.terms.sum(1))
     distance = few.total - whole.total  # paired: the images are the same
     assert abs(distance.mean().item()) < 3 * (distance.std() / 200**0.5).item()

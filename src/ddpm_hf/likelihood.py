@@ -37,8 +37,8 @@ _BATCH_SIZE = 64
 class BitsPerDim:
     """The bound of N images on K timesteps; all float64 on the CPU, in bits/dim but for the errors.
 
-    Where only some timesteps of an image were measured, these terms are divided by how often they
-    were expected to be, and the others are 0: sums and means over images are unbiased.
+    Where only some timesteps of an image were measured, these terms are divided by `num_expected`,
+    and the others are 0: sums and means over images are unbiased.
 
     Attributes:
         total: the bound of each image, (N,): prior and terms.
@@ -48,6 +48,7 @@ class BitsPerDim:
         x_0_mse: mean of (x_0 - x_0_hat)^2 over images and values, (K,); NaN where never measured.
         eps_mse: the same of eps, (K,).
         num_measured: images that each timestep was measured on, (K,), int64.
+        num_expected: how many of one image that is in expectation, (K,); 1 for the whole bound.
     """
 
     total: Tensor
@@ -57,6 +58,7 @@ class BitsPerDim:
     x_0_mse: Tensor
     eps_mse: Tensor
     num_measured: Tensor
+    num_expected: Tensor
 
     @property
     def mean(self) -> float:
@@ -80,10 +82,8 @@ class BitsPerDim:
             name: torch.cat([getattr(part, name) for part in parts])
             for name in ("total", "prior", "terms")
         }
-        timesteps = parts[0].timesteps
-        return BitsPerDim(
-            **per_image, **errors, timesteps=timesteps, num_measured=num_measured.sum(0)
-        )
+        shared = {name: getattr(parts[0], name) for name in ("timesteps", "num_expected")}
+        return BitsPerDim(**per_image, **errors, **shared, num_measured=num_measured.sum(0))
 
 
 def standard_error(values: Tensor) -> float:
@@ -262,6 +262,7 @@ class _Bound:
             x_0_mse=x_0_mse,
             eps_mse=self.snr * x_0_mse,  # eps - eps_hat is sqrt(SNR) (x_0_hat - x_0)
             num_measured=num_measured,
+            num_expected=self.expected,
         )
 
     def _prior(self, x_0: Tensor) -> Tensor:

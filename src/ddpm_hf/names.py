@@ -40,6 +40,13 @@ def check_local_path(text: str) -> None:
         raise ValueError(without_secrets(f"{text!r} does not exist{close_paths(text)}"))
 
 
+def public_name(source: str) -> str:
+    """A Hub id as it is; of a local path the last part: where it lies is nobody else's business."""
+    path = os.path.expanduser(source)
+    is_local = os.path.exists(path) or source.count("/") != 1 or source.startswith((".", "/", "~"))
+    return os.path.basename(os.path.abspath(path)) if is_local else source
+
+
 def without_secrets(text: str) -> str:
     """`text` without the passwords and tokens in it."""
     for pattern, replacement in _SECRETS:

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from ddpm_hf.diffusion.files import replacing_folder
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 from ddpm_hf.hub.card import write_model_card
+from ddpm_hf.names import public_name
 from ddpm_hf.paths import ModelPaths, RunPaths
 from ddpm_hf.training.config import TrainingConfig
 from ddpm_hf.training.parts import Parts
@@ -86,7 +87,7 @@ def training_facts(
         "metrics": metrics,
     }
     if config.pretrained is not None:
-        facts["base_model"] = _public_name(config.pretrained)
+        facts["base_model"] = public_name(config.pretrained)
         known = ("base_model", "dataset", "steps", "num_images_seen")
         facts["base"] = {key: value for key, value in (parts.base or {}).items() if key in known}
     if config.license is not None:
@@ -98,7 +99,7 @@ def _dataset_facts(parts: Parts) -> dict[str, Any]:
     config, facts = parts.config, parts.facts
     name = config.dataset or "images passed in Python"
     dataset = {
-        "name": _public_name(name),
+        "name": public_name(name),
         "config_name": config.dataset_config,
         "split": config.split,
         "num_images": len(parts.images),
@@ -106,15 +107,9 @@ def _dataset_facts(parts: Parts) -> dict[str, Any]:
         "left_out": parts.left_out,
         "image": facts.to_config()["image"],
     }
-    if config.dataset is not None and _public_name(name) == name and "/" in name:
+    if config.dataset is not None and public_name(name) == name and "/" in name:
         dataset["hub_id"] = name
     return dataset
-
-
-def _public_name(source: str) -> str:
-    """A Hub id as it is; of a local folder the last part alone."""
-    is_local = Path(source).exists() or source.count("/") != 1 or source.startswith((".", "/"))
-    return Path(source).name if is_local else source
 
 
 def _shareable(config: TrainingConfig) -> TrainingConfig:

@@ -1,0 +1,86 @@
+"""Pictures of the bound: where its bits are, and what they buy (2006.11239, section 4.3)."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+
+def plot_terms(result: dict[str, Any], path: Path) -> None:
+    """Bits/dim of every timestep: of the bound's terms, the decoder's marked.
+
+    Args:
+        result: of `measure_bits_per_dim`.
+        path: of the picture.
+    """
+    timesteps, terms, is_measured = terms_where_measured(result)
+    is_kl = is_measured & (np.arange(len(terms)) < len(terms) - 1)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.semilogy(timesteps[is_kl], terms[is_kl], _style(result), markersize=3, label="KL")
+    label = f"decoder, {terms[-1]:.3g}"
+    axes.semilogy(timesteps[-1:], terms[-1:], "D", color="tab:orange", label=label)
+    axes.set(xlabel="timestep t", ylabel="bits/dim")
+    axes.set_title(f"Terms of the bound: {result['value']:.3f} bits/dim in all", fontsize=11)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=130)
+
+
+def terms_where_measured(result: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Timesteps, the mean of each term over the images that it was measured on, and whether any.
+
+    Where timesteps were drawn this is less noisy than "terms", whose sum is unbiased.
+
+    Args:
+        result: of `measure_bits_per_dim`.
+    """
+    num_measured = np.array(result["num_measured"])
+    expected = result["num_images"] * np.array(result["num_expected"])
+    terms = np.array(result["terms"]) * expected / num_measured.clip(1)
+    return np.array(result["timesteps"]), terms, num_measured > 0
+
+
+def _style(result: dict[str, Any]) -> str:
+    """A line through whole bounds; dots where each timestep has images of its own."""
+    return "." if result["num_timesteps"] < result["num_inference_steps"] else ".-"
+
+
+def rate_distortion(result: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Rate and distortion of progressive lossy compression, before each timestep (figure 5).
+
+    Args:
+        result: of `measure_bits_per_dim`.
+    Returns:
+        rate, bits/dim sent until x_t is known; distortion, the root mean squared error of the
+        estimate of x_0 from it, in levels of the image; timesteps that were not measured left out.
+    """
+    mse = np.array(result["x_0_mse"], dtype=float)
+    terms = np.array(result["terms"])
+    rate = result["parts"]["prior"]["value"] + np.concatenate([[0], terms[:-1].cumsum()])
+    distortion = np.sqrt(mse) * (2 ** result["bit_depth"] - 1) / 2
+    is_measured = np.isfinite(distortion)
+    return rate[is_measured], distortion[is_measured]
+
+
+def plot_rate_distortion(result: dict[str, Any], path: Path) -> None:
+    """The distortion that is left after so many bits; the decoder's bits would bring it to 0.
+
+    Args:
+        result: of `measure_bits_per_dim`.
+        path: of the picture.
+    """
+    rate, distortion = rate_distortion(result)
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(rate, distortion, _style(result), markersize=3)
+    top = 2 ** result["bit_depth"] - 1
+    axes.set(xlabel="rate (bits/dim)", ylabel=f"distortion (RMSE, levels of 0..{top:,})")
+    axes.set_ylim(0, 1.05 * distortion.max())
+    axes.set_title(
+        f"Rate {rate[-1]:.3f} bits/dim, distortion {distortion[-1]:.2f} at the last step",
+        fontsize=11,
+    )
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
