@@ -13,7 +13,7 @@ from accelerate import PartialState
 from diffusers import UNet2DModel
 from torch import Tensor
 
-from ddpm_hf.diffusion.conditioning import guided_denoiser
+from ddpm_hf.diffusion.conditioning import denoiser_of
 from ddpm_hf.diffusion.files import remove_folder
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.evaluation.images import EvaluationImages
@@ -107,15 +107,9 @@ def _bound(
     channels = unet.config.in_channels
     if scheduler.config.variance_type.startswith("learned"):
         channels *= 2
-    denoiser = guided_denoiser(
-        unet,
-        None if labels is None else labels.to(device),
-        guidance_scale=1.0,
-        names=images.facts.class_names,
-        num_outputs=channels,
-    )
+    labels = None if labels is None else labels.to(device)
     return bits_per_dim(
-        denoiser,
+        denoiser_of(unet, labels, channels),
         scheduler,
         images.batch(rows).to(device),
         num_inference_steps=options.num_inference_steps,
