@@ -736,7 +736,7 @@ def test_the_command_line_says_bad_input_in_one_line_and_exits_with_2(client, hu
     assert hub.count("PUT|/commit/") == 0
 
 
-def train_on_the_hub(client, hub, folder, repo_id="user/trained"):
+def train_on_the_hub(client, hub, folder, repo_id="user/trained", public=False):
     """`ddpm-hf train` on 12 grey images of the same Hub; exit status, output, error output."""
     hub.add_repo("user/data", {f"train/{i}.png": grey_png(i) for i in range(12)}, kind="dataset")
     config = {k: v for k, v in tiny_unet().config.items() if not k.startswith("_")}
@@ -751,6 +751,7 @@ def train_on_the_hub(client, hub, folder, repo_id="user/trained"):
         "num_samples": 2,
         "sample_inference_steps": 2,
         "push_to_hub": repo_id,
+        "public": public,
     }
     client.run(
         "import ddpm_hf.training.loop as loop\n"
@@ -786,8 +787,9 @@ def test_training_on_a_data_set_of_the_hub_pushes_what_it_made(client, hub, tmp_
 @pytest.mark.slow
 def test_training_outlives_a_hub_that_fails_and_says_how_to_push(client, hub, tmp_path):
     hub.fault("/commit/main", status=503, times=999)
-    status, out, _ = train_on_the_hub(client, hub, tmp_path)
+    status, out, _ = train_on_the_hub(client, hub, tmp_path, public=True)
     assert status == 3
+    assert not hub.repo("user/trained").private
     command = f"ddpm-hf push {tmp_path}/run/model user/trained"
     assert command in out
     assert len(hub.repo("user/trained").history()) == 1

@@ -1,0 +1,262 @@
+"""Every option of a training run reaches what consumes it: with another value, what a run leaves
+differs in the places where it should, and in no other."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_runs import tiny_config, tiny_images, tiny_unet
+
+from ddpm_hf import TrainingConfig, load, train
+from ddpm_hf.data import DataError, TrainingImages
+from ddpm_hf.losses import simple_loss
+from ddpm_hf.pictures import draw_images, image_grid
+from ddpm_hf.randomness import Batches, noise_of_rows, seed_of, timestep_generator
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """Folders of images in two classes, a configuration of a network, and a trained one."""
+    folder, rng = tmp_path_factory.mktemp("inputs"), np.random.default_rng(0)
+    for name in ("photos", "others"):
+        for i in range(12):
+            path = folder / name / "ab"[i % 2] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (8, 12, 3), dtype=np.uint8)).save(path)
+    (folder / "bad").mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "bad" / "0.png")
+    (folder / "bad" / "1.png").write_bytes(b"no image")
+    for name, channels in (("unet", (8, 8)), ("wider", (8, 16))):
+        network = tiny_unet(in_channels=3, out_channels=3, block_out_channels=channels)
+        public = {key: value for key, value in network.config.items() if key[0] != "_"}
+        (folder / f"{name}.json").write_text(json.dumps(public))
+    tiny_unet(in_channels=3, out_channels=3).save_pretrained(folder / "pretrained")
+    return folder
+
+
+def run(inputs, folder, options):
+    usual = {
+        "dataset": "photos", "unet_config": "unet.json", "output_dir": str(folder), "seed": 0,
+        "resolution": 8, "max_train_steps": 3, "batch_size": 4, "learning_rate": 1e-3,
+        "lr_warmup_steps": 0, "num_samples": 0, "logging_steps": 1, "checkpointing_steps": 3,
+    }  # fmt: skip
+    chosen = usual | options
+    for name in ("dataset", "unet_config", "pretrained"):
+        if chosen.get(name):
+            chosen[name] = str(inputs / chosen[name])
+    return train(TrainingConfig(**chosen))
+
+
+def left_by(folder):
+    """What a run left, by the kind of thing; equal for equal options."""
+    newest = max((folder / "checkpoints").iterdir())
+    parts = json.loads((newest / "state.json").read_text())["parts"]
+    digests = {
+        path.stem: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in newest.glob("*.safetensors")
+    }
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    metrics = [{k: v for k, v in json.loads(x).items() if k != "images_per_s"} for x in lines]
+    files = sorted(
+        str(path.relative_to(folder))
+        for pattern in ("checkpoints/*", "samples/*", "best", "model")
+        for path in folder.glob(pattern)
+    )
+    grids = [hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("samples/*")]
+    card = (folder / "model" / "README.md").read_text()
+    return {
+        "images": parts["images"], "network": parts["network"], "diffusion": parts["diffusion"],
+        "objective": parts["objective"], "weights": digests["unet"], "average": digests["ema"],
+        "metrics": metrics, "files": files, "grids": grids,
+        "license": re.findall("^license: .*", card, re.MULTILINE),
+    }  # fmt: skip
+
+
+LEARNED = {"weights", "average", "metrics"}
+PROPOSED = {"unet_config": None}
+VALIDATED, DRAWN = {"validation_split": "0.3"}, {"num_samples": 1, "sample_inference_steps": 3}
+# Option: another value, what differs then, and the options beside it if not the usual ones.
+DIFFERENCES = {
+    "dataset": ("others", LEARNED | {"images"}, {}),
+    "split": ("train[:6]", LEARNED | {"images"}, {}),
+    "resolution": (16, LEARNED | {"images", "network"}, {}),
+    "image_mode": ("L", LEARNED | {"images", "network"}, PROPOSED),
+    "bit_depth": (16, {"images"}, {}),  # of images of 8 bits: the same numbers
+    "class_conditional": (True, LEARNED | {"images", "network"}, PROPOSED),
+    "class_column": ("label", LEARNED | {"images", "network"}, PROPOSED),
+    "crop": ("random", LEARNED, {}),
+    "random_flip": (True, LEARNED, {}),
+    "pretrained": ("pretrained", LEARNED | {"network", "diffusion"}, PROPOSED),
+    "unet_config": ("wider.json", LEARNED | {"network"}, {}),
+    "num_train_timesteps": (50, LEARNED | {"diffusion"}, {}),
+    "beta_schedule": ("linear", LEARNED | {"diffusion"}, {}),
+    "prediction_type": ("epsilon", LEARNED | {"diffusion"}, {}),
+    "variance_type": ("fixed_large", {"diffusion"}, {}),
+    "objective": ("vlb", LEARNED | {"objective"}, {}),
+    "loss_weighting": ("min_snr", LEARNED, {}),
+    "timestep_sampling": ("low_discrepancy", LEARNED, {}),
+    "class_dropout": (0.9, LEARNED, PROPOSED | {"class_conditional": True}),
+    "max_train_steps": (2, LEARNED | {"files"}, {}),
+    "batch_size": (2, LEARNED, {}),
+    "gradient_accumulation_steps": (2, LEARNED, {}),  # sums are rounded in another order
+    "learning_rate": (2e-3, LEARNED, {}),
+    "lr_scheduler": ("constant", LEARNED, {}),
+    "lr_warmup_steps": (2, LEARNED, {}),
+    "weight_decay": (0.1, LEARNED, {}),
+    "max_grad_norm": (0.01, LEARNED, {}),
+    "ema_decay": (0.1, {"average"}, {}),
+    "mixed_precision": ("bf16", LEARNED, {}),
+    "seed": (1, LEARNED, {}),
+    "validation_split": ("0.3", LEARNED | {"images"}, {}),
+    "validation_steps": (1, {"metrics"}, VALIDATED),
+    "validation_images": (2, {"metrics"}, VALIDATED),
+    "validation_timesteps": (4, {"metrics"}, VALIDATED),
+    "keep_best": (True, {"files"}, VALIDATED),
+    "logging_steps": (3, {"metrics"}, {}),
+    "sample_steps": (1, {"files", "grids"}, DRAWN | {"sample_steps": 3}),
+    "num_samples": (2, {"grids"}, DRAWN | {"sample_steps": 3}),
+    "sample_inference_steps": (5, {"grids"}, DRAWN | {"sample_steps": 3}),
+    "checkpointing_steps": (1, {"files"}, {}),
+    "checkpoints_total_limit": (1, {"files"}, {"checkpointing_steps": 1}),
+    "license": ("mit", {"license"}, {}),
+}
+# Options whose effect is not in what a run of one process on a folder leaves.
+ELSEWHERE = {
+    "output_dir": "test_options.py::test_every_option_makes_the_difference_that_it_should",
+    "dataset_config": "test_options.py::test_options_of_the_data_reach_what_reads_them",
+    "dataset_revision": "test_options.py::test_options_of_the_data_reach_what_reads_them",
+    "image_column": "test_options.py::test_options_of_the_data_reach_what_reads_them",
+    "on_bad_image": "test_options.py::test_options_of_the_data_reach_what_reads_them",
+    "dataloader_num_workers": "test_options.py::test_images_are_read_by_as_many_processes",
+    "allow_pickle": "test_training.py::test_pickled_weights_are_fine_tuned_when_allowed",
+    "push_to_hub": "test_hub_push.py::test_training_on_a_data_set_of_the_hub_pushes_what_it_made",
+    "public": "test_hub_push.py::test_training_outlives_a_hub_that_fails_and_says_how_to_push",
+    "ddp_timeout": "test_endings.py::test_a_process_that_stands_still_ends_the_run_and_is_named",
+}
+
+
+def test_no_option_is_left_out_here():
+    options = {option.name for option in dataclasses.fields(TrainingConfig)}
+    assert DIFFERENCES.keys() | ELSEWHERE.keys() == options
+    for place in ELSEWHERE.values():
+        file, test = place.split("::")
+        assert f"def {test}(" in (TESTS / file).read_text(), place
+
+
+@pytest.fixture(scope="module")
+def left(inputs, tmp_path_factory):
+    """What runs with some options left; each is made once."""
+    known = {}
+
+    def run_once(options):
+        key = json.dumps(options, sort_keys=True)
+        if key not in known:
+            folder = tmp_path_factory.mktemp("run")
+            run(inputs, folder, options)
+            known[key] = left_by(folder)
+        return known[key]
+
+    return run_once
+
+
+# Few steps leave a gap before the first one, which the scheduler says.
+@pytest.mark.filterwarnings("ignore:timestep_spacing")
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_every_option_makes_the_difference_that_it_should(left, name):
+    value, differing, beside = DIFFERENCES[name]
+    usual, changed = left(beside), left(beside | {name: value})
+    assert {kind for kind in usual if usual[kind] != changed[kind]} == differing
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"image_column": "nope"}, "nope"),
+        ({"dataset_config": "small"}, "config_name is for data sets on the Hub"),
+        ({"dataset_revision": "v1"}, "revision is for data sets on the Hub"),
+        ({"dataset": "bad"}, "1.png"),
+    ],
+    ids=["image_column", "dataset_config", "dataset_revision", "on_bad_image"],
+)
+def test_options_of_the_data_reach_what_reads_them(inputs, tmp_path, options, said):
+    with pytest.raises(DataError, match=said):
+        run(inputs, tmp_path / "run", options)
+    if "bad" in options.values():
+        with pytest.warns(UserWarning, match="1.png"):
+            run(inputs, tmp_path / "run", options | {"on_bad_image": "skip", "batch_size": 1})
+
+
+class Reporting:
+    """Images that note which process reads them."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        with self.file.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        return torch.full((1, 8, 8), index / 8)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_are_read_by_as_many_processes(tmp_path, workers):
+    options = {"dataloader_num_workers": workers, "max_train_steps": 4}
+    config = tiny_config(tmp_path / "run", **options)
+    train(config, unet=tiny_unet(), dataset=Reporting(tmp_path / "readers"))
+    readers = set((tmp_path / "readers").read_text().split()) - {str(os.getpid())}
+    assert len(readers) == workers
+
+
+# Few steps leave a gap before the first one, which the scheduler says.
+@pytest.mark.filterwarnings("ignore:timestep_spacing")
+def test_all_that_is_random_in_a_run_follows_from_its_seed_and_the_position(tmp_path):
+    """Images, flips, timesteps, noise and dropout of every micro-batch; then the sample grid."""
+    seen, images = [], tiny_images()
+
+    def loss(denoiser, scheduler, x_0, t, noise):
+        seen.append((x_0, t, noise, torch.initial_seed()))
+        return simple_loss(denoiser, scheduler, x_0, t, noise)
+
+    options = {"random_flip": True, "gradient_accumulation_steps": 2, "max_train_steps": 2}
+    drawn = {"num_samples": 2, "sample_steps": 2, "sample_inference_steps": 3}
+    config = tiny_config(tmp_path, seed=3, **options, **drawn)
+    result = train(config, unet=tiny_unet(), dataset=images, loss=loss)
+
+    batches = Batches(len(images), seed=3, batch_size=4, start=0, stop=2, accumulation=2)
+    flipped = TrainingImages(images, seed=3, random_flip=True)
+    places = iter(batches)
+    for number, (x_0, t, noise, dropout) in enumerate(seen):
+        step, micro_step = divmod(number, 2)
+        rows = batches.rows(micro_step)
+        assert torch.equal(x_0, torch.stack([flipped[place] for place in next(places)]))
+        generator = timestep_generator(3, step, torch.device("cpu"))
+        assert torch.equal(
+            t, torch.randint(1000, (4,), generator=generator)[rows.start : rows.stop]
+        )
+        assert torch.equal(noise, noise_of_rows(3, step, rows, like=x_0))
+        assert dropout == seed_of(3, "dropout", step, 0, micro_step)
+    assert len(seen) == 4
+
+    pipeline = load(result.model_dir)
+    grid = draw_images(pipeline, 2, batch_size=2, seed=3, num_inference_steps=3, eta=0.0)
+    saved = Image.open(tmp_path / "samples" / "step-00000002.png")
+    assert np.array_equal(np.asarray(image_grid(grid)), np.asarray(saved))
+
+
+def test_flips_are_those_of_every_earlier_release():
+    image = torch.linspace(-1, 1, 64).reshape(1, 8, 8)
+    training = TrainingImages([image] * 11, seed=3, random_flip=True)
+    flipped = [[i for i in range(11) if not training[epoch, i].equal(image)] for epoch in (0, 1)]
+    assert flipped == [[1, 3, 5, 6, 7, 8], [1, 2, 4]]
