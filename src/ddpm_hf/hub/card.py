@@ -20,6 +20,7 @@ from ddpm_hf.diffusion.extension import beta_schedule_of
 from ddpm_hf.diffusion.files import read_json, write_text
 from ddpm_hf.diffusion.schedules import usual_num_steps
 from ddpm_hf.hub.edits import Merged, merged, renewed, sealed, with_metadata
+from ddpm_hf.paths import ModelPaths
 from ddpm_hf.wording import counted
 
 TASK = "unconditional-image-generation"
@@ -42,14 +43,14 @@ def card_facts(folder: str | Path) -> dict[str, Any]:
     """
     folder = Path(folder)
     unet = read_json(folder / "unet" / "config.json")
-    facts = read_json(folder / "training.json")
+    facts = read_json(ModelPaths(folder).facts)
     facts["unet"] = {key: unet[key] for key in _UNET_KEYS if unet.get(key) is not None}
     facts["unet"]["num_parameters"] = _count_parameters(folder / "unet")
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     facts["scheduler"] = _scheduler_facts(scheduler) if scheduler else {}
     known = unet.get("_ddpm_hf") or {}
     facts["image"], facts["class_names"] = known.get("image"), known.get("class_names")
-    facts["samples"] = (folder / "samples.png").is_file()
+    facts["samples"] = ModelPaths(folder).samples.is_file()
     return facts
 
 
@@ -281,7 +282,7 @@ def write_model_card(folder: str | Path, repo_id: str | None = None) -> Path:
     Returns:
         the path of the card.
     """
-    path = Path(folder) / "README.md"
+    path = ModelPaths(Path(folder)).card
     write_text(path, renewed(_read(path), render_model_card(card_facts(folder), repo_id)))
     return path
 
@@ -297,7 +298,7 @@ def card_to_share(
         remote: the card that is there.
         license: for the metadata, whatever it says now.
     """
-    local = _read(Path(folder) / "README.md")
+    local = _read(ModelPaths(Path(folder)).card)
     card = merged(local, remote, render_model_card(card_facts(folder), repo_id))
     text = with_metadata(card.text, "license", license) if license else card.text
     return Merged(text, card.is_theirs)
@@ -319,7 +320,7 @@ def write_results(folder: str | Path, results: Iterable[Mapping[str, Any]]) -> P
     Raises:
         ValueError: for a result without a name or a finite value.
     """
-    path = Path(folder) / "training.json"
+    path = ModelPaths(Path(folder)).facts
     facts = read_json(path)
     by_name = {_result_key(metric): metric for metric in facts.get("metrics") or []}
     for result in results:

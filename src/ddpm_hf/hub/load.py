@@ -13,6 +13,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from ddpm_hf.diffusion.extension import OUR_SCHEDULER
 from ddpm_hf.diffusion.files import read_json
 from ddpm_hf.hub.retry import WAITS_S, retry, shorten
+from ddpm_hf.paths import ModelPaths
 
 if TYPE_CHECKING:
     import torch
@@ -114,10 +115,10 @@ def scheduler_class(folder: Path, name: str) -> str:
     All parts must be of diffusers, but for our scheduler, which a stock `DDPMPipeline` that was
     given one saves under its own name.
     """
-    index = read_json(folder / "model_index.json")
+    index = read_json(ModelPaths(folder).index)
     if not index:
         inner = folder / "model"
-        hint = f"; did you mean {inner}?" if (inner / "model_index.json").is_file() else ""
+        hint = f"; did you mean {inner}?" if ModelPaths(inner).index.is_file() else ""
         raise ValueError(f"{name} is not a checkpoint of a pipeline: no model_index.json{hint}")
     kind, parts = index.get("_class_name"), {k: v for k, v in index.items() if k[0] != "_"}
     if parts.get("scheduler") == ["ddpm_hf.diffusion.scheduling", OUR_SCHEDULER]:
