@@ -133,6 +133,7 @@ def test_what_was_interrupted_goes_on_and_what_is_done_is_not_done_again(
         assert rest.count == 1  # of three parts
         assert evaluate("--batch-size", "2", output=output) == whole
         assert rest.count == 1
+        assert "measured before" in capsys.readouterr().err
         assert evaluate("--batch-size", "2", "--seed", "1", output=output) != whole
         assert rest.count == 4
 

@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
         choices=METRICS,
         default=["bits-per-dim"],
         metavar="NAME",
-        help=f"what to measure: {', '.join(METRICS)} (default: %(default)s)",
+        help=f"what to measure: {', '.join(METRICS)} (default: bits-per-dim)",
     )
     _add_data(parser.add_argument_group("which images"))
     _add_bound(parser.add_argument_group("the bound"))
@@ -193,6 +193,7 @@ def evaluate(options: argparse.Namespace) -> None:
         seed=options.seed,
         batch_size=options.batch_size,
     )
+    known = read_result(options.output, "bits-per-dim")
     result = measure_bits_per_dim(
         pipeline.unet,
         pipeline.scheduler,
@@ -200,11 +201,13 @@ def evaluate(options: argparse.Namespace) -> None:
         bound,
         options.output,
         state,
-        known=read_result(options.output, "bits-per-dim"),
+        known=known,
     )
     state.destroy_process_group()
     if result is None:  # the main process writes for all
         return
+    if result is known:
+        say(f"ddpm-hf: measured before, in {options.output}")
     dataset = dataset_facts(options, images)
     model = {"name": public_name(options.model), "revision": options.revision}
     file = write_report(options.output, model, dataset, [result])
