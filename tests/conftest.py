@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from ipaddress import ip_address
@@ -31,6 +32,13 @@ for name in (
     "PYTHONDONTWRITEBYTECODE",  # people run with compiled code, so tests do
 ):
     os.environ.pop(name, None)
+
+
+# What starts the tests in the background may ignore these, as nohup does; a run leaves a signal alone
+# that was ignored when it began, and tests send them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def _is_loopback(host: str | bytes | None) -> bool:

@@ -91,8 +91,8 @@ def test_a_run_inside_its_data_resumes_and_never_trains_on_what_it_drew(tmp_path
     photos = folder_of(tmp_path / "photos", PHOTOS)
     options = {"dataset": str(photos), "num_samples": 1, "sample_inference_steps": 2}
     tiny_run(photos / "runs" / "photos", **options)
-    with pytest.warns(UserWarning, match="4 images used, 2 left out"):
-        result = tiny_run(photos / "runs" / "photos", max_train_steps=2, **options)
+    # Said when a run begins, and not again when it is resumed.
+    result = tiny_run(photos / "runs" / "photos", max_train_steps=2, **options)
     assert result.num_steps == 2
     data = json.loads((result.model_dir / "training.json").read_text())["dataset"]
     assert data["num_images"] == 4
