@@ -34,8 +34,8 @@ for name in (
     os.environ.pop(name, None)
 
 
-# What starts the tests in the background may ignore these, as nohup does; a run leaves a signal alone
-# that was ignored when it began, and tests send them.
+# Whoever starts the tests in the background may have these ignored, as nohup does. A run leaves a
+# signal alone that was ignored when it began, and tests send them.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
