@@ -12,11 +12,14 @@ HELP = "train on a folder of images or any data set, or go on with a run that wa
 def run(argv: list[str]) -> int:
     """Train as `argv` says; 0, or the status of a run that was stopped or could not be pushed."""
     for text in _data_sets(argv):
-        check_local_path(text)  # before the imports, which take seconds
-    from ddpm_hf.training import TrainingConfig, parse_config, train
+        check_local_path(text)
+    from ddpm_hf.training import TrainingConfig, parse_config
 
     with flags_in_messages(vars(TrainingConfig())):
-        return train(parse_config(argv, prog="ddpm-hf train")).exit_status
+        config = parse_config(argv, prog="ddpm-hf train")
+        from ddpm_hf.training import train  # many seconds of imports, after what can be refused
+
+        return train(config).exit_status
 
 
 def _data_sets(argv: list[str]) -> Iterator[str]:

@@ -1,14 +1,21 @@
 """Training by Accelerate: options (`config`), what is trained (`parts`), the updates (`loop`), what
-is kept (`state`). `accelerate launch -m ddpm_hf train` runs the program of `ddpm-hf train`."""
+is kept (`state`). `accelerate launch -m ddpm_hf train` runs the program of `ddpm-hf train`.
 
-from ddpm_hf.training.accelerator import join_processes
-from ddpm_hf.training.arguments import parse_config
-from ddpm_hf.training.config import ConfigError, TrainingConfig, TrainingError
-from ddpm_hf.training.images import build_images
-from ddpm_hf.training.loop import TrainingResult, train
-from ddpm_hf.training.network import build_scheduler, build_unet
-from ddpm_hf.training.processes import ProcessError, main_first
-from ddpm_hf.training.run_folder import CheckpointError
+Public names load on first use, so that options are read and refused before torch is imported.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ddpm_hf.training.accelerator import join_processes
+    from ddpm_hf.training.arguments import parse_config
+    from ddpm_hf.training.config import ConfigError, TrainingConfig, TrainingError
+    from ddpm_hf.training.images import build_images
+    from ddpm_hf.training.loop import TrainingResult, train
+    from ddpm_hf.training.network import build_scheduler, build_unet
+    from ddpm_hf.training.processes import ProcessError, main_first
+    from ddpm_hf.training.run_folder import CheckpointError
 
 __all__ = [
     "CheckpointError",
@@ -25,3 +32,25 @@ __all__ = [
     "parse_config",
     "train",
 ]
+
+_HOME_OF = {
+    "CheckpointError": "run_folder",
+    "ConfigError": "config",
+    "ProcessError": "processes",
+    "TrainingConfig": "config",
+    "TrainingError": "config",
+    "TrainingResult": "loop",
+    "build_images": "images",
+    "build_scheduler": "network",
+    "build_unet": "network",
+    "join_processes": "accelerator",
+    "main_first": "processes",
+    "parse_config": "arguments",
+    "train": "loop",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"ddpm_hf.training.{_HOME_OF[name]}"), name)
