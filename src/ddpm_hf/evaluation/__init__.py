@@ -1,8 +1,25 @@
 """What a model is worth: measured in parts that processes share and that survive an interruption.
 
+distances    between real and drawn images by their features: Frechet, kernel, precision, recall
 images       a data set as the model sees it
 parts        work in parts, kept on disk until all are there
 likelihood   bits/dim of the images
 report       the JSON file, the table, the lines for the model card
 plots        bits per timestep, and the rate-distortion curve
 """
+
+from ddpm_hf.evaluation.distances import (
+    Estimate,
+    density_coverage,
+    frechet_distance,
+    kernel_distance,
+    precision_recall,
+)
+
+__all__ = [
+    "Estimate",
+    "density_coverage",
+    "frechet_distance",
+    "kernel_distance",
+    "precision_recall",
+]

@@ -1,0 +1,179 @@
+"""Distances between features: against closed forms, brute force and torchmetrics."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from ddpm_hf.evaluation import (
+    density_coverage,
+    frechet_distance,
+    kernel_distance,
+    precision_recall,
+)
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_whatever_ran_before(monkeypatch):
+    monkeypatch.setattr(f"{__name__}.RNG", np.random.default_rng(0))
+
+
+def whitened(num, dims):
+    """Features whose mean is 0 and whose covariance is the identity, both exactly."""
+    x = RNG.standard_normal((num, dims))
+    x -= x.mean(0)
+    return x @ np.linalg.inv(np.linalg.cholesky(np.cov(x.T))).T
+
+
+def sets(num=40, dims=7, shift=0.5):
+    return RNG.standard_normal((num, dims)), RNG.standard_normal((num - 9, dims)) * 1.3 + shift
+
+
+def test_fd_of_features_that_are_gaussian_is_their_closed_form():
+    """N(0, I) and N(m, A A^T), which are |m|^2 + d + |A|_F^2 - 2 |A|_* apart."""
+    mean, a = RNG.standard_normal(6), RNG.standard_normal((6, 6))
+    real, drawn = whitened(50, 6), whitened(300, 6) @ a.T + mean
+    nuclear = np.linalg.svd(a, compute_uv=False).sum()
+    want = (mean**2).sum() + (a**2).sum() + 6 - 2 * nuclear
+    assert frechet_distance(real, drawn) == pytest.approx(want, rel=1e-12)
+
+
+def by_symmetric_square_roots(real, drawn):
+    def root(matrix):
+        values, vectors = np.linalg.eigh(matrix)
+        return vectors * np.sqrt(values.clip(0)) @ vectors.T
+
+    s_1, s_2 = np.cov(real.T), np.cov(drawn.T)
+    between = root(root(s_1) @ s_2 @ root(s_1))
+    gap = real.mean(0) - drawn.mean(0)
+    return gap @ gap + np.trace(s_1) + np.trace(s_2) - 2 * np.trace(between)
+
+
+@pytest.mark.parametrize(("num", "dims"), [(300, 20), (30, 50), (25, 25)])
+def test_fd_agrees_with_square_roots_also_of_fewer_images_than_dimensions(num, dims):
+    real, drawn = sets(num, dims)
+    want = by_symmetric_square_roots(real, drawn)
+    # The oracle's null eigenvalues, 1e-16 of the largest, have roots of 1e-8 of its root.
+    assert frechet_distance(real, drawn) == pytest.approx(want, rel=1e-6)
+    assert frechet_distance(drawn, real) == pytest.approx(frechet_distance(real, drawn), rel=1e-12)
+    assert frechet_distance(real, real) == pytest.approx(0, abs=1e-10)
+
+
+def test_fd_agrees_with_torchmetrics_on_the_same_features():
+    real, drawn = map(torch.from_numpy, sets(300, 30))
+    network = torch.nn.Flatten()
+    network.num_features = 30
+    theirs = FrechetInceptionDistance(feature=network, input_img_size=(30,)).set_dtype(
+        torch.float64
+    )
+    theirs.update(real, real=True)
+    theirs.update(drawn, real=False)
+    assert frechet_distance(real, drawn) == pytest.approx(theirs.compute().item(), rel=1e-5)
+
+
+def kid_by_pairs(x, y):
+    """The sum over all pairs of different images."""
+
+    def mean(a, b, same):
+        return np.mean([
+            (p @ q / len(p) + 1) ** 3
+            for i, p in enumerate(a)
+            for j, q in enumerate(b)
+            if not (same and i == j)
+        ])  # fmt: skip
+
+    return mean(x, x, True) + mean(y, y, True) - 2 * mean(x, y, False)
+
+
+def test_kid_is_the_mean_over_pairs_and_its_error_that_of_the_jackknife():
+    real, drawn = sets(14)
+    distance = kernel_distance(real, drawn)
+    assert distance == pytest.approx(kid_by_pairs(real, drawn), rel=1e-12)
+    leave_one_out = (
+        [kid_by_pairs(np.delete(real, i, 0), drawn) for i in range(len(real))],
+        [kid_by_pairs(real, np.delete(drawn, i, 0)) for i in range(len(drawn))],
+    )
+    var = sum((len(v) - 1) * np.var(v) for v in leave_one_out)
+    assert distance.standard_error == pytest.approx(math.sqrt(var), rel=1e-9)
+
+
+def test_kid_is_unbiased_and_its_error_is_that_over_draws():
+    draws = [kernel_distance(*sets(60, 4, 0.3)) for _ in range(200)]
+    spread = np.std(draws)
+    assert np.sqrt(np.mean([d.standard_error**2 for d in draws])) == pytest.approx(spread, rel=0.25)
+    same = [kernel_distance(*RNG.standard_normal((2, 20, 4))) for _ in range(400)]
+    assert abs(np.mean(same)) < 4 * np.std(same) / math.sqrt(len(same))
+    assert min(same) < 0
+
+
+def balls(centres, k):
+    gaps = np.linalg.norm(centres[:, None] - centres[None], axis=2)
+    return np.sort(gaps, axis=1)[:, k]  # the 0th is itself
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_precision_recall_density_and_coverage_are_what_their_papers_define(k):
+    real, drawn = sets(40, 3, 0.8)
+    gaps = np.linalg.norm(real[:, None] - drawn[None], axis=2)  # (N, M)
+    in_real, in_drawn = gaps <= balls(real, k)[:, None], gaps <= balls(drawn, k)[None]
+    want = in_real.any(0).mean(), in_drawn.any(1).mean()
+    assert precision_recall(real, drawn, k=k) == pytest.approx(want)
+    want = in_real.sum(0).mean() / k, in_real.any(1).mean()
+    assert density_coverage(real, drawn, k=k) == pytest.approx(want)
+
+
+def measures(real, drawn):
+    precision, recall = precision_recall(real, drawn)
+    density, coverage = density_coverage(real, drawn)
+    return {
+        "fd": frechet_distance(real, drawn), "kid": kernel_distance(real, drawn),
+        "precision": precision, "recall": recall, "density": density, "coverage": coverage,
+    }  # fmt: skip
+
+
+def test_blocks_and_the_order_of_images_change_nothing_but_rounding(monkeypatch):
+    real, drawn = sets(60, 5)
+    want = measures(real, drawn)
+    monkeypatch.setattr("ddpm_hf.evaluation.distances._BLOCK", 7 * 60)
+    order = RNG.permutation(len(drawn))
+    # Sums in another order: some 1e4 roundings of 1e-16, and 1e3 of cancellation.
+    assert measures(real[::-1].copy(), drawn[order]) == pytest.approx(want, rel=1e-9)
+
+
+def test_noise_lost_modes_and_copies_each_move_the_measure_that_is_for_it():
+    modes = RNG.standard_normal((9, 6))
+
+    def draw(num, modes=modes, noise=0.2):
+        return modes[np.arange(num) % len(modes)] + noise * RNG.standard_normal((num, 6))
+
+    real = draw(400)
+    good, noisy = measures(real, draw(400)), measures(real, draw(400, noise=1))
+    fewer, copies = measures(real, draw(400, modes[:3])), measures(real, real[RNG.permutation(400)])
+    for worse in (noisy, fewer):
+        assert worse["fd"] > 3 * good["fd"]
+        assert worse["kid"] - good["kid"] > 4 * worse["kid"].standard_error
+    assert noisy["precision"] < good["precision"] - 0.2
+    assert noisy["density"] < good["density"] - 0.2
+    assert fewer["precision"] > good["precision"] - 0.1  # what is drawn looks real
+    assert fewer["recall"] < good["recall"] - 0.3
+    assert fewer["coverage"] < good["coverage"] - 0.3
+    assert copies["fd"] < 0.1 * good["fd"]  # better than real images: hence the floor
+
+
+REFUSED = [
+    (np.zeros((5, 3)), np.zeros((5, 4)), r"\(5, 3\) and \(5, 4\)"),
+    (np.zeros((5, 3)), np.zeros((1, 3)), "drawn must be features"),
+    (np.zeros(5), np.zeros((5, 3)), "real must be features"),
+    (np.zeros((5, 3)), np.full((5, 3), math.nan), "drawn must be finite, but 15 values"),
+]
+
+
+@pytest.mark.parametrize(("real", "drawn", "said"), REFUSED)
+@pytest.mark.parametrize("measure", [frechet_distance, kernel_distance, precision_recall])
+def test_what_is_no_pair_of_feature_arrays_is_refused(measure, real, drawn, said):
+    with pytest.raises(ValueError, match=said):
+        measure(real, drawn)
