@@ -72,7 +72,7 @@ def _mean_and_factor(x: Tensor) -> tuple[Tensor, Tensor]:
     num, dims = x.shape
     mean = x.sum(0, dtype=torch.float64) / num
     factor = torch.empty(0, dims, dtype=torch.float64, device=x.device)
-    for rows in torch.split(x, max(dims, 1024)):
+    for rows in torch.split(x, 4 * dims + 1024):
         factor = torch.cat([factor, rows.double() - mean])
         if len(factor) > dims:
             factor = torch.linalg.qr(factor, mode="r").R
