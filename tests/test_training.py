@@ -561,7 +561,9 @@ def pretrained(request, tmp_path):
     with torch.no_grad():
         for parameter in unet.parameters():
             parameter.add_(0.5)
-    scheduler = GaussianDDPMScheduler(num_train_timesteps=50, beta_schedule="squaredcos_cap_v2")
+    scheduler = GaussianDDPMScheduler(
+        num_train_timesteps=50, beta_schedule="squaredcos_cap_v2", x_0_mse=[0.1] * 50
+    )
     if request.param == "ours":
         GaussianDDPMPipeline(unet, scheduler).save_pretrained(folder)
     elif request.param == "stock pipeline":
@@ -594,6 +596,7 @@ def test_fine_tuning_starts_from_the_pretrained_weights_and_diffusion(tmp_path, 
     assert all(torch.equal(value, want[name]) for name, value in got.unet.state_dict().items())
     expected_steps = 1000 if kind == "bare network" else 50
     assert got.scheduler.config.num_train_timesteps == expected_steps
+    assert "_ddpm_hf" not in got.scheduler.config  # a calibration of other weights
 
 
 def test_fine_tuning_on_images_of_another_kind_says_what_to_do(tmp_path, pretrained):

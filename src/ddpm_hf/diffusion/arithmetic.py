@@ -50,6 +50,21 @@ def variance_and_log(
     return as_tensor(row.variance, like), as_tensor(row.log_variance, like)
 
 
+def shared_log_variance(row: coefficients.Sharing, v: Tensor) -> Tensor:
+    """log of known + added cov / mean(cov), where cov(x_0 | x_t) of each value is what v says.
+
+    v is trained where beta~ is all but the whole variance, so that cov is off by a factor (of 5 in
+    the middle of a chain, on MNIST) that m_t puts right; and so that it is 0 at values which then
+    do err: a tenth is shared out evenly. At t = 0 the variance is cov, and well trained.
+    """
+    log_ratio = (v * row.slope + row.log_ratio).clamp(max=80)  # its exp is finite
+    cov = log_ratio.expm1().clamp_(min=0)  # over beta~ / coef_x_0^2 of the training spacing
+    mean = cov.mean(dim=tuple(range(1, v.ndim)), keepdim=True)
+    share = torch.where(mean > 0, cov / mean, 1.0)
+    log_variance = (row.known + row.added * (0.9 * share + 0.1)).log()
+    return torch.where(row.is_zero > 0, log_ratio, log_variance)
+
+
 def scaled_noise(
     row: coefficients.Reverse,
     v: Tensor | None,

@@ -169,24 +169,39 @@ def check_schedule_params(name: str, params: Any) -> dict[str, float]:
 
 def check_betas(name: str, given: Any, num_train_timesteps: int) -> Array:
     """Betas as (T,) float64, each in (0, 1); the last may be 1."""
-    try:
-        values = np.asarray(given.detach().cpu() if isinstance(given, Tensor) else given)
-    except ValueError:  # rows of unequal length
-        values = np.asarray("")
-    if values.dtype.kind not in "fiu":
-        raise TypeError(f"{name} must be a list of numbers, got {given!r:.200}")
-    betas: Array = values.astype(np.float64)
-    if betas.shape != (num_train_timesteps,):
-        raise ValueError(
-            f"{name} must hold num_train_timesteps={num_train_timesteps} values, got shape"
-            f" {betas.shape}"
-        )
+    betas = _per_timestep(name, given, num_train_timesteps)
     good = (betas > 0) & (betas < 1)
     good[-1] |= betas[-1] == 1
     if not good.all():
         bad = int(np.argmin(good))
         raise ValueError(f"{name} must be in (0, 1); got {betas[bad]} at t={bad}")
     return betas
+
+
+def check_x_0_mse(given: Any, num_train_timesteps: int) -> Array:
+    """Mean squared errors as (T,) float64, finite and not negative."""
+    mse = _per_timestep("x_0_mse", given, num_train_timesteps)
+    good = np.isfinite(mse) & (mse >= 0)
+    if not good.all():
+        bad = int(np.argmin(good))
+        raise ValueError(f"x_0_mse must be finite and at least 0; got {mse[bad]} at t={bad}")
+    return mse
+
+
+def _per_timestep(name: str, given: Any, num_train_timesteps: int) -> Array:
+    """A number of each t, as (T,) float64."""
+    try:
+        values = np.asarray(given.detach().cpu() if isinstance(given, Tensor) else given)
+    except ValueError:  # rows of unequal length
+        values = np.asarray("")
+    if values.dtype.kind not in "fiu":
+        raise TypeError(f"{name} must be a list of numbers, got {given!r:.200}")
+    if values.shape != (num_train_timesteps,):
+        raise ValueError(
+            f"{name} must hold num_train_timesteps={num_train_timesteps} values, got shape"
+            f" {values.shape}"
+        )
+    return values.astype(np.float64)
 
 
 def check_signal_left(prediction_type: str, log_alphas: Array) -> None:

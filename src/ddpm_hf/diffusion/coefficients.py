@@ -82,6 +82,20 @@ class Bound(NamedTuple):
     is_last: Tensor
 
 
+class Sharing(NamedTuple):
+    """Variance of p where m_t is measured and the network's v says how it is shared out.
+
+    log_ratio + slope * v is log(sigma^2 / beta~) by v at the training spacing; at t = 0 log sigma^2
+    itself. `known` is beta~ of this trajectory, `added` what m_t adds, both over eta^2.
+    """
+
+    known: Tensor
+    added: Tensor
+    log_ratio: Tensor
+    slope: Tensor
+    is_zero: Tensor
+
+
 class Inversion(NamedTuple):
     """x_next = coef_x_0 x_0 + coef_x_t x_t, the noiseless step to the next noisier timestep."""
 
@@ -97,14 +111,23 @@ class Trajectory:
         timesteps: visited timesteps, ascending; (K,) in [0, T).
         prediction_type: what the network predicts.
         variance_type: the reverse variance.
+        x_0_mse: m_t at the timesteps, (K,), for the variances of the least bound; or None.
     """
 
     def __init__(
-        self, log_alphas: Array, timesteps: Steps, prediction_type: str, variance_type: str
+        self,
+        log_alphas: Array,
+        timesteps: Steps,
+        prediction_type: str,
+        variance_type: str,
+        x_0_mse: Array | None = None,
     ) -> None:
         self.timesteps, self.num_train_timesteps = timesteps, len(log_alphas)
         self.prediction_type, self.variance_type = prediction_type, variance_type
         self.is_learned = variance_type.startswith("learned")
+        self.x_0_mse = x_0_mse
+        self.is_shared = self.is_learned and x_0_mse is not None
+        self._log_alphas = log_alphas
         self.log_alpha_bar = log_alphas.cumsum()[timesteps]
         self.log_alpha_bar_prev = np.concatenate([[0.0], self.log_alpha_bar[:-1]])
         self.signal = np.exp(self.log_alpha_bar / 2)
@@ -121,6 +144,7 @@ class Trajectory:
         self._previous = dict(zip(steps, [-1, *steps[:-1]], strict=True))
         self._reverse: dict[float, Table[Reverse]] = {}
         self._bound: dict[float, Table[Bound]] = {}
+        self._sharing: dict[float, Table[Sharing]] = {}
 
     def previous(self, t: Timestep) -> int:
         """The timestep that follows `t` in sampling; -1, the clean image, after the last."""
@@ -161,7 +185,7 @@ class Trajectory:
     @cached_property
     def reverse_variance(self) -> Table[ReverseVariance]:
         """The variance of one reverse step."""
-        variance, log_variance, slope = self._reverse_variance()
+        variance, log_variance, slope = self._reverse_variance(1.0)
         return self._table(
             ReverseVariance, variance=variance, log_variance=log_variance, slope=slope
         )
@@ -206,7 +230,7 @@ class Trajectory:
 
     def _make_bound(self, eta: float) -> Table[Bound]:
         _, log_variance = self._posterior_variance()
-        _, log_variance_p, slope = self._reverse_variance()
+        _, log_variance_p, slope = self._reverse_variance(eta)
         coef_x_0, _ = self._mean_coefficients(eta)
         return self._table(
             Bound,
@@ -215,6 +239,27 @@ class Trajectory:
             slope=-slope,
             log_variance=log_variance,
             is_last=np.arange(len(log_variance)) == 0,
+        )
+
+    def sharing(self, eta: float) -> Table[Sharing]:
+        """How a measured m_t and the network's v give the variance, for this `eta`."""
+        if eta not in self._sharing:
+            self._sharing = {eta: self._make_sharing(eta)}
+        return self._sharing[eta]
+
+    def _make_sharing(self, eta: float) -> Table[Sharing]:
+        every_t = np.arange(self.num_train_timesteps)
+        trained = Trajectory(self._log_alphas, every_t, self.prediction_type, self.variance_type)
+        _, log_var, slope = trained._reverse_variance(1.0)
+        small, _ = trained._posterior_variance()
+        log_var[1:] -= np.log(small[1:])
+        return self._table(
+            Sharing,
+            known=self.noise_ratio * self.beta,
+            added=self._mean_variance(eta),
+            log_ratio=log_var[self.timesteps],
+            slope=slope[self.timesteps],
+            is_zero=self.timesteps == 0,
         )
 
     def _posterior_variance(self) -> tuple[Array, Array]:
@@ -249,23 +294,40 @@ class Trajectory:
             return -sigma, signal
         return np.ones_like(sigma), np.zeros_like(sigma)
 
-    def _reverse_variance(self) -> tuple[Array, Array, Array]:
-        """Variance, log and slope; at the last step "fixed_large" is the neighbour's beta~, too."""
+    def _reverse_variance(self, eta: float) -> tuple[Array, Array, Array]:
+        """Variance, log and slope, in units of eta^2.
+
+        At the last step "fixed_large" is the neighbour's beta~, too.
+        """
         (small, log_small), log_large = self._posterior_variance(), np.log(self.beta)
         zero, one = np.zeros_like(small), np.ones_like(small)
+        if self.x_0_mse is not None and not self.is_learned and eta > 0:
+            variance = small + self._mean_variance(eta)
+            is_known = variance > 0  # not where a network without error ends in its mean
+            log_var = np.where(is_known, np.log(np.where(is_known, variance, 1.0)), log_small)
+            return variance, log_var, zero
         if self.variance_type.startswith("fixed_small"):
             return small, log_small, zero
         if self.variance_type.startswith("fixed_large"):
             log_var = np.concatenate([log_small[:1], log_large[1:]])
             return np.exp(log_var), log_var, zero
         nan = one * np.nan  # its log is what the network gives
-        if self.variance_type == "learned":
+        if self.variance_type == "learned" or self.is_shared:
             return nan, zero, one
         mid, half = (log_large + log_small) / 2, (log_large - log_small) / 2  # 2102.09672, eq. 15
         return nan, mid, half
 
+    def _mean_variance(self, eta: float) -> Array:
+        """What not knowing x_0 adds to the variance of x_prev: coef_x_0^2 m_t, over eta^2.
+
+        The variance of q(x_prev | x_t), a mean over x_0, is that of q(x_prev | x_t, x_0) plus that
+        of its mean (2201.06503, theorem 1). At the last step it is m_t: x_prev is x_0 for any eta.
+        """
+        coef_x_0, _ = self._mean_coefficients(eta)
+        return np.concatenate([[1.0], coef_x_0[1:] / eta]) ** 2 * self.x_0_mse
+
     def _std(self, eta: float) -> tuple[Array, Array]:
-        _, log_var, slope = self._reverse_variance()
+        _, log_var, slope = self._reverse_variance(eta)
         std = eta * np.exp(log_var / 2)
         std[0] = 0.0  # the trajectory ends in the mean
         return std, np.exp(slope / 2)

@@ -15,6 +15,7 @@ from . import schedules
 # The scheduler is known by name: a copy that travelled with other weights is another class object.
 OUR_SCHEDULER = "GaussianDDPMScheduler"
 FORMAT_VERSION = 1
+MARKS = {"format_version", "fingerprint"}
 SCHEDULE_KEYS = {
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "beta_schedule_params"
 }  # fmt: skip
@@ -57,6 +58,14 @@ def is_well_formed(extension: Any) -> TypeGuard[dict[str, Any]]:
     )
 
 
+def without(extension: Any, *names: str) -> Any:
+    """The extension without these values; None where nothing else is in it."""
+    if not isinstance(extension, dict):
+        return extension
+    rest = {key: value for key, value in extension.items() if key not in names}
+    return rest if rest.keys() - MARKS else None
+
+
 def beta_schedule_of(config: Mapping[str, Any]) -> tuple[str, dict[str, float]]:
     """The true name and parameters of the beta schedule in a configuration.
 
@@ -93,7 +102,7 @@ def with_schedule_by_name(config: dict[str, Any], given: dict[str, Any]) -> dict
     params = {} if "beta_schedule" in given else extension.get("beta_schedule_params", {})
     given.setdefault("beta_schedule", extension["beta_schedule"])
     given["beta_schedule_params"] = {**params, **(given.get("beta_schedule_params") or {})}
-    told = {"format_version", "fingerprint", "beta_schedule", "beta_schedule_params"}
-    if extension.keys() <= told:  # nothing is lost, so that nothing is to be warned about
+    told = {"beta_schedule", "beta_schedule_params"}
+    if extension.keys() <= MARKS | told:  # nothing is lost, so that nothing is to be warned about
         config = {key: value for key, value in config.items() if key != "_ddpm_hf"}
     return {**config, "trained_betas": None}

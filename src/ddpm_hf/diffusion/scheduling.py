@@ -81,13 +81,19 @@ class GaussianDDPMScheduler(configuration.PortableScheduler, forward_process.For
         rescale_betas_zero_snr: rescale so that the last step holds no signal (2305.08891). Needs a
             network that predicts "sample" or "v_prediction", and "trailing" to visit that step.
         beta_schedule_params: parameters of such a schedule by name, as {"tau": 0.7}.
+        x_0_mse: m_t, the mean of (x_0 - x_0_hat)^2 of the network at each t, T values, which
+            `ddpm_hf.calibrate` measures. With it the reverse variance is that of the least bound,
+            beta~ + coef_x_0^2 m_t, for trajectories of any length (2201.06503), in the place of
+            the fixed ones; where the variance is learned, the network's v says how it is shared
+            out over an image. None for the published variances. Belongs to these betas and
+            predictions: a change of them drops it.
 
     Raises:
         TypeError, ValueError: for a value that could not sample, with the choices.
     """
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]  # noqa: RUF012
-    ignore_for_config = ["beta_schedule_params"]  # noqa: RUF012
+    ignore_for_config = ["beta_schedule_params", "x_0_mse"]  # noqa: RUF012
     order = 1
 
     @configuration.registered
@@ -109,6 +115,7 @@ class GaussianDDPMScheduler(configuration.PortableScheduler, forward_process.For
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
         beta_schedule_params: dict[str, float] | None = None,
+        x_0_mse: Sequence[float] | Array | Tensor | None = None,
     ) -> None:
         checks.check_config(self.config)
         # A swap by from_config drops what counts as left at its default, so nothing does.
@@ -117,12 +124,24 @@ class GaussianDDPMScheduler(configuration.PortableScheduler, forward_process.For
         self.num_inference_steps: int | None = None
         self.custom_timesteps = False
         self._set_betas(self._resolve_betas(beta_schedule_params or {}))
+        self._keep_x_0_mse(x_0_mse)
         checks.check_signal_left(self.config.prediction_type, self._log_alphas)
         self._set_trajectory(np.arange(num_train_timesteps))
         checks.warn_where_samples_suffer(self.config, self._log_alphas)
 
     def __len__(self) -> int:
         return int(self.config.num_train_timesteps)
+
+    @property
+    def x_0_mse(self) -> Tensor | None:
+        """m_t as it was measured, (T,) float64; None for a scheduler that is not calibrated."""
+        known = self.config.get("_ddpm_hf", {}).get("x_0_mse")
+        return None if known is None else torch.tensor(known, dtype=torch.float64)
+
+    def _adopt_extension(self, own: Any) -> None:
+        super()._adopt_extension(own)
+        if self.x_0_mse is not None:
+            self._set_trajectory(np.arange(len(self)))  # of other variances
 
     # The trajectory -------------------------------------------------------------------------------
 
@@ -184,12 +203,18 @@ class GaussianDDPMScheduler(configuration.PortableScheduler, forward_process.For
         return steps
 
     def _set_trajectory(self, ascending: Steps, device: torch.device | None = None) -> None:
-        config = self.config
+        config, mse = self.config, self.x_0_mse
         trajectory = coefficients.Trajectory(
-            self._log_alphas, ascending, config.prediction_type, config.variance_type
+            self._log_alphas,
+            ascending,
+            config.prediction_type,
+            config.variance_type,
+            None if mse is None else mse.numpy()[ascending],
         )
         for eta in (1.0, 0.0):  # made here, since torch.compile cannot make them inside of `step`
             trajectory.reverse(eta).on(device or torch.device("cpu"), torch.float32)
+        if trajectory.is_shared:
+            trajectory.sharing(1.0).on(device or torch.device("cpu"), torch.float32)
         with torch.inference_mode(False):
             self._timesteps = torch.from_numpy(ascending[::-1].astype(np.int64)).to(device)
         self._trajectory = trajectory
@@ -299,7 +324,8 @@ class GaussianDDPMScheduler(configuration.PortableScheduler, forward_process.For
             return_dict: return a `GaussianDDPMOutput`, else a tuple of its two fields.
             variance_noise: standard normal noise, shaped like `sample`, in place of drawing it.
             eta: scale of the noise, in [0, 1]: 1 is DDPM, 0 deterministic DDIM (2010.02502, eq. 12
-                and 16).
+                and 16). With `x_0_mse` the variance is eta^2 beta~ + coef_x_0^2 m_t, so that an eta
+                just above 0 is Analytic-DDIM (2201.06503); 0 is deterministic all the same.
 
         Returns:
             `prev_sample`, x_prev, and `pred_original_sample`, the estimate of x_0, both (B, ...) in
@@ -313,7 +339,7 @@ class GaussianDDPMScheduler(configuration.PortableScheduler, forward_process.For
         checks.check_tensor("sample", sample)
         x_t, t = at_least_float32(sample), tables.host_timestep(timestep)
         row = self._reverse(eta).at_host(t, x_t)
-        output, v = self._split(model_output, x_t)
+        output, v = self._split(model_output, x_t, t, eta)
         x_0_hat = self._predict_x_0(output, x_t, row)  # eq. 15
         is_noiseless = eta == 0 or (type(t) is int and t == self._trajectory.last)
         x_prev = arithmetic.scaled_noise(row, v, x_t, generator, variance_noise, is_noiseless)
@@ -343,7 +369,7 @@ class GaussianDDPMScheduler(configuration.PortableScheduler, forward_process.For
         checks.check_tensor("sample", sample)
         x_t = at_least_float32(sample)
         inversion = self._trajectory.inversion.at(timestep, x_t)
-        output, _ = self._split(model_output, x_t)
+        output, _ = self._split(model_output, x_t, timestep, 0.0)
         x_0_hat = self._predict_x_0(output, x_t, self._reverse(0.0).at(timestep, x_t))
         x_next = (x_t * inversion.coef_x_t).addcmul_(x_0_hat, inversion.coef_x_0)
         return with_dtype_of(sample, x_next)
@@ -353,13 +379,17 @@ class GaussianDDPMScheduler(configuration.PortableScheduler, forward_process.For
             checks.check_float("eta", eta, "in [0, 1]", 0.0, 1.0)
         return self._trajectory.reverse(eta)
 
-    def _split(self, model_output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What predicts x_0, and v where the variance is learned."""
+    def _split(
+        self, model_output: Tensor, x_t: Tensor, t: Timestep, eta: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """What predicts x_0, and v, or the log-variance made of it, where that is learned."""
         if not self._trajectory.is_learned:
             checks.check_tensor("model_output", model_output, x_t)
             return with_dtype_of(x_t, model_output), None
         checks.check_tensor("model_output", model_output, x_t, widen=2)
         output, v = with_dtype_of(x_t, model_output).chunk(2, dim=1)
+        if self._trajectory.is_shared and eta > 0:
+            v = arithmetic.shared_log_variance(self._trajectory.sharing(eta).at(t, x_t), v)
         return output, v
 
     def _predict_x_0(
@@ -391,13 +421,14 @@ class GaussianDDPMScheduler(configuration.PortableScheduler, forward_process.For
             mean and estimate of x_0, (B, ...); variance and log_variance, which broadcast. At least
             float32. At the last step, where `step` adds no noise, the variance of "fixed_small" is
             0; its log, and log and variance of "fixed_large", are those of beta~ one step before
-            (2102.09672), or of beta_t where the trajectory has only one step.
+            (2102.09672), or of beta_t where the trajectory has only one step. With `x_0_mse` both
+            are of m_t there.
 
         Source: eq. 11 and 15; 2102.09672, eq. 15.
         """
         checks.check_tensor("x_t", x_t)
         x_t = at_least_float32(x_t)
-        output, v = self._split(model_output, x_t)
+        output, v = self._split(model_output, x_t, t, 1.0)
         row = self._reverse(1.0).at(t, x_t)
         x_0_hat = self._predict_x_0(output, x_t, row)
         mean = (x_t * row.coef_x_t).addcmul_(x_0_hat, row.coef_x_0)  # eq. 7
@@ -442,7 +473,7 @@ class GaussianDDPMScheduler(configuration.PortableScheduler, forward_process.For
         checks.check_float("eta", eta, "in (0, 1]: 0 has no bound", checks.ABOVE_0, 1.0)
         x_0 = at_least_float32(x_0)
         x_t = with_dtype_of(x_0, x_t)
-        output, v = self._split(model_output, x_t)
+        output, v = self._split(model_output, x_t, t, eta)
         x_0_hat = self._predict_x_0(output, x_t, self._reverse(eta).at(t, x_t), clip)
         of_t = self._trajectory.bound(eta).at(t, x_t)
         log_ratio = of_t.log_ratio if v is None else v * of_t.slope + of_t.log_ratio

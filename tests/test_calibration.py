@@ -1,0 +1,280 @@
+"""Calibration: the variances, bounds and timesteps that follow from a measured error m_t."""
+
+import copy
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from oracles import alpha_bars, exact_output, linear_betas, mean_of_mixture, randn, to_float64
+from torch.testing import assert_close
+
+from ddpm_hf import GaussianDDPMScheduler
+from ddpm_hf.losses import vlb_term
+
+T, DATA_VAR = 1000, 0.25
+ALPHA_BAR = to_float64(alpha_bars(linear_betas(T)))
+# Of the exact network on N(0, DATA_VAR I): the variance of x_0 given x_t.
+EXACT_MSE = DATA_VAR * (1 - ALPHA_BAR) / (ALPHA_BAR * DATA_VAR + 1 - ALPHA_BAR)
+
+
+def calibrated(x_0_mse=EXACT_MSE, **config):
+    return GaussianDDPMScheduler(x_0_mse=x_0_mse, clip_sample=False, **config)
+
+
+def outputs_for(prediction_type, x_t, timesteps):
+    rows = zip(x_t, timesteps.tolist(), strict=True)
+    return torch.stack(
+        [exact_output(prediction_type, x, float(ALPHA_BAR[t]), DATA_VAR) for x, t in rows]
+    )
+
+
+# Variances -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("eta", [1.0, 0.5, 1e-6])
+@pytest.mark.parametrize("num_steps", [2, 3, 10, 25, 100, 1000])
+def test_samples_of_normal_data_have_the_spread_of_the_data(num_steps, eta):
+    """x_t = 1 and x_t = 0 give the gain of a step, no noise and unit noise its std."""
+    scheduler = calibrated()
+    scheduler.set_timesteps(num_steps, timestep_spacing="linspace")
+    variance = 1.0
+    for t in scheduler.timesteps.tolist():
+        x_t = torch.tensor([[1.0], [0.0]], dtype=torch.float64)
+        output = exact_output("epsilon", x_t, float(ALPHA_BAR[t]), DATA_VAR)
+        noise = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+        gain, std = scheduler.step(output, t, x_t, variance_noise=noise, eta=eta).prev_sample
+        variance = (gain**2 * variance + std**2).item()
+    # The last step ends in a mean, which lacks the variance m_0; x_T is not quite N(0, I).
+    assert math.sqrt(variance) == pytest.approx(0.49990, abs=2e-5)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 10, 25, 100, 1000])
+def test_the_bound_of_normal_data_loses_nothing_at_any_number_of_steps(num_steps):
+    scheduler = calibrated()
+    scheduler.set_timesteps(num_steps, timestep_spacing="trailing")
+    t = scheduler.timesteps
+    # Squares and products have the mean that they have in expectation.
+    x_0 = torch.tensor([0.5, 0.5, -0.5, -0.5], dtype=torch.float64).expand(len(t), 1, 4)
+    noise = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64).expand(len(t), 1, 4)
+    x_t = scheduler.add_noise(x_0, noise, t)
+    step = scheduler.step_kl(outputs_for("epsilon", x_t, t), x_0, x_t, t)
+    last = (x_0 - step.pred_original_sample)[-1].square().mean() / step.log_variance[-1].exp()
+    decoder = (last + step.log_variance[-1] + math.log(2 * math.pi)) / 2
+    bar = ALPHA_BAR[-1]
+    prior = (DATA_VAR * bar - bar - math.log1p(-bar)) / 2
+    total = prior + step.kl[:-1].mean((1, 2)).sum() + decoder.mean()
+    entropy = math.log(2 * math.pi * math.e * DATA_VAR) / 2
+    # KL(q(x_T) || N(0, I)) remains.
+    remains = (DATA_VAR * bar - bar - math.log1p(DATA_VAR * bar - bar)) / 2
+    assert total.item() - entropy == pytest.approx(remains, abs=1e-9)
+
+
+MIXTURE = {"means": [0.5, -0.3], "data_std": 0.1}
+
+
+def density_of_mixture(x, alpha_bar):
+    """Of x_t, an even mixture of normals too."""
+    std = (alpha_bar * MIXTURE["data_std"] ** 2 + 1 - alpha_bar) ** 0.5
+    each = [(x - alpha_bar**0.5 * mean) / std for mean in MIXTURE["means"]]
+    return sum(np.exp(-(z**2) / 2) for z in each) / (2 * std * math.sqrt(2 * math.pi))
+
+
+@pytest.mark.parametrize(("prev", "t"), [(199, 399), (39, 79), (0, 999), (499, 500)])
+def test_the_variance_of_a_mixture_is_the_one_by_quadrature(prev, t):
+    """E (x_prev - mean(x_t))^2 over q(x_prev, x_t) itself, where no x_0 appears."""
+    a_prev, a_t = ALPHA_BAR[prev], ALPHA_BAR[t]
+    # m_t by quadrature: E x_0^2 - E x_0_hat^2.
+    x = np.linspace(-9, 9, 20001)
+    x_0_hat = mean_of_mixture(torch.from_numpy(x), a_t, **MIXTURE).numpy()
+    second = MIXTURE["data_std"] ** 2 + np.mean(np.square(MIXTURE["means"]))
+    mse = second - np.sum(density_of_mixture(x, a_t) * x_0_hat**2) * (x[1] - x[0])
+    curve = np.ones(T)
+    curve[t] = mse
+    scheduler = calibrated(curve, prediction_type="sample")
+    scheduler.set_timesteps(timesteps=[t, prev])
+    got = scheduler.p_mean_variance(torch.zeros(1, 1).double(), t, torch.zeros(1, 1).double())
+
+    # Trapezoids: exact to the last digits for smooth functions that vanish at both ends.
+    u = np.linspace(-7, 7, 3001)[:, None]  # x_prev
+    alpha = a_t / a_prev
+    z = np.linspace(-8, 8, 201)[None]  # the noise of x_t given x_prev
+    x_t = np.sqrt(alpha) * u + np.sqrt(1 - alpha) * z
+    weight = density_of_mixture(u, a_prev) * np.exp(-(z**2) / 2)
+    estimate = mean_of_mixture(torch.from_numpy(x_t), a_t, **MIXTURE)
+    p = scheduler.p_mean_variance(
+        estimate.reshape(-1, 1), t, torch.from_numpy(x_t).reshape(-1, 1)
+    ).mean.reshape(x_t.shape)
+    want = np.sum(weight * (u - p.numpy()) ** 2) / weight.sum()
+    assert got.variance.item() == pytest.approx(want, rel=1e-10)
+
+
+@pytest.mark.parametrize("eta", [1.0, 0.4, 1e-5])
+def test_an_exact_network_has_the_variance_of_analytic_dpm(eta):
+    """2201.06503, eq. 8: by the second moment of eps, as that paper measures it."""
+    scheduler = calibrated()
+    scheduler.set_timesteps(20)
+    steps = scheduler.timesteps.tolist()
+    zero, one = torch.zeros(1, 1).double(), torch.ones(1, 1).double()
+    for t, prev in itertools.pairwise(steps):
+        a_t, a_prev = ALPHA_BAR[t], ALPHA_BAR[prev]
+        eps_second_moment = (1 - a_t) / (a_t * DATA_VAR + 1 - a_t)
+        lam2 = eta**2 * (1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)
+        factor = np.sqrt((1 - a_t) * a_prev / a_t) - np.sqrt(1 - a_prev - lam2)
+        want = lam2 + factor**2 * (1 - eps_second_moment)
+        std = scheduler.step(zero, t, zero, variance_noise=one, eta=eta).prev_sample
+        # The paper's factor is a difference of neighbours; 1e-11 is what it has left.
+        assert std.item() ** 2 == pytest.approx(want, rel=1e-11)
+        # With the variance of the squared error the KL is that of the entropies.
+        error = torch.full((1, 1), EXACT_MSE[t] ** 0.5, dtype=torch.float64)
+        output = -error * (a_t / (1 - a_t)) ** 0.5  # x_0_hat = error at x_t = 0
+        kl = scheduler.step_kl(output, zero, zero, t, eta=eta).kl.item()
+        assert kl == pytest.approx(math.log(want / lam2) / 2, rel=1e-10)
+
+
+def test_eta_0_stays_deterministic_and_every_trajectory_ends_in_the_mean():
+    scheduler, plain = calibrated(), GaussianDDPMScheduler(clip_sample=False)
+    output, x_t = randn(2, 3), randn(2, 3, seed=1)
+    for s in (scheduler, plain):
+        s.set_timesteps(10)
+    for t in (900, torch.tensor([900, 0])):
+        got = scheduler.step(output, t, x_t, eta=0.0).prev_sample
+        assert torch.equal(got, plain.step(output, t, x_t, eta=0.0).prev_sample)
+    for t in (0, torch.tensor([0, 0])):
+        got = scheduler.step(output, t, x_t, variance_noise=x_t).prev_sample
+        assert torch.equal(got, plain.step(output, t, x_t).prev_sample)
+    p = scheduler.p_mean_variance(output, 0, x_t)
+    assert p.variance.item() == pytest.approx(EXACT_MSE[0], rel=1e-12)
+    assert p.log_variance.item() == pytest.approx(math.log(EXACT_MSE[0]), rel=1e-12)
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_small", "learned", "learned_range"])
+def test_a_network_without_error_has_a_finite_bound(variance_type):
+    scheduler = calibrated(np.zeros(T), prediction_type="sample", variance_type=variance_type)
+    x_0 = randn(2, 1, 3, dtype=torch.float32)
+    output = x_0 if variance_type == "fixed_small" else torch.cat([x_0, -x_0.abs()], 1)
+    for t in (0, 1, 500, 999):
+        term = vlb_term(
+            lambda x, t: output, scheduler, x_0, torch.tensor([t, t]), x_0, decoder="continuous"
+        )
+        assert term.isfinite().all()
+
+
+# A learned variance --------------------------------------------------------------------------
+
+
+def log_sigma_of(cov, t, variance_type):
+    """What a network would say at the training spacing, by DDPM's eq. 7 as it stands."""
+    a_t, a_prev = ALPHA_BAR[t], ALPHA_BAR[t - 1]
+    beta = 1 - a_t / a_prev
+    small = (1 - a_prev) / (1 - a_t) * beta
+    log_sigma = torch.log(small + (a_prev**0.5 * beta / (1 - a_t)) ** 2 * cov)
+    if variance_type == "learned":
+        return log_sigma
+    return 2 * (log_sigma - math.log(small)) / math.log(beta / small) - 1
+
+
+@pytest.mark.parametrize("variance_type", ["learned", "learned_range"])
+def test_a_learned_variance_is_shared_out_as_v_says_at_the_level_that_was_measured(variance_type):
+    t, prev, mse = 400, 200, 0.03
+    curve = np.full(T, mse)
+    scheduler = calibrated(curve, prediction_type="sample", variance_type=variance_type)
+    scheduler.set_timesteps(timesteps=[t, prev, 0])
+    cov = torch.tensor([[[0.01, 0.02, 0.03, 0.0]], [[0.04, 0.04, 0.04, 0.04]]]).double()
+    v, x_t = log_sigma_of(cov, t, variance_type), randn(2, 1, 4)
+    output = torch.cat([x_t, v], 1)
+    share = torch.tensor([[[2 / 3, 4 / 3, 2, 0]], [[1, 1, 1, 1]]]).double()
+    a_t, a_prev = ALPHA_BAR[t], ALPHA_BAR[prev]
+    beta = 1 - a_t / a_prev
+    small, coef = (1 - a_prev) / (1 - a_t) * beta, a_prev**0.5 * beta / (1 - a_t)
+    want = small + coef**2 * mse * (0.9 * share + 0.1)
+    p = scheduler.p_mean_variance(output, t, x_t)
+    # sigma^2 is all but beta~, 1 - a_t / a_prev: 9 digits of cov are left in what is said of it.
+    assert_close(p.variance, want, rtol=1e-8, atol=0)
+    noise = torch.ones_like(x_t)
+    for where in (t, torch.tensor([t, t])):
+        noisy = scheduler.step(output, where, x_t, variance_noise=noise).prev_sample
+        assert_close(noisy - p.mean, want.sqrt(), rtol=1e-8, atol=0)
+    # At t = 0 sigma^2 is cov itself, whatever the trajectory.
+    plain = GaussianDDPMScheduler(
+        prediction_type="sample", variance_type=variance_type, clip_sample=False
+    )
+    at_0 = torch.cat([x_t, -torch.rand_like(x_t)], 1)
+    got, published = (s.p_mean_variance(at_0, 0, x_t) for s in (scheduler, plain))
+    assert_close(got.variance, published.variance, rtol=1e-12, atol=0)
+
+
+# The curve in a configuration ----------------------------------------------------------------
+
+
+def test_the_curve_survives_every_way_of_saving_bit_for_bit(tmp_path):
+    scheduler = calibrated(np.random.default_rng(0).random(T), timestep_spacing="trailing")
+    scheduler.save_pretrained(tmp_path / "ours")
+    stock = DDPMScheduler.from_pretrained(tmp_path / "ours")
+    stock.save_pretrained(tmp_path / "stock")
+    ddim = DDIMScheduler.from_config(stock.config)
+    copies = [
+        GaussianDDPMScheduler.from_pretrained(tmp_path / "ours"),
+        GaussianDDPMScheduler.from_pretrained(tmp_path / "stock"),
+        GaussianDDPMScheduler.from_config(ddim.config),
+        copy.deepcopy(scheduler),
+    ]
+    x_t = randn(2, 3)
+    for other in copies:
+        assert torch.equal(other.x_0_mse, scheduler.x_0_mse)
+        for s in (other, scheduler):
+            s.set_timesteps(7)
+        t = scheduler.timesteps[3]
+        step = scheduler.step(x_t, t, x_t, variance_noise=x_t).prev_sample
+        assert torch.equal(other.step(x_t, t, x_t, variance_noise=x_t).prev_sample, step)
+    saved = json.loads((tmp_path / "ours" / "scheduler_config.json").read_text())
+    own = saved.pop("_ddpm_hf")
+    assert own["x_0_mse"] == scheduler.x_0_mse.tolist()
+    plain = GaussianDDPMScheduler(clip_sample=False, timestep_spacing="trailing")
+    assert saved == json.loads(plain.to_json_string())
+
+
+@pytest.mark.parametrize(
+    "change", [{"beta_end": 0.03}, {"prediction_type": "sample"}, {"num_train_timesteps": 500}]
+)
+@pytest.mark.parametrize("schedule", ["linear", "iddpm_linear"])
+def test_what_changes_betas_or_prediction_drops_the_curve_and_says_so(schedule, change):
+    config = calibrated(beta_schedule=schedule).config
+    with pytest.warns(UserWarning, match="made for other betas or another prediction_type"):
+        assert GaussianDDPMScheduler.from_config(config, **change).x_0_mse is None
+
+
+def test_what_is_given_wins_over_the_curve_of_a_configuration():
+    config = calibrated(beta_schedule="iddpm_linear").config
+    other = GaussianDDPMScheduler.from_config(config, x_0_mse=np.ones(T))
+    assert torch.equal(other.x_0_mse, torch.ones(T).double())
+    without = GaussianDDPMScheduler.from_config(config, x_0_mse=None)
+    assert without.x_0_mse is None
+    assert "iddpm_linear" in repr(without)
+    kept = GaussianDDPMScheduler.from_config(config, variance_type="fixed_large")
+    assert torch.equal(kept.x_0_mse, torch.from_numpy(EXACT_MSE))
+
+
+BAD_CURVES = {
+    "wrong number": (np.ones(3), ValueError, r"num_train_timesteps=1000 values, got shape \(3,\)"),
+    "negative": (np.where(np.arange(T) == 7, -1, 1.0), ValueError, r"got -1.0 at t=7"),
+    "NaN": (np.where(np.arange(T) == 5, np.nan, 1.0), ValueError, r"finite .* got nan at t=5"),
+    "text": ("0.1", TypeError, "list of numbers, got '0.1'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CURVES)
+def test_a_curve_that_cannot_be_is_refused_and_in_a_file_left_out_with_a_warning(case):
+    curve, error, message = BAD_CURVES[case]
+    with pytest.raises(error, match=f"x_0_mse must .*{message}"):
+        GaussianDDPMScheduler(x_0_mse=curve)
+    config = dict(calibrated(beta_schedule="iddpm_linear").config)
+    curve = curve.tolist() if hasattr(curve, "tolist") else curve
+    config["_ddpm_hf"] = {**config["_ddpm_hf"], "x_0_mse": curve}
+    with pytest.warns(UserWarning, match=f"x_0_mse is left out: x_0_mse must .*{message}"):
+        scheduler = GaussianDDPMScheduler.from_config(config)
+    assert scheduler.x_0_mse is None
+    assert "iddpm_linear" in repr(scheduler)
