@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from oracles import alpha_bars, exact_output, linear_betas, mean_of_mixture, randn, to_float64
 from torch.testing import assert_close
 
-from ddpm_hf import GaussianDDPMScheduler
+from ddpm_hf import GaussianDDPMScheduler, bits_per_dim, calibrate
 from ddpm_hf.losses import vlb_term
 
 T, DATA_VAR = 1000, 0.25
@@ -278,3 +278,97 @@ def test_a_curve_that_cannot_be_is_refused_and_in_a_file_left_out_with_a_warning
         scheduler = GaussianDDPMScheduler.from_config(config)
     assert scheduler.x_0_mse is None
     assert "iddpm_linear" in repr(scheduler)
+
+
+# Measuring -----------------------------------------------------------------------------------
+
+
+def levels(number, seed=0):
+    """8-bit images of 2x2."""
+    pixels = torch.randint(0, 256, (number, 1, 2, 2), generator=torch.Generator().manual_seed(seed))
+    return pixels.double() / 127.5 - 1
+
+
+def halve(x_t, t):
+    """A network like any other, of both kinds of variance."""
+    return x_t / 2
+
+
+def halve_and_guess(x_t, t):
+    return torch.cat([x_t / 2, x_t.tanh()], 1)
+
+
+def generators(number):
+    return [torch.Generator().manual_seed(seed) for seed in range(number)]
+
+
+def short_chain(**config):
+    return GaussianDDPMScheduler(20, beta_end=0.5, timestep_spacing="linspace", **config)
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
+def test_the_curve_predicts_the_bound_exactly_where_the_noise_is_the_same(variance_type):
+    scheduler, images = short_chain(variance_type=variance_type), levels(30)
+    result = calibrate(halve, scheduler, images, generator=generators(30))
+    assert scheduler.x_0_mse is None
+    # Published variances: the chain that was met on the way.
+    chain, told = result.measured, result.bits_per_dim(published=True)
+    assert torch.equal(told.timesteps, chain.timesteps)
+    assert_close(told.terms[:-1], chain.terms[:, :-1].mean(0), rtol=1e-12, atol=0)
+    assert told.prior == pytest.approx(chain.prior.mean().item(), rel=1e-12)
+    each = chain.prior + chain.terms[:, :-1].sum(1) + result.decoder
+    constant = told.terms.sum() + told.prior - each.mean()
+    assert constant.item() == pytest.approx(0, abs=1e-12)
+    # The standard error is that of the images' bounds.
+    assert told.standard_error == pytest.approx(each.std().item() / 30**0.5, rel=1e-12)
+    # Calibrated: the chain once more, with the same noise.
+    again = bits_per_dim(halve, result.scheduler, images, generator=generators(30))
+    told = result.bits_per_dim()
+    assert_close(told.terms[:-1], again.terms[:, :-1].mean(0), rtol=1e-12, atol=0)
+    gain = again.snr[1:] - again.snr[:-1]
+    of_paper = (gain * again.x_0_mse[:-1]).log1p() / 2 / math.log(2)
+    assert_close(told.terms[:-1], of_paper, rtol=1e-12, atol=0)
+    assert told.value < result.bits_per_dim(published=True).value
+
+
+def test_the_curve_predicts_the_bound_of_other_noise_within_the_standard_errors():
+    images = levels(400)
+    result = calibrate(halve, short_chain(), images, generator=torch.Generator().manual_seed(1))
+    other = bits_per_dim(
+        halve, result.scheduler, images, num_inference_steps=5, generator=generators(400)
+    )
+    told = result.bits_per_dim(5)
+    assert told.timesteps.tolist() == other.timesteps.tolist() == [19, 14, 10, 5, 0]
+    # The images are the same, so that this is wider than it need be: 3 of both.
+    error = math.hypot(told.standard_error, other.standard_error)
+    assert abs(told.value - other.mean) < 3 * error
+    # Half of the images: an error as the standard error of the curve says, at every t.
+    part = calibrate(halve, short_chain(), images[:200], generator=generators(200))
+    z = (part.x_0_mse - result.x_0_mse) / part.standard_error
+    assert z.abs().max() < 4
+
+
+@pytest.mark.parametrize("network", [halve, halve_and_guess])
+def test_calibration_is_the_same_in_any_batches(network):
+    kind = "fixed_small" if network is halve else "learned_range"
+    scheduler, images = short_chain(variance_type=kind), levels(5)
+    whole = calibrate(network, scheduler, images, generator=generators(5))
+    for other in (
+        calibrate(network, scheduler, images, generator=generators(5), batch_size=2),
+        calibrate(network, scheduler, list(images.split([1, 4])), generator=generators(5)),
+        calibrate(network, whole.scheduler, images, generator=generators(5)),
+    ):
+        for name in ("x_0_mse", "standard_error", "errors", "decoder"):
+            assert torch.equal(getattr(other, name), getattr(whole, name))
+        assert torch.equal(other.scheduler.x_0_mse, other.x_0_mse)
+
+
+def test_what_a_curve_cannot_tell_is_refused():
+    images = levels(3)
+    with pytest.raises(TypeError, match=r"gone through twice, .* got generator"):
+        calibrate(halve, short_chain(), (batch for batch in images.split(1)))
+    result = calibrate(halve_and_guess, short_chain(variance_type="learned"), images)
+    with pytest.raises(ValueError, match=r"published must be False: .*'learned'"):
+        result.bits_per_dim(5, published=True)
+    with pytest.raises(ValueError, match="end at 3, and the decoder was measured at 0 alone"):
+        result.bits_per_dim(timesteps=[19, 3])

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ddpm_hf.calibration import calibrate
     from ddpm_hf.data import DataError
     from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
     from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
@@ -36,6 +37,7 @@ __all__ = [
     "TrainingError",
     "TrainingResult",
     "bits_per_dim",
+    "calibrate",
     "load",
     "push",
     "simple_loss",
@@ -53,6 +55,7 @@ _HOME_OF = {
     "TrainingError": "training",
     "TrainingResult": "training",
     "bits_per_dim": "likelihood",
+    "calibrate": "calibration",
     "load": "hub.load",
     "push": "hub.push",
     "simple_loss": "losses",

@@ -44,9 +44,10 @@ class BitsPerDim:
         total: the bound of each image, (N,): prior and terms.
         prior: KL(q(x_t | x_0) || N(0, I)) at the first timestep, (N,).
         terms: (N, K) in visiting order, from the noisiest; the decoder's last.
+        errors: mean of (x_0 - x_0_hat)^2 over the values of each image, (N, K).
+        x_0_square: mean of x_0^2 over the values of each image, (N,).
         timesteps: (K,), descending, int64.
-        x_0_mse: mean of (x_0 - x_0_hat)^2 over images and values, (K,); NaN where never measured.
-        eps_mse: the same of eps, (K,).
+        snr: alpha_bar / (1 - alpha_bar) there, (K,).
         num_measured: images that each timestep was measured on, (K,), int64.
         num_expected: how many of one image that is in expectation, (K,); 1 for the whole bound.
     """
@@ -54,11 +55,22 @@ class BitsPerDim:
     total: Tensor
     prior: Tensor
     terms: Tensor
+    errors: Tensor
+    x_0_square: Tensor
     timesteps: Tensor
-    x_0_mse: Tensor
-    eps_mse: Tensor
+    snr: Tensor
     num_measured: Tensor
     num_expected: Tensor
+
+    @property
+    def x_0_mse(self) -> Tensor:
+        """Mean of (x_0 - x_0_hat)^2 over images and values, (K,); NaN where never measured."""
+        return self.errors.sum(0) / self.num_measured
+
+    @property
+    def eps_mse(self) -> Tensor:
+        """The same of eps, (K,): eps - eps_hat is sqrt(SNR) (x_0_hat - x_0)."""
+        return self.snr * self.x_0_mse
 
     @property
     def mean(self) -> float:
@@ -73,17 +85,13 @@ class BitsPerDim:
     @staticmethod
     def concatenate(parts: Sequence["BitsPerDim"]) -> "BitsPerDim":
         """The result for the images of all parts, which have the same timesteps."""
-        num_measured = torch.stack([part.num_measured for part in parts])
-        errors = {}
-        for name in ("x_0_mse", "eps_mse"):
-            sums = torch.stack([getattr(part, name) for part in parts]).nan_to_num() * num_measured
-            errors[name] = sums.sum(0) / num_measured.sum(0)
         per_image = {
             name: torch.cat([getattr(part, name) for part in parts])
-            for name in ("total", "prior", "terms")
+            for name in ("total", "prior", "terms", "errors", "x_0_square")
         }
-        shared = {name: getattr(parts[0], name) for name in ("timesteps", "num_expected")}
-        return BitsPerDim(**per_image, **errors, **shared, num_measured=num_measured.sum(0))
+        shared = {name: getattr(parts[0], name) for name in ("timesteps", "snr", "num_expected")}
+        num_measured = torch.stack([part.num_measured for part in parts]).sum(0)
+        return BitsPerDim(**per_image, **shared, num_measured=num_measured)
 
 
 def standard_error(values: Tensor) -> float:
@@ -249,46 +257,58 @@ class _Bound:
         weighted = (bits / self.expected[positions]).T
         terms = torch.zeros(len(x_0), K, dtype=torch.float64)
         terms.scatter_add_(1, positions.T, weighted)
-        num_measured = positions.flatten().bincount(minlength=K)
-        x_0_mse = torch.zeros(K, dtype=torch.float64)
-        x_0_mse.index_add_(0, positions.flatten(), errors.flatten())
-        x_0_mse /= num_measured
-        prior = self._prior(x_0)
+        x_0_square = x_0.square().flatten(1).mean(1).cpu().double()
+        prior = prior_of(x_0_square, self.snr[0])
         return BitsPerDim(
             total=prior + terms.sum(1),
             prior=prior,
             terms=terms,
+            errors=torch.zeros_like(terms).scatter_add_(1, positions.T, errors.T),
+            x_0_square=x_0_square,
             timesteps=self.timesteps,
-            x_0_mse=x_0_mse,
-            eps_mse=self.snr * x_0_mse,  # eps - eps_hat is sqrt(SNR) (x_0_hat - x_0)
-            num_measured=num_measured,
+            snr=self.snr,
+            num_measured=positions.flatten().bincount(minlength=K),
             num_expected=self.expected,
         )
 
-    def _prior(self, x_0: Tensor) -> Tensor:
-        """KL(N(sqrt(alpha_bar) x_0, (1 - alpha_bar) I) || N(0, I)) at the first timestep, (B,)."""
-        alpha_bar = self.snr[0] / (1 + self.snr[0])
-        square = x_0.square().flatten(1).mean(1).cpu().double()
-        return to_bits_per_dim((alpha_bar * (square - 1) - (-alpha_bar).log1p())[:, None] / 2)
+
+def prior_of(x_0_square: Tensor, snr: Tensor) -> Tensor:
+    """KL(N(sqrt(alpha_bar) x_0, (1 - alpha_bar) I) || N(0, I)) in bits/dim, (N,).
+
+    Args:
+        x_0_square: mean of x_0^2 over the values of each image, (N,).
+        snr: of the first timestep.
+    """
+    alpha_bar = snr / (1 + snr)
+    return to_bits_per_dim((alpha_bar * (x_0_square - 1) - (-alpha_bar).log1p())[:, None] / 2)
 
 
 def _on_trajectory(
     scheduler: Any, num_inference_steps: int | None, timesteps: Sequence[int] | None
 ) -> GaussianDDPMScheduler:
     """A copy that visits these timesteps, all of the chain unless told otherwise."""
+    own = copy.deepcopy(own_scheduler(scheduler))
+    if num_inference_steps is None and timesteps is None:
+        timesteps = range(len(own) - 1, -1, -1)
+    own.set_timesteps(num_inference_steps, timesteps=timesteps)
+    return own
+
+
+def own_scheduler(scheduler: Any) -> GaussianDDPMScheduler:
+    """The scheduler, ours in the place of stock's DDPM.
+
+    Raises:
+        TypeError: for another sampler.
+    """
     if type(scheduler) is DDPMScheduler:
-        scheduler = GaussianDDPMScheduler.from_config(scheduler.config)
-    elif not hasattr(scheduler, "step_kl"):
+        return GaussianDDPMScheduler.from_config(scheduler.config)
+    if not hasattr(scheduler, "step_kl"):
         raise TypeError(
             f"scheduler must be a GaussianDDPMScheduler, got {type(scheduler).__name__}: a sampler"
             " without noise (DDIM with eta = 0) has no bound, and others have none of this form;"
             " GaussianDDPMScheduler.from_config(scheduler.config) has"
         )
-    own: GaussianDDPMScheduler = copy.deepcopy(scheduler)
-    if num_inference_steps is None and timesteps is None:
-        timesteps = range(len(own) - 1, -1, -1)
-    own.set_timesteps(num_inference_steps, timesteps=timesteps)
-    return own
+    return scheduler  # type: ignore[no-any-return]
 
 
 def _bit_depth_of(denoiser: Any) -> int:
