@@ -372,3 +372,32 @@ def test_what_a_curve_cannot_tell_is_refused():
         result.bits_per_dim(5, published=True)
     with pytest.raises(ValueError, match="end at 3, and the decoder was measured at 0 alone"):
         result.bits_per_dim(timesteps=[19, 3])
+
+
+# Timesteps -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("num_steps", [2, 3, 4, 6, 9])
+def test_the_timesteps_of_the_least_bound_are_those_by_brute_force(num_steps, seed):
+    rng = np.random.default_rng(seed)
+    mse = np.sort(rng.random(9)) if seed else np.zeros(9)  # at 0 all paths are equal
+    scheduler = GaussianDDPMScheduler(9, beta_end=0.8, x_0_mse=mse, clip_sample=False)
+    bar = (1 - np.linspace(1e-4, 0.8, 9)).cumprod()
+    snr = bar / (1 - bar)
+    cost = lambda path: sum(  # noqa: E731
+        math.log1p((snr[s] - snr[t]) * mse[t]) for s, t in itertools.pairwise(path)
+    )
+    paths = [(0, *middle, 8) for middle in itertools.combinations(range(1, 8), num_steps - 2)]
+    scheduler.set_timesteps(num_steps, timestep_spacing="likelihood")
+    assert scheduler.timesteps.flip(0).tolist() == list(min(paths, key=cost))
+
+
+def test_the_timesteps_of_the_least_bound_need_a_curve_and_both_ends():
+    plain, scheduler = GaussianDDPMScheduler(), calibrated()
+    with pytest.raises(ValueError, match="'likelihood' needs x_0_mse: calibrate the model"):
+        plain.set_timesteps(10, timestep_spacing="likelihood")
+    with pytest.raises(ValueError, match=r"num_inference_steps must be an int in 2\.\.1000, got 1"):
+        scheduler.set_timesteps(1, timestep_spacing="likelihood")
+    scheduler.set_timesteps(1000, timestep_spacing="likelihood")
+    assert torch.equal(scheduler.timesteps, torch.arange(999, -1, -1))

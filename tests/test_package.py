@@ -143,7 +143,8 @@ def loaded_by(*argv):
         assert main(argv) == 0
     return sorted(sys.modules.keys() & set(sys.argv[1].split()))
 
-for argv in ("--help", "sample --help", "evaluate --help", "push --help", "train --help"):
+for name in ("", "sample", "calibrate", "evaluate", "push", "train"):
+    argv = f"{name} --help".strip()
     print(argv, *loaded_by(*argv.split()))
 
 from diffusers import UNet2DModel
@@ -165,6 +166,7 @@ def test_a_command_loads_no_library_that_it_does_not_need(tmp_path):
     assert output.splitlines() == [
         "--help",
         "sample --help",
+        "calibrate --help",
         "evaluate --help",
         "push --help",
         "train --help ddpm_hf.training transformers",  # transformers reads the options

@@ -29,6 +29,8 @@ from ddpm_hf.likelihood import BitsPerDim, bits_per_dim, own_scheduler, prior_of
 
 # Where m_t is known to this share of itself, the bound of any K is known to a few thousandths.
 STABLE = 0.1
+# More than this share of an error must be left where there is more noise.
+LARGEST_FALL = 0.9
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,45 @@ class Calibration:
     x_0_square: Tensor
     decoder: Tensor
     measured: BitsPerDim
+
+    @property
+    def relative_error(self) -> Tensor:
+        """The standard error of m_t over m_t, (T,); 0 where nothing errs."""
+        return (self.standard_error / self.x_0_mse).where(self.x_0_mse > 0, 0.0)
+
+    def num_images_for(self, relative_error: float = STABLE) -> int:
+        """How many images would make m_t known to this share of itself at every t."""
+        worst = self.relative_error.max().item()
+        return math.ceil(len(self.errors) * (worst / relative_error) ** 2)
+
+    def doubts(self) -> list[str]:
+        """Signs, beyond chance, that the network was trained on another schedule or prediction.
+
+        More noise cannot make x_0 better known, and a straight line through 0 has the error
+        E x_0^2 / (1 + SNR E x_0^2).
+        """
+        said = []
+        highest, where = self.x_0_mse.cummax(0)
+        at = int((self.x_0_mse / highest.clamp(min=1e-12)).argmin())
+        before = int(where[at])
+        fall = self.errors[:, at] - LARGEST_FALL * self.errors[:, before]
+        if len(fall) > 1 and fall.mean() < -4 * standard_error(fall):
+            said.append(
+                f"the error of x_0 falls from {self.x_0_mse[before]:.3g} at t={before} to"
+                f" {self.x_0_mse[at]:.3g} at t={at}, where there is more noise: was the network"
+                " trained with these betas and this prediction_type?"
+            )
+        square = self.x_0_square.mean()
+        t, error = torch.arange(len(self.x_0_mse)), 4 * self.standard_error.nan_to_num()
+        line = square / (1 + self.scheduler.snr(t, torch.float64) * square)
+        excess = (self.x_0_mse - error) / line
+        if excess.max() > 1.5:
+            at = int(excess.argmax())
+            said.append(
+                f"the error of x_0 at t={at} is {excess[at]:.1f} times that of a straight line: was"
+                " the network trained with these betas and this prediction_type?"
+            )
+        return said
 
     def bits_per_dim(
         self,
@@ -194,8 +235,7 @@ def calibrate(
 
 def without_curve(scheduler: Any) -> GaussianDDPMScheduler:
     """The scheduler with its published variances."""
-    scheduler = own_scheduler(scheduler)
-    return GaussianDDPMScheduler.from_config(scheduler.config, x_0_mse=None)
+    return GaussianDDPMScheduler.from_config(own_scheduler(scheduler).config, x_0_mse=None)
 
 
 def with_curve(scheduler: GaussianDDPMScheduler, chain: BitsPerDim) -> GaussianDDPMScheduler:

@@ -7,10 +7,16 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 
 from ddpm_hf import __version__
-from ddpm_hf.commands import evaluate, push, sample, train
+from ddpm_hf.commands import calibrate, evaluate, push, sample, train
 from ddpm_hf.commands.messages import flags_in_messages, say
 
-COMMANDS = {"train": train, "sample": sample, "evaluate": evaluate, "push": push}
+COMMANDS = {
+    "train": train,
+    "sample": sample,
+    "calibrate": calibrate,
+    "evaluate": evaluate,
+    "push": push,
+}
 # Exit statuses besides 0: 2 for bad input, 128 + N after signal N, 1 for the rest; a command may
 # have its own.
 BAD_INPUT = 2

@@ -52,6 +52,23 @@ def run(argv: list[str]) -> int:
 def parser() -> argparse.ArgumentParser:
     """What `ddpm-hf evaluate` understands."""
     parser = command_parser("evaluate", "MODEL DATASET [--option VALUE ...]", EXAMPLES)
+    add_model(parser)
+    parser.add_argument(
+        "--metrics",
+        nargs="+",
+        choices=METRICS,
+        default=["bits-per-dim"],
+        metavar="NAME",
+        help=f"what to measure: {', '.join(METRICS)} (default: bits-per-dim)",
+    )
+    add_data(parser.add_argument_group("which images"))
+    _add_bound(parser.add_argument_group("the bound"))
+    _add_rest(parser.add_argument_group("where it goes, and how"))
+    return parser
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Which model, and which images it is measured on."""
     add = parser.add_argument
     add("model", type=model_name, metavar="MODEL", help="Hub repository or folder of a model")
     add(
@@ -61,21 +78,10 @@ def parser() -> argparse.ArgumentParser:
         help="folder of images, parquet or arrow files, or a data set on the Hub; its images get "
         "the model's size and mode",
     )
-    add(
-        "--metrics",
-        nargs="+",
-        choices=METRICS,
-        default=["bits-per-dim"],
-        metavar="NAME",
-        help=f"what to measure: {', '.join(METRICS)} (default: bits-per-dim)",
-    )
-    _add_data(parser.add_argument_group("which images"))
-    _add_bound(parser.add_argument_group("the bound"))
-    _add_rest(parser.add_argument_group("where it goes, and how"))
-    return parser
 
 
-def _add_data(group: Any) -> None:
+def add_data(group: Any, how_many: str = "all") -> None:
+    """Which of the images."""
     group.add_argument(
         "--split", default="test", metavar="NAME", help="of the data set (default: %(default)s)"
     )
@@ -83,7 +89,7 @@ def _add_data(group: Any) -> None:
         "--num-images",
         type=positive_int,
         metavar="N",
-        help="so many, drawn by the seed (default: all)",
+        help=f"so many, drawn by the seed (default: {how_many})",
     )
     group.add_argument("--dataset-config", metavar="NAME", help="configuration of a Hub data set")
     group.add_argument(
@@ -127,13 +133,6 @@ def _add_bound(group: Any) -> None:
         help="of the last step: exact; or tanh, the papers' approximation, to compare with their "
         "numbers (default: %(default)s)",
     )
-    group.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        metavar="N",
-        help="the noise of image i depends on the seed and on i alone (default: %(default)s)",
-    )
 
 
 def _add_rest(group: Any) -> None:
@@ -146,6 +145,18 @@ def _add_rest(group: Any) -> None:
     )
     group.add_argument(
         "--card", action="store_true", help="put the result into the card of the model's folder"
+    )
+    add_work(group)
+
+
+def add_work(group: Any) -> None:
+    """How the measuring is done, and how the model is loaded."""
+    group.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="the noise of image i depends on the seed and on i alone (default: %(default)s)",
     )
     group.add_argument(
         "--batch-size",
@@ -219,7 +230,9 @@ def evaluate(options: argparse.Namespace) -> None:
     print(f"\nin {file}")
 
 
-def images_of(options: argparse.Namespace, unet: Any, progress: bool) -> "EvaluationImages":
+def images_of(
+    options: argparse.Namespace, unet: Any, progress: bool, at_most: int | None = None
+) -> "EvaluationImages":
     """The images that the options name, as the model sees them."""
     from ddpm_hf.data import load_images
     from ddpm_hf.evaluation.images import images_for
@@ -234,6 +247,7 @@ def images_of(options: argparse.Namespace, unet: Any, progress: bool) -> "Evalua
         unet,
         dataset,
         num_images=options.num_images,
+        at_most=at_most,
         seed=options.seed,
         image_column=options.image_column,
         label_column=options.class_column or True,

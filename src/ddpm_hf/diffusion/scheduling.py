@@ -25,6 +25,7 @@ from torch import Tensor
 # Modules, not names: diffusers' loader of remote code looks for `from .x import y` elsewhere.
 from . import (
     arithmetic,
+    best_timesteps,
     checks,
     coefficients,
     configuration,
@@ -164,7 +165,9 @@ class GaussianDDPMScheduler(configuration.PortableScheduler, forward_process.For
             timesteps: the timesteps, strictly descending in [0, T), in place of a number.
             timestep_spacing: in place of the configuration's: "leading", "linspace", "trailing",
                 "quadratic" (2010.02502), or sections of 2102.09672 such as "10,10,20" or "ddim50",
-                which give the number of steps, too.
+                which give the number of steps, too; with `x_0_mse` "likelihood", the timesteps from
+                T - 1 to 0 of the least bound (2106.03802). They are for the bound alone: most of
+                them are near t = 0, and samples get worse.
 
         Raises:
             TypeError, ValueError: for anything else.
@@ -195,12 +198,25 @@ class GaussianDDPMScheduler(configuration.PortableScheduler, forward_process.For
                 )
             return steps
         checks.check_choice(
-            "timestep_spacing", spacing, (*schedules.SPACINGS, "10,10,20", "ddim50")
+            "timestep_spacing", spacing, (*schedules.SPACINGS, "likelihood", "10,10,20", "ddim50")
         )
+        if spacing == "likelihood":
+            return self._likelihood_timesteps(num_steps)
         num_steps = checks.given_int("num_inference_steps", num_steps, 1, T)
         steps = schedules.SPACINGS[spacing](num_steps, T, self.config.steps_offset)
         checks.warn_if_signal_is_missed(spacing, int(steps[-1]), self._log_alphas)
         return steps
+
+    def _likelihood_timesteps(self, num_steps: Any) -> Steps:
+        if self.x_0_mse is None:
+            raise ValueError(
+                "timestep_spacing 'likelihood' needs x_0_mse: calibrate the model, by"
+                " `ddpm-hf calibrate` or ddpm_hf.calibrate"
+            )
+        checks.check_int("num_train_timesteps", len(self), 2, best_timesteps.MAX_TIMESTEPS)
+        num_steps = checks.given_int("num_inference_steps", num_steps, 2, len(self))
+        snr = self.snr(torch.arange(len(self)), torch.float64).numpy()
+        return best_timesteps.likelihood_timesteps(snr, self.x_0_mse.numpy(), num_steps)
 
     def _set_trajectory(self, ascending: Steps, device: torch.device | None = None) -> None:
         config, mse = self.config, self.x_0_mse

@@ -4,6 +4,7 @@ distances    between real and drawn images by their features: Frechet, kernel, p
 images       a data set as the model sees it
 parts        work in parts, kept on disk until all are there
 likelihood   bits/dim of the images
+calibration  the error at every timestep, and what it says of few steps
 report       the JSON file, the table, the lines for the model card
 plots        bits per timestep, and the rate-distortion curve
 """

@@ -61,6 +61,7 @@ def images_for(
     dataset: Any,
     *,
     num_images: int | None = None,
+    at_most: int | None = None,
     seed: int = 0,
     image_column: str | None = None,
     label_column: str | Literal[True] = True,
@@ -72,7 +73,8 @@ def images_for(
     Args:
         unet: the model's network.
         dataset: from `load_images` or from `datasets`.
-        num_images: how many, drawn by the seed; None for all.
+        num_images: how many, drawn by the seed; None for all, or for `at_most`.
+        at_most: where `num_images` is None, no more than these.
         seed: of that draw.
         image_column: needed only if there are several.
         label_column: of the classes, for a class-conditional model; True finds it.
@@ -101,7 +103,7 @@ def images_for(
     labels = _labels(prepared, facts.class_names) if is_conditional else None
     generator = torch.Generator().manual_seed(seed_of(seed, "evaluation images"))
     order: list[int] = torch.randperm(len(images), generator=generator).tolist()
-    return EvaluationImages(images, sorted(order[:num_images]), labels, facts)
+    return EvaluationImages(images, sorted(order[: num_images or at_most]), labels, facts)
 
 
 def facts_of(unet: UNet2DModel) -> ImageFacts:

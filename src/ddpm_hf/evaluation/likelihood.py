@@ -29,6 +29,7 @@ class BoundOptions:
     Attributes:
         num_inference_steps: K; None for the whole chain.
         num_timesteps: network calls per image; None for K.
+        timesteps: in place of `num_inference_steps` the timesteps themselves.
         decoder: "exact" or "tanh".
         seed: of the noise; that of an image is drawn from this and its index.
         batch_size: images at once.
@@ -36,6 +37,7 @@ class BoundOptions:
 
     num_inference_steps: int | None = None
     num_timesteps: int | None = None
+    timesteps: tuple[int, ...] | None = None
     decoder: str = "exact"
     seed: int = 0
     batch_size: int = 64
@@ -70,9 +72,32 @@ def measure_bits_per_dim(
         ValueError: if something cannot be measured: see `bits_per_dim`.
     """
     scheduler = GaussianDDPMScheduler.from_config(scheduler.config)
-    key = _key(unet, scheduler, images, options)
+    key = bound_key(unet, scheduler, images, options)
     if known and known.get("key") == key:
         return known if state.is_main_process else None
+    unfinished = folder / f".unfinished-{key[:16]}"
+    bound = bound_in_parts(unet, scheduler, images, options, unfinished, state, progress=progress)
+    if bound is None:
+        return None
+    return {"name": "bits-per-dim", "key": key, **_described(bound, images, scheduler, options)}
+
+
+def bound_in_parts(
+    unet: UNet2DModel,
+    scheduler: GaussianDDPMScheduler,
+    images: EvaluationImages,
+    options: BoundOptions,
+    folder: Path,
+    state: PartialState,
+    *,
+    progress: bool = True,
+) -> BitsPerDim | None:
+    """The bound of the images; None on all but the main process.
+
+    Args:
+        folder: where the parts of this very measurement are kept.
+        unet, scheduler, images, options, state, progress: as for `measure_bits_per_dim`.
+    """
     starts = range(0, len(images), options.batch_size)
     rows = [range(start, min(start + options.batch_size, len(images))) for start in starts]
 
@@ -81,13 +106,8 @@ def measure_bits_per_dim(
         bound = _bound(unet, scheduler, images, rows[part], options, shown)
         return {field.name: getattr(bound, field.name) for field in dataclasses.fields(bound)}
 
-    unfinished = folder / f".unfinished-{key[:16]}"
-    sizes = [len(part) for part in rows]
-    parts = compute_parts(state, unfinished, sizes, compute, progress=progress)
-    if parts is None:
-        return None
-    bound = BitsPerDim.concatenate([BitsPerDim(**part) for part in parts])
-    return {"name": "bits-per-dim", "key": key, **_described(bound, images, scheduler, options)}
+    parts = compute_parts(state, folder, [len(part) for part in rows], compute, progress=progress)
+    return BitsPerDim.concatenate([BitsPerDim(**part) for part in parts]) if parts else None
 
 
 def forget_parts(folder: Path, result: dict[str, Any]) -> None:
@@ -114,6 +134,7 @@ def _bound(
         images.batch(rows).to(device),
         num_inference_steps=options.num_inference_steps,
         num_timesteps=options.num_timesteps,
+        timesteps=options.timesteps,
         generator=[
             torch.Generator(device).manual_seed(seed_of(options.seed, "bound", images.indices[row]))
             for row in rows
@@ -125,7 +146,7 @@ def _bound(
     )
 
 
-def _key(
+def bound_key(
     unet: UNet2DModel,
     scheduler: GaussianDDPMScheduler,
     images: EvaluationImages,
@@ -133,7 +154,8 @@ def _key(
 ) -> str:
     """Hash of all that decides the result."""
     config = {name: value for name, value in scheduler.config.items() if name[0] != "_"}
-    facts = [dataclasses.asdict(options), config, str(unet.dtype), images.digest()]
+    curve = None if scheduler.x_0_mse is None else scheduler.x_0_mse.tolist()
+    facts = [dataclasses.asdict(options), config, curve, str(unet.dtype), images.digest()]
     sums = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     sums.update(weights_digest(unet).encode())
     return sums.hexdigest()
@@ -172,6 +194,7 @@ def _described(
         "num_images": len(images),
         "shape": list(images.images.shape),
         "bit_depth": images.facts.bit_depth,
+        "is_calibrated": scheduler.x_0_mse is not None,
         "num_train_timesteps": len(scheduler),
         "num_inference_steps": num_steps,
         "num_timesteps": min(options.num_timesteps or num_steps, num_steps),

@@ -84,3 +84,39 @@ def plot_rate_distortion(result: dict[str, Any], path: Path) -> None:
     )
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
+
+
+def plot_calibration(result: dict[str, Any], path: Path) -> None:
+    """Bits/dim against the number of steps, and the error at every t that they follow from.
+
+    Args:
+        result: of `calibration.described`.
+        path: of the picture.
+    """
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    steps = [row["num_inference_steps"] for row in result["rows"]]
+    for key, label in (
+        ("published", "as published"),
+        ("bits_per_dim", "calibrated variances"),
+        ("at_best_timesteps", "calibrated, timesteps best for the bound"),
+    ):
+        if key in result["rows"][0]:
+            left.semilogx(steps, [row[key] for row in result["rows"]], ".-", label=label)
+    ceiling = max(row["bits_per_dim"] for row in result["rows"])
+    floor = min(row["at_best_timesteps"] for row in result["rows"])
+    left.set_ylim(floor - 0.1 * (ceiling - floor) - 0.01, ceiling + (ceiling - floor) + 0.01)
+    left.set(xlabel="steps K", ylabel="bits/dim", xticks=steps, xticklabels=steps)
+    left.minorticks_off()
+    left.set_title("What few steps lose", fontsize=11)
+    left.legend(fontsize=9)
+    mse = np.array(result["x_0_mse"])
+    error = np.array(result["standard_error"], dtype=float)
+    t = np.arange(len(mse))
+    right.semilogy(t, mse, linewidth=1)
+    right.fill_between(t, (mse - 2 * error).clip(mse / 10), mse + 2 * error, alpha=0.3)
+    right.set(xlabel="timestep t", ylabel="mean squared error of x_0")
+    right.set_title("The network's error, +- 2 standard errors", fontsize=11)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)

@@ -12,13 +12,13 @@ from ddpm_hf.wording import counted
 FILE_NAME = "evaluation.json"
 
 
-def read_result(folder: Path, name: str) -> dict[str, Any] | None:
+def read_result(folder: Path, name: str, file_name: str = FILE_NAME) -> dict[str, Any] | None:
     """The result of that name that an earlier evaluation left, or None.
 
     Larger than a configuration: it lists every image.
     """
     try:
-        report = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
+        report = json.loads((folder / file_name).read_text(encoding="utf-8"))
         results = [result for result in report["results"] if result["name"] == name]
     except (OSError, ValueError, LookupError, TypeError):
         return None
@@ -26,7 +26,11 @@ def read_result(folder: Path, name: str) -> dict[str, Any] | None:
 
 
 def write_report(
-    folder: Path, model: dict[str, Any], dataset: dict[str, Any], results: list[dict[str, Any]]
+    folder: Path,
+    model: dict[str, Any],
+    dataset: dict[str, Any],
+    results: list[dict[str, Any]],
+    file_name: str = FILE_NAME,
 ) -> Path:
     """Write the JSON file of an evaluation.
 
@@ -35,8 +39,9 @@ def write_report(
         model: its name, revision and the hash of its weights.
         dataset: its name and split, and what its images are.
         results: one of each measure.
+        file_name: of the file.
     """
-    path = folder / FILE_NAME
+    path = folder / file_name
     report = {
         "format_version": 1,
         "model": model,
@@ -75,7 +80,10 @@ def how(result: dict[str, Any]) -> str:
     """How bits/dim were measured, in a line."""
     K, M = result["num_inference_steps"], result["num_timesteps"]
     measured = f", {M:,} of them measured per image" if M < K else ""
-    return f"K = {K:,} steps{measured}; decoder {result['decoder']}; seed {result['seed']}"
+    variances = ", calibrated variances" if result.get("is_calibrated") else ""
+    return (
+        f"K = {K:,} steps{measured}{variances}; decoder {result['decoder']}; seed {result['seed']}"
+    )
 
 
 def card_result(result: dict[str, Any], dataset: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,120 @@
+"""`ddpm-hf calibrate`."""
+
+import argparse
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from ddpm_hf.commands.evaluate import add_data, add_model, add_work, dataset_facts, images_of
+from ddpm_hf.commands.messages import flags_in_messages, say
+from ddpm_hf.commands.options import command_parser, path
+from ddpm_hf.names import public_name
+
+NUM_IMAGES = 256
+HELP = "measure once what a model loses in few steps, and the best variances for them"
+EXAMPLES = """
+measure once what a model loses in few steps, and the best variances for them
+
+  ddpm-hf calibrate runs/photos/model ./photos --num-images 256
+  ddpm-hf sample runs/photos/model --num-inference-steps 50     samples with these variances
+  ddpm-hf evaluate runs/photos/model ./photos --num-inference-steps 25
+  accelerate launch --num-processes 4 -m ddpm_hf calibrate runs/photos/model ./photos
+
+Why so many steps? One pass over every timestep measures how far the network's estimate of the
+image is off. From that follow bits/dim of any number of steps, and the variances with which few
+steps lose the least; they are kept in the model's scheduler_config.json, where diffusers' own
+scheduler does not mind them. No weight changes. What is interrupted goes on by the same command.
+"""
+
+
+def run(argv: list[str]) -> int:
+    """Calibrate as `argv` says."""
+    options = parser().parse_args(argv)
+    with flags_in_messages(vars(options)):
+        try:
+            calibrate(options)
+        except KeyboardInterrupt:
+            say("ddpm-hf: what is measured so far is kept; the same command goes on")
+            raise
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """What `ddpm-hf calibrate` understands."""
+    parser = command_parser("calibrate", "MODEL DATASET [--option VALUE ...]", EXAMPLES)
+    add_model(parser)
+    add_data(parser.add_argument_group("which images"), f"{NUM_IMAGES}, or all if fewer")
+    group = parser.add_argument_group("where it goes, and how")
+    group.add_argument(
+        "--output",
+        type=path,
+        default=Path("calibration"),
+        metavar="FOLDER",
+        help="folder for calibration.json and the picture; for a model of the Hub, also for its"
+        " scheduler_config.json (default: %(default)s)",
+    )
+    add_work(group)
+    return parser
+
+
+def calibrate(options: argparse.Namespace) -> None:
+    """Load model and images, measure, and write what was found.
+
+    Raises:
+        ValueError, OSError: if something cannot be loaded or measured.
+    """
+    from ddpm_hf.diffusion.files import remove_folder
+    from ddpm_hf.evaluation.calibration import (
+        FILE_NAME,
+        described,
+        keep_curve,
+        measure_calibration,
+        table,
+    )
+    from ddpm_hf.evaluation.likelihood import BoundOptions
+    from ddpm_hf.evaluation.parts import join_processes
+    from ddpm_hf.evaluation.report import write_report
+    from ddpm_hf.hub.load import load
+
+    options.output.mkdir(parents=True, exist_ok=True)  # fails before the work, if at all
+    state = join_processes()
+    pipeline = load(
+        options.model,
+        revision=options.revision,
+        variant=options.variant,
+        use_safetensors=not options.allow_pickle,
+    ).to(state.device)
+    images = images_of(options, pipeline.unet, state.is_main_process, NUM_IMAGES)
+    how = BoundOptions(seed=options.seed, batch_size=options.batch_size)
+    unfinished = options.output / ".unfinished-calibration"
+    start = time.monotonic()
+    measured = measure_calibration(
+        pipeline.unet, pipeline.scheduler, images, how, unfinished, state
+    )
+    state.destroy_process_group()
+    if measured is None:  # the main process writes for all
+        return
+    result = described(measured, images, how) | {"seconds": time.monotonic() - start}
+    dataset = dataset_facts(options, images)
+    model = {"name": public_name(options.model), "revision": options.revision}
+    file = write_report(options.output, model, dataset, [result], FILE_NAME)
+    kept = keep_curve(measured.scheduler, Path(options.model), options.output)
+    remove_folder(unfinished)
+    print(table(result))
+    for remark in result["remarks"]:
+        print(f"note: {remark}")
+    draw_picture(result, options.output)
+    print(f"\nin {file}; the variances in {kept}")
+
+
+def draw_picture(result: dict[str, Any], folder: Path) -> None:
+    """What few steps lose; without the picture the result is no worse."""
+    try:
+        from ddpm_hf.evaluation.plots import plot_calibration
+
+        plot_calibration(result, folder / "calibration.png")
+    except ImportError:
+        warnings.warn("no picture without matplotlib: pip install 'ddpm-hf[eval]'", stacklevel=2)
+    except Exception as error:
+        warnings.warn(f"the picture was not drawn: {error}", stacklevel=2)

@@ -1,0 +1,153 @@
+"""`ddpm-hf calibrate`: what it measures, writes into the model, keeps and says."""
+
+import json
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import SHORT_CHAIN, tiny_unet
+from diffusers import DDIMScheduler, DDPMScheduler
+from PIL import Image
+from processes import run_process
+from torch.testing import assert_close
+
+from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler, calibrate, load
+from ddpm_hf.cli import main
+from ddpm_hf.data import ImageFacts
+from ddpm_hf.evaluation import likelihood
+from ddpm_hf.randomness import seed_of
+
+# The images of the other split are left out, which is said.
+pytestmark = pytest.mark.filterwarnings("ignore:.* left out .split")
+NUM_IMAGES = 5
+
+
+@pytest.fixture
+def model(tmp_path):
+    unet = tiny_unet()
+    unet.register_to_config(_ddpm_hf=ImageFacts(mode="L", height=8, width=8).to_config())
+    GaussianDDPMPipeline(unet, GaussianDDPMScheduler(**SHORT_CHAIN)).save_pretrained(
+        tmp_path / "model"
+    )
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def photos(tmp_path):
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        (tmp_path / "photos" / split).mkdir(parents=True)
+        for i in range(NUM_IMAGES):
+            pixels = rng.integers(0, 256, (8, 8), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / split / f"{i}.png")
+    return tmp_path / "photos"
+
+
+def command(model, photos, output, *more):
+    return ["calibrate", str(model), str(photos), "--output", str(output), *more]
+
+
+def calibrated_by_hand(model, photos, batch_size):
+    """What the command should find, through the interface in Python."""
+    pipeline = load(model)
+    pixels = [np.asarray(Image.open(path)) for path in sorted((photos / "test").iterdir())]
+    images = torch.from_numpy(np.stack(pixels))[:, None].float() / 127.5 - 1
+    generators = [torch.Generator().manual_seed(seed_of(3, "bound", i)) for i in range(NUM_IMAGES)]
+    return calibrate(
+        pipeline.unet, pipeline.scheduler, images, generator=generators, batch_size=batch_size
+    )
+
+
+def test_it_measures_the_curve_writes_it_into_the_model_and_prints_what_few_steps_lose(
+    model, photos, tmp_path, capsys
+):
+    want = calibrated_by_hand(model, photos, 2)
+    config = model / "scheduler" / "scheduler_config.json"
+    before = json.loads(config.read_text())
+    assert main(command(model, photos, tmp_path / "out", "--seed", "3", "--batch-size", "2")) == 0
+    printed = capsys.readouterr()
+
+    (result,) = json.loads((tmp_path / "out" / "calibration.json").read_text())["results"]
+    assert result["x_0_mse"] == want.x_0_mse.tolist()
+    assert result["standard_error"] == want.standard_error.tolist()
+    by_steps = {row["num_inference_steps"]: row for row in result["rows"]}
+    assert list(by_steps) == [5, 10, 20]
+    told = want.bits_per_dim(10, timestep_spacing="linspace")
+    assert by_steps[10]["at_best_timesteps"] <= by_steps[10]["bits_per_dim"]
+    assert by_steps[20]["at_best_timesteps"] == pytest.approx(by_steps[20]["bits_per_dim"])
+    # The noise of the decoder, which is measured last, is another.
+    loss = told.value - want.bits_per_dim().value
+    row = by_steps[10]["bits_per_dim"]
+    assert row - by_steps[20]["bits_per_dim"] == pytest.approx(loss, rel=1e-9)
+    assert f"{row:9.3f} {loss:+8.3f}" in printed.out
+    assert "5 images are few" in printed.out
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "calibration.json",
+        "calibration.png",
+    ]
+
+    # The model: the curve to the bit, and not another word changed.
+    after = json.loads(config.read_text())
+    assert after.pop("_ddpm_hf")["x_0_mse"] == want.x_0_mse.tolist()
+    assert after == before
+    assert torch.equal(load(model).scheduler.x_0_mse, want.x_0_mse)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stock = DDPMScheduler.from_pretrained(model, subfolder="scheduler")
+    assert stock.config.variance_type == "fixed_small"
+
+
+def test_what_was_interrupted_goes_on(model, photos, tmp_path, monkeypatch, capsys):
+    real, calls = likelihood.bits_per_dim, []
+
+    def stopping(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:  # three parts of the chain, then that of the decoder
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    want = calibrated_by_hand(model, photos, 2).x_0_mse
+    monkeypatch.setattr(likelihood, "bits_per_dim", stopping)
+    arguments = command(model, photos, tmp_path / "out", "--seed", "3", "--batch-size", "2")
+    assert main(arguments) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    assert main(arguments) == 0
+    assert len(calls) == 4 + 3
+    assert torch.equal(load(model).scheduler.x_0_mse, want)
+
+
+def test_a_model_with_another_sampler_keeps_it(photos, tmp_path):
+    folder = tmp_path / "stock"
+    tiny_unet().save_pretrained(folder / "unet")
+    DDIMScheduler(num_train_timesteps=20, beta_end=0.5).save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": "DDPMPipeline",
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "unet": ["diffusers", "UNet2DModel"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    assert main(command(folder, photos, tmp_path / "out", "--num-images", "3")) == 0
+    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    assert config["_class_name"] == "DDIMScheduler"
+    assert len(config["_ddpm_hf"]["x_0_mse"]) == 20
+    assert isinstance(load(folder).scheduler, DDIMScheduler)
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(model, photos, tmp_path):
+    options = ["--seed", "3", "--batch-size", "1"]
+    assert main(command(model, photos, tmp_path / "one", *options)) == 0
+    want = load(model).scheduler.x_0_mse
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
+              "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+              "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
+    process = run_process(
+        [*launch, "-m", "ddpm_hf", *command(model, photos, tmp_path / "two", *options)]
+    )
+    assert process.returncode == 0, process.stderr
+    # With a process group torch's CPU kernels may round the network's float32 otherwise.
+    assert_close(load(model).scheduler.x_0_mse, want, rtol=1e-6, atol=0)
+    (result,) = json.loads((tmp_path / "two" / "calibration.json").read_text())["results"]
+    assert result["num_images"] == NUM_IMAGES
