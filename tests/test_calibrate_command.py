@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler, calibrate, load
 from ddpm_hf.cli import main
 from ddpm_hf.data import ImageFacts
-from ddpm_hf.evaluation import likelihood
+from ddpm_hf.evaluation import calibration, likelihood
 from ddpm_hf.randomness import seed_of
 
 # The images of the other split are left out, which is said.
@@ -118,7 +118,8 @@ def test_what_was_interrupted_goes_on(model, photos, tmp_path, monkeypatch, caps
     assert torch.equal(load(model).scheduler.x_0_mse, want)
 
 
-def test_a_model_with_another_sampler_keeps_it(photos, tmp_path):
+def test_a_model_with_another_sampler_keeps_it_and_gets_timesteps(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration, "NUM_TRAJECTORIES", 2)
     folder = tmp_path / "stock"
     tiny_unet().save_pretrained(folder / "unet")
     DDIMScheduler(num_train_timesteps=20, beta_end=0.5).save_pretrained(folder / "scheduler")
@@ -128,10 +129,17 @@ def test_a_model_with_another_sampler_keeps_it(photos, tmp_path):
         "unet": ["diffusers", "UNet2DModel"],
     }
     (folder / "model_index.json").write_text(json.dumps(index))
-    assert main(command(folder, photos, tmp_path / "out", "--num-images", "3")) == 0
+    options = ["--num-images", "3", "--timesteps"]
+    assert main(command(folder, photos, tmp_path / "out", *options)) == 0
     config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     assert config["_class_name"] == "DDIMScheduler"
     assert len(config["_ddpm_hf"]["x_0_mse"]) == 20
+    found = config["_ddpm_hf"]["calibrated_timesteps"]
+    assert list(found) == ["DDIM", "DPM-Solver++ 2M"]
+    assert found["DDIM"].keys() == {str(K) for K in range(5, 21)}
+    own = GaussianDDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+    own.set_timesteps(6, timestep_spacing="calibrated")
+    assert own.timesteps.tolist() == found["DDIM"]["6"]
     assert isinstance(load(folder).scheduler, DDIMScheduler)
 
 

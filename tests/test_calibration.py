@@ -8,12 +8,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from oracles import alpha_bars, exact_output, linear_betas, mean_of_mixture, randn, to_float64
 from torch.testing import assert_close
 
 from ddpm_hf import GaussianDDPMScheduler, bits_per_dim, calibrate
+from ddpm_hf.diffusion import schedules
 from ddpm_hf.losses import vlb_term
+from ddpm_hf.optimal_timesteps import SAMPLERS, find_timesteps
 
 T, DATA_VAR = 1000, 0.25
 ALPHA_BAR = to_float64(alpha_bars(linear_betas(T)))
@@ -401,3 +403,81 @@ def test_the_timesteps_of_the_least_bound_need_a_curve_and_both_ends():
         scheduler.set_timesteps(1, timestep_spacing="likelihood")
     scheduler.set_timesteps(1000, timestep_spacing="likelihood")
     assert torch.equal(scheduler.timesteps, torch.arange(999, -1, -1))
+
+
+def mixture_network(scheduler):
+    """The exact one for an even mixture of two normals, as it predicts eps."""
+
+    def predict(x_t, t):
+        a = scheduler.snr(int(t[0]), torch.float64)
+        a = float(a / (1 + a))
+        x_0 = mean_of_mixture(x_t, a, **MIXTURE)
+        return (x_t - a**0.5 * x_0) / (1 - a) ** 0.5
+
+    return predict
+
+
+def sampled(network, sampler, noise):
+    """Where a sampler of diffusers, or ours, arrives from this noise."""
+    x = noise
+    options = {"eta": 0.0} if isinstance(sampler, GaussianDDPMScheduler) else {}
+    for t in sampler.timesteps:
+        x = sampler.step(network(x, t[None]), t, x, **options).prev_sample
+    return x
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_timesteps_found_for_a_sampler_end_nearer_to_its_fine_trajectory(sampler):
+    ours = GaussianDDPMScheduler(100, beta_schedule="iddpm_linear", clip_sample=False)
+    network, noise = mixture_network(ours), randn(64, 1, 2, 2)
+    found = find_timesteps(network, ours, noise, sampler=sampler, max_num_steps=20,
+                           num_fine_steps=20)  # fmt: skip
+    assert list(found) == list(range(5, 21))
+    assert found[20] == list(range(99, 0, -5))
+    assert all(steps[0] == 99 and len(steps) == K for K, steps in found.items())
+    if sampler == "DDIM":
+        other = GaussianDDPMScheduler.from_config(ours.config)
+    else:
+        other = DPMSolverMultistepScheduler.from_config(ours.config)
+
+    def ends_at(steps):
+        other.set_timesteps(timesteps=steps)
+        return sampled(network, other, randn(64, 1, 2, 2, seed=1))
+
+    fine = ends_at(found[20])
+    for K in (5, 7, 10):
+        even = schedules.trailing(K, 100)[::-1].tolist()
+        errors = [(ends_at(steps) - fine).square().mean() for steps in (found[K], even)]
+        assert errors[0] < 0.8 * errors[1]
+
+
+def test_found_timesteps_travel_with_the_scheduler(tmp_path):
+    found = {"DDIM": {5: [99, 60, 30, 10, 2]}, "DPM-Solver++ 2M": {6: [99, 60, 30, 10, 5, 2]}}
+    scheduler = GaussianDDPMScheduler(
+        100, beta_schedule="iddpm_linear", calibrated_timesteps=found, x_0_mse=np.ones(100)
+    )
+    scheduler.save_pretrained(tmp_path)
+    DDPMScheduler.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    other = GaussianDDPMScheduler.from_pretrained(tmp_path)
+    assert other.calibrated_timesteps == found
+    other.set_timesteps(5, timestep_spacing="calibrated")
+    assert other.timesteps.tolist() == found["DDIM"][5]
+    with pytest.raises(ValueError, match=r"num_inference_steps=6 of DDIM: .* for 5 to 5 steps"):
+        other.set_timesteps(6, timestep_spacing="calibrated")
+    without = GaussianDDPMScheduler.from_config(other.config, calibrated_timesteps=None)
+    assert without.calibrated_timesteps == {}
+    assert torch.equal(without.x_0_mse, other.x_0_mse)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ([9, 5], TypeError, "by sampler and number"),
+        ({"DDIM": {2: [9, 20]}}, ValueError, "strictly descending"),
+        ({"DDIM": {"3": [9, 5]}}, ValueError, "must hold 3 timesteps"),
+        ({"DDIM": {"2": [100, 5]}}, ValueError, r"0\.\.99"),
+    ],
+)
+def test_timesteps_that_cannot_be_are_refused(given, error, message):
+    with pytest.raises(error, match=message):
+        GaussianDDPMScheduler(100, beta_schedule="iddpm_linear", calibrated_timesteps=given)

@@ -17,7 +17,7 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 FLOORS = (
     {"diffusion", "names", "paths", "randomness", "wording"},
     {"losses", "decoders", "timestep_samplers", "weightings", "data", "pictures"},
-    {"likelihood", "calibration", "evaluation", "hub"},
+    {"likelihood", "calibration", "optimal_timesteps", "evaluation", "hub"},
     {"training"},
     {"commands"},
     {"cli"},

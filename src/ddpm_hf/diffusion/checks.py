@@ -242,6 +242,30 @@ def check_timesteps(timesteps: Any, num_train_timesteps: int) -> Steps:
     return np.array(steps[::-1], dtype=np.int64)
 
 
+def check_calibrated_timesteps(given: Any, num_train_timesteps: int) -> dict[str, Any]:
+    """Trajectories by sampler and number of steps, as {"DDIM": {"10": [999, ...]}}."""
+    try:
+        found = {
+            str(sampler): {
+                str(int(K)): [tables.as_int(t) for t in steps] for K, steps in of.items()
+            }
+            for sampler, of in given.items()
+        }
+    except (AttributeError, TypeError, ValueError):
+        raise TypeError(
+            'calibrated_timesteps must be timesteps by sampler and number, as {"DDIM": {10: [999,'
+            f" ...]}}}}, got {given!r:.200}"
+        ) from None
+    for sampler, of in found.items():
+        for K, steps in of.items():
+            check_timesteps(steps, num_train_timesteps)
+            if len(steps) != int(K):
+                raise ValueError(
+                    f"calibrated_timesteps of {sampler} must hold {K} timesteps for {K}: {steps}"
+                )
+    return found
+
+
 def check_device(device: Any) -> torch.device | None:
     """What torch takes for a device; None stands for the CPU."""
     try:

@@ -19,6 +19,12 @@ from . import checks, extension, files, schedules
 
 Array = schedules.Array
 
+# What is measured on a network, as JSON values of what is given.
+CALIBRATION: dict[str, Callable[[Any, int], Any]] = {
+    "x_0_mse": lambda given, T: checks.check_x_0_mse(given, T).tolist(),
+    "calibrated_timesteps": checks.check_calibrated_timesteps,
+}
+
 Init = TypeVar("Init", bound=Callable[..., None])
 
 
@@ -124,8 +130,7 @@ class PortableScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             checks.warn_of_unknown_keys(cls, {*config, *kwargs})
             config = _without_foreign_keys(cls, extension.with_schedule_by_name(config, kwargs))
             own = config.pop("_ddpm_hf", None)
-            if "x_0_mse" in kwargs:  # what is given wins, None too
-                own = extension.without(own, "x_0_mse")
+            own = extension.without(own, *CALIBRATION.keys() & kwargs.keys())  # None wins, too
         scheduler, unused = super().from_config(config, return_unused_kwargs=True, **kwargs)
         scheduler._adopt_extension(own)
         return (scheduler, unused) if return_unused_kwargs else scheduler
@@ -167,11 +172,12 @@ class PortableScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if own is None:
             return
         if extension.is_well_formed(own) and own["fingerprint"] == self._fingerprint:
-            try:
-                self._keep_x_0_mse(own.get("x_0_mse"))
-            except (TypeError, ValueError) as error:
-                checks.warn(f"of the configuration's `_ddpm_hf` x_0_mse is left out: {error}")
-                own = extension.without(own, "x_0_mse") or {}
+            for name in CALIBRATION.keys() & own.keys():
+                try:
+                    self._keep_calibration(**{name: own[name]})
+                except (TypeError, ValueError) as error:
+                    checks.warn(f"of the configuration's `_ddpm_hf` {name} is left out: {error}")
+                    own = extension.without(own, name) or {}
             self._keep_extension({**own, **self.config.get("_ddpm_hf", {})})
         else:
             checks.warn(
@@ -179,11 +185,11 @@ class PortableScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 " and is left out"
             )
 
-    def _keep_x_0_mse(self, x_0_mse: Any) -> None:
-        if x_0_mse is not None:
-            mse = checks.check_x_0_mse(x_0_mse, self.config.num_train_timesteps)
-            known = self.config.get("_ddpm_hf", {})
-            self._keep_extension({**known, "x_0_mse": mse.tolist()})
+    def _keep_calibration(self, **measured: Any) -> None:
+        T = self.config.num_train_timesteps
+        good = {k: CALIBRATION[k](value, T) for k, value in measured.items() if value is not None}
+        if good:
+            self._keep_extension({**self.config.get("_ddpm_hf", {}), **good})
 
     def _keep_extension(self, own: dict[str, Any]) -> None:
         """Under one key with an underscore, which stock diffusers carries along unread."""

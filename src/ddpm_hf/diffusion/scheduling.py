@@ -12,7 +12,7 @@ All of this folder travels with the weights and needs nothing of the package.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -88,13 +88,19 @@ class GaussianDDPMScheduler(configuration.PortableScheduler, forward_process.For
             the fixed ones; where the variance is learned, the network's v says how it is shared
             out over an image. None for the published variances. Belongs to these betas and
             predictions: a change of them drops it.
+        calibrated_timesteps: timesteps by sampler and number of steps, which
+            `ddpm-hf calibrate --timesteps` finds: {"DDIM": {10: [999, ...]}}. Belong as `x_0_mse`.
 
     Raises:
         TypeError, ValueError: for a value that could not sample, with the choices.
     """
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]  # noqa: RUF012
-    ignore_for_config = ["beta_schedule_params", "x_0_mse"]  # noqa: RUF012
+    ignore_for_config = [  # noqa: RUF012
+        "beta_schedule_params",
+        "x_0_mse",
+        "calibrated_timesteps",
+    ]
     order = 1
 
     @configuration.registered
@@ -117,6 +123,7 @@ class GaussianDDPMScheduler(configuration.PortableScheduler, forward_process.For
         rescale_betas_zero_snr: bool = False,
         beta_schedule_params: dict[str, float] | None = None,
         x_0_mse: Sequence[float] | Array | Tensor | None = None,
+        calibrated_timesteps: Mapping[str, Mapping[int, Sequence[int]]] | None = None,
     ) -> None:
         checks.check_config(self.config)
         # A swap by from_config drops what counts as left at its default, so nothing does.
@@ -125,7 +132,7 @@ class GaussianDDPMScheduler(configuration.PortableScheduler, forward_process.For
         self.num_inference_steps: int | None = None
         self.custom_timesteps = False
         self._set_betas(self._resolve_betas(beta_schedule_params or {}))
-        self._keep_x_0_mse(x_0_mse)
+        self._keep_calibration(x_0_mse=x_0_mse, calibrated_timesteps=calibrated_timesteps)
         checks.check_signal_left(self.config.prediction_type, self._log_alphas)
         self._set_trajectory(np.arange(num_train_timesteps))
         checks.warn_where_samples_suffer(self.config, self._log_alphas)
@@ -138,6 +145,15 @@ class GaussianDDPMScheduler(configuration.PortableScheduler, forward_process.For
         """m_t as it was measured, (T,) float64; None for a scheduler that is not calibrated."""
         known = self.config.get("_ddpm_hf", {}).get("x_0_mse")
         return None if known is None else torch.tensor(known, dtype=torch.float64)
+
+    @property
+    def calibrated_timesteps(self) -> dict[str, dict[int, list[int]]]:
+        """The timesteps that were found, by sampler and number of steps; {} where none were."""
+        found = self.config.get("_ddpm_hf", {}).get("calibrated_timesteps", {})
+        return {
+            sampler: {int(K): list(steps) for K, steps in of.items()}
+            for sampler, of in found.items()
+        }
 
     def _adopt_extension(self, own: Any) -> None:
         super()._adopt_extension(own)
@@ -167,7 +183,8 @@ class GaussianDDPMScheduler(configuration.PortableScheduler, forward_process.For
                 "quadratic" (2010.02502), or sections of 2102.09672 such as "10,10,20" or "ddim50",
                 which give the number of steps, too; with `x_0_mse` "likelihood", the timesteps from
                 T - 1 to 0 of the least bound (2106.03802). They are for the bound alone: most of
-                them are near t = 0, and samples get worse.
+                them are near t = 0, and samples get worse; "calibrated", the timesteps that
+                `ddpm-hf calibrate --timesteps` found for DDIM, that is for eta = 0.
 
         Raises:
             TypeError, ValueError: for anything else.
@@ -197,11 +214,11 @@ class GaussianDDPMScheduler(configuration.PortableScheduler, forward_process.For
                     f" {len(steps)} steps"
                 )
             return steps
-        checks.check_choice(
-            "timestep_spacing", spacing, (*schedules.SPACINGS, "likelihood", "10,10,20", "ddim50")
-        )
-        if spacing == "likelihood":
-            return self._likelihood_timesteps(num_steps)
+        own = {"likelihood": self._likelihood_timesteps, "calibrated": self._found_timesteps}
+        choices = (*schedules.SPACINGS, *own, "10,10,20", "ddim50")
+        checks.check_choice("timestep_spacing", spacing, choices)
+        if spacing in own:
+            return own[spacing](num_steps)
         num_steps = checks.given_int("num_inference_steps", num_steps, 1, T)
         steps = schedules.SPACINGS[spacing](num_steps, T, self.config.steps_offset)
         checks.warn_if_signal_is_missed(spacing, int(steps[-1]), self._log_alphas)
@@ -217,6 +234,17 @@ class GaussianDDPMScheduler(configuration.PortableScheduler, forward_process.For
         num_steps = checks.given_int("num_inference_steps", num_steps, 2, len(self))
         snr = self.snr(torch.arange(len(self)), torch.float64).numpy()
         return best_timesteps.likelihood_timesteps(snr, self.x_0_mse.numpy(), num_steps)
+
+    def _found_timesteps(self, num_steps: Any) -> Steps:
+        found = self.calibrated_timesteps.get("DDIM", {})
+        if num_steps not in found:
+            known = f"those were found for {min(found)} to {max(found)} steps" if found else "none"
+            raise ValueError(
+                "timestep_spacing 'calibrated' has no timesteps for"
+                f" num_inference_steps={num_steps} of DDIM: {known}; `ddpm-hf calibrate"
+                " --timesteps` finds them for 5 to 25"
+            )
+        return checks.check_timesteps(found[num_steps], len(self))
 
     def _set_trajectory(self, ascending: Steps, device: torch.device | None = None) -> None:
         config, mse = self.config, self.x_0_mse

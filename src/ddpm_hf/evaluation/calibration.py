@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from diffusers import UNet2DModel
@@ -18,14 +19,19 @@ from ddpm_hf.calibration import (
     without_curve,
 )
 from ddpm_hf.diffusion.bounds import part_of
+from ddpm_hf.diffusion.conditioning import denoiser_of
 from ddpm_hf.diffusion.files import read_json, write_text
+from ddpm_hf.diffusion.samplers import num_outputs
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.evaluation.images import EvaluationImages
 from ddpm_hf.evaluation.likelihood import BoundOptions, bound_in_parts, bound_key
 from ddpm_hf.likelihood import BitsPerDim
+from ddpm_hf.optimal_timesteps import SAMPLERS, find_timesteps
+from ddpm_hf.randomness import seed_of
 from ddpm_hf.wording import counted
 
 FILE_NAME = "calibration.json"
+NUM_TRAJECTORIES = 32
 NUM_STEPS = (5, 10, 25, 50, 100, 250)
 
 
@@ -167,8 +173,37 @@ def described(
     }
 
 
-def keep_curve(scheduler: GaussianDDPMScheduler, model: Path, output: Path) -> Path:
-    """Put the curve into the model's scheduler_config.json, all else in it as it was.
+def timesteps_of(
+    unet: UNet2DModel, scheduler: GaussianDDPMScheduler, images: EvaluationImages, seed: int
+) -> dict[str, dict[int, list[int]]]:
+    """Timesteps by sampler and number of steps, found on noise by the seed; every class alike."""
+    generators = [
+        torch.Generator().manual_seed(seed_of(seed, "timesteps", i))
+        for i in range(NUM_TRAJECTORIES)
+    ]
+    noise = torch.stack([torch.randn(images.images.shape, generator=g) for g in generators])
+    noise = noise.to(unet.device)
+    labels = None
+    if images.labels is not None:
+        classes = sorted({*images.labels.tolist()})
+        each = [classes[i % len(classes)] for i in range(NUM_TRAJECTORIES)]
+        labels = torch.tensor(each, device=unet.device)
+    T, channels = len(scheduler), num_outputs(unet.config, scheduler)
+    return {
+        sampler: find_timesteps(
+            denoiser_of(unet, labels, channels),
+            scheduler,
+            noise,
+            sampler=sampler,
+            max_num_steps=min(25, T),
+            num_fine_steps=min(100, T),
+        )
+        for sampler in SAMPLERS
+    }
+
+
+def keep_calibration(scheduler: GaussianDDPMScheduler, model: Path, output: Path) -> Path:
+    """Put what was measured into the model's scheduler_config.json, all else as it was.
 
     Args:
         scheduler: with the curve.
