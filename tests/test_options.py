@@ -115,6 +115,7 @@ DIFFERENCES = {
     "max_grad_norm": (0.01, LEARNED, {}),
     "ema_decay": (0.1, {"average"}, {}),
     "mixed_precision": ("bf16", LEARNED, {}),
+    "gradient_checkpointing": (True, set(), {}),
     "seed": (1, LEARNED, {}),
     "validation_split": ("0.3", LEARNED | {"images"}, {}),
     "validation_steps": (1, {"metrics"}, VALIDATED),
@@ -140,6 +141,8 @@ ELSEWHERE = {
     "allow_pickle": "test_training.py::test_pickled_weights_are_fine_tuned_when_allowed",
     "push_to_hub": "test_hub_push.py::test_training_on_a_data_set_of_the_hub_pushes_what_it_made",
     "public": "test_hub_push.py::test_training_outlives_a_hub_that_fails_and_says_how_to_push",
+    "compile": "test_training_speed.py::test_a_compiled_run_stays_compiled_when_it_is_resumed",
+    "num_threads": "test_training_speed.py::test_a_resumed_run_keeps_its_number_of_threads",
     "ddp_timeout": "test_endings.py::test_a_process_that_stands_still_ends_the_run_and_is_named",
 }
 

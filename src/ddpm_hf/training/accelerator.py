@@ -10,6 +10,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
+    TorchDynamoPlugin,
     is_tensorboard_available,
     parse_flag_from_env,
 )
@@ -93,6 +94,12 @@ def _refuse_sharding() -> None:
 def available_trackers() -> list[str]:
     """The experiment trackers that are installed."""
     return ["tensorboard"] if is_tensorboard_available() else []
+
+
+def compile_as_asked(config: TrainingConfig, accelerator: Accelerator) -> None:
+    """Let `prepare` compile the network or not, whatever accelerate's configuration says."""
+    if config.compile is not None:
+        accelerator.state.dynamo_plugin = TorchDynamoPlugin("inductor" if config.compile else "no")
 
 
 def with_precision(config: TrainingConfig, accelerator: Accelerator) -> TrainingConfig:

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import sys
+import typing
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -91,10 +92,18 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
 
 
 def _flags_alone(argv: Sequence[str]) -> list[str]:
-    """`--random-flip ./photos` as `--random-flip true ./photos`: a switch takes no data set."""
-    switches = {f"--{f.name.replace('_', '-')}" for f in fields(TrainingConfig) if f.type is bool}
+    """`--random-flip ./photos` as `--random-flip true ./photos`: a switch takes no data set.
+
+    `--no-compile` is `--compile false`, and so for every switch.
+    """
+    hints = typing.get_type_hints(TrainingConfig)
+    names = [name for name, hint in hints.items() if hint in (bool, bool | None)]
+    switches = {f"--{name.replace('_', '-')}" for name in names}
     words, following = [], [*argv[1:], ""]
     for word, after in zip(argv, following, strict=False):
+        if word.startswith("--no-") and word.replace("no-", "", 1) in switches:
+            words += [word.replace("no-", "", 1), "false"]
+            continue
         alone = word in switches and after.lower() not in ("true", "false", "yes", "no", "1", "0")
         words += [word, "true"] if alone else [word]
     return words

@@ -41,6 +41,8 @@ FREE_ON_RESUME = frozenset(
     {
         "max_train_steps", "gradient_accumulation_steps", "dataloader_num_workers", "output_dir",
         "dataset",  # the images themselves are compared
+        "gradient_checkpointing",  # the same bits
+        "num_threads",  # sums of the other number differ in their last bits
         "logging_steps", "sample_steps", "num_samples", "sample_inference_steps",
         "checkpointing_steps", "checkpoints_total_limit", "push_to_hub", "public", "license",
         "allow_pickle", "ddp_timeout",
@@ -190,6 +192,21 @@ class OptimizationOptions:
     mixed_precision: Literal["no", "fp16", "bf16"] | None = _option(
         None, "precision of the network's arithmetic (default: accelerate's configuration)"
     )
+    compile: bool | None = _option(
+        None,
+        "compile the network by torch.compile, which takes minutes before the first update and "
+        "pays in long runs; --no-compile: not (default: accelerate's configuration)",
+    )
+    gradient_checkpointing: bool = _option(
+        False,
+        "compute activations anew in the backward pass: the same bits, about a third slower, in a "
+        "fraction of the memory",
+    )
+    num_threads: int | None = _option(
+        None,
+        "threads of the CPU that share an operation (default: as many as the cores, or one where "
+        "that is faster, because something else keeps a core busy)",
+    )
     ddp_timeout: int = _option(
         300, "seconds that the processes of a run wait for one that does not answer"
     )
@@ -271,8 +288,8 @@ class TrainingConfig(
             "gradient_accumulation_steps": 1, "logging_steps": 1, "sample_steps": 1,
             "checkpointing_steps": 1, "checkpoints_total_limit": 1, "sample_inference_steps": 1,
             "validation_steps": 1, "validation_images": 2, "validation_timesteps": 2,
-            "ddp_timeout": 1, "lr_warmup_steps": 0, "num_samples": 0, "dataloader_num_workers": 0,
-            "seed": 0,
+            "ddp_timeout": 1, "num_threads": 1, "lr_warmup_steps": 0, "num_samples": 0,
+            "dataloader_num_workers": 0, "seed": 0,
         }  # fmt: skip
         if "://" in (self.dataset or ""):  # not repeated: it may hold a password
             raise ConfigError(

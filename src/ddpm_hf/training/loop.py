@@ -1,13 +1,16 @@
 """Training: `train` sets a run up, `_train_loop` makes its updates."""
 
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from diffusers import UNet2DModel
 from torch import Tensor
@@ -20,7 +23,11 @@ from ddpm_hf.hub.background import BackgroundPusher
 from ddpm_hf.losses import Loss
 from ddpm_hf.paths import RunPaths
 from ddpm_hf.randomness import dropped_labels, noise_of_rows, seed_of, timestep_generator
-from ddpm_hf.training.accelerator import create_accelerator, with_precision
+from ddpm_hf.training.accelerator import (
+    compile_as_asked,
+    create_accelerator,
+    with_precision,
+)
 from ddpm_hf.training.config import (
     ConfigError,
     TrainingConfig,
@@ -40,6 +47,8 @@ from ddpm_hf.training.run_folder import remove_leftovers, run_lock
 from ddpm_hf.training.signals import StopSignal, is_under_a_launcher
 from ddpm_hf.training.state import find_checkpoint, read_facts
 from ddpm_hf.training.validation import Validation
+from ddpm_hf.training.warm_up import trial_pass, warm_up
+from ddpm_hf.wording import counted
 
 # So many updates in a row without one finite gradient mean that the run is lost; a mixed-precision
 # run skips a few at its start while the loss scale settles.
@@ -116,6 +125,7 @@ def train(
         )
     paths = RunPaths(config.run_folder())
     with create_accelerator(config) as accelerator, ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
         wait_s = config.ddp_timeout
         on_main(accelerator, lambda: stack.enter_context(run_lock(paths)), wait_s)
         pusher = on_main(accelerator, lambda: _create_pusher(config), wait_s)
@@ -125,13 +135,14 @@ def train(
             stack.enter_context(_warned_already())
             config = merge_resumed_config(config, read_facts(checkpoint)["config"])
         config = with_precision(config, accelerator)
+        compile_as_asked(config, accelerator)
         parts = assemble(config, accelerator, unet, scheduler, dataset, loss)
         stop = stack.enter_context(StopSignal(config.ddp_timeout))
-        stack.enter_context(_out_of_memory_as_training_error(config))
+        stack.enter_context(_out_of_memory_as_training_error(accelerator))
         run = Run(parts, accelerator, stop, checkpoint)
         stack.callback(free_gradient_reducer, run.model)
         validation = Validation(run, run.parts.held_out) if run.parts.held_out else None
-        print_plan(run, validation)
+        print_plan(run, validation, warm_up(run))
         log = MetricsLog(paths.metrics, accelerator, run.state.step)
         stack.callback(log.close)
         outputs = Outputs(run, log, pusher, validation)
@@ -139,7 +150,7 @@ def train(
             outputs.complete()
         else:
             source = read_batches(run.load_batches())
-            ahead = ReadAhead(source, config.gradient_accumulation_steps)
+            ahead = ReadAhead(source, run.config.gradient_accumulation_steps)
             stack.callback(ahead.close)
             # However the updates end, the bar is closed before anything else is said.
             bar = stack.enter_context(_progress_bar(run))
@@ -168,9 +179,13 @@ def _train_loop(
     metrics, logged_step = RunningMetrics(run.accelerator.device), state.step
     run.model.train()
     for step in range(state.step, last):
+        start = time.monotonic()
         metrics.add(step, *_update(run, ahead.batches, step))
         state.step = step + 1
         bar.update()
+        if run.threads.should_be_chosen_again(time.monotonic() - start):
+            number = run.threads.choose(partial(trial_pass, run))
+            bar.write(f"updates are slow: {counted(number, 'thread')} from update {step + 2:,} on")
         ahead.advance()
         stopping = run.stop.agreed(ahead.failure is not None)
         ending = stopping or state.step == last
@@ -327,12 +342,12 @@ def _warned_already() -> Iterator[None]:
 
 
 @contextmanager
-def _out_of_memory_as_training_error(config: TrainingConfig) -> Iterator[None]:
+def _out_of_memory_as_training_error(accelerator: Accelerator) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
+        steps = 2 * accelerator.gradient_accumulation_steps
         raise TrainingError(
-            f"out of memory: {error}. The same command with gradient_accumulation_steps "
-            f"{2 * config.gradient_accumulation_steps} goes on with half as many images at once, "
-            "and the same batch"
+            f"out of memory: {error}. The same command with gradient_accumulation_steps {steps} "
+            "goes on with half as many images at once, and the same batch"
         ) from error

@@ -1,11 +1,10 @@
 """What a run says before it begins and after it has ended."""
 
 import dataclasses
-import time
 
 import torch
+from accelerate.utils import DynamoBackend
 
-from ddpm_hf.data.labels import NO_LABEL
 from ddpm_hf.diffusion.extension import beta_schedule_of
 from ddpm_hf.training.accelerator import available_trackers
 from ddpm_hf.training.config import required
@@ -15,20 +14,22 @@ from ddpm_hf.training.state import read_facts
 from ddpm_hf.training.validation import Validation
 from ddpm_hf.wording import counted, duration
 
-# A run of fewer updates ends before its estimate would be read.
-_UPDATES_WORTH_AN_ESTIMATE = 100
 
+def print_plan(run: Run, validation: Validation | None, seconds: float | None) -> None:
+    """Say what is about to happen and how long it will take; keep the options beside it.
 
-def print_plan(run: Run, validation: Validation | None = None) -> None:
-    """Say what is about to happen and how long it will take; keep the options beside it."""
+    Args:
+        run: which is about to begin.
+        validation: what is measured on the way.
+        seconds: of an update, if known.
+    """
     accelerator = run.accelerator
     if run.state.step:
         accelerator.print(f"resuming after update {run.state.step:,}, from {run.checkpoint}")
         accelerator.print(other_length(run), end="")
     accelerator.print(describe(run, validation))
-    updates = run.batches.stop - run.state.step
-    if updates > _UPDATES_WORTH_AN_ESTIMATE:
-        seconds = seconds_per_update(run)
+    if seconds is not None:
+        updates = run.batches.stop - run.state.step
         accelerator.print(
             f"time       about {duration(updates * seconds)} ({seconds:.2g} s an update); "
             "stop at any time with Ctrl-C, run the same command again to go on"
@@ -82,7 +83,7 @@ def describe(run: Run, validation: Validation | None = None) -> str:
             f"({counted(round(steps * batch / num_images), 'epoch')}), "
             f"learning rate {config.learning_rate:g}, objective {run.parts.objective.name}",
             f"machine    {accelerator.num_processes} x {accelerator.device.type}, "
-            f"mixed precision: {accelerator.mixed_precision}",
+            f"mixed precision: {accelerator.mixed_precision}{_computed(run)}",
             f"output     {run.paths.root}, losses in {losses}",
             *([validation.describe()] if validation else []),
             *(f"note       {note}" for note in run.parts.notes),
@@ -90,24 +91,15 @@ def describe(run: Run, validation: Validation | None = None) -> str:
     )
 
 
-def seconds_per_update(run: Run) -> float:
-    """Time of an update, measured on one that leaves no trace."""
-    size, device = len(run.batches.rows(0)), run.accelerator.device
-    parts, first = run.parts, run.parts.images[0, 0]
-    has_labels = not isinstance(first, torch.Tensor)
-    shape = first[0].shape if has_labels else first.shape
-    x_0 = torch.full((size, *shape), -1.0, device=device)
-    labels = torch.full((size,), NO_LABEL) if has_labels else None
-    noise, t = torch.randn_like(x_0), torch.zeros(size, dtype=torch.long, device=device)
-    for _ in range(2):  # the first one warms up
-        start = time.monotonic()
-        with run.accelerator.no_sync(run.model):
-            losses = parts.objective.loss(run.denoiser(labels), parts.scheduler, x_0, t, noise)
-            torch.autograd.backward(losses.mean())
-        run.state.unet.zero_grad(set_to_none=True)
-        losses[0].item()  # waits for the device
-        seconds = time.monotonic() - start
-    return seconds * run.config.gradient_accumulation_steps
+def _computed(run: Run) -> str:
+    """How the network is computed, where that is not as usual."""
+    backend = run.accelerator.state.dynamo_plugin.backend
+    words = {
+        counted(torch.get_num_threads(), "thread"): run.accelerator.device.type == "cpu",
+        "compiled": backend != DynamoBackend.NO,
+        "gradient checkpointing": run.config.gradient_checkpointing,
+    }
+    return "".join(f", {word}" for word, holds in words.items() if holds)
 
 
 def outcome(run: Run) -> str:

@@ -20,6 +20,7 @@ from ddpm_hf.training.images import Selection
 from ddpm_hf.training.parts import Parts
 from ddpm_hf.training.signals import StopSignal
 from ddpm_hf.training.state import TrainState, read_checkpoint
+from ddpm_hf.training.threads import Threads
 
 
 class Run:
@@ -34,6 +35,7 @@ class Run:
     Attributes:
         state: weights, their average, moments, and the number of updates done.
         model: the network to call in training, wrapped for many processes.
+        threads: how many threads of the CPU share an operation.
         optimizer: the optimizer to step, wrapped likewise.
         batches: which images each update sees.
         paths: where everything is written.
@@ -56,11 +58,13 @@ class Run:
         )
         # The plain network, whatever wraps or compiles it for training: its keys are what is kept.
         unet = parts.unet.to(accelerator.device)
+        if self.config.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
         ema = EMAModel(unet.parameters(), decay=self.config.ema_decay, foreach=True)
         self.state = TrainState(unet, ema, optimizer, parts.objective.timesteps, accelerator.scaler)
         self._began, self._elapsed_before_s = time.monotonic(), 0.0
-        if checkpoint is not None:
-            self._resume(checkpoint)
+        before = self._resume(checkpoint) if checkpoint is not None else {}
+        self.threads = Threads(self.config.num_threads, before.get("num_threads"), accelerator)
         # Nothing fails from here on that would leave the wrapper to itself.
         self.model, self.optimizer = accelerator.prepare(unet, optimizer)
         self.batches = Batches(
@@ -74,7 +78,16 @@ class Run:
             accumulation=self.config.gradient_accumulation_steps,
         )
 
-    def _resume(self, checkpoint: Path) -> None:
+    def split_micro_batches(self, factor: int) -> None:
+        """Take the same batches in `factor` times as many passes; sums are rounded differently."""
+        steps = factor * self.config.gradient_accumulation_steps
+        self.config = dataclasses.replace(self.config, gradient_accumulation_steps=steps)
+        self.parts = dataclasses.replace(self.parts, config=self.config)
+        self.accelerator.gradient_accumulation_steps = steps
+        self.batches = dataclasses.replace(self.batches, accumulation=steps)
+
+    def _resume(self, checkpoint: Path) -> dict[str, Any]:
+        """Take over what the checkpoint holds; its facts."""
         tensors, facts = read_checkpoint(checkpoint)
         now = json.loads(json.dumps(self.parts.identity()))
         changed = [
@@ -95,6 +108,7 @@ class Run:
             )
         self.state.restore(tensors, facts)
         self._elapsed_before_s = facts["elapsed_s"]
+        return facts
 
     def load_batches(self) -> DataLoader[Tensor]:
         """This process's share of every micro-batch that is left, in order."""
@@ -159,4 +173,5 @@ class Run:
             "parts": self.parts.identity(),
             "elapsed_s": self.total_elapsed_s,
             "num_processes": self.accelerator.num_processes,
+            "num_threads": torch.get_num_threads(),
         }
