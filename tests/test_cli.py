@@ -269,6 +269,21 @@ def test_a_network_file_that_makes_no_network_is_explained(tmp_path, content, sa
         build_unet(ImageFacts("L", 8, 8), "cpu", str(file))
 
 
+def test_a_network_from_a_file_gets_the_channels_and_classes_that_the_file_leaves_out(tmp_path):
+    file = tmp_path / "unet.json"
+    levels = {"block_out_channels": [32, 32], "down_block_types": ["DownBlock2D"] * 2}
+    levels["up_block_types"] = ["UpBlock2D"] * 2
+    learned = GaussianDDPMScheduler(
+        20, beta_schedule="squaredcos_cap_v2", variance_type="learned_range"
+    )
+    file.write_text(json.dumps({**levels, "num_class_embeds": None}))
+    config = build_unet(ImageFacts("RGB", 8, 8), "cpu", str(file), learned, 4).config
+    assert (config.in_channels, config.out_channels, config.num_class_embeds) == (3, 6, 5)
+    file.write_text(json.dumps({**levels, "in_channels": 1, "num_class_embeds": 9}))
+    config = build_unet(ImageFacts("RGB", 8, 8), "cpu", str(file), learned, 4).config
+    assert (config.in_channels, config.num_class_embeds) == (1, 9)  # to be refused, not changed
+
+
 @pytest.mark.parametrize(
     ("error", "status", "said"),
     [

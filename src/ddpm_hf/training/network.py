@@ -42,14 +42,21 @@ def build_unet(
     Args:
         facts: mode and size of the images.
         device: "cpu" gets a quarter of the channels, so that a step takes a fraction of a second.
-        config_file: JSON file with arguments of `UNet2DModel`.
+        config_file: JSON file with arguments of `UNet2DModel`; numbers of channels and classes that
+            it leaves out are those of the images.
         scheduler: where its variance is learned, the proposed network predicts that, too.
         num_classes: for a network that is told the class; one more embedding stands for "none".
     Raises:
         ConfigError: if the file cannot be read, or its network does not fit the images.
     """
+    ends = {
+        "in_channels": facts.num_channels,
+        "out_channels": facts.num_channels * (2 if learns_variance(scheduler) else 1),
+        "num_class_embeds": num_classes and num_classes + 1,
+    }
     if config_file is not None:
-        unet: UNet2DModel = UNet2DModel.from_config(unet_arguments(config_file))
+        given = {k: v for k, v in unet_arguments(config_file).items() if v is not None}
+        unet: UNet2DModel = UNet2DModel.from_config({**ends, **given})
         return unet
     size = max(facts.height, facts.width)
     # Halve down to 4 pixels for small images, to 8 for larger ones.
@@ -60,13 +67,11 @@ def build_unet(
     sides = [-(-size // 2**level) for level in range(len(multipliers))]
     attention = [device != "cpu" and 8 < side <= 16 for side in sides]
     return UNet2DModel(
+        **ends,
         sample_size=sample_size(facts, 2 ** (len(multipliers) - 1)),
-        in_channels=facts.num_channels,
-        out_channels=facts.num_channels * (2 if learns_variance(scheduler) else 1),
         block_out_channels=tuple((32 if device == "cpu" else 128) * m for m in multipliers),
         down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention),
         up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
-        num_class_embeds=num_classes and num_classes + 1,
         attention_head_dim=64,  # 64 channels a head were best in 2105.05233, table 3
     )
 
