@@ -314,6 +314,21 @@ def test_normal_data_come_out_with_the_known_standard_deviation(K, prediction):
     assert got == pytest.approx(STD_OF_SAMPLES[K], abs=6e-5)  # the table has four digits
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.3, 0.9, 1.0])
+def test_a_step_of_any_eta_is_that_of_ddim(eta):
+    """2010.02502, eq. 12 with the sigma of eq. 16, as the paper writes them."""
+    scheduler = GaussianDDPMScheduler(prediction_type="epsilon", clip_sample=False)
+    scheduler.set_timesteps(20)
+    bars = to_float64(betas_and_bars("linear 1000")[1])
+    x_t, eps, noise = (randn(2, 3, seed=seed) for seed in range(3))
+    t, prev = scheduler.timesteps[7].item(), scheduler.timesteps[8].item()
+    sigma = eta * (((1 - bars[prev]) / (1 - bars[t])) * (1 - bars[t] / bars[prev])) ** 0.5
+    x_0 = (x_t - (1 - bars[t]) ** 0.5 * eps) / bars[t] ** 0.5
+    want = bars[prev] ** 0.5 * x_0 + (1 - bars[prev] - sigma**2) ** 0.5 * eps + sigma * noise
+    got = scheduler.step(eps, t, x_t, variance_noise=noise, eta=eta).prev_sample
+    assert_close(got, want, rtol=0, atol=1e-12)  # differences of numbers near 1
+
+
 def test_samples_of_the_float32_chain_have_the_known_standard_deviation():
     scheduler = GaussianDDPMScheduler(clip_sample=False)
     scheduler.set_timesteps(timestep_spacing="50")
