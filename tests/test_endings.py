@@ -17,7 +17,7 @@ from PIL import Image
 from processes import LIMIT_S, started, started_ranks
 from tiny_runs import assert_equal_bits, checkpoint
 
-from ddpm_hf import TrainingConfig, train
+from ddpm_hf import ConfigError, TrainingConfig, train
 from ddpm_hf.training import TrainingError
 
 TRAIN = [sys.executable, "-m", "ddpm_hf", "train"]
@@ -101,6 +101,12 @@ def test_a_second_request_to_stop_ends_the_process_at_once(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, ask_twice)
+
+
+def test_processes_that_the_launch_left_alone_are_told_how_to_be_connected(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun does; no rank without ACCELERATE_USE_CPU
+    with pytest.raises(ConfigError, match="ACCELERATE_USE_CPU=true before the launch"):
+        run(tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The Accelerator of one run, and the processes that it works with."""
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -38,7 +39,8 @@ def create_accelerator(config: TrainingConfig) -> Iterator[Accelerator]:
     in the same process (a notebook) may have another precision.
 
     Raises:
-        ConfigError: for a precision that the machine does not have, or a launch that shards.
+        ConfigError: for a precision that the machine does not have, or a launch that shards or
+            leaves the processes alone.
         ProcessError: if another process of the run does not answer any more.
     """
     is_ours = not AcceleratorState._shared_state
@@ -54,6 +56,7 @@ def create_accelerator(config: TrainingConfig) -> Iterator[Accelerator]:
             project_dir=config.run_folder(),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=_timeout(config))],
         )
+        _refuse_lone_processes(accelerator)
         if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
             # Accelerate would train in float32 without a word.
             raise ConfigError("mixed_precision fp16 needs a GPU; on the CPU choose bf16 or no")
@@ -70,10 +73,12 @@ def join_processes(config: TrainingConfig) -> PartialState:
     """The processes of this launch, for what comes before training.
 
     Raises:
-        ConfigError: for a launch that shards the weights.
+        ConfigError: for a launch that shards the weights, or leaves the processes alone.
     """
     _refuse_sharding()
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=_timeout(config))
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=_timeout(config))
+    _refuse_lone_processes(state)
+    return state
 
 
 def _timeout(config: TrainingConfig) -> timedelta:
@@ -89,6 +94,16 @@ def _refuse_sharding() -> None:
                 "the weights; here each one has all of them: choose multi-GPU (accelerate config), "
                 "or launch with --multi_gpu"
             )
+
+
+def _refuse_lone_processes(state: Accelerator | PartialState) -> None:
+    """Accelerate connects CPUs only when told to; without, each process would train by itself."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if state.num_processes == 1 and launched > 1:
+        raise ConfigError(
+            f"{launched} processes were launched, but they are not connected: Accelerate sees no "
+            "GPU here; to train on CPUs, set ACCELERATE_USE_CPU=true before the launch"
+        )
 
 
 def available_trackers() -> list[str]:

@@ -120,8 +120,8 @@ class ModelOptions:
     )
     unet_config: str | None = _option(
         None,
-        "JSON file with the arguments of a UNet2DModel; channels and classes that it leaves out are "
-        "those of the images (default: proposed)",
+        "JSON file with the arguments of a UNet2DModel; channels and classes that it leaves out "
+        "are those of the images (default: proposed)",
     )
     num_train_timesteps: int | None = _option(
         None, "steps T of the diffusion (default: 1000, or the pretrained model's)"
