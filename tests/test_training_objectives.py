@@ -19,6 +19,7 @@ from torch.testing import assert_close
 
 from ddpm_hf import ConfigError, GaussianDDPMPipeline, GaussianDDPMScheduler, load, train
 from ddpm_hf.losses import hybrid_loss
+from ddpm_hf.timestep_samplers import TIMESTEP_SAMPLERS, UniformTimesteps
 from ddpm_hf.training.objective import in_order_of_rows
 
 # T = 4: the history of the losses is full after some updates, and decides the draws after them.
@@ -75,6 +76,24 @@ def test_losses_of_all_processes_come_back_in_the_order_of_the_rows():
     first, second = [rows[0], rows[2]], [rows[1], rows[3]]
     for mine in (first, second):
         assert torch.equal(in_order_of_rows(mine, Gathered(first, second)), torch.arange(12.0))
+
+
+class Thrice(UniformTimesteps):
+    """Says of every timestep that it should have been drawn three times as often."""
+
+    def sample(self, *args):
+        t, weights = super().sample(*args)
+        return t, 3 * weights
+
+
+def test_losses_are_weighted_by_how_often_their_timestep_is_drawn(tmp_path, monkeypatch):
+    first = {}
+    for name, sampler in (("once", UniformTimesteps), ("thrice", Thrice)):
+        monkeypatch.setitem(TIMESTEP_SAMPLERS, "uniform", sampler)
+        run(tmp_path / name, max_train_steps=2, logging_steps=1)
+        first[name] = metrics(tmp_path / name)[0]
+    for value in ("loss", "grad_norm"):  # of float32
+        assert first["thrice"][value] == pytest.approx(3 * first["once"][value], rel=1e-5)
 
 
 def test_an_option_of_the_objective_reaches_the_loss(tmp_path):
