@@ -76,6 +76,11 @@ def test_measuring_changes_nothing_that_is_learned_and_a_resumed_run_measures_th
     assert measured(tmp_path / "resumed")[6] == measured(tmp_path / "straight")[6]
 
 
+def test_each_held_out_image_gets_noise_and_timesteps_of_its_own(tmp_path):
+    run(tmp_path, dataset=on_grid(1) * 20, max_train_steps=2)
+    assert metrics(tmp_path)[-1]["validation_standard_error"] > 0  # of twenty equal images
+
+
 def test_the_best_model_is_kept_beside_the_last(tmp_path):
     run(tmp_path, keep_best=True, validation_steps=1, max_train_steps=8, learning_rate=0.05)
     values = measured(tmp_path)
