@@ -78,7 +78,7 @@ def test_measuring_changes_nothing_that_is_learned_and_a_resumed_run_measures_th
 
 def test_each_held_out_image_gets_noise_and_timesteps_of_its_own(tmp_path):
     run(tmp_path, dataset=on_grid(1) * 20, max_train_steps=2)
-    assert metrics(tmp_path)[-1]["validation_standard_error"] > 0  # of twenty equal images
+    assert metrics(tmp_path)[-1]["validation_standard_error"] > 1e-3  # equal images
 
 
 def test_the_best_model_is_kept_beside_the_last(tmp_path):
