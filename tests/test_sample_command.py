@@ -13,7 +13,8 @@ from PIL import Image
 from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler
 from ddpm_hf.cli import main
 from ddpm_hf.commands.sample import SCHEDULERS, output_path
-from ddpm_hf.pictures import draw_images, quantised
+from ddpm_hf.pictures import quantised
+from ddpm_hf.sampling import draw_images
 
 T = 60
 

@@ -1,4 +1,4 @@
-"""Pictures: drawn by a pipeline, side by side for people, and in files for people and programs."""
+"""Pictures: side by side for people, and in files for people and programs."""
 
 import math
 import os
@@ -11,10 +11,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from tqdm.auto import tqdm
-
-from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
-from ddpm_hf.randomness import seed_of
 
 Pixels = npt.NDArray[Any]  # one image, (H, W, C), float in [0, 1]
 # A grid cell is enlarged by whole factors until its longer side has at least this many pixels.
@@ -29,46 +25,6 @@ def best_device() -> str:
     available = torch.accelerator.is_available()
     accelerator = torch.accelerator.current_accelerator() if available else None
     return accelerator.type if accelerator is not None else "cpu"
-
-
-def draw_images(
-    pipeline: GaussianDDPMPipeline,
-    num_images: int,
-    *,
-    first: int = 0,
-    batch_size: int = 16,
-    seed: int = 0,
-    class_labels: Sequence[int | str] | None = None,
-    progress: bool = True,
-    **call: Any,
-) -> list[Pixels]:
-    """Draw images of which the i-th depends on (seed, i) alone, not on the batch it falls into.
-
-    Args:
-        pipeline: draws them, on its device.
-        num_images: how many.
-        first: i of the first of them.
-        batch_size: images drawn at once.
-        seed: image i comes from a generator seeded with a hash of `seed` and i.
-        class_labels: the class of each image, as numbers or names.
-        progress: show progress bars; that of batches only where there are several.
-        **call: further arguments of the pipeline, such as `num_inference_steps` and `eta`.
-    Returns:
-        arrays (H, W, C), float32 in [0, 1].
-    """
-    images: list[Pixels] = []
-    pipeline.set_progress_bar_config(leave=False, desc="denoising", disable=not progress)
-    starts = range(0, num_images, batch_size)
-    silent = None if progress and len(starts) > 1 else True  # None: where nobody watches
-    for start in tqdm(starts, desc="batches", leave=False, disable=silent):
-        places = range(start, min(start + batch_size, num_images))
-        seeds = [seed_of(seed, "sample", first + place) for place in places]
-        generators = [torch.Generator(pipeline.device).manual_seed(seed) for seed in seeds]
-        if class_labels is not None:
-            call["class_labels"] = class_labels[places.start : places.stop]
-        output: Any = pipeline(len(places), generators, output_type="np", **call)
-        images += list(output.images)
-    return images
 
 
 def quantised(image: Pixels, bit_depth: int) -> Pixels:

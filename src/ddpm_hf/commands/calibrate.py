@@ -81,9 +81,9 @@ def calibrate(options: argparse.Namespace) -> None:
         timesteps_of,
     )
     from ddpm_hf.evaluation.likelihood import BoundOptions
-    from ddpm_hf.evaluation.parts import join_processes
     from ddpm_hf.evaluation.report import write_report
     from ddpm_hf.hub.load import load
+    from ddpm_hf.parts import join_processes
 
     options.output.mkdir(parents=True, exist_ok=True)  # fails before the work, if at all
     state = join_processes()

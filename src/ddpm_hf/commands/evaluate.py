@@ -184,9 +184,9 @@ def evaluate(options: argparse.Namespace) -> None:
         ValueError, OSError: if something cannot be loaded or measured.
     """
     from ddpm_hf.evaluation.likelihood import BoundOptions, forget_parts, measure_bits_per_dim
-    from ddpm_hf.evaluation.parts import join_processes
     from ddpm_hf.evaluation.report import read_result, table, write_report
     from ddpm_hf.hub.load import load
+    from ddpm_hf.parts import join_processes
 
     options.output.mkdir(parents=True, exist_ok=True)  # fails before the work, if at all
     state = join_processes()

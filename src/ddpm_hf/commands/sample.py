@@ -198,7 +198,8 @@ def draw(options: argparse.Namespace, output: Path) -> None:
     """Load the model, draw the images and save them."""
     from ddpm_hf.diffusion.pipeline import image_facts
     from ddpm_hf.hub.load import load
-    from ddpm_hf.pictures import best_device, draw_images, save_images
+    from ddpm_hf.pictures import best_device, save_images
+    from ddpm_hf.sampling import draw_images
 
     pipeline = load(
         options.model,

@@ -150,7 +150,7 @@ def prepare_images(
     _check_options(resolution, image_mode, bit_depth, crop, on_bad_image)
     if isinstance(dataset, datasets.DatasetDict) and len(dataset) == 1:
         (dataset,) = dataset.values()
-    column = _image_column(dataset, image_column)
+    column = find_image_column(dataset, image_column)
     image_mode = image_mode or _declared_mode(dataset.features[column])
     cells = dataset.with_format(None).select_columns([column])
     cells = cells.cast_column(column, datasets.Image(decode=False))
@@ -183,7 +183,12 @@ def _check_options(
             raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
 
 
-def _image_column(dataset: Any, wanted: str | None) -> str:
+def find_image_column(dataset: Any, wanted: str | None) -> str:
+    """The column of the images: the one that is wanted, or the only one.
+
+    Raises:
+        DataError: if there is no such column, or several and none is wanted.
+    """
     if isinstance(dataset, datasets.DatasetDict):
         raise DataError(f"the data set has several splits, take one of {', '.join(dataset)}")
     if not isinstance(dataset, datasets.Dataset):

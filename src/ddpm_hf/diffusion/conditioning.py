@@ -36,7 +36,7 @@ def label_tensor(
     if class_labels is None:
         raise ValueError("class_labels must be given: this model is class-conditional")
     if unet.config.class_embed_type is None:
-        numbers = _class_numbers(class_labels, unet.config.num_class_embeds, names)
+        numbers = class_numbers(class_labels, unet.config.num_class_embeds, names)
         class_labels = numbers * batch_size if len(numbers) == 1 else numbers
     labels = torch.as_tensor(class_labels)
     if labels.shape[:1] != (batch_size,):
@@ -47,7 +47,12 @@ def label_tensor(
     return labels
 
 
-def _class_numbers(labels: Any, num_classes: int, names: Sequence[str] | None) -> list[int]:
+def class_numbers(labels: Any, num_classes: int, names: Sequence[str] | None) -> list[int]:
+    """The numbers of classes that are given as numbers or as names.
+
+    Raises:
+        ValueError: if there is no such class.
+    """
     labels = labels.tolist() if hasattr(labels, "tolist") else labels
     labels = list(labels) if isinstance(labels, (list, tuple)) else [labels]
     by_name = {name: number for number, name in enumerate(names or ())}

@@ -98,15 +98,22 @@ def _move_files(
         sync(path)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write or replace a UTF-8 text file, with line ends as they are."""
+@contextmanager
+def replacing_file(path: Path) -> Iterator[Path]:
+    """A path beside `path`; the file written there takes its place when the block ends."""
     beside = path.with_name(f".new-{path.name}")
     try:
-        beside.write_text(text, encoding="utf-8", newline="")
+        yield beside
         sync(beside)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write or replace a UTF-8 text file, with line ends as they are."""
+    with replacing_file(path) as beside:
+        beside.write_text(text, encoding="utf-8", newline="")
 
 
 def remove_folder(path: Path) -> None:

@@ -20,6 +20,7 @@ from ddpm_hf.evaluation.images import EvaluationImages
 from ddpm_hf.evaluation.parts import Part, compute_parts
 from ddpm_hf.likelihood import BitsPerDim, bits_per_dim, standard_error
 from ddpm_hf.randomness import seed_of
+from ddpm_hf.sampling.settings import weights_digest
 
 
 @dataclass(frozen=True)
@@ -158,15 +159,6 @@ def bound_key(
     facts = [dataclasses.asdict(options), config, curve, str(unet.dtype), images.digest()]
     sums = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     sums.update(weights_digest(unet).encode())
-    return sums.hexdigest()
-
-
-def weights_digest(unet: torch.nn.Module) -> str:
-    """SHA-256 of the weights, with their names."""
-    sums = hashlib.sha256()
-    for name, tensor in sorted(unet.state_dict().items()):
-        sums.update(name.encode())
-        sums.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return sums.hexdigest()
 
 

@@ -15,7 +15,8 @@ from ddpm_hf.diffusion.files import read_json
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 from ddpm_hf.hub.background import BackgroundPusher
 from ddpm_hf.paths import ModelPaths
-from ddpm_hf.pictures import Pixels, draw_images, grid_by_row, image_grid
+from ddpm_hf.pictures import Pixels, grid_by_row, image_grid
+from ddpm_hf.sampling import draw_images
 from ddpm_hf.training.export import export_model, training_facts
 from ddpm_hf.training.metrics import MetricsLog
 from ddpm_hf.training.run import Run
@@ -130,16 +131,13 @@ class Outputs:
 
     def _draw_share(self, count: int, labels: list[int] | None) -> list[Pixels]:
         run, config = self.run, self.run.config
-        first = run.accelerator.process_index * count
-        if labels is not None:  # the last share is filled up with the last class
-            labels = (labels + [labels[-1]] * count)[first : first + count]
         with run.state.ema_weights() as unet:
             # A copy: sampling with fewer steps changes what "previous step" means.
             scheduler = copy.deepcopy(run.parts.scheduler)
             return draw_images(
                 GaussianDDPMPipeline(unet=unet, scheduler=scheduler),
                 count,
-                first=first,
+                first=run.accelerator.process_index * count,
                 class_labels=labels,
                 # What training fits into memory, drawing does.
                 batch_size=len(run.batches.rows(0)),

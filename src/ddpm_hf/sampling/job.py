@@ -1,0 +1,129 @@
+"""Images in parts on disk: shared by processes, gone on where it was killed."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ddpm_hf.diffusion.files import read_json, write_text
+from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline, image_facts
+from ddpm_hf.parts import complete_parts, from_main, join_processes
+from ddpm_hf.pictures import quantised
+from ddpm_hf.sampling.batches import draw_batch
+from ddpm_hf.sampling.drawn import OPTIONS_NAME, DrawnImages, open_parts, part_paths
+from ddpm_hf.sampling.settings import difference, settings_of, versions
+
+
+def draw_to(
+    pipeline: GaussianDDPMPipeline,
+    folder: str | Path,
+    num_images: int,
+    *,
+    seed: int = 0,
+    batch_size: int = 16,
+    class_labels: Sequence[int | str] | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+    **call: Any,
+) -> DrawnImages:
+    """Draw images into a folder, or the ones that are missing there.
+
+    All processes of `accelerate launch` call this, each with the pipeline on its device, and share
+    the work: batch b is one file, written whole or not at all, and made by process b mod their
+    number. A call that is killed goes on when it is made again. Memory does not grow with
+    `num_images`.
+
+    Args:
+        pipeline: draws them, on its device.
+        folder: gets the images and `options.json`, which says how they were drawn; all processes
+            must see it. Made if missing.
+        num_images: N, how many.
+        seed: image i comes from a generator seeded with a hash of `seed` and i.
+        batch_size: images drawn at once. The last batch is filled up with the images that would
+            follow. Bits are the same at one batch size; another one changes the order of sums.
+        class_labels: numbers or names of classes, given to the images in turn: image i has that at
+            i mod their number.
+        dtype: what is kept: "uint8", "uint16", or "float32" in [0, 1]; by default the bit depth of
+            the model's images.
+        overwrite: draw anew where the folder holds images that were drawn with other options.
+        progress: show progress bars, on the main process.
+        **call: of the pipeline: `num_inference_steps`, `timesteps`, `eta`, `guidance_scale`,
+            `guidance_interval`, `guide`.
+    Returns:
+        the images, on every process, when all are drawn.
+    Raises:
+        ValueError: if the folder holds images that were drawn otherwise (naming the option and both
+            values), or holds other things; if the pipeline cannot draw such images.
+        TypeError: for another argument.
+        OSError: if the folder cannot be written.
+    """
+    folder, state = Path(folder).expanduser(), join_processes()
+    settings = settings_of(
+        pipeline,
+        num_images,
+        seed=seed,
+        batch_size=batch_size,
+        class_labels=class_labels,
+        dtype=dtype,
+        call=call,
+    )
+    facts = image_facts(pipeline.unet)
+    names = list(facts.class_names) if facts and facts.class_names else None
+    about = {
+        "format_version": 1,
+        "settings": settings,
+        "class_names": names,
+        "versions": versions(),
+    }
+    from_main(state, lambda: _claim(folder, about, overwrite))
+    size, bits = settings["batch_size"], {"uint8": 8, "uint16": 16}.get(settings["dtype"])
+    paths = part_paths(folder, settings)
+    sizes = [min(size, num_images - first) for first in range(0, num_images, size)]
+    shown = progress and state.is_main_process
+    pipeline.set_progress_bar_config(leave=False, desc="denoising", disable=not shown)
+    call = {name: value for name, value in call.items() if value is not None}
+
+    def write(part: int, path: Path) -> None:
+        indices = range(part * size, (part + 1) * size)
+        labels = settings["class_labels"]
+        images = draw_batch(pipeline, indices, seed=seed, class_labels=labels, **call)
+        images = images[: sizes[part]]
+        np.save(path, quantised(images, bits) if bits else images)
+
+    try:
+        complete_parts(state, paths, sizes, write, progress=progress)
+    except (ValueError, OSError):
+        if state.is_main_process and not any(path.exists() for path in paths):
+            (folder / OPTIONS_NAME).unlink()
+            folder.rmdir()
+        raise
+    return open_parts(folder)
+
+
+def _claim(folder: Path, about: Mapping[str, Any], overwrite: bool) -> None:
+    """Let `folder` hold images of these settings, or none yet.
+
+    Raises:
+        ValueError: if it holds others, or other things.
+    """
+    path, settings = folder / OPTIONS_NAME, about["settings"]
+    there = read_json(path).get("settings")
+    if there == settings:
+        return
+    is_used = folder.exists() and any(folder.iterdir())
+    if there is None and is_used:
+        raise ValueError(f"{folder} holds other things than drawn images; choose another folder")
+    if there is not None:
+        parts = list(folder.glob("part-*.npy"))
+        if parts and not overwrite:
+            raise ValueError(
+                f"{folder} holds images of {difference(there, settings)}; pass overwrite=True to"
+                " draw anew, or choose another folder"
+            )
+        for part in parts:
+            part.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(about, indent=1) + "\n")
