@@ -1,6 +1,7 @@
 """`ddpm-hf sample`."""
 
 import argparse
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -130,6 +131,13 @@ def _add_how(group: Any) -> None:
         " the scheduler's)",
     )
     group.add_argument(
+        "--optimize",
+        action="store_true",
+        help="first measure what makes the network fast on this device (memory format, bf16, "
+        "compiled kernels, number of threads), as far as so many images are worth it; they then "
+        "differ by rounding, and a line says how far",
+    )
+    group.add_argument(
         "--batch-size",
         type=positive_int,
         default=16,
@@ -220,8 +228,11 @@ def draw(options: argparse.Namespace, output: Path) -> None:
         "guide": options.guide and load(options.guide),
     }
     labels = class_of_each(pipeline, options, class_names)
+    pipeline = pipeline.to(best_device())
+    if options.optimize:
+        optimize(pipeline, options)
     images = draw_images(
-        pipeline.to(best_device()),
+        pipeline,
         options.num_images,
         batch_size=options.batch_size,
         seed=options.seed,
@@ -232,6 +243,16 @@ def draw(options: argparse.Namespace, output: Path) -> None:
     rows = [name_of(label, class_names) for label in labels] if labels else None
     save_images(images, output, bit_depth, rows)
     print(f"{counted(len(images), 'image')} in {output}")
+
+
+def optimize(pipeline: "GaussianDDPMPipeline", options: argparse.Namespace) -> None:
+    """Make the network fast for as many calls as these images take, and print how."""
+    from ddpm_hf.diffusion.schedules import usual_num_steps
+
+    kind, config = type(pipeline.scheduler).__name__, pipeline.scheduler.config
+    steps = options.num_inference_steps or usual_num_steps(kind, config.num_train_timesteps)
+    batch_size = min(options.batch_size, options.num_images)
+    pipeline.optimize(batch_size, steps * math.ceil(options.num_images / batch_size))
 
 
 def name_of(label: int | str, class_names: Sequence[str] | None) -> str:

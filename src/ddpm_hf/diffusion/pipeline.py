@@ -66,6 +66,8 @@ class GaussianDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
         unet: a `UNet2DModel`.
         scheduler: any diffusers scheduler over a beta schedule. A stock `DDPMScheduler` becomes a
             `GaussianDDPMScheduler` of the same configuration.
+    Attributes:
+        speed: what `optimize` chose, if it was called.
     Raises:
         TypeError: if `unet` is no `UNet2DModel`, or the scheduler is not for such a network.
     """
@@ -80,6 +82,7 @@ class GaussianDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
             scheduler = scheduling.GaussianDDPMScheduler.from_config(scheduler.config)
         self.register_modules(unet=unet, scheduler=scheduler)
         self._interrupt = False
+        self.speed: speed.Speed | None = None
 
     @overload
     def __call__(
@@ -358,6 +361,7 @@ class GaussianDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
                 tf32=tf32,
                 num_threads=num_threads,
             )
+        self.speed = chosen
         print(f"optimized: {chosen}")
         return chosen
 

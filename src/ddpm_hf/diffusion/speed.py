@@ -112,7 +112,7 @@ def optimize(
         memory_format = torch.channels_last if is_better(other) else None
     if memory_format is not None:
         unet.to(memory_format=memory_format)
-    if dtype is None and measures and _has_bfloat16(unet.device):
+    if dtype is None and measures and has_bfloat16(unet.device):
         dtype = torch.bfloat16 if is_better(_cast(copy.deepcopy(unet), torch.bfloat16)) else None
     if dtype is not None:
         _cast(unet, dtype)
@@ -251,6 +251,14 @@ def is_channels_last(unet: UNet2DModel) -> bool:
     )
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bf16; without, a CPU takes 40 times as long as in float32."""
+    if device.type == "cpu":  # no public name tells
+        names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(getattr(torch.cpu, name, bool)() for name in names)
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def _compile(unet: UNet2DModel, call: Callable[[], Any], must_win: bool = False) -> str | None:
     """Compile the network in place; why it is not compiled, if it is not."""
 
@@ -273,14 +281,6 @@ def _compile(unet: UNet2DModel, call: Callable[[], Any], must_win: bool = False)
 
 def _cast(unet: UNet2DModel, dtype: torch.dtype) -> UNet2DModel:
     return torch.nn.Module.to(unet, dtype)  # that of diffusers warns, whatever the dtype
-
-
-def _has_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bf16; without, a CPU takes 40 times as long as in float32."""
-    if device.type == "cpu":  # no public name tells
-        names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        return any(getattr(torch.cpu, name, bool)() for name in names)
-    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _has_tf32(device: torch.device) -> bool:

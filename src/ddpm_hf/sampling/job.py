@@ -77,6 +77,7 @@ def draw_to(
         "settings": settings,
         "class_names": names,
         "versions": versions(),
+        "speed": pipeline.speed and pipeline.speed.to_dict(),
     }
     from_main(state, lambda: _claim(folder, about, overwrite))
     size, bits = settings["batch_size"], {"uint8": 8, "uint16": 16}.get(settings["dtype"])
