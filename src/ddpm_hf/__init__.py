@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ddpm_hf.data import DataError
     from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
     from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
+    from ddpm_hf.evaluation.evaluate import evaluate
     from ddpm_hf.hub.load import load
     from ddpm_hf.hub.push import push
     from ddpm_hf.hub.retry import HubError
@@ -38,6 +39,7 @@ __all__ = [
     "TrainingResult",
     "bits_per_dim",
     "calibrate",
+    "evaluate",
     "load",
     "push",
     "simple_loss",
@@ -56,6 +58,7 @@ _HOME_OF = {
     "TrainingResult": "training",
     "bits_per_dim": "likelihood",
     "calibrate": "calibration",
+    "evaluate": "evaluation.evaluate",
     "load": "hub.load",
     "push": "hub.push",
     "simple_loss": "losses",

@@ -81,7 +81,7 @@ def calibrate(options: argparse.Namespace) -> None:
         timesteps_of,
     )
     from ddpm_hf.evaluation.likelihood import BoundOptions
-    from ddpm_hf.evaluation.report import write_report
+    from ddpm_hf.evaluation.report import report_of, write_report
     from ddpm_hf.hub.load import load
     from ddpm_hf.parts import join_processes
 
@@ -111,7 +111,7 @@ def calibrate(options: argparse.Namespace) -> None:
         scheduler = scheduler.from_config(scheduler.config, calibrated_timesteps=found)
     dataset = dataset_facts(options, images)
     model = {"name": public_name(options.model), "revision": options.revision}
-    file = write_report(options.output, model, dataset, [result], FILE_NAME)
+    file = write_report(options.output, report_of(model, dataset, [result]), FILE_NAME)
     kept = keep_calibration(scheduler, Path(options.model), options.output)
     remove_folder(unfinished)
     print(table(result))

@@ -13,28 +13,48 @@ from ddpm_hf.names import public_name
 if TYPE_CHECKING:
     from ddpm_hf.evaluation.images import EvaluationImages
 
-HELP = "measure a model on images: bits per dimension"
+HELP = "measure a model or images: bits/dim, FD, KID, precision, recall, copies"
 EXAMPLES = """
-measure a model on images that it was not trained on
+measure a model on images that it was not trained on, or images beside real ones
 
   ddpm-hf evaluate runs/photos/model ./photos --split test     every step of the chain
   ddpm-hf evaluate runs/photos/model ./photos --num-images 1000 --num-timesteps 32
                                                  an unbiased estimate, 30 times as fast
   ddpm-hf evaluate runs/photos/model ./photos --num-inference-steps 50
                                                  of the model as it samples in 50 steps
+  ddpm-hf evaluate runs/photos/model ./photos --metrics fd kid precision-recall memorisation
+                                                 draws images, and compares them with real ones
+  ddpm-hf evaluate ./drawn ./photos --metrics fd --features efficientnet-lite0
+                                                 images that are there, by a network from PyPI
+  ddpm-hf evaluate runs/photos/model ./photos --verify
+                                                 measures again what the model's card claims
   accelerate launch --num-processes 4 -m ddpm_hf evaluate runs/photos/model ./photos
 
 bits-per-dim is the variational bound on -log2 p(x) per value: what a lossless code made of the
 model would need, and how well the model explains images that it has not seen. Lower is better. It
-comes with its standard error over the images. What is interrupted goes on by the same command.
+comes with its standard error over the images.
+
+The other metrics compare drawn images with those of --reference-split by what a network sees in
+them: fd, the Frechet distance of its features (what FID is with Inception's), and kid, the kernel
+distance: lower is better; precision-recall, the share of drawn images that look real, and of real
+ones that could be drawn; coverage, with density, the same less sensitive to outliers; memorisation,
+the share of drawn images that are copies of training images. Each has an interval of 95 %, and
+stands beside what real images get at the same number: no difference within chance is a tie. FD
+depends on the number of images, so only values at one number are comparable.
+
+What is interrupted goes on by the same command.
 """
-METRICS = ("bits-per-dim",)
+METRICS = ("bits-per-dim", "fd", "kid", "precision-recall", "coverage", "memorisation")
 DECODERS = ("exact", "tanh")
+_NOT_REPRODUCED = 1
 
 
 def run(argv: list[str]) -> int:
     """Measure as `argv` says."""
-    options = parser().parse_args(argv)
+    command = parser()
+    options = command.parse_args(argv)
+    if options.dataset is None and not options.verify:
+        command.error("the following arguments are required: DATASET")
     with flags_in_messages(vars(options)):
         if options.card and not Path(options.model).is_dir():
             raise ValueError(
@@ -42,37 +62,62 @@ def run(argv: list[str]) -> int:
                 " copy of it, then `ddpm-hf push` it"
             )
         try:
-            evaluate(options)
+            return verify(options) if options.verify else evaluate(options)
         except KeyboardInterrupt:
             say("ddpm-hf: what is measured so far is kept; the same command goes on")
             raise
-    return 0
 
 
 def parser() -> argparse.ArgumentParser:
     """What `ddpm-hf evaluate` understands."""
-    parser = command_parser("evaluate", "MODEL DATASET [--option VALUE ...]", EXAMPLES)
-    add_model(parser)
+    parser = command_parser("evaluate", "MODEL_OR_IMAGES DATASET [--option VALUE ...]", EXAMPLES)
+    add_model(parser, "?")
     parser.add_argument(
         "--metrics",
         nargs="+",
         choices=METRICS,
-        default=["bits-per-dim"],
         metavar="NAME",
-        help=f"what to measure: {', '.join(METRICS)} (default: bits-per-dim)",
+        help=f"what to measure: {', '.join(METRICS)} (default: bits-per-dim of a model, the others "
+        "of images)",
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="measure again what the card of the model claims; the exit status is 1 if a figure is "
+        "not reproduced within its interval",
     )
     add_data(parser.add_argument_group("which images"))
+    _add_comparison(parser.add_argument_group("the comparison with real images"))
     _add_bound(parser.add_argument_group("the bound"))
     _add_rest(parser.add_argument_group("where it goes, and how"))
     return parser
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
+def _add_comparison(group: Any) -> None:
+    group.add_argument(
+        "--features",
+        default="facebook/dinov2-base",
+        metavar="NAME",
+        help="what images are compared by: a vision model of transformers by name or folder; "
+        "efficientnet-lite0, which needs no download (extra eval); or pixels (default: "
+        "%(default)s)",
+    )
+    group.add_argument(
+        "--reference-split",
+        default="train",
+        metavar="NAME",
+        help="of the images that drawn ones are compared with; those of --split, which the model "
+        "was not trained on, give what is possible (default: %(default)s)",
+    )
+
+
+def add_model(parser: argparse.ArgumentParser, how_many: str | None = None) -> None:
     """Which model, and which images it is measured on."""
     add = parser.add_argument
     add("model", type=model_name, metavar="MODEL", help="Hub repository or folder of a model")
     add(
         "dataset",
+        nargs=how_many,
         type=model_name,
         metavar="DATASET",
         help="folder of images, parquet or arrow files, or a data set on the Hub; its images get "
@@ -177,57 +222,65 @@ def add_work(group: Any) -> None:
     )
 
 
-def evaluate(options: argparse.Namespace) -> None:
-    """Load model and images, measure, and write what was found.
+def evaluate(options: argparse.Namespace) -> int:
+    """Measure, and show what was found.
 
     Raises:
         ValueError, OSError: if something cannot be loaded or measured.
     """
-    from ddpm_hf.evaluation.likelihood import BoundOptions, forget_parts, measure_bits_per_dim
-    from ddpm_hf.evaluation.report import read_result, table, write_report
-    from ddpm_hf.hub.load import load
+    from ddpm_hf.evaluation.evaluate import evaluate
+    from ddpm_hf.evaluation.report import BITS, FILE_NAME, card_results, read_result, tables
     from ddpm_hf.parts import join_processes
 
-    options.output.mkdir(parents=True, exist_ok=True)  # fails before the work, if at all
-    state = join_processes()
-    pipeline = load(
-        options.model,
-        revision=options.revision,
-        variant=options.variant,
-        use_safetensors=not options.allow_pickle,
-    ).to(state.device)
-    images = images_of(options, pipeline.unet, state.is_main_process)
-    bound = BoundOptions(
-        num_inference_steps=options.num_inference_steps,
-        num_timesteps=options.num_timesteps,
-        decoder=options.decoder,
-        seed=options.seed,
-        batch_size=options.batch_size,
-    )
-    known = read_result(options.output, "bits-per-dim")
-    result = measure_bits_per_dim(
-        pipeline.unet,
-        pipeline.scheduler,
-        images,
-        bound,
-        options.output,
-        state,
-        known=known,
-    )
-    state.destroy_process_group()
-    if result is None:  # the main process writes for all
-        return
-    if result is known:
+    names = ("metrics", "features", "num_images", "seed", "split", "reference_split",
+             "dataset_config", "dataset_revision", "image_column", "class_column", "on_bad_image",
+             "num_inference_steps", "num_timesteps", "decoder", "batch_size")  # fmt: skip
+    how = {name: getattr(options, name) for name in names}
+    known = read_result(options.output, BITS)
+    report = evaluate(options.model, options.dataset, **how, **_loading(options))
+    join_processes().destroy_process_group()
+    if report is None:  # the main process writes for all
+        return 0
+    bits = [result for result in report["results"] if result["name"] == BITS]
+    if bits and bits[0] == known:
         say(f"ddpm-hf: measured before, in {options.output}")
-    dataset = dataset_facts(options, images)
-    model = {"name": public_name(options.model), "revision": options.revision}
-    file = write_report(options.output, model, dataset, [result])
-    forget_parts(options.output, result)
-    print(table(result, dataset))
-    draw_plots(result, options.output)
+    print(tables(report))
+    for result in bits:
+        draw_plots(result, options.output)
     if options.card:
-        write_card(Path(options.model), result, dataset)
-    print(f"\nin {file}")
+        write_card(Path(options.model), card_results(report))
+    print(f"\nin {options.output / FILE_NAME}")
+    return 0
+
+
+def verify(options: argparse.Namespace) -> int:
+    """Measure again what the card claims; 0 if all of that is reproduced.
+
+    Raises:
+        ValueError, OSError: if there is nothing to verify, or it cannot be measured.
+    """
+    from ddpm_hf.evaluation.verify import verify
+    from ddpm_hf.parts import join_processes
+
+    claims = verify(options.model, options.dataset, **_loading(options))
+    join_processes().destroy_process_group()
+    words = {True: "reproduced", False: "NOT reproduced", None: "not checked"}
+    for claim in claims:
+        said = f"{claim.name}: {claim.claimed:.6g} in the card"
+        if claim.measured is not None:
+            said += f", {claim.measured:.6g} measured"
+        remark = f" ({claim.remark})" if claim.remark else ""
+        print(f"{words[claim.is_reproduced]:15} {said}{remark}")
+    return _NOT_REPRODUCED if any(claim.is_reproduced is False for claim in claims) else 0
+
+
+def _loading(options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "output": options.output,
+        "revision": options.revision,
+        "variant": options.variant,
+        "use_safetensors": not options.allow_pickle,
+    }
 
 
 def images_of(
@@ -283,12 +336,11 @@ def draw_plots(result: dict[str, Any], folder: Path) -> None:
         warnings.warn(f"the pictures were not drawn: {error}", stacklevel=2)
 
 
-def write_card(folder: Path, result: dict[str, Any], dataset: dict[str, Any]) -> None:
-    """Put the result into the model's card; without that the result is no worse."""
-    from ddpm_hf.evaluation.report import card_result
+def write_card(folder: Path, results: list[dict[str, Any]]) -> None:
+    """Put results into the model's card; without that they are no worse."""
     from ddpm_hf.hub.card import write_results
 
     try:
-        print(f"in {write_results(folder, [card_result(result, dataset)])}")
+        print(f"in {write_results(folder, results)}")
     except (ValueError, OSError) as error:
         warnings.warn(f"the card was not written: {error}", stacklevel=2)

@@ -1,11 +1,16 @@
 """What a model is worth: measured in parts that processes share and that survive an interruption.
 
+evaluate     all of it in one call
 distances    between real and drawn images by their features: Frechet, kernel, precision, recall
+metrics      the same with intervals, beside what real images get; copies of training images
+features     of images, from any network, by fixed rules
+sets         the images: drawn, in files, in memory, of a data set
 images       a data set as the model sees it
 parts        work in parts, kept on disk until all are there
 likelihood   bits/dim of the images
 calibration  the error at every timestep, and what it says of few steps
 report       the JSON file, the table, the lines for the model card
+verify       what a card claims, measured again
 plots        bits per timestep, and the rate-distortion curve
 """
 

@@ -85,18 +85,14 @@ def images_for(
     """
     facts = facts_of(unet)
     is_conditional = unet.config.num_class_embeds is not None
-    prepared = prepare_images(
+    prepared = prepared_like(
+        facts,
         dataset,
         image_column=image_column,
-        resolution=min(facts.height, facts.width),
-        image_mode=facts.mode,
-        bit_depth=8 if facts.bit_depth == 8 else None,  # 8 bits do not become 16
-        crop="center" if facts.height == facts.width else "none",
         label_column=label_column if is_conditional else None,
         on_bad_image=on_bad_image,
         progress=progress,
     )
-    _check_fit(prepared.facts, facts)
     images = TrainingImages(prepared, size_multiple=size_multiple(unet))
     if num_images is not None and num_images > len(images):
         raise DataError(f"num_images is {num_images:,}, but the data set has {len(images):,}")
@@ -104,6 +100,28 @@ def images_for(
     generator = torch.Generator().manual_seed(seed_of(seed, "evaluation images"))
     order: list[int] = torch.randperm(len(images), generator=generator).tolist()
     return EvaluationImages(images, sorted(order[: num_images or at_most]), labels, facts)
+
+
+def prepared_like(facts: ImageFacts, dataset: Any, **options: Any) -> ImageDataset:
+    """The images of a data set in this size, mode and bit depth, not padded.
+
+    Args:
+        facts: what they shall be.
+        dataset: from `load_images` or from `datasets`.
+        **options: more of `prepare_images`.
+    Raises:
+        DataError: if the data cannot be used, or do not fit: naming what differs.
+    """
+    images = prepare_images(
+        dataset,
+        resolution=min(facts.height, facts.width),
+        image_mode=facts.mode,
+        bit_depth=8 if facts.bit_depth == 8 else None,  # 8 bits do not become 16
+        crop="center" if facts.height == facts.width else "none",
+        **options,
+    )
+    _check_fit(images.facts, facts)
+    return images
 
 
 def facts_of(unet: UNet2DModel) -> ImageFacts:

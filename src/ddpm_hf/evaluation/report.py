@@ -1,6 +1,7 @@
 """What an evaluation leaves: a JSON file, a table, lines for the model card."""
 
 import json
+import shlex
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -10,6 +11,14 @@ from ddpm_hf.diffusion.files import write_text
 from ddpm_hf.wording import counted
 
 FILE_NAME = "evaluation.json"
+BITS = "bits-per-dim"
+VERDICTS = {"worse": "worse than real", "better": "better than real", "tie": "a tie with real"}
+_DATASET = ("name", "hub_id", "split")
+_USUAL = {
+    "split": "test", "reference_split": "train", "on_bad_image": "error", "decoder": "exact",
+    "batch_size": 64,
+}  # fmt: skip
+_NORMAL_95 = 1.96
 
 
 def read_result(folder: Path, name: str, file_name: str = FILE_NAME) -> dict[str, Any] | None:
@@ -25,33 +34,82 @@ def read_result(folder: Path, name: str, file_name: str = FILE_NAME) -> dict[str
     return results[0] if results else None
 
 
-def write_report(
-    folder: Path,
+def report_of(
     model: dict[str, Any],
     dataset: dict[str, Any],
     results: list[dict[str, Any]],
-    file_name: str = FILE_NAME,
-) -> Path:
-    """Write the JSON file of an evaluation.
+    options: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """All that an evaluation found, as JSON values.
 
     Args:
-        folder: gets the file.
         model: its name, revision and the hash of its weights.
         dataset: its name and split, and what its images are.
-        results: one of each measure.
-        file_name: of the file.
+        results: one of each figure.
+        options: of `evaluate`, by which it can be done again.
     """
-    path = folder / file_name
-    report = {
+    options = options or {}
+    return {
         "format_version": 1,
         "model": model,
         "dataset": dataset,
         "results": results,
+        "options": options,
+        "command": command_of(model["name"], dataset["name"], options) if options else None,
         "versions": {name: version(name) for name in ("ddpm-hf", "diffusers", "torch")},
         "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
+
+
+def write_report(folder: Path, report: dict[str, Any], file_name: str = FILE_NAME) -> Path:
+    """Write the JSON file of an evaluation."""
+    path = folder / file_name
     write_text(path, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     return path
+
+
+def command_of(model: str, dataset: str, options: dict[str, Any]) -> str:
+    """The command line that measures the same, without the options that are usual."""
+    words = ["ddpm-hf", "evaluate", model, dataset]
+    for name, value in options.items():
+        if value is not None and value != _USUAL.get(name):
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return shlex.join(words)
+
+
+def tables(report: dict[str, Any]) -> str:
+    """All results as people read them."""
+    results = report["results"]
+    bits = [table(result, report["dataset"]) for result in results if result["name"] == BITS]
+    figures = [result for result in results if result["name"] != BITS]
+    return "\n\n".join([*bits, *([comparison(figures)] if figures else [])])
+
+
+def comparison(figures: list[dict[str, Any]]) -> str:
+    """The figures that compare drawn images with real ones, each beside its floor."""
+    lines = [f"{'':18}{'value':>9}  {'95 % interval':21}{'drawn':>9}{'real':>9}"]
+    for figure in figures:
+        low, high = figure["interval"]
+        floor, verdict = figure["floor"], VERDICTS[figure["verdict"]]
+        lines.append(
+            f"{figure['label']:18}{figure['value']:9.4g}  {f'{low:.4g} .. {high:.4g}':21}"
+            f"{floor['drawn']:9.4g}{floor['real']:9.4g}  {verdict}"
+        )
+    lines += [f"note: {f['label']}: {f['note']}" for f in figures if f["note"]]
+    first = figures[0]
+    sizes = first["floor_num_images"]
+    held_out = first["held_out_split"]
+    beside = f"of {held_out}" if held_out else "of the other half"
+    return "\n".join([
+        *lines,
+        "",
+        f"value     {counted(first['num_drawn'], 'drawn image')} against"
+        f" {first['num_real']:,} of {first['reference_split']}; by {first['features']['name']}",
+        f"drawn     the same of {sizes[1]:,} drawn against {sizes[0]:,} real ones, mean of"
+        f" {first['num_resamples']} draws",
+        f"real      of {sizes[1]:,} real ones {beside} instead: what a perfect model would get",
+    ])  # fmt: skip
 
 
 def table(result: dict[str, Any], dataset: dict[str, Any]) -> str:
@@ -86,14 +144,48 @@ def how(result: dict[str, Any]) -> str:
     )
 
 
-def card_result(result: dict[str, Any], dataset: dict[str, Any]) -> dict[str, Any]:
-    """A result of bits/dim as the model card takes it."""
-    error = result["standard_error"]
+def card_results(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """All results as the model card takes them, each with the options that measure it again."""
+    dataset = {key: report["dataset"][key] for key in _DATASET if key in report["dataset"]}
+    rows = []
+    for result in report["results"]:
+        is_bits = result["name"] == BITS
+        options = report["options"] | {"metrics": [BITS if is_bits else result["metric"]]}
+        options = {name: value for name, value in options.items() if value is not None}
+        row = _bits_row(result) if is_bits else _figure_row(result)
+        interval = row.pop("interval")
+        command = command_of(report["model"]["name"], dataset["name"], options)
+        args = {"evaluate": options, "interval": interval, "weights": report["model"]["weights"]}
+        args |= {} if is_bits else {"features": result["features"]["digest"]}
+        row |= {"how": f"{row['how']}; by {command}", "dataset": dataset, "args": args}
+        rows.append(row)
+    return rows
+
+
+def _bits_row(result: dict[str, Any]) -> dict[str, Any]:
+    error, value = result["standard_error"], result["value"]
     precision = "" if error is None else f", standard error {error:.2g}"
+    half_width = _NORMAL_95 * (error or 0.0)
     return {
-        "type": "bits-per-dim",
+        "type": BITS,
         "name": f"bits/dim (bound, K = {result['num_inference_steps']:,})",
-        "value": result["value"],
+        "value": value,
         "how": f"{counted(result['num_images'], 'image')}{precision}; {how(result)}",
-        "dataset": {key: dataset[key] for key in ("name", "hub_id", "split") if key in dataset},
+        "interval": [value - half_width, value + half_width],
+    }
+
+
+def _figure_row(result: dict[str, Any]) -> dict[str, Any]:
+    low, high = result["interval"]
+    floor, steps = result["floor"], result["num_inference_steps"]
+    K = f"; K = {steps:,}, {result['scheduler']}" if steps else ""
+    return {
+        "type": result["name"],
+        "name": f"{result['label']} ({result['features']['name']})",
+        "value": result["value"],
+        "how": f"{counted(result['num_drawn'], 'drawn image')} against {result['num_real']:,} of"
+        f" {result['reference_split']}{K}; 95 % interval {low:.4g} to {high:.4g}; at"
+        f" {result['floor_num_images'][1]:,} images {floor['drawn']:.4g}, real ones"
+        f" {floor['real']:.4g}: {VERDICTS[result['verdict']]}",
+        "interval": [low, high],
     }

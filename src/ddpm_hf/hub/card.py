@@ -153,6 +153,7 @@ def _eval_result(metric: dict[str, Any], dataset: dict[str, Any]) -> EvalResult:
         metric_type=str(metric.get("type") or _slug(name)),
         metric_name=name,
         metric_value=metric["value"],
+        metric_args=metric.get("args"),
     )
 
 
@@ -313,8 +314,9 @@ def write_results(folder: str | Path, results: Iterable[Mapping[str, Any]]) -> P
     Args:
         folder: a portable checkpoint.
         results: each with "name" and "value", a finite number; if known, "how" it was measured (one
-            line), "type" (the Hub's name of the measure, such as "fid") and "dataset" (with "name",
-            "hub_id", "split"; by default that of the training).
+            line), "type" (the Hub's name of the measure, such as "fid"), "args" (for programs: how
+            to measure it again) and "dataset" (with "name", "hub_id", "split"; by default that of
+            the training).
     Returns:
         the path of the card.
     Raises:

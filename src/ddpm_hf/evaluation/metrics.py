@@ -1,0 +1,170 @@
+"""What is measured between sets of images, each figure with an interval and beside its floor.
+
+The floor is the same figure of real images: what a perfect model would get at this number of
+images. Interval and floor come from `NUM_RESAMPLES` random halves of both sets, drawn without
+replacement: the bootstrap's repeated images would count as copies, and move the Frechet distance
+upwards. The standard deviation over halves is the standard error of the whole (the half-sample
+jackknife: McCarthy 1969; Shao and Wu 1989), and too wide rather than too narrow for distances.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_hf.evaluation.distances import (
+    density_coverage,
+    frechet_distance,
+    kernel_distance,
+    nearest_distances,
+    precision_recall,
+)
+from ddpm_hf.randomness import seed_of
+
+NUM_RESAMPLES = 20
+_T_19 = 2.093  # of Student's distribution: 95 % within, at 19 degrees of freedom
+_NEAR_QUANTILE, _SAME = 0.01, 1e-3
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number that is measured: its name, and which way is better."""
+
+    name: str
+    label: str
+    lower_is_better: bool
+    limits: tuple[float, float] = (0.0, 1.0)
+
+
+def share_of_copies(real: Tensor, drawn: Tensor) -> float:
+    """The share of drawn images that are nearer to a real one than 99 % of the real ones are.
+
+    1 % is what chance gives. "Near" is at least a thousandth of the real images' median distance to
+    their nearest neighbour, should some of them be there twice.
+
+    Args:
+        real: features (N, d) of the images that the model was trained on.
+        drawn: features (M, d).
+    """
+    return (nearest_distances(drawn, real) <= near(real)).double().mean().item()
+
+
+def near(real: Tensor) -> Tensor:
+    """The distance within which an image counts as a copy; see `share_of_copies`."""
+    among = nearest_distances(real)
+    return torch.maximum(among.quantile(_NEAR_QUANTILE), _SAME * among.median())
+
+
+def closest_pairs(real: Tensor, drawn: Tensor, number: int) -> list[tuple[int, int]]:
+    """The drawn images that are nearest to a real one: (index of the drawn, index of the real)."""
+    distances = nearest_distances(drawn, real)
+    found = distances.topk(min(number, len(drawn)), largest=False).indices
+    partners = torch.cdist(drawn[found].double(), real.double()).argmin(1)
+    return list(zip(found.tolist(), partners.tolist(), strict=True))
+
+
+INFINITE = float("inf")
+# By the name of the metric: what it computes, and the figures that this gives.
+METRICS: dict[str, tuple[Callable[[Tensor, Tensor], Any], tuple[Figure, ...]]] = {
+    "fd": (frechet_distance, (Figure("fd", "Frechet distance", True, (0, INFINITE)),)),
+    "kid": (kernel_distance, (Figure("kid", "kernel distance", True, (-INFINITE, INFINITE)),)),
+    "precision-recall": (
+        precision_recall,
+        (Figure("precision", "precision", False), Figure("recall", "recall", False)),
+    ),
+    "coverage": (
+        density_coverage,
+        (Figure("density", "density", False, (0, INFINITE)), Figure("coverage", "coverage", False)),
+    ),
+    "memorisation": (share_of_copies, (Figure("copies", "share of copies", True),)),
+}
+
+
+def measure(
+    metric: str, real: Tensor, drawn: Tensor, held_out: Tensor | None = None, *, seed: int = 0
+) -> list[dict[str, Any]]:
+    """The figures of a metric, as JSON values.
+
+    Args:
+        metric: a key of `METRICS`.
+        real: features of real images, (N, d): those that the model was trained on.
+        drawn: features of drawn ones, (M, d).
+        held_out: of real images that it was not trained on; without them the floor is measured
+            between two halves of `real`.
+        seed: of the halves.
+    Returns:
+        for each figure "value", its "interval" of 95 %, and its "floor": the value between real
+        images, and at the same numbers of images that of the drawn ones.
+    Raises:
+        ValueError: if there are too few images.
+    """
+    function, figures = METRICS[metric]
+    generator = torch.Generator().manual_seed(seed_of(seed, "halves"))
+
+    def shuffled(x: Tensor) -> Tensor:
+        return x[torch.randperm(len(x), generator=generator)]
+
+    def compute(a: Tensor, b: Tensor) -> Tensor:
+        return torch.tensor(function(a, b), dtype=torch.float64).reshape(-1)
+
+    values = compute(real, drawn)
+    of_drawn, of_real = [], []
+    size = 0
+    for _ in range(NUM_RESAMPLES):
+        first, second = shuffled(real).tensor_split(2)
+        if held_out is not None:
+            second = shuffled(held_out)[: max(len(held_out) // 2, 1)]
+        size = min(len(second), len(drawn) // 2)
+        of_drawn.append(compute(first, shuffled(drawn)[:size]))
+        of_real.append(compute(first, second[:size]))
+    draws, floors = torch.stack(of_drawn), torch.stack(of_real)
+    return [
+        _described(figure, values[i].item(), draws[:, i], floors[:, i])
+        | {
+            "metric": metric,
+            "num_real": len(real),
+            "num_drawn": len(drawn),
+            "num_resamples": NUM_RESAMPLES,
+            "floor_between": "halves" if held_out is None else "training and held-out images",
+            "floor_num_images": [len(real) // 2, size],
+        }
+        for i, figure in enumerate(figures)
+    ]
+
+
+def _described(figure: Figure, value: float, draws: Tensor, floors: Tensor) -> dict[str, Any]:
+    low, high = figure.limits
+    half_width = _T_19 * draws.std().item()
+    gap, of_chance = (draws - floors).mean().item(), _T_19 * (draws - floors).std().item()
+    if abs(gap) <= of_chance:
+        verdict = "tie"
+    else:
+        verdict = "worse" if (gap > 0) == figure.lower_is_better else "better"
+    return {
+        "name": figure.name,
+        "label": figure.label,
+        "value": value,
+        "interval": [max(low, value - half_width), min(high, value + half_width)],
+        "standard_error": draws.std().item(),
+        "floor": {"real": floors.mean().item(), "drawn": draws.mean().item()},
+        "verdict": verdict,
+        "note": _note(figure, verdict, value, floors.mean().item(), draws.mean().item()),
+    }
+
+
+def _note(figure: Figure, verdict: str, value: float, floor: float, drawn: float) -> str:
+    """What a reader might miss, or nothing."""
+    if figure.name == "copies":
+        if verdict != "worse":
+            return "no more copies than among real images"
+        whole = "these images are copies of the training images: " if value > 0.5 else ""
+        return f"{whole}{value:.0%} are as near to one as 1 % of real images are"
+    if verdict == "tie":
+        return "not told from real images at this number of images"
+    if verdict == "better" and figure.name in ("fd", "kid"):
+        return "nearer to the reference than real images are: are these copies? see memorisation"
+    if figure.name == "fd" and floor > drawn / 2:
+        return "mostly the bias of few images: compare at the same number only"
+    return ""

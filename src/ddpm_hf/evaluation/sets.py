@@ -1,0 +1,143 @@
+"""Sets of images to compare: drawn by a model, in files, in memory, and those of a data set."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from torch import Tensor
+
+from ddpm_hf.data import DataError, ImageDataset, load_images
+from ddpm_hf.diffusion.images import MODE_CHANNELS, ImageFacts
+from ddpm_hf.evaluation.images import prepared_like
+from ddpm_hf.names import public_name
+from ddpm_hf.sampling import DrawnImages, open_drawn
+
+_MODES = {count: mode for mode, count in MODE_CHANNELS.items()}
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """A data set and how it is read.
+
+    Attributes:
+        dataset: what `load_images` takes; or rows of `datasets`, or a dictionary of them by split.
+        split: of held-out images.
+        reference_split: of those that a model was trained on.
+        config_name, revision: of a data set on the Hub.
+        image_column, on_bad_image: as for `prepare_images`.
+    """
+
+    dataset: Any
+    split: str = "test"
+    reference_split: str = "train"
+    config_name: str | None = None
+    revision: str | None = None
+    image_column: str | None = None
+    on_bad_image: str = "error"
+
+    def rows(self, split: str) -> datasets.Dataset:
+        """The rows of a split.
+
+        Raises:
+            DataError: if there is none of that name.
+        """
+        if isinstance(self.dataset, datasets.Dataset):
+            return self.dataset
+        if isinstance(self.dataset, Mapping):
+            if split not in self.dataset:
+                raise DataError(
+                    f"split {split!r} does not exist; choices: {', '.join(self.dataset)}"
+                )
+            return self.dataset[split]
+        return load_images(
+            self.dataset, config_name=self.config_name, split=split, revision=self.revision
+        )
+
+    def splits(self) -> tuple[str, str | None]:
+        """The names of the reference and of the held-out split; there may be only one of them."""
+        if isinstance(self.dataset, datasets.Dataset):
+            return self.reference_split, None
+        there, failure = [], None
+        for split in dict.fromkeys([self.reference_split, self.split]):
+            try:
+                self.rows(split)
+                there.append(split)
+            except DataError as error:
+                failure = failure or error
+        if not there and failure is not None:
+            raise failure
+        return there[0], (there[1] if len(there) > 1 else None)
+
+    def facts(self) -> dict[str, Any]:
+        """Which data set it is, as JSON values."""
+        if not isinstance(self.dataset, str | os.PathLike):
+            name, hub_id = "a data set in memory", {}
+        else:
+            name = public_name(os.fspath(self.dataset))
+            is_of_hub = name == self.dataset and not os.path.exists(self.dataset)
+            hub_id = {"hub_id": name} if is_of_hub else {}
+        revisions = {"config_name": self.config_name, "revision": self.revision}
+        return {"name": name, "split": self.split, **revisions, **hub_id}
+
+    def images(self, split: str, facts: ImageFacts, progress: bool) -> DrawnImages:
+        """The images of a split in the size, mode and depth of `facts`."""
+        prepared = prepared_like(
+            facts,
+            self.rows(split),
+            image_column=self.image_column,
+            on_bad_image=self.on_bad_image,
+            progress=progress,
+        )
+        return _as_set(prepared)
+
+
+def _as_set(images: ImageDataset) -> DrawnImages:
+    facts = images.facts
+    return DrawnImages(
+        (len(images), facts.height, facts.width, facts.num_channels),
+        lambda rows: np.stack([images.window(row).transpose(1, 2, 0) for row in rows]),
+    )
+
+
+def image_set(source: Any) -> DrawnImages:
+    """Images that are there already.
+
+    Args:
+        source: what `open_drawn` reads; an array (N, H, W) or (N, H, W, C) of uint8, uint16, or of
+            float in [0, 1]; a tensor (N, C, H, W) of float in [0, 1]; or a list of PIL images of
+            one size and mode.
+    Raises:
+        ValueError: if it is none of these.
+    """
+    if isinstance(source, DrawnImages):
+        return source
+    if isinstance(source, str | Path):
+        return open_drawn(source)
+    if isinstance(source, Tensor):
+        source = source.detach().cpu().permute(0, 2, 3, 1).numpy()
+    pixels = np.stack([np.asarray(image) for image in source])
+    pixels = pixels[..., None] if pixels.ndim == 3 else pixels
+    is_float = pixels.dtype.kind == "f" and pixels.size and 0 <= pixels.min() <= pixels.max() <= 1
+    if pixels.ndim != 4 or not (is_float or pixels.dtype in (np.uint8, np.uint16)):
+        raise ValueError(
+            "images must be (N, H, W, C) of uint8, uint16 or float in [0, 1], got"
+            f" {pixels.dtype} of shape {pixels.shape}"
+        )
+    return DrawnImages(pixels.shape, lambda rows: pixels[rows.start : rows.stop : rows.step])
+
+
+def facts_of_set(images: DrawnImages) -> ImageFacts:
+    """Size, mode and depth of a set.
+
+    Raises:
+        ValueError: if pictures have no such number of channels.
+    """
+    _, height, width, channels = images.shape
+    if channels not in _MODES:
+        raise ValueError(f"images must have 1 to 4 channels, got {channels}")
+    depth = 16 if images.read(range(1)).dtype == np.uint16 else 8
+    return ImageFacts(mode=_MODES[channels], height=height, width=width, bit_depth=depth)

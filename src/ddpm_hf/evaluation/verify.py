@@ -1,0 +1,109 @@
+"""The figures that a model's card claims, measured again."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+
+from ddpm_hf.evaluation.evaluate import evaluate
+from ddpm_hf.evaluation.report import card_results
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A figure in a card.
+
+    Attributes:
+        name: of the figure.
+        claimed: what the card says.
+        measured: what it is now; None where it was not measured.
+        interval: of 95 %, as the card says; None where it says none.
+        remark: what else differs, or why it was not measured.
+    """
+
+    name: str
+    claimed: float
+    measured: float | None = None
+    interval: tuple[float, float] | None = None
+    remark: str = ""
+
+    @property
+    def is_reproduced(self) -> bool | None:
+        """Whether both differ by no more than half the interval's width; None if not measured."""
+        if self.measured is None or self.interval is None:
+            return None
+        # Where the interval is a point, such as a share of 1, all but rounding must agree.
+        tolerance = max((self.interval[1] - self.interval[0]) / 2, 1e-6 * abs(self.measured))
+        return abs(self.claimed - self.measured) <= tolerance
+
+
+def verify(model: str | os.PathLike[str], dataset: Any = None, **options: Any) -> list[Claim]:
+    """Measure again what the card of a model claims.
+
+    Args:
+        model: name or folder of a model with figures of `evaluate` in its card's model-index.
+        dataset: the real images; by default the data set on the Hub that the card names.
+        **options: of `evaluate`, in place of the card's.
+    Returns:
+        a claim for each figure; those of other programs are not measured. None are returned by
+        other processes than the main one.
+    Raises:
+        ValueError, OSError: if there is no figure to verify, or it cannot be measured.
+    """
+    path = Path(model).expanduser()
+    card = ModelCard.load(path / "README.md" if path.is_dir() else os.fspath(model))
+    results = card.data.eval_results or []
+    groups: dict[str, list[Any]] = {}
+    claims = []
+    for result in results:
+        how = (result.metric_args or {}).get("evaluate")
+        if how is None:
+            remark = "the card does not say how it was measured"
+            claims.append(Claim(str(result.metric_name), result.metric_value, remark=remark))
+            continue
+        rest = {key: value for key, value in how.items() if key != "metrics"}
+        hub_id = result.dataset_type if "/" in result.dataset_type else None
+        groups.setdefault(json.dumps([rest, hub_id], sort_keys=True), []).append(result)
+    if not groups:
+        raise ValueError(
+            f"the card of {os.fspath(model)!r} has no figure that says how to measure it"
+        )
+    for group in groups.values():
+        claims += _measured(model, dataset, group, options)
+    return claims
+
+
+def _measured(model: Any, dataset: Any, group: list[Any], options: dict[str, Any]) -> list[Claim]:
+    """The claims of figures that one evaluation measures."""
+    how = group[0].metric_args["evaluate"]
+    metrics = list(
+        dict.fromkeys(m for result in group for m in result.metric_args["evaluate"]["metrics"])
+    )
+    source = dataset
+    if source is None:
+        if "/" not in group[0].dataset_type:
+            raise ValueError(
+                f"the card names the data set {group[0].dataset_name!r}, which is not on the Hub:"
+                " say where it is"
+            )
+        source = group[0].dataset_type
+    report = evaluate(model, source, **how | options | {"metrics": metrics})
+    if report is None:
+        return []
+    rows = {row["name"]: row for row in card_results(report)}
+    claims = []
+    for result in group:
+        args, name = result.metric_args, result.metric_name
+        if name not in rows:
+            claims.append(Claim(name, result.metric_value, remark="no such figure was measured"))
+            continue
+        now = rows[name]["args"]
+        changed = [key for key in ("weights", "features") if args.get(key) != now.get(key)]
+        remark = f"the {' and '.join(changed)} are others than the card's" if changed else ""
+        low, high = args["interval"]
+        value = rows[name]["value"]
+        claims.append(Claim(name, result.metric_value, value, (low, high), remark))
+    return claims

@@ -1,0 +1,186 @@
+"""`evaluate` with images: from a model, files and memory, into JSON and card, and verified."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from checkpoints import SHORT_CHAIN, tiny_unet
+from image_sets import folder_of, rows
+from image_zoo import encode
+from PIL import Image
+
+import ddpm_hf
+from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler
+from ddpm_hf.cli import main
+from ddpm_hf.commands.evaluate import METRICS
+from ddpm_hf.data import ImageFacts
+from ddpm_hf.evaluation import frechet_distance, precision_recall
+from ddpm_hf.evaluation.evaluate import ALL_METRICS
+from ddpm_hf.sampling import open_drawn
+
+# The images of the other split are left out, which is said.
+pytestmark = pytest.mark.filterwarnings("ignore:.* left out .split")
+SIZE, NUM_TRAIN, NUM_TEST = 8, 24, 20
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    """Smooth grey images: of each split, and drawn ones."""
+    rng, names = np.random.default_rng(0), {"train": NUM_TRAIN, "test": NUM_TEST, "drawn": 22}
+    small = {name: rng.integers(0, 256, (num, 3, 3), dtype=np.uint8) for name, num in names.items()}
+    return {
+        name: np.stack([np.asarray(Image.fromarray(x).resize((SIZE, SIZE))) for x in images])
+        for name, images in small.items()
+    }
+
+
+def files(pixels):
+    return {
+        f"{split}/{i:02d}.png": encode(image)
+        for split in ("train", "test")
+        for i, image in enumerate(pixels[split])
+    }
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory, pixels):
+    return folder_of(tmp_path_factory.mktemp("photos"), files(pixels))
+
+
+@pytest.fixture
+def model(tmp_path):
+    unet = tiny_unet(in_channels=1, out_channels=1)
+    unet.register_to_config(_ddpm_hf=ImageFacts(mode="L", height=SIZE, width=SIZE).to_config())
+    folder = tmp_path / "model"
+    GaussianDDPMPipeline(unet, GaussianDDPMScheduler(**SHORT_CHAIN)).save_pretrained(folder)
+    return folder
+
+
+def evaluate(subject, dataset, **options):
+    return ddpm_hf.evaluate(subject, dataset, **{"features": "pixels", "progress": False} | options)
+
+
+def by_name(report):
+    return {result["name"]: result for result in report["results"]}
+
+
+def flat(images):
+    return np.repeat(images.reshape(len(images), 1, -1), 3, 1).reshape(len(images), -1) / 255
+
+
+def test_images_in_files_and_in_memory_measure_the_same(pixels, photos, tmp_path):
+    drawn, metrics = pixels["drawn"], ("fd", "precision-recall", "memorisation")
+    folder_of(tmp_path, {f"d/{i:02d}.png": encode(x) for i, x in enumerate(drawn)})
+    np.savez(tmp_path / "d.npz", drawn[..., None])
+    report = evaluate(drawn, photos, metrics=metrics)
+    found = by_name(report)
+    real, fake = flat(pixels["train"]), flat(drawn)
+    # The features are float32.
+    assert found["fd"]["value"] == pytest.approx(frechet_distance(real, fake), rel=1e-5)
+    want = precision_recall(real, fake)
+    assert (found["precision"]["value"], found["recall"]["value"]) == want
+    assert found["fd"]["held_out_split"] == "test"
+    assert found["fd"]["features"]["dims"] == 3 * SIZE**2
+    json.dumps(report)
+    as_rows = rows(*files(pixels).values())
+    splits = {"train": as_rows.select(range(NUM_TRAIN)),
+              "test": as_rows.select(range(NUM_TRAIN, NUM_TRAIN + NUM_TEST))}  # fmt: skip
+    pil = [Image.fromarray(image) for image in drawn]
+    for subject in (tmp_path / "d", tmp_path / "d.npz", pil):
+        assert evaluate(subject, photos, metrics=metrics)["results"] == report["results"]
+    assert evaluate(drawn, splits, metrics=metrics)["results"] == report["results"]
+
+
+def test_without_held_out_images_the_floor_is_between_halves(pixels):
+    real = rows(*files(pixels).values())
+    found = by_name(evaluate(pixels["drawn"], real, num_images=20))
+    assert set(found) == {"fd", "kid", "precision", "recall", "density", "coverage", "copies"}
+    assert all(figure["floor_between"] == "halves" for figure in found.values())
+    assert found["kid"]["num_drawn"] == 20
+    assert found["kid"]["num_real"] == NUM_TRAIN + NUM_TEST
+    assert found["kid"]["floor_num_images"] == [22, 10]
+
+
+def command(model, photos, output, *more):
+    options = ["--metrics", "fd", "memorisation", "bits-per-dim", "--features", "pixels",
+               "--num-images", "12", "--num-inference-steps", "4"]  # fmt: skip
+    return ["evaluate", str(model), str(photos), "--output", str(output), *options, *more]
+
+
+def test_a_model_is_measured_by_the_images_that_it_draws(model, photos, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert main(command(model, photos, output)) == 0
+    report = json.loads((output / "evaluation.json").read_text())
+    found = by_name(report)
+    drawn = open_drawn(output / "drawn")
+    assert (len(drawn), drawn.options["num_inference_steps"]) == (12, 4)
+    assert found["fd"]["num_inference_steps"] == 4
+    assert found["bits-per-dim"]["num_images"] == 12
+    assert report["model"]["weights"] == drawn.options["weights"]
+    printed = capsys.readouterr().out
+    for said in ("95 % interval", "Frechet distance", "share of copies", "bits/dim", "by pixels"):
+        assert said in printed
+    names = {path.name for path in output.iterdir()}
+    assert {"samples.png", "closest-pairs.png", "evaluation.json"} <= names
+    # What is recorded measures the same again.
+    again = evaluate(model, photos, **report["options"] | {"output": output})
+    assert again["results"] == report["results"]
+
+
+def test_what_a_card_claims_is_verified_and_what_was_changed_is_found(
+    model, photos, tmp_path, capsys
+):
+    assert main([*command(model, photos, tmp_path / "out"), "--card"]) == 0
+    card = model / "README.md"
+    shown = re.sub(r"\\(.)", r"\1", card.read_text())
+    assert f"ddpm-hf evaluate model {photos.name} --metrics fd --features pixels" in shown
+    assert str(tmp_path) not in card.read_text()
+    verify = ["evaluate", str(model), str(photos), "--output", str(tmp_path / "new"), "--verify"]
+    capsys.readouterr()
+    assert main(verify) == 0
+    assert capsys.readouterr().out.count("\nreproduced ") + 1 == 3
+    text = card.read_text()
+    value = by_name(json.loads((tmp_path / "out" / "evaluation.json").read_text()))["fd"]["value"]
+    assert str(value) in text
+    card.write_text(text.replace(f"value: {value}", f"value: {value / 2}"))
+    assert main(verify) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines if line.startswith("NOT")] == [
+        "NOT reproduced  Frechet distance (pixels)"
+    ]
+
+
+def test_a_card_without_such_figures_cannot_be_verified(model, photos, capsys):
+    (model / "README.md").write_text("---\ntags: [a]\n---\n")
+    assert main(["evaluate", str(model), str(photos), "--verify"]) == 2
+    assert "has no figure that says how to measure it" in capsys.readouterr().err
+
+
+REFUSED = [
+    ({"metrics": ["fid"]}, "metrics must be of bits-per-dim, fd, .*, got 'fid'"),
+    ({"metrics": ["bits-per-dim"]}, "is of a model"),
+    ({"num_images": 0}, "num_images must be at least 1"),
+    ({"reference_split": "none", "split": "neither"}, "'none' does not exist"),
+    ({"features": "./missing"}, "does not exist"),
+]
+
+
+@pytest.mark.parametrize(("options", "said"), REFUSED)
+def test_what_cannot_be_measured_is_said_with_the_choices(options, said, pixels, photos):
+    with pytest.raises(ValueError, match=said):
+        evaluate(pixels["drawn"], photos, **options)
+
+
+def test_images_of_another_kind_than_the_data_are_no_set(photos):
+    with pytest.raises(ValueError, match=r"\(N, H, W, C\) of uint8, .*float64 of shape \(2, 8, 8"):
+        evaluate(np.full((2, 8, 8), 2.0), photos)
+
+
+def test_the_command_knows_the_metrics_without_loading_them():
+    assert METRICS == ALL_METRICS
