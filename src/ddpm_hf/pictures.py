@@ -1,15 +1,13 @@
 """Pictures: side by side for people, and in files for people and programs."""
 
 import math
-import os
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
 Pixels = npt.NDArray[Any]  # one image, (H, W, C), float in [0, 1]
@@ -20,13 +18,6 @@ LONGEST_NAME = 24  # characters of a row's name in a grid
 BACKDROP = (235, 235, 235)
 
 
-def best_device() -> str:
-    """The accelerator of this machine, or "cpu"."""
-    available = torch.accelerator.is_available()
-    accelerator = torch.accelerator.current_accelerator() if available else None
-    return accelerator.type if accelerator is not None else "cpu"
-
-
 def quantised(image: Pixels, bit_depth: int) -> Pixels:
     """Pixels of 8 or 16 bits from pixels in [0, 1]."""
     pixels: Pixels = (image * (2**bit_depth - 1)).round()
@@ -34,9 +25,11 @@ def quantised(image: Pixels, bit_depth: int) -> Pixels:
 
 
 def to_pil(image: Pixels, bit_depth: int = 8) -> Image.Image:
-    """The picture of pixels (H, W, C) in [0, 1]: L, LA, RGB or RGBA for C = 1, 2, 3, 4.
+    """The picture of pixels (H, W, C): L, LA, RGB or RGBA for C = 1, 2, 3, 4.
 
-    16 bits are kept in grey; PIL has colour in 8 bits only.
+    Args:
+        image: in [0, 1]; or uint8, or grey of uint16, which are kept.
+        bit_depth: of what is in [0, 1]; PIL has 16 bits in grey only, and colour gets 8.
 
     Raises:
         ValueError: if C > 4.
@@ -44,7 +37,8 @@ def to_pil(image: Pixels, bit_depth: int = 8) -> Image.Image:
     num_channels = image.shape[-1]
     if num_channels > MOST_PICTURE_CHANNELS:
         raise ValueError(f"a picture has 1 to {MOST_PICTURE_CHANNELS} channels, not {num_channels}")
-    pixels = quantised(image, bit_depth if num_channels == 1 else 8)
+    is_whole = image.dtype.kind == "u"
+    pixels = image if is_whole else quantised(image, bit_depth if num_channels == 1 else 8)
     return Image.fromarray(pixels[..., 0] if num_channels == 1 else pixels)
 
 
@@ -127,44 +121,3 @@ def is_picture(path: Path) -> bool:
     """Whether the name is that of a picture that can be written, such as "grid.png"."""
     kind = Image.registered_extensions().get(path.suffix.lower())
     return kind in Image.SAVE
-
-
-def save_images(
-    images: Sequence[Pixels], path: Path, bit_depth: int = 8, rows: Sequence[str] | None = None
-) -> Path:
-    """Save images, pixels (H, W, C) in [0, 1], in the form that the name asks for.
-
-    A picture, such as "grid.png", is one grid of all. "x.npz" holds pixels (N, H, W, C) of uint8 or
-    uint16 as `arr_0`, which is what evaluation tools read; "x.npy" the same in float32, in [0, 1].
-    Any other name is a folder of 00000.png, 00001.png, ...
-
-    Args:
-        images: to save.
-        path: where, and by its ending how.
-        bit_depth: of the pixels: 8 or 16.
-        rows: of each image the name of its row in a grid, such as its class.
-    Raises:
-        ValueError: if a folder of pictures is asked for and there are more than four channels.
-    """
-    if is_picture(path):
-        _write(path, (grid_by_row(images, rows) if rows else image_grid(images)).save)
-    elif path.suffix == ".npz":
-        pixels = np.stack([quantised(image, bit_depth) for image in images])
-        _write(path, lambda file: np.savez(file, pixels))
-    elif path.suffix == ".npy":
-        _write(path, lambda file: np.save(file, np.stack(images)))
-    else:
-        for place, image in enumerate(images):
-            _write(path / f"{place:05d}.png", to_pil(image, bit_depth).save)
-    return path
-
-
-def _write(path: Path, save: Callable[[Path], object]) -> None:
-    """Never half of a file under its name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".new-{path.name}")
-    try:
-        save(beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)

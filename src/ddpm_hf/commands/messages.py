@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 Speller = Callable[[str], str]
+# What has no value on the command line.
+FLAGS = {"use_safetensors=False": "--allow-pickle", "overwrite=True": "--overwrite"}
 
 
 def say(text: str, for_all: bool = False) -> None:
@@ -74,7 +76,8 @@ def flag_speller(names: Iterable[str]) -> Speller:
         return "--" + name.replace("_", "-") + (" " if "=" in match.groups() else "")
 
     def spell(message: str) -> str:
-        message = message.replace("use_safetensors=False", "--allow-pickle")
+        for argument, switch in FLAGS.items():
+            message = message.replace(argument, switch)
         return pattern.sub(flag, message)
 
     return spell

@@ -143,8 +143,6 @@ def image_splits(folder: Folder, check: Callable[[Iterable[str]], list[str]]) ->
     folder.leave_out({*folder.files} - {*images, *metadata})
     groups = _split_by_top_folder(list(map(PurePath, images)))
     wanted = check(groups)
-    for name in groups.keys() - {*wanted}:
-        folder.left_out[f"split {name!r}"] += len(groups[name])
     num_grouped = sum(map(len, groups.values()))
     folder.left_out["outside of the split folders"] += len(images) - num_grouped
     if not metadata:

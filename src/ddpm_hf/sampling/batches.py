@@ -66,9 +66,10 @@ def draw_images(
     """
     batch_size = min(batch_size, num_images)
     images: list[Pixels] = []
-    pipeline.set_progress_bar_config(leave=False, desc="denoising", disable=not progress)
+    silent = None if progress else True  # None: where nobody watches
+    pipeline.set_progress_bar_config(leave=False, desc="denoising", disable=silent)
     starts = range(first, first + num_images, batch_size)
-    silent = None if progress and len(starts) > 1 else True  # None: where nobody watches
+    silent = silent if len(starts) > 1 else True
     for start in tqdm(starts, desc="batches", leave=False, disable=silent):
         indices = range(start, start + batch_size)
         batch = draw_batch(pipeline, indices, seed=seed, class_labels=class_labels, **call)

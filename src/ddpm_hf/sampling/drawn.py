@@ -91,7 +91,7 @@ def open_drawn(path: str | Path) -> DrawnImages:
     return DrawnImages(
         images.shape,
         lambda rows: np.asarray(images[rows.start : rows.stop : rows.step]),
-        labels,
+        _labels(settings) if labels is None else labels,
         _names(about),
         settings,
     )
@@ -164,8 +164,8 @@ def _open_pictures(path: Path) -> DrawnImages:
 
 def _labels(settings: Mapping[str, Any]) -> Labels | None:
     """The class of each image, given to them in turn."""
-    labels = np.asarray(settings.get("class_labels"))
-    return np.resize(labels, settings["num_images"]) if labels.dtype == np.int64 else None
+    labels = settings.get("class_labels")
+    return np.resize(labels, settings["num_images"]).astype(np.int64) if labels else None
 
 
 def _names(about: Mapping[str, Any]) -> tuple[str, ...] | None:

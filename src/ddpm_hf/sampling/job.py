@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import PartialState
 
-from ddpm_hf.diffusion.files import read_json, write_text
-from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline, image_facts
+from ddpm_hf.diffusion.files import write_text
+from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 from ddpm_hf.parts import complete_parts, from_main, join_processes
 from ddpm_hf.pictures import quantised
 from ddpm_hf.sampling.batches import draw_batch
 from ddpm_hf.sampling.drawn import OPTIONS_NAME, DrawnImages, open_parts, part_paths
-from ddpm_hf.sampling.settings import difference, settings_of, versions
+from ddpm_hf.sampling.settings import about_images, difference, settings_in
 
 
 def draw_to(
@@ -43,9 +44,9 @@ def draw_to(
         num_images: N, how many.
         seed: image i comes from a generator seeded with a hash of `seed` and i.
         batch_size: images drawn at once. The last batch is filled up with the images that would
-            follow. Bits are the same at one batch size; another one changes the order of sums.
+            follow. Bits are the same at one batch size; see `ddpm_hf.sampling` for others.
         class_labels: numbers or names of classes, given to the images in turn: image i has that at
-            i mod their number.
+            i mod their number; by default every class.
         dtype: what is kept: "uint8", "uint16", or "float32" in [0, 1]; by default the bit depth of
             the model's images.
         overwrite: draw anew where the folder holds images that were drawn with other options.
@@ -61,7 +62,7 @@ def draw_to(
         OSError: if the folder cannot be written.
     """
     folder, state = Path(folder).expanduser(), join_processes()
-    settings = settings_of(
+    about = about_images(
         pipeline,
         num_images,
         seed=seed,
@@ -70,26 +71,42 @@ def draw_to(
         dtype=dtype,
         call=call,
     )
-    facts = image_facts(pipeline.unet)
-    names = list(facts.class_names) if facts and facts.class_names else None
-    about = {
-        "format_version": 1,
-        "settings": settings,
-        "class_names": names,
-        "versions": versions(),
-        "speed": pipeline.speed and pipeline.speed.to_dict(),
-    }
+    draw_parts(state, pipeline, folder, about, overwrite=overwrite, progress=progress, call=call)
+    return open_parts(folder)
+
+
+def draw_parts(
+    state: PartialState,
+    pipeline: GaussianDDPMPipeline,
+    folder: Path,
+    about: Mapping[str, Any],
+    *,
+    overwrite: bool,
+    progress: bool,
+    call: Mapping[str, Any],
+) -> None:
+    """The files of `draw_to`; returns when all are there, on every process.
+
+    Args:
+        state: the processes.
+        about: of `about_images`, with the same `call`.
+        pipeline, folder, overwrite, progress, call: as for `draw_to`.
+    """
     from_main(state, lambda: _claim(folder, about, overwrite))
-    size, bits = settings["batch_size"], {"uint8": 8, "uint16": 16}.get(settings["dtype"])
+    settings = about["settings"]
+    num_images, size, seed, labels = (
+        settings[name] for name in ("num_images", "batch_size", "seed", "class_labels")
+    )
+    bits = {"uint8": 8, "uint16": 16}.get(settings["dtype"])
     paths = part_paths(folder, settings)
     sizes = [min(size, num_images - first) for first in range(0, num_images, size)]
     shown = progress and state.is_main_process
-    pipeline.set_progress_bar_config(leave=False, desc="denoising", disable=not shown)
+    silent = None if shown else True  # None: where nobody watches
+    pipeline.set_progress_bar_config(leave=False, desc="denoising", disable=silent)
     call = {name: value for name, value in call.items() if value is not None}
 
     def write(part: int, path: Path) -> None:
         indices = range(part * size, (part + 1) * size)
-        labels = settings["class_labels"]
         images = draw_batch(pipeline, indices, seed=seed, class_labels=labels, **call)
         images = images[: sizes[part]]
         np.save(path, quantised(images, bits) if bits else images)
@@ -101,7 +118,6 @@ def draw_to(
             (folder / OPTIONS_NAME).unlink()
             folder.rmdir()
         raise
-    return open_parts(folder)
 
 
 def _claim(folder: Path, about: Mapping[str, Any], overwrite: bool) -> None:
@@ -110,21 +126,18 @@ def _claim(folder: Path, about: Mapping[str, Any], overwrite: bool) -> None:
     Raises:
         ValueError: if it holds others, or other things.
     """
-    path, settings = folder / OPTIONS_NAME, about["settings"]
-    there = read_json(path).get("settings")
-    if there == settings:
-        return
-    is_used = folder.exists() and any(folder.iterdir())
-    if there is None and is_used:
+    there, parts = settings_in(folder / OPTIONS_NAME), list(folder.glob("part-*.npy"))
+    if there is None and folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds other things than drawn images; choose another folder")
-    if there is not None:
-        parts = list(folder.glob("part-*.npy"))
-        if parts and not overwrite:
-            raise ValueError(
-                f"{folder} holds images of {difference(there, settings)}; pass overwrite=True to"
-                " draw anew, or choose another folder"
-            )
-        for part in parts:
-            part.unlink()
+    otherwise = there is not None and difference(there, about["settings"])
+    if there is not None and not otherwise:
+        return
+    if parts and not overwrite:
+        raise ValueError(
+            f"{folder} holds images of {otherwise}; pass overwrite=True to draw anew, or another "
+            "folder=PATH"
+        )
+    for part in parts:
+        part.unlink()
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(about, indent=1) + "\n")
+    write_text(folder / OPTIONS_NAME, json.dumps(about, indent=1) + "\n")

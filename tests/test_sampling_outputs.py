@@ -1,0 +1,214 @@
+"""`ddpm-hf sample` at scale: forms that others read, options that are kept, kills, processes."""
+
+import json
+import os
+import sys
+import time
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DModel
+from PIL import Image
+from processes import LIMIT_S, started_ranks
+
+from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler
+from ddpm_hf.cli import main
+from ddpm_hf.sampling import draw_images, draw_to, open_drawn
+
+N = 10
+OPTIONS = ["--num-images", str(N), "--num-inference-steps", "2", "--batch-size", "4"]
+FORMS = ("x.npz", "x.npy", "x.parquet", "folder")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The folder of a model of grey images of the classes cat and dog, and the null class."""
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        num_class_embeds=3,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    )
+    image = {"mode": "L", "height": 8, "width": 8, "bit_depth": 8}
+    facts = {"format_version": 1, "image": image, "class_names": ["cat", "dog"]}
+    unet.register_to_config(_ddpm_hf=facts)
+    scheduler = GaussianDDPMScheduler(
+        num_train_timesteps=20, beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing"
+    )
+    folder = tmp_path_factory.mktemp("models") / "pets"
+    GaussianDDPMPipeline(unet, scheduler).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pixels(model):
+    """What `OPTIONS` draw, (N, 8, 8, 1) uint8."""
+    pipeline = GaussianDDPMPipeline.from_pretrained(model)
+    call = {"num_inference_steps": 2, "batch_size": 4, "progress": False}
+    images = draw_images(pipeline, N, class_labels=[0, 1], **call)
+    return (np.stack(images) * 255).round().astype(np.uint8)
+
+
+def sample(model, output, *more, status=0):
+    assert main(["sample", str(model), "--output", str(output), *OPTIONS, *more]) == status
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_what_is_drawn_is_read_back_with_its_classes_and_options(model, pixels, tmp_path, name):
+    sample(model, tmp_path / name)
+    drawn = open_drawn(tmp_path / name)
+    np.testing.assert_array_equal(np.concatenate(list(drawn.batches(3))), pixels)
+    assert drawn.labels.tolist() == [i % 2 for i in range(N)]
+    assert drawn.class_names == ("cat", "dog")
+    assert drawn.options["num_inference_steps"] == 2
+    assert names_in(tmp_path) == sorted([name, f"{name}.json"])
+    about = json.loads((tmp_path / f"{name}.json").read_text())
+    assert about["model"] == {"name": "pets", "revision": None}
+
+
+def test_others_read_npz_parquet_and_pictures_by_their_own_means(model, pixels, tmp_path):
+    for name in FORMS:
+        sample(model, tmp_path / name)
+    with np.load(tmp_path / "x.npz") as arrays:  # as guided-diffusion's evaluator does
+        np.testing.assert_array_equal(arrays["arr_0"], pixels)
+        assert arrays["arr_1"].tolist() == [i % 2 for i in range(N)]
+    cache = {"split": "train", "cache_dir": str(tmp_path / "cache")}
+    rows = datasets.load_dataset("parquet", data_files=str(tmp_path / "x.parquet"), **cache)
+    assert rows.features["label"].names == ["cat", "dog"]
+    seen = np.stack([np.asarray(image) for image in rows["image"]])
+    np.testing.assert_array_equal(seen[..., None], pixels)
+    sample(model, tmp_path / "null.parquet", "--class-labels", "2", "cat")  # it has no name
+    rows = datasets.load_dataset("parquet", data_files=str(tmp_path / "null.parquet"), **cache)
+    assert rows.features["label"].int2str(rows["label"][:2]) == ["2", "cat"]
+    files = sorted((tmp_path / "folder").iterdir())
+    assert [file.name for file in files] == [f"{i:05d}.png" for i in range(N)]
+    seen = np.stack([np.asarray(Image.open(file)) for file in files])
+    np.testing.assert_array_equal(seen[..., None], pixels)
+
+
+@pytest.mark.parametrize("name", [*FORMS, "grid.png"])
+def test_what_was_begun_is_gone_on_with_and_what_is_finished_is_left_alone(
+    model, tmp_path, name, capsys
+):
+    sample(model, tmp_path / "whole" / name)
+    pipeline = GaussianDDPMPipeline.from_pretrained(model)
+    parts = tmp_path / f"{name}.parts"
+    dtype = "float32" if name in ("x.npy", "grid.png") else "uint8"
+    call = {"num_inference_steps": 2, "batch_size": 4, "dtype": dtype, "progress": False}
+    draw_to(pipeline, parts, N, **call)
+    (parts / "part-000001.npy").unlink()
+    # Of the first part, the pixels are changed: that they are in the output proves its use.
+    changed = np.load(parts / "part-000000.npy")
+    changed[:] = 0
+    np.save(parts / "part-000000.npy", changed)
+    sample(model, tmp_path / name)
+    assert not parts.exists()
+    if name == "grid.png":
+        return
+    drawn, whole = open_drawn(tmp_path / name), open_drawn(tmp_path / "whole" / name)
+    assert not drawn.read(range(4)).any()
+    np.testing.assert_array_equal(drawn.read(range(4, N)), whole.read(range(4, N)))
+    before = (tmp_path / name).stat().st_mtime_ns
+    capsys.readouterr()
+    sample(model, tmp_path / name)
+    assert "drawn before" in capsys.readouterr().out
+    assert (tmp_path / name).stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--seed", "1"], "--seed 0, not --seed 1"),
+        (["--eta", "0"], "--eta None, not --eta 0.0"),
+        (["--scheduler", "DDIM"], "--scheduler GaussianDDPMScheduler, not --scheduler DDIM"),
+        (["--class-labels", "dog"], "--class-labels [0, 1], not --class-labels [1]"),
+    ],
+)
+@pytest.mark.parametrize("is_finished", [True, False], ids=["finished", "begun"])
+def test_images_of_other_options_are_refused_naming_them_and_the_fix(
+    model, tmp_path, capsys, more, said, is_finished
+):
+    output = tmp_path / "x.npz"
+    if is_finished:
+        sample(model, output)
+    else:
+        pipeline = GaussianDDPMPipeline.from_pretrained(model)
+        call = {"num_inference_steps": 2, "batch_size": 4, "progress": False}
+        draw_to(pipeline, tmp_path / "x.npz.parts", N, **call)
+    sample(model, output, *more, status=2)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert said in line
+    assert "pass --overwrite to draw anew, or another --output" in line
+    sample(model, output, "--overwrite", *more)
+    assert names_in(tmp_path) == ["x.npz", "x.npz.json"]
+    sample(model, output, *more)  # finished: says so
+
+
+def test_only_pictures_that_were_drawn_are_replaced_in_a_folder(model, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    sample(model, folder)
+    sample(model, folder, "--num-images", "3", "--seed", "1", "--overwrite")
+    assert names_in(folder) == ["00000.png", "00001.png", "00002.png", "notes.txt"]
+
+
+def test_what_optimize_chose_is_kept_and_chosen_again(model, tmp_path, capsys):
+    output = tmp_path / "x.npz"
+    sample(model, output, "--optimize")
+    speed = open_drawn(output).options["speed"]
+    assert (speed["dtype"], speed["num_threads"]) == ("float32", torch.get_num_threads())
+    capsys.readouterr()
+    sample(model, output, "--optimize")
+    assert "drawn before" in capsys.readouterr().out
+    sample(model, output, status=2)
+    assert "not speed=None" in capsys.readouterr().err
+
+
+def test_files_of_others_are_left_alone(model, tmp_path, capsys):
+    (tmp_path / "pets.json").write_text('{"mine": 1}')
+    (tmp_path / "x.npz").mkdir()
+    (tmp_path / "file").touch()
+    sample(model, tmp_path / "pets", status=2)
+    sample(model, tmp_path / "x.npz", "--overwrite", status=2)
+    sample(model, tmp_path / "file", "--overwrite", status=2)
+    said = capsys.readouterr().err
+    assert "pets.json does not say" in said
+    assert "x.npz is a folder" in said
+    assert "file is a file" in said
+    assert names_in(tmp_path) == ["file", "pets.json", "x.npz"]
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_killed_and_started_again_draw_what_one_draws(model, tmp_path):
+    command = ["sample", str(model), "--num-images", "99", "--batch-size", "4"]
+    assert main([*command, "--output", str(tmp_path / "one.npz")]) == 0
+    output, parts = tmp_path / "two.npz", tmp_path / "two.npz.parts"
+    two = [sys.executable, "-m", "ddpm_hf", *command, "--output", str(output)]
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf")}
+    with started_ranks(two, env=environment) as processes:
+        began = time.monotonic()
+        while len(list(parts.glob("part-*"))) < 3:
+            assert all(process.poll() is None for process in processes)
+            assert time.monotonic() - began < LIMIT_S
+            time.sleep(0.01)
+    assert 3 <= len(list(parts.glob("part-*"))) < 25
+    assert not output.exists()
+    with started_ranks(two, env=environment) as processes:
+        said = [process.communicate(timeout=LIMIT_S)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert sum("99 images in" in text for text in said) == 1  # the first process speaks for all
+    assert output.read_bytes() == (tmp_path / "one.npz").read_bytes()
+    assert names_in(tmp_path) == ["one.npz", "one.npz.json", "two.npz", "two.npz.json"]
