@@ -17,6 +17,7 @@ from ddpm_hf.commands.evaluate import METRICS
 from ddpm_hf.data import ImageFacts
 from ddpm_hf.evaluation import frechet_distance, precision_recall
 from ddpm_hf.evaluation.evaluate import ALL_METRICS
+from ddpm_hf.evaluation.verify import OPTIONS
 from ddpm_hf.sampling import open_drawn
 
 # The images of the other split are left out, which is said.
@@ -128,6 +129,7 @@ def test_a_model_is_measured_by_the_images_that_it_draws(model, photos, tmp_path
         assert said in printed
     names = {path.name for path in output.iterdir()}
     assert {"samples.png", "closest-pairs.png", "evaluation.json"} <= names
+    assert set(report["options"]) == OPTIONS
     # What is recorded measures the same again.
     again = evaluate(model, photos, **report["options"] | {"output": output})
     assert again["results"] == report["results"]
@@ -149,6 +151,8 @@ def test_what_a_card_claims_is_verified_and_what_was_changed_is_found(
     value = by_name(json.loads((tmp_path / "out" / "evaluation.json").read_text()))["fd"]["value"]
     assert str(value) in text
     card.write_text(text.replace(f"value: {value}", f"value: {value / 2}"))
+    interval = r"(interval:\n *- )\S+(\n *- )\S+"  # a wide one does not help
+    card.write_text(re.sub(interval, r"\g<1>0.0\g<2>1000000.0", card.read_text()))
     assert main(verify) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines if line.startswith("NOT")] == [
@@ -156,8 +160,32 @@ def test_what_a_card_claims_is_verified_and_what_was_changed_is_found(
     ]
 
 
-def test_a_card_without_such_figures_cannot_be_verified(model, photos, capsys):
-    (model / "README.md").write_text("---\ntags: [a]\n---\n")
+CARD = """---
+model-index:
+- name: m
+  results:
+  - task: {type: unconditional-image-generation}
+    dataset: {name: photos, type: photos}
+    metrics:
+    - {type: fd, name: fd, value: 1.0, args: ARGS}
+---
+"""
+UNUSABLE = [
+    "{evaluate: {metrics: [fd], use_safetensors: false}, interval: [0.0, 1.0]}",
+    "{evaluate: {metrics: [fd], output: elsewhere}, interval: [0.0, 1.0]}",
+    "{evaluate: {metrics: fd}, interval: [0.0, 1.0]}",
+    "{evaluate: [fd], interval: [0.0, 1.0]}",
+    "{evaluate: {metrics: [fd]}, interval: 1.0}",
+    "{}",
+]
+
+
+@pytest.mark.parametrize("args", UNUSABLE)
+def test_a_card_that_does_not_say_how_as_evaluate_does_cannot_be_verified(
+    args, model, photos, capsys
+):
+    """A card is anybody's: it does not decide what is opened and where files go."""
+    (model / "README.md").write_text(CARD.replace("ARGS", args))
     assert main(["evaluate", str(model), str(photos), "--verify"]) == 2
     assert "has no figure that says how to measure it" in capsys.readouterr().err
 

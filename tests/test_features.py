@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
-from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
+from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
 from ddpm_hf.evaluation.features import features_of, load_features, resized, to_rgb
@@ -104,6 +104,30 @@ def test_modules_callables_and_the_network_of_the_extra_are_features():
         load_features("user/none")
 
 
+def test_a_pooler_that_the_checkpoint_lacks_is_left_out_and_a_layer_is_refused(tmp_path):
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    model = ViTModel(config, add_pooling_layer=False)
+    model.save_pretrained(tmp_path)
+    BitImageProcessorPil(crop_size={"height": 28, "width": 28}).save_pretrained(tmp_path)
+    first, second = load_features(str(tmp_path)), load_features(str(tmp_path))
+    pixels = random_pixels(2, 8, 8, 1)
+    assert torch.equal(first(pixels), second(pixels))
+    assert first.digest == second.digest
+    weights = {name: x for name, x in model.state_dict().items() if "layernorm" not in name}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    with pytest.raises(ValueError, match=r"no weights for \S*layernorm"):
+        load_features(str(tmp_path))
+
+
+def test_networks_that_differ_in_layers_without_weights_are_told_apart():
+    layers = [torch.nn.Sequential(layer, torch.nn.Flatten()) for layer in (
+        torch.nn.AvgPool2d(2), torch.nn.MaxPool2d(2)
+    )]  # fmt: skip
+    assert load_features(layers[0]).digest != load_features(layers[1]).digest
+
+
 def test_features_are_computed_once_for_a_set(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
     pixels, calls, state = random_pixels(600, 4, 4, 1), [], join_processes()
@@ -179,3 +203,11 @@ def test_the_interval_is_about_what_other_draws_give():
     error = np.sqrt(np.mean([d["standard_error"] ** 2 for d in draws]))
     # From 30 draws of 20 halves each the ratio is known to 15 %; halves are wide, not narrow.
     assert 0.7 < error / spread < 1.8
+
+
+def test_few_held_out_images_make_the_floor_uncertain_and_not_the_interval():
+    generator = torch.Generator().manual_seed(0)
+    real, drawn, held_out = (torch.randn(n, 8, generator=generator) for n in (400, 400, 40))
+    few, many = (measure("fd", real, drawn, others)[0] for others in (held_out, None))
+    assert few["floor_num_images"] == [200, 20]
+    assert few["standard_error"] == pytest.approx(many["standard_error"], rel=0.5)

@@ -105,7 +105,9 @@ def load_features(source: Any, device: Any = "cpu") -> Features:
         is_module = isinstance(source, nn.Module)
         network = source.eval().to(device) if is_module else source
         name = getattr(source, "__name__", type(source).__name__)
-        return Features(name, network, digest=weights_digest(source) if is_module else None)
+        # Layers that have no weights are told apart by their names.
+        digest = _hash([repr(source), weights_digest(source)]) if is_module else None
+        return Features(name, network, digest=digest)
     if source == "pixels":
         return Features("pixels", lambda x: x.flatten(1), digest="pixels")
     if source == "efficientnet-lite0":
@@ -141,14 +143,21 @@ def _of_transformers(source: str, device: Any) -> Features:
 
     try:
         processor = AutoImageProcessor.from_pretrained(source)
-        model = AutoModel.from_pretrained(source, use_safetensors=True)
+        model, loading = AutoModel.from_pretrained(
+            source, use_safetensors=True, output_loading_info=True
+        )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"features {source!r} cannot be loaded: {reason}; without a network take"
             f" {' or '.join(OFFLINE_FEATURES)}, or a folder of a vision model"
         ) from error
+    missing = sorted(loading["missing_keys"])
+    if untrained := [name for name in missing if "pooler" not in name]:
+        raise ValueError(f"features {source!r} have no weights for {untrained[0]}")
     model = getattr(model, "vision_model", model).eval().to(device)
+    if missing:
+        model.pooler = None  # the checkpoint has none: its weights would be random
 
     def network(x: Tensor) -> Tensor:
         output = model(pixel_values=x)
@@ -206,7 +215,7 @@ def features_of(
     if features.digest is None:
         return of(rows) if state.is_main_process else None
     key = [_CACHE_VERSION, _PART, batch_size, features.facts(), _digest(images, rows)]
-    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+    name = _hash(key)[:32]
     folder = Path(datasets.config.HF_DATASETS_CACHE, "ddpm_hf", "features", name)
     parts = [rows[start : start + _PART] for start in range(0, len(rows), _PART)]
     sizes = [len(part) for part in parts]
@@ -214,6 +223,10 @@ def features_of(
         state, folder, sizes, lambda i: {"features": of(parts[i])}, progress=progress
     )
     return None if done is None else torch.cat([part["features"] for part in done])
+
+
+def _hash(values: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 def _digest(images: DrawnImages, rows: range) -> str:

@@ -110,18 +110,22 @@ def measure(
         return torch.tensor(function(a, b), dtype=torch.float64).reshape(-1)
 
     values = compute(real, drawn)
-    of_drawn, of_real = [], []
+    of_halves, of_drawn, of_real = [], [], []
     size = 0
     for _ in range(NUM_RESAMPLES):
         first, second = shuffled(real).tensor_split(2)
         if held_out is not None:
             second = shuffled(held_out)[: max(len(held_out) // 2, 1)]
-        size = min(len(second), len(drawn) // 2)
-        of_drawn.append(compute(first, shuffled(drawn)[:size]))
+        half = shuffled(drawn)[: len(drawn) // 2]
+        size = min(len(second), len(half))
+        of_halves.append(compute(first, half))
+        # Where few images are held out, the floor is that of few, but not the interval.
+        of_drawn.append(compute(first, half[:size]) if size < len(half) else of_halves[-1])
         of_real.append(compute(first, second[:size]))
-    draws, floors = torch.stack(of_drawn), torch.stack(of_real)
+    halves, draws, floors = map(torch.stack, (of_halves, of_drawn, of_real))
+    errors = halves.std(0)
     return [
-        _described(figure, values[i].item(), draws[:, i], floors[:, i])
+        _described(figure, values[i].item(), errors[i].item(), draws[:, i], floors[:, i])
         | {
             "metric": metric,
             "num_real": len(real),
@@ -134,9 +138,11 @@ def measure(
     ]
 
 
-def _described(figure: Figure, value: float, draws: Tensor, floors: Tensor) -> dict[str, Any]:
+def _described(
+    figure: Figure, value: float, error: float, draws: Tensor, floors: Tensor
+) -> dict[str, Any]:
     low, high = figure.limits
-    half_width = _T_19 * draws.std().item()
+    half_width = _T_19 * error
     gap, of_chance = (draws - floors).mean().item(), _T_19 * (draws - floors).std().item()
     if abs(gap) <= of_chance:
         verdict = "tie"
@@ -147,7 +153,7 @@ def _described(figure: Figure, value: float, draws: Tensor, floors: Tensor) -> d
         "label": figure.label,
         "value": value,
         "interval": [max(low, value - half_width), min(high, value + half_width)],
-        "standard_error": draws.std().item(),
+        "standard_error": error,
         "floor": {"real": floors.mean().item(), "drawn": draws.mean().item()},
         "verdict": verdict,
         "note": _note(figure, verdict, value, floors.mean().item(), draws.mean().item()),

@@ -11,6 +11,13 @@ from huggingface_hub import ModelCard
 from ddpm_hf.evaluation.evaluate import evaluate
 from ddpm_hf.evaluation.report import card_results
 
+# What a card may say about how: nothing that opens pickled weights or writes files.
+OPTIONS = {
+    "metrics", "features", "num_images", "seed", "split", "reference_split", "dataset_config",
+    "dataset_revision", "image_column", "class_column", "on_bad_image", "num_inference_steps",
+    "num_timesteps", "decoder", "batch_size",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -20,7 +27,7 @@ class Claim:
         name: of the figure.
         claimed: what the card says.
         measured: what it is now; None where it was not measured.
-        interval: of 95 %, as the card says; None where it says none.
+        interval: of 95 %: the card's or the one measured now, whichever is narrower.
         remark: what else differs, or why it was not measured.
     """
 
@@ -59,9 +66,9 @@ def verify(model: str | os.PathLike[str], dataset: Any = None, **options: Any) -
     groups: dict[str, list[Any]] = {}
     claims = []
     for result in results:
-        how = (result.metric_args or {}).get("evaluate")
+        how = _how(result.metric_args)
         if how is None:
-            remark = "the card does not say how it was measured"
+            remark = "the card does not say how it was measured, or not as `evaluate` does"
             claims.append(Claim(str(result.metric_name), result.metric_value, remark=remark))
             continue
         rest = {key: value for key, value in how.items() if key != "metrics"}
@@ -74,6 +81,21 @@ def verify(model: str | os.PathLike[str], dataset: Any = None, **options: Any) -
     for group in groups.values():
         claims += _measured(model, dataset, group, options)
     return claims
+
+
+def _how(args: Any) -> dict[str, Any] | None:
+    """The options by which a figure was measured; None where a card has none that can be used."""
+    how, interval = (
+        args.get(k) if isinstance(args, dict) else None for k in ("evaluate", "interval")
+    )
+    is_usable = (
+        isinstance(how, dict)
+        and set(how) <= OPTIONS
+        and isinstance(how.get("metrics"), list)
+        and isinstance(interval, list)
+        and [isinstance(end, int | float) for end in interval] == [True, True]
+    )
+    return how if is_usable else None
 
 
 def _measured(model: Any, dataset: Any, group: list[Any], options: dict[str, Any]) -> list[Claim]:
@@ -103,7 +125,8 @@ def _measured(model: Any, dataset: Any, group: list[Any], options: dict[str, Any
         now = rows[name]["args"]
         changed = [key for key in ("weights", "features") if args.get(key) != now.get(key)]
         remark = f"the {' and '.join(changed)} are others than the card's" if changed else ""
-        low, high = args["interval"]
+        # A card that claims a wide interval is held to the one that was measured.
+        low, high = min(args["interval"], now["interval"], key=lambda ends: ends[1] - ends[0])
         value = rows[name]["value"]
         claims.append(Claim(name, result.metric_value, value, (low, high), remark))
     return claims
