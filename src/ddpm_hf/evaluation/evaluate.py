@@ -4,6 +4,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from accelerate import PartialState
 from torch import Tensor
 
 from ddpm_hf.diffusion.images import ImageFacts
-from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 from ddpm_hf.evaluation.features import DEFAULT_FEATURES, Features, features_of, load_features
 from ddpm_hf.evaluation.images import facts_of, images_for
 from ddpm_hf.evaluation.likelihood import BoundOptions, forget_parts, measure_bits_per_dim
@@ -101,6 +101,8 @@ def evaluate(
         metrics = (BITS,) if _is_model(model_or_images) else tuple(METRICS)
     _check(metrics, num_images)
     state = join_processes()
+    if output is None and state.num_processes > 1:
+        raise ValueError("output must be a folder where several processes share the work")
     data = DataSource(
         dataset,
         split,
@@ -111,48 +113,33 @@ def evaluate(
         on_bad_image,
     )
     subject = model_or_images
-    if _is_model(subject) and not hasattr(subject, "unet"):
-        subject = load(
-            os.fspath(subject), revision=revision, variant=variant, use_safetensors=use_safetensors
-        )
-    pipeline: GaussianDDPMPipeline | None = None
     if _is_model(subject):
-        pipeline = subject.to(state.device)
-    elif BITS in metrics:
-        raise ValueError(f"metrics {BITS} is of a model; these are images")
+        if not hasattr(subject, "unet"):
+            name = os.fspath(subject)
+            subject = load(
+                name, revision=revision, variant=variant, use_safetensors=use_safetensors
+            )
+        subject = subject.to(state.device)
     with tempfile.TemporaryDirectory() as temporary:
-        if output is None and state.num_processes > 1:
-            raise ValueError("output must be a folder where several processes share the work")
         folder = Path(output or temporary).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
-        shown = progress and state.is_main_process
-        results = []
-        facts = None
-        if pipeline is not None and BITS in metrics:
-            facts, result = _bits(pipeline, data, options, len(metrics) > 1, folder, state, shown)
-            results.append(result)
-        if compared := [name for name in metrics if name != BITS]:
-            network = load_features(features, state.device)
-            facts, found = _compare(subject, data, compared, network, options, folder, state, shown)
-            results += found
-        if not state.is_main_process:
-            return None
-        report = report_of(
-            {
-                "name": _name_of(model_or_images),
-                "revision": revision,
-                "weights": weights_digest(pipeline.unet) if pipeline else None,
-            },
-            data.facts() | {"image": facts.to_config()["image"] if facts else None},
-            [result for result in results if result is not None],
-            {"metrics": list(metrics), **options, "features": _name_of(features)},
-        )
-        if output is not None:
-            write_report(folder, report)
-            for result in report["results"]:
-                if result["name"] == BITS:
-                    forget_parts(folder, result)
-        return report
+        job = _Job(subject, data, options, folder, state, progress and state.is_main_process)
+        facts, results = job.measure(metrics)
+    if not state.is_main_process:
+        return None
+    weights = weights_digest(subject.unet) if _is_model(subject) else None
+    report = report_of(
+        {"name": _name_of(model_or_images), "revision": revision, "weights": weights},
+        data.facts() | {"image": facts.to_config()["image"]},
+        results,
+        {"metrics": list(metrics), **options, "features": _name_of(features)},
+    )
+    if output is not None:
+        write_report(folder, report)
+        for result in results:
+            if result["name"] == BITS:
+                forget_parts(folder, result)
+    return report
 
 
 def _check(metrics: Sequence[str], num_images: int | None) -> None:
@@ -178,109 +165,112 @@ def _name_of(source: Any) -> str:
     return source.name if isinstance(source, Features) else type(source).__name__
 
 
-def _bits(
-    pipeline: GaussianDDPMPipeline,
-    data: DataSource,
-    options: dict[str, Any],
-    is_one_of_several: bool,
-    folder: Path,
-    state: PartialState,
-    progress: bool,
-) -> tuple[ImageFacts, dict[str, Any] | None]:
-    """Bits/dim of the held-out images."""
-    number = options["num_images"]
-    images = images_for(
-        pipeline.unet,
-        data.rows(data.split),
-        num_images=None if is_one_of_several else number,
-        at_most=number,
-        seed=options["seed"],
-        image_column=data.image_column,
-        label_column=options["class_column"] or True,
-        on_bad_image=data.on_bad_image,
-        progress=progress,
-    )
-    names = ("num_inference_steps", "num_timesteps", "decoder", "seed", "batch_size")
-    bound = BoundOptions(**{name: options[name] for name in names})
-    known = read_result(folder, BITS)
-    unet, scheduler = pipeline.unet, pipeline.scheduler
-    result = measure_bits_per_dim(
-        unet, scheduler, images, bound, folder, state, known=known, progress=progress
-    )
-    return images.facts, result
+@dataclass(frozen=True)
+class _Job:
+    """One evaluation: what, on which data, and where it is kept."""
 
+    subject: Any
+    data: DataSource
+    options: dict[str, Any]
+    folder: Path
+    state: PartialState
+    progress: bool
 
-def _compare(
-    subject: Any,
-    data: DataSource,
-    metrics: Sequence[str],
-    network: Features,
-    options: dict[str, Any],
-    folder: Path,
-    state: PartialState,
-    progress: bool,
-) -> tuple[ImageFacts, list[dict[str, Any]]]:
-    """The figures that compare drawn images with real ones."""
-    given = None if _is_model(subject) else image_set(subject)
-    facts = facts_of(subject.unet) if given is None else facts_of_set(given)
-    reference, held_out = data.splits()
-    real = data.images(reference, facts, progress)
-    number = options["num_images"]
-    drawn = given or _draw(subject, number or min(len(real), MOST_DRAWN), options, folder, progress)
-    rows = range(min(len(drawn), number or len(drawn)))
-    batch_size = options["batch_size"]
+    def measure(self, metrics: Sequence[str]) -> tuple[ImageFacts, list[dict[str, Any]]]:
+        """What the images are; on the main process the results."""
+        results: list[dict[str, Any]] = []
+        if BITS in metrics:
+            if not _is_model(self.subject):
+                raise ValueError(f"metrics {BITS} is of a model; these are images")
+            facts, bits = self._bits(is_alone=len(metrics) == 1)
+            results += [] if bits is None else [bits]
+        if compared := [name for name in metrics if name != BITS]:
+            facts, figures = self._compare(compared)
+            results += figures
+        return facts, results
 
-    def of(images: DrawnImages, rows: range | None = None) -> Tensor | None:
-        return features_of(
-            images, network, state, rows=rows, batch_size=batch_size, progress=progress
+    def _bits(self, is_alone: bool) -> tuple[ImageFacts, dict[str, Any] | None]:
+        """Bits/dim of the held-out images."""
+        options, data, unet = self.options, self.data, self.subject.unet
+        number = options["num_images"]
+        images = images_for(
+            unet,
+            data.rows(data.split),
+            num_images=number if is_alone else None,
+            at_most=number,
+            seed=options["seed"],
+            image_column=data.image_column,
+            label_column=options["class_column"] or True,
+            on_bad_image=data.on_bad_image,
+            progress=self.progress,
         )
+        names = ("num_inference_steps", "num_timesteps", "decoder", "seed", "batch_size")
+        result = measure_bits_per_dim(
+            unet,
+            self.subject.scheduler,
+            images,
+            BoundOptions(**{name: options[name] for name in names}),
+            self.folder,
+            self.state,
+            known=read_result(self.folder, BITS),
+            progress=self.progress,
+        )
+        return images.facts, result
 
-    x, y = of(real), of(drawn, rows)
-    z = of(data.images(held_out, facts, progress)) if held_out else None
-    if x is None or y is None:
-        return facts, []
-    how = {
-        "seed": options["seed"],
-        "num_inference_steps": drawn.options.get("num_inference_steps"),
-        "scheduler": drawn.options.get("scheduler"),
-        "reference_split": reference,
-        "held_out_split": held_out,
-        "features": network.facts() | {"dims": y.shape[1]},
-    }
-    found = [
-        figure | how
-        for metric in metrics
-        for figure in measure(metric, x, y, z, seed=options["seed"])
-    ]
-    try:
-        pairs = closest_pairs(x, y, _NUM_PAIRS) if "memorisation" in metrics else []
-        _save_pictures(folder, drawn, real, pairs)
-    except Exception as error:  # a picture must not cost the figures
-        warnings.warn(f"the pictures were not drawn: {error}", stacklevel=2)
-    return facts, found
+    def _compare(self, metrics: Sequence[str]) -> tuple[ImageFacts, list[dict[str, Any]]]:
+        """The figures that compare drawn images with real ones."""
+        network = load_features(self.options["features"], self.state.device)
+        given = None if _is_model(self.subject) else image_set(self.subject)
+        facts = facts_of(self.subject.unet) if given is None else facts_of_set(given)
+        reference, held_out = self.data.splits()
+        real = self.data.images(reference, facts, self.progress)
+        number = self.options["num_images"]
+        drawn = given or self._draw(number or min(len(real), MOST_DRAWN))
 
+        def features(images: DrawnImages, rows: range | None = None) -> Tensor | None:
+            size = self.options["batch_size"]
+            return features_of(
+                images, network, self.state, rows=rows, batch_size=size, progress=self.progress
+            )
 
-def _draw(
-    pipeline: GaussianDDPMPipeline,
-    num_images: int,
-    options: dict[str, Any],
-    folder: Path,
-    progress: bool,
-) -> DrawnImages:
-    """As many images by the seed; of a class-conditional model, its classes in turn."""
-    names, count = facts_of(pipeline.unet).class_names, pipeline.unet.config.num_class_embeds
-    classes = len(names) if names else count
-    return draw_to(
-        pipeline,
-        folder / "drawn",
-        num_images,
-        seed=options["seed"],
-        batch_size=options["batch_size"],
-        class_labels=list(range(classes)) if count else None,
-        overwrite=True,
-        progress=progress,
-        num_inference_steps=options["num_inference_steps"],
-    )
+        x, y = features(real), features(drawn, range(min(len(drawn), number or len(drawn))))
+        z = features(self.data.images(held_out, facts, self.progress)) if held_out else None
+        if x is None or y is None:
+            return facts, []
+        seed = self.options["seed"]
+        how = {
+            "seed": seed,
+            "num_inference_steps": drawn.options.get("num_inference_steps"),
+            "scheduler": drawn.options.get("scheduler"),
+            "reference_split": reference,
+            "held_out_split": held_out,
+            "features": network.facts() | {"dims": y.shape[1]},
+        }
+        figures = [
+            figure | how for metric in metrics for figure in measure(metric, x, y, z, seed=seed)
+        ]
+        try:
+            pairs = closest_pairs(x, y, _NUM_PAIRS) if "memorisation" in metrics else []
+            _save_pictures(self.folder, drawn, real, pairs)
+        except Exception as error:  # a picture must not cost the figures
+            warnings.warn(f"the pictures were not drawn: {error}", stacklevel=2)
+        return facts, figures
+
+    def _draw(self, num_images: int) -> DrawnImages:
+        """As many images by the seed; of a class-conditional model, its classes in turn."""
+        unet = self.subject.unet
+        names, count = facts_of(unet).class_names, unet.config.num_class_embeds
+        return draw_to(
+            self.subject,
+            self.folder / "drawn",
+            num_images,
+            seed=self.options["seed"],
+            batch_size=self.options["batch_size"],
+            class_labels=list(range(len(names) if names else count)) if count else None,
+            overwrite=True,
+            progress=self.progress,
+            num_inference_steps=self.options["num_inference_steps"],
+        )
 
 
 def _save_pictures(

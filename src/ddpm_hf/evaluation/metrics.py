@@ -164,11 +164,9 @@ def _note(figure: Figure, verdict: str, value: float, floor: float, drawn: float
     """What a reader might miss, or nothing."""
     if figure.name == "copies":
         if verdict != "worse":
-            return "no more copies than among real images"
+            return ""
         whole = "these images are copies of the training images: " if value > 0.5 else ""
         return f"{whole}{value:.0%} are as near to one as 1 % of real images are"
-    if verdict == "tie":
-        return "not told from real images at this number of images"
     if verdict == "better" and figure.name in ("fd", "kid"):
         return "nearer to the reference than real images are: are these copies? see memorisation"
     if figure.name == "fd" and floor > drawn / 2:

@@ -88,13 +88,13 @@ def tables(report: dict[str, Any]) -> str:
 
 def comparison(figures: list[dict[str, Any]]) -> str:
     """The figures that compare drawn images with real ones, each beside its floor."""
-    lines = [f"{'':18}{'value':>9}  {'95 % interval':21}{'drawn':>9}{'real':>9}"]
+    lines = [f"{'':18}{'value':>10}  {'95 % interval':23}{'drawn':>11}{'real':>11}"]
     for figure in figures:
         low, high = figure["interval"]
         floor, verdict = figure["floor"], VERDICTS[figure["verdict"]]
         lines.append(
-            f"{figure['label']:18}{figure['value']:9.4g}  {f'{low:.4g} .. {high:.4g}':21}"
-            f"{floor['drawn']:9.4g}{floor['real']:9.4g}  {verdict}"
+            f"{figure['label']:18}{figure['value']:10.4g}  {f'{low:.4g} .. {high:.4g}':23}"
+            f"{floor['drawn']:11.4g}{floor['real']:11.4g}  {verdict}"
         )
     lines += [f"note: {f['label']}: {f['note']}" for f in figures if f["note"]]
     first = figures[0]
@@ -108,7 +108,8 @@ def comparison(figures: list[dict[str, Any]]) -> str:
         f" {first['num_real']:,} of {first['reference_split']}; by {first['features']['name']}",
         f"drawn     the same of {sizes[1]:,} drawn against {sizes[0]:,} real ones, mean of"
         f" {first['num_resamples']} draws",
-        f"real      of {sizes[1]:,} real ones {beside} instead: what a perfect model would get",
+        f"real      of {sizes[1]:,} real ones {beside} instead: what a perfect model would get;"
+        " a tie is too close to tell at this number",
     ])  # fmt: skip
 
 
