@@ -66,7 +66,8 @@ def test_it_measures_the_curve_writes_it_into_the_model_and_prints_what_few_step
     want = calibrated_by_hand(model, photos, 2)
     config = model / "scheduler" / "scheduler_config.json"
     before = json.loads(config.read_text())
-    assert main(command(model, photos, tmp_path / "out", "--seed", "3", "--batch-size", "2")) == 0
+    options = ["--seed", "3", "--batch-size", "2", "--card"]
+    assert main(command(model, photos, tmp_path / "out", *options)) == 0
     printed = capsys.readouterr()
 
     (result,) = json.loads((tmp_path / "out" / "calibration.json").read_text())["results"]
@@ -88,6 +89,9 @@ def test_it_measures_the_curve_writes_it_into_the_model_and_prints_what_few_step
         "calibration.png",
     ]
 
+    card = (model / "README.md").read_text()
+    assert f"| 10 | {row:.3f} ({loss:+.3f}) |" in card
+    assert "predicted from 5 images of photos, test" in card
     # The model: the curve to the bit, and not another word changed.
     after = json.loads(config.read_text())
     assert after.pop("_ddpm_hf")["x_0_mse"] == want.x_0_mse.tolist()

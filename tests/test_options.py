@@ -144,6 +144,7 @@ ELSEWHERE = {
     "public": "test_hub_push.py::test_training_outlives_a_hub_that_fails_and_says_how_to_push",
     "compile": "test_training_speed.py::test_a_compiled_run_stays_compiled_when_it_is_resumed",
     "num_threads": "test_training_speed.py::test_a_resumed_run_keeps_its_number_of_threads",
+    "calibrate": "test_training_validation.py::test_a_model_is_calibrated_in_the_end",
     "ddp_timeout": "test_endings.py::test_a_process_that_stands_still_ends_the_run_and_is_named",
 }
 

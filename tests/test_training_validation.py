@@ -117,3 +117,27 @@ def test_what_cannot_be_held_out_is_refused(tmp_path, split):
     with pytest.raises(ConfigError, match="validation_split"):
         run(tmp_path / "run", validation_split=split)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_is_calibrated_in_the_end(tmp_path, capsys):
+    straight = run(tmp_path / "one", calibrate=True)
+    assert "6 held-out images, 21 network calls each, in the end" in capsys.readouterr().out
+    curve = load(straight.model_dir).scheduler.x_0_mse
+    assert curve.shape == (20,)
+    assert (curve > 0).all()
+    card = (straight.model_dir / "README.md").read_text()
+    assert "### Fewer steps" in card
+    assert "predicted from 6 held-out images" in card
+    assert not list((tmp_path / "one").glob(".unfinished*"))
+    # A run that is done already, or was cut before: the same command goes on with that alone.
+    run(tmp_path / "two")
+    again = run(tmp_path / "two", calibrate=True)
+    assert torch.equal(load(again.model_dir).scheduler.x_0_mse, curve)
+
+
+def test_a_calibration_that_fails_is_a_warning_and_the_model_is_there(tmp_path, caplog):
+    images = any_images(6)  # off the grid of the decoder
+    config = tiny_config(tmp_path, **OPTIONS | {"validation_split": None, "calibrate": True})
+    result = train(config, unet=tiny_unet(), dataset=images)
+    assert "could not calibrate the model" in caplog.text
+    assert load(result.model_dir).scheduler.x_0_mse is None

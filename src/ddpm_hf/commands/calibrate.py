@@ -10,6 +10,7 @@ from ddpm_hf.commands.evaluate import add_data, add_model, add_work, dataset_fac
 from ddpm_hf.commands.messages import flags_in_messages, say
 from ddpm_hf.commands.options import command_parser, path
 from ddpm_hf.names import public_name
+from ddpm_hf.wording import counted
 
 NUM_IMAGES = 256
 HELP = "measure once what a model loses in few steps, and the best variances for them"
@@ -33,6 +34,11 @@ def run(argv: list[str]) -> int:
     """Calibrate as `argv` says."""
     options = parser().parse_args(argv)
     with flags_in_messages(vars(options)):
+        if options.card and not Path(options.model).is_dir():
+            raise ValueError(
+                f"card is for the folder of a model, and {options.model!r} is none: calibrate your"
+                " copy of it, then `ddpm-hf push` it"
+            )
         try:
             calibrate(options)
         except KeyboardInterrupt:
@@ -60,6 +66,9 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="also find the timesteps for DDIM and DPM-Solver++ 2M in 5 to 25 steps, against 100"
         " steps of the same network: some 4,000 calls of 32 images",
+    )
+    group.add_argument(
+        "--card", action="store_true", help="show the table in the card of the model's folder"
     )
     add_work(group)
     return parser
@@ -118,6 +127,8 @@ def calibrate(options: argparse.Namespace) -> None:
     for remark in result["remarks"]:
         print(f"note: {remark}")
     draw_picture(result, options.output)
+    if options.card:
+        write_card(Path(options.model), result, dataset)
     if options.timesteps:
         print("timesteps were found for DDIM and DPM-Solver++ 2M; others are not promised")
     print(f"\nin {file}; for the model in {kept}")
@@ -133,3 +144,15 @@ def draw_picture(result: dict[str, Any], folder: Path) -> None:
         warnings.warn("no picture without matplotlib: pip install 'ddpm-hf[eval]'", stacklevel=2)
     except Exception as error:
         warnings.warn(f"the picture was not drawn: {error}", stacklevel=2)
+
+
+def write_card(folder: Path, result: dict[str, Any], dataset: dict[str, Any]) -> None:
+    """Show the table in the model's card; without that the result is no worse."""
+    from ddpm_hf.hub.card import write_calibration
+
+    images = counted(result["num_images"], "image")
+    how = f"predicted from {images} of {dataset['name']}, {dataset['split']}"
+    try:
+        print(f"in {write_calibration(folder, {'rows': result['rows'], 'how': how})}")
+    except (ValueError, OSError) as error:
+        warnings.warn(f"the card was not written: {error}", stacklevel=2)

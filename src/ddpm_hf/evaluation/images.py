@@ -23,13 +23,14 @@ class EvaluationImages:
     """Some images of a data set, and their classes.
 
     Attributes:
-        images: `images[0, i]` is image i as the network sees it, float32 (C, H, W) in [-1, 1].
+        images: `TrainingImages` or some of them; `images[0, i]` is image i as the network sees it,
+            float32 (C, H, W) in [-1, 1].
         indices: i of the images to use, ascending.
         labels: the class of every image of the set, as the model numbers them, (N,); or None.
         facts: what the images are.
     """
 
-    images: TrainingImages
+    images: Any
     indices: Sequence[int]
     labels: Tensor | None
     facts: ImageFacts

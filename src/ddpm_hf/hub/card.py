@@ -59,6 +59,8 @@ def _scheduler_facts(config: dict[str, Any]) -> dict[str, Any]:
     facts = {"class": config.get("_class_name"), "beta_schedule": name}
     facts |= {"num_train_timesteps": config.get("num_train_timesteps")}
     facts |= {**params, **{key: config.get(key) for key in _SCHEDULER_KEYS}}
+    own = config.get("_ddpm_hf")
+    facts["calibrated_timesteps"] = own.get("calibrated_timesteps") if own else None
     return {key: value for key, value in facts.items() if value is not None}
 
 
@@ -104,6 +106,8 @@ def render_model_card(facts: dict[str, Any], repo_id: str | None = None) -> str:
             if value is not None
         ],
         metrics=[_metric_row(metric) for metric in facts.get("metrics") or []],
+        **_few_steps(facts.get("calibration") or {}),
+        has_timesteps="DDIM" in (scheduler.get("calibrated_timesteps") or {}),
     )
     return sealed(str(card))
 
@@ -254,7 +258,8 @@ def _base_sentence(facts: dict[str, Any]) -> str:
 
 def _training_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     seconds, versions = facts.get("duration_s"), facts.get("versions") or {}
-    scheduler = {k: v for k, v in (facts.get("scheduler") or {}).items() if k != "class"}
+    hidden = ("class", "calibrated_timesteps")
+    scheduler = {k: v for k, v in (facts.get("scheduler") or {}).items() if k not in hidden}
     rows = [
         ("optimizer updates", facts.get("steps")),
         ("images seen", facts.get("num_images_seen")),
@@ -265,6 +270,25 @@ def _training_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("finished", facts.get("created")),
     ]
     return [(name, UNKNOWN if value is None else _number(value)) for name, value in rows]
+
+
+def _few_steps(calibration: dict[str, Any]) -> dict[str, Any]:
+    """The table of bits/dim against the number of steps."""
+    rows = calibration.get("rows") or []
+    columns = {"bits_per_dim": "calibrated variances", "published": "as published"}
+    columns = {key: title for key, title in columns.items() if rows and key in rows[0]}
+    whole = rows[-1]["bits_per_dim"] if rows else 0.0
+    return {
+        "few_steps": [
+            [
+                f"{row['num_inference_steps']:,}",
+                *(f"{row[key]:.3f} ({row[key] - whole:+.3f})" for key in columns),
+            ]
+            for row in rows
+        ],
+        "few_steps_titles": list(columns.values()),
+        "few_steps_how": _inline(calibration.get("how") or UNKNOWN),
+    }
 
 
 def _metric_row(metric: dict[str, Any]) -> tuple[str, str, str]:
@@ -330,6 +354,21 @@ def write_results(folder: str | Path, results: Iterable[Mapping[str, Any]]) -> P
             raise ValueError(f"a result needs a name and a finite value, got {dict(result)!r}")
         by_name[_result_key(result)] = dict(result)
     facts["metrics"] = list(by_name.values())
+    write_text(path, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    return write_model_card(folder)
+
+
+def write_calibration(folder: str | Path, calibration: Mapping[str, Any]) -> Path:
+    """Keep what few steps lose in `training.json`, and show it in the card.
+
+    Args:
+        folder: a portable checkpoint.
+        calibration: "rows", of `evaluation.calibration.rows_of`, and "how" they came about.
+    Returns:
+        the path of the card.
+    """
+    path = ModelPaths(Path(folder)).facts
+    facts = read_json(path) | {"calibration": dict(calibration)}
     write_text(path, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
     return write_model_card(folder)
 

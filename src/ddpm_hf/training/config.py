@@ -45,7 +45,7 @@ FREE_ON_RESUME = frozenset(
         "num_threads",  # sums of the other number differ in their last bits
         "logging_steps", "sample_steps", "num_samples", "sample_inference_steps",
         "checkpointing_steps", "checkpoints_total_limit", "push_to_hub", "public", "license",
-        "allow_pickle", "ddp_timeout",
+        "allow_pickle", "calibrate", "ddp_timeout",
         "validation_steps", "validation_images", "validation_timesteps", "keep_best",
     }
 )  # fmt: skip
@@ -255,6 +255,11 @@ class OutputOptions:
         None, "updates between two checkpoints (default: proposed)"
     )
     checkpoints_total_limit: int = _option(2, "newest checkpoints that are kept")
+    calibrate: bool = _option(
+        False,
+        "in the end measure what the model loses in few steps, and the best variances for them, as "
+        "`ddpm-hf calibrate` does on 64 images",
+    )
     push_to_hub: str | None = _option(
         None, "also push to this Hub repository, 'user/name', at every checkpoint"
     )

@@ -113,7 +113,7 @@ class Selection(torch.utils.data.Dataset[Any]):
     """Some of the training images, under numbers of their own."""
 
     def __init__(self, images: TrainingImages, indices: Sequence[int]) -> None:
-        self.images, self.indices = images, indices
+        self.images, self.indices, self.shape = images, indices, images.shape
         self.labels = None if images.labels is None else images.labels[list(indices)]
 
     def __len__(self) -> int:

@@ -211,6 +211,8 @@ def _train_loop(
             outputs.export_model(must_succeed=ending)
         if stopping:
             break
+        if ending:
+            outputs.calibrate()
     bar.close()
     # A terminal that asks to stop stops the processes that read images, too.
     if run.stop.failed and run.stop.received is None:

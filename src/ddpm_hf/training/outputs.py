@@ -17,6 +17,7 @@ from ddpm_hf.hub.background import BackgroundPusher
 from ddpm_hf.paths import ModelPaths
 from ddpm_hf.pictures import Pixels, grid_by_row, image_grid
 from ddpm_hf.sampling import draw_images
+from ddpm_hf.training.calibration import calibrate_model, is_calibrated
 from ddpm_hf.training.export import export_model, training_facts
 from ddpm_hf.training.metrics import MetricsLog
 from ddpm_hf.training.run import Run
@@ -99,6 +100,16 @@ class Outputs:
             self.draw_samples()
             self.measure()
             self.export_model(must_succeed=True)
+        self.calibrate()
+
+    def calibrate(self) -> None:
+        """Measure the exported model, if that was asked for; a failure must not cost it."""
+        run = self.run
+        due = [run.config.calibrate and not is_calibrated(run)]
+        if broadcast_object_list(due)[0]:
+            with self._warn_on_any_error("calibrate the model"):
+                calibrate_model(run)
+                self._push()
 
     def _push(self) -> None:
         if self.pusher is not None:

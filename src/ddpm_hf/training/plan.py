@@ -7,6 +7,7 @@ from accelerate.utils import DynamoBackend
 
 from ddpm_hf.diffusion.extension import beta_schedule_of
 from ddpm_hf.training.accelerator import available_trackers
+from ddpm_hf.training.calibration import describe_calibration
 from ddpm_hf.training.config import required
 from ddpm_hf.training.learning_rate import learning_rate
 from ddpm_hf.training.run import Run
@@ -86,6 +87,7 @@ def describe(run: Run, validation: Validation | None = None) -> str:
             f"mixed precision: {accelerator.mixed_precision}{_computed(run)}",
             f"output     {run.paths.root}, losses in {losses}",
             *([validation.describe()] if validation else []),
+            *([describe_calibration(run)] if config.calibrate else []),
             *(f"note       {note}" for note in run.parts.notes),
         ]
     )
