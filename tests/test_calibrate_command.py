@@ -147,6 +147,40 @@ def test_a_model_with_another_sampler_keeps_it_and_gets_timesteps(photos, tmp_pa
     assert isinstance(load(folder).scheduler, DDIMScheduler)
 
 
+def test_a_model_of_the_hub_gets_a_configuration_beside_the_result(tmp_path, capsys):
+    scheduler = GaussianDDPMScheduler(**SHORT_CHAIN, x_0_mse=[0.1] * 20)
+    path = calibration.keep_calibration(scheduler, tmp_path / "someone" / "model", tmp_path)
+    assert torch.equal(
+        GaussianDDPMScheduler.from_pretrained(path.parent).x_0_mse, scheduler.x_0_mse
+    )
+    assert main(command("someone/model", "photos", tmp_path / "out", "--card")) == 2
+    assert (
+        "card is for the folder of a model, and 'someone/model' is none" in capsys.readouterr().err
+    )
+
+
+def test_a_network_of_another_schedule_is_noticed():
+    """A network that takes the noise for less than it is, beside the best one of its kind."""
+    scheduler = GaussianDDPMScheduler(50, beta_schedule="iddpm_linear", clip_sample=False)
+    images = torch.randint(0, 256, (40, 16), generator=torch.Generator().manual_seed(0)) / 127.5 - 1
+    images = images.double()
+
+    def linear(x_t, t, factor=1.0):
+        """The best line for white noise of that variance, but for the sigma that it believes."""
+        snr = scheduler.snr(t, torch.float64)[:, None]
+        signal = (snr / (1 + snr)).sqrt()
+        square = 1 / 3
+        x_0 = x_t * signal * square / (signal**2 * square + factor * (1 - signal**2))
+        return (x_t - signal * x_0) / (1 - signal**2).sqrt()
+
+    right = calibrate(linear, scheduler, images, generator=torch.Generator().manual_seed(0))
+    assert right.doubts() == []
+    wrong = calibrate(
+        lambda x_t, t: linear(x_t, t, 0.05), scheduler, images, generator=torch.Generator()
+    )
+    assert any("times that of a straight line" in doubt for doubt in wrong.doubts())
+
+
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does(model, photos, tmp_path):
     options = ["--seed", "3", "--batch-size", "1"]

@@ -562,7 +562,10 @@ def pretrained(request, tmp_path):
         for parameter in unet.parameters():
             parameter.add_(0.5)
     scheduler = GaussianDDPMScheduler(
-        num_train_timesteps=50, beta_schedule="squaredcos_cap_v2", x_0_mse=[0.1] * 50
+        num_train_timesteps=50,
+        beta_schedule="squaredcos_cap_v2",
+        x_0_mse=[0.1] * 50,
+        calibrated_timesteps={"DDIM": {2: [49, 20]}},
     )
     if request.param == "ours":
         GaussianDDPMPipeline(unet, scheduler).save_pretrained(folder)

@@ -18,6 +18,7 @@ from ddpm_hf.calibration import (
     with_curve,
     without_curve,
 )
+from ddpm_hf.diffusion.best_timesteps import MAX_TIMESTEPS
 from ddpm_hf.diffusion.bounds import part_of
 from ddpm_hf.diffusion.conditioning import denoiser_of
 from ddpm_hf.diffusion.files import read_json, write_text
@@ -78,13 +79,14 @@ def rows_of(calibration: Calibration) -> list[dict[str, Any]]:
     rows = []
     for K in [K for K in NUM_STEPS if K < T] + [T]:
         even = calibration.bits_per_dim(K, timestep_spacing="linspace")
-        best = calibration.bits_per_dim(K, timestep_spacing="likelihood")
         row = {
             "num_inference_steps": K,
             "bits_per_dim": even.value,
             "standard_error": finite(even.standard_error),
-            "at_best_timesteps": best.value,
         }
+        if 2 <= T <= MAX_TIMESTEPS:
+            best = calibration.bits_per_dim(K, timestep_spacing="likelihood")
+            row["at_best_timesteps"] = best.value
         if not is_learned:
             published = calibration.bits_per_dim(K, timestep_spacing="linspace", published=True)
             row["published"] = published.value
@@ -112,15 +114,10 @@ def table(result: dict[str, Any]) -> str:
         cells = [f"{row[key]:9.3f} {row[key] - whole:+8.3f}" for key in columns]
         lines.append(f"{row['num_inference_steps']:>6,}" + "".join(f"  {cell}" for cell in cells))
     error = rows[-1]["standard_error"]
+    of_all = "" if error is None else f"; standard error of the last line {error:.3f}"
     lines += [
         "",
-        f"{counted(result['num_images'], 'image')}"
-        + (
-            f"; standard error of K = {rows[-1]['num_inference_steps']:,}: {error:.3f}"
-            if error
-            else ""
-        )
-        + f"; took {result['seconds']:,.0f} s",
+        f"{counted(result['num_images'], 'image')}{of_all}; took {result['seconds']:,.0f} s",
         "best timesteps are best for the bound alone: sample at evenly spaced ones",
     ]
     if "published" in columns:

@@ -104,7 +104,7 @@ def plot_calibration(result: dict[str, Any], path: Path) -> None:
         if key in result["rows"][0]:
             left.semilogx(steps, [row[key] for row in result["rows"]], ".-", label=label)
     ceiling = max(row["bits_per_dim"] for row in result["rows"])
-    floor = min(row["at_best_timesteps"] for row in result["rows"])
+    floor = min(row["bits_per_dim"] for row in result["rows"])
     left.set_ylim(floor - 0.1 * (ceiling - floor) - 0.01, ceiling + (ceiling - floor) + 0.01)
     left.set(xlabel="steps K", ylabel="bits/dim", xticks=steps, xticklabels=steps)
     left.minorticks_off()

@@ -60,7 +60,9 @@ def _scheduler_facts(config: dict[str, Any]) -> dict[str, Any]:
     facts |= {"num_train_timesteps": config.get("num_train_timesteps")}
     facts |= {**params, **{key: config.get(key) for key in _SCHEDULER_KEYS}}
     own = config.get("_ddpm_hf")
-    facts["calibrated_timesteps"] = own.get("calibrated_timesteps") if own else None
+    facts["calibrated_timesteps"] = (
+        own.get("calibrated_timesteps") if isinstance(own, dict) else None
+    )
     return {key: value for key, value in facts.items() if value is not None}
 
 

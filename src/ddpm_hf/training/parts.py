@@ -87,9 +87,11 @@ def assemble(
     names = facts.class_names
     shares = accelerator.num_processes * config.gradient_accumulation_steps
     scheduler = as_own_scheduler(scheduler) or build_scheduler(config, pretrained_scheduler)
-    if scheduler.x_0_mse is not None:
+    if scheduler.x_0_mse is not None or scheduler.calibrated_timesteps:
         # Measured on the network as it was; and the loss is that of the published variances.
-        scheduler = GaussianDDPMScheduler.from_config(scheduler.config, x_0_mse=None)
+        scheduler = GaussianDDPMScheduler.from_config(
+            scheduler.config, x_0_mse=None, calibrated_timesteps=None
+        )
         notes += ["the calibration of the model as it was is dropped: calibrate it when it is done"]
     if unet is None:
         torch.manual_seed(config.seed)  # the same first weights on every process and every start
