@@ -1,5 +1,8 @@
 """Options that make a run faster, or fit: what they change, and that no bit is lost by resuming."""
 
+import json
+import re
+
 import pytest
 import torch
 import torch._dynamo
@@ -7,6 +10,7 @@ from diffusers import UNet2DModel
 from tiny_runs import assert_equal_bits, checkpoint, run, stop_reading_at, tiny_unet
 
 from ddpm_hf import TrainingError
+from ddpm_hf.diffusion.speed import threads
 from ddpm_hf.training import ConfigError, parse_config
 from ddpm_hf.training.threads import Pace
 
@@ -109,6 +113,16 @@ def test_a_resumed_run_keeps_its_number_of_threads(tmp_path):
     assert seen[-1] == 2
     assert torch.get_num_threads() == 1  # as it was before
     assert_equal_bits(checkpoint(tmp_path / "straight", 6), checkpoint(tmp_path / "resumed", 6))
+
+
+def test_a_run_whose_updates_become_slow_measures_its_threads_again(tmp_path, monkeypatch, capsys):
+    updates = iter(range(1, 7))
+    monkeypatch.setattr(Pace, "is_slow", lambda *_: next(updates) == 3)
+    with threads(2):
+        run(tmp_path, checkpointing_steps=6)
+    said = re.search(r"updates are slow: (\d) threads? from update 4 on", capsys.readouterr().out)
+    state = json.loads((tmp_path / "checkpoints" / "step-00000006" / "state.json").read_text())
+    assert state["num_threads"] == int(said[1])
 
 
 @pytest.mark.parametrize(
