@@ -137,9 +137,7 @@ def optimize(
         compile=unet._compiled_call_impl is not None,
         tf32=torch.backends.cuda.matmul.fp32_precision == "tf32",
         num_threads=torch.get_num_threads(),
-        speed_up=trial.speed_up(original, threads_before, unet)
-        if measures and (changed or compile)
-        else None,
+        speed_up=trial.speed_up(original, threads_before, unet) if measures and changed else None,
         deviation=deviation(outputs_before, trial.outputs(unet)),
         notes=tuple(notes),
     )
