@@ -191,6 +191,16 @@ def test_files_of_others_are_left_alone(model, tmp_path, capsys):
     assert names_in(tmp_path) == ["file", "pets.json", "x.npz"]
 
 
+def test_only_pictures_numbered_as_ours_are_replaced(model, tmp_path):
+    photos = ["1st.png", "20240101.png", "2024-01-01.png"]
+    ours = ["00000.png", "00099.png"]
+    for name in (*photos, *ours):
+        (tmp_path / "x").mkdir(exist_ok=True)
+        (tmp_path / "x" / name).touch()
+    sample(model, tmp_path / "x", "--overwrite", "--num-images", "1")
+    assert names_in(tmp_path / "x") == sorted([*photos, "00000.png"])
+
+
 @pytest.mark.slow
 def test_two_processes_that_are_killed_and_started_again_draw_what_one_draws(model, tmp_path):
     command = ["sample", str(model), "--num-images", "99", "--batch-size", "4"]

@@ -89,8 +89,9 @@ def _move_files(
     for file in sorted(files, key=lambda p: (p.name == last, p)):
         (folder / file).parent.mkdir(exist_ok=True)
         os.replace(staging / file, folder / file)
+    new = set(files)
     for path in stale():
-        if path.relative_to(folder) not in files:
+        if path.relative_to(folder) not in new:
             path.unlink()
             with suppress(OSError):  # a folder that is not empty stays
                 path.parent.rmdir()

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -232,7 +233,8 @@ def _write_folder(drawn: DrawnImages, path: Path, progress: bool) -> None:
     count = len(drawn)
 
     def stale() -> Iterator[Path]:
-        return path.glob("[0-9]*.png")
+        # A photo may be 1st.png, or have the eight digits of a date.
+        return (file for file in path.glob("*.png") if re.fullmatch(r"\d{5,7}", file.stem))
 
     with replacing_files(path, last=_file_name(count - 1, count), stale=stale) as folder:
         for rows, images in _pieces(drawn, progress):
