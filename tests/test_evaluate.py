@@ -20,8 +20,6 @@ from ddpm_hf.evaluation.evaluate import ALL_METRICS
 from ddpm_hf.evaluation.verify import OPTIONS
 from ddpm_hf.sampling import open_drawn
 
-# The images of the other split are left out, which is said.
-pytestmark = pytest.mark.filterwarnings("ignore:.* left out .split")
 SIZE, NUM_TRAIN, NUM_TEST = 8, 24, 20
 
 

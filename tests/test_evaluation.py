@@ -17,8 +17,6 @@ from ddpm_hf.evaluation import likelihood
 from ddpm_hf.evaluation.plots import rate_distortion, terms_where_measured
 from ddpm_hf.randomness import seed_of
 
-# The images of the other split are left out, which is said.
-pytestmark = pytest.mark.filterwarnings("ignore:.* left out .split")
 # Of the two-process test too, whose processes must find the same model and images.
 NUM_IMAGES, SIZE = 5, 7
 

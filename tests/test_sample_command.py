@@ -149,6 +149,29 @@ def test_the_scheduler_and_its_spacing_are_those_of_the_pipeline_in_python(model
     np.testing.assert_array_equal(np.load(tmp_path / "x.npy")[0], image)
 
 
+def test_timesteps_of_a_calibrated_model_are_those_that_its_scheduler_chooses(
+    models, tmp_path, capsys
+):
+    pipeline = GaussianDDPMPipeline.from_pretrained(models["RGB"])
+    mse = torch.linspace(0.01, 0.5, T)
+    pipeline.scheduler = GaussianDDPMScheduler.from_config(pipeline.scheduler.config, x_0_mse=mse)
+    pipeline.save_pretrained(tmp_path / "model")
+    chosen, output = ("--timestep-spacing", "likelihood"), str(tmp_path / "x.npy")
+    sample(tmp_path / "model", *chosen, "--num-images", "1", "--output", output, steps="4")
+    pipeline.scheduler.set_timesteps(4, timestep_spacing="likelihood")
+    timesteps = pipeline.scheduler.timesteps.tolist()
+    (image,) = draw_images(pipeline, 1, timesteps=timesteps, progress=False)
+    np.testing.assert_array_equal(np.load(output)[0], image)
+    refusals = [
+        ("RGB", [*chosen, "--num-inference-steps", "4"], "ddpm-hf calibrate"),
+        ("RGB", [*chosen, "--scheduler", "DDIM"], "DDIMScheduler"),
+        (tmp_path / "model", chosen, "--num-inference-steps"),
+    ]
+    for model, options, said in refusals:
+        output = ("--output", str(tmp_path / "y.npy"))
+        assert said in refused(capsys, models.get(model, model), *options, *output)
+
+
 def drawn(model, output, *options):
     sample(model, "--output", str(output), *options)
     return np.load(output)

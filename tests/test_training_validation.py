@@ -91,7 +91,6 @@ def test_the_best_model_is_kept_beside_the_last(tmp_path):
     assert isinstance(load(tmp_path / "best"), GaussianDDPMPipeline)
 
 
-@pytest.mark.filterwarnings("ignore:.*left out")  # each split leaves out the other
 def test_a_split_of_the_data_set_is_measured(tmp_path):
     for split, count in (("train", 6), ("test", 3)):
         (tmp_path / "photos" / split).mkdir(parents=True)

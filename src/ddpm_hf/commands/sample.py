@@ -40,6 +40,7 @@ SCHEDULERS = (
     "KDPM2Discrete", "KDPM2AncestralDiscrete", "LMSDiscrete",
 )  # fmt: skip
 SPACINGS = ("leading", "linspace", "trailing", "quadratic")
+CALIBRATED_SPACINGS = ("likelihood", "calibrated")
 FORMATS = ("png", "npz", "npy", "parquet")
 
 
@@ -130,9 +131,10 @@ def _add_how(group: Any) -> None:
     )
     group.add_argument(
         "--timestep-spacing",
-        choices=SPACINGS,
+        choices=(*SPACINGS, *CALIBRATED_SPACINGS),
         metavar="NAME",
-        help=f"which timesteps those are: {', '.join(SPACINGS)} (default: the model's)",
+        help=f"which timesteps those are: {', '.join(SPACINGS)}; or, of a model after `ddpm-hf "
+        "calibrate`, likelihood, or calibrated for DDIM (default: the model's)",
     )
     group.add_argument(
         "--eta",
@@ -210,7 +212,7 @@ def draw(options: argparse.Namespace, output: Path) -> None:
     """Load the model, draw the images and save them."""
     from ddpm_hf.hub.load import load
     from ddpm_hf.parts import join_processes
-    from ddpm_hf.sampling.choices import change_scheduler
+    from ddpm_hf.sampling.choices import calibrated_timesteps, change_scheduler
     from ddpm_hf.sampling.outputs import check_is_free, parts_of, save_drawn
 
     if not options.overwrite and not parts_of(output).exists():
@@ -223,7 +225,13 @@ def draw(options: argparse.Namespace, output: Path) -> None:
         variant=options.variant,
         use_safetensors=not options.allow_pickle,
     ).to(state.device)
-    change_scheduler(pipeline, options.scheduler, options.timestep_spacing)
+    spacing, steps = options.timestep_spacing, options.num_inference_steps
+    timesteps = None
+    if spacing in CALIBRATED_SPACINGS:
+        change_scheduler(pipeline, options.scheduler)
+        timesteps, steps = calibrated_timesteps(pipeline, spacing, steps), None
+    else:
+        change_scheduler(pipeline, options.scheduler, spacing)
     if options.optimize:
         optimize(pipeline, options, output, state)
     scale, interval = options.guidance_scale, options.guidance_interval
@@ -236,7 +244,8 @@ def draw(options: argparse.Namespace, output: Path) -> None:
         class_labels=options.class_labels,
         overwrite=options.overwrite,
         model={"name": public_name(options.model), "revision": options.revision},
-        num_inference_steps=options.num_inference_steps,
+        num_inference_steps=steps,
+        timesteps=timesteps,
         eta=options.eta,
         guidance_scale=2.0 if options.guide and scale is None else scale,
         guidance_interval=interval and tuple(interval),

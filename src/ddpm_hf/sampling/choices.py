@@ -36,6 +36,28 @@ def change_scheduler(
         pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **changes)
 
 
+def calibrated_timesteps(
+    pipeline: GaussianDDPMPipeline, spacing: str, num_inference_steps: int | None
+) -> list[int]:
+    """Timesteps that a calibrated scheduler chooses, which are no part of its configuration.
+
+    Args:
+        pipeline: its scheduler chooses them.
+        spacing: "likelihood", or "calibrated" for DDIM.
+        num_inference_steps: K.
+    Raises:
+        ValueError: if the scheduler is of another kind or not calibrated so, or K is missing.
+    """
+    scheduler = pipeline.scheduler
+    if not isinstance(scheduler, GaussianDDPMScheduler):
+        raise ValueError(f"timestep_spacing={spacing} is not one of {type(scheduler).__name__}'s")
+    if num_inference_steps is None:
+        raise ValueError(f"num_inference_steps must be given with timestep_spacing={spacing}")
+    scheduler.set_timesteps(num_inference_steps, timestep_spacing=spacing)
+    timesteps: list[int] = scheduler.timesteps.tolist()
+    return timesteps
+
+
 def class_names_of(unet: UNet2DModel) -> tuple[str, ...] | None:
     """What its classes are called, in the order of their numbers, where it says so."""
     facts = image_facts(unet)
