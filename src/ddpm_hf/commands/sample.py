@@ -30,8 +30,9 @@ draw images from a model on the Hub or in a folder
 
 Image i depends on the seed and on i alone, whatever the number of images and of processes. Its bits
 are the same at one --batch-size on one kind of device (on a CPU, with one OMP_NUM_THREADS). With
-others, sums are rounded in another order: of 28x28 digits in 50 steps, drawn 1 to 64 at once by 1
-and 2 threads, values in [0, 1] differed by at most 7e-6, and no pixel of 8 bits differed.
+others, sums are rounded in another order: 28x28 digits in 50 steps of eta 0, drawn 1, 7 or 64 at
+once by 1 or 2 threads, differed by at most 7e-6 of the range from those drawn 16 at once, and no
+pixel of 8 bits differed.
 """
 # Those of diffusers that sample a model of this kind.
 SCHEDULERS = (

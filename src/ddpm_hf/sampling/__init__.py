@@ -8,9 +8,9 @@
 
 Image i is a function of (seed, i): its noise comes from a generator of its own. Its bits are the
 same for any number of processes and after any restart, at one batch size on one kind of device (on
-a CPU, with one number of threads). Others round sums in another order: of 28x28 digits in 50 steps
-of eta = 0, drawn 1 to 64 at once by 1 and 2 threads, values in [0, 1] differed by at most 7e-6, and
-no pixel of 8 bits differed.
+a CPU, with one number of threads). Others round sums in another order: 28x28 digits in 50 steps
+of eta = 0, drawn 1, 7 or 64 at once by 1 or 2 threads, differed by at most 7e-6 of the range from
+those drawn 16 at once, and no pixel of 8 bits differed.
 """
 
 from ddpm_hf.sampling.batches import draw_images
