@@ -12,6 +12,7 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import log_loss
 from sklearn.model_selection import train_test_split
 
+from ddpm_hf import load
 from ddpm_hf.data import prepare_images
 
 PATH = Path(__file__).parents[1] / "training" / "demo.py"
@@ -113,6 +114,8 @@ def test_the_demo_runs_to_the_end_goes_on_and_says_that_a_short_training_is_not_
 ):
     monkeypatch.setattr(demo, "NUM_INFERENCE_STEPS", 20)
     monkeypatch.setattr(demo, "NUM_SCORED", 80)
+    monkeypatch.setattr(demo, "NUM_CALIBRATED", 8)
+    monkeypatch.setattr(demo, "NUM_COMPARED", 4)
     folder = tmp_path / "demo"
     arguments = ["--output", str(folder), "--steps", "3"]
     assert demo.main(arguments) == 1
@@ -134,6 +137,8 @@ def test_the_demo_runs_to_the_end_goes_on_and_says_that_a_short_training_is_not_
     card = (folder / "model" / "README.md").read_text()
     assert "recognised digits" in card
     assert f"{scores['drawn']['recognised']:.4g}" in card
+    assert "Fewer steps" in card
+    assert load(folder / "model").scheduler.config["_ddpm_hf"]["x_0_mse"]
 
     weights = folder / "model" / "unet" / "diffusion_pytorch_model.safetensors"
     trained, metrics = weights.read_bytes(), (folder / "metrics.jsonl").read_text()

@@ -2,8 +2,8 @@
 
 `make demo` runs this; run again, it goes on where it was. The data are the 1,797 handwritten digits
 that scikit-learn ships, 8x8 pixels. At the end a classifier fitted to real digits says how many of
-the drawn ones it recognises, and the variational bound how well the model explains digits that it
-has not seen.
+the drawn ones it recognises, the variational bound how well the model explains digits that it has
+not seen, and a calibration what it loses in few steps.
 """
 
 import argparse
@@ -29,9 +29,19 @@ from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from ddpm_hf import GaussianDDPMPipeline, TrainingConfig, bits_per_dim, load, train
+from ddpm_hf import (
+    GaussianDDPMPipeline,
+    TrainingConfig,
+    bits_per_dim,
+    calibrate,
+    evaluate,
+    load,
+    train,
+)
+from ddpm_hf.calibration import without_curve
 from ddpm_hf.cli import run_command
-from ddpm_hf.hub.card import write_model_card
+from ddpm_hf.evaluation.calibration import keep_calibration, rows_of
+from ddpm_hf.hub.card import write_calibration, write_model_card
 from ddpm_hf.pictures import image_grid
 from ddpm_hf.training import TrainingResult
 from ddpm_hf.wording import duration
@@ -50,8 +60,10 @@ NUM_STEPS = 3000
 NUM_INFERENCE_STEPS = 100
 NUM_SCORED = 500
 NUM_BOUND_CALLS = 50  # of the network per held-out digit: an unbiased estimate of 1,000
+NUM_CALIBRATED = 64  # held-out digits, of which the error at every timestep is measured
 NUM_SHOWN = 64
-PICTURES = ("samples.png", "denoising.png", "loss.png", "samples_stock.png")
+NUM_COMPARED, FEW_STEPS = 36, (25, 10)  # digits drawn in all steps, and in these
+PICTURES = ("samples.png", "denoising.png", "loss.png", "samples_stock.png", "few_steps.png")
 
 # Run by a Python that cannot import this package: what anyone with diffusers alone can do.
 STOCK_PROGRAM = """
@@ -136,6 +148,24 @@ def picture_denoising(pipeline: GaussianDDPMPipeline, path: Path) -> None:
     plt.close(figure)
 
 
+def picture_few_steps(pipeline: GaussianDDPMPipeline, path: Path) -> None:
+    """As many digits in all steps as in few, with the seconds that each took."""
+    scheduler = pipeline.scheduler
+    numbers = (len(scheduler), *FEW_STEPS)
+    # From the noisiest step on, however few they are.
+    pipeline.scheduler = scheduler.from_config(scheduler.config, timestep_spacing="trailing")
+    figure, axes = plt.subplots(1, len(numbers), figsize=(13, 5), layout="constrained")
+    for axis, num_steps in zip(axes, numbers, strict=True):
+        pipeline.set_progress_bar_config(desc=f"{num_steps:,} steps")
+        generator, began = torch.Generator().manual_seed(0), time.monotonic()
+        images = pipeline(NUM_COMPARED, generator, num_inference_steps=num_steps).images
+        axis.imshow(image_grid([ImageOps.expand(image, 1) for image in images]))
+        axis.set_title(f"{num_steps:,} steps, {time.monotonic() - began:.1f} s", fontsize=16)
+        axis.axis("off")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
 def picture_loss(metrics_file: Path, path: Path) -> None:
     """The training loss as logged, and smoothed."""
     lines = metrics_file.read_text(encoding="utf-8").splitlines()
@@ -208,13 +238,18 @@ def draw_elsewhere(model: Path, picture: Path) -> np.ndarray:
     return tiles[:, :, 12:72:8, 12:72:8].reshape(-1, 8, 8)  # the middle of each enlarged pixel
 
 
+def to_tensor(images: list[Image.Image]) -> torch.Tensor:
+    """Images as the network is trained on them: (N, 1, 8, 8) in [-1, 1]."""
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))[:, None]
+    return pixels / 127.5 - 1
+
+
 def bound_of(pipeline: GaussianDDPMPipeline, images: list[Image.Image]) -> dict[str, float]:
     """Bits/dim of images that the model has not seen, with the standard error."""
-    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))[:, None]
     bound = bits_per_dim(
         pipeline.unet,
         pipeline.scheduler,
-        pixels / 127.5 - 1,
+        to_tensor(images),
         num_timesteps=NUM_BOUND_CALLS,
         generator=torch.Generator().manual_seed(0),
     )
@@ -225,6 +260,51 @@ def bound_of(pipeline: GaussianDDPMPipeline, images: list[Image.Image]) -> dict[
         "decoder": bound.terms[:, -1].mean().item(),
         "count": len(images),
     }
+
+
+def compared(
+    drawn: list[Image.Image], known: list[Image.Image], held_out: list[Image.Image]
+) -> list[dict[str, Any]]:
+    """By their pixels: distance of drawn digits to those trained on, and the share of copies."""
+    data = {"train": as_dataset(known), "test": as_dataset(held_out)}
+    metrics = ("fd", "memorisation")
+    report = evaluate(drawn, data, metrics=metrics, features="pixels", progress=False)
+    results: list[dict[str, Any]] = report["results"]
+    return results
+
+
+def told(results: list[dict[str, Any]]) -> list[str]:
+    """Each figure at half the number of digits, beside that of real ones that were held out."""
+    return [
+        f"{r['label']:42}{r['floor']['drawn']:8.3f}{r['floor']['real']:17.3f}  {r['verdict']}"
+        for r in results
+    ]
+
+
+def calibrate_model(
+    pipeline: GaussianDDPMPipeline, images: list[Image.Image], model: Path
+) -> list[dict[str, Any]]:
+    """Measure what few steps lose, and keep the best variances for them in the model.
+
+    Returns:
+        bits/dim of K steps, the fewest first.
+    """
+    generator = torch.Generator().manual_seed(0)
+    result = calibrate(pipeline.unet, pipeline.scheduler, to_tensor(images), generator=generator)
+    pipeline.scheduler = result.scheduler
+    keep_calibration(result.scheduler, model, model)
+    rows = rows_of(result)
+    write_calibration(model, {"rows": rows, "how": f"predicted from {len(images)} held-out digits"})
+    return rows
+
+
+def few_steps(rows: list[dict[str, Any]]) -> str:
+    """Bits/dim of few steps and of all as a table."""
+    lines = ["", f"  {'steps':>6}{'bits/dim':>12}{'not calibrated':>17}"]
+    for row in rows:
+        values = f"{row['bits_per_dim']:12.3f}{row['published']:17.3f}"
+        lines.append(f"  {row['num_inference_steps']:6,}{values}")
+    return "\n".join(lines)
 
 
 def start_over(folder: Path) -> None:
@@ -286,6 +366,7 @@ def what_next(folder: Path) -> str:
         "denoising.png": "how digits come out of noise",
         "loss.png": "the training loss",
         "samples_stock.png": "drawn by diffusers alone",
+        "few_steps.png": "drawn in 1,000 steps, and in few",
         "scores.json": "everything that was measured",
     }
     commands = {
@@ -303,7 +384,7 @@ def what_next(folder: Path) -> str:
 
 def phase(number: int, text: str) -> None:
     """A heading in the output."""
-    print(f"\n[{number}/5] {text}", flush=True)
+    print(f"\n[{number}/6] {text}", flush=True)
 
 
 def main(argv: list[str]) -> int:
@@ -333,6 +414,8 @@ def main(argv: list[str]) -> int:
 
     phase(3, f"Drawing {NUM_SCORED} digits from {result.model_dir}")
     pipeline = load(str(result.model_dir))
+    # Without what an earlier demo measured: as diffusers alone draws.
+    pipeline.scheduler = without_curve(pipeline.scheduler)
     drawn = draw(pipeline, NUM_SCORED)
     real = to_images(held_out)
     picture_samples(drawn[:NUM_SHOWN], real[:NUM_SHOWN], folder / "samples.png")
@@ -350,16 +433,24 @@ def main(argv: list[str]) -> int:
         "drawn": judge(classifier, to_values(drawn), known),
         "real": judge(classifier, to_values(real), known),
         "bits_per_dim": bound_of(pipeline, real),
+        "compared": compared(drawn, to_images(known), real),
         "largest_difference_to_stock": difference,
     }
     wrong = shortcomings(scores["drawn"], scores["real"])
-    record(scores | {"shortcomings": wrong}, result.model_dir, folder / "scores.json")
     print(side_by_side(scores["drawn"], scores["real"]))
     bound = scores["bits_per_dim"]
     print(
         f"\n{bound['value']:.3f} +- {bound['standard_error']:.3f} bits/dim on {bound['count']} "
-        f"held-out digits (8 would be no model), {bound['decoder']:.3f} of them in the last step"
+        f"held-out digits (8 would be no model), {bound['decoder']:.3f} of them in the last step\n"
     )
+    print("\n".join(f"  {line}" for line in told(scores["compared"])))
+
+    phase(6, "Why so many steps? What the model loses in fewer")
+    rows = calibrate_model(pipeline, real[:NUM_CALIBRATED], result.model_dir)
+    print(few_steps(rows))
+    scores |= {"few_steps": rows, "shortcomings": wrong}
+    record(scores, result.model_dir, folder / "scores.json")
+    picture_few_steps(pipeline, folder / "few_steps.png")
     print(what_next(folder))
     print(f"\nDone in {duration(time.monotonic() - began)}.")
     for problem in wrong:
