@@ -453,6 +453,18 @@ def test_an_accelerator_without_room_ends_with_the_option_that_helps(tmp_path):
         run(tmp_path, dataset=images)
 
 
+def test_a_network_that_cannot_be_compiled_ends_with_the_option_that_helps(tmp_path):
+    unet = tiny_unet()
+
+    def fail(module, args):
+        if module.training:  # the first call is a trial before that
+            raise torch._dynamo.exc.TorchDynamoException("no compiler\nand a page of frames")
+
+    unet.register_forward_pre_hook(fail)
+    with pytest.raises(TrainingError, match="compiled: no compiler; train it with compile=False"):
+        run(tmp_path, unet=unet)
+
+
 def test_a_tracker_that_fails_is_left_out_with_a_word(tmp_path, caplog, monkeypatch):
     (tmp_path / "logs").write_text("in the way of TensorBoard's folder")
     assert run(tmp_path).num_steps == 6

@@ -138,7 +138,7 @@ def train(
         compile_as_asked(config, accelerator)
         parts = assemble(config, accelerator, unet, scheduler, dataset, loss)
         stop = stack.enter_context(StopSignal(config.ddp_timeout))
-        stack.enter_context(_out_of_memory_as_training_error(accelerator))
+        stack.enter_context(_resources_as_training_errors(accelerator))
         run = Run(parts, accelerator, stop, checkpoint)
         stack.callback(free_gradient_reducer, run.model)
         validation = Validation(run, run.parts.held_out) if run.parts.held_out else None
@@ -344,7 +344,8 @@ def _warned_already() -> Iterator[None]:
 
 
 @contextmanager
-def _out_of_memory_as_training_error(accelerator: Accelerator) -> Iterator[None]:
+def _resources_as_training_errors(accelerator: Accelerator) -> Iterator[None]:
+    """Where the memory, or the compiler, does not suffice: one line, and what to do."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -352,4 +353,11 @@ def _out_of_memory_as_training_error(accelerator: Accelerator) -> Iterator[None]
         raise TrainingError(
             f"out of memory: {error}. The same command with gradient_accumulation_steps {steps} "
             "goes on with half as many images at once, and the same batch"
+        ) from error
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise TrainingError(
+            f"the network could not be compiled: {reason}; train it with compile=False"
         ) from error
