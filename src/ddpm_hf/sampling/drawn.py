@@ -7,19 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import datasets
 import numpy as np
 import numpy.typing as npt
 
-from ddpm_hf.data import load_images, prepare_images
-from ddpm_hf.data.labels import Labels, known_class_names
-from ddpm_hf.data.prepared import find_image_column
 from ddpm_hf.diffusion.files import read_json
 from ddpm_hf.diffusion.images import IMAGE_MODES
 from ddpm_hf.pictures import quantised
 
 OPTIONS_NAME = "options.json"
 Array = npt.NDArray[Any]
+Labels = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -139,6 +136,13 @@ def open_parts(folder: Path) -> DrawnImages:
 
 def _open_pictures(path: Path) -> DrawnImages:
     """A folder of pictures or a parquet file of them: decoded once, then read from the cache."""
+    # Libraries that drawing does not need, and that take seconds to load.
+    import datasets
+
+    from ddpm_hf.data import load_images, prepare_images
+    from ddpm_hf.data.labels import known_class_names
+    from ddpm_hf.data.prepared import find_image_column
+
     about = read_json(options_path(path))
     rows = load_images(path)
     column, names = find_image_column(rows, None), known_class_names(rows)

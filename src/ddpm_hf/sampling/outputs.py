@@ -9,14 +9,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from diffusers import UNet2DModel
 from tqdm.auto import tqdm
 
-from ddpm_hf.data.labels import Labels
 from ddpm_hf.diffusion.files import (
     remove_folder,
     replacing_file,
@@ -26,7 +22,14 @@ from ddpm_hf.diffusion.files import (
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 from ddpm_hf.parts import from_main, join_processes
 from ddpm_hf.pictures import MOST_PICTURE_CHANNELS, grid_by_row, image_grid, is_picture, to_pil
-from ddpm_hf.sampling.drawn import OPTIONS_NAME, Array, DrawnImages, open_parts, options_path
+from ddpm_hf.sampling.drawn import (
+    OPTIONS_NAME,
+    Array,
+    DrawnImages,
+    Labels,
+    open_parts,
+    options_path,
+)
 from ddpm_hf.sampling.job import draw_parts
 from ddpm_hf.sampling.settings import Settings, about_images, bit_depth_of, difference, settings_in
 
@@ -214,6 +217,10 @@ def _write_array(file: IO[bytes], drawn: DrawnImages, progress: bool) -> None:
 
 
 def _write_parquet(drawn: DrawnImages, path: Path, progress: bool) -> None:
+    import datasets  # here, since they take seconds to load
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     features, labels, count = datasets.Features(image=datasets.Image()), drawn.labels, len(drawn)
     if labels is not None:
         features["label"] = datasets.ClassLabel(names=_names(drawn, labels))
