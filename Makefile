@@ -28,7 +28,7 @@ type: $(READY) ## Check the types
 test-quick: $(READY) ## The inner loop: under a minute
 	$(PYTEST) -m "not slow"
 
-test: $(READY) ## Every test, offline: under 10 minutes on 2 cores
+test: $(READY) ## Every test, offline: about 10 minutes on 2 cores
 	$(PYTEST)
 
 test-all: lint type test ## Style, types and every test: what CI runs

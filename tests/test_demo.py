@@ -114,6 +114,7 @@ def test_the_demo_runs_to_the_end_goes_on_and_says_that_a_short_training_is_not_
 ):
     monkeypatch.setattr(demo, "NUM_INFERENCE_STEPS", 20)
     monkeypatch.setattr(demo, "NUM_SCORED", 80)
+    monkeypatch.setattr(demo, "NUM_BOUND_CALLS", 4)
     monkeypatch.setattr(demo, "NUM_CALIBRATED", 8)
     monkeypatch.setattr(demo, "NUM_COMPARED", 4)
     folder = tmp_path / "demo"
