@@ -6,9 +6,15 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from ddpm_hf.commands.evaluate import add_data, add_model, add_work, dataset_facts, images_of
 from ddpm_hf.commands.messages import flags_in_messages, say
-from ddpm_hf.commands.options import command_parser, path
+from ddpm_hf.commands.options import (
+    add_data,
+    add_model_and_data,
+    add_work,
+    command_parser,
+    load_model,
+    path,
+)
 from ddpm_hf.names import public_name
 from ddpm_hf.wording import counted
 
@@ -50,7 +56,7 @@ def run(argv: list[str]) -> int:
 def parser() -> argparse.ArgumentParser:
     """What `ddpm-hf calibrate` understands."""
     parser = command_parser("calibrate", "MODEL DATASET [--option VALUE ...]", EXAMPLES)
-    add_model(parser)
+    add_model_and_data(parser)
     add_data(parser.add_argument_group("which images"), f"{NUM_IMAGES}, or all if fewer")
     group = parser.add_argument_group("where it goes, and how")
     group.add_argument(
@@ -89,20 +95,32 @@ def calibrate(options: argparse.Namespace) -> None:
         table,
         timesteps_of,
     )
+    from ddpm_hf.evaluation.images import images_for
     from ddpm_hf.evaluation.likelihood import BoundOptions
     from ddpm_hf.evaluation.report import report_of, write_report
-    from ddpm_hf.hub.load import load
+    from ddpm_hf.evaluation.sets import DataSource
     from ddpm_hf.parts import join_processes
 
     options.output.mkdir(parents=True, exist_ok=True)  # fails before the work, if at all
     state = join_processes()
-    pipeline = load(
-        options.model,
-        revision=options.revision,
-        variant=options.variant,
-        use_safetensors=not options.allow_pickle,
-    ).to(state.device)
-    images = images_of(options, pipeline.unet, state.is_main_process, NUM_IMAGES)
+    pipeline = load_model(options).to(state.device)
+    data = DataSource(
+        options.dataset,
+        options.split,
+        config_name=options.dataset_config,
+        revision=options.dataset_revision,
+    )
+    images = images_for(
+        pipeline.unet,
+        data.rows(data.split),
+        num_images=options.num_images,
+        at_most=NUM_IMAGES,
+        seed=options.seed,
+        image_column=options.image_column,
+        label_column=options.class_column or True,
+        on_bad_image=options.on_bad_image,
+        progress=state.is_main_process,
+    )
     how = BoundOptions(seed=options.seed, batch_size=options.batch_size)
     unfinished = options.output / ".unfinished-calibration"
     start = time.monotonic()
@@ -118,7 +136,7 @@ def calibrate(options: argparse.Namespace) -> None:
         found = timesteps_of(pipeline.unet, scheduler, images, options.seed)
         result["calibrated_timesteps"] = found
         scheduler = scheduler.from_config(scheduler.config, calibrated_timesteps=found)
-    dataset = dataset_facts(options, images)
+    dataset = data.facts() | {"image": images.facts.to_config()["image"]}
     model = {"name": public_name(options.model), "revision": options.revision}
     file = write_report(options.output, report_of(model, dataset, [result]), FILE_NAME)
     kept = keep_calibration(scheduler, Path(options.model), options.output)

@@ -1,17 +1,19 @@
 """`ddpm-hf evaluate`."""
 
 import argparse
-import os
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ddpm_hf.commands.messages import flags_in_messages, say
-from ddpm_hf.commands.options import command_parser, model_name, path, positive_int
-from ddpm_hf.names import public_name
-
-if TYPE_CHECKING:
-    from ddpm_hf.evaluation.images import EvaluationImages
+from ddpm_hf.commands.options import (
+    add_data,
+    add_model_and_data,
+    add_work,
+    command_parser,
+    path,
+    positive_int,
+)
 
 HELP = "measure a model or images: bits/dim, FD, KID, precision, recall, copies"
 EXAMPLES = """
@@ -71,7 +73,7 @@ def run(argv: list[str]) -> int:
 def parser() -> argparse.ArgumentParser:
     """What `ddpm-hf evaluate` understands."""
     parser = command_parser("evaluate", "MODEL_OR_IMAGES DATASET [--option VALUE ...]", EXAMPLES)
-    add_model(parser, "?")
+    add_model_and_data(parser, "?")
     parser.add_argument(
         "--metrics",
         nargs="+",
@@ -111,51 +113,6 @@ def _add_comparison(group: Any) -> None:
     )
 
 
-def add_model(parser: argparse.ArgumentParser, how_many: str | None = None) -> None:
-    """Which model, and which images it is measured on."""
-    add = parser.add_argument
-    add("model", type=model_name, metavar="MODEL", help="Hub repository or folder of a model")
-    add(
-        "dataset",
-        nargs=how_many,
-        type=model_name,
-        metavar="DATASET",
-        help="folder of images, parquet or arrow files, or a data set on the Hub; its images get "
-        "the model's size and mode",
-    )
-
-
-def add_data(group: Any, how_many: str = "all") -> None:
-    """Which of the images."""
-    group.add_argument(
-        "--split", default="test", metavar="NAME", help="of the data set (default: %(default)s)"
-    )
-    group.add_argument(
-        "--num-images",
-        type=positive_int,
-        metavar="N",
-        help=f"so many, drawn by the seed (default: {how_many})",
-    )
-    group.add_argument("--dataset-config", metavar="NAME", help="configuration of a Hub data set")
-    group.add_argument(
-        "--dataset-revision", metavar="NAME", help="branch, tag or commit of a Hub data set"
-    )
-    group.add_argument(
-        "--image-column", metavar="NAME", help="column of the images, if there are several"
-    )
-    group.add_argument(
-        "--class-column",
-        metavar="NAME",
-        help="column of the classes, for a class-conditional model (default: the one declared so)",
-    )
-    group.add_argument(
-        "--on-bad-image",
-        choices=("error", "skip"),
-        default="error",
-        help="what to do about images that cannot be read (default: %(default)s)",
-    )
-
-
 def _add_bound(group: Any) -> None:
     group.add_argument(
         "--num-inference-steps",
@@ -192,34 +149,6 @@ def _add_rest(group: Any) -> None:
         "--card", action="store_true", help="put the result into the card of the model's folder"
     )
     add_work(group)
-
-
-def add_work(group: Any) -> None:
-    """How the measuring is done, and how the model is loaded."""
-    group.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        metavar="N",
-        help="the noise of image i depends on the seed and on i alone (default: %(default)s)",
-    )
-    group.add_argument(
-        "--batch-size",
-        type=positive_int,
-        default=64,
-        metavar="N",
-        help="images at once, as memory allows (default: %(default)s)",
-    )
-    group.add_argument(
-        "--revision", metavar="NAME", help="branch, tag or commit of the model on the Hub"
-    )
-    group.add_argument("--variant", metavar="NAME", help="variant of the weights, such as fp16")
-    group.add_argument(
-        "--allow-pickle",
-        action="store_true",
-        help="open the pickled .bin weights of an old repository; they could run code, so only for"
-        " authors you trust",
-    )
 
 
 def evaluate(options: argparse.Namespace) -> int:
@@ -281,46 +210,6 @@ def _loading(options: argparse.Namespace) -> dict[str, Any]:
         "variant": options.variant,
         "use_safetensors": not options.allow_pickle,
     }
-
-
-def images_of(
-    options: argparse.Namespace, unet: Any, progress: bool, at_most: int | None = None
-) -> "EvaluationImages":
-    """The images that the options name, as the model sees them."""
-    from ddpm_hf.data import load_images
-    from ddpm_hf.evaluation.images import images_for
-
-    dataset = load_images(
-        options.dataset,
-        config_name=options.dataset_config,
-        split=options.split,
-        revision=options.dataset_revision,
-    )
-    return images_for(
-        unet,
-        dataset,
-        num_images=options.num_images,
-        at_most=at_most,
-        seed=options.seed,
-        image_column=options.image_column,
-        label_column=options.class_column or True,
-        on_bad_image=options.on_bad_image,
-        progress=progress,
-    )
-
-
-def dataset_facts(options: argparse.Namespace, images: "EvaluationImages") -> dict[str, Any]:
-    """What the images are, as JSON values."""
-    name = public_name(options.dataset)
-    facts = {
-        "name": name,
-        "split": options.split,
-        "config_name": options.dataset_config,
-        "revision": options.dataset_revision,
-        "image": images.facts.to_config()["image"],
-    }
-    is_of_hub = name == options.dataset and not os.path.exists(options.dataset)
-    return facts | ({"hub_id": name} if is_of_hub else {})
 
 
 def draw_plots(result: dict[str, Any], folder: Path) -> None:

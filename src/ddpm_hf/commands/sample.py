@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddpm_hf.commands.messages import flags_in_messages, say
-from ddpm_hf.commands.options import command_parser, model_name, path, positive_int
+from ddpm_hf.commands.options import (
+    add_model,
+    add_model_files,
+    command_parser,
+    load_model,
+    model_name,
+    path,
+    positive_int,
+)
 from ddpm_hf.names import public_name
 from ddpm_hf.wording import counted
 
@@ -61,12 +69,11 @@ def run(argv: list[str]) -> int:
 def parser() -> argparse.ArgumentParser:
     """What `ddpm-hf sample` understands."""
     parser = command_parser("sample", "MODEL [--option VALUE ...]", EXAMPLES)
-    add = parser.add_argument
-    add("model", type=model_name, metavar="MODEL", help="Hub repository or folder of a model")
+    add_model(parser)
     _add_what(parser.add_argument_group("what is drawn"))
     _add_how(parser.add_argument_group("how it is drawn"))
     _add_where(parser.add_argument_group("where it goes"))
-    _add_model(parser.add_argument_group("which files of the model"))
+    add_model_files(parser.add_argument_group("which files of the model"))
     return parser
 
 
@@ -178,19 +185,6 @@ def _add_where(group: Any) -> None:
     group.add_argument("--overwrite", action="store_true", help="replace images of before")
 
 
-def _add_model(group: Any) -> None:
-    group.add_argument(
-        "--revision", metavar="NAME", help="branch, tag or commit on the Hub (default: main)"
-    )
-    group.add_argument("--variant", metavar="NAME", help="variant of the weights, such as fp16")
-    group.add_argument(
-        "--allow-pickle",
-        action="store_true",
-        help="open the pickled .bin weights of an old repository; they could run code, so only for"
-        " authors you trust",
-    )
-
-
 def output_path(output: Path | None, form: str | None) -> Path:
     """Where the images go, by --output and --format.
 
@@ -220,12 +214,7 @@ def draw(options: argparse.Namespace, output: Path) -> None:
         check_is_free(output)  # before the model is looked for
     output.parent.mkdir(parents=True, exist_ok=True)
     state = join_processes()
-    pipeline = load(
-        options.model,
-        revision=options.revision,
-        variant=options.variant,
-        use_safetensors=not options.allow_pickle,
-    ).to(state.device)
+    pipeline = load_model(options).to(state.device)
     spacing, steps = options.timestep_spacing, options.num_inference_steps
     timesteps = None
     if spacing in CALIBRATED_SPACINGS:
