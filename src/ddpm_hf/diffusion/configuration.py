@@ -12,8 +12,10 @@ from typing import Any, Literal, Self, TypeVar, cast, overload
 
 import diffusers
 import numpy as np
+import torch
 from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor
 
 from . import checks, extension, files, schedules
 
@@ -134,6 +136,21 @@ class PortableScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         scheduler, unused = super().from_config(config, return_unused_kwargs=True, **kwargs)
         scheduler._adopt_extension(own)
         return (scheduler, unused) if return_unused_kwargs else scheduler
+
+    @property
+    def x_0_mse(self) -> Tensor | None:
+        """m_t as it was measured, (T,) float64; None for a scheduler that is not calibrated."""
+        known = self.config.get("_ddpm_hf", {}).get("x_0_mse")
+        return None if known is None else torch.tensor(known, dtype=torch.float64)
+
+    @property
+    def calibrated_timesteps(self) -> dict[str, dict[int, list[int]]]:
+        """The timesteps that were found, by sampler and number of steps; {} where none were."""
+        found = self.config.get("_ddpm_hf", {}).get("calibrated_timesteps", {})
+        return {
+            sampler: {int(K): list(steps) for K, steps in of.items()}
+            for sampler, of in found.items()
+        }
 
     def _resolve_betas(self, params: dict[str, float]) -> Array:
         """The configured betas; the name of a schedule that stock lacks goes to the extension."""
