@@ -3,30 +3,19 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DModel
+from diffusers import DDIMScheduler
 from PIL import Image
+from tiny_runs import tiny_unet
 
 from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler
 from ddpm_hf.sampling import draw_images, draw_to, open_drawn
 
 
 def build_pipeline(**config):
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        **config,
-    )
     scheduler = GaussianDDPMScheduler(
         num_train_timesteps=20, beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing"
     )
-    return GaussianDDPMPipeline(unet, scheduler)
+    return GaussianDDPMPipeline(tiny_unet(**config), scheduler)
 
 
 CALL = {"num_inference_steps": 2, "batch_size": 4, "progress": False}

@@ -9,9 +9,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DModel
 from PIL import Image
 from processes import LIMIT_S, started_ranks
+from tiny_runs import tiny_unet
 
 from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler
 from ddpm_hf.cli import main
@@ -25,18 +25,7 @@ FORMS = ("x.npz", "x.npy", "x.parquet", "folder")
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """The folder of a model of grey images of the classes cat and dog, and the null class."""
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-        num_class_embeds=3,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-    )
+    unet = tiny_unet(num_class_embeds=3)
     image = {"mode": "L", "height": 8, "width": 8, "bit_depth": 8}
     facts = {"format_version": 1, "image": image, "class_names": ["cat", "dog"]}
     unet.register_to_config(_ddpm_hf=facts)
