@@ -8,11 +8,13 @@ import os
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 LIMIT_S = 180
@@ -80,8 +82,17 @@ def started_ranks(
 
 
 def _stacks(process: "subprocess.Popen[str]") -> tuple[str, str]:
-    """What the processes wrote, and by now their stacks, which faulthandler writes at SIGABRT."""
-    os.killpg(process.pid, signal.SIGABRT)
+    """What the processes wrote, and by now their stacks, which faulthandler writes at SIGABRT.
+
+    One after the other: they share a pipe, into which faulthandler writes word by word.
+    """
+    parent = psutil.Process(process.pid)
+    for one in [parent, *parent.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            one.send_signal(signal.SIGABRT)
+            until = time.monotonic() + _STACKS_S
+            while one.status() != psutil.STATUS_ZOMBIE and time.monotonic() < until:
+                time.sleep(0.01)
     try:
         return process.communicate(timeout=_STACKS_S)
     except subprocess.TimeoutExpired:

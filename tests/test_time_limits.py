@@ -55,9 +55,9 @@ child.wait()
 
 def test_a_process_past_its_time_ends_with_its_children_and_shows_their_stacks():
     began = time.monotonic()
-    # On a busy machine two interpreters took more than 2 s to begin.
-    with pytest.raises(pytest.fail.Exception, match="took more than 8 s") as failure:
-        run_process([sys.executable, "-c", PARENT], timeout=8)
+    # Time for two interpreters to begin on a busy machine.
+    with pytest.raises(pytest.fail.Exception, match="took more than 4 s") as failure:
+        run_process([sys.executable, "-c", PARENT], timeout=4)
     said = str(failure.value)
     assert said.count('File "<string>", line') >= 2  # parent and child
     child = int(re.search(r"^(\d+)$", said, re.MULTILINE)[1])
