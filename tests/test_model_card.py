@@ -48,6 +48,7 @@ FULL = {
     "steps": 12_345,
     "duration_s": 231.4,
     "hardware": "2 CPU cores",
+    "computation": {"mixed_precision": "no", "num_threads": 1},
     "versions": {"ddpm_hf": "0.1.0", "torch": "2.13.0"},
     "metrics": [
         {"name": "FID", "value": 12.25, "how": "10,000 samples against train", "type": "fid"},
@@ -93,6 +94,7 @@ def test_the_text_holds_every_fact():
         "64x60, RGB, 8 bit",
         "| optimizer updates | 12,345 |",
         "| training time | 231 s |",
+        r"| computed with | mixed\_precision no, num\_threads 1 |",
         "| `learning_rate` | 0.0001 |",
         "| FID | 12.25 | 10,000 samples against train |",
         "| Broken | no finite value | never |",
@@ -143,7 +145,7 @@ def test_a_hostile_text_stays_text(kind):
     facts = json.loads(json.dumps(FULL)) | {"model_name": text, "hardware": text}
     facts["dataset"] |= {"name": text, "split": text}
     facts["config"] = {text: text}
-    facts["versions"] = {text: text}
+    facts["versions"] = facts["computation"] = {text: text}
     facts["metrics"] = [{"name": text, "value": 1.0, "how": text}]
     card = render_model_card(facts, "user/x")
     data = ModelCard(card).data.to_dict()

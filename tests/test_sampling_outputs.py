@@ -159,6 +159,8 @@ def test_what_optimize_chose_is_kept_and_chosen_again(model, tmp_path, capsys):
     sample(model, output, "--optimize")
     speed = open_drawn(output).options["speed"]
     assert (speed["dtype"], speed["num_threads"]) == ("float32", torch.get_num_threads())
+    about = json.loads((tmp_path / "x.npz.json").read_text())
+    assert about["optimized"]["deviation"] == 0  # few calls: nothing is changed
     capsys.readouterr()
     sample(model, output, "--optimize")
     assert "drawn before" in capsys.readouterr().out

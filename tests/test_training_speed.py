@@ -109,8 +109,17 @@ def test_a_resumed_run_keeps_its_number_of_threads(tmp_path):
     run(tmp_path / "straight", num_threads=2, **options)
     run(tmp_path / "resumed", num_threads=2, max_train_steps=3, **options)
     unet.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
-    run(tmp_path / "resumed", unet=unet, **options)
+    result = run(tmp_path / "resumed", unet=unet, **options)
     assert seen[-1] == 2
+    assert json.loads((result.model_dir / "training.json").read_text())["computation"] == {
+        "mixed_precision": "no",
+        "num_threads": 2,
+        "compile": False,
+        "gradient_checkpointing": False,
+        "memory_format": "contiguous",
+        "optimizer": "fused AdamW",
+    }
+    assert "num\\_threads 2, compile False" in (result.model_dir / "README.md").read_text()
     assert torch.get_num_threads() == 1  # as it was before
     assert_equal_bits(checkpoint(tmp_path / "straight", 6), checkpoint(tmp_path / "resumed", 6))
 

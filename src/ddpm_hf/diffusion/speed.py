@@ -249,6 +249,15 @@ def is_channels_last(unet: UNet2DModel) -> bool:
     )
 
 
+def tf32_operations() -> list[str]:
+    """Those that a CUDA device computes with 10 bits of each float32 factor."""
+    backends: dict[str, Any] = {
+        "convolutions": torch.backends.cudnn.conv,  # type: ignore[attr-defined]
+        "matrix products": torch.backends.cuda.matmul,
+    }
+    return [name for name, backend in backends.items() if backend.fp32_precision == "tf32"]
+
+
 def has_bfloat16(device: torch.device) -> bool:
     """Whether the hardware multiplies bf16; without, a CPU takes 40 times as long as in float32."""
     if device.type == "cpu":  # no public name tells

@@ -267,11 +267,16 @@ def _training_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("images seen", facts.get("num_images_seen")),
         ("training time", f"{seconds:,.0f} s" if isinstance(seconds, int | float) else None),
         ("hardware", facts.get("hardware")),
+        *([("computed with", _listed(how))] if (how := facts.get("computation")) else []),
         *((_name(key), value) for key, value in scheduler.items()),
-        ("versions", ", ".join(f"{k} {v}" for k, v in versions.items()) or None),
+        ("versions", _listed(versions) or None),
         ("finished", facts.get("created")),
     ]
     return [(name, UNKNOWN if value is None else _number(value)) for name, value in rows]
+
+
+def _listed(facts: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in facts.items())
 
 
 def _few_steps(calibration: dict[str, Any]) -> dict[str, Any]:

@@ -35,6 +35,7 @@ def about_images(
         "settings": settings,
         "class_names": class_names_of(pipeline.unet) if settings["class_labels"] else None,
         "num_threads": torch.get_num_threads(),
+        "optimized": None if pipeline.speed is None else pipeline.speed.to_dict(),
         "versions": {name: version(name) for name in ("ddpm-hf", "diffusers", "torch")},
     }
 

@@ -21,6 +21,7 @@ from ddpm_hf.names import public_name
 from ddpm_hf.paths import ModelPaths, RunPaths
 from ddpm_hf.training.config import TrainingConfig
 from ddpm_hf.training.parts import Parts
+from ddpm_hf.training.run import Run
 from ddpm_hf.training.run_folder import write_json
 from ddpm_hf.training.state import TrainState
 
@@ -69,19 +70,18 @@ def _keep_files_of_others(before: Path, folder: Path) -> None:
             shutil.copy2(path, folder)
 
 
-def training_facts(
-    parts: Parts, accelerator: Accelerator, step: int, elapsed_s: float, metrics: list[Any]
-) -> dict[str, Any]:
+def training_facts(run: Run, metrics: list[Any]) -> dict[str, Any]:
     """What happened, for `training.json` and the model card."""
-    config = parts.config
+    parts, config, step = run.parts, run.config, run.state.step
     facts = {
         "format_version": 1,
         "dataset": _dataset_facts(parts),
         "config": dataclasses.asdict(_shareable(config)),
         "steps": step,
         "num_images_seen": step * (config.batch_size or 0),
-        "duration_s": round(elapsed_s, 1),
-        "hardware": _hardware(accelerator),
+        "duration_s": round(run.total_elapsed_s, 1),
+        "hardware": _hardware(run.accelerator),
+        "computation": run.computation(),
         "versions": {name: version(name) for name in ("ddpm-hf", "diffusers", "torch")},
         "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "metrics": metrics,

@@ -68,14 +68,9 @@ class Outputs:
 
     def _export_to(self, target: ModelPaths) -> None:
         run = self.run
-        facts = training_facts(
-            run.parts,
-            run.accelerator,
-            run.state.step,
-            run.total_elapsed_s,
-            self.validation.results(self.measured) if self.validation and self.measured else [],
-        )
-        export_model(target, run.paths, run.parts, run.state, facts)
+        measured = self.measured and self.validation
+        metrics = measured.results(self.measured) if measured else []
+        export_model(target, run.paths, run.parts, run.state, training_facts(run, metrics))
 
     def measure(self) -> dict[str, float]:
         """Bits/dim of the held-out images, whose best model is kept if that was asked for."""

@@ -2,9 +2,6 @@
 
 import dataclasses
 
-import torch
-from accelerate.utils import DynamoBackend
-
 from ddpm_hf.diffusion.extension import beta_schedule_of
 from ddpm_hf.training.accelerator import available_trackers
 from ddpm_hf.training.calibration import describe_calibration
@@ -95,13 +92,15 @@ def describe(run: Run, validation: Validation | None = None) -> str:
 
 def _computed(run: Run) -> str:
     """How the network is computed, where that is not as usual."""
-    backend = run.accelerator.state.dynamo_plugin.backend
+    how = run.computation()
     words = {
-        counted(torch.get_num_threads(), "thread"): run.accelerator.device.type == "cpu",
-        "compiled": backend != DynamoBackend.NO,
-        "gradient checkpointing": run.config.gradient_checkpointing,
+        counted(how.get("num_threads", 0), "thread"): "num_threads" in how,
+        f"TF32 in {' and '.join(how.get('tf32', ()))}": how.get("tf32"),
+        "compiled": how["compile"],
+        "gradient checkpointing": how["gradient_checkpointing"],
+        "channels last": how["memory_format"] == "channels_last",
     }
-    return "".join(f", {word}" for word, holds in words.items() if holds)
+    return "".join(f", {word}" for word, holds in words.items() if holds) + f", {how['optimizer']}"
 
 
 def outcome(run: Run) -> str:

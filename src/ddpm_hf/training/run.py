@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ddpm_hf.diffusion.arithmetic import Denoiser
+from ddpm_hf.diffusion.speed import is_channels_last, tf32_operations
 from ddpm_hf.paths import RunPaths
 from ddpm_hf.randomness import Batches
 from ddpm_hf.training.config import ConfigError, required
@@ -165,6 +167,21 @@ class Run:
     def total_elapsed_s(self) -> float:
         """Seconds of training, those of the interrupted runs before included."""
         return self._elapsed_before_s + self.elapsed_s
+
+    def computation(self) -> dict[str, Any]:
+        """How updates are computed: as was asked for, proposed, or chosen by measuring."""
+        device, plugin = self.accelerator.device.type, self.accelerator.state.dynamo_plugin
+        on_device: dict[str, Any] = {"num_threads": torch.get_num_threads()}
+        if device == "cuda":
+            on_device = {"tf32": tf32_operations()}
+        return {
+            "mixed_precision": self.accelerator.mixed_precision,
+            **on_device,
+            "compile": plugin.backend != DynamoBackend.NO,
+            "gradient_checkpointing": self.config.gradient_checkpointing,
+            "memory_format": "channels_last" if is_channels_last(self.state.unet) else "contiguous",
+            "optimizer": "fused AdamW",
+        }
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint keeps of the run beside its state."""
