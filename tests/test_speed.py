@@ -16,6 +16,7 @@ from ddpm_hf.diffusion.speed import (
     fastest,
     fastest_num_threads,
     has_bfloat16,
+    is_channels_last,
     tf32_operations,
 )
 
@@ -101,14 +102,50 @@ def test_an_option_that_is_given_is_set_and_nothing_else_changes(option, said):
     assert_close(sample(pipeline), before, rtol=0, atol=atol)
 
 
+def build_guide(**config):
+    pipeline = build_pipeline(**config)
+    with torch.no_grad():
+        pipeline.unet.conv_out.weight.mul_(0.9)
+    return pipeline
+
+
+def test_a_guide_is_run_as_the_network_is(capsys):
+    pipeline, guide = build_pipeline(), build_guide()
+    call = {"guide": guide, "guidance_scale": 2.0}
+    before = sample(pipeline, **call)
+    options = {"dtype": torch.bfloat16, "memory_format": torch.channels_last}
+    pipeline.optimize(batch_size=2, num_calls=1, guide=guide, **options)
+    assert (guide.unet.dtype, is_channels_last(guide.unet)) == (torch.bfloat16, True)
+    # bf16 keeps 8 bits; its rounding adds up over 20 steps, and guidance triples it.
+    assert_close(sample(pipeline, **call), before, rtol=0, atol=0.3)
+    assert "optimized guide: bfloat16, channels_last" in capsys.readouterr().out
+
+
 def test_the_command_says_how_it_is_fast_and_draws_the_same_images(tmp_path, capsys):
     build_pipeline().save_pretrained(tmp_path / "model")
+    build_guide().save_pretrained(tmp_path / "guide")
     command = ["sample", str(tmp_path / "model"), "--num-images", "20", "--batch-size", "2"]
+    command += ["--guide", str(tmp_path / "guide")]
     for name, options in (("exact", []), ("fast", ["--optimize"])):  # 200 calls: enough to measure
         assert main([*command, "--output", str(tmp_path / f"{name}.npy"), *options]) == 0
-        assert ("optimized: " in capsys.readouterr().out) == bool(options)
+        out = capsys.readouterr().out
+        assert ("optimized: " in out, "optimized guide: " in out) == (bool(options),) * 2
     exact, fast = (np.load(tmp_path / f"{name}.npy") for name in ("exact", "fast"))
     assert abs(exact - fast).max() < (0.1 if has_bfloat16(torch.device("cpu")) else 1e-3)
+
+
+def test_the_command_measures_with_as_many_images_as_guidance_computes_at_once(tmp_path):
+    build_pipeline(num_class_embeds=3).save_pretrained(tmp_path / "model")
+    seen = set()
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, given: seen.add(len(given[0])) if type(module) is UNet2DModel else None
+    )
+    command = ["sample", str(tmp_path / "model"), "--num-images", "2", "--guidance-scale", "2"]
+    try:
+        assert main([*command, "--output", str(tmp_path / "x.npy"), "--optimize"]) == 0
+    finally:
+        hook.remove()
+    assert seen == {4}
 
 
 @pytest.fixture
@@ -155,7 +192,12 @@ def test_networks_that_are_told_a_class_are_measured_with_one(config):
 
 @pytest.mark.parametrize(
     ("option", "error"),
-    [({"batch_size": 0}, ValueError), ({"num_threads": 0}, ValueError), ({"dtype": 8}, TypeError)],
+    [
+        ({"guide": 8}, TypeError),
+        ({"batch_size": 0}, ValueError),
+        ({"num_threads": 0}, ValueError),
+        ({"dtype": 8}, TypeError),
+    ],
 )
 def test_bad_arguments_are_refused(option, error):
     with pytest.raises(error):

@@ -222,8 +222,9 @@ def draw(options: argparse.Namespace, output: Path) -> None:
         timesteps, steps = calibrated_timesteps(pipeline, spacing, steps), None
     else:
         change_scheduler(pipeline, options.scheduler, spacing)
+    guide = load(options.guide) if options.guide else None
     if options.optimize:
-        optimize(pipeline, options, output, state)
+        optimize(pipeline, guide, options, output, state)
     scale, interval = options.guidance_scale, options.guidance_interval
     is_new = save_drawn(
         pipeline,
@@ -239,7 +240,7 @@ def draw(options: argparse.Namespace, output: Path) -> None:
         eta=options.eta,
         guidance_scale=2.0 if options.guide and scale is None else scale,
         guidance_interval=interval and tuple(interval),
-        guide=options.guide and load(options.guide),
+        guide=guide,
     )
     state.destroy_process_group()
     if state.is_main_process:
@@ -248,15 +249,18 @@ def draw(options: argparse.Namespace, output: Path) -> None:
 
 
 def optimize(
-    pipeline: "GaussianDDPMPipeline", options: argparse.Namespace, output: Path, state: Any
+    pipeline: "GaussianDDPMPipeline",
+    guide: Any,
+    options: argparse.Namespace,
+    output: Path,
+    state: Any,
 ) -> None:
-    """Make the network fast for as many calls as these images take, and print how.
+    """Make the networks fast for as many calls as these images take, and print how.
 
     The main process chooses for all, as it did when the images were begun: so all have their bits.
     """
-    import torch
-
     from ddpm_hf.diffusion.schedules import usual_num_steps
+    from ddpm_hf.diffusion.speed import options_of
     from ddpm_hf.parts import from_main
     from ddpm_hf.sampling.outputs import kept_settings
     from ddpm_hf.sampling.settings import speed_of
@@ -265,24 +269,16 @@ def optimize(
     steps = options.num_inference_steps or usual_num_steps(kind, config.num_train_timesteps)
     batch_size = min(options.batch_size, options.num_images)
     num_calls = steps * math.ceil(options.num_images / batch_size)
+    if guide is None and options.guidance_scale not in (None, 1):
+        batch_size *= 2  # for the class and for none at once
 
     def choose() -> Any:
         kept = kept_settings(output, options.overwrite).get("speed")
         if kept is None:
-            pipeline.optimize(batch_size, num_calls)
+            pipeline.optimize(batch_size, num_calls, guide=guide)
         return kept or speed_of(pipeline)
 
     chosen = from_main(state, choose)
     if pipeline.speed is None:
         with contextlib.redirect_stdout(sys.stdout if state.is_main_process else None):
-            pipeline.optimize(
-                batch_size,
-                num_calls,
-                memory_format=getattr(
-                    torch, chosen["memory_format"].replace("contiguous", "contiguous_format")
-                ),
-                dtype=getattr(torch, chosen["dtype"]),
-                compile=chosen["compile"],
-                tf32=chosen["tf32"],
-                num_threads=chosen["num_threads"],
-            )
+            pipeline.optimize(batch_size, num_calls, guide=guide, **options_of(chosen))

@@ -136,23 +136,12 @@ def autoguided(
 
     Args:
         unet, labels, num_outputs: as for `denoiser_of`.
-        guide: the weaker model; told the class where it knows classes.
+        guide: the weaker model, of `check_guide`; told the class where it knows classes.
         guidance_scale: s in guide + s (network - guide).
-
-    Raises:
-        ValueError: if the two do not predict the same.
 
     Source: 2406.02507, eq. 5.
     """
-    num_channels = unet.config.in_channels
-    if guide.config.in_channels != num_channels or guide.config.out_channels < num_channels:
-        raise ValueError(
-            f"guide must be a model of {num_channels} channels as this one is, got in_channels="
-            f"{guide.config.in_channels}, out_channels={guide.config.out_channels}"
-        )
-    knows_classes = guide.class_embedding is not None
-    if knows_classes and guide.config.num_class_embeds != unet.config.num_class_embeds:
-        raise ValueError("guide must know the same classes as this model, or none")
+    num_channels, knows_classes = unet.config.in_channels, guide.class_embedding is not None
     strong = denoiser_of(unet, labels, num_outputs)
     weak = denoiser_of(guide, labels if knows_classes else None, num_channels)
 
@@ -160,6 +149,18 @@ def autoguided(
         return _extrapolated(weak(x_t, t), strong(x_t, t), guidance_scale, num_channels)
 
     return denoise
+
+
+def check_guide(unet: UNet2DModel, guide: UNet2DModel) -> None:
+    num_channels = unet.config.in_channels
+    if guide.config.in_channels != num_channels or guide.config.out_channels < num_channels:
+        raise ValueError(
+            f"guide must be a model of {num_channels} channels as this one is, got in_channels="
+            f"{guide.config.in_channels}, out_channels={guide.config.out_channels}"
+        )
+    num_classes = guide.config.num_class_embeds
+    if guide.class_embedding is not None and num_classes != unet.config.num_class_embeds:
+        raise ValueError("guide must know the same classes as this model, or none")
 
 
 def _extrapolated(weak: Tensor, strong: Tensor, scale: float, num_channels: int) -> Tensor:

@@ -260,6 +260,7 @@ class GaussianDDPMPipeline(checkpoint.PortablePipeline):
             raise TypeError(
                 f"guide must be a pipeline or a UNet2DModel, got {type(guide).__name__}"
             )
+        conditioning.check_guide(self.unet, guide)
         return guide.to(self._execution_device)
 
     def _initial_noise(
@@ -306,6 +307,7 @@ class GaussianDDPMPipeline(checkpoint.PortablePipeline):
         batch_size: int = 16,
         num_calls: int | None = None,
         *,
+        guide: "UNet2DModel | DiffusionPipeline | None" = None,
         memory_format: torch.memory_format | None = None,
         dtype: torch.dtype | None = None,
         compile: bool | None = None,
@@ -323,6 +325,7 @@ class GaussianDDPMPipeline(checkpoint.PortablePipeline):
             batch_size: images at once, B.
             num_calls: of the network to come, all batches together; by default one chain of the
                 scheduler's usual length.
+            guide: that of the calls to come, which is then run as the network is.
             memory_format: of the weights, such as `torch.channels_last`.
             dtype: of the network. bf16 is chosen where the hardware has it and the outputs stay
                 within 2 %; the weights are rounded to it for good, so save the pipeline before.
@@ -336,6 +339,7 @@ class GaussianDDPMPipeline(checkpoint.PortablePipeline):
         Raises:
             ValueError, TypeError: for a bad argument.
         """
+        weak = None if guide is None else self._network_of_guide(guide)
         batch_size = checks.given_int("batch_size", batch_size, 1, MAX_BATCH_SIZE)
         if num_threads is not None:
             checks.given_int("num_threads", num_threads, 1, speed.MAX_THREADS)
@@ -345,10 +349,11 @@ class GaussianDDPMPipeline(checkpoint.PortablePipeline):
             kind, T = type(self.scheduler).__name__, self.scheduler.config.num_train_timesteps
             num_calls = schedules.usual_num_steps(kind, T)
         size, _ = images.size_and_window(self.unet, image_facts(self.unet))
-        with evaluating(self.unet):
+        shape = (batch_size, self.unet.config.in_channels, *size)
+        with evaluating(self.unet), evaluating(weak or self.unet):
             chosen = speed.optimize(
                 self.unet,
-                (batch_size, self.unet.config.in_channels, *size),
+                shape,
                 num_calls,
                 memory_format=memory_format,
                 dtype=dtype,
@@ -356,8 +361,11 @@ class GaussianDDPMPipeline(checkpoint.PortablePipeline):
                 tf32=tf32,
                 num_threads=num_threads,
             )
+            print(f"optimized: {chosen}")
+            if weak is not None:
+                of_guide = speed.optimize(weak, shape, num_calls, **chosen.options())
+                print(f"optimized guide: {of_guide}")
         self.speed = chosen
-        print(f"optimized: {chosen}")
         return chosen
 
 

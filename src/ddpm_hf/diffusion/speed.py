@@ -60,6 +60,10 @@ class Speed:
         """As JSON values."""
         return asdict(self) | {"notes": list(self.notes)}
 
+    def options(self) -> dict[str, Any]:
+        """The arguments of `optimize` that choose the same."""
+        return options_of(self.to_dict())
+
     def __str__(self) -> str:
         parts = [
             self.dtype + " with TF32" * self.tf32,
@@ -70,6 +74,14 @@ class Speed:
             f"outputs within {self.deviation:.1g} of those before",
         ]
         return "; ".join([", ".join(parts), *self.notes])
+
+
+def options_of(chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `optimize` that choose what `Speed.to_dict` gave."""
+    formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+    as_they_are = {name: chosen[name] for name in ("compile", "tf32", "num_threads")}
+    memory_format, dtype = formats[chosen["memory_format"]], getattr(torch, chosen["dtype"])
+    return {"memory_format": memory_format, "dtype": dtype, **as_they_are}
 
 
 def optimize(
