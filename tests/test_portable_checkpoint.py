@@ -494,6 +494,22 @@ def test_half_precision_loads_as_asked(tmp_path):
     assert np.isfinite(draw(pipeline)).all()
 
 
+@pytest.mark.parametrize("opened", [GaussianDDPMPipeline.from_pretrained, ddpm_hf.load])
+def test_a_loaded_network_has_the_bits_of_the_saved_one_wherever_they_lie_in_the_file(
+    tmp_path, opened
+):
+    pipeline = tiny_pipeline()
+    pipeline.save_pretrained(tmp_path)
+    want = draw(pipeline)
+    file = tmp_path / "unet" / WEIGHTS
+    weights = load_file(file)
+    for length in range(0, 64, 8):  # what moves the weights in the file
+        save_file(weights, file, {"format": "pt", "note": "." * length})
+        loaded = opened(tmp_path)
+        assert {p.data_ptr() % 64 for p in loaded.unet.parameters()} == {0}
+        assert np.array_equal(draw(loaded), want)
+
+
 @pytest.mark.parametrize("options", [{}, {"use_safetensors": None}, {"use_safetensors": True}])
 def test_pickled_weights_are_opened_only_when_asked_for(tmp_path, options):
     folder = save_legacy(tmp_path, pickled=True)

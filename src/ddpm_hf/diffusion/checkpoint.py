@@ -51,6 +51,7 @@ class PortablePipeline(DiffusionPipeline):  # type: ignore[misc]
         absent = [name for name, p in pipeline.unet.named_parameters() if p.is_meta]
         if absent and kwargs.get("device_map") is None:  # a device map may leave weights on disk
             raise OSError(f"{pretrained_model_name_or_path} lacks weights: {', '.join(absent)}")
+        portable.move_into_memory(pipeline.unet)
         return pipeline
 
     @classmethod

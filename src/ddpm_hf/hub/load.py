@@ -192,7 +192,7 @@ def open_unet(
     from diffusers import UNet2DModel
 
     from ddpm_hf.diffusion.bounds import check_unet
-    from ddpm_hf.diffusion.portable import check_finite, weight_variants
+    from ddpm_hf.diffusion.portable import check_finite, move_into_memory, weight_variants
 
     is_safe = any(folder.glob("*.safetensors"))
     if use_safetensors and not is_safe:
@@ -219,6 +219,7 @@ def open_unet(
     if wrong := {kind: keys for kind, keys in report.items() if keys}:
         raise ValueError(f"the weights of {name} do not fit its config.json: {shorten(str(wrong))}")
     check_finite(unet.state_dict(), name)
+    move_into_memory(unet)
     return unet
 
 
