@@ -85,6 +85,10 @@ def left_by(folder):
 LEARNED = {"weights", "average", "metrics"}
 PROPOSED = {"unet_config": None}
 VALIDATED, DRAWN = {"validation_split": "0.3"}, {"num_samples": 1, "sample_inference_steps": 3}
+EVALUATED = {
+    "evaluate_steps": 3, "evaluate_num_images": 4, "evaluate_features": "pixels",
+    "sample_inference_steps": 3,
+}  # fmt: skip
 # Option: another value, what differs then, and the options beside it if not the usual ones.
 DIFFERENCES = {
     "dataset": ("others", LEARNED | {"images"}, {}),
@@ -123,6 +127,9 @@ DIFFERENCES = {
     "validation_images": (2, {"metrics"}, VALIDATED),
     "validation_timesteps": (4, {"metrics"}, VALIDATED),
     "keep_best": (True, {"files"}, VALIDATED),
+    "evaluate_steps": (2, {"metrics"}, EVALUATED),
+    "evaluate_num_images": (6, {"metrics"}, EVALUATED),
+    "evaluate_features": ("efficientnet-lite0", {"metrics"}, EVALUATED),
     "logging_steps": (3, {"metrics"}, {}),
     "sample_steps": (1, {"files", "grids"}, DRAWN | {"sample_steps": 3}),
     "num_samples": (2, {"grids"}, DRAWN | {"sample_steps": 3}),

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from processes import LIMIT_S, run_process, started, started_ranks
 from safetensors.torch import load_file
+from tiny_runs import metrics
 
 from ddpm_hf.cli import main
 
@@ -114,7 +115,8 @@ def test_a_run_killed_at_random_and_started_again_equals_the_straight_run(
 def test_two_processes_learn_what_one_learns_and_sigterm_stops_both(photos, tmp_path):
     no_dropout = photos.parent / "plain.json"
     no_dropout.write_text(json.dumps({**NETWORK, "dropout": 0.0}))
-    plain = ["--unet-config", str(no_dropout)]
+    plain = ["--unet-config", str(no_dropout), "--evaluate-steps", "15", "--evaluate-num-images",
+             "7", "--evaluate-features", "pixels"]  # fmt: skip
     finish(command(ONE, photos, tmp_path / "one", *plain), tmp_path)
     two = command(TWO, photos, tmp_path / "two", *plain)
     with started(two, env=environment(tmp_path), **SILENT) as process:
@@ -128,6 +130,9 @@ def test_two_processes_learn_what_one_learns_and_sigterm_stops_both(photos, tmp_
     for name in (n for n in one if n.startswith("unet")):
         # The sum over a batch is rounded in another order; Adam divides by its size.
         assert (one[name] - two[name]).abs().mean() < 1e-4, name
+    one, two = (metrics(tmp_path / name)[-1] for name in ("one", "two"))
+    # As far as such weights draw the same; their steps of 1/255 are rounded either way.
+    assert two["evaluation_fd"] == pytest.approx(one["evaluation_fd"], rel=1e-3)
 
 
 @pytest.mark.parametrize(

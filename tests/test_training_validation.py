@@ -8,8 +8,16 @@ import signal
 import pytest
 import torch
 from PIL import Image
-from tiny_runs import Images, assert_equal_bits, checkpoint, metrics, tiny_config, tiny_unet
-from tiny_runs import tiny_images as any_images
+from tiny_runs import (
+    Images,
+    assert_equal_bits,
+    checkpoint,
+    metrics,
+    on_grid,
+    tiny_config,
+    tiny_images,
+    tiny_unet,
+)
 
 from ddpm_hf import ConfigError, GaussianDDPMPipeline, TrainingConfig, load, train
 from ddpm_hf.data import TrainingImages
@@ -23,11 +31,6 @@ OPTIONS = {
     "num_train_timesteps": 20,
     "checkpointing_steps": 100,
 }
-
-
-def on_grid(count=20):
-    """Images of 8 bits, which the decoder of the bound asks for."""
-    return [((image + 1) * 127.5).round() / 127.5 - 1 for image in any_images(count)]
 
 
 def run(folder, dataset=None, **options):
@@ -135,7 +138,7 @@ def test_a_model_is_calibrated_in_the_end(tmp_path, capsys):
 
 
 def test_a_calibration_that_fails_is_a_warning_and_the_model_is_there(tmp_path, caplog):
-    images = any_images(6)  # off the grid of the decoder
+    images = tiny_images(6)  # off the grid of the decoder
     config = tiny_config(tmp_path, **OPTIONS | {"validation_split": None, "calibrate": True})
     result = train(config, unet=tiny_unet(), dataset=images)
     assert "could not calibrate the model" in caplog.text

@@ -31,6 +31,11 @@ def tiny_images(count=11):
     return [torch.rand(1, 8, 8, generator=generator) * 2 - 1 for _ in range(count)]
 
 
+def on_grid(count=20):
+    """Images of 8 bits, which the decoder of the bound asks for."""
+    return [((image + 1) * 127.5).round() / 127.5 - 1 for image in tiny_images(count)]
+
+
 class Images:
     """Images that do something when the n-th one is read."""
 

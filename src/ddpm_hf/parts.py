@@ -63,7 +63,7 @@ def complete_parts(
         write: `write(i, path)` makes file i, there; it is renamed then.
         progress: show a progress bar, on the main process.
     Raises:
-        ValueError, OSError: on all processes, if one of them fails.
+        Exception: on all processes, what one of them failed by.
     """
     folder = paths[0].parent
 
@@ -94,7 +94,7 @@ def complete_parts(
                     left = sum(sizes[j] for j in missing_parts())
                     bar.update(sum(sizes) - left - bar.n)
                     looked = time.monotonic()
-        except (ValueError, OSError) as error:
+        except Exception as error:  # the others wait for this process
             failure = error
     failures = [error for error in gather_object([failure]) if error is not None]
     if failures:

@@ -12,13 +12,13 @@ from typing import Any
 import yaml
 
 from ddpm_hf.names import without_secrets
-from ddpm_hf.training.config import (
-    ConfigError,
+from ddpm_hf.training.config import ConfigError, TrainingConfig
+from ddpm_hf.training.options import (
     DataOptions,
+    EvaluationOptions,
     ModelOptions,
     OptimizationOptions,
     OutputOptions,
-    TrainingConfig,
     ValidationOptions,
 )
 
@@ -73,7 +73,14 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     from transformers import HfArgumentParser
 
     parser: argparse.ArgumentParser = HfArgumentParser(
-        [DataOptions, ModelOptions, OptimizationOptions, ValidationOptions, OutputOptions],
+        [
+            DataOptions,
+            ModelOptions,
+            OptimizationOptions,
+            ValidationOptions,
+            EvaluationOptions,
+            OutputOptions,
+        ],
         prog=prog,
         usage=f"{prog or '%(prog)s'} [DATASET] [--config FILE] [--option VALUE ...]",
         description=_DESCRIPTION.replace("PROG", prog or "train.py"),

@@ -28,7 +28,9 @@ from ddpm_hf.training.state import TrainState
 logger = logging.getLogger(__name__)
 
 # Names of people's folders are nobody else's business.
-_LOCAL_OPTIONS = ("dataset", "output_dir", "pretrained", "push_to_hub", "unet_config")
+_LOCAL_OPTIONS = (
+    "dataset", "output_dir", "pretrained", "push_to_hub", "unet_config", "evaluate_features",
+)  # fmt: skip
 
 
 def export_model(

@@ -34,6 +34,7 @@ from ddpm_hf.training.config import (
     TrainingError,
     merge_resumed_config,
 )
+from ddpm_hf.training.evaluation import build_evaluation
 from ddpm_hf.training.learning_rate import learning_rate
 from ddpm_hf.training.metrics import MetricsLog, RunningMetrics
 from ddpm_hf.training.objective import in_order_of_rows
@@ -142,10 +143,11 @@ def train(
         run = Run(parts, accelerator, stop, checkpoint)
         stack.callback(free_gradient_reducer, run.model)
         validation = Validation(run, run.parts.held_out) if run.parts.held_out else None
-        print_plan(run, validation, warm_up(run))
+        evaluation = build_evaluation(run)
+        print_plan(run, [m for m in (validation, evaluation) if m], warm_up(run))
         log = MetricsLog(paths.metrics, accelerator, run.state.step)
         stack.callback(log.close)
-        outputs = Outputs(run, log, pusher, validation)
+        outputs = Outputs(run, log, pusher, validation, evaluation)
         if run.state.step == run.batches.stop:
             outputs.complete()
         else:
@@ -190,18 +192,18 @@ def _train_loop(
         stopping = run.stop.agreed(ahead.failure is not None)
         ending = stopping or state.step == last
         saving = ending or run.is_due(config.checkpointing_steps)
-        due = ending or run.is_due(config.validation_steps)
-        measuring = outputs.validation is not None and due and not stopping
-        if ending or measuring or run.is_due(config.logging_steps):
+        measurements = [] if stopping else outputs.due_measurements(ending)
+        if ending or measurements or run.is_due(config.logging_steps):
             values = metrics.read(run.accelerator, state.step - logged_step)
             values["learning_rate"] = learning_rate(config, step)
-            values |= outputs.measure() if measuring else {}
+            for measure in measurements:
+                values |= measure()
             num_images = (state.step - logged_step) * run.batches.batch_size
             skipped = [run.describe_update(step, t) for step, t in metrics.skipped]
             with outputs.warn_on_disk_error("log"):
                 log.write(state.step, values, num_images, skipped)
             logged_step = state.step
-            bar.set_postfix(_shown(values), refresh=False)
+            bar.set_postfix(_shown(outputs.evaluated | values), refresh=False)
             _check_not_lost(metrics, state.step)
         if saving:
             outputs.save_checkpoint(must_succeed=ending)
@@ -282,6 +284,7 @@ def _on_device(run: Run, batch: Any, step: int, here: slice) -> tuple[Tensor, Te
 def _shown(values: dict[str, float]) -> dict[str, str]:
     """What stands beside the progress bar."""
     shown = {"loss": f"{values['loss']:.4f}", "lr": f"{values['learning_rate']:.2g}"}
+    shown |= {"fd": f"{values['evaluation_fd']:.4g}"} if "evaluation_fd" in values else {}
     skipped = int(values["skipped_updates"])
     return shown | ({"skipped": f"{skipped}"} if skipped else {})
 

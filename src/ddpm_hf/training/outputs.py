@@ -1,23 +1,20 @@
 """What a run leaves on the way: checkpoints, sample grids, the portable model, and its push."""
 
-import copy
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
-from torch import Tensor
 
 from ddpm_hf.diffusion.files import read_json
-from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 from ddpm_hf.hub.background import BackgroundPusher
 from ddpm_hf.paths import ModelPaths
 from ddpm_hf.pictures import Pixels, grid_by_row, image_grid
-from ddpm_hf.sampling import draw_images
 from ddpm_hf.training.calibration import calibrate_model, is_calibrated
+from ddpm_hf.training.drawing import draw_share
+from ddpm_hf.training.evaluation import Evaluation
 from ddpm_hf.training.export import export_model, training_facts
 from ddpm_hf.training.metrics import MetricsLog
 from ddpm_hf.training.run import Run
@@ -37,6 +34,7 @@ class Outputs:
         log: shows the sample grids, too.
         pusher: takes each exported model to the Hub, if that was asked for.
         validation: measures held-out images, likewise.
+        evaluation: measures drawn ones, likewise.
     """
 
     def __init__(
@@ -45,9 +43,12 @@ class Outputs:
         log: MetricsLog,
         pusher: BackgroundPusher | None = None,
         validation: Validation | None = None,
+        evaluation: Evaluation | None = None,
     ) -> None:
-        self.run, self.log, self.pusher, self.validation = run, log, pusher, validation
+        self.run, self.log, self.pusher = run, log, pusher
+        self.validation, self.evaluation = validation, evaluation
         self.measured: dict[str, float] = {}
+        self.evaluated: dict[str, float] = {}
 
     def save_checkpoint(self, must_succeed: bool) -> None:
         """What the run resumes from; a full disk does not end a run that can still go on."""
@@ -71,6 +72,24 @@ class Outputs:
         measured = self.measured and self.validation
         metrics = measured.results(self.measured) if measured else []
         export_model(target, run.paths, run.parts, run.state, training_facts(run, metrics))
+
+    def due_measurements(self, ending: bool) -> list[Callable[[], dict[str, float]]]:
+        """What is measured after this update, each a call that all processes make."""
+        config, is_due = self.run.config, self.run.is_due
+        kinds = [
+            (self.measure, self.validation, config.validation_steps),
+            (self.evaluate, self.evaluation, config.evaluate_steps),
+        ]
+        return [call for call, asked, every in kinds if asked and (ending or is_due(every))]
+
+    def evaluate(self) -> dict[str, float]:
+        """The distance of drawn images to real ones; a failure must not end the run."""
+        if self.evaluation is None:
+            return {}
+        with self._warn_on_any_error("evaluate the model"):
+            self.evaluated = self.evaluation.measure()
+            return self.evaluated
+        return {}
 
     def measure(self) -> dict[str, float]:
         """Bits/dim of the held-out images, whose best model is kept if that was asked for."""
@@ -121,7 +140,7 @@ class Outputs:
             return
         drawn: list[Pixels] = []
         with self._warn_on_any_error("draw samples"):
-            drawn = self._draw_share(-(-count // run.accelerator.num_processes), labels)
+            drawn = draw_share(run, count, labels)
         images = gather_object([] if run.stop.received else drawn)
         if run.accelerator.is_main_process and len(images) >= count:
             with self._warn_on_any_error("save the samples"):
@@ -134,31 +153,6 @@ class Outputs:
             return None
         each = max(1, self.run.config.num_samples // len(names))
         return [label for label in range(min(len(names), _MAX_CLASSES_DRAWN)) for _ in range(each)]
-
-    def _draw_share(self, count: int, labels: list[int] | None) -> list[Pixels]:
-        run, config = self.run, self.run.config
-        with run.state.ema_weights() as unet:
-            # A copy: sampling with fewer steps changes what "previous step" means.
-            scheduler = copy.deepcopy(run.parts.scheduler)
-            return draw_images(
-                GaussianDDPMPipeline(unet=unet, scheduler=scheduler),
-                count,
-                first=run.accelerator.process_index * count,
-                class_labels=labels,
-                # What training fits into memory, drawing does.
-                batch_size=len(run.batches.rows(0)),
-                seed=config.seed,
-                progress=run.accelerator.is_main_process,
-                num_inference_steps=min(config.sample_inference_steps, len(scheduler)),
-                eta=0.0,
-                callback_on_step_end=self._interrupt_if_stopped,
-            )
-
-    def _interrupt_if_stopped(
-        self, pipeline: Any, i: int, t: Any, tensors: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        pipeline._interrupt = self.run.stop.received is not None
-        return tensors
 
     def _save_grid(self, images: list[Pixels], labels: list[int] | None) -> None:
         run = self.run

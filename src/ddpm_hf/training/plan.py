@@ -1,11 +1,13 @@
 """What a run says before it begins and after it has ended."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from ddpm_hf.diffusion.extension import beta_schedule_of
 from ddpm_hf.training.accelerator import available_trackers
 from ddpm_hf.training.calibration import describe_calibration
 from ddpm_hf.training.config import required
+from ddpm_hf.training.evaluation import Evaluation
 from ddpm_hf.training.learning_rate import learning_rate
 from ddpm_hf.training.run import Run
 from ddpm_hf.training.state import read_facts
@@ -13,19 +15,21 @@ from ddpm_hf.training.validation import Validation
 from ddpm_hf.wording import counted, duration
 
 
-def print_plan(run: Run, validation: Validation | None, seconds: float | None) -> None:
+def print_plan(
+    run: Run, measurements: Sequence[Validation | Evaluation], seconds: float | None
+) -> None:
     """Say what is about to happen and how long it will take; keep the options beside it.
 
     Args:
         run: which is about to begin.
-        validation: what is measured on the way.
+        measurements: what is measured on the way.
         seconds: of an update, if known.
     """
     accelerator = run.accelerator
     if run.state.step:
         accelerator.print(f"resuming after update {run.state.step:,}, from {run.checkpoint}")
         accelerator.print(other_length(run), end="")
-    accelerator.print(describe(run, validation))
+    accelerator.print(describe(run, measurements))
     if seconds is not None:
         updates = run.batches.stop - run.state.step
         accelerator.print(
@@ -54,7 +58,7 @@ def other_length(run: Run) -> str:
     )
 
 
-def describe(run: Run, validation: Validation | None = None) -> str:
+def describe(run: Run, measurements: Sequence[Validation | Evaluation] = ()) -> str:
     """The plan of a run in a few lines, every proposed value included."""
     config, accelerator, unet = run.config, run.accelerator, run.state.unet
     facts, num_images = run.parts.facts, len(run.parts.images)
@@ -83,7 +87,7 @@ def describe(run: Run, validation: Validation | None = None) -> str:
             f"machine    {accelerator.num_processes} x {accelerator.device.type}, "
             f"mixed precision: {accelerator.mixed_precision}{_computed(run)}",
             f"output     {run.paths.root}, losses in {losses}",
-            *([validation.describe()] if validation else []),
+            *(measurement.describe() for measurement in measurements),
             *([describe_calibration(run)] if config.calibrate else []),
             *(f"note       {note}" for note in run.parts.notes),
         ]
