@@ -33,8 +33,9 @@ test: $(READY) ## Every test, offline: about 10 minutes on 2 cores
 
 test-all: lint type test ## Style, types and every test: what CI runs
 
-bench: $(READY) ## Print timings beside stock diffusers
-	for file in tests/benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
+bench: $(READY) ## Print timings beside stock diffusers, and keep them in runs/bench
+	mkdir -p runs/bench
+	for name in $(basename $(notdir $(wildcard tests/benchmarks/bench_*.py))); do $(BIN)/python tests/benchmarks/$$name.py --json runs/bench/$$name.json || exit 1; done
 
 $(READY): pyproject.toml constraints.txt
 	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Needs Python 3.11 or newer with its venv module; tried '$(PYTHON)'. Name one: make PYTHON=/path/to/python3.11 setup" >&2; exit 1; }

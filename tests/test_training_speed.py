@@ -1,7 +1,9 @@
 """Options that make a run faster, or fit: what they change, and that no bit is lost by resuming."""
 
+import importlib
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,6 +103,16 @@ def test_one_image_that_does_not_fit_ends_with_what_helps(tmp_path, monkeypatch,
     large_unet.mid_block.register_forward_hook(spoil)
     with pytest.raises(TrainingError, match="smaller resolution or network"):
         run(tmp_path, unet=large_unet, max_train_steps=MEASURED)
+
+
+def test_no_step_and_no_update_waits_for_the_device(monkeypatch):
+    """The benchmark's own count, which on a GPU is that of the profiler."""
+    monkeypatch.syspath_prepend(Path(__file__).parent / "benchmarks")
+    bench = importlib.import_module("bench_profile")
+    of_step = bench.of_sampling(bench.GaussianDDPMPipeline, tiny_unet(), batch_size=2)
+    assert bench.waits(of_step, "cpu") == 0
+    # Smallest and largest pixel, before images go to a device.
+    assert bench.waits(bench.of_training(tiny_unet(), batch_size=2), "cpu") == 2
 
 
 def test_a_resumed_run_keeps_its_number_of_threads(tmp_path):
