@@ -16,7 +16,7 @@ from ddpm_hf.cli import main
 from ddpm_hf.commands.evaluate import METRICS
 from ddpm_hf.data import ImageFacts
 from ddpm_hf.evaluation import frechet_distance, precision_recall
-from ddpm_hf.evaluation.evaluate import ALL_METRICS
+from ddpm_hf.evaluation.evaluator import ALL_METRICS
 from ddpm_hf.evaluation.verify import OPTIONS
 from ddpm_hf.sampling import open_drawn
 
@@ -191,6 +191,7 @@ def test_a_card_that_does_not_say_how_as_evaluate_does_cannot_be_verified(
 REFUSED = [
     ({"metrics": ["fid"]}, "metrics must be of bits-per-dim, fd, .*, got 'fid'"),
     ({"metrics": ["bits-per-dim"]}, "is of a model"),
+    ({"scheduler": "DDIM"}, "scheduler is of a model"),
     ({"num_images": 0}, "num_images must be at least 1"),
     ({"reference_split": "none", "split": "neither"}, "'none' does not exist"),
     ({"features": "./missing"}, "does not exist"),

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ddpm_hf.data import DataError
     from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
     from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
+    from ddpm_hf.evaluation.compare import compare
     from ddpm_hf.evaluation.evaluate import evaluate
     from ddpm_hf.hub.load import load
     from ddpm_hf.hub.push import push
@@ -39,6 +40,7 @@ __all__ = [
     "TrainingResult",
     "bits_per_dim",
     "calibrate",
+    "compare",
     "evaluate",
     "load",
     "push",
@@ -58,6 +60,7 @@ _HOME_OF = {
     "TrainingResult": "training",
     "bits_per_dim": "likelihood",
     "calibrate": "calibration",
+    "compare": "evaluation.compare",
     "evaluate": "evaluation.evaluate",
     "load": "hub.load",
     "push": "hub.push",

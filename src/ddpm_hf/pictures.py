@@ -46,6 +46,7 @@ def image_grid(
     images: Sequence[Image.Image | Pixels | None],
     columns: int | None = None,
     row_names: Sequence[str] | None = None,
+    longest_name: int = LONGEST_NAME,
 ) -> Image.Image:
     """One picture of all images, row by row, small ones enlarged without smoothing.
 
@@ -55,6 +56,7 @@ def image_grid(
             place empty, but the first.
         columns: images in a row, by default such that the grid is about square.
         row_names: written to the left of the rows, such as the names of classes.
+        longest_name: what of those is longer than so many characters is cut.
     Returns:
         an RGB image.
     Raises:
@@ -75,7 +77,9 @@ def image_grid(
     for place, cell in cells.items():
         cell = cell.resize((width, height), Image.Resampling.NEAREST)
         grid.paste(cell, (place % columns * (width + gap), place // columns * (height + gap)))
-    return _with_row_names(grid, row_names, height + gap) if row_names else grid
+    if not row_names:
+        return grid
+    return _with_row_names(grid, row_names, height + gap, longest_name)
 
 
 def grid_by_row(images: Sequence[Pixels], rows: Sequence[str]) -> Image.Image:
@@ -88,10 +92,12 @@ def grid_by_row(images: Sequence[Pixels], rows: Sequence[str]) -> Image.Image:
     return image_grid(cells, columns, list(by_row))
 
 
-def _with_row_names(grid: Image.Image, names: Sequence[str], row_height: int) -> Image.Image:
+def _with_row_names(
+    grid: Image.Image, names: Sequence[str], row_height: int, longest: int
+) -> Image.Image:
     """The grid with a name, cut where it is long, at the middle of the left of each row."""
     font = ImageFont.load_default(size=14)
-    names = [textwrap.shorten(name, LONGEST_NAME, placeholder="...") for name in names]
+    names = [textwrap.shorten(name, longest, placeholder="...") for name in names]
     margin = math.ceil(max(font.getlength(name) for name in names)) + 12
     picture = Image.new("RGB", (grid.width + margin, grid.height), "white")
     picture.paste(grid, (margin, 0))

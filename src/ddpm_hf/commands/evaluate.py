@@ -8,12 +8,15 @@ from typing import Any
 from ddpm_hf.commands.messages import flags_in_messages, say
 from ddpm_hf.commands.options import (
     add_data,
-    add_model_and_data,
+    add_dataset,
     add_work,
     command_parser,
+    model_name,
     path,
     positive_int,
+    sampler,
 )
+from ddpm_hf.sampler import NAMES_HELP
 
 HELP = "measure a model or images: bits/dim, FD, KID, precision, recall, copies"
 EXAMPLES = """
@@ -28,6 +31,10 @@ measure a model on images that it was not trained on, or images beside real ones
                                                  draws images, and compares them with real ones
   ddpm-hf evaluate ./drawn ./photos --metrics fd --features efficientnet-lite0
                                                  images that are there, by a network from PyPI
+  ddpm-hf evaluate runs/a/model runs/b/model ./drawn ./photos --metrics fd precision-recall
+                                                 models and images, side by side
+  ddpm-hf evaluate runs/photos/model ./photos --schedulers DDPM DDPM:eta=0 DPMSolverMultistep
+      --num-inference-steps 5 10 25 50 1000 --metrics fd    every sampler in every number of steps
   ddpm-hf evaluate runs/photos/model ./photos --verify
                                                  measures again what the model's card claims
   accelerate launch --num-processes 4 -m ddpm_hf evaluate runs/photos/model ./photos
@@ -44,6 +51,10 @@ the share of drawn images that are copies of training images. Each has an interv
 stands beside what real images get at the same number: no difference within chance is a tie. FD
 depends on the number of images, so only values at one number are comparable.
 
+Of several subjects, schedulers or numbers of steps, each setting is an evaluation in a folder of
+its own, by the same seed; a table, curves and rows of samples show them side by side, with those
+that are too close to the best to tell. What cannot be measured is left out, with the reason.
+
 What is interrupted goes on by the same command.
 """
 METRICS = ("bits-per-dim", "fd", "kid", "precision-recall", "coverage", "memorisation")
@@ -54,17 +65,29 @@ _NOT_REPRODUCED = 1
 def run(argv: list[str]) -> int:
     """Measure as `argv` says."""
     command = parser()
-    options = command.parse_args(argv)
-    if options.dataset is None and not options.verify:
+    options = command.parse_intermixed_args(argv)
+    subjects = options.subjects
+    if len(subjects) > 1:
+        options.dataset = subjects.pop()
+    elif not options.verify:
         command.error("the following arguments are required: DATASET")
+    steps, schedulers = options.num_inference_steps, options.schedulers
+    is_one = max(len(subjects), len(steps), len(schedulers)) == 1
     with flags_in_messages(vars(options)):
-        if options.card and not Path(options.model).is_dir():
+        if (options.card or options.verify) and not is_one:
             raise ValueError(
-                f"card is for the folder of a model, and {options.model!r} is none: evaluate your"
+                f"{'card' if options.card else 'verify'} is for one model with one scheduler and"
+                " one number of steps"
+            )
+        if options.card and not Path(subjects[0]).is_dir():
+            raise ValueError(
+                f"card is for the folder of a model, and {subjects[0]!r} is none: evaluate your"
                 " copy of it, then `ddpm-hf push` it"
             )
         try:
-            return verify(options) if options.verify else evaluate(options)
+            if options.verify:
+                return verify(options)
+            return evaluate(options) if is_one else compare(options)
         except KeyboardInterrupt:
             say("ddpm-hf: what is measured so far is kept; the same command goes on")
             raise
@@ -72,15 +95,23 @@ def run(argv: list[str]) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """What `ddpm-hf evaluate` understands."""
-    parser = command_parser("evaluate", "MODEL_OR_IMAGES DATASET [--option VALUE ...]", EXAMPLES)
-    add_model_and_data(parser, "?")
+    usage = "MODEL_OR_IMAGES [MODEL_OR_IMAGES ...] DATASET [--option VALUE ...]"
+    parser = command_parser("evaluate", usage, EXAMPLES)
+    parser.add_argument(
+        "subjects",
+        nargs="+",
+        type=model_name,
+        metavar="MODEL_OR_IMAGES",
+        help="Hub repository or folder of a model; or images: a folder, .npz, .npy or parquet file",
+    )
+    add_dataset(parser, "?")
     parser.add_argument(
         "--metrics",
         nargs="+",
         choices=METRICS,
         metavar="NAME",
-        help=f"what to measure: {', '.join(METRICS)} (default: bits-per-dim of a model, the others "
-        "of images)",
+        help=f"what to measure: {', '.join(METRICS)} (default: bits-per-dim of models, the others "
+        "of images, and where --schedulers is given)",
     )
     parser.add_argument(
         "--verify",
@@ -89,6 +120,7 @@ def parser() -> argparse.ArgumentParser:
         "not reproduced within its interval",
     )
     add_data(parser.add_argument_group("which images"))
+    _add_drawing(parser.add_argument_group("how a model draws"))
     _add_comparison(parser.add_argument_group("the comparison with real images"))
     _add_bound(parser.add_argument_group("the bound"))
     _add_rest(parser.add_argument_group("where it goes, and how"))
@@ -113,14 +145,28 @@ def _add_comparison(group: Any) -> None:
     )
 
 
-def _add_bound(group: Any) -> None:
+def _add_drawing(group: Any) -> None:
     group.add_argument(
         "--num-inference-steps",
+        nargs="+",
         type=positive_int,
+        default=[None],
         metavar="K",
-        help="the bound of the model as it samples in K steps (default: as many as it was trained "
-        "with, which is the lowest)",
+        help="steps, of the bound too (default: as many as are usual for the scheduler; of DDPM "
+        "those that it was trained with)",
     )
+    group.add_argument(
+        "--schedulers",
+        "--scheduler",
+        nargs="+",
+        type=sampler,
+        default=[None],
+        metavar="NAME",
+        help=f"in place of the model's own: {NAMES_HELP}",
+    )
+
+
+def _add_bound(group: Any) -> None:
     group.add_argument(
         "--num-timesteps",
         type=positive_int,
@@ -158,27 +204,52 @@ def evaluate(options: argparse.Namespace) -> int:
         ValueError, OSError: if something cannot be loaded or measured.
     """
     from ddpm_hf.evaluation.evaluate import evaluate
-    from ddpm_hf.evaluation.report import BITS, FILE_NAME, card_results, read_result, tables
+    from ddpm_hf.evaluation.report import BITS, FILE_NAME, card_results, read_results, tables
     from ddpm_hf.parts import join_processes
 
-    names = ("metrics", "features", "num_images", "seed", "split", "reference_split",
-             "dataset_config", "dataset_revision", "image_column", "class_column", "on_bad_image",
-             "num_inference_steps", "num_timesteps", "decoder", "batch_size")  # fmt: skip
-    how = {name: getattr(options, name) for name in names}
-    known = read_result(options.output, BITS)
-    report = evaluate(options.model, options.dataset, **how, **_loading(options))
+    (subject,), (K,), (scheduler,) = (
+        options.subjects, options.num_inference_steps, options.schedulers
+    )  # fmt: skip
+    how = {"scheduler": scheduler, "num_inference_steps": K, **_how(options)}
+    known = read_results(options.output)
+    report = evaluate(subject, options.dataset, **how, **_loading(options))
     join_processes().destroy_process_group()
     if report is None:  # the main process writes for all
         return 0
     bits = [result for result in report["results"] if result["name"] == BITS]
-    if bits and bits[0] == known:
+    if report["results"] == known:
         say(f"ddpm-hf: measured before, in {options.output}")
     print(tables(report))
     for result in bits:
         draw_plots(result, options.output)
     if options.card:
-        write_card(Path(options.model), card_results(report))
+        write_card(Path(subject), card_results(report))
     print(f"\nin {options.output / FILE_NAME}")
+    return 0
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Measure all settings, and show them side by side.
+
+    Raises:
+        ValueError, OSError: if the data or a model cannot be loaded, or no setting be measured.
+    """
+    from ddpm_hf.evaluation.compare import FILE_NAME, compare
+    from ddpm_hf.evaluation.comparison import table
+    from ddpm_hf.parts import join_processes
+
+    result = compare(
+        options.subjects,
+        options.dataset,
+        schedulers=[name for name in options.schedulers if name],
+        num_inference_steps=[K for K in options.num_inference_steps if K],
+        **_how(options),
+        **_loading(options),
+    )
+    join_processes().destroy_process_group()
+    if result is not None:
+        print(table(result))
+        print(f"\nin {options.output / FILE_NAME}")
     return 0
 
 
@@ -191,7 +262,7 @@ def verify(options: argparse.Namespace) -> int:
     from ddpm_hf.evaluation.verify import verify
     from ddpm_hf.parts import join_processes
 
-    claims = verify(options.model, options.dataset, **_loading(options))
+    claims = verify(options.subjects[0], options.dataset, **_loading(options))
     join_processes().destroy_process_group()
     words = {True: "reproduced", False: "NOT reproduced", None: "not checked"}
     for claim in claims:
@@ -201,6 +272,13 @@ def verify(options: argparse.Namespace) -> int:
         remark = f" ({claim.remark})" if claim.remark else ""
         print(f"{words[claim.is_reproduced]:15} {said}{remark}")
     return _NOT_REPRODUCED if any(claim.is_reproduced is False for claim in claims) else 0
+
+
+def _how(options: argparse.Namespace) -> dict[str, Any]:
+    names = ("metrics", "features", "num_images", "seed", "split", "reference_split",
+             "dataset_config", "dataset_revision", "image_column", "class_column", "on_bad_image",
+             "num_timesteps", "decoder", "batch_size")  # fmt: skip
+    return {name: getattr(options, name) for name in names}
 
 
 def _loading(options: argparse.Namespace) -> dict[str, Any]:

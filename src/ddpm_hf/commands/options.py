@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ddpm_hf.sampler import Sampler
+
 if TYPE_CHECKING:
     from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 
@@ -35,6 +37,14 @@ def path(text: str) -> Path:
 def model_name(text: str) -> str:
     """`type=` of a repository on the Hub or a folder."""
     return str(path(text)) if text.startswith("~") else text
+
+
+def sampler(text: str) -> str:
+    """`type=` of a scheduler with its options."""
+    try:
+        return str(Sampler.parse(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -76,9 +86,14 @@ def load_model(options: argparse.Namespace) -> "GaussianDDPMPipeline":
     )
 
 
-def add_model_and_data(parser: argparse.ArgumentParser, how_many: str | None = None) -> None:
+def add_model_and_data(parser: argparse.ArgumentParser) -> None:
     """Which model, and which images it is measured on."""
     add_model(parser)
+    add_dataset(parser)
+
+
+def add_dataset(parser: argparse.ArgumentParser, how_many: str | None = None) -> None:
+    """Which images a model is measured on."""
     parser.add_argument(
         "dataset",
         nargs=how_many,

@@ -16,8 +16,10 @@ from ddpm_hf.commands.options import (
     model_name,
     path,
     positive_int,
+    sampler,
 )
 from ddpm_hf.names import public_name
+from ddpm_hf.sampler import NAMES_HELP, Sampler
 from ddpm_hf.wording import counted
 
 if TYPE_CHECKING:
@@ -42,12 +44,6 @@ others, sums are rounded in another order: 28x28 digits in 50 steps of eta 0, dr
 once by 1 or 2 threads, differed by at most 7e-6 of the range from those drawn 16 at once, and no
 pixel of 8 bits differed.
 """
-# Those of diffusers that sample a model of this kind.
-SCHEDULERS = (
-    "DDPM", "DDIM", "PNDM", "DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep",
-    "DEISMultistep", "SASolver", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete",
-    "KDPM2Discrete", "KDPM2AncestralDiscrete", "LMSDiscrete",
-)  # fmt: skip
 SPACINGS = ("leading", "linspace", "trailing", "quadratic")
 CALIBRATED_SPACINGS = ("likelihood", "calibrated")
 FORMATS = ("png", "npz", "npy", "parquet")
@@ -125,10 +121,9 @@ def _add_what(group: Any) -> None:
 def _add_how(group: Any) -> None:
     group.add_argument(
         "--scheduler",
-        type=lambda name: name.removesuffix("Scheduler"),
-        choices=SCHEDULERS,
+        type=sampler,
         metavar="NAME",
-        help=f"in place of the model's own: {', '.join(SCHEDULERS)}",
+        help=f"in place of the model's own: {NAMES_HELP}",
     )
     group.add_argument(
         "--num-inference-steps",
@@ -215,13 +210,13 @@ def draw(options: argparse.Namespace, output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     state = join_processes()
     pipeline = load_model(options).to(state.device)
-    spacing, steps = options.timestep_spacing, options.num_inference_steps
-    timesteps = None
+    spacing, steps, timesteps = options.timestep_spacing, options.num_inference_steps, None
+    chosen = Sampler.parse(options.scheduler) if options.scheduler else Sampler()
     if spacing in CALIBRATED_SPACINGS:
-        change_scheduler(pipeline, options.scheduler)
+        change_scheduler(pipeline, chosen)
         timesteps, steps = calibrated_timesteps(pipeline, spacing, steps), None
     else:
-        change_scheduler(pipeline, options.scheduler, spacing)
+        change_scheduler(pipeline, chosen.with_options(timestep_spacing=spacing))
     guide = load(options.guide) if options.guide else None
     if options.optimize:
         optimize(pipeline, guide, options, output, state)
@@ -237,7 +232,7 @@ def draw(options: argparse.Namespace, output: Path) -> None:
         model={"name": public_name(options.model), "revision": options.revision},
         num_inference_steps=steps,
         timesteps=timesteps,
-        eta=options.eta,
+        eta=chosen.eta if options.eta is None else options.eta,
         guidance_scale=2.0 if options.guide and scale is None else scale,
         guidance_interval=interval and tuple(interval),
         guide=guide,

@@ -1,6 +1,9 @@
 """What a model is worth: measured in parts that processes share and that survive an interruption.
 
 evaluate     all of it in one call
+compare      several models, samplers and numbers of steps side by side
+evaluator    the measuring of both: on one data set, of any number of subjects
+comparison   what was compared as people read it: table, curves, samples
 distances    between real and drawn images by their features: Frechet, kernel, precision, recall
 metrics      the same with intervals, beside what real images get; copies of training images
 features     of images, from any network, by fixed rules
@@ -11,7 +14,7 @@ likelihood   bits/dim of the images
 calibration  the error at every timestep, and what it says of few steps
 report       the JSON file, the table, the lines for the model card
 verify       what a card claims, measured again
-plots        bits per timestep, and the rate-distortion curve
+plots        bits per timestep, the rate-distortion curve, comparisons
 """
 
 from ddpm_hf.evaluation.distances import (

@@ -24,7 +24,7 @@ from ddpm_hf.evaluation.distances import (
 from ddpm_hf.randomness import seed_of
 
 NUM_RESAMPLES = 20
-_T_19 = 2.093  # of Student's distribution: 95 % within, at 19 degrees of freedom
+T_19 = 2.093  # of Student's distribution: 95 % within, at 19 degrees of freedom
 _NEAR_QUANTILE, _SAME = 0.01, 1e-3
 
 
@@ -95,8 +95,9 @@ def measure(
             between two halves of `real`.
         seed: of the halves.
     Returns:
-        for each figure "value", its "interval" of 95 %, and its "floor": the value between real
-        images, and at the same numbers of images that of the drawn ones.
+        for each figure "value", its "interval" of 95 %, its values of the "halves", and its
+        "floor": the value between real images, and at the same numbers of images that of the drawn
+        ones.
     Raises:
         ValueError: if there are too few images.
     """
@@ -130,6 +131,7 @@ def measure(
             "metric": metric,
             "num_real": len(real),
             "num_drawn": len(drawn),
+            "halves": halves[:, i].tolist(),
             "num_resamples": NUM_RESAMPLES,
             "floor_between": "halves" if held_out is None else "training and held-out images",
             "floor_num_images": [len(real) // 2, size],
@@ -142,8 +144,8 @@ def _described(
     figure: Figure, value: float, error: float, draws: Tensor, floors: Tensor
 ) -> dict[str, Any]:
     low, high = figure.limits
-    half_width = _T_19 * error
-    gap, of_chance = (draws - floors).mean().item(), _T_19 * (draws - floors).std().item()
+    half_width = T_19 * error
+    gap, of_chance = (draws - floors).mean().item(), T_19 * (draws - floors).std().item()
     if abs(gap) <= of_chance:
         verdict = "tie"
     else:

@@ -1,4 +1,4 @@
-"""Pictures of the bound: where its bits are, and what they buy (2006.11239, section 4.3)."""
+"""Plots: what the bits of the bound buy (2006.11239, section 4.3), few steps, comparisons."""
 
 from pathlib import Path
 from typing import Any
@@ -120,3 +120,60 @@ def plot_calibration(result: dict[str, Any], path: Path) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
+
+
+_AXES = {"num_inference_steps": "steps K", "seconds_per_image": "seconds an image"}
+
+
+def plot_comparison(result: dict[str, Any], path: Path) -> None:
+    """Every figure against steps and against seconds, with intervals; or, without steps, by name.
+
+    The band is the interval of the best.
+
+    Args:
+        result: of `compare`.
+        path: of the picture.
+    """
+    rows = result["settings"]
+    names = list(dict.fromkeys(name for row in rows for name in row["figures"]))
+    keys = [key for key in _AXES if len({row[key] for row in rows} - {None}) > 1] or ["setting"]
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        of = ", ".join(part for part in (row["name"], row["scheduler"]) if part)
+        lines.setdefault(of if keys != ["setting"] else "", []).append(row)
+    size = (6.5 * len(keys), 3.4 * len(names) + 0.2 * len(lines))
+    figure = Figure(figsize=size, layout="constrained")
+    for axes, name in zip(
+        figure.subplots(len(names), len(keys), squeeze=False), names, strict=True
+    ):
+        of_name = [row["figures"][name] for row in rows if name in row["figures"]]
+        best = next(one for one in of_name if one["rank"] == "best")
+        for axis, key in zip(axes, keys, strict=True):
+            for of, points in lines.items():
+                _errorbars(axis, points, name, key, of)
+            axis.axhspan(*best["interval"], color="tab:green", alpha=0.15)
+            axis.set(ylabel=best["label"], xlabel=_AXES.get(key, ""))
+            axis.grid(alpha=0.3)
+    if any(lines):
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
+def _errorbars(axis: Any, rows: list[dict[str, Any]], name: str, key: str, label: str) -> None:
+    """The values of a figure with their intervals, at `key` of each row."""
+    rows = [row for row in rows if row[key] is not None and name in row["figures"]]
+    if not rows:
+        return
+    values = np.array([row["figures"][name]["value"] for row in rows])
+    ends = np.array([row["figures"][name]["interval"] for row in rows]).T
+    is_curve = key != "setting"
+    style = ".-" if is_curve else "o"
+    errors = np.abs(ends - values)
+    axis.errorbar([row[key] for row in rows], values, errors, fmt=style, capsize=2, label=label)
+    if is_curve:
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("{x:g}")
+    else:
+        axis.tick_params(axis="x", rotation=30)

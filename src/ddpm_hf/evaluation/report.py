@@ -18,20 +18,19 @@ _USUAL = {
     "split": "test", "reference_split": "train", "on_bad_image": "error", "decoder": "exact",
     "batch_size": 64,
 }  # fmt: skip
-_NORMAL_95 = 1.96
+NORMAL_95 = 1.96
 
 
-def read_result(folder: Path, name: str, file_name: str = FILE_NAME) -> dict[str, Any] | None:
-    """The result of that name that an earlier evaluation left, or None.
+def read_results(folder: Path, file_name: str = FILE_NAME) -> list[dict[str, Any]]:
+    """The results that an earlier evaluation left; none where there was none.
 
-    Larger than a configuration: it lists every image.
+    Larger than a configuration: they list every image.
     """
     try:
         report = json.loads((folder / file_name).read_text(encoding="utf-8"))
-        results = [result for result in report["results"] if result["name"] == name]
+        return [result for result in report["results"] if isinstance(result["name"], str)]
     except (OSError, ValueError, LookupError, TypeError):
-        return None
-    return results[0] if results else None
+        return []
 
 
 def report_of(
@@ -49,13 +48,21 @@ def report_of(
         options: of `evaluate`, by which it can be done again.
     """
     options = options or {}
+    command = command_of([model["name"]], dataset["name"], options) if options else None
     return {
         "format_version": 1,
         "model": model,
         "dataset": dataset,
         "results": results,
         "options": options,
-        "command": command_of(model["name"], dataset["name"], options) if options else None,
+        **made_by(command),
+    }
+
+
+def made_by(command: str | None) -> dict[str, Any]:
+    """What a report says of its origin."""
+    return {
+        "command": command,
         "versions": {name: version(name) for name in ("ddpm-hf", "diffusers", "torch")},
         "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
@@ -68,9 +75,9 @@ def write_report(folder: Path, report: dict[str, Any], file_name: str = FILE_NAM
     return path
 
 
-def command_of(model: str, dataset: str, options: dict[str, Any]) -> str:
+def command_of(subjects: list[str], dataset: str, options: dict[str, Any]) -> str:
     """The command line that measures the same, without the options that are usual."""
-    words = ["ddpm-hf", "evaluate", model, dataset]
+    words = ["ddpm-hf", "evaluate", *subjects, dataset]
     for name, value in options.items():
         if value is not None and value != _USUAL.get(name):
             values = value if isinstance(value, list) else [value]
@@ -155,7 +162,7 @@ def card_results(report: dict[str, Any]) -> list[dict[str, Any]]:
         options = {name: value for name, value in options.items() if value is not None}
         row = _bits_row(result) if is_bits else _figure_row(result)
         interval = row.pop("interval")
-        command = command_of(report["model"]["name"], dataset["name"], options)
+        command = command_of([report["model"]["name"]], dataset["name"], options)
         args = {"evaluate": options, "interval": interval, "weights": report["model"]["weights"]}
         args |= {} if is_bits else {"features": result["features"]["digest"]}
         row |= {"how": f"{row['how']}; by {command}", "dataset": dataset, "args": args}
@@ -166,7 +173,7 @@ def card_results(report: dict[str, Any]) -> list[dict[str, Any]]:
 def _bits_row(result: dict[str, Any]) -> dict[str, Any]:
     error, value = result["standard_error"], result["value"]
     precision = "" if error is None else f", standard error {error:.2g}"
-    half_width = _NORMAL_95 * (error or 0.0)
+    half_width = NORMAL_95 * (error or 0.0)
     return {
         "type": BITS,
         "name": f"bits/dim (bound, K = {result['num_inference_steps']:,})",

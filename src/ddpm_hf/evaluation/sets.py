@@ -8,12 +8,14 @@ from typing import Any
 
 import datasets
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from ddpm_hf.data import DataError, ImageDataset, load_images
 from ddpm_hf.diffusion.images import MODE_CHANNELS, ImageFacts
 from ddpm_hf.evaluation.images import prepared_like
 from ddpm_hf.names import public_name
+from ddpm_hf.pictures import to_pil
 from ddpm_hf.sampling import DrawnImages, open_drawn
 
 _MODES = {count: mode for mode, count in MODE_CHANNELS.items()}
@@ -141,3 +143,9 @@ def facts_of_set(images: DrawnImages) -> ImageFacts:
         raise ValueError(f"images must have 1 to 4 channels, got {channels}")
     depth = 16 if images.read(range(1)).dtype == np.uint16 else 8
     return ImageFacts(mode=_MODES[channels], height=height, width=width, bit_depth=depth)
+
+
+def picture(images: DrawnImages, row: int) -> Image.Image:
+    """One image of a set, to look at."""
+    (pixels,) = images.read(range(row, row + 1))
+    return to_pil(pixels / np.iinfo(pixels.dtype).max)

@@ -1,6 +1,7 @@
 """What may be chosen for drawing: another scheduler of the same diffusion, and the classes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import diffusers
 from diffusers import UNet2DModel
@@ -8,32 +9,52 @@ from diffusers import UNet2DModel
 from ddpm_hf.diffusion.conditioning import class_numbers
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline, image_facts
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
+from ddpm_hf.sampler import Sampler
+
+# The linear betas end at 4e-5, which Karras' sigmas suit; the cosine's at 2e-9.
+_LEAST_SIGNAL_OF_KARRAS = 1e-6
 
 
-def change_scheduler(
-    pipeline: GaussianDDPMPipeline, name: str | None = None, spacing: str | None = None
-) -> None:
+def change_scheduler(pipeline: GaussianDDPMPipeline, sampler: Sampler) -> None:
     """Put another scheduler of the same diffusion in the place of the pipeline's.
 
     Args:
         pipeline: gets it.
-        name: "DDPM", or of a scheduler of diffusers without its "Scheduler", such as "DDIM"; None
-            leaves the kind as it is.
-        spacing: its `timestep_spacing`; None leaves that as it is.
+        sampler: which; its `eta` is an argument of the call.
     Raises:
-        ValueError: if the scheduler has no such spacing.
+        ValueError: if the scheduler has no such option, or makes nothing of it.
     """
     kind = type(pipeline.scheduler)
-    if name is not None:
+    if (name := sampler.scheduler) is not None:
         kind = GaussianDDPMScheduler if name == "DDPM" else getattr(diffusers, f"{name}Scheduler")
-    if spacing is not None and (
-        "timestep_spacing" not in kind._get_init_keys(kind)
-        or (spacing == "quadratic" and kind is not GaussianDDPMScheduler)
-    ):
-        raise ValueError(f"timestep_spacing={spacing} is not one of {kind.__name__}'s")
-    if name is not None or spacing is not None:
-        changes = {} if spacing is None else {"timestep_spacing": spacing}
-        pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **changes)
+    for option, value in sampler.options.items():
+        is_ours = kind is GaussianDDPMScheduler
+        if option not in kind._get_init_keys(kind) or (value == "quadratic" and not is_ours):
+            raise ValueError(f"{option}={value} is not one of {kind.__name__}'s")
+    if name is None and not sampler.options:
+        return
+    try:
+        scheduler = kind.from_config(pipeline.scheduler.config, **sampler.options)
+    except (ArithmeticError, ImportError, NotImplementedError, TypeError, ValueError) as error:
+        raise ValueError(f"{sampler}: {error}") from error
+    signal = float(scheduler.alphas_cumprod[-1])
+    if scheduler.config.get("use_karras_sigmas") and signal < _LEAST_SIGNAL_OF_KARRAS:
+        raise ValueError(
+            f"use_karras_sigmas: these betas end in almost pure noise (alpha_bar = {signal:.1g}),"
+            " where Karras' sigmas would spend nearly all of the steps"
+        )
+    pipeline.scheduler = scheduler
+
+
+@contextmanager
+def sampled_by(pipeline: GaussianDDPMPipeline, sampler: Sampler) -> Iterator[None]:
+    """Inside, the pipeline has the scheduler of `sampler`; see `change_scheduler`."""
+    own = pipeline.scheduler
+    try:
+        change_scheduler(pipeline, sampler)
+        yield
+    finally:
+        pipeline.scheduler = own
 
 
 def calibrated_timesteps(

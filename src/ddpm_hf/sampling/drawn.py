@@ -30,6 +30,7 @@ class DrawnImages:
         labels: the class of each image, (N,) int64, or None where that is not known.
         class_names: of the classes by their numbers, or None.
         options: how they were drawn: seed, steps, weights and the like; {} where nobody kept it.
+        seconds_per_image: that a process took, the median over batches; None where not known.
     """
 
     shape: tuple[int, int, int, int]
@@ -37,6 +38,7 @@ class DrawnImages:
     labels: Labels | None = None
     class_names: tuple[str, ...] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    seconds_per_image: float | None = None
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -131,7 +133,8 @@ def open_parts(folder: Path) -> DrawnImages:
 
     one = np.load(paths[0], mmap_mode="r")
     shape, dtype = (settings["num_images"], *one.shape[1:]), one.dtype
-    return DrawnImages(shape, stored, _labels(settings), _names(about), settings)
+    seconds = about.get("seconds_per_image")
+    return DrawnImages(shape, stored, _labels(settings), _names(about), settings, seconds)
 
 
 def _open_pictures(path: Path) -> DrawnImages:

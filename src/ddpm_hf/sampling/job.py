@@ -1,14 +1,17 @@
 """Images in parts on disk: shared by processes, gone on where it was killed."""
 
 import json
+import statistics
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from accelerate import PartialState
+from accelerate.utils import gather_object
 
-from ddpm_hf.diffusion.files import write_text
+from ddpm_hf.diffusion.files import read_json, write_text
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 from ddpm_hf.parts import complete_parts, from_main, join_processes
 from ddpm_hf.pictures import quantised
@@ -104,10 +107,12 @@ def draw_parts(
     silent = None if shown else True  # None: where nobody watches
     pipeline.set_progress_bar_config(leave=False, desc="denoising", disable=silent)
     call = {name: value for name, value in call.items() if value is not None}
+    seconds: list[float] = []  # per image, of each batch
 
     def write(part: int, path: Path) -> None:
-        indices = range(part * size, (part + 1) * size)
+        indices, began = range(part * size, (part + 1) * size), time.monotonic()
         images = draw_batch(pipeline, indices, seed=seed, class_labels=labels, **call)
+        seconds.append((time.monotonic() - began) / size)
         images = images[: sizes[part]]
         np.save(path, quantised(images, bits) if bits else images)
 
@@ -118,6 +123,11 @@ def draw_parts(
             (folder / OPTIONS_NAME).unlink()
             folder.rmdir()
         raise
+    of_all = gather_object(seconds)
+    there = read_json(folder / OPTIONS_NAME) if state.is_main_process else {}
+    if of_all and there and "seconds_per_image" not in there:  # of what was drawn just now
+        there["seconds_per_image"] = statistics.median(of_all)
+        write_text(folder / OPTIONS_NAME, json.dumps(there, indent=1) + "\n")
 
 
 def _claim(folder: Path, about: Mapping[str, Any], overwrite: bool) -> None:
