@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from hub_server import ClientError, HubClient, HubServer
 from PIL import Image
 from sklearn.datasets import load_digits
 from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
@@ -75,6 +76,24 @@ def test_a_vision_model_of_transformers_is_shown_images_by_its_processors_number
         want = model((resized(to_rgb(pixels), 28) - mean) / std).pooler_output
     torch.testing.assert_close(features(pixels), want)
     assert features.facts()["name"] == backbone.name  # where it lies is nobody's business
+
+
+@pytest.mark.slow
+def test_a_vision_model_on_the_hub_is_had_without_its_pickles(backbone, tmp_path):
+    code = """
+from ddpm_hf.evaluation.features import load_features
+from pathlib import Path
+features = load_features("user/eyes")
+result = [features.name, features.digest, sorted(p.name for p in Path(HOME).rglob("*.bin"))]
+"""
+    with HubServer() as server:
+        server.add_folder("user/eyes", backbone)
+        server.edit("user/eyes", {"pytorch_model.bin": b"never opened"})
+        with HubClient(server, tmp_path) as client:
+            want = ["user/eyes", load_features(str(backbone)).digest, []]
+            assert client.run(code, HOME=str(tmp_path)) == want
+            with pytest.raises(ClientError, match="cannot be loaded: user/ears is not on the Hub"):
+                client.run(code.replace("eyes", "ears"), HOME=str(tmp_path))
 
 
 def test_the_image_part_of_a_model_of_text_and_images_is_taken(tmp_path):

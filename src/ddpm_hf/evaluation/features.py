@@ -17,10 +17,12 @@ import datasets
 import numpy as np
 import torch
 from accelerate import PartialState
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddpm_hf.evaluation.parts import compute_parts
+from ddpm_hf.hub.retry import retry
 from ddpm_hf.names import check_local_path, public_name
 from ddpm_hf.sampling import DrawnImages
 from ddpm_hf.sampling.settings import weights_digest
@@ -28,6 +30,9 @@ from ddpm_hf.sampling.settings import weights_digest
 DEFAULT_FEATURES = "facebook/dinov2-base"
 # Need no download: the first comes with the extra `eval`, the second is the images themselves.
 OFFLINE_FEATURES = ("efficientnet-lite0", "pixels")
+# What a vision model of transformers is made of.
+_FILES = ["config.json", "*processor_config.json", "model*.safetensors", "model*.json"]
+_WAITS_S = (1.0, 4.0)
 _CACHE_VERSION = 1
 _PART = 512  # images of one file
 
@@ -138,13 +143,24 @@ def _efficientnet_lite0(device: Any) -> Features:
     )
 
 
+def _folder_of(source: str) -> str:
+    """The folder of that name, or the cache's copy of a repository.
+
+    transformers would ask the Hub for one file after the other, six times each where it fails.
+    """
+    if Path(source).is_dir():
+        return source
+    return retry(lambda: snapshot_download(source, allow_patterns=_FILES), source, _WAITS_S)
+
+
 def _of_transformers(source: str, device: Any) -> Features:
     from transformers import AutoImageProcessor, AutoModel
 
     try:
-        processor = AutoImageProcessor.from_pretrained(source)
+        folder = _folder_of(source)
+        processor = AutoImageProcessor.from_pretrained(folder)
         model, loading = AutoModel.from_pretrained(
-            source, use_safetensors=True, output_loading_info=True
+            folder, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
