@@ -53,7 +53,8 @@ def by_symmetric_square_roots(real, drawn):
     return gap @ gap + np.trace(s_1) + np.trace(s_2) - 2 * np.trace(between)
 
 
-@pytest.mark.parametrize(("num", "dims"), [(300, 20), (30, 50), (25, 25)])
+# Also where no more images than dimensions make both covariances singular, or either.
+@pytest.mark.parametrize(("num", "dims"), [(300, 20), (30, 50), (25, 25), (26, 25), (30, 25)])
 def test_fd_agrees_with_square_roots_also_of_fewer_images_than_dimensions(num, dims):
     real, drawn = sets(num, dims)
     want = by_symmetric_square_roots(real, drawn)
@@ -138,10 +139,12 @@ def measures(real, drawn):
 def test_blocks_and_the_order_of_images_change_nothing_but_rounding(monkeypatch):
     real, drawn = sets(60, 5)
     want = measures(real, drawn)
-    monkeypatch.setattr("ddpm_hf.evaluation.distances._BLOCK", 7 * 60)
+    monkeypatch.setattr("ddpm_hf.evaluation.pool._BLOCK", 7 * 60)
     order = RNG.permutation(len(drawn))
-    # Sums in another order: some 1e4 roundings of 1e-16, and 1e3 of cancellation.
-    assert measures(real[::-1].copy(), drawn[order]) == pytest.approx(want, rel=1e-9)
+    for kept in (2**20, 0):  # with and without the matrix of all inner products
+        monkeypatch.setattr("ddpm_hf.evaluation.pool._KEPT", kept)
+        # Sums in another order: some 1e4 roundings of 1e-16, and 1e3 of cancellation.
+        assert measures(real[::-1].copy(), drawn[order]) == pytest.approx(want, rel=1e-9)
 
 
 def test_noise_lost_modes_and_copies_each_move_the_measure_that_is_for_it():

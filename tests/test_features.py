@@ -230,3 +230,23 @@ def test_few_held_out_images_make_the_floor_uncertain_and_not_the_interval():
     few, many = (measure("fd", real, drawn, others)[0] for others in (held_out, None))
     assert few["floor_num_images"] == [200, 20]
     assert few["standard_error"] == pytest.approx(many["standard_error"], rel=0.5)
+
+
+def test_the_interval_by_leading_directions_is_that_by_all(monkeypatch):
+    """Features whose spectrum falls as those of networks do; the floor has the bias of all."""
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.arange(1, 61) ** -0.7
+
+    def draw(num, shift=0.0):
+        return torch.randn(num, 60, generator=generator) * scale + shift
+
+    sets = draw(400), draw(300, 0.05), draw(350)
+    (by_all,) = measure("fd", *sets)
+    monkeypatch.setattr("ddpm_hf.evaluation.metrics._NUM_DIRECTIONS", 20)
+    (by_some,) = measure("fd", *sets)
+    assert by_some["value"] == by_all["value"]
+    assert by_some["standard_error"] == pytest.approx(by_all["standard_error"], rel=0.1)
+    for kind in ("real", "drawn"):
+        error = by_all["standard_error"]
+        assert by_some["floor"][kind] == pytest.approx(by_all["floor"][kind], abs=error / 4)
+    assert by_some["verdict"] == by_all["verdict"] == "worse"

@@ -295,7 +295,10 @@ class Evaluator:
         figures = []
         for metric in metrics:
             before = [figure for figure in known if figure.get("metric") == metric]
-            figures += before or [f | how for f in measure(metric, x, y, z, seed=seed)]
+            device = self.state.device
+            figures += before or [
+                f | how for f in measure(metric, x, y, z, seed=seed, device=device)
+            ]
         try:
             pairs = closest_pairs(x, y, _NUM_PAIRS) if "memorisation" in metrics else []
             _save_pictures(folder, drawn, real.images, pairs)

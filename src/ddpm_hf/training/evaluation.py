@@ -75,7 +75,8 @@ class Evaluation:
 
         def figures() -> dict[str, float]:
             x, *z = of_real
-            (fd,) = _as_value_errors(lambda: measure("fd", x, y, *z, seed=run.config.seed))
+            device, seed = run.accelerator.device, run.config.seed
+            (fd,) = _as_value_errors(lambda: measure("fd", x, y, *z, seed=seed, device=device))
             return {
                 "evaluation_fd": fd["value"],
                 "evaluation_fd_standard_error": fd["standard_error"],
