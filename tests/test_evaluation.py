@@ -150,6 +150,27 @@ def test_two_processes_measure_what_one_does(evaluate, model, photos, tmp_path):
     assert two == one
 
 
+@pytest.mark.filterwarnings("default:there is no split")
+@pytest.mark.parametrize(
+    ("splits", "measured"),
+    [(("train", "validation"), "validation"), (("train", "validation", "test"), "test"),
+     (("train",), "train")],
+)  # fmt: skip
+def test_images_that_were_held_out_are_measured_where_there_are_some(
+    evaluate, tmp_path, capsys, splits, measured
+):
+    rng = np.random.default_rng(0)
+    for number, split in enumerate(splits, 2):
+        pixels = rng.integers(0, 256, (number, SIZE, SIZE), dtype=np.uint8)
+        save_images(tmp_path / "own" / split, pixels)
+    result = evaluate("--num-timesteps", "2", photos=tmp_path / "own")
+    report = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+    assert report["dataset"]["split"] == measured
+    assert result["num_images"] == 2 + splits.index(measured)
+    trained_on = "warning: there is no split test or validation: measured on 'train'"
+    assert (trained_on in capsys.readouterr().err) == (measured == "train")
+
+
 def test_the_number_of_images_is_a_draw_by_the_seed(evaluate):
     draws = {tuple(evaluate("--num-images", "2", "--seed", str(s))["indices"]) for s in range(6)}
     assert len(draws) > 1

@@ -112,7 +112,7 @@ def calibrate(options: argparse.Namespace) -> None:
     )
     images = images_for(
         pipeline.unet,
-        data.rows(data.split),
+        data.rows(data.measured_split()),
         num_images=options.num_images,
         at_most=NUM_IMAGES,
         seed=options.seed,

@@ -22,7 +22,7 @@ HELP = "measure a model or images: bits/dim, FD, KID, precision, recall, copies"
 EXAMPLES = """
 measure a model on images that it was not trained on, or images beside real ones
 
-  ddpm-hf evaluate runs/photos/model ./photos --split test     every step of the chain
+  ddpm-hf evaluate runs/photos/model ./photos    bits/dim, every step of the chain
   ddpm-hf evaluate runs/photos/model ./photos --num-images 1000 --num-timesteps 32
                                                  an unbiased estimate, 30 times as fast
   ddpm-hf evaluate runs/photos/model ./photos --num-inference-steps 50

@@ -107,7 +107,10 @@ def add_dataset(parser: argparse.ArgumentParser, how_many: str | None = None) ->
 def add_data(group: Any, how_many: str = "all") -> None:
     """Which of the images."""
     group.add_argument(
-        "--split", default="test", metavar="NAME", help="of the data set (default: %(default)s)"
+        "--split",
+        metavar="NAME",
+        help="of the data set, with images that the model was not trained on (default: test or "
+        "validation, where there is one)",
     )
     group.add_argument(
         "--num-images",

@@ -20,7 +20,7 @@ def evaluate(
     features: Any = DEFAULT_FEATURES,
     num_images: int | None = None,
     seed: int = 0,
-    split: str = "test",
+    split: str | None = None,
     reference_split: str = "train",
     dataset_config: str | None = None,
     dataset_revision: str | None = None,
@@ -55,7 +55,8 @@ def evaluate(
         num_images: images to draw; by default as many as there are real ones, at most 10,000. For
             bits/dim, real images to use; by default all.
         seed: of the images, the noise, and the halves that intervals come from.
-        split: of real images that the model was not trained on: for bits/dim, and for the floor.
+        split: of real images that the model was not trained on: for bits/dim, and for the floor;
+            by default "test" or "validation", where there is one.
         reference_split: of those that it was trained on, which drawn ones are compared with. Of the
             two, one that does not exist is done without; then the floor is between halves.
         dataset_config, dataset_revision: of a data set on the Hub.

@@ -40,7 +40,7 @@ class EvaluationOptions:
     features: Any = DEFAULT_FEATURES
     num_images: int | None = None
     seed: int = 0
-    split: str = "test"
+    split: str | None = None
     reference_split: str = "train"
     dataset_config: str | None = None
     dataset_revision: str | None = None
@@ -246,7 +246,7 @@ class Evaluator:
         number = options.num_images
         images = images_for(
             pipeline.unet,
-            self.data.rows(self.data.split),
+            self.data.rows(self.data.measured_split()),
             num_images=number if self.metrics == (BITS,) else None,
             at_most=number,
             seed=options.seed,

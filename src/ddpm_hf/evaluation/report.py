@@ -15,8 +15,7 @@ BITS = "bits-per-dim"
 VERDICTS = {"worse": "worse than real", "better": "better than real", "tie": "a tie with real"}
 _DATASET = ("name", "hub_id", "split")
 _USUAL = {
-    "split": "test", "reference_split": "train", "on_bad_image": "error", "decoder": "exact",
-    "batch_size": 64,
+    "reference_split": "train", "on_bad_image": "error", "decoder": "exact", "batch_size": 64,
 }  # fmt: skip
 NORMAL_95 = 1.96
 

@@ -1,8 +1,11 @@
 """Sets of images to compare: drawn by a model, in files, in memory, and those of a data set."""
 
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,8 @@ from ddpm_hf.names import public_name
 from ddpm_hf.pictures import to_pil
 from ddpm_hf.sampling import DrawnImages, open_drawn
 
+# What the split of images that a model was not trained on is called, as a rule.
+HELD_OUT = ("test", "validation")
 _MODES = {count: mode for mode, count in MODE_CHANNELS.items()}
 
 
@@ -27,14 +32,14 @@ class DataSource:
 
     Attributes:
         dataset: what `load_images` takes; or rows of `datasets`, or a dictionary of them by split.
-        split: of held-out images.
+        split: of held-out images; by default "test" or "validation", where there is one.
         reference_split: of those that a model was trained on.
         config_name, revision: of a data set on the Hub.
         image_column, on_bad_image: as for `prepare_images`.
     """
 
     dataset: Any
-    split: str = "test"
+    split: str | None = None
     reference_split: str = "train"
     config_name: str | None = None
     revision: str | None = None
@@ -59,20 +64,40 @@ class DataSource:
             self.dataset, config_name=self.config_name, split=split, revision=self.revision
         )
 
+    @cached_property
+    def held_out(self) -> str | None:
+        """The split of held-out images; None where there is none."""
+        return self._there(HELD_OUT if self.split is None else [self.split])
+
+    def measured_split(self) -> str:
+        """The split that a model explains; at worst, with a warning, that of its training."""
+        split = self.split or self.held_out
+        if split is None:
+            warnings.warn(
+                f"there is no split {' or '.join(HELD_OUT)}: measured on"
+                f" {self.reference_split!r}, and a model explains images that it was trained on"
+                " better than others",
+                stacklevel=2,
+            )
+        return split or self.reference_split
+
     def splits(self) -> tuple[str, str | None]:
         """The names of the reference and of the held-out split; there may be only one of them."""
         if isinstance(self.dataset, datasets.Dataset):
             return self.reference_split, None
-        there, failure = [], None
-        for split in dict.fromkeys([self.reference_split, self.split]):
-            try:
+        held_out = self.held_out if self.held_out != self.reference_split else None
+        if held_out is None or self._there([self.reference_split]):
+            self.rows(self.reference_split)  # raises where there is none
+            return self.reference_split, held_out
+        return held_out, None
+
+    def _there(self, splits: Iterable[str]) -> str | None:
+        """The first of the splits that exists."""
+        for split in splits:
+            with suppress(DataError):
                 self.rows(split)
-                there.append(split)
-            except DataError as error:
-                failure = failure or error
-        if not there and failure is not None:
-            raise failure
-        return there[0], (there[1] if len(there) > 1 else None)
+                return split
+        return None
 
     def facts(self) -> dict[str, Any]:
         """Which data set it is, as JSON values."""
@@ -83,7 +108,8 @@ class DataSource:
             is_of_hub = name == self.dataset and not os.path.exists(self.dataset)
             hub_id = {"hub_id": name} if is_of_hub else {}
         revisions = {"config_name": self.config_name, "revision": self.revision}
-        return {"name": name, "split": self.split, **revisions, **hub_id}
+        split = self.split or self.held_out or self.reference_split
+        return {"name": name, "split": split, **revisions, **hub_id}
 
     def images(self, split: str, facts: ImageFacts, progress: bool) -> DrawnImages:
         """The images of a split in the size, mode and depth of `facts`."""
