@@ -452,15 +452,38 @@ def test_the_timesteps_found_for_a_sampler_end_nearer_to_its_fine_trajectory(sam
         assert errors[0] < 0.8 * errors[1]
 
 
+RECOMMENDED = {"scheduler": "DDIM:timestep_spacing=trailing", "num_inference_steps": 25}
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        ({"scheduler": "DDIM", "num_inference_steps": 101}, ValueError),
+        ({"scheduler": "DDIM", "num_inference_steps": "25"}, TypeError),
+        ({"scheduler": 3, "num_inference_steps": 25}, TypeError),
+        ({"num_inference_steps": 25}, TypeError),
+        ("DDIM", TypeError),
+    ],
+)
+def test_a_recommendation_that_cannot_be_is_refused(given, error):
+    with pytest.raises(error, match=r"recommended|num_inference_steps"):
+        GaussianDDPMScheduler(100, beta_schedule="iddpm_linear", recommended=given)
+
+
 def test_found_timesteps_travel_with_the_scheduler(tmp_path):
     found = {"DDIM": {5: [99, 60, 30, 10, 2]}, "DPM-Solver++ 2M": {6: [99, 60, 30, 10, 5, 2]}}
     scheduler = GaussianDDPMScheduler(
-        100, beta_schedule="iddpm_linear", calibrated_timesteps=found, x_0_mse=np.ones(100)
+        100,
+        beta_schedule="iddpm_linear",
+        calibrated_timesteps=found,
+        x_0_mse=np.ones(100),
+        recommended=RECOMMENDED,
     )
     scheduler.save_pretrained(tmp_path)
     DDPMScheduler.from_pretrained(tmp_path).save_pretrained(tmp_path)
     other = GaussianDDPMScheduler.from_pretrained(tmp_path)
     assert other.calibrated_timesteps == found
+    assert other.recommended == RECOMMENDED
     other.set_timesteps(5, timestep_spacing="calibrated")
     assert other.timesteps.tolist() == found["DDIM"][5]
     with pytest.raises(ValueError, match=r"num_inference_steps=6 of DDIM: .* for 5 to 5 steps"):
@@ -468,6 +491,10 @@ def test_found_timesteps_travel_with_the_scheduler(tmp_path):
     without = GaussianDDPMScheduler.from_config(other.config, calibrated_timesteps=None)
     assert without.calibrated_timesteps == {}
     assert torch.equal(without.x_0_mse, other.x_0_mse)
+    assert without.recommended == RECOMMENDED
+    with pytest.warns(UserWarning, match="made for other betas"):
+        changed = GaussianDDPMScheduler.from_config(other.config, prediction_type="v_prediction")
+    assert changed.recommended is None
 
 
 @pytest.mark.parametrize(

@@ -578,6 +578,7 @@ def pretrained(request, tmp_path):
         beta_schedule="squaredcos_cap_v2",
         x_0_mse=[0.1] * 50,
         calibrated_timesteps={"DDIM": {2: [49, 20]}},
+        recommended={"scheduler": "DDIM", "num_inference_steps": 5},
     )
     if request.param == "ours":
         GaussianDDPMPipeline(unet, scheduler).save_pretrained(folder)

@@ -8,6 +8,7 @@ Loads nothing heavy, so that a wrong name is answered at once.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
@@ -48,6 +49,8 @@ class Sampler:
         Raises:
             ValueError: if there is none, naming the choices.
         """
+        if not re.fullmatch(r"[\w.:,=+-]+", text):  # cards show it, and as code
+            raise ValueError(f"{text!r} must be NAME or NAME:option=value,...")
         name, _, listed = text.partition(":")
         name = name.removesuffix("Scheduler")
         if name not in SCHEDULERS:
@@ -71,6 +74,28 @@ class Sampler:
         options = dict(self.options) | ({} if self.eta is None else {"eta": self.eta})
         listed = ",".join(f"{option}={_text(value)}" for option, value in options.items())
         return (self.scheduler or "own") + (f":{listed}" if listed else "")
+
+
+def stock_scheduler(name: str) -> tuple[str, dict[str, Any]] | None:
+    """What diffusers' own `DDPMPipeline` takes the same steps by: a class and its options.
+
+    That pipeline scales nothing and passes no eta, but a generator; it has no calibrated variances.
+    Its DDIM is not `DDPM:eta=0` where x_0 is clipped: eps stays as it was.
+
+    Args:
+        name: of a sampler.
+    Returns:
+        None for a sampler that it cannot run.
+    """
+    sampler = Sampler.parse(name)
+    kind, options, eta = sampler.scheduler, dict(sampler.options), sampler.eta
+    is_published = options.pop("x_0_mse", "calibrated") is None
+    can_run = {
+        "DDPM": is_published and eta in (None, 1),
+        "DDIM": eta in (None, 0),
+        "DPMSolverMultistep": eta is None,
+    }
+    return (f"{kind}Scheduler", options) if kind and can_run.get(kind) else None
 
 
 def _value(text: str) -> Any:

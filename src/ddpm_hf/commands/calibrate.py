@@ -8,12 +8,14 @@ from typing import Any
 
 from ddpm_hf.commands.messages import flags_in_messages, say
 from ddpm_hf.commands.options import (
+    add_comparison,
     add_data,
     add_model_and_data,
     add_work,
     command_parser,
     load_model,
     path,
+    positive_int,
 )
 from ddpm_hf.names import public_name
 from ddpm_hf.wording import counted
@@ -25,6 +27,8 @@ measure once what a model loses in few steps, and the best variances for them
 
   ddpm-hf calibrate runs/photos/model ./photos --num-images 256
   ddpm-hf calibrate runs/photos/model ./photos --timesteps      for DDIM and DPM-Solver++, too
+  ddpm-hf calibrate runs/photos/model ./photos --sweep --sweep-images 4000
+                                             which sampler in how many steps is as good as all
   ddpm-hf sample runs/photos/model --num-inference-steps 50     samples with these variances
   ddpm-hf evaluate runs/photos/model ./photos --num-inference-steps 25
   accelerate launch --num-processes 4 -m ddpm_hf calibrate runs/photos/model ./photos
@@ -33,6 +37,10 @@ Why so many steps? One pass over every timestep measures how far the network's e
 image is off. From that follow bits/dim of any number of steps, and the variances with which few
 steps lose the least; they are kept in the model's scheduler_config.json, where diffusers' own
 scheduler does not mind them. No weight changes. What is interrupted goes on by the same command.
+
+--sweep draws images by seven samplers in 5 to 100 steps, and measures the Frechet distance of each
+to real ones. The cheapest that is the best or too close to it to tell is kept in the model, too:
+`ddpm-hf sample` then takes it, and says so. The choice is as sure as the number of images makes it.
 """
 
 
@@ -74,9 +82,23 @@ def parser() -> argparse.ArgumentParser:
         " steps of the same network: some 4,000 calls of 32 images",
     )
     group.add_argument(
-        "--card", action="store_true", help="show the table in the card of the model's folder"
+        "--card", action="store_true", help="show the tables in the card of the model's folder"
     )
     add_work(group)
+    group = parser.add_argument_group("the sweep")
+    group.add_argument(
+        "--sweep",
+        action="store_true",
+        help="also find the sampler and the number of steps that `ddpm-hf sample` shall take",
+    )
+    group.add_argument(
+        "--sweep-images",
+        type=positive_int,
+        metavar="N",
+        help="images drawn of each setting (default: as many as they are compared with, at most "
+        "10,000)",
+    )
+    add_comparison(group)
     return parser
 
 
@@ -87,29 +109,16 @@ def calibrate(options: argparse.Namespace) -> None:
         ValueError, OSError: if something cannot be loaded or measured.
     """
     from ddpm_hf.diffusion.files import remove_folder
-    from ddpm_hf.evaluation.calibration import (
-        FILE_NAME,
-        described,
-        keep_calibration,
-        measure_calibration,
-        table,
-        timesteps_of,
-    )
+    from ddpm_hf.evaluation.calibration import measure_calibration
     from ddpm_hf.evaluation.images import images_for
     from ddpm_hf.evaluation.likelihood import BoundOptions
-    from ddpm_hf.evaluation.report import report_of, write_report
-    from ddpm_hf.evaluation.sets import DataSource
-    from ddpm_hf.parts import join_processes
+    from ddpm_hf.parts import from_main, join_processes
 
     options.output.mkdir(parents=True, exist_ok=True)  # fails before the work, if at all
     state = join_processes()
     pipeline = load_model(options).to(state.device)
-    data = DataSource(
-        options.dataset,
-        options.split,
-        config_name=options.dataset_config,
-        revision=options.dataset_revision,
-    )
+    evaluator = evaluator_of(options) if options.sweep else None
+    data = data_source(options)
     images = images_for(
         pipeline.unet,
         data.rows(data.measured_split()),
@@ -127,29 +136,109 @@ def calibrate(options: argparse.Namespace) -> None:
     measured = measure_calibration(
         pipeline.unet, pipeline.scheduler, images, how, unfinished, state
     )
+    kept: dict[str, Any] = {}
+
+    def keep_curve() -> Any:
+        """On the main process, before a sweep that may take long."""
+        seconds = time.monotonic() - start
+        kept.update(curve_of(options, measured, pipeline.unet, images, how, seconds))
+        write(options, kept)
+        show_curve(options, kept)
+        return kept["scheduler"]
+
+    pipeline.scheduler = from_main(state, keep_curve)
+    if evaluator is not None:
+        from ddpm_hf.evaluation.sweep import sweep
+
+        kept["sweep"] = sweep(pipeline, evaluator, options.output / "sweep")
     state.destroy_process_group()
-    if measured is None:  # the main process writes for all
+    if not state.is_main_process:  # the main process writes for all
         return
-    result = described(measured, images, how) | {"seconds": time.monotonic() - start}
+    remove_folder(unfinished)
+    show_sweep(kept)
+    files = write(options, kept)
+    if options.card:
+        write_card(Path(options.model), kept)
+    print(f"\nin {files[0]}; for the model in {files[1]}")
+
+
+def data_source(options: argparse.Namespace) -> Any:
+    """The data set that the options name."""
+    from ddpm_hf.evaluation.sets import DataSource
+
+    return DataSource(
+        options.dataset,
+        options.split,
+        config_name=options.dataset_config,
+        revision=options.dataset_revision,
+    )
+
+
+def evaluator_of(options: argparse.Namespace) -> Any:
+    """What measures the settings of the sweep; without its features it fails before the work."""
+    from ddpm_hf.evaluation.evaluator import EvaluationOptions, Evaluator
+    from ddpm_hf.evaluation.sweep import FIGURE
+
+    names = ("features", "seed", "split", "reference_split", "dataset_config", "dataset_revision",
+             "image_column", "class_column", "on_bad_image", "batch_size")  # fmt: skip
+    how = {name: getattr(options, name) for name in names} | {"num_images": options.sweep_images}
+    evaluator = Evaluator(options.dataset, [FIGURE], EvaluationOptions(**how))
+    _ = evaluator.network
+    return evaluator
+
+
+def curve_of(
+    options: argparse.Namespace, measured: Any, unet: Any, images: Any, how: Any, seconds: float
+) -> dict[str, Any]:
+    """The curve, what follows from it, and the scheduler that has it."""
+    from ddpm_hf.evaluation.calibration import described, timesteps_of
+
+    result = described(measured, images, how) | {"seconds": seconds}
     scheduler = measured.scheduler
     if options.timesteps:
-        found = timesteps_of(pipeline.unet, scheduler, images, options.seed)
+        found = timesteps_of(unet, scheduler, images, options.seed)
         result["calibrated_timesteps"] = found
         scheduler = scheduler.from_config(scheduler.config, calibrated_timesteps=found)
-    dataset = data.facts() | {"image": images.facts.to_config()["image"]}
+    dataset = data_source(options).facts() | {"image": images.facts.to_config()["image"]}
+    return {"curve": result, "scheduler": scheduler, "dataset": dataset}
+
+
+def write(options: argparse.Namespace, kept: dict[str, Any]) -> tuple[Path, Path]:
+    """The JSON file, and the configuration of the model's scheduler."""
+    from ddpm_hf.evaluation.calibration import FILE_NAME, keep_calibration
+    from ddpm_hf.evaluation.report import report_of, write_report
+
+    scheduler, results = kept["scheduler"], [kept["curve"]]
+    if swept := kept.get("sweep"):
+        scheduler = scheduler.from_config(scheduler.config, recommended=swept["recommended"])
+        results.append(swept)
     model = {"name": public_name(options.model), "revision": options.revision}
-    file = write_report(options.output, report_of(model, dataset, [result]), FILE_NAME)
-    kept = keep_calibration(scheduler, Path(options.model), options.output)
-    remove_folder(unfinished)
-    print(table(result))
-    for remark in result["remarks"]:
+    file = write_report(options.output, report_of(model, kept["dataset"], results), FILE_NAME)
+    return file, keep_calibration(scheduler, Path(options.model), options.output)
+
+
+def show_curve(options: argparse.Namespace, kept: dict[str, Any]) -> None:
+    """Print what few steps lose, and draw it."""
+    from ddpm_hf.evaluation.calibration import table
+
+    print(table(kept["curve"]))
+    for remark in kept["curve"]["remarks"]:
         print(f"note: {remark}")
-    draw_picture(result, options.output)
-    if options.card:
-        write_card(Path(options.model), result, dataset)
+    draw_picture(kept["curve"], options.output)
     if options.timesteps:
         print("timesteps were found for DDIM and DPM-Solver++ 2M; others are not promised")
-    print(f"\nin {file}; for the model in {kept}")
+
+
+def show_sweep(kept: dict[str, Any]) -> None:
+    """Print what was swept, and what is recommended."""
+    from ddpm_hf.evaluation.comparison import table
+
+    if swept := kept.get("sweep"):
+        chosen = swept["recommended"]
+        print(f"\n{table(swept)}\n")
+        print(f"recommended: {chosen['scheduler']}, K = {chosen['num_inference_steps']:,}")
+        for remark in swept["remarks"]:
+            print(remark)
 
 
 def draw_picture(result: dict[str, Any], folder: Path) -> None:
@@ -164,13 +253,17 @@ def draw_picture(result: dict[str, Any], folder: Path) -> None:
         warnings.warn(f"the picture was not drawn: {error}", stacklevel=2)
 
 
-def write_card(folder: Path, result: dict[str, Any], dataset: dict[str, Any]) -> None:
-    """Show the table in the model's card; without that the result is no worse."""
+def write_card(folder: Path, kept: dict[str, Any]) -> None:
+    """Show the tables in the model's card; without that the result is no worse."""
     from ddpm_hf.hub.card import write_calibration
 
-    images = counted(result["num_images"], "image")
+    curve, dataset = kept["curve"], kept["dataset"]
+    images = counted(curve["num_images"], "image")
     how = f"predicted from {images} of {dataset['name']}, {dataset['split']}"
+    facts = {"rows": curve["rows"], "how": how}
+    if swept := kept.get("sweep"):
+        facts["sweep"] = {k: v for k, v in swept.items() if k not in ("options", "left_out")}
     try:
-        print(f"in {write_calibration(folder, {'rows': result['rows'], 'how': how})}")
+        print(f"in {write_calibration(folder, facts)}")
     except (ValueError, OSError) as error:
         warnings.warn(f"the card was not written: {error}", stacklevel=2)

@@ -7,6 +7,7 @@ from typing import Any
 
 from ddpm_hf.commands.messages import flags_in_messages, say
 from ddpm_hf.commands.options import (
+    add_comparison,
     add_data,
     add_dataset,
     add_work,
@@ -121,28 +122,10 @@ def parser() -> argparse.ArgumentParser:
     )
     add_data(parser.add_argument_group("which images"))
     _add_drawing(parser.add_argument_group("how a model draws"))
-    _add_comparison(parser.add_argument_group("the comparison with real images"))
+    add_comparison(parser.add_argument_group("the comparison with real images"))
     _add_bound(parser.add_argument_group("the bound"))
     _add_rest(parser.add_argument_group("where it goes, and how"))
     return parser
-
-
-def _add_comparison(group: Any) -> None:
-    group.add_argument(
-        "--features",
-        default="facebook/dinov2-base",
-        metavar="NAME",
-        help="what images are compared by: a vision model of transformers by name or folder; "
-        "efficientnet-lite0, which needs no download (extra eval); or pixels (default: "
-        "%(default)s)",
-    )
-    group.add_argument(
-        "--reference-split",
-        default="train",
-        metavar="NAME",
-        help="of the images that drawn ones are compared with; those of --split, which the model "
-        "was not trained on, give what is possible (default: %(default)s)",
-    )
 
 
 def _add_drawing(group: Any) -> None:

@@ -138,6 +138,25 @@ def add_data(group: Any, how_many: str = "all") -> None:
     )
 
 
+def add_comparison(group: Any) -> None:
+    """What drawn images are compared with, and by what."""
+    group.add_argument(
+        "--features",
+        default="facebook/dinov2-base",
+        metavar="NAME",
+        help="what images are compared by: a vision model of transformers by name or folder; "
+        "efficientnet-lite0, which needs no download (extra eval); or pixels (default: "
+        "%(default)s)",
+    )
+    group.add_argument(
+        "--reference-split",
+        default="train",
+        metavar="NAME",
+        help="of the images that drawn ones are compared with; those of --split, which the model "
+        "was not trained on, give what is possible (default: %(default)s)",
+    )
+
+
 def add_work(group: Any) -> None:
     """How the measuring is done, and how the model is loaded."""
     group.add_argument(

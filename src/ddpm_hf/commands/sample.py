@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import math
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ draw images from a model on the Hub or in a folder
   ddpm-hf sample runs/photos/model                      one grid, samples.png
   ddpm-hf sample runs/photos/model --output images      a folder, one file each
   ddpm-hf sample google/ddpm-cifar10-32 --scheduler DDIM      50 steps, not 1,000
+  ddpm-hf sample runs/photos/model --thorough           all steps, where fewer are recommended
   ddpm-hf sample runs/pets/model --class-labels cat dog       of each in turn
   ddpm-hf sample runs/photos/model --num-images 50000 --output photos.npz
                                        to evaluate; what is interrupted goes on by the same command
@@ -46,6 +48,8 @@ pixel of 8 bits differed.
 """
 SPACINGS = ("leading", "linspace", "trailing", "quadratic")
 CALIBRATED_SPACINGS = ("likelihood", "calibrated")
+# With any of these the model's own scheduler samples, not the one that a sweep recommends.
+OWN_CHOICE = ("scheduler", "num_inference_steps", "timestep_spacing", "eta")
 FORMATS = ("png", "npz", "npy", "parquet")
 
 
@@ -146,6 +150,12 @@ def _add_how(group: Any) -> None:
         " the scheduler's)",
     )
     group.add_argument(
+        "--thorough",
+        action="store_true",
+        help="all the steps that the model was trained with, by DDPM. Without this and the four "
+        "options above, what `ddpm-hf calibrate --sweep` recommends is taken, where there is that",
+    )
+    group.add_argument(
         "--optimize",
         action="store_true",
         help="first measure what makes the network fast on this device (memory format, bf16, "
@@ -202,7 +212,6 @@ def draw(options: argparse.Namespace, output: Path) -> None:
     """Load the model, draw the images and save them."""
     from ddpm_hf.hub.load import load
     from ddpm_hf.parts import join_processes
-    from ddpm_hf.sampling.choices import calibrated_timesteps, change_scheduler
     from ddpm_hf.sampling.outputs import check_is_free, parts_of, save_drawn
 
     if not options.overwrite and not parts_of(output).exists():
@@ -210,16 +219,10 @@ def draw(options: argparse.Namespace, output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     state = join_processes()
     pipeline = load_model(options).to(state.device)
-    spacing, steps, timesteps = options.timestep_spacing, options.num_inference_steps, None
-    chosen = Sampler.parse(options.scheduler) if options.scheduler else Sampler()
-    if spacing in CALIBRATED_SPACINGS:
-        change_scheduler(pipeline, chosen)
-        timesteps, steps = calibrated_timesteps(pipeline, spacing, steps), None
-    else:
-        change_scheduler(pipeline, chosen.with_options(timestep_spacing=spacing))
+    call = sampler_call(pipeline, options)
     guide = load(options.guide) if options.guide else None
     if options.optimize:
-        optimize(pipeline, guide, options, output, state)
+        optimize(pipeline, guide, call, options, output, state)
     scale, interval = options.guidance_scale, options.guidance_interval
     is_new = save_drawn(
         pipeline,
@@ -230,9 +233,7 @@ def draw(options: argparse.Namespace, output: Path) -> None:
         class_labels=options.class_labels,
         overwrite=options.overwrite,
         model={"name": public_name(options.model), "revision": options.revision},
-        num_inference_steps=steps,
-        timesteps=timesteps,
-        eta=chosen.eta if options.eta is None else options.eta,
+        **call,
         guidance_scale=2.0 if options.guide and scale is None else scale,
         guidance_interval=interval and tuple(interval),
         guide=guide,
@@ -243,9 +244,52 @@ def draw(options: argparse.Namespace, output: Path) -> None:
         print(f"{counted(options.num_images, 'image')} in {output}{already}")
 
 
+def sampler_call(pipeline: "GaussianDDPMPipeline", options: argparse.Namespace) -> dict[str, Any]:
+    """Give the pipeline the scheduler that the options choose, and return how it is called.
+
+    Without any of `OWN_CHOICE` that is what a sweep found best, where there was one.
+    """
+    from ddpm_hf.sampling.choices import calibrated_timesteps, change_scheduler
+
+    spacing, steps = options.timestep_spacing, options.num_inference_steps
+    given = [name for name in OWN_CHOICE if getattr(options, name) is not None]
+    if options.thorough and given:
+        other = f"{given[0]}={getattr(options, given[0])}"
+        raise ValueError(f"thorough must be left out beside {other}: it is a choice of its own")
+    if not given and not options.thorough and (call := recommended_call(pipeline)):
+        return call
+    name = "DDPM" if options.thorough else options.scheduler
+    chosen = Sampler.parse(name) if name else Sampler()
+    eta = chosen.eta if options.eta is None else options.eta
+    if spacing in CALIBRATED_SPACINGS:
+        change_scheduler(pipeline, chosen)
+        return {"timesteps": calibrated_timesteps(pipeline, spacing, steps), "eta": eta}
+    change_scheduler(pipeline, chosen.with_options(timestep_spacing=spacing))
+    return {"num_inference_steps": steps, "eta": eta}
+
+
+def recommended_call(pipeline: "GaussianDDPMPipeline") -> dict[str, Any]:
+    """How to call it with what a sweep found best, which is said; {} where there is nothing."""
+    from ddpm_hf.sampling.choices import recommended, use_recommended
+
+    T, found = pipeline.scheduler.config.num_train_timesteps, recommended(pipeline)
+    try:
+        call = use_recommended(pipeline)
+    except ValueError as error:
+        warnings.warn(f"the recommended setting is left aside: {error}", stacklevel=2)
+        return {}
+    if found is not None:
+        say(
+            f"ddpm-hf: {found['scheduler']} in {counted(found['num_inference_steps'], 'step')}, as"
+            f" `ddpm-hf calibrate --sweep` recommends; --thorough takes all {T:,} of DDPM"
+        )
+    return call
+
+
 def optimize(
     pipeline: "GaussianDDPMPipeline",
     guide: Any,
+    call: dict[str, Any],
     options: argparse.Namespace,
     output: Path,
     state: Any,
@@ -261,7 +305,8 @@ def optimize(
     from ddpm_hf.sampling.settings import speed_of
 
     kind, config = type(pipeline.scheduler).__name__, pipeline.scheduler.config
-    steps = options.num_inference_steps or usual_num_steps(kind, config.num_train_timesteps)
+    steps = len(call.get("timesteps") or ()) or call["num_inference_steps"]
+    steps = steps or usual_num_steps(kind, config.num_train_timesteps)
     batch_size = min(options.batch_size, options.num_images)
     num_calls = steps * math.ceil(options.num_images / batch_size)
     if guide is None and options.guidance_scale not in (None, 1):

@@ -266,6 +266,21 @@ def check_calibrated_timesteps(given: Any, num_train_timesteps: int) -> dict[str
     return found
 
 
+def check_recommended(given: Any, num_train_timesteps: int) -> dict[str, Any]:
+    """A sampler by name, and its number of steps."""
+    try:
+        name, K = given["scheduler"], given["num_inference_steps"]
+    except (LookupError, TypeError):
+        name, K = None, None
+    if not isinstance(name, str) or len(name) > 200:
+        raise TypeError(
+            'recommended must be as {"scheduler": "DDIM", "num_inference_steps": 25}, got'
+            f" {given!r:.200}"
+        )
+    check_int("num_inference_steps", K, 1, num_train_timesteps)
+    return {"scheduler": name, "num_inference_steps": K}
+
+
 def check_device(device: Any) -> torch.device | None:
     """What torch takes for a device; None stands for the CPU."""
     try:

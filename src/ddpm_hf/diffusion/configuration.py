@@ -25,6 +25,7 @@ Array = schedules.Array
 CALIBRATION: dict[str, Callable[[Any, int], Any]] = {
     "x_0_mse": lambda given, T: checks.check_x_0_mse(given, T).tolist(),
     "calibrated_timesteps": checks.check_calibrated_timesteps,
+    "recommended": checks.check_recommended,
 }
 
 Init = TypeVar("Init", bound=Callable[..., None])
@@ -151,6 +152,12 @@ class PortableScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             sampler: {int(K): list(steps) for K, steps in of.items()}
             for sampler, of in found.items()
         }
+
+    @property
+    def recommended(self) -> dict[str, Any] | None:
+        """Scheduler and number of steps that a sweep found best; None where there was none."""
+        found = self.config.get("_ddpm_hf", {}).get("recommended")
+        return None if found is None else dict(found)
 
     def _resolve_betas(self, params: dict[str, float]) -> Array:
         """The configured betas; the name of a schedule that stock lacks goes to the extension."""

@@ -88,6 +88,9 @@ class GaussianDDPMScheduler(timesteps.VisitedTimesteps):
             predictions: a change of them drops it.
         calibrated_timesteps: timesteps by sampler and number of steps, which
             `ddpm-hf calibrate --timesteps` finds: {"DDIM": {10: [999, ...]}}. Belong as `x_0_mse`.
+        recommended: the cheapest sampler as good as the best, which `ddpm-hf calibrate --sweep`
+            finds: {"scheduler": "DDIM:timestep_spacing=trailing", "num_inference_steps": 25}. It
+            changes nothing by itself. Belongs as `x_0_mse`.
 
     Raises:
         TypeError, ValueError: for a value that could not sample, with the choices.
@@ -98,6 +101,7 @@ class GaussianDDPMScheduler(timesteps.VisitedTimesteps):
         "beta_schedule_params",
         "x_0_mse",
         "calibrated_timesteps",
+        "recommended",
     ]
     order = 1
 
@@ -122,6 +126,7 @@ class GaussianDDPMScheduler(timesteps.VisitedTimesteps):
         beta_schedule_params: dict[str, float] | None = None,
         x_0_mse: Sequence[float] | Array | Tensor | None = None,
         calibrated_timesteps: Mapping[str, Mapping[int, Sequence[int]]] | None = None,
+        recommended: Mapping[str, str | int] | None = None,
     ) -> None:
         checks.check_config(self.config)
         # A swap by from_config drops what counts as left at its default, so nothing does.
@@ -130,7 +135,9 @@ class GaussianDDPMScheduler(timesteps.VisitedTimesteps):
         self.num_inference_steps: int | None = None
         self.custom_timesteps = False
         self._set_betas(self._resolve_betas(beta_schedule_params or {}))
-        self._keep_calibration(x_0_mse=x_0_mse, calibrated_timesteps=calibrated_timesteps)
+        self._keep_calibration(
+            x_0_mse=x_0_mse, calibrated_timesteps=calibrated_timesteps, recommended=recommended
+        )
         checks.check_signal_left(self.config.prediction_type, self._log_alphas)
         self._set_trajectory(np.arange(num_train_timesteps))
         checks.warn_where_samples_suffer(self.config, self._log_alphas)

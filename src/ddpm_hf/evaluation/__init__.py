@@ -12,6 +12,7 @@ sets         the images: drawn, in files, in memory, of a data set
 images       a data set as the model sees it
 parts        work in parts, kept on disk until all are there
 likelihood   bits/dim of the images
+sweep        which sampler in how many steps is as good as all of them
 calibration  the error at every timestep, and what it says of few steps
 report       the JSON file, the table, the lines for the model card
 verify       what a card claims, measured again

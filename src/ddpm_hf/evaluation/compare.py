@@ -120,12 +120,9 @@ def compare(
         raise ValueError("output must be a folder where several processes share the work")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(output or temporary).expanduser()
-        rows, left_out = _measure_all(evaluator, settings, folder)
-        if not evaluator.state.is_main_process:
+        found = compare_settings(evaluator, settings, folder)
+        if found is None:
             return None
-        if not rows:
-            raise ValueError(f"none of the settings can be measured: {left_out[0]['reason']}")
-        _rank(rows)
         swept = {"schedulers": list(schedulers), "num_inference_steps": list(num_inference_steps)}
         recorded = evaluator.options.recorded()
         del recorded["scheduler"], recorded["num_inference_steps"]
@@ -135,8 +132,7 @@ def compare(
         result = {
             "format_version": 1,
             "dataset": facts,
-            "settings": [{k: v for k, v in row.items() if k != "draws"} for row in rows],
-            "left_out": left_out,
+            **found,
             "options": recorded,
             **made_by(command_of(names, facts["name"], {k: v for k, v in recorded.items() if v})),
         }
@@ -144,6 +140,30 @@ def compare(
             write_report(folder, result, FILE_NAME)
             save_pictures(result, folder)
     return result
+
+
+def compare_settings(
+    evaluator: Evaluator, settings: Sequence[Setting], folder: Path
+) -> dict[str, Any] | None:
+    """Measure these settings, each in its folder.
+
+    Args:
+        evaluator: measures them.
+        settings: what is compared.
+        folder: gets their folders.
+    Returns:
+        "settings" and "left_out"; see `compare`. None on all but the main process.
+    Raises:
+        ValueError, OSError: as `compare`.
+    """
+    rows, left_out = _measure_all(evaluator, settings, folder)
+    if not evaluator.state.is_main_process:
+        return None
+    if not rows:
+        raise ValueError(f"none of the settings can be measured: {left_out[0]['reason']}")
+    _rank(rows)
+    rows = [{key: value for key, value in row.items() if key != "draws"} for row in rows]
+    return {"settings": rows, "left_out": left_out}
 
 
 def _settings(

@@ -20,6 +20,7 @@ from ddpm_hf.diffusion.extension import beta_schedule_of
 from ddpm_hf.diffusion.files import read_json, write_text
 from ddpm_hf.diffusion.schedules import usual_num_steps
 from ddpm_hf.hub.edits import Merged, merged, renewed, sealed, with_metadata
+from ddpm_hf.hub.few_steps import bits_of_few_steps, samplers_of_few_steps
 from ddpm_hf.paths import ModelPaths
 from ddpm_hf.wording import counted
 
@@ -27,6 +28,7 @@ TASK = "unconditional-image-generation"
 UNKNOWN = "not recorded"
 _UNET_KEYS = ("sample_size", "in_channels", "num_class_embeds")
 _SCHEDULER_KEYS = ("prediction_type", "variance_type", "timestep_spacing")
+_MEASURED = ("calibrated_timesteps", "recommended")
 _TEMPLATE = Path(__file__).with_name("card_template.md")
 
 
@@ -60,9 +62,8 @@ def _scheduler_facts(config: dict[str, Any]) -> dict[str, Any]:
     facts |= {"num_train_timesteps": config.get("num_train_timesteps")}
     facts |= {**params, **{key: config.get(key) for key in _SCHEDULER_KEYS}}
     own = config.get("_ddpm_hf")
-    facts["calibrated_timesteps"] = (
-        own.get("calibrated_timesteps") if isinstance(own, dict) else None
-    )
+    for key in _MEASURED:
+        facts[key] = own.get(key) if isinstance(own, dict) else None
     return {key: value for key, value in facts.items() if value is not None}
 
 
@@ -85,7 +86,7 @@ def render_model_card(facts: dict[str, Any], repo_id: str | None = None) -> str:
         repo_id: name on the Hub that the code in the card loads; None for this very folder.
     """
     scheduler, unet, dataset = (facts.get(k) or {} for k in ("scheduler", "unet", "dataset"))
-    num_classes = unet.get("num_class_embeds")
+    num_classes, calibration = unet.get("num_class_embeds"), facts.get("calibration") or {}
     card = ModelCard.from_template(
         _metadata(facts, repo_id),
         template_path=str(_TEMPLATE),
@@ -108,7 +109,10 @@ def render_model_card(facts: dict[str, Any], repo_id: str | None = None) -> str:
             if value is not None
         ],
         metrics=[_metric_row(metric) for metric in facts.get("metrics") or []],
-        **_few_steps(facts.get("calibration") or {}),
+        **bits_of_few_steps(calibration, _inline, UNKNOWN),
+        **samplers_of_few_steps(
+            calibration.get("sweep") or {}, scheduler.get("recommended"), _inline
+        ),
         has_timesteps="DDIM" in (scheduler.get("calibrated_timesteps") or {}),
     )
     return sealed(str(card))
@@ -260,7 +264,7 @@ def _base_sentence(facts: dict[str, Any]) -> str:
 
 def _training_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     seconds, versions = facts.get("duration_s"), facts.get("versions") or {}
-    hidden = ("class", "calibrated_timesteps")
+    hidden = ("class", *_MEASURED)
     scheduler = {k: v for k, v in (facts.get("scheduler") or {}).items() if k not in hidden}
     rows = [
         ("optimizer updates", facts.get("steps")),
@@ -277,25 +281,6 @@ def _training_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _listed(facts: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in facts.items())
-
-
-def _few_steps(calibration: dict[str, Any]) -> dict[str, Any]:
-    """The table of bits/dim against the number of steps."""
-    rows = calibration.get("rows") or []
-    columns = {"bits_per_dim": "calibrated variances", "published": "as published"}
-    columns = {key: title for key, title in columns.items() if rows and key in rows[0]}
-    whole = rows[-1]["bits_per_dim"] if rows else 0.0
-    return {
-        "few_steps": [
-            [
-                f"{row['num_inference_steps']:,}",
-                *(f"{row[key]:.3f} ({row[key] - whole:+.3f})" for key in columns),
-            ]
-            for row in rows
-        ],
-        "few_steps_titles": list(columns.values()),
-        "few_steps_how": _inline(calibration.get("how") or UNKNOWN),
-    }
 
 
 def _metric_row(metric: dict[str, Any]) -> tuple[str, str, str]:
@@ -366,16 +351,18 @@ def write_results(folder: str | Path, results: Iterable[Mapping[str, Any]]) -> P
 
 
 def write_calibration(folder: str | Path, calibration: Mapping[str, Any]) -> Path:
-    """Keep what few steps lose in `training.json`, and show it in the card.
+    """Keep what few steps lose in `training.json`, beside an earlier sweep; show it in the card.
 
     Args:
         folder: a portable checkpoint.
-        calibration: "rows", of `evaluation.calibration.rows_of`, and "how" they came about.
+        calibration: "rows", of `evaluation.calibration.rows_of`, and "how" they came about; perhaps
+            "sweep", of `evaluation.sweep.sweep`.
     Returns:
         the path of the card.
     """
     path = ModelPaths(Path(folder)).facts
-    facts = read_json(path) | {"calibration": dict(calibration)}
+    facts = read_json(path)
+    facts["calibration"] = {**(facts.get("calibration") or {}), **calibration}
     write_text(path, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
     return write_model_card(folder)
 

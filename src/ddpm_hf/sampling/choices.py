@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import diffusers
 from diffusers import UNet2DModel
@@ -55,6 +56,37 @@ def sampled_by(pipeline: GaussianDDPMPipeline, sampler: Sampler) -> Iterator[Non
         yield
     finally:
         pipeline.scheduler = own
+
+
+def use_recommended(pipeline: GaussianDDPMPipeline) -> dict[str, Any]:
+    """Give the pipeline the sampler that `ddpm-hf calibrate --sweep` found, and say how to call it.
+
+        images = pipe(4, **use_recommended(pipe)).images
+
+    Args:
+        pipeline: gets the scheduler.
+    Returns:
+        the arguments of its call; {} for a model of which nothing was found.
+    Raises:
+        ValueError: if what was found is unknown here.
+    """
+    found = recommended(pipeline)
+    if found is None:
+        return {}
+    sampler = Sampler.parse(found["scheduler"])
+    change_scheduler(pipeline, sampler)
+    eta = {} if sampler.eta is None else {"eta": sampler.eta}
+    return {"num_inference_steps": found["num_inference_steps"], **eta}
+
+
+def recommended(pipeline: GaussianDDPMPipeline) -> dict[str, Any] | None:
+    """The "scheduler" and "num_inference_steps" that a sweep found best, or None."""
+    scheduler = pipeline.scheduler
+    if "recommended" not in (scheduler.config.get("_ddpm_hf") or {}):
+        return None
+    if not isinstance(scheduler, GaussianDDPMScheduler):  # another one carries it along unread
+        scheduler = GaussianDDPMScheduler.from_config(scheduler.config)
+    return scheduler.recommended
 
 
 def calibrated_timesteps(

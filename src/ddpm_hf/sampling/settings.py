@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DModel
 
+from ddpm_hf.diffusion import extension
 from ddpm_hf.diffusion.files import read_json
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline, image_facts
 from ddpm_hf.diffusion.schedules import usual_num_steps
@@ -66,6 +67,10 @@ def settings_of(
         raise ValueError(f"dtype must be one of {', '.join(STORED_AS)}, got {dtype!r}")
     scheduler = pipeline.scheduler
     kind, num_train_timesteps = type(scheduler).__name__, scheduler.config.num_train_timesteps
+    # What is recommended decides no image, and may be found between two halves of a set.
+    config = dict(scheduler.config)
+    if (own := extension.without(config.pop("_ddpm_hf", None), "recommended")) is not None:
+        config["_ddpm_hf"] = own
     num_steps = call.get("num_inference_steps")
     if num_steps is None and call.get("timesteps") is None:
         num_steps = usual_num_steps(kind, num_train_timesteps)
@@ -78,7 +83,7 @@ def settings_of(
         "class_labels": classes_in_turn(pipeline.unet, class_labels),
         "scheduler": kind,
         "scheduler_config": _plain(
-            {name: value for name, value in scheduler.config.items() if name not in _NO_OPTIONS}
+            {name: value for name, value in config.items() if name not in _NO_OPTIONS}
         ),
         "num_inference_steps": num_steps,
         "timesteps": _plain(call.get("timesteps")),

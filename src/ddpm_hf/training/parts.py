@@ -87,10 +87,10 @@ def assemble(
     names = facts.class_names
     shares = accelerator.num_processes * config.gradient_accumulation_steps
     scheduler = as_own_scheduler(scheduler) or build_scheduler(config, pretrained_scheduler)
-    if scheduler.x_0_mse is not None or scheduler.calibrated_timesteps:
+    if scheduler.x_0_mse is not None or scheduler.calibrated_timesteps or scheduler.recommended:
         # Measured on the network as it was; and the loss is that of the published variances.
         scheduler = GaussianDDPMScheduler.from_config(
-            scheduler.config, x_0_mse=None, calibrated_timesteps=None
+            scheduler.config, x_0_mse=None, calibrated_timesteps=None, recommended=None
         )
         notes += ["the calibration of the model as it was is dropped: calibrate it when it is done"]
     if unet is None:
