@@ -46,13 +46,31 @@ def test_a_run_in_bf16_that_is_resumed_equals_one_that_was_not(tmp_path):
     assert_equal_bits(checkpoint(tmp_path / "straight", 6), checkpoint(tmp_path / "resumed", 6))
 
 
-def test_a_compiled_run_stays_compiled_when_it_is_resumed(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)  # the compiler alone takes a minute
+@torch._dynamo.config.patch(disable=True)  # the compiler alone takes a minute
+def test_a_compiled_run_stays_compiled_when_it_is_resumed(tmp_path, capsys):
     run(tmp_path, max_train_steps=2, lr_scheduler="constant", compile=True)
     run(tmp_path, lr_scheduler="constant")
     assert capsys.readouterr().out.count(", compiled") == 2
     with pytest.raises(ConfigError, match="compile: True -> False"):
         run(tmp_path, lr_scheduler="constant", compile=False)
+
+
+class WrongWhenCompiled(UNet2DModel):
+    """Has no gradient before its last layer, in a compiled network alone."""
+
+    def forward(self, sample, *args, **options):
+        if torch.compiler.is_compiling():
+            sample = self.conv_in(sample).detach()
+            return type("Output", (), {"sample": self.conv_out(sample)})
+        return super().forward(sample, *args, **options)
+
+
+def test_a_network_that_is_compiled_wrongly_is_not_trained(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    unet = WrongWhenCompiled(**{k: v for k, v in tiny_unet().config.items() if k[0] != "_"})
+    with pytest.raises(TrainingError, match=r"off by \d+%; train it with compile=False"):
+        run(tmp_path, unet=unet)
+    assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.parametrize(

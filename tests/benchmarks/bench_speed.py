@@ -129,15 +129,17 @@ def training(name: str, batch_size: int, options: argparse.Namespace) -> list[di
             seen.append(values.detach().mean())
             return values
 
-        train_ours(copy.deepcopy(unet), images, options.turns + 3, loss, **chosen)
-        pairs = list(pairwise(marks[1:]))  # the first one warms up
+        num_updates = options.turns + 3
+        train_ours(copy.deepcopy(unet), images, num_updates, loss, **chosen)
+        # Before the updates compiled gradients are checked; the first update warms up.
+        pairs = list(pairwise(marks[-num_updates + 1 :]))
         times = {
             "stock": [end - start for (start, end), _ in pairs],
             what: [later[0] - earlier[1] for earlier, later in pairs],
         }
         where = f"training {name}, batch {batch_size}"
         rows += [row(where, each, times, work) for each in times if each != "stock" or not rows]
-        ours, these = torch.stack(losses["ours"]), torch.stack(seen)
+        ours, these = (torch.stack(each[-num_updates:]) for each in (losses["ours"], seen))
         rows[-1]["deviation"] = float(((these - ours) / ours).abs().max())
     return rows
 

@@ -112,9 +112,19 @@ def available_trackers() -> list[str]:
 
 
 def compile_as_asked(config: TrainingConfig, accelerator: Accelerator) -> None:
-    """Let `prepare` compile the network or not, whatever accelerate's configuration says."""
-    if config.compile is not None:
-        accelerator.state.dynamo_plugin = TorchDynamoPlugin("inductor" if config.compile else "no")
+    """Let `prepare` compile the network or not, whatever accelerate's configuration says.
+
+    For a CPU, torch 2.13 compiles a nearest upsampling after a GroupNorm so that no gradient comes
+    through, unless it leaves the memory format of convolutions as it is.
+    """
+    if config.compile is None:
+        return
+    options = {"layout_optimization": False} if accelerator.device.type == "cpu" else None
+    accelerator.state.dynamo_plugin = (
+        TorchDynamoPlugin("inductor", options=options)
+        if config.compile
+        else TorchDynamoPlugin("no")
+    )
 
 
 def with_precision(config: TrainingConfig, accelerator: Accelerator) -> TrainingConfig:
