@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 
 def plot_terms(result: dict[str, Any], path: Path) -> None:
@@ -151,7 +152,9 @@ def plot_comparison(result: dict[str, Any], path: Path) -> None:
         for axis, key in zip(axes, keys, strict=True):
             for of, points in lines.items():
                 _errorbars(axis, points, name, key, of)
-            axis.axhspan(*best["interval"], color="tab:green", alpha=0.15)
+            axis.axhspan(
+                *best["interval"], color="tab:green", alpha=0.15, label="interval of the best"
+            )
             axis.set(ylabel=best["label"], xlabel=_AXES.get(key, ""))
             axis.grid(alpha=0.3)
     if any(lines):
@@ -173,7 +176,8 @@ def _errorbars(axis: Any, rows: list[dict[str, Any]], name: str, key: str, label
     axis.errorbar([row[key] for row in rows], values, errors, fmt=style, capsize=2, label=label)
     if is_curve:
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter("{x:g}")
-        axis.xaxis.set_minor_formatter("{x:g}")
+        axis.minorticks_off()
     else:
         axis.tick_params(axis="x", rotation=30)
