@@ -122,7 +122,13 @@ def parser() -> argparse.ArgumentParser:
     )
     add_data(parser.add_argument_group("which images"))
     _add_drawing(parser.add_argument_group("how a model draws"))
-    add_comparison(parser.add_argument_group("the comparison with real images"))
+    comparison = parser.add_argument_group("the comparison with real images")
+    add_comparison(comparison)
+    comparison.add_argument(
+        "--per-class",
+        action="store_true",
+        help="compare the images of each class, too: for models and images with classes",
+    )
     _add_bound(parser.add_argument_group("the bound"))
     _add_rest(parser.add_argument_group("where it goes, and how"))
     return parser
@@ -259,8 +265,8 @@ def verify(options: argparse.Namespace) -> int:
 
 def _how(options: argparse.Namespace) -> dict[str, Any]:
     names = ("metrics", "features", "num_images", "seed", "split", "reference_split",
-             "dataset_config", "dataset_revision", "image_column", "class_column", "on_bad_image",
-             "num_timesteps", "decoder", "batch_size")  # fmt: skip
+             "dataset_config", "dataset_revision", "image_column", "class_column", "per_class",
+             "on_bad_image", "num_timesteps", "decoder", "batch_size")  # fmt: skip
     return {name: getattr(options, name) for name in names}
 
 

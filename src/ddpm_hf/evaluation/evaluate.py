@@ -26,6 +26,7 @@ def evaluate(
     dataset_revision: str | None = None,
     image_column: str | None = None,
     class_column: str | None = None,
+    per_class: bool = False,
     on_bad_image: str = "error",
     scheduler: str | None = None,
     num_inference_steps: int | None = None,
@@ -61,7 +62,8 @@ def evaluate(
             two, one that does not exist is done without; then the floor is between halves.
         dataset_config, dataset_revision: of a data set on the Hub.
         image_column: needed only if there are several.
-        class_column: of a class-conditional model's classes, for bits/dim.
+        class_column: of a class-conditional model's classes, for bits/dim, and for `per_class`.
+        per_class: compare the images of each class, too.
         on_bad_image: "error" or "skip".
         scheduler: draws the images in place of the model's own: a name as `ddpm-hf sample` takes
             it, such as "DDIM" or "DDPM:eta=0".
@@ -86,6 +88,7 @@ def evaluate(
         dataset_revision=dataset_revision,
         image_column=image_column,
         class_column=class_column,
+        per_class=per_class,
         on_bad_image=on_bad_image,
         scheduler=scheduler,
         num_inference_steps=num_inference_steps,

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ddpm_hf.diffusion.images import ImageFacts
+from ddpm_hf.evaluation.classes import Rows, add_classes, rows_of_classes
 from ddpm_hf.evaluation.features import DEFAULT_FEATURES, Features, features_of, load_features
 from ddpm_hf.evaluation.images import facts_of, images_for
 from ddpm_hf.evaluation.likelihood import BoundOptions, forget_parts, measure_bits_per_dim
@@ -46,6 +47,7 @@ class EvaluationOptions:
     dataset_revision: str | None = None
     image_column: str | None = None
     class_column: str | None = None
+    per_class: bool = False
     on_bad_image: str = "error"
     scheduler: str | None = None
     num_inference_steps: int | None = None
@@ -84,13 +86,14 @@ class RealImages:
 
     Attributes:
         reference, held_out: the names of the splits.
-        images: those of the reference.
+        images, others: those of the reference, and those held out, if any.
         x, z: features of the reference and of the images held out, (N, d), where there are any.
     """
 
     reference: str
     held_out: str | None
     images: DrawnImages
+    others: DrawnImages | None
     x: Tensor | None
     z: Tensor | None
 
@@ -155,11 +158,12 @@ class Evaluator:
         key = (facts.mode, facts.height, facts.width, facts.bit_depth)
         if key not in self._real:
             reference, held_out = self.data.splits()
-            images = self.data.images(reference, facts, self.progress)
+            labels: Any = (self.options.class_column or True) if self.options.per_class else None
+            images = self.data.images(reference, facts, self.progress, labels)
             x = self._features(images)
-            others = self.data.images(held_out, facts, self.progress) if held_out else None
+            others = self.data.images(held_out, facts, self.progress, labels) if held_out else None
             z = self._features(others) if others else None
-            self._real[key] = RealImages(reference, held_out, images, x, z)
+            self._real[key] = RealImages(reference, held_out, images, others, x, z)
         return self._real[key]
 
     def load(self, source: Any) -> Subject:
@@ -237,6 +241,8 @@ class Evaluator:
             self.real(self.facts(subject))  # what is wrong with them is said before the drawing
             drawn = subject.source
             if subject.weights is not None:
+                if options.per_class and not subject.source.unet.config.num_class_embeds:
+                    raise ValueError("per_class is of class-conditional models; this one is none")
                 drawn = self._draw(subject.source, options, folder, eta)
             results += self._compare(drawn, compared, options, folder)
         return [result for result in results if result is not None]
@@ -277,7 +283,11 @@ class Evaluator:
     ) -> list[dict[str, Any]]:
         """The figures that compare drawn images with real ones, or those known from before."""
         real = self.real(facts_of_set(drawn))
-        y = self._features(drawn, range(min(len(drawn), options.num_images or len(drawn))))
+        num_drawn = min(len(drawn), options.num_images or len(drawn))
+        y = self._features(drawn, range(num_drawn))
+        rows = None
+        if options.per_class:
+            rows = rows_of_classes(real.images, drawn, real.others, num_drawn)
         if real.x is None or y is None:
             return []
         x, z, seed = real.x, real.z, options.seed
@@ -289,16 +299,19 @@ class Evaluator:
             "reference_split": real.reference,
             "held_out_split": real.held_out,
             "features": self.network.facts() | {"dims": y.shape[1]},
-            "inputs": _digest(x, y, z, seed),
+            "inputs": _digest(x, y, z, seed, rows),
         }
         known = [r for r in read_results(folder) if r.get("inputs") == how["inputs"]]
         figures = []
         for metric in metrics:
             before = [figure for figure in known if figure.get("metric") == metric]
-            device = self.state.device
-            figures += before or [
-                f | how for f in measure(metric, x, y, z, seed=seed, device=device)
-            ]
+            figures += before
+            if not before:
+                where = {"seed": seed, "device": self.state.device}
+                measured = measure(metric, x, y, z, **where)
+                if rows is not None:
+                    add_classes(measured, rows, x, y, z, **where)
+                figures += [figure | how for figure in measured]
         try:
             pairs = closest_pairs(x, y, _NUM_PAIRS) if "memorisation" in metrics else []
             _save_pictures(folder, drawn, real.images, pairs)
@@ -345,9 +358,11 @@ def _check(metrics: Sequence[str], num_images: int | None) -> None:
         raise ValueError(f"num_images must be at least 1, got {num_images}")
 
 
-def _digest(x: Tensor, y: Tensor, z: Tensor | None, seed: int) -> str:
+def _digest(x: Tensor, y: Tensor, z: Tensor | None, seed: int, rows: Rows | None) -> str:
     """Tells what figures follow from."""
     sums = hashlib.sha256(repr((seed, version("ddpm-hf"))).encode())
+    for name, of_class in (rows or {}).items():
+        sums.update(repr((name, [part.tolist() for part in of_class])).encode())
     for features in (x, y) if z is None else (x, y, z):
         sums.update(repr(features.shape).encode())
         sums.update(features.numpy().tobytes())

@@ -84,6 +84,10 @@ METRICS: dict[str, tuple[Callable[[Any, Any], Any], tuple[Figure, ...]]] = {
 }
 
 
+# Of each set, so that its halves are enough: as many as neighbours are looked for, and one more.
+FEWEST = {"fd": 4, "kid": 6, "precision-recall": 8, "coverage": 12, "memorisation": 4}
+
+
 def measure(
     metric: str,
     real: Tensor,
@@ -112,6 +116,11 @@ def measure(
     """
     function, figures = METRICS[metric]
     x, y, *z = pooled(real, drawn, *([] if held_out is None else [held_out]), device=device)
+    for name, images in zip(("real", "drawn", "held-out"), (x, y, *z), strict=False):
+        if len(images) < FEWEST[metric]:
+            raise ValueError(
+                f"{metric} needs {FEWEST[metric]} {name} images at least, got {len(images)}"
+            )
     if not x.pool.features.isfinite().all():
         raise ValueError("features must be finite, but some are not")
     splits = _splits(x, y, z[0] if z else None, seed)

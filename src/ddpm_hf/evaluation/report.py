@@ -16,8 +16,10 @@ VERDICTS = {"worse": "worse than real", "better": "better than real", "tie": "a 
 _DATASET = ("name", "hub_id", "split")
 _USUAL = {
     "reference_split": "train", "on_bad_image": "error", "decoder": "exact", "batch_size": 64,
+    "per_class": False,
 }  # fmt: skip
 NORMAL_95 = 1.96
+MOST_CLASSES = 20  # that a person reads
 
 
 def read_results(folder: Path, file_name: str = FILE_NAME) -> list[dict[str, Any]]:
@@ -79,7 +81,7 @@ def command_of(subjects: list[str], dataset: str, options: dict[str, Any]) -> st
     words = ["ddpm-hf", "evaluate", *subjects, dataset]
     for name, value in options.items():
         if value is not None and value != _USUAL.get(name):
-            values = value if isinstance(value, list) else [value]
+            values = value if isinstance(value, list) else [value] if value is not True else []
             words += [f"--{name.replace('_', '-')}", *map(str, values)]
     return shlex.join(words)
 
@@ -89,7 +91,8 @@ def tables(report: dict[str, Any]) -> str:
     results = report["results"]
     bits = [table(result, report["dataset"]) for result in results if result["name"] == BITS]
     figures = [result for result in results if result["name"] != BITS]
-    return "\n\n".join([*bits, *([comparison(figures)] if figures else [])])
+    of_classes = [class_table(figure) for figure in figures if "classes" in figure]
+    return "\n\n".join([*bits, *([comparison(figures)] if figures else []), *of_classes])
 
 
 def comparison(figures: list[dict[str, Any]]) -> str:
@@ -117,6 +120,27 @@ def comparison(figures: list[dict[str, Any]]) -> str:
         f"real      of {sizes[1]:,} real ones {beside} instead: what a perfect model would get;"
         " a tie is too close to tell at this number",
     ])  # fmt: skip
+
+
+def class_table(figure: dict[str, Any]) -> str:
+    """A figure of each class, the worst first."""
+    rows = figure["classes"]
+    names = [str(row["class"])[:18] for row in rows]
+    title = f"{figure['label']} of each class"
+    lines = [f"{title:28}{'95 % interval':23}{'drawn':>11}{'real':>11}"]
+    for name, row in list(zip(names, rows, strict=True))[:MOST_CLASSES]:
+        if row["value"] is None:
+            lines.append(f"{name:18}{'-':>10}  {row['note']}")
+            continue
+        low, high = row["interval"]
+        lines.append(
+            f"{name:18}{row['value']:10.4g}  {f'{low:.4g} .. {high:.4g}':23}"
+            f"{row['floor']['drawn']:11.4g}{row['floor']['real']:11.4g}  {VERDICTS[row['verdict']]}"
+            f" ({row['num_drawn']:,} drawn, {row['num_real']:,} real)"
+        )
+    if len(rows) > MOST_CLASSES:
+        lines.append(f"and {len(rows) - MOST_CLASSES:,} classes more, in the JSON file")
+    return "\n".join(lines)
 
 
 def table(result: dict[str, Any], dataset: dict[str, Any]) -> str:
@@ -158,7 +182,11 @@ def card_results(report: dict[str, Any]) -> list[dict[str, Any]]:
     for result in report["results"]:
         is_bits = result["name"] == BITS
         options = report["options"] | {"metrics": [BITS if is_bits else result["metric"]]}
-        options = {name: value for name, value in options.items() if value is not None}
+        options = {
+            name: value
+            for name, value in options.items()
+            if value is not None and name != "per_class"  # of which the card says nothing
+        }
         row = _bits_row(result) if is_bits else _figure_row(result)
         interval = row.pop("interval")
         command = command_of([report["model"]["name"]], dataset["name"], options)

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -111,12 +111,20 @@ class DataSource:
         split = self.split or self.held_out or self.reference_split
         return {"name": name, "split": split, **revisions, **hub_id}
 
-    def images(self, split: str, facts: ImageFacts, progress: bool) -> DrawnImages:
-        """The images of a split in the size, mode and depth of `facts`."""
+    def images(
+        self,
+        split: str,
+        facts: ImageFacts,
+        progress: bool,
+        label_column: str | Literal[True] | None = None,
+    ) -> DrawnImages:
+        """The images of a split in the size, mode and depth of `facts`, and their classes if any
+        column of these is given, or True for the one that is declared."""
         prepared = prepared_like(
             facts,
             self.rows(split),
             image_column=self.image_column,
+            label_column=label_column,
             on_bad_image=self.on_bad_image,
             progress=progress,
         )
@@ -128,6 +136,8 @@ def _as_set(images: ImageDataset) -> DrawnImages:
     return DrawnImages(
         (len(images), facts.height, facts.width, facts.num_channels),
         lambda rows: np.stack([images.window(row).transpose(1, 2, 0) for row in rows]),
+        images.labels,
+        facts.class_names,
     )
 
 

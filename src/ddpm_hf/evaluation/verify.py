@@ -14,8 +14,8 @@ from ddpm_hf.evaluation.report import card_results
 # What a card may say about how: nothing that opens pickled weights or writes files.
 OPTIONS = {
     "metrics", "features", "num_images", "seed", "split", "reference_split", "dataset_config",
-    "dataset_revision", "image_column", "class_column", "on_bad_image", "scheduler",
-    "num_inference_steps", "num_timesteps", "decoder", "batch_size",
+    "dataset_revision", "image_column", "class_column", "per_class", "on_bad_image",
+    "scheduler", "num_inference_steps", "num_timesteps", "decoder", "batch_size",
 }  # fmt: skip
 
 
