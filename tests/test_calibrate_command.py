@@ -188,10 +188,13 @@ def test_two_processes_measure_what_one_does(model, photos, tmp_path):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
               "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
               "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
+    swept = ["--sweep", "--sweep-images", "4", "--features", "pixels"]
     process = run_process(
-        [*launch, "-m", "ddpm_hf", *command(model, photos, tmp_path / "two", *options)]
+        [*launch, "-m", "ddpm_hf", *command(model, photos, tmp_path / "two", *options, *swept)]
     )
     assert process.returncode == 0, process.stderr
     assert torch.equal(load(model).scheduler.x_0_mse, want)
-    (result,) = json.loads((tmp_path / "two" / "calibration.json").read_text())["results"]
+    result, sweep = json.loads((tmp_path / "two" / "calibration.json").read_text())["results"]
     assert result["num_images"] == NUM_IMAGES
+    assert len(sweep["settings"]) == 7 * 2 + 1  # all samplers in 5 and 10 steps, DDPM in 20
+    assert load(model).scheduler.recommended == sweep["recommended"]

@@ -10,7 +10,7 @@ from ddpm_hf.pictures import image_grid
 from ddpm_hf.sampling import open_drawn
 from ddpm_hf.wording import counted
 
-_SHOWN_PER_ROW, _FIGURES_PER_TABLE, _LONGEST_NAME = 12, 3, 72
+_SHOWN_PER_ROW, _FIGURES_PER_TABLE, _LONGEST_NAME = 12, 3, 100
 
 
 def table(result: dict[str, Any]) -> str:
