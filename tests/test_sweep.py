@@ -68,6 +68,7 @@ def test_the_cheapest_as_good_as_the_best_is_kept_in_the_model_and_shown_in_its_
     chosen = min(good, key=lambda r: (r["num_network_calls"], r["figures"]["fd"]["value"]))
     recommended = {key: chosen[key] for key in ("scheduler", "num_inference_steps")}
     assert found["recommended"] == recommended
+    assert "8 images by 192 features" in printed.out
     assert f"recommended: {chosen['scheduler']}, K = {chosen['num_inference_steps']}" in printed.out
     assert {"comparison.png", "samples.png"} <= {p.name for p in (output / "sweep").iterdir()}
     assert load(model).scheduler.recommended == recommended

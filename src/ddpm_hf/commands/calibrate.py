@@ -95,8 +95,9 @@ def parser() -> argparse.ArgumentParser:
         "--sweep-images",
         type=positive_int,
         metavar="N",
-        help="images drawn of each setting (default: as many as they are compared with, at most "
-        "10,000)",
+        help="images drawn of each setting; fewer than the features have dimensions tell apart "
+        "little, and too few steps look enough (default: as many as they are compared with, at "
+        "most 10,000)",
     )
     add_comparison(group)
     return parser

@@ -283,7 +283,8 @@ def _num_steps_and_calls(pipeline: Any, setting: Setting) -> tuple[int, int]:
 def _figure(result: dict[str, Any]) -> dict[str, Any]:
     """What a row says of a figure."""
     if result["name"] != BITS:
-        return {key: result[key] for key in _OF_FIGURE if key in result}
+        figure = {key: result[key] for key in _OF_FIGURE if key in result}
+        return figure | {"num_features": result["features"]["dims"]}
     error, value = result["standard_error"], result["value"]
     half = NORMAL_95 * (error or 0.0)
     return {

@@ -67,7 +67,7 @@ def sweep(
         "recommended": _named(chosen),
         "for_stock": _named(cheapest(stock)),
         "all_steps": _named(whole),
-        "remarks": _remarks(rows, chosen, whole, T),
+        "remarks": _remarks(chosen, whole, T, options["features"]),
     }
     save_pictures(result, folder)
     return result
@@ -104,10 +104,14 @@ def _named(row: dict[str, Any] | None) -> dict[str, Any] | None:
     return None if row is None else {key: row[key] for key in keys}
 
 
-def _remarks(rows: list[dict[str, Any]], chosen: Any, whole: Any, T: int) -> list[str]:
+def _remarks(chosen: Any, whole: Any, T: int, features: str) -> list[str]:
     """What follows for people."""
     figure = chosen["figures"][FIGURE]
-    said = [f"the recommended setting: {_value(chosen)}"]
+    said = [
+        f"by {figure['num_drawn']:,} drawn images against {figure['num_real']:,} real ones and the"
+        f" features of {features}",
+        f"the recommended setting: {_value(chosen)}",
+    ]
     if whole is None:
         said.append(f"all {T:,} steps cost more than all the others together, and are not measured")
     elif chosen["num_network_calls"] >= T:
@@ -118,11 +122,12 @@ def _remarks(rows: list[dict[str, Any]], chosen: Any, whole: Any, T: int) -> lis
             times = whole["seconds_per_image"] / chosen["seconds_per_image"]
             said.append(f"an image takes {times:.3g} times as long by these")
     low, high = figure["interval"]
-    width = (high - low) / 2 / figure["value"]
-    if width > _WIDE:
+    width, number = (high - low) / 2 / figure["value"], figure["num_drawn"]
+    if number < figure["num_features"] or width > _WIDE:
         said.append(
-            f"{figure['num_drawn']:,} images tell the distance to {width:.0%} only: more of them"
-            " (--sweep-images) tell apart more of what looks equal"
+            f"{number:,} images by {figure['num_features']:,} features tell the distance to"
+            f" {width:.0%}, and much of it is the bias of few images: more of them (--sweep-images)"
+            " may tell apart what looks equal, and recommend more steps"
         )
     return said
 

@@ -83,7 +83,8 @@ def _stock_code(sampler: Sampler, num_steps: int) -> dict[str, str] | None:
     found = stock_scheduler(str(sampler))
     if found is None or not all(option.isidentifier() for option in found[1]):
         return None
-    options = "".join(f",\n    {option}={value!r}" for option, value in found[1].items())
+    quoted = {k: f'"{v}"' if isinstance(v, str) else repr(v) for k, v in found[1].items()}
+    options = "".join(f",\n    {option}={value}" for option, value in quoted.items())
     return {
         "class": found[0],
         "call": f"{found[0]}.from_config(\n    pipe.scheduler.config{options},\n)",
