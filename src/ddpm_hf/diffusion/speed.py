@@ -134,9 +134,9 @@ def optimize(
         saved = SAVED_BY_COMPILING * num_calls * trial.seconds(unet)
         if saved <= cost:
             notes.append(f"compiling would take about {cost:.0f} s and save {saved:.0f} s")
-        elif failure := _compile(unet, lambda: trial.call(unet), must_win=True):
+        elif failure := _compile(unet, trial, must_win=True):
             notes.append(failure)
-    elif compile and (failure := _compile(unet, lambda: trial.call(unet))):
+    elif compile and (failure := _compile(unet, trial)):
         notes.append(failure)
     changed = (
         is_channels_last(unet) != is_channels_last(original)
@@ -290,8 +290,9 @@ def has_bfloat16(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def _compile(unet: UNet2DModel, call: Callable[[], Any], must_win: bool = False) -> str | None:
+def _compile(unet: UNet2DModel, trial: Trial, must_win: bool = False) -> str | None:
     """Compile the network in place; why it is not compiled, if it is not."""
+    plain, call = trial.outputs(unet), partial(trial.call, unet)
 
     def call_eager() -> None:
         with torch.compiler.set_stance("force_eager"):
@@ -299,10 +300,13 @@ def _compile(unet: UNet2DModel, call: Callable[[], Any], must_win: bool = False)
 
     unet.compile()
     try:
-        call()
-        if not must_win or fastest(race({"eager": call_eager, "compiled": call})) == "compiled":
+        off = deviation(plain, trial.outputs(unet))
+        if not off <= MAX_DEVIATION:  # torch has compiled wrongly before
+            failure = f"not compiled: its outputs would be off by {off:.1g}"
+        elif not must_win or fastest(race({"eager": call_eager, "compiled": call})) == "compiled":
             return None
-        failure = "not faster when compiled"
+        else:
+            failure = "not faster when compiled"
     except Exception as error:  # whatever a compiler, or the lack of one, makes torch raise
         reason = str(getattr(error, "inner_exception", error)).strip()
         failure = f"it cannot be compiled here: {reason.splitlines()[0]}"
