@@ -1,7 +1,10 @@
 """`evaluate` with images: from a model, files and memory, into JSON and card, and verified."""
 
 import json
+import os
 import re
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -9,6 +12,9 @@ from checkpoints import SHORT_CHAIN, tiny_unet
 from image_sets import folder_of, rows
 from image_zoo import encode
 from PIL import Image
+from processes import LIMIT_S, started_ranks
+from transformers import ViTConfig, ViTModel
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
 import ddpm_hf
 from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler
@@ -58,6 +64,17 @@ def model(tmp_path):
     unet.register_to_config(_ddpm_hf=ImageFacts(mode="L", height=SIZE, width=SIZE).to_config())
     folder = tmp_path / "model"
     GaussianDDPMPipeline(unet, GaussianDDPMScheduler(**SHORT_CHAIN)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def backbone(tmp_path):
+    folder = tmp_path / "backbone"
+    config = ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    ViTModel(config).save_pretrained(folder)
+    BitImageProcessorPil(crop_size={"height": 28, "width": 28}).save_pretrained(folder)
     return folder
 
 
@@ -158,6 +175,19 @@ def test_what_a_card_claims_is_verified_and_what_was_changed_is_found(
     ]
 
 
+def test_figures_by_a_folder_of_a_network_are_verified_where_it_is_named(
+    model, photos, tmp_path, capsys, backbone
+):
+    how = ["--metrics", "fd", "--num-images", "12", "--num-inference-steps", "4"]
+    given = ["--features", str(backbone), "--output", str(tmp_path / "out")]
+    assert main(["evaluate", str(model), str(photos), *how, *given, "--card"]) == 0
+    verify = ["evaluate", str(model), str(photos), "--verify", "--output", str(tmp_path / "new")]
+    assert main(verify) == 2
+    assert f"pass --features PATH/{backbone.name}" in capsys.readouterr().err
+    assert main([*verify, "--features", str(backbone)]) == 0
+    assert capsys.readouterr().out.startswith("reproduced ")
+
+
 CARD = """---
 model-index:
 - name: m
@@ -211,3 +241,34 @@ def test_images_of_another_kind_than_the_data_are_no_set(photos):
 
 def test_the_command_knows_the_metrics_without_loading_them():
     assert METRICS == ALL_METRICS
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_killed_and_started_again_measure_what_one_does(
+    model, photos, tmp_path
+):
+    """Draws, features and figures; more images than one file of features holds."""
+    arguments = ["evaluate", str(model), str(photos), "--metrics", "fd", "memorisation",
+                 "--features", "pixels", "--num-images", "600", "--num-inference-steps", "2",
+                 "--batch-size", "20"]  # fmt: skip
+    assert main([*arguments, "--output", str(tmp_path / "one")]) == 0
+    two = [sys.executable, "-m", "ddpm_hf", *arguments, "--output", str(tmp_path / "two")]
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf")}
+    drawn = tmp_path / "two" / "drawn"
+    with started_ranks(two, env=environment) as processes:
+        began = time.monotonic()
+        while len(list(drawn.glob("part-*"))) < 3:
+            assert all(process.poll() is None for process in processes)
+            assert time.monotonic() - began < LIMIT_S
+            time.sleep(0.01)
+    assert 3 <= len(list(drawn.glob("part-*"))) < 30
+    with started_ranks(two, env=environment) as processes:
+        said = [process.communicate(timeout=LIMIT_S)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    one, two = (
+        json.loads((tmp_path / name / "evaluation.json").read_text())["results"]
+        for name in ("one", "two")
+    )
+    for figure in (*one, *two):
+        figure.pop("seconds_per_image")
+    assert two == one

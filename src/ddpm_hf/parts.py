@@ -1,11 +1,12 @@
 """Work in parts: shared by all processes, kept on disk, so that an interrupted one goes on."""
 
 import os
-import time
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -43,6 +44,27 @@ def from_main(state: PartialState, action: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
+@contextmanager
+def following(bar: "tqdm[Any]", num_done: Callable[[], int]) -> Iterator[None]:
+    """Inside, the bar shows what all processes have done, also while this one waits for others."""
+    through = threading.Event()
+
+    def look() -> None:
+        while not through.wait(_LOOK_S):
+            with suppress(OSError):  # a file system of a network may stutter
+                bar.update(num_done() - bar.n)
+
+    thread = threading.Thread(target=look, daemon=True)
+    if not bar.disable:
+        thread.start()
+    try:
+        yield
+    finally:
+        through.set()
+        if not bar.disable:
+            thread.join()
+
+
 def complete_parts(
     state: PartialState,
     paths: Sequence[Path],
@@ -75,27 +97,27 @@ def complete_parts(
     missing = from_main(state, missing_parts)
     num_missing = sum(sizes[i] for i in missing)
     failure: Exception | None = None
-    with tqdm(
+    bar = tqdm(
         total=sum(sizes),
         initial=sum(sizes) - num_missing,
         desc="images",
         unit="image",
         leave=False,
         disable=None if progress and state.is_main_process else True,
-    ) as bar:
-        looked = time.monotonic()
+    )
+
+    def num_done() -> int:
+        return sum(sizes) - sum(sizes[i] for i in missing_parts())
+
+    with bar, nullcontext() if state.num_processes == 1 else following(bar, num_done):
         try:
             for i in missing[state.process_index :: state.num_processes]:
                 with replacing_file(paths[i]) as beside:
                     write(i, beside)
                 if state.num_processes == 1:
                     bar.update(sizes[i])
-                elif not bar.disable and time.monotonic() - looked > _LOOK_S:
-                    left = sum(sizes[j] for j in missing_parts())
-                    bar.update(sum(sizes) - left - bar.n)
-                    looked = time.monotonic()
         except Exception as error:  # the others wait for this process
             failure = error
-    failures = [error for error in gather_object([failure]) if error is not None]
+        failures = [error for error in gather_object([failure]) if error is not None]
     if failures:
         raise failures[0]

@@ -251,7 +251,8 @@ def verify(options: argparse.Namespace) -> int:
     from ddpm_hf.evaluation.verify import verify
     from ddpm_hf.parts import join_processes
 
-    claims = verify(options.subjects[0], options.dataset, **_loading(options))
+    how = {"features": options.features, **_loading(options)}
+    claims = verify(options.subjects[0], options.dataset, **how)
     join_processes().destroy_process_group()
     words = {True: "reproduced", False: "NOT reproduced", None: "not checked"}
     for claim in claims:

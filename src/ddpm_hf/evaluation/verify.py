@@ -9,7 +9,9 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from ddpm_hf.evaluation.evaluate import evaluate
-from ddpm_hf.evaluation.report import card_results
+from ddpm_hf.evaluation.evaluator import name_of
+from ddpm_hf.evaluation.features import DEFAULT_FEATURES, OFFLINE_FEATURES
+from ddpm_hf.evaluation.report import BITS, card_results
 
 # What a card may say about how: nothing that opens pickled weights or writes files.
 OPTIONS = {
@@ -53,7 +55,8 @@ def verify(model: str | os.PathLike[str], dataset: Any = None, **options: Any) -
     Args:
         model: name or folder of a model with figures of `evaluate` in its card's model-index.
         dataset: the real images; by default the data set on the Hub that the card names.
-        **options: of `evaluate`, in place of the card's.
+        **options: of `evaluate`, in place of the card's; but `features` are for those figures whose
+            features the card calls so, such as the last part of a folder.
     Returns:
         a claim for each figure; those of other programs are not measured. None are returned by
         other processes than the main one.
@@ -98,6 +101,19 @@ def _how(args: Any) -> dict[str, Any] | None:
     return how if is_usable else None
 
 
+def _features(how: dict[str, Any], metrics: list[str], given: Any) -> Any:
+    """Those that the card names: `given`, where they are called that."""
+    name = how.get("features", DEFAULT_FEATURES)
+    if given is not None and name_of(given) == name:
+        return given
+    if metrics != [BITS] and name not in OFFLINE_FEATURES and "/" not in name:
+        raise ValueError(
+            f"the card's features {name!r} are those of a folder or a network, which a card cannot"
+            f" name: pass features=PATH/{name}"
+        )
+    return name
+
+
 def _measured(model: Any, dataset: Any, group: list[Any], options: dict[str, Any]) -> list[Claim]:
     """The claims of figures that one evaluation measures."""
     how = group[0].metric_args["evaluate"]
@@ -112,6 +128,7 @@ def _measured(model: Any, dataset: Any, group: list[Any], options: dict[str, Any
                 " say where it is"
             )
         source = group[0].dataset_type
+    options = options | {"features": _features(how, metrics, options.get("features"))}
     report = evaluate(model, source, **how | options | {"metrics": metrics})
     if report is None:
         return []
