@@ -120,7 +120,7 @@ def _remarks(chosen: Any, whole: Any, T: int, features: str) -> list[str]:
         said.append(f"all {T:,} steps of DDPM: {_value(whole)}")
         if chosen["seconds_per_image"] and whole["seconds_per_image"]:
             times = whole["seconds_per_image"] / chosen["seconds_per_image"]
-            said.append(f"an image takes {times:.3g} times as long by these")
+            said.append(f"these take {times:.3g} times as long for an image")
     low, high = figure["interval"]
     width, number = (high - low) / 2 / figure["value"], figure["num_drawn"]
     if number < figure["num_features"] or width > _WIDE:
