@@ -158,6 +158,19 @@ def test_a_model_of_the_hub_gets_a_configuration_beside_the_result(tmp_path, cap
     )
 
 
+def test_what_cannot_be_calibrated_is_one_line(model, photos, tmp_path, capsys):
+    for more, said in (
+        (["--sweep-images", "5"], "--sweep-images needs --sweep"),
+        (["--split", "valid"], "split 'valid' does not exist; choices: t"),
+    ):
+        assert main(command(model, photos, tmp_path / "out", *more)) == 2
+        assert said in capsys.readouterr().err
+    assert main(command(model, "./nothere", tmp_path / "out")) == 2
+    errors = capsys.readouterr().err
+    assert "'./nothere' does not exist" in errors
+    assert "no split" not in errors
+
+
 def test_a_network_of_another_schedule_is_noticed():
     """A network that takes the noise for less than it is, beside the best one of its kind."""
     scheduler = GaussianDDPMScheduler(50, beta_schedule="iddpm_linear", clip_sample=False)

@@ -53,6 +53,8 @@ def run(argv: list[str]) -> int:
                 f"card is for the folder of a model, and {options.model!r} is none: calibrate your"
                 " copy of it, then `ddpm-hf push` it"
             )
+        if options.sweep_images is not None and not options.sweep:
+            raise ValueError("--sweep-images needs --sweep")
         try:
             calibrate(options)
         except KeyboardInterrupt:

@@ -73,6 +73,7 @@ class DataSource:
         """The split that a model explains; at worst, with a warning, that of its training."""
         split = self.split or self.held_out
         if split is None:
+            self.rows(self.reference_split)  # raises where there is none
             warnings.warn(
                 f"there is no split {' or '.join(HELD_OUT)}: measured on"
                 f" {self.reference_split!r}, and a model explains images that it was trained on"
