@@ -4,7 +4,7 @@
 
 Prints, and asserts nothing; beside FILE lies the plot. The small network of bench_speed, one thread
 of the CPU but where it says more; ours and stock take turns. Memory is the growth of the peak of a
-process that did nothing before. Processes train on shares of one batch by `accelerate launch`.
+process that did nothing before. Processes train on shares of one batch under torchrun.
 """
 
 import argparse
@@ -69,11 +69,8 @@ def sampling(options: argparse.Namespace) -> dict[str, list[Row]]:
 def training(num_processes: int, num_threads: int) -> Row:
     """Seconds of an update of 16 images, by the processes of a launch."""
     command = [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--cpu"),
-        *("--num_processes", f"{num_processes}", "--num_machines", "1", "--dynamo_backend", "no"),
-        *("--mixed_precision", "no", "--num_cpu_threads_per_process", f"{num_threads}"),
-        *([] if num_processes == 1 else ["--multi_cpu"]),
-        *(__file__, "--worker", f"{num_threads}"),
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("--nproc_per_node", f"{num_processes}", __file__, "--worker", f"{num_threads}"),
     ]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
     out = subprocess.run(
