@@ -152,6 +152,11 @@ def autoguided(
 
 
 def check_guide(unet: UNet2DModel, guide: UNet2DModel) -> None:
+    """Refuse a guide whose predictions do not fit those of `unet`.
+
+    Raises:
+        ValueError: if its channels or its classes are others.
+    """
     num_channels = unet.config.in_channels
     if guide.config.in_channels != num_channels or guide.config.out_channels < num_channels:
         raise ValueError(

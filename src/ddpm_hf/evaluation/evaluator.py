@@ -333,15 +333,13 @@ class Evaluator:
         self, pipeline: Any, options: EvaluationOptions, folder: Path, eta: float | None
     ) -> DrawnImages:
         """As many images by the seed; of a class-conditional model, its classes in turn."""
-        facts, count = facts_of(pipeline.unet), pipeline.unet.config.num_class_embeds
-        names, number = facts.class_names, options.num_images
+        facts, number = facts_of(pipeline.unet), options.num_images
         return draw_to(
             pipeline,
             folder / "drawn",
             number or min(len(self.real(facts).images), MOST_DRAWN),
             seed=options.seed,
             batch_size=options.batch_size,
-            class_labels=list(range(len(names) if names else count)) if count else None,
             overwrite=True,
             progress=self.progress,
             num_inference_steps=options.num_inference_steps,
