@@ -60,9 +60,16 @@ class DataSource:
                     f"split {split!r} does not exist; choices: {', '.join(self.dataset)}"
                 )
             return self.dataset[split]
-        return load_images(
-            self.dataset, config_name=self.config_name, split=split, revision=self.revision
-        )
+        if split not in self._opened:
+            self._opened[split] = load_images(
+                self.dataset, config_name=self.config_name, split=split, revision=self.revision
+            )
+        return self._opened[split]
+
+    @cached_property
+    def _opened(self) -> dict[str, datasets.Dataset]:
+        """By split: a large folder takes long to list."""
+        return {}
 
     @cached_property
     def held_out(self) -> str | None:
