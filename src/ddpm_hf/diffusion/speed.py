@@ -245,7 +245,7 @@ def fastest_num_threads(call: Callable[[], Any], most: int | None = None) -> int
 
     Threads wait for each other at every operation: where something else keeps a core busy, all of
     them wait for that one. How much a single call loses is chance; turns that last as long as many
-    time slices of the system tell: 20 of 20 choices were right beside a busy process, and 20 of 20
+    time slices of the system tell: 10 of 10 choices were right beside a busy process, and 10 of 10
     without one.
     """
 
