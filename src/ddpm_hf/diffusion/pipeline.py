@@ -376,13 +376,15 @@ class GaussianDDPMPipeline(checkpoint.PortablePipeline):
 @contextmanager
 def evaluating(unet: torch.nn.Module) -> Iterator[None]:
     """Eval mode inside; afterwards every module is in the mode that it had."""
-    modes = [(module, module.training) for module in unet.modules()]
-    unet.eval()
+    # A loaded network trains nothing: setting all of its modules would take as long as a step.
+    in_training = [module for module in unet.modules() if module.training]
+    for module in in_training:
+        module.training = False
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module in in_training:
+            module.training = True
 
 
 def _check_finite(finite: Tensor, timesteps: Tensor) -> None:
