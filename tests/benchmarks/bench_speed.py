@@ -1,11 +1,13 @@
-"""Speed and memory of sampling and training, beside stock diffusers and the machine's limit.
+"""Speed and memory of sampling and training, beside others and the machine's limit.
 
     python tests/benchmarks/bench_speed.py [--full] [--device cuda] [--threads N] [--json FILE]
 
-Prints, and asserts nothing. All sides take turns in one process; each time is the median over the
-turns, each ratio the median of the turns' ratios. Minutes; `--full`, an hour on two cores, adds the
-larger batches of the 35.7M network of DDPM (2006.11239, appendix B), and compiled training. Memory
-is the growth of the peak of a process that did nothing before.
+The others: diffusers' stock pipeline and loop, and denoising-diffusion-pytorch around the same
+network where it is installed. Prints, and asserts nothing. All sides take turns in one process;
+each time is the median over the turns, each ratio the median of the turns' ratios. Minutes;
+`--full`, an hour on two cores, adds the larger batches of the 35.7M network of DDPM (2006.11239,
+appendix B), and compiled training. Memory is the growth of the peak of a process that did nothing
+before.
 """
 
 import argparse
@@ -18,6 +20,7 @@ from io import StringIO
 from itertools import pairwise
 from typing import Any
 
+import denoising_diffusion
 import torch
 from common import (
     StockLoop,
@@ -65,10 +68,12 @@ def variants(device: str, compiled: bool) -> dict[str, dict[str, Any]]:
 
 def sampling(name: str, batch_size: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row per way to sample: milliseconds of a step, and how far the images are from stock's."""
-    unet, scheduler = make_unet(name, options.device), DDPMScheduler()
+    unet, scheduler = make_unet(name, options.device).eval(), DDPMScheduler()  # as when loaded
 
     def build(kind: type, **chosen: Any) -> Any:
-        pipeline = kind(copy.deepcopy(unet), DDPMScheduler.from_config(scheduler.config))
+        # One network where nothing is changed: where its memory lies makes a twentieth.
+        network = copy.deepcopy(unet) if chosen else unet
+        pipeline = kind(network, DDPMScheduler.from_config(scheduler.config))
         pipeline.set_progress_bar_config(disable=True)
         if chosen:
             with redirect_stdout(StringIO()):
@@ -82,14 +87,20 @@ def sampling(name: str, batch_size: int, options: argparse.Namespace) -> list[di
     pipelines = {"stock": build(DDPMPipeline), "ours": build(GaussianDDPMPipeline)}
     for what, chosen in variants(options.device, name == "small" and batch_size == 16).items():
         pipelines[f"ours, {what}"] = build(GaussianDDPMPipeline, **chosen)
-    calls = {what: lambda p=pipeline: draw(p) for what, pipeline in pipelines.items()}
+    calls: dict[str, Callable[[], Any]] = {
+        what: lambda p=pipeline: draw(p) for what, pipeline in pipelines.items()
+    }
+    if not denoising_diffusion.missing:
+        sampler = denoising_diffusion.Sampler(unet, NUM_STEPS)
+        calls[denoising_diffusion.NAME] = lambda: sampler(batch_size)
     times, images = race(calls, options.turns), {what: call() for what, call in calls.items()}
     work = gflop(unet, batch_size) * NUM_STEPS
-    return [
-        row(f"sampling {name}, batch {batch_size}", what, times, work, NUM_STEPS)
-        | {"deviation": float(abs(images[what] - images["ours"]).max())}
-        for what in times
-    ]
+    rows = {
+        w: row(f"sampling {name}, batch {batch_size}", w, times, work, NUM_STEPS) for w in times
+    }
+    for what in pipelines:  # denoising-diffusion-pytorch draws other noise
+        rows[what]["deviation"] = float(abs(images[what] - images["ours"]).max())
+    return list(rows.values())
 
 
 def row(
@@ -105,7 +116,7 @@ def row(
 def training(name: str, batch_size: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row per way to train: milliseconds of an update, and how far the losses are from ours.
 
-    Between two updates of the trainer, which asks for its loss once in each, stock makes its own.
+    Between two updates of the trainer, which asks for its loss once in each, others make theirs.
     """
     unet = make_unet(name, options.device)
     images = random_images(unet, batch_size)
@@ -117,14 +128,20 @@ def training(name: str, batch_size: int, options: argparse.Namespace) -> list[di
     rows, work = [], 3 * gflop(unet, batch_size)  # the backward pass is twice the forward pass
     losses: dict[str, list[torch.Tensor]] = {}
     for what, chosen in kinds.items():
-        stock, marks, seen = StockLoop(copy.deepcopy(unet)), [], losses.setdefault(what, [])
+        others: dict[str, Any] = {"stock": StockLoop(copy.deepcopy(unet))}
+        if not denoising_diffusion.missing and not rows:
+            others[denoising_diffusion.NAME] = denoising_diffusion.Loop(copy.deepcopy(unet))
+        marks: list[list[float]] = []
+        seen = losses.setdefault(what, [])
 
         def loss(
-            *inputs: Any, stock: Any = stock, marks: list[Any] = marks, seen: list[Any] = seen
+            *inputs: Any, others: Any = others, marks: list[Any] = marks, seen: list[Any] = seen
         ) -> torch.Tensor:
-            end = now()
-            stock.update(images)
-            marks.append((end, now()))
+            mark = [now()]
+            for other in others.values():
+                other.update(images)
+                mark.append(now())
+            marks.append(mark)
             values = simple_loss(*inputs)
             seen.append(values.detach().mean())
             return values
@@ -134,9 +151,10 @@ def training(name: str, batch_size: int, options: argparse.Namespace) -> list[di
         # Before the updates compiled gradients are checked; the first update warms up.
         pairs = list(pairwise(marks[-num_updates + 1 :]))
         times = {
-            "stock": [end - start for (start, end), _ in pairs],
-            what: [later[0] - earlier[1] for earlier, later in pairs],
+            other: [mark[index + 1] - mark[index] for mark, _ in pairs]
+            for index, other in enumerate(others)
         }
+        times[what] = [later[0] - earlier[-1] for earlier, later in pairs]
         where = f"training {name}, batch {batch_size}"
         rows += [row(where, each, times, work) for each in times if each != "stock" or not rows]
         ours, these = (torch.stack(each[-num_updates:]) for each in (losses["ours"], seen))
@@ -152,37 +170,50 @@ def memories(name: str, batch_size: int, options: argparse.Namespace) -> dict[st
         pipeline.set_progress_bar_config(disable=True)
         pipeline(batch_size, num_inference_steps=2, output_type="np")
 
-    def update(ours: bool) -> None:
+    def update(kind: type | None) -> None:
         unet = make_unet(name, options.device)
         images = random_images(unet, batch_size)
-        if ours:
+        if kind is None:
             train_ours(unet, images, 2, simple_loss)
             return
-        stock = StockLoop(unet)
-        stock.update(images)
-        stock.update(images)
+        loop = kind(unet)
+        loop.update(images)
+        loop.update(images)
 
     works: dict[str, Callable[[], Any]] = {
-        f"sampling {name}, batch {batch_size}: stock": lambda: draw(DDPMPipeline),
-        f"sampling {name}, batch {batch_size}: ours": lambda: draw(GaussianDDPMPipeline),
-        f"training {name}, batch {batch_size}: stock": lambda: update(False),
-        f"training {name}, batch {batch_size}: ours": lambda: update(True),
+        "sampling: stock": lambda: draw(DDPMPipeline),
+        "sampling: ours": lambda: draw(GaussianDDPMPipeline),
+        "training: stock": lambda: update(StockLoop),
+        "training: ours": lambda: update(None),
     }
+    if not denoising_diffusion.missing:
+        works |= {
+            f"sampling: {denoising_diffusion.NAME}": lambda: denoising_diffusion.Sampler(
+                make_unet(name, options.device), 2
+            )(batch_size),
+            f"training: {denoising_diffusion.NAME}": lambda: update(denoising_diffusion.Loop),
+        }
     # Pages that the allocator keeps make a tenth of difference from process to process.
     return {
-        what: statistics.median(memory(work, options.device) for _ in range(3))
+        f"{name}, batch {batch_size}, {what}": statistics.median(
+            memory(work, options.device) for _ in range(3)
+        )
         for what, work in works.items()
     }
 
 
-def show(rows: list[dict[str, Any]], peak: dict[str, float]) -> None:
-    print(f"\n{'':26} {'':22} {'ms':>9} {'x stock':>8} {'GFLOP/s':>8} {'of matmul':>9} differs by")
+HEAD = f"{'':26} {'':22} {'ms':>9} {'x stock':>8} {'GFLOP/s':>8} {'of matmul':>9} differs by"
+
+
+def show(rows: list[dict[str, Any]], peak: dict[str, float]) -> list[dict[str, Any]]:
     for each in rows:
         deviation = f"{each['deviation']:.1g}" if "deviation" in each else ""
         print(
             f"{each['where']:26} {each['what']:22} {each['ms']:9.1f} {each['times_stock']:8.2f} "
-            f"{each['gflop_per_s']:8.1f} {each['gflop_per_s'] / peak['matmul']:9.0%} {deviation}"
+            f"{each['gflop_per_s']:8.1f} {each['gflop_per_s'] / peak['matmul']:9.0%} {deviation}",
+            flush=True,
         )
+    return rows
 
 
 def main() -> None:
@@ -192,15 +223,21 @@ def main() -> None:
     )
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    if denoising_diffusion.missing:
+        print(f"Left out, denoising-diffusion-pytorch: {denoising_diffusion.missing}")
     torch.set_num_threads(options.threads or torch.get_num_threads())
     batches = FULL_BATCHES if options.full else BATCHES
     grown = memories("small", 16, options) | memories("cifar", 1, options)
     peak, about = limits(options.device), machine(options)
-    rows = [r for name in batches for size in batches[name] for r in sampling(name, size, options)]
-    rows += training("small", 16, options) + (training("cifar", 16, options) * options.full)
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     print(", ".join(f"{key} {value:.0f} GFLOP/s" for key, value in peak.items()))
-    show(rows, peak)
+    print(f"\n{HEAD}", flush=True)
+    rows: list[dict[str, Any]] = []
+    for name in batches:
+        for size in batches[name]:
+            rows += show(sampling(name, size, options), peak)
+    for name in batches if options.full else ("small",):
+        rows += show(training(name, 16, options), peak)
     print("\npeak memory, MiB:", *(f"{k} {v:.0f}" for k, v in grown.items()), sep="\n  ")
     keep({"machine": about, "gflop_per_s": peak, "rows": rows, "memory_mib": grown}, options)
 
