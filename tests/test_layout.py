@@ -15,7 +15,7 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 # From the ground up: a room, which is a module or a folder with all that is in it, imports from its
 # own floor and those below.
 FLOORS = (
-    {"diffusion", "names", "parts", "paths", "randomness", "sampler", "wording"},
+    {"diffusion", "locks", "names", "parts", "paths", "randomness", "sampler", "wording"},
     {"losses", "decoders", "timestep_samplers", "weightings", "data", "pictures", "sampling"},
     {"likelihood", "calibration", "optimal_timesteps", "evaluation", "hub"},
     {"training"},

@@ -193,11 +193,14 @@ def test_only_pictures_numbered_as_ours_are_replaced(model, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_that_are_killed_and_started_again_draw_what_one_draws(model, tmp_path):
-    command = ["sample", str(model), "--num-images", "99", "--batch-size", "4"]
+def test_two_processes_that_are_killed_and_started_again_draw_what_one_draws(
+    model, tmp_path, capsys
+):
+    command = ["sample", str(model), "--num-images", "399", "--batch-size", "4"]
     assert main([*command, "--output", str(tmp_path / "one.npz")]) == 0
     output, parts = tmp_path / "two.npz", tmp_path / "two.npz.parts"
-    two = [sys.executable, "-m", "ddpm_hf", *command, "--output", str(output)]
+    command += ["--output", str(output)]
+    two = [sys.executable, "-m", "ddpm_hf", *command]
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf")}
     with started_ranks(two, env=environment) as processes:
         began = time.monotonic()
@@ -205,11 +208,15 @@ def test_two_processes_that_are_killed_and_started_again_draw_what_one_draws(mod
             assert all(process.poll() is None for process in processes)
             assert time.monotonic() - began < LIMIT_S
             time.sleep(0.01)
-    assert 3 <= len(list(parts.glob("part-*"))) < 25
+        # Another one, which would draw anew, is told who draws there; and both go on.
+        assert main([*command, "--seed", "1", "--overwrite"]) == 2
+        assert f"in use by process {processes[0].pid}; wait" in capsys.readouterr().err
+        assert all(process.poll() is None for process in processes)
+    assert 3 <= len(list(parts.glob("part-*"))) < 100
     assert not output.exists()
     with started_ranks(two, env=environment) as processes:
         said = [process.communicate(timeout=LIMIT_S)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
-    assert sum("99 images in" in text for text in said) == 1  # the first process speaks for all
+    assert sum("399 images in" in text for text in said) == 1  # the first process speaks for all
     assert output.read_bytes() == (tmp_path / "one.npz").read_bytes()
     assert names_in(tmp_path) == ["one.npz", "one.npz.json", "two.npz", "two.npz.json"]

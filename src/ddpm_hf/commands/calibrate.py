@@ -109,16 +109,25 @@ def calibrate(options: argparse.Namespace) -> None:
     """Load model and images, measure, and write what was found.
 
     Raises:
-        ValueError, OSError: if something cannot be loaded or measured.
+        ValueError, OSError: if something cannot be loaded or measured, or another process has the
+            output.
     """
+    from ddpm_hf.locks import sole_use
+    from ddpm_hf.parts import join_processes
+
+    state = join_processes()
+    with sole_use(state, options.output, f"{options.output}", "output=PATH"):
+        measure(options, state)
+
+
+def measure(options: argparse.Namespace, state: Any) -> None:
+    """What `calibrate` does, in a folder that these processes alone have."""
     from ddpm_hf.diffusion.files import remove_folder
     from ddpm_hf.evaluation.calibration import measure_calibration
     from ddpm_hf.evaluation.images import images_for
     from ddpm_hf.evaluation.likelihood import BoundOptions
-    from ddpm_hf.parts import from_main, join_processes
+    from ddpm_hf.parts import from_main
 
-    options.output.mkdir(parents=True, exist_ok=True)  # fails before the work, if at all
-    state = join_processes()
     pipeline = load_model(options).to(state.device)
     evaluator = evaluator_of(options) if options.sweep else None
     data = data_source(options)

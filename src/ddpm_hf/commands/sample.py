@@ -212,12 +212,14 @@ def draw(options: argparse.Namespace, output: Path) -> None:
     """Load the model, draw the images and save them."""
     from ddpm_hf.hub.load import load
     from ddpm_hf.parts import join_processes
-    from ddpm_hf.sampling.outputs import check_is_free, parts_of, save_drawn
+    from ddpm_hf.sampling.outputs import check_is_free, drawing_into, parts_of, save_drawn
 
     if not options.overwrite and not parts_of(output).exists():
         check_is_free(output)  # before the model is looked for
     output.parent.mkdir(parents=True, exist_ok=True)
     state = join_processes()
+    with drawing_into(output, state):
+        pass  # is in use, if at all, before the model is looked for
     pipeline = load_model(options).to(state.device)
     call = sampler_call(pipeline, options)
     guide = load(options.guide) if options.guide else None

@@ -6,7 +6,6 @@ import os
 import re
 import statistics
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -27,7 +26,14 @@ from ddpm_hf.evaluation.evaluator import (
     name_of,
 )
 from ddpm_hf.evaluation.metrics import METRICS, T_19
-from ddpm_hf.evaluation.report import BITS, NORMAL_95, command_of, made_by, write_report
+from ddpm_hf.evaluation.report import (
+    BITS,
+    NORMAL_95,
+    command_of,
+    made_by,
+    results_folder,
+    write_report,
+)
 from ddpm_hf.sampler import Sampler
 from ddpm_hf.sampling.choices import sampled_by
 
@@ -101,7 +107,8 @@ def compare(
         and network calls for an image; and those "left_out". Of each figure "rank" is "best", "tie"
         if it is too close to the best to tell, or "". None on all but the main process.
     Raises:
-        ValueError, OSError: if the data cannot be used, or no setting can be measured.
+        ValueError, OSError: if the data cannot be used, no setting can be measured, or another
+            process has `output`.
     """
     if isinstance(models_or_images, str | os.PathLike) or hasattr(models_or_images, "unet"):
         models_or_images = [models_or_images]
@@ -116,10 +123,7 @@ def compare(
     if not settings:
         raise ValueError("models_or_images is empty: there is nothing to compare")
     evaluator = Evaluator(dataset, metrics, EvaluationOptions(**options), progress=progress)
-    if output is None and evaluator.state.num_processes > 1:
-        raise ValueError("output must be a folder where several processes share the work")
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(output or temporary).expanduser()
+    with results_folder(evaluator.state, output) as folder:
         found = compare_settings(evaluator, settings, folder)
         if found is None:
             return None

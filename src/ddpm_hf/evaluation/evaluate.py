@@ -1,15 +1,13 @@
 """A model, or images, measured on a data set in one call."""
 
 import os
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from ddpm_hf.evaluation.evaluator import EvaluationOptions, Evaluator, is_model
 from ddpm_hf.evaluation.features import DEFAULT_FEATURES
 from ddpm_hf.evaluation.metrics import METRICS
-from ddpm_hf.evaluation.report import BITS
+from ddpm_hf.evaluation.report import BITS, results_folder
 
 
 def evaluate(
@@ -76,7 +74,8 @@ def evaluate(
     Returns:
         what evaluation.json holds; None on all but the main process.
     Raises:
-        ValueError, OSError: if something cannot be loaded or measured.
+        ValueError, OSError: if something cannot be loaded or measured, or another process has
+            `output`.
     """
     options = EvaluationOptions(
         features=features,
@@ -103,8 +102,5 @@ def evaluate(
         is_bound = is_model(model_or_images) and scheduler is None
         metrics = (BITS,) if is_bound else tuple(METRICS)
     evaluator = Evaluator(dataset, metrics, options, progress=progress)
-    if output is None and evaluator.state.num_processes > 1:
-        raise ValueError("output must be a folder where several processes share the work")
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(output or temporary).expanduser()
+    with results_folder(evaluator.state, output) as folder:
         return evaluator.evaluate(evaluator.load(model_or_images), folder)

@@ -1,13 +1,20 @@
 """What an evaluation leaves: a JSON file, a table, lines for the model card."""
 
 import json
+import os
 import shlex
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from ddpm_hf.diffusion.files import write_text
+from ddpm_hf.locks import sole_use
 from ddpm_hf.wording import counted
 
 FILE_NAME = "evaluation.json"
@@ -20,6 +27,22 @@ _USUAL = {
 }  # fmt: skip
 NORMAL_95 = 1.96
 MOST_CLASSES = 20  # that a person reads
+
+
+@contextmanager
+def results_folder(state: PartialState, output: str | os.PathLike[str] | None) -> Iterator[Path]:
+    """The folder of the results, which nobody else has inside the block; a passing one for None.
+
+    Raises:
+        ValueError: if another process has it, or several of this command share the work without.
+        OSError: if it cannot be written.
+    """
+    if output is None and state.num_processes > 1:
+        raise ValueError("output must be a folder where several processes share the work")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(output or temporary).expanduser()
+        with sole_use(state, folder, f"{folder}", "output=PATH"):
+            yield folder
 
 
 def read_results(folder: Path, file_name: str = FILE_NAME) -> list[dict[str, Any]]:

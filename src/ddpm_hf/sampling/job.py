@@ -13,6 +13,7 @@ from accelerate.utils import gather_object
 
 from ddpm_hf.diffusion.files import read_json, write_text
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
+from ddpm_hf.locks import IN_USE, sole_use
 from ddpm_hf.parts import complete_parts, from_main, join_processes
 from ddpm_hf.pictures import quantised
 from ddpm_hf.sampling.batches import draw_batch
@@ -60,7 +61,8 @@ def draw_to(
         the images, on every process, when all are drawn.
     Raises:
         ValueError: if the folder holds images that were drawn otherwise (naming the option and both
-            values), or holds other things; if the pipeline cannot draw such images.
+            values), or holds other things; if another process draws there; if the pipeline cannot
+            draw such images.
         TypeError: for another argument.
         OSError: if the folder cannot be written.
     """
@@ -74,8 +76,11 @@ def draw_to(
         dtype=dtype,
         call=call,
     )
-    draw_parts(state, pipeline, folder, about, overwrite=overwrite, progress=progress, call=call)
-    return open_parts(folder)
+    with sole_use(state, folder, f"{folder}", "folder=PATH"):
+        draw_parts(
+            state, pipeline, folder, about, overwrite=overwrite, progress=progress, call=call
+        )
+        return open_parts(folder)
 
 
 def draw_parts(
@@ -93,7 +98,8 @@ def draw_parts(
     Args:
         state: the processes.
         about: of `about_images`, with the same `call`.
-        pipeline, folder, overwrite, progress, call: as for `draw_to`.
+        folder: there, and for these processes alone.
+        pipeline, overwrite, progress, call: as for `draw_to`.
     """
     from_main(state, lambda: _claim(folder, about, overwrite))
     settings = about["settings"]
@@ -121,7 +127,6 @@ def draw_parts(
     except (ValueError, OSError):
         if state.is_main_process and not any(path.exists() for path in paths):
             (folder / OPTIONS_NAME).unlink()
-            folder.rmdir()
         raise
     of_all = gather_object(seconds)
     there = read_json(folder / OPTIONS_NAME) if state.is_main_process else {}
@@ -137,7 +142,7 @@ def _claim(folder: Path, about: Mapping[str, Any], overwrite: bool) -> None:
         ValueError: if it holds others, or other things.
     """
     there, parts = settings_in(folder / OPTIONS_NAME), list(folder.glob("part-*.npy"))
-    if there is None and folder.exists() and any(folder.iterdir()):
+    if there is None and any(path.name != IN_USE for path in folder.iterdir()):
         raise ValueError(f"{folder} holds other things than drawn images; choose another folder")
     otherwise = there is not None and difference(there, about["settings"])
     if there is not None and not otherwise:
@@ -149,5 +154,4 @@ def _claim(folder: Path, about: Mapping[str, Any], overwrite: bool) -> None:
         )
     for part in parts:
         part.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / OPTIONS_NAME, json.dumps(about, indent=1) + "\n")

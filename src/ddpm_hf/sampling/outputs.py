@@ -6,10 +6,12 @@ import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from accelerate import PartialState
 from diffusers import UNet2DModel
 from tqdm.auto import tqdm
 
@@ -20,6 +22,7 @@ from ddpm_hf.diffusion.files import (
     write_text,
 )
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
+from ddpm_hf.locks import sole_use
 from ddpm_hf.parts import from_main, join_processes
 from ddpm_hf.pictures import MOST_PICTURE_CHANNELS, grid_by_row, image_grid, is_picture, to_pil
 from ddpm_hf.sampling.drawn import (
@@ -71,7 +74,8 @@ def save_drawn(
         whether anything was drawn: False where `output` held these very images.
     Raises:
         ValueError: if `output` holds images that were drawn otherwise (naming the option and both
-            values), or cannot hold such images; if the pipeline cannot draw them.
+            values), or cannot hold such images; if another process draws into it; if the pipeline
+            cannot draw them.
         OSError: if it cannot be written.
     """
     output, state = Path(output).expanduser(), join_processes()
@@ -85,16 +89,23 @@ def save_drawn(
         dtype=_kept_as(output, pipeline.unet),
         call=call,
     )
-    if from_main(state, lambda: _is_finished(output, about["settings"], overwrite)):
-        return False
-    parts, overwrite = parts_of(output), overwrite or is_picture(output)
-    draw_parts(state, pipeline, parts, about, overwrite=overwrite, progress=progress, call=call)
-    if state.is_main_process:
-        _write(open_parts(parts), output, progress)
-        if not is_picture(output):
-            write_text(options_path(output), json.dumps(about, indent=1) + "\n")
-        remove_folder(parts)
+    parts = parts_of(output)
+    with drawing_into(output, state):
+        if from_main(state, lambda: _is_finished(output, about["settings"], overwrite)):
+            return False
+        overwrite = overwrite or is_picture(output)
+        draw_parts(state, pipeline, parts, about, overwrite=overwrite, progress=progress, call=call)
+        if state.is_main_process:
+            _write(open_parts(parts), output, progress)
+            if not is_picture(output):
+                write_text(options_path(output), json.dumps(about, indent=1) + "\n")
+            remove_folder(parts)
     return True
+
+
+def drawing_into(output: Path, state: PartialState) -> AbstractContextManager[None]:
+    """Inside, these processes alone draw into `output`; InUseError where others do."""
+    return sole_use(state, parts_of(output), f"{output}", "output=PATH")
 
 
 def parts_of(output: Path) -> Path:

@@ -4,16 +4,15 @@ import contextlib
 import json
 import os
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ddpm_hf.diffusion.files import remove_folder
+from ddpm_hf.locks import InUseError, locked
 from ddpm_hf.paths import RunPaths
 
 _LEFTOVER = re.compile(r"(\.del-)?(?P<kind>\.(new|old|del)-)(?P<name>model|best|step-\d{8})")
-_LOCK_PATIENCE_S = 15.0
 
 
 class CheckpointError(ValueError):
@@ -45,26 +44,24 @@ def run_lock(paths: RunPaths) -> Iterator[None]:
     output_dir, file = paths.root, paths.lock
     made = [path for path in (output_dir, *output_dir.parents) if not path.exists()]
     _refuse_foreign_files(paths)
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(file, "a+", encoding="utf-8")  # noqa: SIM115
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write to output_dir {output_dir}: {error.strerror}; choose another one"
-        ) from error
-    try:
-        with lock:
-            _lock_or_raise(lock, output_dir)
-            lock.truncate(0)
-            lock.write(str(os.getpid()))
-            lock.flush()
+    with contextlib.ExitStack() as stack:
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(file, f"output_dir {output_dir}", "one"))
+        except InUseError as error:
+            raise CheckpointError(f"{error}") from error
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write to output_dir {output_dir}: {error.strerror}; choose another one"
+            ) from error
+        try:
             yield
-    finally:
-        if made and list(output_dir.iterdir()) == [file]:
-            file.unlink()
-            with contextlib.suppress(OSError):  # somebody else's work has begun there
-                for path in made:
-                    path.rmdir()
+        finally:
+            if made and list(output_dir.iterdir()) == [file]:
+                file.unlink()
+                with contextlib.suppress(OSError):  # somebody else's work has begun there
+                    for path in made:
+                        path.rmdir()
 
 
 def _refuse_foreign_files(paths: RunPaths) -> None:
@@ -76,37 +73,6 @@ def _refuse_foreign_files(paths: RunPaths) -> None:
             f"output_dir {paths.root} holds {', '.join(foreign)}, which no run of training put "
             "there and this one would replace; choose another one"
         )
-
-
-def _lock_or_raise(lock: Any, output_dir: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows has no flock; two runs in one folder are then the user's care.
-        return
-    deadline = time.monotonic() + _LOCK_PATIENCE_S
-    while True:
-        try:
-            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            lock.seek(0)
-            holder = lock.read()
-            # The workers of a killed run hold its lock for the seconds until they notice.
-            if _is_alive(holder) or time.monotonic() > deadline:
-                raise CheckpointError(
-                    f"output_dir {output_dir} is in use by process {holder or '?'}; wait for it, "
-                    "or choose another one"
-                ) from error
-        time.sleep(0.2)
-
-
-def _is_alive(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return True
 
 
 def write_json(path: Path, value: Any) -> None:
