@@ -12,7 +12,7 @@ from PIL import Image
 
 from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler
 from ddpm_hf.cli import main
-from ddpm_hf.commands.sample import output_path
+from ddpm_hf.commands.sample_options import output_path
 from ddpm_hf.pictures import quantised
 from ddpm_hf.sampler import SCHEDULERS
 from ddpm_hf.sampling import draw_images
