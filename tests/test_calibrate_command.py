@@ -161,6 +161,8 @@ def test_a_model_of_the_hub_gets_a_configuration_beside_the_result(tmp_path, cap
 def test_what_cannot_be_calibrated_is_one_line(model, photos, tmp_path, capsys):
     for more, said in (
         (["--sweep-images", "5"], "--sweep-images needs --sweep"),
+        (["--features", "pixels"], "--features needs --sweep"),
+        (["--reference-split", "train"], "--reference-split needs --sweep"),
         (["--split", "valid"], "split 'valid' does not exist; choices: t"),
     ):
         assert main(command(model, photos, tmp_path / "out", *more)) == 2

@@ -13,6 +13,7 @@ from ddpm_hf.commands.options import (
     add_model_and_data,
     add_work,
     command_parser,
+    given,
     load_model,
     path,
     positive_int,
@@ -21,6 +22,8 @@ from ddpm_hf.names import public_name
 from ddpm_hf.wording import counted
 
 NUM_IMAGES = 256
+# Without it they would do nothing.
+OF_THE_SWEEP = ("sweep_images", "features", "reference_split")
 HELP = "measure once what a model loses in few steps, and the best variances for them"
 EXAMPLES = """
 measure once what a model loses in few steps, and the best variances for them
@@ -53,8 +56,8 @@ def run(argv: list[str]) -> int:
                 f"card is for the folder of a model, and {options.model!r} is none: calibrate your"
                 " copy of it, then `ddpm-hf push` it"
             )
-        if options.sweep_images is not None and not options.sweep:
-            raise ValueError("--sweep-images needs --sweep")
+        if not options.sweep and (useless := [*given(options, OF_THE_SWEEP)]):
+            raise ValueError(f"--{useless[0].replace('_', '-')} needs --sweep")
         try:
             calibrate(options)
         except KeyboardInterrupt:
@@ -193,7 +196,7 @@ def evaluator_of(options: argparse.Namespace) -> Any:
 
     names = ("features", "seed", "split", "reference_split", "dataset_config", "dataset_revision",
              "image_column", "class_column", "on_bad_image", "batch_size")  # fmt: skip
-    how = {name: getattr(options, name) for name in names} | {"num_images": options.sweep_images}
+    how = given(options, names) | {"num_images": options.sweep_images}
     evaluator = Evaluator(options.dataset, [FIGURE], EvaluationOptions(**how))
     _ = evaluator.network
     return evaluator

@@ -12,6 +12,7 @@ from ddpm_hf.commands.options import (
     add_dataset,
     add_work,
     command_parser,
+    given,
     model_name,
     path,
     positive_int,
@@ -268,7 +269,7 @@ def _how(options: argparse.Namespace) -> dict[str, Any]:
     names = ("metrics", "features", "num_images", "seed", "split", "reference_split",
              "dataset_config", "dataset_revision", "image_column", "class_column", "per_class",
              "on_bad_image", "num_timesteps", "decoder", "batch_size")  # fmt: skip
-    return {name: getattr(options, name) for name in names}
+    return given(options, names)
 
 
 def _loading(options: argparse.Namespace) -> dict[str, Any]:

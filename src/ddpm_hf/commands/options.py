@@ -1,6 +1,7 @@
 """What the parsers of the commands share."""
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,22 +140,25 @@ def add_data(group: Any, how_many: str = "all") -> None:
 
 
 def add_comparison(group: Any) -> None:
-    """What drawn images are compared with, and by what."""
+    """What drawn images are compared with, and by what; None where it is not said."""
     group.add_argument(
         "--features",
-        default="facebook/dinov2-base",
         metavar="NAME",
         help="what images are compared by: a vision model of transformers by name or folder; "
         "efficientnet-lite0, which needs no download (extra eval); or pixels (default: "
-        "%(default)s)",
+        "facebook/dinov2-base)",
     )
     group.add_argument(
         "--reference-split",
-        default="train",
         metavar="NAME",
         help="of the images that drawn ones are compared with; those of --split, which the model "
-        "was not trained on, give what is possible (default: %(default)s)",
+        "was not trained on, give what is possible (default: train)",
     )
+
+
+def given(options: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """Those of the options that have a value; what is left out has its default in Python."""
+    return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 
 def add_work(group: Any) -> None:
