@@ -5,6 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics.pairwise import polynomial_kernel
+from sklearn.neighbors import NearestNeighbors
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from ddpm_hf.evaluation import (
@@ -13,6 +15,9 @@ from ddpm_hf.evaluation import (
     kernel_distance,
     precision_recall,
 )
+from ddpm_hf.evaluation.metrics import closest_pairs, measure
+from ddpm_hf.evaluation.pool import look, pooled
+from ddpm_hf.randomness import seed_of
 
 RNG = np.random.default_rng(0)
 
@@ -141,10 +146,77 @@ def test_blocks_and_the_order_of_images_change_nothing_but_rounding(monkeypatch)
     want = measures(real, drawn)
     monkeypatch.setattr("ddpm_hf.evaluation.pool._BLOCK", 7 * 60)
     order = RNG.permutation(len(drawn))
-    for kept in (2**20, 0):  # with and without the matrix of all inner products
-        monkeypatch.setattr("ddpm_hf.evaluation.pool._KEPT", kept)
-        # Sums in another order: some 1e4 roundings of 1e-16, and 1e3 of cancellation.
-        assert measures(real[::-1].copy(), drawn[order]) == pytest.approx(want, rel=1e-9)
+    # Sums in another order: some 1e4 roundings of 1e-16, and 1e3 of cancellation.
+    assert measures(real[::-1].copy(), drawn[order]) == pytest.approx(want, rel=1e-9)
+
+
+def by_scikit_learn(real, drawn):
+    """All that is measured from pairs, by a search for neighbours and by whole matrices."""
+
+    def radii(x, k):
+        return NearestNeighbors(n_neighbors=k, algorithm="kd_tree").fit(x).kneighbors()[0][:, -1]
+
+    def gaps(x, y):
+        return NearestNeighbors(n_neighbors=1, algorithm="kd_tree").fit(y).kneighbors(x)[0][:, 0]
+
+    def kernel(x, y):
+        found = polynomial_kernel(x, y, degree=3)
+        return found.mean() if y is not x else (found.sum() - found.trace()) / len(x) / (len(x) - 1)
+
+    pairs = np.linalg.norm(real[:, None] - drawn[None], axis=2)
+    near = max(np.quantile(radii(real, 1), 0.01), 1e-3 * np.median(radii(real, 1)))
+    return {
+        "kid": kernel(real, real) + kernel(drawn, drawn) - 2 * kernel(real, drawn),
+        "precision": (pairs <= radii(real, 3)[:, None]).any(0).mean(),
+        "recall": (pairs <= radii(drawn, 3)[None]).any(1).mean(),
+        "density": (pairs <= radii(real, 5)[:, None]).sum() / 5 / len(drawn),
+        "coverage": (gaps(real, drawn) <= radii(real, 5)).mean(),
+        "copies": (gaps(drawn, real) <= near).mean(),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("num_held_out", [None, 16])
+def test_one_pass_over_all_pairs_gives_each_half_what_scikit_learn_does(num_held_out, monkeypatch):
+    monkeypatch.setattr("ddpm_hf.evaluation.pool._BLOCK", 7 * 60)
+    real, drawn = sets(91, 5)
+    drawn[:8] = real[:8] + 1e-6
+    z = None if num_held_out is None else RNG.standard_normal((num_held_out, 5))
+    metrics = ["kid", "precision-recall", "coverage", "memorisation"]
+    others = None if z is None else torch.from_numpy(z)
+    measured = measure(metrics, torch.from_numpy(real), torch.from_numpy(drawn), others)
+    found = {figure["name"]: figure for figure in measured}
+    want = by_scikit_learn(real, drawn)
+    assert {name: figure["value"] for name, figure in found.items()} == pytest.approx(want)
+    generator = torch.Generator().manual_seed(seed_of(0, "halves"))
+    halves, floors = [], []
+    for _ in range(20):
+        x, *rest = (
+            images[torch.randperm(len(images), generator=generator).numpy()]
+            for images in (real, *([] if z is None else [z]), drawn)
+        )
+        half = rest[-1][: len(drawn) // 2]
+        others = x[46:] if z is None else rest[0][: len(z) // 2]
+        size = min(len(others), len(half))
+        halves.append(by_scikit_learn(x[:46], half))
+        floors.append([by_scikit_learn(x[:46], y[:size]) for y in (half, others)])
+    for name, figure in found.items():
+        assert figure["halves"] == pytest.approx([half[name] for half in halves]), name
+        for i, kind in enumerate(("drawn", "real")):
+            mean = np.mean([floor[i][name] for floor in floors])
+            assert figure["floor"][kind] == pytest.approx(mean), (name, kind)
+
+
+def test_images_that_are_equal_are_0_apart_however_sums_round():
+    """Many dimensions far from the origin: of squares of distances 1e-13 is rounding."""
+    one = RNG.standard_normal((60, 700)) + 10
+    real = np.repeat(one, 6, 0)  # balls of radius 0
+    (pair,) = look([tuple(pooled(torch.from_numpy(real), torch.from_numpy(one)))])
+    assert (pair.drawn_to_real.nearest == 0).all()
+    assert precision_recall(real, one) == (1, 1)
+    assert density_coverage(real, one) == pytest.approx((6 / 5, 1))  # in all six
+    assert sorted(closest_pairs(torch.from_numpy(one), torch.from_numpy(one[::-1].copy()), 60)) == [
+        (i, 59 - i) for i in range(60)
+    ]
 
 
 def test_noise_lost_modes_and_copies_each_move_the_measure_that_is_for_it():

@@ -6,7 +6,7 @@ evaluator    the measuring of both: on one data set, of any number of subjects
 comparison   what was compared as people read it: table, curves, samples
 distances    between real and drawn images by their features: Frechet, kernel, precision, recall
 classes      the same of each class
-pool         sets of features, and the inner products between them
+pool         sets of features, and what the images of one see of another, found in one pass
 metrics      the same with intervals, beside what real images get; copies of training images
 features     of images, from any network, by fixed rules
 sets         the images: drawn, in files, in memory, of a data set

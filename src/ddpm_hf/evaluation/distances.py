@@ -1,7 +1,8 @@
 """How far drawn images are from real ones, by their features: arrays (N, d), computed in float64.
 
-Each function takes numpy arrays or tensors, or sets of one pool; `real` and `drawn` may differ in
-N. Images are compared on the device that they are on, in blocks, so that memory grows with N alone.
+Each function takes numpy arrays or tensors; `real` and `drawn` may differ in N. Images are compared
+on the device that they are on, in blocks, so that memory grows with N alone. A function whose name
+ends in `_of` takes what was found of many pairs of sets at once.
 """
 
 import math
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from ddpm_hf.evaluation.pool import FeatureSet, pooled
+from ddpm_hf.evaluation.pool import FeatureSet, Pair, look, pooled
 
 # Above this share of the largest eigenvalue the root of the least is right to 1e-9 of its root.
 _WELL_CONDITIONED = 1e-12
@@ -90,12 +91,14 @@ def kernel_distance(real: Any, drawn: Any) -> Estimate:
         ValueError: if they are no such arrays, or not finite.
     Source: KID (1801.01401), section 4.
     """
-    real, drawn = _checked(real, drawn, at_least=3)
-    # Sums of k(x, x'), k(y, y'), k(x, y) for each image.
-    dims = real.pool.features.shape[1]
-    among_x, among_y = (_kernel_sums(x, x) - _kernel(x.squares, dims) for x in (real, drawn))
-    x_to_y, y_to_x = _kernel_sums(real, drawn), _kernel_sums(drawn, real)
-    n, m = len(real), len(drawn)
+    (pair,) = look([_checked(real, drawn, at_least=3)])
+    return kernel_distance_of(pair)
+
+
+def kernel_distance_of(pair: Pair) -> Estimate:
+    """See `kernel_distance`."""
+    among_x, among_y, x_to_y, y_to_x = (seen.kernel_sums for seen in pair)
+    n, m = len(among_x), len(among_y)
     s_xx, s_yy, s_xy = among_x.sum(), among_y.sum(), x_to_y.sum()
 
     def mmd(s_xx: Tensor, s_yy: Tensor, s_xy: Tensor, n: int, m: int) -> Tensor:
@@ -105,16 +108,6 @@ def kernel_distance(real: Any, drawn: Any) -> Estimate:
     without_y = mmd(s_xx, s_yy - 2 * among_y, s_xy - y_to_x, n, m - 1)
     var = sum((len(v) - 1) * v.var(correction=0) for v in (without_x, without_y))
     return Estimate(mmd(s_xx, s_yy, s_xy, n, m).item(), math.sqrt(var))
-
-
-def _kernel(products: Tensor, dims: int) -> Tensor:
-    return (products / dims + 1) ** 3
-
-
-def _kernel_sums(x: FeatureSet, y: FeatureSet) -> Tensor:
-    """The sum of k(x, y) over all y, for every x."""
-    dims = x.pool.features.shape[1]
-    return torch.cat([_kernel(products, dims).sum(1) for products in x.products(y)])
 
 
 def precision_recall(real: Any, drawn: Any, k: int = 3) -> PrecisionRecall:
@@ -131,10 +124,15 @@ def precision_recall(real: Any, drawn: Any, k: int = 3) -> PrecisionRecall:
         ValueError: if they are no such arrays, or not finite.
     Source: improved precision and recall (1904.06991), eq. 1 and 2.
     """
-    real, drawn = _checked(real, drawn, at_least=k + 1)
+    (pair,) = look([_checked(real, drawn, at_least=k + 1)], [k])
+    return precision_recall_of(pair, k)
+
+
+def precision_recall_of(pair: Pair, k: int = 3) -> PrecisionRecall:
+    """See `precision_recall`."""
     return PrecisionRecall(
-        (_num_balls(drawn, real, k) > 0).double().mean().item(),
-        (_num_balls(real, drawn, k) > 0).double().mean().item(),
+        (pair.real_to_drawn.num_balls[k] > 0).double().mean().item(),
+        (pair.drawn_to_real.num_balls[k] > 0).double().mean().item(),
     )
 
 
@@ -145,35 +143,22 @@ def density_coverage(real: Any, drawn: Any, k: int = 5) -> DensityCoverage:
 
     Args:
         real: features (N, d), N greater than k.
-        drawn: features (M, d).
+        drawn: features (M, d), likewise.
         k: neighbours that the radius reaches to.
     Raises:
         ValueError: if they are no such arrays, or not finite.
     Source: density and coverage (2002.09797), eq. 3 and 4.
     """
-    real, drawn = _checked(real, drawn, at_least=k + 1)
-    is_covered = nearest_distances(real, drawn) <= nearest_distances(real, k=k)
+    (pair,) = look([_checked(real, drawn, at_least=k + 1)], [k])
+    return density_coverage_of(pair, k)
+
+
+def density_coverage_of(pair: Pair, k: int = 5) -> DensityCoverage:
+    """See `density_coverage`."""
+    seen = pair.real_to_drawn
     return DensityCoverage(
-        _num_balls(drawn, real, k).double().mean().item() / k, is_covered.double().mean().item()
+        seen.num_balls[k].double().mean().item() / k, seen.has_inside[k].double().mean().item()
     )
-
-
-def nearest_distances(x: FeatureSet, y: FeatureSet | None = None, k: int = 1) -> Tensor:
-    """The distance of each of `x` to its k-th nearest of `y`; without `y` of the others of `x`."""
-    nearest, first = [], 0
-    for rows in x.distances(x if y is None else y):
-        last = first + len(rows)
-        if y is None:
-            rows[:, first:last].fill_diagonal_(math.inf)
-        nearest.append(rows.topk(k, largest=False).values[:, -1])
-        first = last
-    return torch.cat(nearest)
-
-
-def _num_balls(x: FeatureSet, centres: FeatureSet, k: int) -> Tensor:
-    """In how many balls around `centres`, each up to its k-th neighbour, each of `x` lies."""
-    radii = nearest_distances(centres, k=k)
-    return torch.cat([(rows <= radii).sum(1) for rows in x.distances(centres)])
 
 
 def _checked(real: Any, drawn: Any, at_least: int) -> tuple[FeatureSet, FeatureSet]:

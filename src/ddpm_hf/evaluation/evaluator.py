@@ -302,16 +302,16 @@ class Evaluator:
             "inputs": _digest(x, y, z, seed, rows),
         }
         known = [r for r in read_results(folder) if r.get("inputs") == how["inputs"]]
-        figures = []
-        for metric in metrics:
-            before = [figure for figure in known if figure.get("metric") == metric]
-            figures += before
-            if not before:
-                where = {"seed": seed, "device": self.state.device}
-                measured = measure(metric, x, y, z, **where)
-                if rows is not None:
-                    add_classes(measured, rows, x, y, z, **where)
-                figures += [figure | how for figure in measured]
+        missing = [name for name in metrics if name not in {r.get("metric") for r in known}]
+        if missing:
+            where = {"seed": seed, "device": self.state.device}
+            measured = measure(missing, x, y, z, **where)
+            if rows is not None:
+                for metric in missing:
+                    of_metric = [figure for figure in measured if figure["metric"] == metric]
+                    add_classes(of_metric, rows, x, y, z, **where)
+            known += [figure | how for figure in measured]
+        figures = [r for name in metrics for r in known if r.get("metric") == name]
         try:
             pairs = closest_pairs(x, y, _NUM_PAIRS) if "memorisation" in metrics else []
             _save_pictures(folder, drawn, real.images, pairs)

@@ -11,27 +11,32 @@ others are measured by the leading directions, in which nearly all of its varian
 by what the first pair has in the rest.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ddpm_hf.evaluation.distances import (
-    density_coverage,
+    density_coverage_of,
     frechet_distance,
-    kernel_distance,
-    nearest_distances,
-    precision_recall,
+    kernel_distance_of,
+    precision_recall_of,
 )
-from ddpm_hf.evaluation.pool import FeatureSet, Pool, in_span, pooled
+from ddpm_hf.evaluation.pool import FeatureSet, Pair, in_span, look, pooled
 from ddpm_hf.randomness import seed_of
 
 NUM_RESAMPLES = 20
 T_19 = 2.093  # of Student's distribution: 95 % within, at 19 degrees of freedom
 _NUM_DIRECTIONS = 256
 _NEAR_QUANTILE, _SAME = 0.01, 1e-3
+_NEIGHBOURS = {"precision-recall": 3, "coverage": 5}  # that balls reach to
+_BLOCK = 2**22  # pairs of images that are looked at at once
+
+Sets = tuple[FeatureSet, FeatureSet]
 
 
 @dataclass(frozen=True)
@@ -44,43 +49,43 @@ class Figure:
     limits: tuple[float, float] = (0.0, 1.0)
 
 
-def share_of_copies(real: FeatureSet, drawn: FeatureSet) -> float:
+def share_of_copies_of(pair: Pair) -> float:
     """The share of drawn images that are nearer to a real one than 99 % of the real ones are.
 
     1 % is what chance gives. "Near" is at least a thousandth of the real images' median distance to
     their nearest neighbour, should some of them be there twice.
 
     Args:
-        real: the images that the model was trained on.
-        drawn: others of the same pool.
+        pair: the real ones are those that the model was trained on.
     """
-    among = nearest_distances(real)
+    among = pair.among_real.nearest
     near = torch.maximum(among.quantile(_NEAR_QUANTILE), _SAME * among.median())
-    return (nearest_distances(drawn, real) <= near).double().mean().item()
+    return (pair.drawn_to_real.nearest <= near).double().mean().item()
 
 
 def closest_pairs(real: Tensor, drawn: Tensor, number: int) -> list[tuple[int, int]]:
     """The drawn images that are nearest to a real one: (index of the drawn, index of the real)."""
-    x, y = pooled(real, drawn)
-    found = nearest_distances(y, x).topk(min(number, len(y)), largest=False).indices
-    partners = torch.cat([rows.argmin(1) for rows in y[found].distances(x)])
-    return list(zip(found.tolist(), partners.tolist(), strict=True))
+    real, blocks = real.double(), torch.split(drawn, max(1, _BLOCK // len(real)))
+    nearest = [torch.cdist(rows.double(), real).min(1) for rows in blocks]
+    distances, partners = (torch.cat(parts) for parts in zip(*nearest, strict=True))
+    found = distances.topk(min(number, len(drawn)), largest=False).indices
+    return list(zip(found.tolist(), partners[found].tolist(), strict=True))
 
 
 INFINITE = float("inf")
-# By the name of the metric: what it computes, and the figures that this gives.
-METRICS: dict[str, tuple[Callable[[Any, Any], Any], tuple[Figure, ...]]] = {
+# By the name of the metric: what computes it, and the figures that this gives.
+METRICS: dict[str, tuple[Callable[..., Any], tuple[Figure, ...]]] = {
     "fd": (frechet_distance, (Figure("fd", "Frechet distance", True, (0, INFINITE)),)),
-    "kid": (kernel_distance, (Figure("kid", "kernel distance", True, (-INFINITE, INFINITE)),)),
+    "kid": (kernel_distance_of, (Figure("kid", "kernel distance", True, (-INFINITE, INFINITE)),)),
     "precision-recall": (
-        precision_recall,
+        precision_recall_of,
         (Figure("precision", "precision", False), Figure("recall", "recall", False)),
     ),
     "coverage": (
-        density_coverage,
+        density_coverage_of,
         (Figure("density", "density", False, (0, INFINITE)), Figure("coverage", "coverage", False)),
     ),
-    "memorisation": (share_of_copies, (Figure("copies", "share of copies", True),)),
+    "memorisation": (share_of_copies_of, (Figure("copies", "share of copies", True),)),
 }
 
 
@@ -89,7 +94,7 @@ FEWEST = {"fd": 4, "kid": 6, "precision-recall": 8, "coverage": 12, "memorisatio
 
 
 def measure(
-    metric: str,
+    metrics: str | Sequence[str],
     real: Tensor,
     drawn: Tensor,
     held_out: Tensor | None = None,
@@ -97,10 +102,10 @@ def measure(
     seed: int = 0,
     device: Any = "cpu",
 ) -> list[dict[str, Any]]:
-    """The figures of a metric, as JSON values.
+    """The figures of one or more metrics, as JSON values; more of them cost little.
 
     Args:
-        metric: a key of `METRICS`.
+        metrics: keys of `METRICS`.
         real: features of real images, (N, d): those that the model was trained on.
         drawn: features of drawn ones, (M, d).
         held_out: of real images that it was not trained on; without them the floor is measured
@@ -108,80 +113,114 @@ def measure(
         seed: of the halves.
         device: where they are compared.
     Returns:
-        for each figure "value", its "interval" of 95 %, its values of the "halves", and its
-        "floor": the value between real images, and at the same numbers of images that of the drawn
-        ones.
+        for each figure its "metric", "value", its "interval" of 95 %, its values of the "halves",
+        and its "floor": the value between real images, and at the same numbers of images that of
+        the drawn ones.
     Raises:
         ValueError: if there are too few images.
     """
-    function, figures = METRICS[metric]
+    metrics = [metrics] if isinstance(metrics, str) else metrics
     x, y, *z = pooled(real, drawn, *([] if held_out is None else [held_out]), device=device)
-    for name, images in zip(("real", "drawn", "held-out"), (x, y, *z), strict=False):
-        if len(images) < FEWEST[metric]:
-            raise ValueError(
-                f"{metric} needs {FEWEST[metric]} {name} images at least, got {len(images)}"
-            )
-    if not x.pool.features.isfinite().all():
+    for metric in metrics:
+        for name, images in zip(("real", "drawn", "held-out"), (x, y, *z), strict=False):
+            if len(images) < FEWEST[metric]:
+                raise ValueError(
+                    f"{metric} needs {FEWEST[metric]} {name} images at least, got {len(images)}"
+                )
+    if not x.pool.isfinite().all():
         raise ValueError("features must be finite, but some are not")
     splits = _splits(x, y, z[0] if z else None, seed)
-    half, second = splits[0][1:]
-    by_directions = metric == "fd" and min(real.shape[1], len(half), len(second)) > _NUM_DIRECTIONS
-    pool = Pool(in_span(x.pool.features, _NUM_DIRECTIONS)) if by_directions else x.pool
-    measured = torch.stack([_of_split(function, pool, split) for split in splits])
-    if by_directions:
-        measured += _of_split(function, x.pool, splits[0]) - measured[0]
-    halves, draws, floors = measured.unbind(1)
-    values, errors = _values(function, x, y), halves.std(0)
-    size = min(len(half), len(second))
-    return [
-        _described(figure, values[i].item(), errors[i].item(), draws[:, i], floors[:, i])
-        | {
-            "metric": metric,
-            "num_real": len(real),
-            "num_drawn": len(drawn),
-            "halves": halves[:, i].tolist(),
-            "num_resamples": NUM_RESAMPLES,
-            "floor_between": "halves" if held_out is None else "training and held-out images",
-            "floor_num_images": [len(real) // 2, size],
-        }
-        for i, figure in enumerate(figures)
-    ]
+    found = _found(metrics, (x, y), splits)
+    shared = {
+        "num_real": len(real),
+        "num_drawn": len(drawn),
+        "num_resamples": NUM_RESAMPLES,
+        "floor_between": "halves" if held_out is None else "training and held-out images",
+        "floor_num_images": [len(real) // 2, len(splits[0][2][1])],
+    }
+    results = []
+    for metric, values in found.items():
+        # Where few images are held out, the floor is that of few, but not the interval.
+        halves, draws, floors = (
+            torch.stack([values[sets] for sets in column]) for column in zip(*splits, strict=True)
+        )
+        value, error = values[x, y], halves.std(0)
+        for i, figure in enumerate(METRICS[metric][1]):
+            described = _described(
+                figure, value[i].item(), error[i].item(), draws[:, i], floors[:, i]
+            )
+            own = {"metric": metric, "halves": halves[:, i].tolist()}
+            results.append(described | own | shared)
+    return results
 
 
 def _splits(
     real: FeatureSet, drawn: FeatureSet, held_out: FeatureSet | None, seed: int
-) -> list[tuple[FeatureSet, ...]]:
-    """Random halves: of the real images, of the drawn ones, and of those that give the floor."""
+) -> list[tuple[Sets, Sets, Sets]]:
+    """Random halves: of the real images, with one of the drawn ones, then with what the floor
+    compares, which is as many drawn and other real ones."""
     generator = torch.Generator().manual_seed(seed_of(seed, "halves"))
 
-    def shuffled(x: FeatureSet) -> FeatureSet:
-        return x[torch.randperm(len(x), generator=generator).to(x.rows.device)]
+    def shuffled(x: FeatureSet) -> Tensor:
+        return x.rows[torch.randperm(len(x), generator=generator).to(x.rows.device)]
 
-    splits: list[tuple[FeatureSet, ...]] = []
+    splits = []
     for _ in range(NUM_RESAMPLES):
         order = shuffled(real)
         first, second = order[: -(-len(order) // 2)], order[-(-len(order) // 2) :]
         if held_out is not None:
             second = shuffled(held_out)[: max(len(held_out) // 2, 1)]
-        splits.append((first, shuffled(drawn)[: len(drawn) // 2], second))
+        half = shuffled(drawn)[: len(drawn) // 2]
+        size = min(len(second), len(half))
+        x, y, floor = (FeatureSet(real.pool, rows) for rows in (first, half, second[:size]))
+        few = y if size == len(half) else FeatureSet(real.pool, half[:size])
+        splits.append(((x, y), (x, few), (x, floor)))
     return splits
 
 
-def _values(function: Callable[[Any, Any], Any], a: FeatureSet, b: FeatureSet) -> Tensor:
-    return torch.tensor(function(a, b), dtype=torch.float64).reshape(-1)
+def _found(
+    metrics: Sequence[str], whole: Sets, splits: list[tuple[Sets, Sets, Sets]]
+) -> dict[str, dict[Sets, Tensor]]:
+    """By metric, what it gives for the whole sets and for each of the splits, (figures,)."""
+    found = {}
+    pairs: dict[Sets, Pair] = {}
+    for metric in metrics:
+        if metric == "fd":
+            found[metric] = _frechet_distances(whole, splits)
+            continue
+        if not pairs:
+            sets = list(dict.fromkeys([whole, *chain(*splits)]))
+            ks = [_NEIGHBOURS[name] for name in metrics if name in _NEIGHBOURS]
+            pairs = dict(zip(sets, look(sets, ks), strict=True))
+        function = METRICS[metric][0]
+        found[metric] = {sets: _vector(function(pair)) for sets, pair in pairs.items()}
+    return found
 
 
-def _of_split(
-    function: Callable[[Any, Any], Any], pool: Pool, split: tuple[FeatureSet, ...]
-) -> Tensor:
-    """Figures of a half of the drawn images, of as many as there are for the floor, and of the
-    floor, by the features in `pool`: (3, figures)."""
-    first, half, second = (FeatureSet(pool, part.rows) for part in split)
-    of_half = _values(function, first, half)
-    size = min(len(second), len(half))
-    # Where few images are held out, the floor is that of few, but not the interval.
-    of_drawn = _values(function, first, half[:size]) if size < len(half) else of_half
-    return torch.stack([of_half, of_drawn, _values(function, first, second[:size])])
+def _frechet_distances(whole: Sets, splits: list[tuple[Sets, Sets, Sets]]) -> dict[Sets, Tensor]:
+    """Of the whole sets and the first split in all dimensions, of the others by what leads."""
+
+    def distances(pairs: Iterable[Sets], pool: Tensor) -> dict[Sets, Tensor]:
+        moved = cache(lambda x: FeatureSet(pool, x.rows))
+        return {
+            (x, y): _vector(frechet_distance(moved(x), moved(y))) for x, y in dict.fromkeys(pairs)
+        }
+
+    pool, first = whole[0].pool, splits[0]
+    if min(pool.shape[1], len(first[-1][1])) <= _NUM_DIRECTIONS:
+        return distances([whole, *chain(*splits)], pool)
+    exact = distances([whole, *first], pool)
+    leading = distances(chain(*splits), in_span(pool, _NUM_DIRECTIONS))
+    shifted = {
+        sets: leading[sets] + exact[alike] - leading[alike]
+        for split in splits
+        for sets, alike in zip(split, first, strict=True)
+    }
+    return shifted | {whole: exact[whole]}
+
+
+def _vector(value: Any) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64).reshape(-1)
 
 
 def _described(

@@ -1,93 +1,138 @@
-"""Sets of images by their features, in one pool: halves of them are cheap to compare."""
+"""Sets of features in one pool, and what the images of one set see of those of another.
+
+Sets such as random halves are many and overlap. So all pairs of images are looked at in one pass,
+a block at once: its inner products, in float64, are computed once for all sets. Memory is 8 N d
+bytes, and some five blocks of 32 MB on a CPU, of 128 MB elsewhere.
+"""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-_KEPT = 2**26  # entries of the matrix of all inner products that is kept: 512 MB
-_BLOCK = 2**24  # entries of a matrix of pairs that are in memory at once: 128 MB
-
-
-class Pool:
-    """Features of all images at hand, (N, d), and their inner products in float64.
-
-    Those are kept where they fit, up to some 8,000 images, or else computed each time.
-    """
-
-    def __init__(self, features: Tensor) -> None:
-        self.features = features
-
-    @cached_property
-    def products(self) -> Tensor | None:
-        """All of them, (N, N), or None where that is too large."""
-        x = self.features
-        return x.double() @ x.double().T if len(x) ** 2 <= _KEPT else None
-
-    @cached_property
-    def squares(self) -> Tensor:
-        """Of each image with itself, (N,)."""
-        if self.products is not None:
-            return self.products.diagonal()
-        return torch.cat(
-            [rows.double().square().sum(1) for rows in torch.split(self.features, 4096)]
-        )
+_BLOCK = 2**22  # pairs of images that are looked at at once: larger ones come from no heap or cache
+# Of the mean square of features: below it a square of a distance is rounding, also of the features.
+_ZERO = 1e-14
 
 
 class FeatureSet:
-    """Some images of a pool; indexed like a tensor, it gives some of these.
+    """Some images of a pool.
 
     Attributes:
-        pool: where they are.
-        rows: which, (n,).
+        pool: the features of all images at hand, (N, d).
+        rows: which of them, (n,), in ascending order.
     """
 
-    def __init__(self, pool: Pool, rows: Tensor) -> None:
-        self.pool, self.rows = pool, rows
+    def __init__(self, pool: Tensor, rows: Tensor) -> None:
+        self.pool, self.rows = pool, rows.sort().values
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, picked: Any) -> "FeatureSet":
-        return FeatureSet(self.pool, self.rows[picked])
-
-    @property
-    def features(self) -> Tensor:
-        """Of these images, (n, d)."""
-        return self.pool.features[self.rows]
-
-    @property
-    def squares(self) -> Tensor:
-        """The inner product of each image with itself, (n,)."""
-        return self.pool.squares[self.rows]
-
     @cached_property
     def moments(self) -> tuple[Tensor, Tensor]:
         """Mean (d,), and A of at most d rows with A^T A the covariance."""
-        return _mean_and_factor(self.features)
+        return _mean_and_factor(self.pool[self.rows])
 
-    def products(self, other: "FeatureSet") -> Iterator[Tensor]:
-        """Inner products with those of another set of the pool: some rows of (n, m) at once."""
-        kept, columns = self.pool.products, None
-        for rows in torch.split(self.rows, max(1, _BLOCK // len(other))):
-            if kept is not None:
-                yield kept[rows[:, None], other.rows]
-                continue
-            if columns is None:
-                columns = other.features.double().T
-            yield self.pool.features[rows].double() @ columns
 
-    def distances(self, other: "FeatureSet") -> Iterator[Tensor]:
-        """Distances to those of another set of the pool: some rows of (n, m) at once."""
-        first = 0
-        for products in self.products(other):
-            last = first + len(products)
-            squares = self.squares[first:last, None] + other.squares
-            yield squares.sub_(products, alpha=2).clamp_(min=0).sqrt_()
-            first = last
+class Seen:
+    """What each image of one set sees of another set, or of the other images of its own.
+
+    The ball of an image reaches to its k-th nearest neighbour in its own set.
+
+    Attributes:
+        kernel_sums: the sum of (x.y / d + 1)^3 over the others, (n,).
+        nearest: the distance to the nearest of them, (n,).
+        has_inside: by k, whether one of another set is in its ball, (n,).
+        num_balls: by k, in how many of the balls each of the other set is, (m,).
+    """
+
+    def __init__(self, x: FeatureSet, y: FeatureSet, ks: Sequence[int]) -> None:
+        of_x = x.pool.new_empty(len(x), dtype=torch.float64)
+        self.kernel_sums, self.nearest = of_x, of_x.clone()
+        self.has_inside = {k: of_x.bool() for k in ks}
+        self.num_balls = {k: torch.zeros_like(y.rows, dtype=torch.int32) for k in ks}
+
+    def add(self, part: slice, kernel_sums: Tensor, distances: Tensor, radii: Tensor) -> None:
+        """Look with some of the images, p of them.
+
+        Args:
+            part: which of the n.
+            kernel_sums: theirs, (p,).
+            distances: of each to all of the others, (p, m).
+            radii: of their balls, (p, largest k).
+        """
+        self.kernel_sums[part] = kernel_sums
+        self.nearest[part] = distances.amin(1)
+        for k, num_balls in self.num_balls.items():
+            is_inside = distances <= radii[:, k - 1 : k]
+            self.has_inside[k][part] = is_inside.any(1)
+            num_balls += is_inside.sum(0, dtype=torch.int32)
+
+
+class Pair(NamedTuple):
+    """What real images see of each other, drawn ones of each other, and each of the others."""
+
+    among_real: Seen
+    among_drawn: Seen
+    real_to_drawn: Seen
+    drawn_to_real: Seen
+
+
+def look(pairs: Sequence[tuple[FeatureSet, FeatureSet]], ks: Sequence[int] = ()) -> list[Pair]:
+    """What the images of two sets see, for each pair of sets of one pool.
+
+    Args:
+        pairs: real and drawn ones.
+        ks: neighbours that balls reach to; all sets have more images than the largest.
+    """
+    pool, sets = pairs[0][0].pool, list(dict.fromkeys(chain(*pairs)))
+    views = {x: {x: Seen(x, x, ())} for x in sets}
+    for x, y in pairs:
+        views[x][y], views[y][x] = Seen(x, y, ks), Seen(y, x, ks)
+    numbers = {x: number for number, x in enumerate(sets)}
+    is_in = torch.zeros(len(pool), len(sets), dtype=torch.float64, device=pool.device)
+    for x, number in numbers.items():
+        is_in[x.rows, number] = 1
+    for block, kernel, distances in _blocks(pool):
+        kernel_sums = kernel @ is_in  # (B, sets)
+        for x, of_x in views.items():
+            start, stop = torch.searchsorted(x.rows, block).tolist()
+            rows = x.rows[start:stop] - block[0]
+            to_all, sums = distances[rows], kernel_sums[rows]
+            for y, seen in of_x.items():  # its own set is the first
+                to_y = to_all.gather(1, y.rows.expand(len(rows), -1))
+                if y is x:
+                    radii = to_y.topk(max(ks, default=1), largest=False).values
+                seen.add(slice(start, stop), sums[:, numbers[y]], to_y, radii)
+    return [Pair(views[x][x], views[y][y], views[x][y], views[y][x]) for x, y in pairs]
+
+
+def _blocks(features: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Of some rows at once the first and the last, the kernel and the distances to all images.
+
+    No image is among its own neighbours: there the kernel is 0, and the distance infinite.
+    """
+    x = features.double()
+    squares = x.square().sum(1)
+    zero = _ZERO * squares.mean().item()
+    # Elsewhere than on a CPU an operation on few takes as long as one on many.
+    size = max(1, _BLOCK * (1 if x.is_cpu else 4) // len(x))
+    for first in range(0, len(x), size):
+        block = slice(first, first + size)
+        products = x[block] @ x.T
+        distances = squares[block, None] + squares
+        distances.sub_(products, alpha=2)
+        F.threshold(distances, zero, 0, inplace=True).sqrt_()
+        kernel = products.div_(x.shape[1]).add_(1).pow_(3)
+        kernel[:, block].fill_diagonal_(0)
+        distances[:, block].fill_diagonal_(math.inf)
+        yield torch.tensor([first, first + len(kernel)], device=x.device), kernel, distances
 
 
 def pooled(*sets: Tensor, device: Any = None) -> list[FeatureSet]:
@@ -97,11 +142,10 @@ def pooled(*sets: Tensor, device: Any = None) -> list[FeatureSet]:
         sets: features, (n, d) each.
         device: where they are compared; without float64 there, on the CPU.
     """
-    features = torch.cat(sets)
+    pool = torch.cat(sets)
     if device is not None:
-        features = features.to("cpu" if torch.device(device).type == "mps" else device)
-    rows = torch.arange(len(features), device=features.device)
-    pool = Pool(features)
+        pool = pool.to("cpu" if torch.device(device).type == "mps" else device)
+    rows = torch.arange(len(pool), device=pool.device)
     return [FeatureSet(pool, part) for part in torch.split(rows, [len(x) for x in sets])]
 
 
