@@ -73,6 +73,15 @@ def test_a_network_that_is_compiled_wrongly_is_not_trained(tmp_path, monkeypatch
     assert not (tmp_path / "model").exists()
 
 
+@torch._dynamo.config.patch(disable=True)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_it_is_said_that_gradients_of_a_compiled_network_with_dropout_are_not_checked(
+    tmp_path, capsys, dropout
+):
+    run(tmp_path, unet=tiny_unet(dropout=dropout), max_train_steps=2, compile=True)
+    assert ("gradients are not checked" in capsys.readouterr().out) == (dropout > 0)
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [([], None), (["--compile"], True), (["--no-compile"], False), (["--compile", "no"], False)],

@@ -75,9 +75,11 @@ def _fits_memory(run: Run) -> bool:
 def _check_compiled(run: Run) -> None:
     """Refuse compiled kernels whose gradients are not those of the network itself.
 
-    Dropout draws other masks when it is compiled: then nothing can be said.
+    Dropout draws other masks when it is compiled. To switch it off is to compile the network once
+    more, in half the time that the first one takes: too long for a check.
     """
     if any(isinstance(part, torch.nn.Dropout) and part.p > 0 for part in run.state.unet.modules()):
+        run.accelerator.print("compile    gradients are not checked: the network has dropout")
         return
     run.accelerator.print("compile    the network, which takes a minute or more")
     run.model.train()  # as it will be: for the other mode it would be compiled anew
