@@ -127,16 +127,27 @@ def measure(options: argparse.Namespace, state: Any) -> None:
     """What `calibrate` does, in a folder that these processes alone have."""
     from ddpm_hf.diffusion.files import remove_folder
     from ddpm_hf.evaluation.calibration import measure_calibration
+    from ddpm_hf.evaluation.held_out import held_out_by_training
     from ddpm_hf.evaluation.images import images_for
     from ddpm_hf.evaluation.likelihood import BoundOptions
     from ddpm_hf.parts import from_main
 
     pipeline = load_model(options).to(state.device)
     evaluator = evaluator_of(options) if options.sweep else None
-    data = data_source(options)
+    data = held_out_by_training(
+        data_source(options),
+        [options.model],
+        revision=options.revision,
+        use_safetensors=not options.allow_pickle,
+        progress=state.is_main_process,
+    )
+    if evaluator is not None:
+        evaluator.data = data
+    part = data.measured()
     images = images_for(
         pipeline.unet,
-        data.rows(data.measured_split()),
+        data.rows(part.split),
+        rows=part.rows,
         num_images=options.num_images,
         at_most=NUM_IMAGES,
         seed=options.seed,
@@ -151,7 +162,7 @@ def measure(options: argparse.Namespace, state: Any) -> None:
     measured = measure_calibration(
         pipeline.unet, pipeline.scheduler, images, how, unfinished, state
     )
-    kept: dict[str, Any] = {}
+    kept: dict[str, Any] = {"dataset": data.facts() | {"image": images.facts.to_config()["image"]}}
 
     def keep_curve() -> Any:
         """On the main process, before a sweep that may take long."""
@@ -184,8 +195,11 @@ def data_source(options: argparse.Namespace) -> Any:
     return DataSource(
         options.dataset,
         options.split,
-        config_name=options.dataset_config,
-        revision=options.dataset_revision,
+        options.reference_split,
+        options.dataset_config,
+        options.dataset_revision,
+        options.image_column,
+        options.on_bad_image,
     )
 
 
@@ -205,7 +219,7 @@ def evaluator_of(options: argparse.Namespace) -> Any:
 def curve_of(
     options: argparse.Namespace, measured: Any, unet: Any, images: Any, how: Any, seconds: float
 ) -> dict[str, Any]:
-    """The curve, what follows from it, and the scheduler that has it."""
+    """The curve with what follows from it, and the scheduler that has it."""
     from ddpm_hf.evaluation.calibration import described, timesteps_of
 
     result = described(measured, images, how) | {"seconds": seconds}
@@ -214,8 +228,7 @@ def curve_of(
         found = timesteps_of(unet, scheduler, images, options.seed)
         result["calibrated_timesteps"] = found
         scheduler = scheduler.from_config(scheduler.config, calibrated_timesteps=found)
-    dataset = data_source(options).facts() | {"image": images.facts.to_config()["image"]}
-    return {"curve": result, "scheduler": scheduler, "dataset": dataset}
+    return {"curve": result, "scheduler": scheduler}
 
 
 def write(options: argparse.Namespace, kept: dict[str, Any]) -> tuple[Path, Path]:
@@ -236,12 +249,20 @@ def show_curve(options: argparse.Namespace, kept: dict[str, Any]) -> None:
     """Print what few steps lose, and draw it."""
     from ddpm_hf.evaluation.calibration import table
 
-    print(table(kept["curve"]))
+    print(f"{table(kept['curve'])}\nmeasured on {images_of(kept)}")
     for remark in kept["curve"]["remarks"]:
         print(f"note: {remark}")
     draw_picture(kept["curve"], options.output)
     if options.timesteps:
         print("timesteps were found for DDIM and DPM-Solver++ 2M; others are not promised")
+
+
+def images_of(kept: dict[str, Any]) -> str:
+    """How many images the curve is of, and which."""
+    from ddpm_hf.evaluation.report import held_out
+
+    dataset, images = kept["dataset"], counted(kept["curve"]["num_images"], "image")
+    return f"{images} of {dataset['name']}, {dataset['split']}{held_out(dataset)}"
 
 
 def show_sweep(kept: dict[str, Any]) -> None:
@@ -272,10 +293,7 @@ def write_card(folder: Path, kept: dict[str, Any]) -> None:
     """Show the tables in the model's card; without that the result is no worse."""
     from ddpm_hf.hub.card import write_calibration
 
-    curve, dataset = kept["curve"], kept["dataset"]
-    images = counted(curve["num_images"], "image")
-    how = f"predicted from {images} of {dataset['name']}, {dataset['split']}"
-    facts = {"rows": curve["rows"], "how": how}
+    facts = {"rows": kept["curve"]["rows"], "how": f"predicted from {images_of(kept)}"}
     if swept := kept.get("sweep"):
         facts["sweep"] = {k: v for k, v in swept.items() if k not in ("options", "left_out")}
     try:

@@ -111,7 +111,7 @@ def add_data(group: Any, how_many: str = "all") -> None:
         "--split",
         metavar="NAME",
         help="of the data set, with images that the model was not trained on (default: test or "
-        "validation, where there is one)",
+        "validation, where there is one; else what the training of the model held out itself)",
     )
     group.add_argument(
         "--num-images",

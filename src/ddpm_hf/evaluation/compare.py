@@ -124,6 +124,7 @@ def compare(
         raise ValueError("models_or_images is empty: there is nothing to compare")
     evaluator = Evaluator(dataset, metrics, EvaluationOptions(**options), progress=progress)
     with results_folder(evaluator.state, output) as folder:
+        evaluator.use_held_out_of(models_or_images)
         found = compare_settings(evaluator, settings, folder)
         if found is None:
             return None

@@ -4,7 +4,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from ddpm_hf.evaluation.report import BITS
+from ddpm_hf.evaluation.report import BITS, held_out, trained_on
 from ddpm_hf.evaluation.sets import picture
 from ddpm_hf.pictures import image_grid
 from ddpm_hf.sampling import open_drawn
@@ -29,12 +29,14 @@ def table(result: dict[str, Any]) -> str:
     if images:
         said.append(
             f"{counted(images['num_drawn'], 'drawn image')} against {images['num_real']:,} real"
-            f" ones of {dataset['name']}; by {options['features']}; seed {options['seed']}"
+            f" ones of {dataset['name']}{trained_on(dataset)}; by {options['features']}; seed"
+            f" {options['seed']}"
         )
         said.append("s/image: of one process while it drew, median over batches")
     elif rows:
         count = rows[0]["figures"][BITS]["num_images"]
-        said.append(f"{counted(count, 'image')} of {dataset['name']}, {dataset['split']}")
+        of_split = f"{dataset['name']}, {dataset['split']}{held_out(dataset)}"
+        said.append(f"{counted(count, 'image')} of {of_split}")
     for reason in dict.fromkeys(row["reason"] for row in left_out):
         which = [row["setting"] for row in left_out if row["reason"] == reason]
         said.append(f"left out: {'; '.join(which)}: {reason}")

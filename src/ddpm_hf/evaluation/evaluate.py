@@ -55,7 +55,8 @@ def evaluate(
             bits/dim, real images to use; by default all.
         seed: of the images, the noise, and the halves that intervals come from.
         split: of real images that the model was not trained on: for bits/dim, and for the floor;
-            by default "test" or "validation", where there is one.
+            by default "test" or "validation", where there is one; else those that the training of
+            the model, given by name or folder, held out of `reference_split` itself.
         reference_split: of those that it was trained on, which drawn ones are compared with. Of the
             two, one that does not exist is done without; then the floor is between halves.
         dataset_config, dataset_revision: of a data set on the Hub.
@@ -103,4 +104,5 @@ def evaluate(
         metrics = (BITS,) if is_bound else tuple(METRICS)
     evaluator = Evaluator(dataset, metrics, options, progress=progress)
     with results_folder(evaluator.state, output) as folder:
+        evaluator.use_held_out_of([model_or_images])
         return evaluator.evaluate(evaluator.load(model_or_images), folder)

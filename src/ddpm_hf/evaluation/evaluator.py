@@ -15,9 +15,10 @@ from torch import Tensor
 from ddpm_hf.diffusion.images import ImageFacts
 from ddpm_hf.evaluation.classes import Rows, add_classes, rows_of_classes
 from ddpm_hf.evaluation.features import DEFAULT_FEATURES, Features, features_of, load_features
+from ddpm_hf.evaluation.held_out import held_out_by_training
 from ddpm_hf.evaluation.images import facts_of, images_for
 from ddpm_hf.evaluation.likelihood import BoundOptions, forget_parts, measure_bits_per_dim
-from ddpm_hf.evaluation.metrics import METRICS, closest_pairs, measure
+from ddpm_hf.evaluation.metrics import FEWEST, METRICS, closest_pairs, measure
 from ddpm_hf.evaluation.report import BITS, read_results, report_of, write_report
 from ddpm_hf.evaluation.sets import DataSource, facts_of_set, image_set, picture
 from ddpm_hf.hub.load import load
@@ -148,6 +149,17 @@ class Evaluator:
         )
         self._real: dict[tuple[Any, ...], RealImages] = {}
 
+    def use_held_out_of(self, sources: Sequence[Any]) -> None:
+        """Heed the images that the training of all models among these held out, if they agree."""
+        options = self.options
+        self.data = held_out_by_training(
+            self.data,
+            [source for source in sources if is_model(source)],
+            revision=options.revision,
+            use_safetensors=options.use_safetensors,
+            progress=self.progress,
+        )
+
     @cached_property
     def network(self) -> Features:
         """What images are compared by."""
@@ -157,14 +169,21 @@ class Evaluator:
         """The real images in this size, mode and depth, with their features."""
         key = (facts.mode, facts.height, facts.width, facts.bit_depth)
         if key not in self._real:
-            reference, held_out = self.data.splits()
+            reference, held_out = self.data.parts()
+            if self.data.hold_out is not None and self.data.hold_out.num_held_out < self._fewest():
+                held_out = None  # the floor is between halves of those that were trained on
             labels: Any = (self.options.class_column or True) if self.options.per_class else None
             images = self.data.images(reference, facts, self.progress, labels)
             x = self._features(images)
             others = self.data.images(held_out, facts, self.progress, labels) if held_out else None
             z = self._features(others) if others else None
-            self._real[key] = RealImages(reference, held_out, images, others, x, z)
+            names = reference.split, held_out.split if held_out else None
+            self._real[key] = RealImages(*names, images, others, x, z)
         return self._real[key]
+
+    def _fewest(self) -> int:
+        """Images that a floor takes."""
+        return max(FEWEST[name] for name in self.metrics if name != BITS)
 
     def load(self, source: Any) -> Subject:
         """A model on the device of this process, or images.
@@ -249,10 +268,11 @@ class Evaluator:
 
     def _bits(self, pipeline: Any, options: EvaluationOptions, folder: Path) -> Any:
         """Bits/dim of the held-out images."""
-        number = options.num_images
+        number, part = options.num_images, self.data.measured()
         images = images_for(
             pipeline.unet,
-            self.data.rows(self.data.measured_split()),
+            self.data.rows(part.split),
+            rows=part.rows,
             num_images=number if self.metrics == (BITS,) else None,
             at_most=number,
             seed=options.seed,

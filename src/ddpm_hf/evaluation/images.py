@@ -61,6 +61,7 @@ def images_for(
     unet: UNet2DModel,
     dataset: Any,
     *,
+    rows: Sequence[int] | None = None,
     num_images: int | None = None,
     at_most: int | None = None,
     seed: int = 0,
@@ -74,6 +75,7 @@ def images_for(
     Args:
         unet: the model's network.
         dataset: from `load_images` or from `datasets`.
+        rows: of these images alone, ascending; None for all.
         num_images: how many, drawn by the seed; None for all, or for `at_most`.
         at_most: where `num_images` is None, no more than these.
         seed: of that draw.
@@ -95,12 +97,15 @@ def images_for(
         progress=progress,
     )
     images = TrainingImages(prepared, size_multiple=size_multiple(unet))
-    if num_images is not None and num_images > len(images):
-        raise DataError(f"num_images is {num_images:,}, but the data set has {len(images):,}")
+    rows = range(len(images)) if rows is None else rows
+    if num_images is not None and num_images > len(rows):
+        kind = "the data set has" if len(rows) == len(images) else "training held out"
+        raise DataError(f"num_images is {num_images:,}, but {kind} {len(rows):,}")
     labels = _labels(prepared, facts.class_names) if is_conditional else None
     generator = torch.Generator().manual_seed(seed_of(seed, "evaluation images"))
-    order: list[int] = torch.randperm(len(images), generator=generator).tolist()
-    return EvaluationImages(images, sorted(order[: num_images or at_most]), labels, facts)
+    order: list[int] = torch.randperm(len(rows), generator=generator).tolist()
+    chosen = sorted(rows[place] for place in order[: num_images or at_most])
+    return EvaluationImages(images, chosen, labels, facts)
 
 
 def prepared_like(facts: ImageFacts, dataset: Any, **options: Any) -> ImageDataset:

@@ -115,10 +115,22 @@ def tables(report: dict[str, Any]) -> str:
     bits = [table(result, report["dataset"]) for result in results if result["name"] == BITS]
     figures = [result for result in results if result["name"] != BITS]
     of_classes = [class_table(figure) for figure in figures if "classes" in figure]
-    return "\n\n".join([*bits, *([comparison(figures)] if figures else []), *of_classes])
+    compared = [comparison(figures, report["dataset"])] if figures else []
+    return "\n\n".join([*bits, *compared, *of_classes])
 
 
-def comparison(figures: list[dict[str, Any]]) -> str:
+def held_out(dataset: dict[str, Any]) -> str:
+    """What is said behind "20 images of train", where these are those that training held out."""
+    return " that training held out" if dataset.get("held_out") else ""
+
+
+def trained_on(dataset: dict[str, Any]) -> str:
+    """What is said behind "380 of train", where these are those that it did not hold out."""
+    left_out = dataset.get("held_out")
+    return f" without the {left_out['num_held_out']:,} that training held out" if left_out else ""
+
+
+def comparison(figures: list[dict[str, Any]], dataset: dict[str, Any]) -> str:
     """The figures that compare drawn images with real ones, each beside its floor."""
     lines = [f"{'':18}{'value':>10}  {'95 % interval':23}{'drawn':>11}{'real':>11}"]
     for figure in figures:
@@ -131,13 +143,14 @@ def comparison(figures: list[dict[str, Any]]) -> str:
     lines += [f"note: {f['label']}: {f['note']}" for f in figures if f["note"]]
     first = figures[0]
     sizes = first["floor_num_images"]
-    held_out = first["held_out_split"]
-    beside = f"of {held_out}" if held_out else "of the other half"
+    split = first["held_out_split"]
+    beside = f"of {split}{held_out(dataset)}" if split else "of the other half"
     return "\n".join([
         *lines,
         "",
         f"value     {counted(first['num_drawn'], 'drawn image')} against"
-        f" {first['num_real']:,} of {first['reference_split']}; by {first['features']['name']}",
+        f" {first['num_real']:,} of {first['reference_split']}{trained_on(dataset)}; by"
+        f" {first['features']['name']}",
         f"drawn     the same of {sizes[1]:,} drawn against {sizes[0]:,} real ones, mean of"
         f" {first['num_resamples']} draws",
         f"real      of {sizes[1]:,} real ones {beside} instead: what a perfect model would get;"
@@ -181,7 +194,7 @@ def table(result: dict[str, Any], dataset: dict[str, Any]) -> str:
     lines += [
         "",
         f"data      {dataset['name']}, {dataset['split']}: "
-        f"{counted(result['num_images'], 'image')}, {size}, {image['mode']}, "
+        f"{counted(result['num_images'], 'image')}{held_out(dataset)}, {size}, {image['mode']}, "
         f"{result['bit_depth']} bit",
         f"bound     {how(result)}",
     ]
@@ -210,17 +223,19 @@ def card_results(report: dict[str, Any]) -> list[dict[str, Any]]:
             for name, value in options.items()
             if value is not None and name != "per_class"  # of which the card says nothing
         }
-        row = _bits_row(result) if is_bits else _figure_row(result)
+        row = (_bits_row if is_bits else _figure_row)(result, report["dataset"])
         interval = row.pop("interval")
         command = command_of([report["model"]["name"]], dataset["name"], options)
         args = {"evaluate": options, "interval": interval, "weights": report["model"]["weights"]}
         args |= {} if is_bits else {"features": result["features"]["digest"]}
+        if left_out := report["dataset"].get("held_out"):
+            args["held_out"] = left_out
         row |= {"how": f"{row['how']}; by {command}", "dataset": dataset, "args": args}
         rows.append(row)
     return rows
 
 
-def _bits_row(result: dict[str, Any]) -> dict[str, Any]:
+def _bits_row(result: dict[str, Any], dataset: dict[str, Any]) -> dict[str, Any]:
     error, value = result["standard_error"], result["value"]
     precision = "" if error is None else f", standard error {error:.2g}"
     half_width = NORMAL_95 * (error or 0.0)
@@ -228,12 +243,13 @@ def _bits_row(result: dict[str, Any]) -> dict[str, Any]:
         "type": BITS,
         "name": f"bits/dim (bound, K = {result['num_inference_steps']:,})",
         "value": value,
-        "how": f"{counted(result['num_images'], 'image')}{precision}; {how(result)}",
+        "how": f"{counted(result['num_images'], 'image')}{held_out(dataset)}{precision};"
+        f" {how(result)}",
         "interval": [value - half_width, value + half_width],
     }
 
 
-def _figure_row(result: dict[str, Any]) -> dict[str, Any]:
+def _figure_row(result: dict[str, Any], dataset: dict[str, Any]) -> dict[str, Any]:
     low, high = result["interval"]
     floor, steps = result["floor"], result["num_inference_steps"]
     K = f"; K = {steps:,}, {result['scheduler']}" if steps else ""
@@ -242,8 +258,8 @@ def _figure_row(result: dict[str, Any]) -> dict[str, Any]:
         "name": f"{result['label']} ({result['features']['name']})",
         "value": result["value"],
         "how": f"{counted(result['num_drawn'], 'drawn image')} against {result['num_real']:,} of"
-        f" {result['reference_split']}{K}; 95 % interval {low:.4g} to {high:.4g}; at"
-        f" {result['floor_num_images'][1]:,} images {floor['drawn']:.4g}, real ones"
+        f" {result['reference_split']}{trained_on(dataset)}{K}; 95 % interval {low:.4g} to"
+        f" {high:.4g}; at {result['floor_num_images'][1]:,} images {floor['drawn']:.4g}, real ones"
         f" {floor['real']:.4g}: {VERDICTS[result['verdict']]}",
         "interval": [low, high],
     }

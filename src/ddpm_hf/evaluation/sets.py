@@ -2,12 +2,12 @@
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import datasets
 import numpy as np
@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ddpm_hf.data import DataError, ImageDataset, load_images
+from ddpm_hf.data.hold_out import HoldOut
 from ddpm_hf.diffusion.images import MODE_CHANNELS, ImageFacts
 from ddpm_hf.evaluation.images import prepared_like
 from ddpm_hf.names import public_name
@@ -24,6 +25,13 @@ from ddpm_hf.sampling import DrawnImages, open_drawn
 # What the split of images that a model was not trained on is called, as a rule.
 HELD_OUT = ("test", "validation")
 _MODES = {count: mode for mode, count in MODE_CHANNELS.items()}
+
+
+class Part(NamedTuple):
+    """Images of a split: all of them, or those of these rows once they are prepared."""
+
+    split: str
+    rows: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,7 @@ class DataSource:
         reference_split: of those that a model was trained on.
         config_name, revision: of a data set on the Hub.
         image_column, on_bad_image: as for `prepare_images`.
+        hold_out: of the reference split the images that training held out; see `held_out_by_runs`.
     """
 
     dataset: Any
@@ -45,6 +54,9 @@ class DataSource:
     revision: str | None = None
     image_column: str | None = None
     on_bad_image: str = "error"
+    hold_out: HoldOut | None = None
+    # By split: a large folder takes long to list.
+    _opened: dict[str, datasets.Dataset] = field(default_factory=dict, repr=False, compare=False)
 
     def rows(self, split: str) -> datasets.Dataset:
         """The rows of a split.
@@ -67,17 +79,20 @@ class DataSource:
         return self._opened[split]
 
     @cached_property
-    def _opened(self) -> dict[str, datasets.Dataset]:
-        """By split: a large folder takes long to list."""
-        return {}
-
-    @cached_property
     def held_out(self) -> str | None:
         """The split of held-out images; None where there is none."""
         return self._there(HELD_OUT if self.split is None else [self.split])
 
-    def measured_split(self) -> str:
-        """The split that a model explains; at worst, with a warning, that of its training."""
+    def has_held_out_split(self) -> bool:
+        """Whether a split of held-out images is asked for, or there."""
+        return self.split is not None or not (
+            isinstance(self.dataset, datasets.Dataset) or self.held_out is None
+        )
+
+    def measured(self) -> Part:
+        """The images that a model explains; at worst, with a warning, those of its training."""
+        if self.hold_out is not None:
+            return Part(self.reference_split, self.hold_out.rows()[1])
         split = self.split or self.held_out
         if split is None:
             self.rows(self.reference_split)  # raises where there is none
@@ -87,17 +102,20 @@ class DataSource:
                 " better than others",
                 stacklevel=2,
             )
-        return split or self.reference_split
+        return Part(split or self.reference_split)
 
-    def splits(self) -> tuple[str, str | None]:
-        """The names of the reference and of the held-out split; there may be only one of them."""
+    def parts(self) -> tuple[Part, Part | None]:
+        """The reference and the held-out images; there may be only one of them."""
+        if self.hold_out is not None:
+            trained_on, held_out = self.hold_out.rows()
+            return Part(self.reference_split, trained_on), Part(self.reference_split, held_out)
         if isinstance(self.dataset, datasets.Dataset):
-            return self.reference_split, None
-        held_out = self.held_out if self.held_out != self.reference_split else None
-        if held_out is None or self._there([self.reference_split]):
+            return Part(self.reference_split), None
+        held_out_split = self.held_out if self.held_out != self.reference_split else None
+        if held_out_split is None or self._there([self.reference_split]):
             self.rows(self.reference_split)  # raises where there is none
-            return self.reference_split, held_out
-        return held_out, None
+            return Part(self.reference_split), Part(held_out_split) if held_out_split else None
+        return Part(held_out_split), None
 
     def _there(self, splits: Iterable[str]) -> str | None:
         """The first of the splits that exists."""
@@ -116,35 +134,38 @@ class DataSource:
             is_of_hub = name == self.dataset and not os.path.exists(self.dataset)
             hub_id = {"hub_id": name} if is_of_hub else {}
         revisions = {"config_name": self.config_name, "revision": self.revision}
+        if self.hold_out is not None:
+            held_out = {"split": self.reference_split, "held_out": asdict(self.hold_out)}
+            return {"name": name, **held_out, **revisions, **hub_id}
         split = self.split or self.held_out or self.reference_split
         return {"name": name, "split": split, **revisions, **hub_id}
 
     def images(
         self,
-        split: str,
+        part: Part,
         facts: ImageFacts,
         progress: bool,
         label_column: str | Literal[True] | None = None,
     ) -> DrawnImages:
-        """The images of a split in the size, mode and depth of `facts`, and their classes if any
+        """The images of a part in the size, mode and depth of `facts`, and their classes if any
         column of these is given, or True for the one that is declared."""
         prepared = prepared_like(
             facts,
-            self.rows(split),
+            self.rows(part.split),
             image_column=self.image_column,
             label_column=label_column,
             on_bad_image=self.on_bad_image,
             progress=progress,
         )
-        return _as_set(prepared)
+        return _as_set(prepared, range(len(prepared)) if part.rows is None else part.rows)
 
 
-def _as_set(images: ImageDataset) -> DrawnImages:
+def _as_set(images: ImageDataset, indices: Sequence[int]) -> DrawnImages:
     facts = images.facts
     return DrawnImages(
-        (len(images), facts.height, facts.width, facts.num_channels),
-        lambda rows: np.stack([images.window(row).transpose(1, 2, 0) for row in rows]),
-        images.labels,
+        (len(indices), facts.height, facts.width, facts.num_channels),
+        lambda rows: np.stack([images.window(indices[row]).transpose(1, 2, 0) for row in rows]),
+        None if images.labels is None else images.labels[np.asarray(indices)],
         facts.class_names,
     )
 

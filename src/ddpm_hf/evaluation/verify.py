@@ -19,6 +19,8 @@ OPTIONS = {
     "dataset_revision", "image_column", "class_column", "per_class", "on_bad_image",
     "scheduler", "num_inference_steps", "num_timesteps", "decoder", "batch_size",
 }  # fmt: skip
+# What a card keeps of the things that a figure is of.
+_KNOWN_BY = {"weights": "weights", "features": "features", "held_out": "held-out images"}
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def _measured(model: Any, dataset: Any, group: list[Any], options: dict[str, Any
             claims.append(Claim(name, result.metric_value, remark="no such figure was measured"))
             continue
         now = rows[name]["args"]
-        changed = [key for key in ("weights", "features") if args.get(key) != now.get(key)]
+        changed = [what for key, what in _KNOWN_BY.items() if args.get(key) != now.get(key)]
         remark = f"the {' and '.join(changed)} are others than the card's" if changed else ""
         # A card that claims a wide interval is held to the one that was measured.
         low, high = min(args["interval"], now["interval"], key=lambda ends: ends[1] - ends[0])

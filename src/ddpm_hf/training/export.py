@@ -109,6 +109,8 @@ def _dataset_facts(parts: Parts) -> dict[str, Any]:
         "left_out": parts.left_out,
         "image": facts.to_config()["image"],
     }
+    if parts.hold_out is not None:
+        dataset["held_out"] = parts.hold_out
     if config.dataset is not None and public_name(name) == name and "/" in name:
         dataset["hub_id"] = name
     return dataset

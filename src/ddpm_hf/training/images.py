@@ -11,8 +11,8 @@ import torch
 from diffusers import UNet2DModel
 
 from ddpm_hf.data import ImageDataset, ImageFacts, TrainingImages, load_images, prepare_images
+from ddpm_hf.data.hold_out import HoldOut
 from ddpm_hf.diffusion.images import IMAGE_MODES, image_facts, size_multiple
-from ddpm_hf.randomness import seed_of
 from ddpm_hf.training.checks import mode_with
 from ddpm_hf.training.config import ConfigError, TrainingConfig
 
@@ -129,10 +129,9 @@ class Selection(torch.utils.data.Dataset[Any]):
 
 def hold_out(images: TrainingImages, share: float, seed: int) -> tuple[Selection, Selection]:
     """The images to train on, and a share of them, drawn by the seed, that is held out."""
-    generator = torch.Generator().manual_seed(seed_of(seed, "validation"))
-    order: list[int] = torch.randperm(len(images), generator=generator).tolist()
-    count = max(1, round(share * len(images)))
-    return Selection(images, sorted(order[count:])), Selection(images, sorted(order[:count]))
+    count = min(max(1, round(share * len(images))), len(images) - 1)
+    training, held_out = HoldOut(count, len(images), seed).rows()
+    return Selection(images, training), Selection(images, held_out)
 
 
 HeldOut = Selection | TrainingImages

@@ -2,13 +2,15 @@
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers import UNet2DModel
 
-from ddpm_hf.data import ImageFacts, TrainingImages
+from ddpm_hf.data import ImageDataset, ImageFacts, TrainingImages
+from ddpm_hf.data.hold_out import HoldOut
 from ddpm_hf.diffusion.images import size_multiple
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.losses import Loss
@@ -56,6 +58,15 @@ class Parts:
         images = {**self.facts.to_config()["image"], "number": len(self.images)}
         objective = {"name": self.objective.name}
         return {**public, "images": {**images, "digest": self.digest}, "objective": objective}
+
+    @cached_property
+    def hold_out(self) -> dict[str, Any] | None:
+        """Which images of a data set a share held out, for others to find again, as JSON values."""
+        source = self.images.images.images if isinstance(self.images, Selection) else None
+        if self.held_out is None or not isinstance(source, ImageDataset):
+            return None
+        draw = HoldOut(len(self.held_out), len(source), self.config.seed)
+        return {**dataclasses.asdict(draw), "digest": draw.digest(source)}
 
 
 def assemble(
