@@ -194,12 +194,9 @@ def data_source(options: argparse.Namespace) -> Any:
 
     return DataSource(
         options.dataset,
-        options.split,
-        options.reference_split,
-        options.dataset_config,
-        options.dataset_revision,
-        options.image_column,
-        options.on_bad_image,
+        config_name=options.dataset_config,
+        revision=options.dataset_revision,
+        **given(options, ("split", "reference_split", "image_column", "on_bad_image")),
     )
 
 
