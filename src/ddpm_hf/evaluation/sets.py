@@ -44,7 +44,8 @@ class DataSource:
         reference_split: of those that a model was trained on.
         config_name, revision: of a data set on the Hub.
         image_column, on_bad_image: as for `prepare_images`.
-        hold_out: of the reference split the images that training held out; see `held_out_by_runs`.
+        hold_out: the images of the reference split that training held out; see
+            `held_out_by_training`.
     """
 
     dataset: Any
