@@ -160,7 +160,10 @@ def test_an_image_that_was_held_out_is_no_copy_of_one_that_was_trained_on(
 
     assert main(arguments) == 0
     assert copies() == [0, 1]
-    assert "15 real ones of photos0 without the 5 that training held out" in capsys.readouterr().out
+    assert (
+        f"15 real ones of {photos.name} without the 5 that training held out"
+        in capsys.readouterr().out
+    )
     assert main([*arguments, "--split", "train"]) == 0  # as if nothing were known
     assert copies() == [1, 1]
 
@@ -257,7 +260,7 @@ def test_a_model_is_calibrated_on_what_its_training_held_out(model, photos, tmp_
     assert main(command("calibrate", model, photos, tmp_path, "--card")) == 0
     found = json.loads((tmp_path / "calibration.json").read_text())
     assert found["results"][0]["indices"] == HELD_OUT
-    said = "5 images of photos0, train that training held out"
+    said = f"5 images of {photos.name}, train that training held out"
     assert f"measured on {said}" in capsys.readouterr().out
     assert f"predicted from {said}" in (model / "README.md").read_text()
 
