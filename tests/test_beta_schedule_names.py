@@ -5,7 +5,7 @@ import json
 import pytest
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from ddpm_hf.diffusion.extension import beta_schedule_of
+from ddpm_hf.diffusion.config_extension import beta_schedule_of
 from ddpm_hf.diffusion.schedules import BETA_RANGE, BETA_SCHEDULES, named_betas
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.hub.card import card_facts, render_model_card

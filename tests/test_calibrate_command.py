@@ -15,7 +15,7 @@ from processes import run_process
 from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler, calibrate, load
 from ddpm_hf.cli import main
 from ddpm_hf.data import ImageFacts
-from ddpm_hf.evaluation import calibration, likelihood
+from ddpm_hf.evaluation import checkpoint_calibration, dataset_likelihood
 from ddpm_hf.randomness import seed_of
 
 # The images of the other split are left out, which is said.
@@ -103,7 +103,7 @@ def test_it_measures_the_curve_writes_it_into_the_model_and_prints_what_few_step
 
 
 def test_what_was_interrupted_goes_on(model, photos, tmp_path, monkeypatch, capsys):
-    real, calls = likelihood.bits_per_dim, []
+    real, calls = dataset_likelihood.bits_per_dim, []
 
     def stopping(*args, **kwargs):
         calls.append(1)
@@ -112,7 +112,7 @@ def test_what_was_interrupted_goes_on(model, photos, tmp_path, monkeypatch, caps
         return real(*args, **kwargs)
 
     want = calibrated_by_hand(model, photos, 2).x_0_mse
-    monkeypatch.setattr(likelihood, "bits_per_dim", stopping)
+    monkeypatch.setattr(dataset_likelihood, "bits_per_dim", stopping)
     arguments = command(model, photos, tmp_path / "out", "--seed", "3", "--batch-size", "2")
     assert main(arguments) == 130
     assert "the same command goes on" in capsys.readouterr().err
@@ -122,7 +122,7 @@ def test_what_was_interrupted_goes_on(model, photos, tmp_path, monkeypatch, caps
 
 
 def test_a_model_with_another_sampler_keeps_it_and_gets_timesteps(photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(calibration, "NUM_TRAJECTORIES", 2)
+    monkeypatch.setattr(checkpoint_calibration, "NUM_TRAJECTORIES", 2)
     folder = tmp_path / "stock"
     tiny_unet().save_pretrained(folder / "unet")
     DDIMScheduler(num_train_timesteps=20, beta_end=0.5).save_pretrained(folder / "scheduler")
@@ -148,7 +148,9 @@ def test_a_model_with_another_sampler_keeps_it_and_gets_timesteps(photos, tmp_pa
 
 def test_a_model_of_the_hub_gets_a_configuration_beside_the_result(tmp_path, capsys):
     scheduler = GaussianDDPMScheduler(**SHORT_CHAIN, x_0_mse=[0.1] * 20)
-    path = calibration.keep_calibration(scheduler, tmp_path / "someone" / "model", tmp_path)
+    path = checkpoint_calibration.keep_calibration(
+        scheduler, tmp_path / "someone" / "model", tmp_path
+    )
     assert torch.equal(
         GaussianDDPMScheduler.from_pretrained(path.parent).x_0_mse, scheduler.x_0_mse
     )

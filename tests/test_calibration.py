@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from ddpm_hf import GaussianDDPMScheduler, bits_per_dim, calibrate
 from ddpm_hf.diffusion import schedules
 from ddpm_hf.losses import vlb_term
-from ddpm_hf.optimal_timesteps import SAMPLERS, find_timesteps
+from ddpm_hf.trajectory_timesteps import SAMPLERS, find_timesteps
 
 T, DATA_VAR = 1000, 0.25
 ALPHA_BAR = to_float64(alpha_bars(linear_betas(T)))

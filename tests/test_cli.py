@@ -14,10 +14,10 @@ from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler
 from ddpm_hf.cli import main, run_command
 from ddpm_hf.commands.messages import flag_speller, flags_in_messages
 from ddpm_hf.data import ImageFacts
-from ddpm_hf.diffusion.images import size_multiple
+from ddpm_hf.diffusion.image_processor import size_multiple
 from ddpm_hf.pictures import image_grid
+from ddpm_hf.text import counted
 from ddpm_hf.training import ConfigError, TrainingError, build_unet, parse_config
-from ddpm_hf.wording import counted
 
 
 @pytest.fixture(scope="module")

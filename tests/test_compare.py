@@ -16,10 +16,10 @@ import ddpm_hf
 from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler
 from ddpm_hf.cli import main
 from ddpm_hf.data import ImageFacts
-from ddpm_hf.evaluation import compare, evaluator
-from ddpm_hf.sampler import Sampler
-from ddpm_hf.sampling import job, open_drawn
-from ddpm_hf.sampling.choices import change_scheduler, sampled_by
+from ddpm_hf.evaluation import compare, measurement
+from ddpm_hf.sampling import open_drawn, sharded_sampling
+from ddpm_hf.sampling.sampler_choice import change_scheduler, sampled_by
+from ddpm_hf.scheduler_spec import SchedulerSpec
 
 SIZE = 8
 
@@ -117,7 +117,7 @@ def test_each_setting_is_an_evaluation_of_its_own_and_stands_in_the_table(
 
 def test_what_is_done_is_not_done_again(models, photos, tmp_path, monkeypatch, capsys):
     batches, measured = [], []
-    draw, measure = job.draw_batch, evaluator.measure
+    draw, measure = sharded_sampling.draw_batch, measurement.measure
 
     def drawing(*args, **kwargs):
         if len(batches) == stop_at:
@@ -129,8 +129,8 @@ def test_what_is_done_is_not_done_again(models, photos, tmp_path, monkeypatch, c
         measured.append(1)
         return measure(*args, **kwargs)
 
-    monkeypatch.setattr(job, "draw_batch", drawing)
-    monkeypatch.setattr(evaluator, "measure", measuring)
+    monkeypatch.setattr(sharded_sampling, "draw_batch", drawing)
+    monkeypatch.setattr(measurement, "measure", measuring)
     options = ["--num-inference-steps", "2", "3", "--metrics", "coverage"]
     arguments = command(models[:1], photos, tmp_path / "out", *options)
     stop_at = 3  # in the second of two settings, of two batches each
@@ -190,22 +190,22 @@ def test_a_tie_is_a_gap_that_the_same_halves_show_by_chance():
 @pytest.mark.parametrize(
     ("text", "want"),
     [
-        ("DDIM", Sampler("DDIM")),
-        ("DDIMScheduler", Sampler("DDIM")),
-        ("DDPM:eta=0", Sampler("DDPM", eta=0)),
+        ("DDIM", SchedulerSpec("DDIM")),
+        ("DDIMScheduler", SchedulerSpec("DDIM")),
+        ("DDPM:eta=0", SchedulerSpec("DDPM", eta=0)),
         (
             "DPMSolverMultistep:algorithm_type=sde-dpmsolver++,use_karras_sigmas=true",
-            Sampler(
+            SchedulerSpec(
                 "DPMSolverMultistep",
                 {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True},
             ),
         ),
-        ("DDPM:x_0_mse=null,eta=0.5", Sampler("DDPM", {"x_0_mse": None}, 0.5)),
+        ("DDPM:x_0_mse=null,eta=0.5", SchedulerSpec("DDPM", {"x_0_mse": None}, 0.5)),
     ],
 )
 def test_the_name_of_a_sampler_says_all_of_it(text, want):
-    assert Sampler.parse(text) == want
-    assert Sampler.parse(str(want)) == want
+    assert SchedulerSpec.parse(text) == want
+    assert SchedulerSpec.parse(str(want)) == want
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_where_nothing_can_be_measured_the_reason_is_the_error(models, photos, t
 
 
 def test_karras_sigmas_are_refused_where_they_would_be_of_almost_pure_noise():
-    karras = Sampler.parse("DPMSolverMultistep:use_karras_sigmas=true")
+    karras = SchedulerSpec.parse("DPMSolverMultistep:use_karras_sigmas=true")
     pipeline = SimpleNamespace(scheduler=GaussianDDPMScheduler(beta_schedule="squaredcos_cap_v2"))
     own = pipeline.scheduler
     with pytest.raises(ValueError, match="almost pure noise"):

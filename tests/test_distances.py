@@ -16,7 +16,7 @@ from ddpm_hf.evaluation import (
     precision_recall,
 )
 from ddpm_hf.evaluation.metrics import closest_pairs, measure
-from ddpm_hf.evaluation.pool import look, pooled
+from ddpm_hf.evaluation.neighbour_statistics import look, pooled
 from ddpm_hf.randomness import seed_of
 
 RNG = np.random.default_rng(0)
@@ -144,7 +144,7 @@ def measures(real, drawn):
 def test_blocks_and_the_order_of_images_change_nothing_but_rounding(monkeypatch):
     real, drawn = sets(60, 5)
     want = measures(real, drawn)
-    monkeypatch.setattr("ddpm_hf.evaluation.pool._BLOCK", 7 * 60)
+    monkeypatch.setattr("ddpm_hf.evaluation.neighbour_statistics._BLOCK", 7 * 60)
     order = RNG.permutation(len(drawn))
     # Sums in another order: some 1e4 roundings of 1e-16, and 1e3 of cancellation.
     assert measures(real[::-1].copy(), drawn[order]) == pytest.approx(want, rel=1e-9)
@@ -177,7 +177,7 @@ def by_scikit_learn(real, drawn):
 
 @pytest.mark.parametrize("num_held_out", [None, 16])
 def test_one_pass_over_all_pairs_gives_each_half_what_scikit_learn_does(num_held_out, monkeypatch):
-    monkeypatch.setattr("ddpm_hf.evaluation.pool._BLOCK", 7 * 60)
+    monkeypatch.setattr("ddpm_hf.evaluation.neighbour_statistics._BLOCK", 7 * 60)
     real, drawn = sets(91, 5)
     drawn[:8] = real[:8] + 1e-6
     z = None if num_held_out is None else RNG.standard_normal((num_held_out, 5))

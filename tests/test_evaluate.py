@@ -22,7 +22,7 @@ from ddpm_hf.cli import main
 from ddpm_hf.commands.evaluate import METRICS
 from ddpm_hf.data import ImageFacts
 from ddpm_hf.evaluation import frechet_distance, precision_recall
-from ddpm_hf.evaluation.evaluator import ALL_METRICS
+from ddpm_hf.evaluation.measurement import ALL_METRICS
 from ddpm_hf.evaluation.verify import OPTIONS
 from ddpm_hf.sampling import open_drawn
 

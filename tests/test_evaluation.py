@@ -13,7 +13,7 @@ from processes import run_process
 from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler, bits_per_dim, load
 from ddpm_hf.cli import main
 from ddpm_hf.data import ImageFacts
-from ddpm_hf.evaluation import likelihood
+from ddpm_hf.evaluation import dataset_likelihood
 from ddpm_hf.evaluation.plots import rate_distortion, terms_where_measured
 from ddpm_hf.randomness import seed_of
 
@@ -105,8 +105,8 @@ class Stop:
     """Interrupts the measurement of the part after the first `number`, and counts."""
 
     def __init__(self, monkeypatch, number=10**9):
-        self.number, self.count, self.real = number, 0, likelihood.bits_per_dim
-        monkeypatch.setattr(likelihood, "bits_per_dim", self)
+        self.number, self.count, self.real = number, 0, dataset_likelihood.bits_per_dim
+        monkeypatch.setattr(dataset_likelihood, "bits_per_dim", self)
 
     def __call__(self, *args, **kwargs):
         if self.count == self.number:

@@ -11,8 +11,8 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 
 from ddpm_hf.evaluation.features import features_of, load_features, resized, to_rgb
 from ddpm_hf.evaluation.metrics import measure
-from ddpm_hf.parts import join_processes
 from ddpm_hf.sampling import DrawnImages
+from ddpm_hf.shared_work import join_processes
 
 
 def image_set(pixels):

@@ -15,9 +15,9 @@ from ddpm_hf import bits_per_dim, load, train
 from ddpm_hf.cli import main
 from ddpm_hf.data import TrainingImages, load_images
 from ddpm_hf.data.hold_out import HoldOut
-from ddpm_hf.evaluation import likelihood
+from ddpm_hf.evaluation import dataset_likelihood
 from ddpm_hf.randomness import seed_of
-from ddpm_hf.training.images import hold_out
+from ddpm_hf.training.dataset_setup import hold_out
 
 pytestmark = pytest.mark.filterwarnings("ignore:timestep_spacing")  # few steps
 NUM_IMAGES, NUM_HELD_OUT = 20, 5
@@ -111,7 +111,7 @@ def test_the_bound_is_of_the_images_that_training_held_out_and_says_so(
 def test_what_was_interrupted_goes_on_with_the_same_images(
     model, photos, tmp_path, monkeypatch, capsys
 ):
-    calls, measure = [], likelihood.bits_per_dim
+    calls, measure = [], dataset_likelihood.bits_per_dim
 
     def measuring(*args, **kwargs):
         calls.append(1)
@@ -119,7 +119,7 @@ def test_what_was_interrupted_goes_on_with_the_same_images(
             raise KeyboardInterrupt
         return measure(*args, **kwargs)
 
-    monkeypatch.setattr(likelihood, "bits_per_dim", measuring)
+    monkeypatch.setattr(dataset_likelihood, "bits_per_dim", measuring)
     assert main(command("evaluate", model, photos, tmp_path)) == 130
     assert main(command("evaluate", model, photos, tmp_path)) == 0
     assert len(calls) == 1 + 1 + 2  # of three parts

@@ -23,7 +23,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from hub_server import OWNER_TOKEN, STRANGER_TOKEN, Blob, ClientError, HubClient, HubServer
 
 from ddpm_hf import GaussianDDPMPipeline, load
-from ddpm_hf.diffusion import bounds
+from ddpm_hf.diffusion import checkpoint_limits
 from ddpm_hf.hub.card import card_facts, render_model_card
 from ddpm_hf.hub.push import push
 
@@ -456,12 +456,12 @@ def test_a_network_that_fits_is_not_refused_for_being_large(monkeypatch):
     blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
     with torch.device("meta"):
         size = sum(p.numel() for p in UNet2DModel(**config, **blocks).parameters())
-    monkeypatch.setattr(bounds, "memory_bytes", lambda: 4 * size)
-    bounds.check_unet(config | blocks, "config.json", torch.float32)
-    monkeypatch.setattr(bounds, "memory_bytes", lambda: 4 * size - 1)
+    monkeypatch.setattr(checkpoint_limits, "memory_bytes", lambda: 4 * size)
+    checkpoint_limits.check_unet(config | blocks, "config.json", torch.float32)
+    monkeypatch.setattr(checkpoint_limits, "memory_bytes", lambda: 4 * size - 1)
     with pytest.raises(ValueError, match=f"a network of {size:,} parameters"):
-        bounds.check_unet(config | blocks, "config.json", torch.float32)
-    bounds.check_unet(config | blocks, "config.json", torch.float16)
+        checkpoint_limits.check_unet(config | blocks, "config.json", torch.float32)
+    checkpoint_limits.check_unet(config | blocks, "config.json", torch.float16)
 
 
 @pytest.mark.parametrize("use_safetensors", [True, False])

@@ -34,7 +34,7 @@ import functools, time
 from pathlib import Path
 from ddpm_hf import load
 from ddpm_hf.hub.push import push
-from ddpm_hf.hub.background import BackgroundPusher
+from ddpm_hf.hub.background_push import BackgroundPusher
 WAITS = (0.02,) * 4
 push = functools.partial(push, waits_s=WAITS)
 def pushed(*args, **options):

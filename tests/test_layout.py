@@ -15,9 +15,9 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 # From the ground up: a room, which is a module or a folder with all that is in it, imports from its
 # own floor and those below.
 FLOORS = (
-    {"diffusion", "locks", "names", "parts", "paths", "randomness", "sampler", "wording"},
+    {"diffusion", "locks", "paths", "randomness", "scheduler_spec", "shared_work", "text"},
     {"losses", "decoders", "timestep_samplers", "weightings", "data", "pictures", "sampling"},
-    {"likelihood", "calibration", "optimal_timesteps", "evaluation", "hub"},
+    {"likelihood", "calibration", "trajectory_timesteps", "evaluation", "hub"},
     {"training"},
     {"commands"},
     {"cli"},
@@ -25,7 +25,7 @@ FLOORS = (
 )
 # The one arrow upwards: where the package is installed, a pipeline's own push writes the package's
 # model card; a copy that travelled without it makes do with that of diffusers.
-UPWARD = {"diffusion.portable -> hub.card"}
+UPWARD = {"diffusion.portable_checkpoint -> hub.card"}
 # What travels with the weights may rely on nothing that a reader with stock diffusers lacks.
 TRAVELLERS = sorted((SOURCE / "diffusion").glob("*"))
 TRAVEL_WITH = {"torch", "numpy", "PIL", "diffusers", "huggingface_hub", "safetensors"}
@@ -99,7 +99,7 @@ def test_the_folder_that_travels_needs_only_what_its_reader_has():
         for name in imported_names(path)
         if name.split(".")[0] not in reliable and not name.startswith("ddpm_hf.diffusion.")
     }
-    assert foreign == {"portable.py: ddpm_hf.hub.card.card_to_share"}
+    assert foreign == {"portable_checkpoint.py: ddpm_hf.hub.card.card_to_share"}
     absolute = {
         f"{path.name}: {node.module}"
         for path in modules
@@ -107,7 +107,7 @@ def test_the_folder_that_travels_needs_only_what_its_reader_has():
         if isinstance(node, ast.ImportFrom) and not node.level
         if (node.module or "").startswith("ddpm_hf")
     }
-    assert absolute == {"portable.py: ddpm_hf.hub.card"}
+    assert absolute == {"portable_checkpoint.py: ddpm_hf.hub.card"}
 
 
 def test_a_check_of_input_is_no_assert():

@@ -27,7 +27,7 @@ from torch.testing import assert_close
 
 from ddpm_hf import GaussianDDPMScheduler, bits_per_dim
 from ddpm_hf.decoders import decoder_of
-from ddpm_hf.diffusion.arithmetic import expm1_minus
+from ddpm_hf.diffusion.tensor_ops import expm1_minus
 from ddpm_hf.losses import vlb_term
 
 VARIANCE_TYPES = ["fixed_small", "fixed_large", "learned", "learned_range"]

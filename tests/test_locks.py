@@ -8,8 +8,8 @@ import pytest
 from ddpm_hf import locks
 from ddpm_hf.cli import main
 from ddpm_hf.locks import IN_USE, InUseError, locked, sole_use
-from ddpm_hf.parts import join_processes
-from ddpm_hf.sampling.outputs import parts_of
+from ddpm_hf.sampling.image_writer import parts_of
+from ddpm_hf.shared_work import join_processes
 
 
 def having(folder):

@@ -27,7 +27,7 @@ from ddpm_hf.hub.card import (
     write_model_card,
     write_results,
 )
-from ddpm_hf.hub.edits import merged, renewed, with_metadata
+from ddpm_hf.hub.card_merge import merged, renewed, with_metadata
 from ddpm_hf.hub.retry import shorten
 from ddpm_hf.hub.secrets import find_leak
 

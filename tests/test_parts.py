@@ -4,11 +4,11 @@ import time
 
 from tqdm.auto import tqdm
 
-from ddpm_hf.parts import following
+from ddpm_hf.shared_work import following
 
 
 def test_the_bar_goes_on_while_this_process_waits_for_the_parts_of_others(monkeypatch):
-    monkeypatch.setattr("ddpm_hf.parts._LOOK_S", 0.01)
+    monkeypatch.setattr("ddpm_hf.shared_work._LOOK_S", 0.01)
     done = iter([1, 4, 4])
     with tqdm(total=7, disable=False) as bar:
         with following(bar, lambda: next(done, 7)):

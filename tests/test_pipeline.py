@@ -38,7 +38,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback, SDCFGC
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch.testing import assert_close
 
-from ddpm_hf.diffusion.images import ImageFacts, image_facts
+from ddpm_hf.diffusion.image_processor import ImageFacts, image_facts
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 from ddpm_hf.diffusion.schedules import usual_num_steps
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler

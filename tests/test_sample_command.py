@@ -14,8 +14,8 @@ from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler
 from ddpm_hf.cli import main
 from ddpm_hf.commands.sample_options import output_path
 from ddpm_hf.pictures import quantised
-from ddpm_hf.sampler import SCHEDULERS
 from ddpm_hf.sampling import draw_images
+from ddpm_hf.scheduler_spec import SCHEDULERS
 
 T = 60
 

@@ -9,8 +9,8 @@ from tiny_runs import tiny_unet
 
 from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler
 from ddpm_hf.locks import sole_use
-from ddpm_hf.parts import join_processes
 from ddpm_hf.sampling import draw_images, draw_to, open_drawn
+from ddpm_hf.shared_work import join_processes
 
 
 def build_pipeline(**config):

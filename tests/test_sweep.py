@@ -15,8 +15,8 @@ from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler, load
 from ddpm_hf.cli import main
 from ddpm_hf.data import ImageFacts
 from ddpm_hf.evaluation import sweep
-from ddpm_hf.sampler import SCHEDULERS, Sampler, stock_scheduler
-from ddpm_hf.sampling import job, use_recommended
+from ddpm_hf.sampling import sharded_sampling, use_recommended
+from ddpm_hf.scheduler_spec import SCHEDULERS, SchedulerSpec, stock_scheduler
 
 SDE = "DPMSolverMultistep:algorithm_type=sde-dpmsolver++,timestep_spacing=trailing"
 UNIPC = "UniPCMultistep:timestep_spacing=trailing"
@@ -89,7 +89,7 @@ def test_the_cheapest_as_good_as_the_best_is_kept_in_the_model_and_shown_in_its_
         assert np.isfinite(np.stack(drawn)).all()
 
     draws = []
-    monkeypatch.setattr(job, "draw_batch", lambda *args, **kwargs: draws.append(1))
+    monkeypatch.setattr(sharded_sampling, "draw_batch", lambda *args, **kwargs: draws.append(1))
     assert main(arguments) == 0
     assert (draws, settings_by(output)["recommended"]) == ([], recommended)
 
@@ -213,5 +213,5 @@ def test_what_stock_diffusers_can_run_is_known(name, want):
 def test_a_name_that_would_be_code_is_none():
     for bad in ("DDIM:a='x'", "DDIM:a=`x`", "DDIM:a=<b>", "DDIM:a=(1)", "DDIM\n"):
         with pytest.raises(ValueError, match="must be NAME"):
-            Sampler.parse(bad)
-    assert {str(Sampler.parse(name)) for name in SCHEDULERS} == set(SCHEDULERS)
+            SchedulerSpec.parse(bad)
+    assert {str(SchedulerSpec.parse(name)) for name in SCHEDULERS} == set(SCHEDULERS)

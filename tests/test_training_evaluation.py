@@ -21,8 +21,8 @@ from ddpm_hf import load, train
 from ddpm_hf.data import ImageFacts, TrainingImages
 from ddpm_hf.evaluation.metrics import measure
 from ddpm_hf.sampling import draw_images
-from ddpm_hf.training.evaluation import as_pixels
-from ddpm_hf.training.images import hold_out
+from ddpm_hf.training.dataset_setup import hold_out
+from ddpm_hf.training.periodic_evaluation import as_pixels
 
 pytestmark = pytest.mark.filterwarnings("ignore:timestep_spacing")  # few steps
 OPTIONS = {

@@ -14,7 +14,7 @@ from tiny_runs import assert_equal_bits, checkpoint, run, stop_reading_at, tiny_
 from ddpm_hf import TrainingError
 from ddpm_hf.diffusion.speed import threads
 from ddpm_hf.training import ConfigError, parse_config
-from ddpm_hf.training.threads import Pace
+from ddpm_hf.training.cpu_threads import Pace
 
 MEASURED = 101  # updates, from which on a run on a CPU tries what fits
 

@@ -22,7 +22,7 @@ from tiny_runs import (
 from ddpm_hf import ConfigError, GaussianDDPMPipeline, TrainingConfig, load, train
 from ddpm_hf.data import TrainingImages
 from ddpm_hf.hub.card import card_facts, render_model_card
-from ddpm_hf.training.images import hold_out
+from ddpm_hf.training.dataset_setup import hold_out
 
 OPTIONS = {
     "validation_split": "0.3",

@@ -40,11 +40,11 @@ from ddpm_hf import (
 )
 from ddpm_hf.calibration import without_curve
 from ddpm_hf.cli import run_command
-from ddpm_hf.evaluation.calibration import keep_calibration, rows_of
+from ddpm_hf.evaluation.checkpoint_calibration import keep_calibration, rows_of
 from ddpm_hf.hub.card import write_calibration, write_model_card
 from ddpm_hf.pictures import image_grid
+from ddpm_hf.text import duration
 from ddpm_hf.training import TrainingResult
-from ddpm_hf.wording import duration
 from digits import (
     SURE,
     as_dataset,

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_hf.diffusion.arithmetic import Denoiser, Generators
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
+from ddpm_hf.diffusion.tensor_ops import Denoiser, Generators
 from ddpm_hf.likelihood import BitsPerDim, bits_per_dim, own_scheduler, prior_of, standard_error
 
 # Where m_t is known to this share of itself, the bound of any K is known to a few thousandths.

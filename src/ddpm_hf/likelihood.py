@@ -22,11 +22,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ddpm_hf.decoders import check_images, decoder_of
-from ddpm_hf.diffusion.arithmetic import Denoiser, Generators, at_least_float32, draw_noise
 from ddpm_hf.diffusion.checks import check_tensor, given_int
-from ddpm_hf.diffusion.images import image_facts
+from ddpm_hf.diffusion.image_processor import image_facts
 from ddpm_hf.diffusion.pipeline import evaluating
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler, StepKL
+from ddpm_hf.diffusion.tensor_ops import Denoiser, Generators, at_least_float32, draw_noise
 from ddpm_hf.losses import bits_per_dim as to_bits_per_dim
 from ddpm_hf.losses import denoise
 

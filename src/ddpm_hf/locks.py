@@ -9,7 +9,7 @@ from typing import IO
 
 from accelerate import PartialState
 
-from ddpm_hf.parts import from_main
+from ddpm_hf.shared_work import from_main
 
 IN_USE = ".in-use"
 _PATIENCE_S = 15.0

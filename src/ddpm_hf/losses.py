@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ddpm_hf.decoders import check_images, decoder_of
-from ddpm_hf.diffusion.arithmetic import Denoiser, at_least_float32
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
+from ddpm_hf.diffusion.tensor_ops import Denoiser, at_least_float32
 from ddpm_hf.weightings import Weighting
 
 # (denoiser, scheduler, x_0, t, noise) -> one value per sample, (B,), unreduced.

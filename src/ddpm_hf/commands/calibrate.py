@@ -18,8 +18,7 @@ from ddpm_hf.commands.options import (
     path,
     positive_int,
 )
-from ddpm_hf.names import public_name
-from ddpm_hf.wording import counted
+from ddpm_hf.text import counted, public_name
 
 NUM_IMAGES = 256
 # Without it they would do nothing.
@@ -116,7 +115,7 @@ def calibrate(options: argparse.Namespace) -> None:
             output.
     """
     from ddpm_hf.locks import sole_use
-    from ddpm_hf.parts import join_processes
+    from ddpm_hf.shared_work import join_processes
 
     state = join_processes()
     with sole_use(state, options.output, f"{options.output}", "output=PATH"):
@@ -125,12 +124,12 @@ def calibrate(options: argparse.Namespace) -> None:
 
 def measure(options: argparse.Namespace, state: Any) -> None:
     """What `calibrate` does, in a folder that these processes alone have."""
-    from ddpm_hf.diffusion.files import remove_folder
-    from ddpm_hf.evaluation.calibration import measure_calibration
-    from ddpm_hf.evaluation.held_out import held_out_by_training
-    from ddpm_hf.evaluation.images import images_for
-    from ddpm_hf.evaluation.likelihood import BoundOptions
-    from ddpm_hf.parts import from_main
+    from ddpm_hf.diffusion.atomic_files import remove_folder
+    from ddpm_hf.evaluation.checkpoint_calibration import measure_calibration
+    from ddpm_hf.evaluation.dataset_likelihood import BoundOptions
+    from ddpm_hf.evaluation.model_images import images_for
+    from ddpm_hf.evaluation.training_record import held_out_by_training
+    from ddpm_hf.shared_work import from_main
 
     pipeline = load_model(options).to(state.device)
     evaluator = evaluator_of(options) if options.sweep else None
@@ -202,7 +201,7 @@ def data_source(options: argparse.Namespace) -> Any:
 
 def evaluator_of(options: argparse.Namespace) -> Any:
     """What measures the settings of the sweep; without its features it fails before the work."""
-    from ddpm_hf.evaluation.evaluator import EvaluationOptions, Evaluator
+    from ddpm_hf.evaluation.measurement import EvaluationOptions, Evaluator
     from ddpm_hf.evaluation.sweep import FIGURE
 
     names = ("features", "seed", "split", "reference_split", "dataset_config", "dataset_revision",
@@ -217,7 +216,7 @@ def curve_of(
     options: argparse.Namespace, measured: Any, unet: Any, images: Any, how: Any, seconds: float
 ) -> dict[str, Any]:
     """The curve with what follows from it, and the scheduler that has it."""
-    from ddpm_hf.evaluation.calibration import described, timesteps_of
+    from ddpm_hf.evaluation.checkpoint_calibration import described, timesteps_of
 
     result = described(measured, images, how) | {"seconds": seconds}
     scheduler = measured.scheduler
@@ -230,7 +229,7 @@ def curve_of(
 
 def write(options: argparse.Namespace, kept: dict[str, Any]) -> tuple[Path, Path]:
     """The JSON file, and the configuration of the model's scheduler."""
-    from ddpm_hf.evaluation.calibration import FILE_NAME, keep_calibration
+    from ddpm_hf.evaluation.checkpoint_calibration import FILE_NAME, keep_calibration
     from ddpm_hf.evaluation.report import report_of, write_report
 
     scheduler, results = kept["scheduler"], [kept["curve"]]
@@ -244,7 +243,7 @@ def write(options: argparse.Namespace, kept: dict[str, Any]) -> tuple[Path, Path
 
 def show_curve(options: argparse.Namespace, kept: dict[str, Any]) -> None:
     """Print what few steps lose, and draw it."""
-    from ddpm_hf.evaluation.calibration import table
+    from ddpm_hf.evaluation.checkpoint_calibration import table
 
     print(f"{table(kept['curve'])}\nmeasured on {images_of(kept)}")
     for remark in kept["curve"]["remarks"]:
@@ -264,7 +263,7 @@ def images_of(kept: dict[str, Any]) -> str:
 
 def show_sweep(kept: dict[str, Any]) -> None:
     """Print what was swept, and what is recommended."""
-    from ddpm_hf.evaluation.comparison import table
+    from ddpm_hf.evaluation.comparison_report import table
 
     if swept := kept.get("sweep"):
         chosen = swept["recommended"]

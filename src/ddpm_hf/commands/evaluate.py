@@ -18,7 +18,7 @@ from ddpm_hf.commands.options import (
     positive_int,
     sampler,
 )
-from ddpm_hf.sampler import NAMES_HELP
+from ddpm_hf.scheduler_spec import NAMES_HELP
 
 HELP = "measure a model or images: bits/dim, FD, KID, precision, recall, copies"
 EXAMPLES = """
@@ -195,7 +195,7 @@ def evaluate(options: argparse.Namespace) -> int:
     """
     from ddpm_hf.evaluation.evaluate import evaluate
     from ddpm_hf.evaluation.report import BITS, FILE_NAME, card_results, read_results, tables
-    from ddpm_hf.parts import join_processes
+    from ddpm_hf.shared_work import join_processes
 
     (subject,), (K,), (scheduler,) = (
         options.subjects, options.num_inference_steps, options.schedulers
@@ -225,8 +225,8 @@ def compare(options: argparse.Namespace) -> int:
         ValueError, OSError: if the data or a model cannot be loaded, or no setting be measured.
     """
     from ddpm_hf.evaluation.compare import FILE_NAME, compare
-    from ddpm_hf.evaluation.comparison import table
-    from ddpm_hf.parts import join_processes
+    from ddpm_hf.evaluation.comparison_report import table
+    from ddpm_hf.shared_work import join_processes
 
     result = compare(
         options.subjects,
@@ -250,7 +250,7 @@ def verify(options: argparse.Namespace) -> int:
         ValueError, OSError: if there is nothing to verify, or it cannot be measured.
     """
     from ddpm_hf.evaluation.verify import verify
-    from ddpm_hf.parts import join_processes
+    from ddpm_hf.shared_work import join_processes
 
     how = {"features": options.features, **_loading(options)}
     claims = verify(options.subjects[0], options.dataset, **how)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddpm_hf.sampler import Sampler
+from ddpm_hf.scheduler_spec import SchedulerSpec
 
 if TYPE_CHECKING:
     from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
@@ -43,7 +43,7 @@ def model_name(text: str) -> str:
 def sampler(text: str) -> str:
     """`type=` of a scheduler with its options."""
     try:
-        return str(Sampler.parse(text))
+        return str(SchedulerSpec.parse(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

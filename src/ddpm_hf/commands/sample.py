@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 from ddpm_hf.commands.messages import flags_in_messages, say
 from ddpm_hf.commands.options import load_model
 from ddpm_hf.commands.sample_options import CALIBRATED_SPACINGS, output_path, parser
-from ddpm_hf.names import public_name
-from ddpm_hf.sampler import Sampler
-from ddpm_hf.wording import counted
+from ddpm_hf.scheduler_spec import SchedulerSpec
+from ddpm_hf.text import counted, public_name
 
 if TYPE_CHECKING:
     from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
@@ -39,8 +38,8 @@ def run(argv: list[str]) -> int:
 def draw(options: argparse.Namespace, output: Path) -> None:
     """Load the model, draw the images and save them."""
     from ddpm_hf.hub.load import load
-    from ddpm_hf.parts import join_processes
-    from ddpm_hf.sampling.outputs import check_is_free, drawing_into, parts_of, save_drawn
+    from ddpm_hf.sampling.image_writer import check_is_free, drawing_into, parts_of, save_drawn
+    from ddpm_hf.shared_work import join_processes
 
     if not options.overwrite and not parts_of(output).exists():
         check_is_free(output)  # before the model is looked for
@@ -79,7 +78,7 @@ def sampler_call(pipeline: "GaussianDDPMPipeline", options: argparse.Namespace) 
 
     Without any of `OWN_CHOICE` that is what a sweep found best, where there was one.
     """
-    from ddpm_hf.sampling.choices import calibrated_timesteps, change_scheduler
+    from ddpm_hf.sampling.sampler_choice import calibrated_timesteps, change_scheduler
 
     spacing, steps = options.timestep_spacing, options.num_inference_steps
     given = [name for name in OWN_CHOICE if getattr(options, name) is not None]
@@ -89,7 +88,7 @@ def sampler_call(pipeline: "GaussianDDPMPipeline", options: argparse.Namespace) 
     if not given and not options.thorough and (call := recommended_call(pipeline)):
         return call
     name = "DDPM" if options.thorough else options.scheduler
-    chosen = Sampler.parse(name) if name else Sampler()
+    chosen = SchedulerSpec.parse(name) if name else SchedulerSpec()
     eta = chosen.eta if options.eta is None else options.eta
     if spacing in CALIBRATED_SPACINGS:
         change_scheduler(pipeline, chosen)
@@ -100,7 +99,7 @@ def sampler_call(pipeline: "GaussianDDPMPipeline", options: argparse.Namespace) 
 
 def recommended_call(pipeline: "GaussianDDPMPipeline") -> dict[str, Any]:
     """How to call it with what a sweep found best, which is said; {} where there is nothing."""
-    from ddpm_hf.sampling.choices import recommended, use_recommended
+    from ddpm_hf.sampling.sampler_choice import recommended, use_recommended
 
     T, found = pipeline.scheduler.config.num_train_timesteps, recommended(pipeline)
     try:
@@ -130,9 +129,9 @@ def optimize(
     """
     from ddpm_hf.diffusion.schedules import usual_num_steps
     from ddpm_hf.diffusion.speed import options_of
-    from ddpm_hf.parts import from_main
-    from ddpm_hf.sampling.outputs import kept_settings
-    from ddpm_hf.sampling.settings import speed_of
+    from ddpm_hf.sampling.image_writer import kept_settings
+    from ddpm_hf.sampling.sampling_record import speed_of
+    from ddpm_hf.shared_work import from_main
 
     kind, config = type(pipeline.scheduler).__name__, pipeline.scheduler.config
     steps = len(call.get("timesteps") or ()) or call["num_inference_steps"]

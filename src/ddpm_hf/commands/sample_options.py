@@ -13,7 +13,7 @@ from ddpm_hf.commands.options import (
     positive_int,
     sampler,
 )
-from ddpm_hf.sampler import NAMES_HELP
+from ddpm_hf.scheduler_spec import NAMES_HELP
 
 EXAMPLES = """
 draw images from a model on the Hub or in a folder

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from ddpm_hf.commands.messages import flags_in_messages
-from ddpm_hf.names import check_local_path
+from ddpm_hf.text import check_local_path
 
 HELP = "train on a folder of images or any data set, or go on with a run that was interrupted"
 

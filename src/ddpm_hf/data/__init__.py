@@ -8,10 +8,10 @@ Which file mode becomes what stands at the top of `decoding.py`.
 """
 
 from ddpm_hf.data.errors import DataError
-from ddpm_hf.data.prepared import ImageDataset, prepare_images
+from ddpm_hf.data.image_dataset import ImageDataset, prepare_images
 from ddpm_hf.data.sources import load_images
-from ddpm_hf.data.training_images import TrainingImages, read_batches, to_unit_range
-from ddpm_hf.diffusion.images import ImageFacts
+from ddpm_hf.data.training_dataset import TrainingImages, read_batches, to_unit_range
+from ddpm_hf.diffusion.image_processor import ImageFacts
 
 __all__ = [
     "DataError",

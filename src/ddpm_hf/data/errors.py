@@ -1,6 +1,6 @@
 """Data that cannot be used."""
 
-from ddpm_hf.names import without_secrets
+from ddpm_hf.text import without_secrets
 
 
 class DataError(ValueError):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from ddpm_hf.data.errors import DataError
-from ddpm_hf.data.prepared import ImageDataset
+from ddpm_hf.data.image_dataset import ImageDataset
 from ddpm_hf.randomness import seed_of
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm_hf.data.errors import DataError
-from ddpm_hf.names import did_you_mean
+from ddpm_hf.text import did_you_mean
 
 NO_LABEL = -1
 

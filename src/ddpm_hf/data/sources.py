@@ -17,8 +17,8 @@ from huggingface_hub.file_download import repo_folder_name
 
 from ddpm_hf.data.decoding import EXTENSIONS, how_to_read
 from ddpm_hf.data.errors import DataError
-from ddpm_hf.data.folders import Folder, by_split, image_splits, suffix
-from ddpm_hf.names import close_paths, did_you_mean
+from ddpm_hf.data.image_folder import Folder, by_split, image_splits, suffix
+from ddpm_hf.text import close_paths, did_you_mean
 
 _ORIGIN_ATTRIBUTE = "_ddpm_hf_origin"
 # ImportError: fsspec misses a library for a protocol that a repository asks for.

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import schedules, tables
+from . import coefficient_tables, schedules
 
 MAX_TRAIN_TIMESTEPS = 100_000
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
@@ -232,7 +232,7 @@ def check_timesteps(timesteps: Any, num_train_timesteps: int) -> Steps:
     values = timesteps.tolist() if hasattr(timesteps, "tolist") else timesteps
     if not isinstance(values, Sequence) or isinstance(values, str):
         raise TypeError(f"timesteps must be a sequence of integers, got {timesteps!r}")
-    steps = [tables.as_int(t) for t in values]
+    steps = [coefficient_tables.as_int(t) for t in values]
     falling = all(a > b for a, b in pairwise(steps))
     if not steps or not falling or steps[0] >= num_train_timesteps or steps[-1] < 0:
         raise ValueError(
@@ -247,7 +247,8 @@ def check_calibrated_timesteps(given: Any, num_train_timesteps: int) -> dict[str
     try:
         found = {
             str(sampler): {
-                str(int(K)): [tables.as_int(t) for t in steps] for K, steps in of.items()
+                str(int(K)): [coefficient_tables.as_int(t) for t in steps]
+                for K, steps in of.items()
             }
             for sampler, of in given.items()
         }

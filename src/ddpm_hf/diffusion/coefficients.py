@@ -11,12 +11,12 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from . import schedules, tables
+from . import coefficient_tables, schedules
 
 Array = schedules.Array
 Steps = schedules.Steps
-Timestep = tables.Timestep
-Table = tables.Table
+Timestep = coefficient_tables.Timestep
+Table = coefficient_tables.Table
 
 # Rows of tables: tensors on the sample's device and in its dtype, 0-dim for one timestep or
 # (B, 1, ...) for one per image.
@@ -148,7 +148,7 @@ class Trajectory:
 
     def previous(self, t: Timestep) -> int:
         """The timestep that follows `t` in sampling; -1, the clean image, after the last."""
-        if (host_t := tables.as_int(t)) not in self._previous:
+        if (host_t := coefficient_tables.as_int(t)) not in self._previous:
             raise ValueError(f"timestep must be in {self._known_as}; got {host_t}")
         return self._previous[host_t]
 
@@ -161,7 +161,9 @@ class Trajectory:
             f"{back if len(steps) < T else ''})"
         )
 
-    def _table(self, row: Callable[..., tables.Row], **columns: Array) -> Table[tables.Row]:
+    def _table(
+        self, row: Callable[..., coefficient_tables.Row], **columns: Array
+    ) -> Table[coefficient_tables.Row]:
         return Table(row, columns, self.timesteps, self.num_train_timesteps, self._known_as)
 
     @cached_property

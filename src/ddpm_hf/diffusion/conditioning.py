@@ -9,10 +9,10 @@ import torch
 from diffusers.models import UNet2DModel
 from torch import Tensor
 
-from . import arithmetic, images
+from . import image_processor, tensor_ops
 
 ClassLabels = int | str | Sequence[int] | Sequence[str] | Tensor | None
-Denoiser = arithmetic.Denoiser
+Denoiser = tensor_ops.Denoiser
 
 
 def label_tensor(
@@ -59,7 +59,7 @@ def class_numbers(labels: Any, num_classes: int, names: Sequence[str] | None) ->
     numbers: list[Any] = [by_name.get(n, n) if isinstance(n, str) else n for n in labels]
     numbers = [n.item() if isinstance(n, np.integer) else n for n in numbers]
     for number in numbers:
-        if not images.is_int(number) or not 0 <= number < num_classes:
+        if not image_processor.is_int(number) or not 0 <= number < num_classes:
             known = f" or of {list(by_name)}" if by_name else ""
             raise ValueError(f"class_labels must be in 0..{num_classes - 1}{known}, got {number!r}")
     return numbers

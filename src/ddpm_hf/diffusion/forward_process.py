@@ -13,13 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import arithmetic, checks, coefficients, outputs, schedules, tables
+from . import (
+    checks,
+    coefficient_tables,
+    coefficients,
+    scheduler_outputs,
+    schedules,
+    tensor_ops,
+)
 
 Array = schedules.Array
-Timestep = tables.Timestep
-at_least_float32 = arithmetic.at_least_float32
-with_dtype_of = arithmetic.with_dtype_of
-Gaussian = outputs.Gaussian
+Timestep = coefficient_tables.Timestep
+at_least_float32 = tensor_ops.at_least_float32
+with_dtype_of = tensor_ops.with_dtype_of
+Gaussian = scheduler_outputs.Gaussian
 
 
 class PublicTable:
@@ -137,7 +144,7 @@ class ForwardProcess:
         checks.check_tensor("x_0", x_0)
         x_0 = at_least_float32(x_0)
         q = self._marginal.at(t, x_0)
-        return Gaussian(x_0 * q.signal, *arithmetic.variance_and_log(q, x_0))
+        return Gaussian(x_0 * q.signal, *tensor_ops.variance_and_log(q, x_0))
 
     def q_posterior_mean_variance(self, x_0: Tensor, x_t: Tensor, t: Timestep) -> Gaussian:
         """q(x_prev | x_t, x_0): mean (B, ...), variance and its log, which broadcast.
@@ -159,17 +166,17 @@ class ForwardProcess:
         x_t = with_dtype_of(x_0, x_t)
         q = self._trajectory.posterior.at(t, x_0)
         mean = (x_t * q.coef_x_t).addcmul_(x_0, q.coef_x_0)
-        return Gaussian(mean, *arithmetic.variance_and_log(q, x_0))
+        return Gaussian(mean, *tensor_ops.variance_and_log(q, x_0))
 
     def snr(self, t: Timestep, dtype: torch.dtype = torch.float32) -> Tensor:
         """alpha_bar_t / (1 - alpha_bar_t), in the shape of t in [0, T) (2107.00630)."""
         like = _like(t, dtype)
-        return arithmetic.as_tensor(self._marginal.at(t, like).snr, like)
+        return tensor_ops.as_tensor(self._marginal.at(t, like).snr, like)
 
     def log_snr(self, t: Timestep, dtype: torch.dtype = torch.float32) -> Tensor:
         """Natural log of `snr`: -inf where no signal is left."""
         like = _like(t, dtype)
-        return arithmetic.as_tensor(self._marginal.at(t, like).log_snr, like)
+        return tensor_ops.as_tensor(self._marginal.at(t, like).log_snr, like)
 
 
 def _like(t: Timestep, dtype: torch.dtype) -> Tensor:

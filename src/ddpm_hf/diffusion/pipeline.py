@@ -19,23 +19,23 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from . import (
-    arithmetic,
     callbacks,
-    checkpoint,
     checks,
     conditioning,
-    images,
-    samplers,
+    image_processor,
+    portable_pipeline,
+    scheduler_interface,
     schedules,
     scheduling,
     speed,
+    tensor_ops,
 )
 
 Callback = callbacks.Callback
 ClassLabels = conditioning.ClassLabels
-Denoiser = arithmetic.Denoiser
-Generators = arithmetic.Generators
-image_facts = images.image_facts
+Denoiser = tensor_ops.Denoiser
+Generators = tensor_ops.Generators
+image_facts = image_processor.image_facts
 
 MAX_BATCH_SIZE = 2**20  # more in one call is a slip
 
@@ -50,7 +50,7 @@ def _check_unet(unet: Any) -> None:
     raise TypeError(f"unet must be a diffusers UNet2DModel, got {kind}{hint}")
 
 
-class GaussianDDPMPipeline(checkpoint.PortablePipeline):
+class GaussianDDPMPipeline(portable_pipeline.PortablePipeline):
     """Unconditional or class-conditional image generation with a `UNet2DModel`.
 
     Drop-in for diffusers' `DDPMPipeline`. `save_pretrained` and `push_to_hub` write a checkpoint
@@ -72,7 +72,7 @@ class GaussianDDPMPipeline(checkpoint.PortablePipeline):
     def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin) -> None:
         super().__init__()
         _check_unet(unet)
-        samplers.check_scheduler(scheduler)
+        scheduler_interface.check_scheduler(scheduler)
         if type(scheduler) is DDPMScheduler:
             scheduler = scheduling.GaussianDDPMScheduler.from_config(scheduler.config)
         self.register_modules(unet=unet, scheduler=scheduler)
@@ -179,20 +179,20 @@ class GaussianDDPMPipeline(checkpoint.PortablePipeline):
         Source: DDPM (2006.11239), algorithm 2; guidance 2207.12598, eq. 6 with s = 1 + w.
         """
         _check_unet(self.unet)
-        samplers.check_scheduler(self.scheduler)
+        scheduler_interface.check_scheduler(self.scheduler)
         batch_size = checks.given_int("batch_size", batch_size, 1, MAX_BATCH_SIZE)
         checks.check_generators(generator, batch_size)
         generator = list(generator) if isinstance(generator, tuple) else generator
         facts = image_facts(self.unet)
-        size, window = images.size_and_window(self.unet, facts)
-        form = images.mode_and_bit_depth(output_type, self.unet.config.in_channels, facts)
+        size, window = image_processor.size_and_window(self.unet, facts)
+        form = image_processor.mode_and_bit_depth(output_type, self.unet.config.in_channels, facts)
         names = facts.class_names if facts else None
         plain, guided = self._denoisers(batch_size, class_labels, guidance_scale, guide, names)
-        step_options = samplers.step_options(self.scheduler, generator, eta)
+        step_options = scheduler_interface.step_options(self.scheduler, generator, eta)
         after_step = callbacks.after_step(
             self, callback_on_step_end, callback_on_step_end_tensor_inputs
         )
-        samplers.set_timesteps(self.scheduler, num_inference_steps, timesteps)
+        scheduler_interface.set_timesteps(self.scheduler, num_inference_steps, timesteps)
         is_guided = conditioning.is_guided_at(
             self.scheduler.timesteps, self.scheduler.alphas_cumprod, guidance_interval
         )
@@ -206,7 +206,7 @@ class GaussianDDPMPipeline(checkpoint.PortablePipeline):
         if output_type == "latent":
             x_0 = x_0.clone()  # what a callback has seen stays as it was
         else:
-            x_0 = images.to_images(x_0[..., *window], output_type, *form)
+            x_0 = image_processor.to_images(x_0[..., *window], output_type, *form)
         return ImagePipelineOutput(images=x_0) if return_dict else (x_0,)
 
     @property
@@ -224,11 +224,15 @@ class GaussianDDPMPipeline(checkpoint.PortablePipeline):
     ) -> tuple[Denoiser, Denoiser]:
         """(x_t, t) -> what the scheduler reads of the output: as it is, and guided if asked."""
         checks.check_float(
-            "guidance_scale", guidance_scale, "that is finite", -checks.FINITE, checks.FINITE
+            "guidance_scale",
+            guidance_scale,
+            "that is finite",
+            -checks.FINITE,
+            checks.FINITE,
         )
         labels = conditioning.label_tensor(self.unet, class_labels, batch_size, names)
         labels = None if labels is None else labels.to(self._execution_device)
-        num_outputs = samplers.num_outputs(self.unet.config, self.scheduler)
+        num_outputs = scheduler_interface.num_outputs(self.unet.config, self.scheduler)
         plain = conditioning.denoiser_of(self.unet, labels, num_outputs)
         if guide is not None and guidance_scale == 1:
             raise ValueError(
@@ -348,7 +352,7 @@ class GaussianDDPMPipeline(checkpoint.PortablePipeline):
         if num_calls is None:
             kind, T = type(self.scheduler).__name__, self.scheduler.config.num_train_timesteps
             num_calls = schedules.usual_num_steps(kind, T)
-        size, _ = images.size_and_window(self.unet, image_facts(self.unet))
+        size, _ = image_processor.size_and_window(self.unet, image_facts(self.unet))
         shape = (batch_size, self.unet.config.in_channels, *size)
         with evaluating(self.unet), evaluating(weak or self.unet):
             chosen = speed.optimize(

@@ -23,28 +23,28 @@ from torch import Tensor
 
 # Modules, not names: diffusers' loader of remote code looks for `from .x import y` elsewhere.
 from . import (
-    arithmetic,
     checks,
+    coefficient_tables,
     coefficients,
-    configuration,
-    outputs,
+    inference_timesteps,
+    scheduler_config,
+    scheduler_outputs,
     schedules,
-    tables,
-    timesteps,
+    tensor_ops,
 )
 
 Array = schedules.Array
 Steps = schedules.Steps
-Timestep = tables.Timestep
-Generators = arithmetic.Generators
-at_least_float32 = arithmetic.at_least_float32
-with_dtype_of = arithmetic.with_dtype_of
-GaussianDDPMOutput = outputs.GaussianDDPMOutput
-ReverseGaussian = outputs.ReverseGaussian
-StepKL = outputs.StepKL
+Timestep = coefficient_tables.Timestep
+Generators = tensor_ops.Generators
+at_least_float32 = tensor_ops.at_least_float32
+with_dtype_of = tensor_ops.with_dtype_of
+GaussianDDPMOutput = scheduler_outputs.GaussianDDPMOutput
+ReverseGaussian = scheduler_outputs.ReverseGaussian
+StepKL = scheduler_outputs.StepKL
 
 
-class GaussianDDPMScheduler(timesteps.VisitedTimesteps):
+class GaussianDDPMScheduler(inference_timesteps.VisitedTimesteps):
     """Drop-in for diffusers' `DDPMScheduler`: same configuration keys, meaning and defaults.
 
     Differs from diffusers 0.42.1: the last step of every trajectory is without noise, not only
@@ -105,7 +105,7 @@ class GaussianDDPMScheduler(timesteps.VisitedTimesteps):
     ]
     order = 1
 
-    @configuration.registered
+    @scheduler_config.registered
     def __init__(
         self,
         num_train_timesteps: int = 1000,
@@ -245,12 +245,12 @@ class GaussianDDPMScheduler(timesteps.VisitedTimesteps):
                 would asking whether it is the last: noise is then drawn, and multiplied by 0.
         """
         checks.check_tensor("sample", sample)
-        x_t, t = at_least_float32(sample), tables.host_timestep(timestep)
+        x_t, t = at_least_float32(sample), coefficient_tables.host_timestep(timestep)
         row = self._reverse(eta).at_host(t, x_t)
         output, v = self._split(model_output, x_t, t, eta)
         x_0_hat = self._predict_x_0(output, x_t, row)  # eq. 15
         is_noiseless = eta == 0 or (type(t) is int and t == self._trajectory.last)
-        x_prev = arithmetic.scaled_noise(row, v, x_t, generator, variance_noise, is_noiseless)
+        x_prev = tensor_ops.scaled_noise(row, v, x_t, generator, variance_noise, is_noiseless)
         x_prev.addcmul_(x_t, row.coef_x_t).addcmul_(x_0_hat, row.coef_x_0)  # eq. 7
         if x_t is not sample:
             x_prev, x_0_hat = x_prev.to(sample.dtype), x_0_hat.to(sample.dtype)
@@ -282,7 +282,7 @@ class GaussianDDPMScheduler(timesteps.VisitedTimesteps):
         x_next = (x_t * inversion.coef_x_t).addcmul_(x_0_hat, inversion.coef_x_0)
         return with_dtype_of(sample, x_next)
 
-    def _reverse(self, eta: float) -> tables.Table[coefficients.Reverse]:
+    def _reverse(self, eta: float) -> coefficient_tables.Table[coefficients.Reverse]:
         if eta != 1.0:
             checks.check_float("eta", eta, "in [0, 1]", 0.0, 1.0)
         return self._trajectory.reverse(eta)
@@ -297,7 +297,7 @@ class GaussianDDPMScheduler(timesteps.VisitedTimesteps):
         checks.check_tensor("model_output", model_output, x_t, widen=2)
         output, v = with_dtype_of(x_t, model_output).chunk(2, dim=1)
         if self._trajectory.is_shared and eta > 0:
-            v = arithmetic.shared_log_variance(self._trajectory.sharing(eta).at(t, x_t), v)
+            v = tensor_ops.shared_log_variance(self._trajectory.sharing(eta).at(t, x_t), v)
         return output, v
 
     def _predict_x_0(
@@ -309,7 +309,7 @@ class GaussianDDPMScheduler(timesteps.VisitedTimesteps):
         if not clip:
             return x_0_hat
         if config.thresholding:
-            return arithmetic.threshold(
+            return tensor_ops.threshold(
                 x_0_hat, config.dynamic_thresholding_ratio, config.sample_max_value
             )
         if config.clip_sample:
@@ -342,7 +342,7 @@ class GaussianDDPMScheduler(timesteps.VisitedTimesteps):
         mean = (x_t * row.coef_x_t).addcmul_(x_0_hat, row.coef_x_0)  # eq. 7
         of_t = self._trajectory.reverse_variance.at(t, x_t)
         if v is None:
-            return ReverseGaussian(mean, *arithmetic.variance_and_log(of_t, x_t), x_0_hat)
+            return ReverseGaussian(mean, *tensor_ops.variance_and_log(of_t, x_t), x_0_hat)
         log_variance = v * of_t.slope + of_t.log_variance
         return ReverseGaussian(mean, log_variance.exp(), log_variance, x_0_hat)
 
@@ -386,5 +386,5 @@ class GaussianDDPMScheduler(timesteps.VisitedTimesteps):
         of_t = self._trajectory.bound(eta).at(t, x_t)
         log_ratio = of_t.log_ratio if v is None else v * of_t.slope + of_t.log_ratio
         of_mean = (x_0 - x_0_hat).square() * of_t.weight * log_ratio.exp()
-        kl = of_mean + arithmetic.expm1_minus(log_ratio) / 2
+        kl = of_mean + tensor_ops.expm1_minus(log_ratio) / 2
         return StepKL(kl, of_t.log_variance - log_ratio, x_0_hat, of_t.is_last)

@@ -15,10 +15,10 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ddpm_hf.diffusion.samplers import set_timesteps
+from ddpm_hf.diffusion.scheduler_interface import set_timesteps
 from ddpm_hf.diffusion.schedules import usual_num_steps
-from ddpm_hf.evaluation.comparison import save_pictures
-from ddpm_hf.evaluation.evaluator import (
+from ddpm_hf.evaluation.comparison_report import save_pictures
+from ddpm_hf.evaluation.measurement import (
     EvaluationOptions,
     Evaluator,
     Subject,
@@ -34,8 +34,8 @@ from ddpm_hf.evaluation.report import (
     results_folder,
     write_report,
 )
-from ddpm_hf.sampler import Sampler
-from ddpm_hf.sampling.choices import sampled_by
+from ddpm_hf.sampling.sampler_choice import sampled_by
+from ddpm_hf.scheduler_spec import SchedulerSpec
 
 FILE_NAME = "comparison.json"
 _OF_FIGURE = ("name", "label", "value", "interval", "standard_error", "floor", "floor_num_images",
@@ -115,7 +115,7 @@ def compare(
     if (schedulers or num_inference_steps) and not any(map(is_model, models_or_images)):
         raise ValueError("schedulers and num_inference_steps are of models; these are images")
     for name in schedulers:
-        Sampler.parse(name)
+        SchedulerSpec.parse(name)
     if metrics is None:
         is_bound = all(map(is_model, models_or_images)) and not schedulers
         metrics = (BITS,) if is_bound else tuple(METRICS)
@@ -274,7 +274,7 @@ def _num_steps_and_calls(pipeline: Any, setting: Setting) -> tuple[int, int]:
     Raises:
         ValueError: if the scheduler cannot make so many steps.
     """
-    sampler = Sampler.parse(setting.scheduler) if setting.scheduler else Sampler()
+    sampler = SchedulerSpec.parse(setting.scheduler) if setting.scheduler else SchedulerSpec()
     with sampled_by(pipeline, sampler):
         scheduler = copy.deepcopy(pipeline.scheduler)
     kind, T = type(scheduler).__name__, scheduler.config.num_train_timesteps

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from ddpm_hf.evaluation.pool import FeatureSet, Pair, look, pooled
+from ddpm_hf.evaluation.neighbour_statistics import FeatureSet, Pair, look, pooled
 
 # Above this share of the largest eigenvalue the root of the least is right to 1e-9 of its root.
 _WELL_CONDITIONED = 1e-12

@@ -4,8 +4,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from ddpm_hf.evaluation.evaluator import EvaluationOptions, Evaluator, is_model
 from ddpm_hf.evaluation.features import DEFAULT_FEATURES
+from ddpm_hf.evaluation.measurement import EvaluationOptions, Evaluator, is_model
 from ddpm_hf.evaluation.metrics import METRICS
 from ddpm_hf.evaluation.report import BITS, results_folder
 

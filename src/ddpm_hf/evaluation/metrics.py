@@ -26,7 +26,7 @@ from ddpm_hf.evaluation.distances import (
     kernel_distance_of,
     precision_recall_of,
 )
-from ddpm_hf.evaluation.pool import FeatureSet, Pair, in_span, look, pooled
+from ddpm_hf.evaluation.neighbour_statistics import FeatureSet, Pair, in_span, look, pooled
 from ddpm_hf.randomness import seed_of
 
 NUM_RESAMPLES = 20

@@ -13,9 +13,9 @@ from typing import Any
 
 from accelerate import PartialState
 
-from ddpm_hf.diffusion.files import write_text
+from ddpm_hf.diffusion.atomic_files import write_text
 from ddpm_hf.locks import sole_use
-from ddpm_hf.wording import counted
+from ddpm_hf.text import counted
 
 FILE_NAME = "evaluation.json"
 BITS = "bits-per-dim"

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ddpm_hf.data import DataError, ImageDataset, load_images
 from ddpm_hf.data.hold_out import HoldOut
-from ddpm_hf.diffusion.images import MODE_CHANNELS, ImageFacts
-from ddpm_hf.evaluation.images import prepared_like
-from ddpm_hf.names import public_name
+from ddpm_hf.diffusion.image_processor import MODE_CHANNELS, ImageFacts
+from ddpm_hf.evaluation.model_images import prepared_like
 from ddpm_hf.pictures import to_pil
 from ddpm_hf.sampling import DrawnImages, open_drawn
+from ddpm_hf.text import public_name
 
 # What the split of images that a model was not trained on is called, as a rule.
 HELD_OUT = ("test", "validation")

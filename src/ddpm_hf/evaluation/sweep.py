@@ -11,9 +11,9 @@ from typing import Any
 
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 from ddpm_hf.evaluation.compare import Setting, compare_settings
-from ddpm_hf.evaluation.comparison import save_pictures
-from ddpm_hf.evaluation.evaluator import Evaluator
-from ddpm_hf.sampler import stock_scheduler
+from ddpm_hf.evaluation.comparison_report import save_pictures
+from ddpm_hf.evaluation.measurement import Evaluator
+from ddpm_hf.scheduler_spec import stock_scheduler
 
 NUM_STEPS = (5, 10, 25, 50, 100)
 FIGURE = "fd"

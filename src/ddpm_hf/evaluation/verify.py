@@ -9,8 +9,8 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from ddpm_hf.evaluation.evaluate import evaluate
-from ddpm_hf.evaluation.evaluator import name_of
 from ddpm_hf.evaluation.features import DEFAULT_FEATURES, OFFLINE_FEATURES
+from ddpm_hf.evaluation.measurement import name_of
 from ddpm_hf.evaluation.report import BITS, card_results
 
 # What a card may say about how: nothing that opens pickled weights or writes files.

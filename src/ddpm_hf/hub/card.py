@@ -16,13 +16,13 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from ddpm_hf.diffusion.extension import beta_schedule_of
-from ddpm_hf.diffusion.files import read_json, write_text
+from ddpm_hf.diffusion.atomic_files import read_json, write_text
+from ddpm_hf.diffusion.config_extension import beta_schedule_of
 from ddpm_hf.diffusion.schedules import usual_num_steps
-from ddpm_hf.hub.edits import Merged, merged, renewed, sealed, with_metadata
-from ddpm_hf.hub.few_steps import bits_of_few_steps, samplers_of_few_steps
+from ddpm_hf.hub.card_few_steps import bits_of_few_steps, samplers_of_few_steps
+from ddpm_hf.hub.card_merge import Merged, merged, renewed, sealed, with_metadata
 from ddpm_hf.paths import ModelPaths
-from ddpm_hf.wording import counted
+from ddpm_hf.text import counted
 
 TASK = "unconditional-image-generation"
 UNKNOWN = "not recorded"

@@ -10,8 +10,8 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from ddpm_hf.diffusion.extension import OUR_SCHEDULER
-from ddpm_hf.diffusion.files import read_json
+from ddpm_hf.diffusion.atomic_files import read_json
+from ddpm_hf.diffusion.config_extension import OUR_SCHEDULER
 from ddpm_hf.hub.retry import WAITS_S, retry, shorten
 from ddpm_hf.paths import ModelPaths
 
@@ -153,7 +153,7 @@ def open_pipeline(
     """
     import diffusers
 
-    from ddpm_hf.diffusion.bounds import check_scheduler, part_of
+    from ddpm_hf.diffusion.checkpoint_limits import check_scheduler, part_of
     from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline, image_facts
     from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 
@@ -191,8 +191,12 @@ def open_unet(
     import torch
     from diffusers import UNet2DModel
 
-    from ddpm_hf.diffusion.bounds import check_unet
-    from ddpm_hf.diffusion.portable import check_finite, move_into_memory, weight_variants
+    from ddpm_hf.diffusion.checkpoint_limits import check_unet
+    from ddpm_hf.diffusion.portable_checkpoint import (
+        check_finite,
+        move_into_memory,
+        weight_variants,
+    )
 
     is_safe = any(folder.glob("*.safetensors"))
     if use_safetensors and not is_safe:

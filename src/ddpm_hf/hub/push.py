@@ -13,15 +13,15 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from ddpm_hf.diffusion.extension import OUR_SCHEDULER
-from ddpm_hf.diffusion.files import read_json
-from ddpm_hf.diffusion.portable import commit
+from ddpm_hf.diffusion.atomic_files import read_json
+from ddpm_hf.diffusion.config_extension import OUR_SCHEDULER
+from ddpm_hf.diffusion.portable_checkpoint import commit
 from ddpm_hf.hub.card import card_to_share, check_metadata
-from ddpm_hf.hub.edits import Merged
+from ddpm_hf.hub.card_merge import Merged
 from ddpm_hf.hub.load import check_repo_id, refuse_links, scheduler_class
 from ddpm_hf.hub.retry import TOKEN_HELP, WAITS_S, HubError, retry, shorten
 from ddpm_hf.hub.secrets import find_leak
-from ddpm_hf.wording import counted
+from ddpm_hf.text import counted
 
 __all__ = ["HubError", "PushResult", "push", "push_command"]
 

@@ -14,9 +14,9 @@ those drawn 16 at once, and no pixel of 8 bits differed.
 """
 
 from ddpm_hf.sampling.batches import draw_images
-from ddpm_hf.sampling.choices import use_recommended
-from ddpm_hf.sampling.drawn import DrawnImages, open_drawn
-from ddpm_hf.sampling.job import draw_to
-from ddpm_hf.sampling.outputs import save_drawn
+from ddpm_hf.sampling.image_reader import DrawnImages, open_drawn
+from ddpm_hf.sampling.image_writer import save_drawn
+from ddpm_hf.sampling.sampler_choice import use_recommended
+from ddpm_hf.sampling.sharded_sampling import draw_to
 
 __all__ = ["DrawnImages", "draw_images", "draw_to", "open_drawn", "save_drawn", "use_recommended"]

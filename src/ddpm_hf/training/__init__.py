@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from ddpm_hf.training.accelerator import join_processes
     from ddpm_hf.training.arguments import parse_config
     from ddpm_hf.training.config import ConfigError, TrainingConfig, TrainingError
-    from ddpm_hf.training.images import build_images
+    from ddpm_hf.training.dataset_setup import build_images
     from ddpm_hf.training.loop import TrainingResult, train
     from ddpm_hf.training.network import build_scheduler, build_unet
-    from ddpm_hf.training.processes import ProcessError, main_first
+    from ddpm_hf.training.rank_coordination import ProcessError, main_first
     from ddpm_hf.training.run_folder import CheckpointError
 
 __all__ = [

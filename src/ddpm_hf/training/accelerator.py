@@ -17,7 +17,7 @@ from accelerate.utils import (
 )
 
 from ddpm_hf.training.config import ConfigError, TrainingConfig
-from ddpm_hf.training.processes import (
+from ddpm_hf.training.rank_coordination import (
     leave_process_group,
     name_missing_processes,
     roll_call_s,

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ddpm_hf.names import without_secrets
+from ddpm_hf.text import without_secrets
 from ddpm_hf.training.config import ConfigError, TrainingConfig
 from ddpm_hf.training.options import (
     DataOptions,

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ddpm_hf.diffusion.files import replacing_folder
+from ddpm_hf.diffusion.atomic_files import replacing_folder
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 from ddpm_hf.hub.card import write_model_card
-from ddpm_hf.names import public_name
 from ddpm_hf.paths import ModelPaths, RunPaths
+from ddpm_hf.text import public_name
+from ddpm_hf.training.components import Parts
 from ddpm_hf.training.config import TrainingConfig
-from ddpm_hf.training.parts import Parts
 from ddpm_hf.training.run import Run
 from ddpm_hf.training.run_folder import write_json
 from ddpm_hf.training.state import TrainState

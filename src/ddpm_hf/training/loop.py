@@ -19,37 +19,37 @@ from tqdm.auto import tqdm
 from ddpm_hf.data import read_batches
 from ddpm_hf.data.labels import NO_LABEL
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
-from ddpm_hf.hub.background import BackgroundPusher
+from ddpm_hf.hub.background_push import BackgroundPusher
 from ddpm_hf.losses import Loss
 from ddpm_hf.paths import RunPaths
 from ddpm_hf.randomness import dropped_labels, noise_of_rows, seed_of, timestep_generator
+from ddpm_hf.text import counted
 from ddpm_hf.training.accelerator import (
     compile_as_asked,
     create_accelerator,
     with_precision,
 )
+from ddpm_hf.training.artifacts import Outputs
+from ddpm_hf.training.components import assemble
 from ddpm_hf.training.config import (
     ConfigError,
     TrainingConfig,
     TrainingError,
     merge_resumed_config,
 )
-from ddpm_hf.training.evaluation import build_evaluation
 from ddpm_hf.training.learning_rate import learning_rate
-from ddpm_hf.training.metrics import MetricsLog, RunningMetrics
 from ddpm_hf.training.objective import in_order_of_rows
-from ddpm_hf.training.outputs import Outputs
-from ddpm_hf.training.parts import assemble
+from ddpm_hf.training.periodic_evaluation import build_evaluation
 from ddpm_hf.training.plan import outcome, print_plan
-from ddpm_hf.training.processes import free_gradient_reducer, on_main
+from ddpm_hf.training.rank_coordination import free_gradient_reducer, on_main
 from ddpm_hf.training.read_ahead import ReadAhead
 from ddpm_hf.training.run import Run
 from ddpm_hf.training.run_folder import remove_leftovers, run_lock
+from ddpm_hf.training.run_log import MetricsLog, RunningMetrics
 from ddpm_hf.training.signals import StopSignal, is_under_a_launcher
 from ddpm_hf.training.state import find_checkpoint, read_facts
 from ddpm_hf.training.validation import Validation
 from ddpm_hf.training.warm_up import trial_pass, warm_up
-from ddpm_hf.wording import counted
 
 # So many updates in a row without one finite gradient mean that the run is lost; a mixed-precision
 # run skips a few at its start while the loss scale settles.

@@ -9,13 +9,13 @@ import torch
 from diffusers import UNet2DModel
 
 from ddpm_hf.data import ImageFacts
-from ddpm_hf.diffusion.bounds import check_unet
-from ddpm_hf.diffusion.files import read_json
-from ddpm_hf.diffusion.images import image_facts, padded_size
+from ddpm_hf.diffusion.atomic_files import read_json
+from ddpm_hf.diffusion.checkpoint_limits import check_unet
+from ddpm_hf.diffusion.image_processor import image_facts, padded_size
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.hub.load import fetch, open_pipeline, open_unet
-from ddpm_hf.names import did_you_mean
 from ddpm_hf.paths import ModelPaths
+from ddpm_hf.text import did_you_mean
 from ddpm_hf.training.config import ConfigError, TrainingConfig
 
 # Channels of each level in units of the first, by number of levels. With 4 levels and 128

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ddpm_hf.diffusion.images import ImageFacts
+from ddpm_hf.diffusion.image_processor import ImageFacts
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.losses import Loss, hybrid_loss, simple_loss, vlb_loss
 from ddpm_hf.timestep_samplers import TIMESTEP_SAMPLERS, TimestepSampler

@@ -3,16 +3,16 @@
 import dataclasses
 from collections.abc import Sequence
 
-from ddpm_hf.diffusion.extension import beta_schedule_of
+from ddpm_hf.diffusion.config_extension import beta_schedule_of
+from ddpm_hf.text import counted, duration
 from ddpm_hf.training.accelerator import available_trackers
-from ddpm_hf.training.calibration import describe_calibration
 from ddpm_hf.training.config import required
-from ddpm_hf.training.evaluation import Evaluation
+from ddpm_hf.training.final_calibration import describe_calibration
 from ddpm_hf.training.learning_rate import learning_rate
+from ddpm_hf.training.periodic_evaluation import Evaluation
 from ddpm_hf.training.run import Run
 from ddpm_hf.training.state import read_facts
 from ddpm_hf.training.validation import Validation
-from ddpm_hf.wording import counted, duration
 
 
 def print_plan(

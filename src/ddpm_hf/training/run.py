@@ -13,16 +13,16 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ddpm_hf.diffusion.arithmetic import Denoiser
 from ddpm_hf.diffusion.speed import is_channels_last, tf32_operations
+from ddpm_hf.diffusion.tensor_ops import Denoiser
 from ddpm_hf.paths import RunPaths
 from ddpm_hf.randomness import Batches
+from ddpm_hf.training.components import Parts
 from ddpm_hf.training.config import ConfigError, required
-from ddpm_hf.training.images import Selection
-from ddpm_hf.training.parts import Parts
+from ddpm_hf.training.cpu_threads import Threads
+from ddpm_hf.training.dataset_setup import Selection
 from ddpm_hf.training.signals import StopSignal
 from ddpm_hf.training.state import TrainState, read_checkpoint
-from ddpm_hf.training.threads import Threads
 
 
 class Run:

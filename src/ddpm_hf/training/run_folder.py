@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ddpm_hf.diffusion.files import remove_folder
+from ddpm_hf.diffusion.atomic_files import remove_folder
 from ddpm_hf.locks import InUseError, locked
 from ddpm_hf.paths import RunPaths
 

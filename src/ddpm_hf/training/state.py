@@ -20,8 +20,8 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ddpm_hf.diffusion.files import read_json, remove_folder, replacing_folder
-from ddpm_hf.diffusion.portable import check_finite
+from ddpm_hf.diffusion.atomic_files import read_json, remove_folder, replacing_folder
+from ddpm_hf.diffusion.portable_checkpoint import check_finite
 from ddpm_hf.timestep_samplers import TimestepSampler
 from ddpm_hf.training.run_folder import CheckpointError, write_json
 
