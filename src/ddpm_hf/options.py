@@ -149,7 +149,8 @@ def _kinds(annotation: Any) -> tuple[Any, ...]:
 
 def _plain(kind: Any) -> type:
     """`list` for `list[int]`."""
-    return typing.get_origin(kind) or kind
+    plain: type = typing.get_origin(kind) or kind
+    return plain
 
 
 def flag_of(field: "dataclasses.Field[Any]") -> str:
