@@ -15,7 +15,16 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 # From the ground up: a room, which is a module or a folder with all that is in it, imports from its
 # own floor and those below.
 FLOORS = (
-    {"diffusion", "locks", "options", "paths", "randomness", "scheduler_spec", "shared_work", "text"},
+    {
+        "diffusion",
+        "locks",
+        "options",
+        "paths",
+        "randomness",
+        "scheduler_spec",
+        "shared_work",
+        "text",
+    },
     {"losses", "decoders", "timestep_samplers", "weightings", "data", "pictures", "sampling"},
     {"likelihood", "calibration", "trajectory_timesteps", "evaluation", "hub"},
     {"training"},

@@ -1,32 +1,45 @@
-"""What a model is worth: measured in parts that processes share and that survive an interruption.
+"""Evaluation of models and images: figures with confidence intervals and floors.
 
-evaluate     all of it in one call
-compare      several models, samplers and numbers of steps side by side
-evaluator    the measuring of both: on one data set, of any number of subjects
-comparison   what was compared as people read it: table, curves, samples
-distances    between real and drawn images by their features: Frechet, kernel, precision, recall
-classes      the same of each class
-pool         sets of features, and what the images of one see of another, found in one pass
-metrics      the same with intervals, beside what real images get; copies of training images
-features     of images, from any network, by fixed rules
-sets         the images: drawn, in files, in memory, of a data set
-images       a data set as the model sees it
-parts        work in parts, kept on disk until all are there
-likelihood   bits/dim of the images
-sweep        which sampler in how many steps is as good as all of them
-calibration  the error at every timestep, and what it says of few steps
-report       the JSON file, the table, the lines for the model card
-verify       what a card claims, measured again
-plots        bits per timestep, the rate-distortion curve, comparisons
+Measuring
+    evaluate                one model or set of images; `evaluate`
+    compare                 several models, samplers and numbers of steps; `compare`
+    checkpoint_calibration  error curve of a checkpoint; `calibrate_checkpoint`
+    sweep                   the cheapest sampler that is as good as the best
+    verify                  figures of a model card, measured again
+    measurement             the `Evaluator` that these share
+
+Figures
+    distances               Frechet and kernel distance, precision, recall, density, coverage
+    metrics                 these with confidence intervals and floors; memorisation
+    per_class               the same for each class
+    neighbour_statistics    pairwise nearest-neighbour statistics of many sets in one pass
+    dataset_likelihood      bits/dim of a data set
+    features                feature networks
+    sharded_tensors         tensors computed in shards by all ranks
+
+Images
+    sets                    drawn images, image files, arrays, data sets
+    model_images            a data set in the format of a model
+    training_record         images that training held out
+
+Results
+    options                 options of the functions above
+    results                 their typed results, and their JSON files
+    tables                  results as text
+    plots                   results as figures
 """
 
-from ddpm_hf.evaluation.distances import (
-    Estimate,
-    density_coverage,
-    frechet_distance,
-    kernel_distance,
-    precision_recall,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ddpm_hf.evaluation.distances import (
+        Estimate,
+        density_coverage,
+        frechet_distance,
+        kernel_distance,
+        precision_recall,
+    )
 
 __all__ = [
     "Estimate",
@@ -35,3 +48,9 @@ __all__ = [
     "kernel_distance",
     "precision_recall",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("ddpm_hf.evaluation.distances"), name)

@@ -1,0 +1,215 @@
+"""Options of `evaluate`, `compare` and `calibrate_checkpoint`, in groups that they share.
+
+The bases of a class are listed from the last recorded group to the first: the fields of a dataclass
+follow the reversed order of its bases.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ddpm_hf.options import Options, option
+from ddpm_hf.scheduler_spec import NAMES_HELP, SchedulerSpec
+
+BITS = "bits-per-dim"
+METRIC_NAMES = (BITS, "fd", "kid", "precision-recall", "coverage", "memorisation")
+DEFAULT_FEATURES = "facebook/dinov2-base"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource(Options):
+    """Files of the model."""
+
+    revision: str | None = option(
+        None,
+        "branch, tag or commit of the model on the Hub (default: main)",
+        metavar="NAME",
+        is_recorded=False,
+    )
+    variant: str | None = option(
+        None, "variant of the weights, such as fp16", metavar="NAME", is_recorded=False
+    )
+    use_safetensors: bool = option(
+        True,
+        "load pickled .bin weights of an old repository; they can run code, so only for authors"
+        " you trust",
+        flag="--allow-pickle",
+        is_recorded=False,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchOptions(Options):
+    """Batch size of the network calls."""
+
+    batch_size: int = option(64, "images per batch, as memory allows", minimum=1, metavar="N")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LikelihoodOptions(Options):
+    """Estimator of the variational bound."""
+
+    num_timesteps: int | None = option(
+        None,
+        "importance-sample M of the K terms per image, without bias: 32 are nearly as precise as"
+        " 1,000 (default: all K)",
+        minimum=1,
+        metavar="M",
+    )
+    decoder: Literal["exact", "tanh"] = option(
+        "exact",
+        "likelihood of the last step: exact, or tanh, the approximation of the papers, for"
+        " comparison with published numbers",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerOptions(Options):
+    """Scheduler and number of inference steps."""
+
+    scheduler: str | None = option(
+        None, f"scheduler that replaces the model's own: {NAMES_HELP}", metavar="NAME"
+    )
+    num_inference_steps: int | None = option(
+        None,
+        "number of steps K of the sampler and of the bound (default: the scheduler's usual number;"
+        " for DDPM, the number of training timesteps)",
+        minimum=1,
+        metavar="K",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scheduler is not None:
+            object.__setattr__(self, "scheduler", str(SchedulerSpec.parse(self.scheduler)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnreadableImages(Options):
+    """Policy for images that cannot be read."""
+
+    on_bad_image: Literal["error", "skip"] = option("error", "what to do with unreadable images")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerClassOptions(Options):
+    """Comparison of each class."""
+
+    per_class: bool = option(
+        False, "also compare the images of each class; needs a model or images with classes"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSelection(Options):
+    """Selection of the real images."""
+
+    num_images: int | None = option(
+        None,
+        "number of images, chosen by the seed: real ones for bits/dim (default: all), drawn ones"
+        " for the other metrics (default: as many as there are real ones, at most 10,000)",
+        minimum=1,
+        metavar="N",
+    )
+    seed: int = option(
+        0, "seed of the noise; the noise of image i depends on the seed and i only", metavar="N"
+    )
+    split: str | None = option(
+        None,
+        "held-out split of the data set, with images that the model was not trained on (default:"
+        " test or validation if one exists, else the images that training held out)",
+        metavar="NAME",
+    )
+    reference_split: str = option(
+        "train",
+        "split that drawn images are compared with; the held-out split gives the floor",
+        metavar="NAME",
+    )
+    dataset_config: str | None = option(None, "configuration of a Hub data set", metavar="NAME")
+    dataset_revision: str | None = option(
+        None, "branch, tag or commit of a Hub data set", metavar="NAME"
+    )
+    image_column: str | None = option(
+        None, "column with the images, if there are several", metavar="NAME"
+    )
+    class_column: str | None = option(
+        None,
+        "column with the classes, for a class-conditional model (default: the declared one)",
+        metavar="NAME",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureOptions(Options):
+    """Feature network that images are compared by."""
+
+    features: Any = option(
+        DEFAULT_FEATURES,
+        "feature network: a vision model of transformers by name or folder; efficientnet-lite0,"
+        " which needs no download (extra eval); or pixels",
+        metavar="NAME",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonOptions(
+    ModelSource,
+    BatchOptions,
+    LikelihoodOptions,
+    UnreadableImages,
+    PerClassOptions,
+    DataSelection,
+    FeatureOptions,
+):
+    """Options of `compare` that all settings share."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions(
+    ModelSource,
+    BatchOptions,
+    LikelihoodOptions,
+    SamplerOptions,
+    UnreadableImages,
+    PerClassOptions,
+    DataSelection,
+    FeatureOptions,
+):
+    """Options of `evaluate`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationOptions(
+    ModelSource, BatchOptions, UnreadableImages, DataSelection, FeatureOptions
+):
+    """Options of `calibrate_checkpoint`."""
+
+    num_images: int | None = option(
+        None,
+        "number of images, chosen by the seed (default: 256, or all if fewer)",
+        minimum=1,
+        metavar="N",
+    )
+    timesteps: bool = option(
+        False,
+        "also find timesteps for DDIM and DPM-Solver++ 2M in 5 to 25 steps, against 100 steps of"
+        " the same network: about 4,000 network calls with 32 images",
+    )
+    sweep: bool = option(
+        False, "also find the sampler and number of steps that `ddpm-hf sample` uses by default"
+    )
+    sweep_images: int | None = option(
+        None,
+        "images drawn for each setting of the sweep; fewer than the dimensions of the features"
+        " distinguish little and favour too few steps (default: as many as there are real ones, at"
+        " most 10,000)",
+        minimum=1,
+        metavar="N",
+    )
+    card: bool = option(False, "write the tables into the card of the model's folder")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        defaults = {"sweep_images": None, "features": DEFAULT_FEATURES, "reference_split": "train"}
+        for name, default in defaults.items():
+            if not self.sweep and getattr(self, name) != default:
+                raise ValueError(f"`{name}` needs `sweep`")
