@@ -131,8 +131,8 @@ def _check_keys(config: Mapping[str, Any]) -> None:
     pair = size if isinstance(size, list | tuple) else (size, size)
     if size is not None and not (len(pair) == 2 and all(map(image_processor.is_size, pair))):
         raise ValueError(
-            f"sample_size must be an int in 1..{image_processor.MAX_SIZE}, or two of them (height, width), "
-            f"got {size!r:.100}"
+            f"sample_size must be an int in 1..{image_processor.MAX_SIZE}, or two of them"
+            f" (height, width), got {size!r:.100}"
         )
 
 
