@@ -36,15 +36,15 @@ __all__ = [
 _HOME_OF = {
     "CheckpointError": "run_folder",
     "ConfigError": "config",
-    "ProcessError": "processes",
+    "ProcessError": "rank_coordination",
     "TrainingConfig": "config",
     "TrainingError": "config",
     "TrainingResult": "loop",
-    "build_images": "images",
+    "build_images": "dataset_setup",
     "build_scheduler": "network",
     "build_unet": "network",
     "join_processes": "accelerator",
-    "main_first": "processes",
+    "main_first": "rank_coordination",
     "parse_config": "arguments",
     "train": "loop",
 }
