@@ -12,7 +12,7 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 from ddpm_hf.evaluation.features import features_of, load_features, resized, to_rgb
 from ddpm_hf.evaluation.metrics import measure
 from ddpm_hf.sampling import DrawnImages
-from ddpm_hf.shared_work import join_processes
+from ddpm_hf.shared_work import distributed_state
 
 
 def image_set(pixels):
@@ -149,7 +149,7 @@ def test_networks_that_differ_in_layers_without_weights_are_told_apart():
 
 def test_features_are_computed_once_for_a_set(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
-    pixels, calls, state = random_pixels(600, 4, 4, 1), [], join_processes()
+    pixels, calls, state = random_pixels(600, 4, 4, 1), [], distributed_state()
 
     class Network(torch.nn.Module):
         def forward(self, x):

@@ -1,19 +1,20 @@
-"""One process at a time has a folder."""
+"""Exclusive locks on output folders."""
 
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
-from ddpm_hf import locks
 from ddpm_hf.cli import main
-from ddpm_hf.locks import IN_USE, InUseError, locked, sole_use
+from ddpm_hf.locks import FOLDER_LOCK, InUseError, exclusive_folder, hold_lock
 from ddpm_hf.sampling.image_writer import parts_of
-from ddpm_hf.shared_work import join_processes
+from ddpm_hf.shared_work import distributed_state
 
 
-def having(folder):
-    return sole_use(join_processes(), folder, "it", "one")
+def reserve(folder):
+    return exclusive_folder(distributed_state(), folder, "output")
 
 
 @pytest.mark.parametrize(
@@ -26,43 +27,62 @@ def having(folder):
     ],
     ids=["sample", "evaluate", "compare", "calibrate"],
 )
-def test_a_command_whose_output_is_in_use_says_so_before_anything_is_loaded(
-    command, tmp_path, capsys
-):
+def test_a_command_reports_an_output_in_use_before_it_loads_anything(command, tmp_path, capsys):
     output = tmp_path / "out"
-    with having(parts_of(output) if command[0] == "sample" else output):
+    with reserve(parts_of(output) if command[0] == "sample" else output):
         assert main([*command, "--output", str(output)]) == 2
-    said = capsys.readouterr().err
-    assert f"{output} is in use by process {os.getpid()}; wait for it, or choose another" in said
-    assert "another --output PATH" in said
+    message = capsys.readouterr().err
+    assert f"{output} is in use by process {os.getpid()}; wait for it, or choose another" in message
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_is_left_holds_what_was_put_there_and_can_be_had_again(tmp_path):
-    with having(tmp_path / "x"):
+def test_a_released_folder_keeps_its_files_and_can_be_reserved_again(tmp_path):
+    with reserve(tmp_path / "x"):
         (tmp_path / "x" / "result").touch()
-    with having(tmp_path / "x"), pytest.raises(InUseError), having(tmp_path / "x"):
+    with reserve(tmp_path / "x"), pytest.raises(InUseError), reserve(tmp_path / "x"):
         pass
     assert [path.name for path in (tmp_path / "x").iterdir()] == ["result"]
 
 
-def test_a_lock_that_was_removed_while_it_was_waited_for_is_taken_anew(tmp_path, monkeypatch):
-    acquire, times = locks._acquire, []
-
-    def remove_once(lock, *words):
-        times.append(1)
-        if len(times) == 1:
-            (tmp_path / "lock").unlink()
-        acquire(lock, *words)
-
-    monkeypatch.setattr(locks, "_acquire", remove_once)
-    with locked(tmp_path / "lock", "it", "one"):
-        assert (tmp_path / "lock").read_text() == f"{os.getpid()}"
+def test_a_folder_that_was_created_for_the_lock_is_removed_if_it_stays_empty(tmp_path):
+    with reserve(tmp_path / "x"):
+        assert (tmp_path / "x").is_dir()
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_the_lock_of_another_one_in_a_new_folder_of_that_name_stays(tmp_path):
-    with having(tmp_path / "x"):
+def test_a_lock_file_that_is_removed_while_waiting_is_created_again(tmp_path):
+    """Its holder is a killed process whose child still has the lock."""
+    lock = tmp_path / "lock"
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    lock.write_text(str(dead.pid))
+    script = (
+        "import fcntl, os, sys, time; f = open(sys.argv[1]); fcntl.flock(f, 2); print(flush=True);"
+        "time.sleep(1); os.unlink(sys.argv[1])"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(lock)], stdout=subprocess.PIPE
+    ) as child:
+        child.stdout.readline()
+        with hold_lock(lock, tmp_path, "output"):
+            assert child.wait() == 0
+            assert lock.read_text() == str(os.getpid())
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path):
+    script = (
+        "import os, sys, pathlib; from ddpm_hf.locks import hold_lock\n"
+        "with hold_lock(pathlib.Path(sys.argv[1]), pathlib.Path(), 'output'): os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "lock")], check=False)
+    assert (tmp_path / "lock").read_text() != str(os.getpid())
+    with hold_lock(tmp_path / "lock", tmp_path, "output"):
+        assert (tmp_path / "lock").read_text() == str(os.getpid())
+
+
+def test_the_lock_of_another_process_in_a_recreated_folder_stays(tmp_path):
+    with reserve(tmp_path / "x"):
         shutil.rmtree(tmp_path / "x")
         (tmp_path / "x").mkdir()
-        (tmp_path / "x" / IN_USE).write_text("1")
-    assert (tmp_path / "x" / IN_USE).read_text() == "1"
+        (tmp_path / "x" / FOLDER_LOCK).write_text("1")
+    assert (tmp_path / "x" / FOLDER_LOCK).read_text() == "1"

@@ -8,9 +8,9 @@ from PIL import Image
 from tiny_runs import tiny_unet
 
 from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler
-from ddpm_hf.locks import sole_use
+from ddpm_hf.locks import exclusive_folder
 from ddpm_hf.sampling import draw_images, draw_to, open_drawn
-from ddpm_hf.shared_work import join_processes
+from ddpm_hf.shared_work import distributed_state
 
 
 def build_pipeline(**config):
@@ -113,8 +113,8 @@ def test_a_folder_of_other_things_is_left_alone_and_a_failure_leaves_none(tmp_pa
     with pytest.raises(ValueError, match="num_images must be at least 1, got 0"):
         draw_to(pipeline, tmp_path / "x", 0, **CALL)
     with (
-        sole_use(join_processes(), tmp_path / "x", "it", "one"),
-        pytest.raises(ValueError, match=r"x is in use by process .* another folder=PATH"),
+        exclusive_folder(distributed_state(), tmp_path / "x", "folder"),
+        pytest.raises(ValueError, match=r"x is in use by process .*, or choose another `folder`"),
     ):
         draw_to(pipeline, tmp_path / "x", 4, **CALL)
     with pytest.raises(TypeError, match="callback_on_step_end"):

@@ -1,118 +1,117 @@
-"""One process at a time has a folder; the system frees it however that process ends."""
+"""Exclusive locks; the operating system releases them when their process ends, also by SIGKILL."""
 
 import os
-import time
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO
 
 from accelerate import PartialState
+from filelock import FileLock, Timeout
 
-from ddpm_hf.shared_work import from_main
+from ddpm_hf.shared_work import on_main_process
 
-IN_USE = ".in-use"
-_PATIENCE_S = 15.0
+FOLDER_LOCK = ".in-use"
+# A child that was forked by other than Python code keeps the lock of its killed parent until it
+# ends, which takes some seconds.
+_DEAD_HOLDER_WAIT_S = 15.0
 
 
 class InUseError(ValueError):
-    """Another process has what this one asks for."""
+    """Another process holds the lock."""
 
 
 @contextmanager
-def sole_use(state: PartialState, folder: Path, what: str, other: str) -> Iterator[None]:
-    """Inside, these processes alone have `folder`: the main one holds the lock for all of them.
+def exclusive_folder(
+    state: PartialState, folder: Path, option: str, *, output: Path | None = None
+) -> Iterator[None]:
+    """Reserve `folder` for the processes of this launch until the block ends.
 
-    Nothing is left of the lock, nor of a folder that was not there and in which nothing was put.
+    The main process holds the lock. Afterwards the lock file is removed, and also the folder if it
+    was created here and is empty.
 
     Args:
         state: the processes.
-        folder: made if missing.
-        what: what people call it.
-        other: what they may choose another one of.
+        folder: created if missing.
+        option: argument that the error message suggests to change.
+        output: path in the error message, by default `folder`.
     Raises:
-        InUseError: on all processes, if those of another command have it.
-        OSError: on all processes, if it cannot be written.
+        InUseError: on all processes, if another command uses the folder.
+        OSError: on all processes, if the folder cannot be written.
     """
     with ExitStack() as stack:
-        from_main(state, lambda: stack.enter_context(_kept_clean(folder, what, other)))
+        lock = _folder_lock(folder, output or folder, option)
+        on_main_process(state, lambda: stack.enter_context(lock))
         yield
 
 
 @contextmanager
-def _kept_clean(folder: Path, what: str, other: str) -> Iterator[None]:
-    is_new, file = not folder.exists(), folder / IN_USE
+def _folder_lock(folder: Path, output: Path, option: str) -> Iterator[None]:
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with locked(file, what, other) as lock:
-            try:
-                yield
-            finally:
-                # Where the folder is gone with its lock, another process may have a new one.
-                if _is_at(file, lock):
-                    with suppress(PermissionError):  # Windows removes no file that is open
-                        file.unlink()
+        with hold_lock(folder / FOLDER_LOCK, output, option, keep_file=False):
+            yield
     finally:
         if is_new:
-            with suppress(OSError):  # something is in it
+            with suppress(OSError):  # not empty
                 folder.rmdir()
 
 
 @contextmanager
-def locked(file: Path, what: str, other: str) -> Iterator[IO[str]]:
-    """Hold the lock `file`, made if missing, until the block or the process ends.
+def hold_lock(file: Path, output: Path, option: str, *, keep_file: bool = True) -> Iterator[None]:
+    """Hold the lock `file` until the block or the process ends.
 
     Args:
-        file: its folder must exist; holds the number of the process.
-        what, other: as for `sole_use`.
+        file: created if missing, in an existing folder; contains the process id of the holder.
+        output: path in the error message.
+        option: argument that the error message suggests to change.
+        keep_file: whether the file stays after the block.
     Raises:
-        InUseError: if another process holds it.
-        OSError: if it cannot be written.
+        InUseError: if another process holds the lock.
+        OSError: if the file cannot be written.
     """
-    while True:
-        with open(file, "a+", encoding="utf-8") as lock:
-            _acquire(lock, what, other)
-            if not _is_at(file, lock):  # whoever held it has removed it
-                continue
-            lock.truncate(0)
-            lock.write(f"{os.getpid()}")
-            lock.flush()
-            yield lock
-            return
-
-
-def _acquire(lock: IO[str], what: str, other: str) -> None:
+    lock = FileLock(file, on_acquired=_write_process_id, preserve_lock_file=keep_file)
     try:
-        import fcntl
-    except ImportError:  # Windows has no flock; two processes in one folder are the user's care.
-        return
-    deadline = time.monotonic() + _PATIENCE_S
-    while True:
-        try:
-            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            lock.seek(0)
-            holder = lock.read()
-            # The workers of a killed process hold its lock for the seconds until they notice.
-            if _is_alive(holder) or time.monotonic() > deadline:
-                raise InUseError(
-                    f"{what} is in use by process {holder or '?'}; wait for it, or choose another "
-                    f"{other}"
-                ) from error
-        time.sleep(0.2)
-
-
-def _is_alive(pid: str) -> bool:
+        lock.acquire(
+            timeout=_DEAD_HOLDER_WAIT_S,
+            poll_interval=0.2,
+            cancel_check=lambda: _is_alive(_holder(file)),
+        )
+    except Timeout as error:
+        raise InUseError(
+            f"{output} is in use by process {_holder(file) or '?'}; wait for it, or choose another"
+            f" `{option}`"
+        ) from error
     try:
-        os.kill(int(pid), 0)
+        yield
+    finally:
+        # If the folder was deleted meanwhile, another process may have created it and its lock.
+        if not keep_file and _holder(file) == str(os.getpid()):
+            file.unlink()
+        lock.release()
+
+
+def _write_process_id(descriptor: int) -> None:
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, str(os.getpid()).encode())
+
+
+def _holder(file: Path) -> str:
+    """Process id in a lock file; "" where it cannot be read, such as a locked file on Windows."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+def _is_alive(process_id: str) -> bool:
+    if sys.platform == "win32":  # no fork: a lock that is held has a living holder
+        return True
+    try:
+        os.kill(int(process_id), 0)
     except (ValueError, ProcessLookupError):
         return False
-    except PermissionError:  # somebody else's
+    except PermissionError:  # a process of another user
         return True
     return True
-
-
-def _is_at(file: Path, lock: IO[str]) -> bool:
-    with suppress(FileNotFoundError):
-        return os.path.samestat(file.stat(), os.fstat(lock.fileno()))
-    return False

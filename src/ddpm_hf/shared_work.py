@@ -1,4 +1,4 @@
-"""Work in parts: shared by all processes, kept on disk, so that an interrupted one goes on."""
+"""Work shared by the processes of `accelerate launch`: missing files are computed in parallel."""
 
 import os
 import threading
@@ -17,19 +17,24 @@ from ddpm_hf.diffusion.atomic_files import replacing_file
 
 T = TypeVar("T")
 
-_LOOK_S = 1.0  # how often the main process looks for what the others have made
+_PROGRESS_INTERVAL_S = 1.0
 
 
-def join_processes() -> PartialState:
-    """This process among those that `accelerate launch` started; the only one without it."""
-    # Without `cpu` each of several processes on a machine that has no accelerator would be alone.
+def distributed_state() -> PartialState:
+    """Rank, number of processes and device of this process; connects processes on CPUs too."""
+    # On a machine without accelerator, `PartialState()` would give every process rank 0 of 1.
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    # One that has no part left waits for those of the others.
+    # Processes wait for each other at the end of `compute_missing_files`.
     return PartialState(cpu=cpu, timeout=timedelta(days=1))
 
 
-def from_main(state: PartialState, action: Callable[[], T]) -> T:
-    """`action()` of the main process, on all; a ValueError or OSError there is one on all."""
+def on_main_process(state: PartialState, action: Callable[[], T]) -> T:
+    """Run `action` on the main process and return its result on all processes.
+
+    A ValueError or OSError is raised on all processes too. The result is pickled. The variant for
+    training, `training.rank_coordination.on_main_process`, detects hanging ranks and keeps the
+    result, which may be any object, on the main process.
+    """
     result: T | None = None
     failure: Exception | None = None
     if state.is_main_process:
@@ -45,27 +50,27 @@ def from_main(state: PartialState, action: Callable[[], T]) -> T:
 
 
 @contextmanager
-def following(bar: "tqdm[Any]", num_done: Callable[[], int]) -> Iterator[None]:
-    """Inside, the bar shows what all processes have done, also while this one waits for others."""
-    through = threading.Event()
+def progress_from(bar: "tqdm[Any]", num_done: Callable[[], int]) -> Iterator[None]:
+    """Set the progress bar to `num_done()` once a second, from a thread, until the block ends."""
+    is_over = threading.Event()
 
-    def look() -> None:
-        while not through.wait(_LOOK_S):
-            with suppress(OSError):  # a file system of a network may stutter
+    def update() -> None:
+        while not is_over.wait(_PROGRESS_INTERVAL_S):
+            with suppress(OSError):  # a temporary error of a network file system
                 bar.update(num_done() - bar.n)
 
-    thread = threading.Thread(target=look, daemon=True)
+    thread = threading.Thread(target=update, daemon=True)
     if not bar.disable:
         thread.start()
     try:
         yield
     finally:
-        through.set()
+        is_over.set()
         if not bar.disable:
             thread.join()
 
 
-def complete_parts(
+def compute_missing_files(
     state: PartialState,
     paths: Sequence[Path],
     sizes: Sequence[int],
@@ -73,50 +78,50 @@ def complete_parts(
     *,
     progress: bool = True,
 ) -> None:
-    """Make the files that are missing, each whole or not at all; return when all are there.
+    """Compute the files that do not exist yet, and return when all exist.
 
-    A file is the same whichever process makes it; their folder must be one that all processes
-    share. Nobody waits for another one before the end.
+    A file appears under its name only when it is complete, so an interrupted call can be repeated.
+    The content of a file must not depend on the process that computes it. All processes must see
+    the folder; they wait for each other only at the end.
 
     Args:
-        state: the processes; missing file number j is made by process j mod their number.
-        paths: the files, in one folder, which belongs to this very work.
-        sizes: images in each, for the progress bar, which counts those of all processes.
-        write: `write(i, path)` makes file i, there; it is renamed then.
+        state: the processes; process p computes the missing files p, p + num_processes, ...
+        paths: files in one folder that is used for nothing else.
+        sizes: images in each file, for the progress bar, which counts those of all processes.
+        write: `write(i, path)` writes file i to `path`, a temporary name.
         progress: show a progress bar, on the main process.
     Raises:
-        Exception: on all processes, what one of them failed by.
+        Exception: on all processes, the first exception that `write` raised on any of them.
     """
     folder = paths[0].parent
 
-    def missing_parts() -> list[int]:
+    def missing_files() -> list[int]:
         folder.mkdir(parents=True, exist_ok=True)
-        there = set(os.listdir(folder))
-        return [i for i, path in enumerate(paths) if path.name not in there]
+        names = set(os.listdir(folder))
+        return [i for i, path in enumerate(paths) if path.name not in names]
 
-    missing = from_main(state, missing_parts)
-    num_missing = sum(sizes[i] for i in missing)
+    def num_done() -> int:
+        return sum(sizes) - sum(sizes[i] for i in missing_files())
+
+    missing = on_main_process(state, missing_files)
+    is_alone = state.num_processes == 1
     failure: Exception | None = None
     bar = tqdm(
         total=sum(sizes),
-        initial=sum(sizes) - num_missing,
+        initial=sum(sizes) - sum(sizes[i] for i in missing),
         desc="images",
         unit="image",
         leave=False,
         disable=None if progress and state.is_main_process else True,
     )
-
-    def num_done() -> int:
-        return sum(sizes) - sum(sizes[i] for i in missing_parts())
-
-    with bar, nullcontext() if state.num_processes == 1 else following(bar, num_done):
+    with bar, nullcontext() if is_alone else progress_from(bar, num_done):
         try:
             for i in missing[state.process_index :: state.num_processes]:
-                with replacing_file(paths[i]) as beside:
-                    write(i, beside)
-                if state.num_processes == 1:
+                with replacing_file(paths[i]) as temporary:
+                    write(i, temporary)
+                if is_alone:
                     bar.update(sizes[i])
-        except Exception as error:  # the others wait for this process
+        except Exception as error:  # raised below, on all processes
             failure = error
         failures = [error for error in gather_object([failure]) if error is not None]
     if failures:

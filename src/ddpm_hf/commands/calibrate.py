@@ -114,11 +114,11 @@ def calibrate(options: argparse.Namespace) -> None:
         ValueError, OSError: if something cannot be loaded or measured, or another process has the
             output.
     """
-    from ddpm_hf.locks import sole_use
-    from ddpm_hf.shared_work import join_processes
+    from ddpm_hf.locks import exclusive_folder
+    from ddpm_hf.shared_work import distributed_state
 
-    state = join_processes()
-    with sole_use(state, options.output, f"{options.output}", "output=PATH"):
+    state = distributed_state()
+    with exclusive_folder(state, options.output, "output"):
         measure(options, state)
 
 
@@ -129,7 +129,7 @@ def measure(options: argparse.Namespace, state: Any) -> None:
     from ddpm_hf.evaluation.dataset_likelihood import BoundOptions
     from ddpm_hf.evaluation.model_images import images_for
     from ddpm_hf.evaluation.training_record import held_out_by_training
-    from ddpm_hf.shared_work import from_main
+    from ddpm_hf.shared_work import on_main_process
 
     pipeline = load_model(options).to(state.device)
     evaluator = evaluator_of(options) if options.sweep else None
@@ -171,7 +171,7 @@ def measure(options: argparse.Namespace, state: Any) -> None:
         show_curve(options, kept)
         return kept["scheduler"]
 
-    pipeline.scheduler = from_main(state, keep_curve)
+    pipeline.scheduler = on_main_process(state, keep_curve)
     if evaluator is not None:
         from ddpm_hf.evaluation.sweep import sweep
 

@@ -195,7 +195,7 @@ def evaluate(options: argparse.Namespace) -> int:
     """
     from ddpm_hf.evaluation.evaluate import evaluate
     from ddpm_hf.evaluation.report import BITS, FILE_NAME, card_results, read_results, tables
-    from ddpm_hf.shared_work import join_processes
+    from ddpm_hf.shared_work import distributed_state
 
     (subject,), (K,), (scheduler,) = (
         options.subjects, options.num_inference_steps, options.schedulers
@@ -203,7 +203,7 @@ def evaluate(options: argparse.Namespace) -> int:
     how = {"scheduler": scheduler, "num_inference_steps": K, **_how(options)}
     known = read_results(options.output)
     report = evaluate(subject, options.dataset, **how, **_loading(options))
-    join_processes().destroy_process_group()
+    distributed_state().destroy_process_group()
     if report is None:  # the main process writes for all
         return 0
     bits = [result for result in report["results"] if result["name"] == BITS]
@@ -226,7 +226,7 @@ def compare(options: argparse.Namespace) -> int:
     """
     from ddpm_hf.evaluation.compare import FILE_NAME, compare
     from ddpm_hf.evaluation.comparison_report import table
-    from ddpm_hf.shared_work import join_processes
+    from ddpm_hf.shared_work import distributed_state
 
     result = compare(
         options.subjects,
@@ -236,7 +236,7 @@ def compare(options: argparse.Namespace) -> int:
         **_how(options),
         **_loading(options),
     )
-    join_processes().destroy_process_group()
+    distributed_state().destroy_process_group()
     if result is not None:
         print(table(result))
         print(f"\nin {options.output / FILE_NAME}")
@@ -250,11 +250,11 @@ def verify(options: argparse.Namespace) -> int:
         ValueError, OSError: if there is nothing to verify, or it cannot be measured.
     """
     from ddpm_hf.evaluation.verify import verify
-    from ddpm_hf.shared_work import join_processes
+    from ddpm_hf.shared_work import distributed_state
 
     how = {"features": options.features, **_loading(options)}
     claims = verify(options.subjects[0], options.dataset, **how)
-    join_processes().destroy_process_group()
+    distributed_state().destroy_process_group()
     words = {True: "reproduced", False: "NOT reproduced", None: "not checked"}
     for claim in claims:
         said = f"{claim.name}: {claim.claimed:.6g} in the card"

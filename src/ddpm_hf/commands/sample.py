@@ -39,12 +39,12 @@ def draw(options: argparse.Namespace, output: Path) -> None:
     """Load the model, draw the images and save them."""
     from ddpm_hf.hub.load import load
     from ddpm_hf.sampling.image_writer import check_is_free, drawing_into, parts_of, save_drawn
-    from ddpm_hf.shared_work import join_processes
+    from ddpm_hf.shared_work import distributed_state
 
     if not options.overwrite and not parts_of(output).exists():
         check_is_free(output)  # before the model is looked for
     output.parent.mkdir(parents=True, exist_ok=True)
-    state = join_processes()
+    state = distributed_state()
     with drawing_into(output, state):
         pass  # is in use, if at all, before the model is looked for
     pipeline = load_model(options).to(state.device)
@@ -131,7 +131,7 @@ def optimize(
     from ddpm_hf.diffusion.speed import options_of
     from ddpm_hf.sampling.image_writer import kept_settings
     from ddpm_hf.sampling.sampling_record import speed_of
-    from ddpm_hf.shared_work import from_main
+    from ddpm_hf.shared_work import on_main_process
 
     kind, config = type(pipeline.scheduler).__name__, pipeline.scheduler.config
     steps = len(call.get("timesteps") or ()) or call["num_inference_steps"]
@@ -147,7 +147,7 @@ def optimize(
             pipeline.optimize(batch_size, num_calls, guide=guide)
         return kept or speed_of(pipeline)
 
-    chosen = from_main(state, choose)
+    chosen = on_main_process(state, choose)
     if pipeline.speed is None:
         with contextlib.redirect_stdout(sys.stdout if state.is_main_process else None):
             pipeline.optimize(batch_size, num_calls, guide=guide, **options_of(chosen))

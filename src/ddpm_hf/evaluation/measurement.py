@@ -27,7 +27,7 @@ from ddpm_hf.sampling import DrawnImages, draw_to
 from ddpm_hf.sampling.sampler_choice import sampled_by
 from ddpm_hf.sampling.sampling_record import weights_digest
 from ddpm_hf.scheduler_spec import SchedulerSpec
-from ddpm_hf.shared_work import join_processes
+from ddpm_hf.shared_work import distributed_state
 from ddpm_hf.text import public_name
 
 ALL_METRICS = (BITS, *METRICS)
@@ -136,7 +136,7 @@ class Evaluator:
     ) -> None:
         _check(metrics, options.num_images)
         self.metrics, self.options = tuple(metrics), options
-        self.state = join_processes()
+        self.state = distributed_state()
         self.progress = progress and self.state.is_main_process
         self.data = DataSource(
             dataset,

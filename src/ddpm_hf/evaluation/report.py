@@ -14,7 +14,7 @@ from typing import Any
 from accelerate import PartialState
 
 from ddpm_hf.diffusion.atomic_files import write_text
-from ddpm_hf.locks import sole_use
+from ddpm_hf.locks import exclusive_folder
 from ddpm_hf.text import counted
 
 FILE_NAME = "evaluation.json"
@@ -41,7 +41,7 @@ def results_folder(state: PartialState, output: str | os.PathLike[str] | None) -
         raise ValueError("output must be a folder where several processes share the work")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(output or temporary).expanduser()
-        with sole_use(state, folder, f"{folder}", "output=PATH"):
+        with exclusive_folder(state, folder, "output"):
             yield folder
 
 

@@ -7,7 +7,7 @@ from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ddpm_hf.shared_work import complete_parts
+from ddpm_hf.shared_work import compute_missing_files
 
 Part = dict[str, Tensor]
 
@@ -40,5 +40,5 @@ def compute_parts(
     def write(i: int, path: Path) -> None:
         save_file({name: tensor.contiguous() for name, tensor in compute(i).items()}, path)
 
-    complete_parts(state, paths, sizes, write, progress=progress)
+    compute_missing_files(state, paths, sizes, write, progress=progress)
     return [load_file(path) for path in paths] if state.is_main_process else None

@@ -22,7 +22,7 @@ from ddpm_hf.diffusion.atomic_files import (
     write_text,
 )
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
-from ddpm_hf.locks import sole_use
+from ddpm_hf.locks import exclusive_folder
 from ddpm_hf.pictures import MOST_PICTURE_CHANNELS, grid_by_row, image_grid, is_picture, to_pil
 from ddpm_hf.sampling.image_reader import (
     OPTIONS_NAME,
@@ -40,7 +40,7 @@ from ddpm_hf.sampling.sampling_record import (
     settings_in,
 )
 from ddpm_hf.sampling.sharded_sampling import draw_parts
-from ddpm_hf.shared_work import from_main, join_processes
+from ddpm_hf.shared_work import distributed_state, on_main_process
 
 ROWS_AT_ONCE = 128  # also a row group of parquet, which `datasets` reads whole
 _OTHERWISE = "pass overwrite=True to draw anew, or another output=PATH"
@@ -84,7 +84,7 @@ def save_drawn(
             cannot draw them.
         OSError: if it cannot be written.
     """
-    output, state = Path(output).expanduser(), join_processes()
+    output, state = Path(output).expanduser(), distributed_state()
     about = about_images(
         pipeline,
         num_images,
@@ -97,7 +97,7 @@ def save_drawn(
     )
     parts = parts_of(output)
     with drawing_into(output, state):
-        if from_main(state, lambda: _is_finished(output, about["settings"], overwrite)):
+        if on_main_process(state, lambda: _is_finished(output, about["settings"], overwrite)):
             return False
         overwrite = overwrite or is_picture(output)
         draw_parts(state, pipeline, parts, about, overwrite=overwrite, progress=progress, call=call)
@@ -111,7 +111,7 @@ def save_drawn(
 
 def drawing_into(output: Path, state: PartialState) -> AbstractContextManager[None]:
     """Inside, these processes alone draw into `output`; InUseError where others do."""
-    return sole_use(state, parts_of(output), f"{output}", "output=PATH")
+    return exclusive_folder(state, parts_of(output), "output", output=output)
 
 
 def parts_of(output: Path) -> Path:

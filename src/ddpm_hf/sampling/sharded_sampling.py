@@ -13,12 +13,12 @@ from accelerate.utils import gather_object
 
 from ddpm_hf.diffusion.atomic_files import read_json, write_text
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
-from ddpm_hf.locks import IN_USE, sole_use
+from ddpm_hf.locks import FOLDER_LOCK, exclusive_folder
 from ddpm_hf.pictures import quantised
 from ddpm_hf.sampling.batches import draw_batch
 from ddpm_hf.sampling.image_reader import OPTIONS_NAME, DrawnImages, open_parts, part_paths
 from ddpm_hf.sampling.sampling_record import about_images, difference, settings_in
-from ddpm_hf.shared_work import complete_parts, from_main, join_processes
+from ddpm_hf.shared_work import compute_missing_files, distributed_state, on_main_process
 
 
 def draw_to(
@@ -66,7 +66,7 @@ def draw_to(
         TypeError: for another argument.
         OSError: if the folder cannot be written.
     """
-    folder, state = Path(folder).expanduser(), join_processes()
+    folder, state = Path(folder).expanduser(), distributed_state()
     about = about_images(
         pipeline,
         num_images,
@@ -76,7 +76,7 @@ def draw_to(
         dtype=dtype,
         call=call,
     )
-    with sole_use(state, folder, f"{folder}", "folder=PATH"):
+    with exclusive_folder(state, folder, "folder"):
         draw_parts(
             state, pipeline, folder, about, overwrite=overwrite, progress=progress, call=call
         )
@@ -101,7 +101,7 @@ def draw_parts(
         folder: there, and for these processes alone.
         pipeline, overwrite, progress, call: as for `draw_to`.
     """
-    from_main(state, lambda: _claim(folder, about, overwrite))
+    on_main_process(state, lambda: _claim(folder, about, overwrite))
     settings = about["settings"]
     num_images, size, seed, labels = (
         settings[name] for name in ("num_images", "batch_size", "seed", "class_labels")
@@ -123,7 +123,7 @@ def draw_parts(
         np.save(path, quantised(images, bits) if bits else images)
 
     try:
-        complete_parts(state, paths, sizes, write, progress=progress)
+        compute_missing_files(state, paths, sizes, write, progress=progress)
     except (ValueError, OSError):
         if state.is_main_process and not any(path.exists() for path in paths):
             (folder / OPTIONS_NAME).unlink()
@@ -142,7 +142,7 @@ def _claim(folder: Path, about: Mapping[str, Any], overwrite: bool) -> None:
         ValueError: if it holds others, or other things.
     """
     there, parts = settings_in(folder / OPTIONS_NAME), list(folder.glob("part-*.npy"))
-    if there is None and any(path.name != IN_USE for path in folder.iterdir()):
+    if there is None and any(path.name != FOLDER_LOCK for path in folder.iterdir()):
         raise ValueError(f"{folder} holds other things than drawn images; choose another folder")
     otherwise = there is not None and difference(there, about["settings"])
     if there is not None and not otherwise:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_hf.diffusion.atomic_files import remove_folder
-from ddpm_hf.locks import InUseError, locked
+from ddpm_hf.locks import InUseError, hold_lock
 from ddpm_hf.paths import RunPaths
 
 _LEFTOVER = re.compile(r"(\.del-)?(?P<kind>\.(new|old|del)-)(?P<name>model|best|step-\d{8})")
@@ -47,7 +47,7 @@ def run_lock(paths: RunPaths) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(file, f"output_dir {output_dir}", "one"))
+            stack.enter_context(hold_lock(file, output_dir, "output_dir"))
         except InUseError as error:
             raise CheckpointError(f"{error}") from error
         except OSError as error:
