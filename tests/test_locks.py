@@ -72,7 +72,8 @@ def test_a_lock_file_that_is_removed_while_waiting_is_created_again(tmp_path):
 def test_the_lock_of_a_killed_process_is_free(tmp_path):
     script = (
         "import os, sys, pathlib; from ddpm_hf.locks import hold_lock\n"
-        "with hold_lock(pathlib.Path(sys.argv[1]), pathlib.Path(), 'output'): os.kill(os.getpid(), 9)"
+        "with hold_lock(pathlib.Path(sys.argv[1]), pathlib.Path(), 'output'):\n"
+        "    os.kill(os.getpid(), 9)"
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "lock")], check=False)
     assert (tmp_path / "lock").read_text() != str(os.getpid())
