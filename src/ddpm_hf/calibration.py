@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
+from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler, as_gaussian_scheduler
 from ddpm_hf.diffusion.tensor_ops import Denoiser, Generators
-from ddpm_hf.likelihood import BitsPerDim, bits_per_dim, own_scheduler, prior_of, standard_error
+from ddpm_hf.likelihood import BitsPerDim, bits_per_dim, prior_of, standard_error
 
 # Where m_t is known to this share of itself, the bound of any K is known to a few thousandths.
 STABLE = 0.1
@@ -169,7 +169,7 @@ def _log_ratio(
     if not published:
         return -(gain * m_t).log1p()
     kind = scheduler.config.variance_type
-    if kind.startswith("learned"):
+    if scheduler.learns_variance:
         raise ValueError(
             f"published must be False: what variance_type {kind!r} gives is not known from the"
             " curve; ddpm_hf.bits_per_dim measures it"
@@ -235,7 +235,7 @@ def calibrate(
 
 def without_curve(scheduler: Any) -> GaussianDDPMScheduler:
     """The scheduler with its published variances."""
-    return GaussianDDPMScheduler.from_config(own_scheduler(scheduler).config, x_0_mse=None)
+    return GaussianDDPMScheduler.from_config(as_gaussian_scheduler(scheduler).config, x_0_mse=None)
 
 
 def with_curve(scheduler: GaussianDDPMScheduler, chain: BitsPerDim) -> GaussianDDPMScheduler:

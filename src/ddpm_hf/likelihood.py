@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import UNet2DModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -25,7 +25,7 @@ from ddpm_hf.decoders import check_images, decoder_of
 from ddpm_hf.diffusion.checks import check_tensor, given_int
 from ddpm_hf.diffusion.image_processor import image_facts
 from ddpm_hf.diffusion.pipeline import evaluating
-from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler, StepKL
+from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler, StepKL, as_gaussian_scheduler
 from ddpm_hf.diffusion.tensor_ops import Denoiser, Generators, at_least_float32, draw_noise
 from ddpm_hf.losses import bits_per_dim as to_bits_per_dim
 from ddpm_hf.losses import denoise
@@ -287,28 +287,11 @@ def _on_trajectory(
     scheduler: Any, num_inference_steps: int | None, timesteps: Sequence[int] | None
 ) -> GaussianDDPMScheduler:
     """A copy that visits these timesteps, all of the chain unless told otherwise."""
-    own = copy.deepcopy(own_scheduler(scheduler))
+    own = copy.deepcopy(as_gaussian_scheduler(scheduler))
     if num_inference_steps is None and timesteps is None:
         timesteps = range(len(own) - 1, -1, -1)
     own.set_timesteps(num_inference_steps, timesteps=timesteps)
     return own
-
-
-def own_scheduler(scheduler: Any) -> GaussianDDPMScheduler:
-    """The scheduler, ours in the place of stock's DDPM.
-
-    Raises:
-        TypeError: for another sampler.
-    """
-    if type(scheduler) is DDPMScheduler:
-        return GaussianDDPMScheduler.from_config(scheduler.config)
-    if not hasattr(scheduler, "step_kl"):
-        raise TypeError(
-            f"scheduler must be a GaussianDDPMScheduler, got {type(scheduler).__name__}: a sampler"
-            " without noise (DDIM with eta = 0) has no bound, and others have none of this form;"
-            " GaussianDDPMScheduler.from_config(scheduler.config) has"
-        )
-    return scheduler  # type: ignore[no-any-return]
 
 
 def _bit_depth_of(denoiser: Any) -> int:

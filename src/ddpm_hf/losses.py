@@ -163,7 +163,7 @@ def hybrid_loss(
     x_t = scheduler.add_noise(x_0, noise, t)
     output = denoise(denoiser, scheduler, x_t, t)
     frozen = output.detach()
-    if _learns_variance(scheduler):
+    if scheduler.learns_variance:
         frozen = torch.cat([frozen.chunk(2, dim=1)[0], output.chunk(2, dim=1)[1]], dim=1)
     simple = _simple(scheduler, output, x_0, t, noise, weighting)
     term = _term(scheduler, frozen, x_0, x_t, t, decoder, bit_depth, clip)
@@ -183,7 +183,7 @@ def denoise(denoiser: Denoiser, scheduler: GaussianDDPMScheduler, x_t: Tensor, t
     """
     answer = denoiser(x_t, t)
     output: Tensor = answer.sample if hasattr(answer, "sample") else answer
-    factor = 2 if _learns_variance(scheduler) else 1
+    factor = 2 if scheduler.learns_variance else 1
     shape = (len(x_t), *(factor * n for n in x_t.shape[1:2]), *x_t.shape[2:])
     if not isinstance(output, Tensor) or output.shape != shape:
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
@@ -194,10 +194,6 @@ def denoise(denoiser: Denoiser, scheduler: GaussianDDPMScheduler, x_t: Tensor, t
     return output
 
 
-def _learns_variance(scheduler: GaussianDDPMScheduler) -> bool:
-    return bool(scheduler.config.variance_type.startswith("learned"))
-
-
 def _simple(
     scheduler: GaussianDDPMScheduler,
     output: Tensor,
@@ -206,7 +202,7 @@ def _simple(
     noise: Tensor,
     weighting: Weighting | None,
 ) -> Tensor:
-    prediction = output.chunk(2, dim=1)[0] if _learns_variance(scheduler) else output
+    prediction = output.chunk(2, dim=1)[0] if scheduler.learns_variance else output
     target = prediction_target(scheduler, x_0, noise, t)
     error = at_least_float32(prediction) - target
     loss = error.square().flatten(1).mean(1)

@@ -103,6 +103,11 @@ class Inversion(NamedTuple):
     coef_x_t: Tensor
 
 
+def is_learned(variance_type: str | None) -> bool:
+    """Whether the network predicts the reverse variance in a second half of output channels."""
+    return variance_type is not None and variance_type.startswith("learned")
+
+
 class Trajectory:
     """Everything that depends on which timesteps are visited, derived in float64.
 
@@ -124,7 +129,7 @@ class Trajectory:
     ) -> None:
         self.timesteps, self.num_train_timesteps = timesteps, len(log_alphas)
         self.prediction_type, self.variance_type = prediction_type, variance_type
-        self.is_learned = variance_type.startswith("learned")
+        self.is_learned = is_learned(variance_type)
         self.x_0_mse = x_0_mse
         self.is_shared = self.is_learned and x_0_mse is not None
         self._log_alphas = log_alphas

@@ -14,6 +14,8 @@ from . import schedules
 
 # The scheduler is known by name: a copy that travelled with other weights is another class object.
 OUR_SCHEDULER = "GaussianDDPMScheduler"
+EXTENSION_KEY = "_ddpm_hf"
+"""Key of the extension in scheduler_config.json and in unet/config.json."""
 FORMAT_VERSION = 1
 MARKS = {"format_version", "fingerprint"}
 SCHEDULE_KEYS = {
@@ -23,6 +25,18 @@ SCHEDULE_KEYS = {
 Array = schedules.Array
 
 
+def extension_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The extension in the configuration of a scheduler or a UNet, unchecked; {} without one."""
+    extension = config.get(EXTENSION_KEY)
+    return extension if isinstance(extension, Mapping) else {}
+
+
+def with_extension(config: Mapping[str, Any], extension: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of the configuration with this extension; without one if it is empty."""
+    rest = {key: value for key, value in config.items() if key != EXTENSION_KEY}
+    return {**rest, EXTENSION_KEY: dict(extension)} if extension else rest
+
+
 def fingerprint(betas: Array, prediction_type: str) -> str:
     """What an extension belongs to; of float32, since libms differ in the last bit of float64."""
     return hashlib.sha256(betas.astype("<f4").tobytes() + prediction_type.encode()).hexdigest()[:16]
@@ -30,7 +44,7 @@ def fingerprint(betas: Array, prediction_type: str) -> str:
 
 def valid_extension(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The extension of a configuration, if it was made for the betas and predictions there."""
-    extension, betas = config.get("_ddpm_hf"), config.get("trained_betas")
+    extension, betas = config.get(EXTENSION_KEY), config.get("trained_betas")
     if not is_well_formed(extension) or betas is None:
         return None
     try:
@@ -58,12 +72,12 @@ def is_well_formed(extension: Any) -> TypeGuard[dict[str, Any]]:
     )
 
 
-def without(extension: Any, *names: str) -> Any:
-    """The extension without these values; None where nothing else is in it."""
-    if not isinstance(extension, dict):
-        return extension
-    rest = {key: value for key, value in extension.items() if key not in names}
-    return rest if rest.keys() - MARKS else None
+def without(config: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """A copy of the configuration whose extension lacks these values, and is dropped if empty."""
+    if not isinstance(config.get(EXTENSION_KEY), dict):
+        return dict(config)
+    rest = {key: value for key, value in extension_of(config).items() if key not in names}
+    return with_extension(config, rest if rest.keys() - MARKS else {})
 
 
 def beta_schedule_of(config: Mapping[str, Any]) -> tuple[str, dict[str, float]]:
@@ -104,5 +118,5 @@ def with_schedule_by_name(config: dict[str, Any], given: dict[str, Any]) -> dict
     given["beta_schedule_params"] = {**params, **(given.get("beta_schedule_params") or {})}
     told = {"beta_schedule", "beta_schedule_params"}
     if extension.keys() <= MARKS | told:  # nothing is lost, so that nothing is to be warned about
-        config = {key: value for key, value in config.items() if key != "_ddpm_hf"}
+        config = with_extension(config, {})
     return {**config, "trained_betas": None}

@@ -13,7 +13,7 @@ from diffusers.models import UNet2DModel
 from PIL import Image
 from torch import Tensor
 
-from . import checks
+from . import checks, config_extension
 
 FACTS_FORMAT = 1
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -99,7 +99,7 @@ def image_facts(unet: UNet2DModel) -> ImageFacts | None:
     Raises:
         ValueError: if what stands there contradicts itself or the UNet.
     """
-    config = unet.config.get("_ddpm_hf")
+    config = unet.config.get(config_extension.EXTENSION_KEY)
     if config is None:
         return None
     version = config.get("format_version") if isinstance(config, dict) else None
@@ -118,6 +118,11 @@ def image_facts(unet: UNet2DModel) -> ImageFacts | None:
     except ValueError as error:
         raise ValueError(f"`_ddpm_hf` in unet/config.json: {error}") from error
     return facts
+
+
+def set_image_facts(unet: UNet2DModel, facts: ImageFacts) -> None:
+    """Write the facts into the UNet's configuration, where `image_facts` reads them."""
+    unet.register_to_config(**{config_extension.EXTENSION_KEY: facts.to_config()})
 
 
 def is_int(value: Any) -> bool:

@@ -74,7 +74,7 @@ class GaussianDDPMPipeline(portable_pipeline.PortablePipeline):
         _check_unet(unet)
         scheduler_interface.check_scheduler(scheduler)
         if type(scheduler) is DDPMScheduler:
-            scheduler = scheduling.GaussianDDPMScheduler.from_config(scheduler.config)
+            scheduler = scheduling.as_gaussian_scheduler(scheduler)
         self.register_modules(unet=unet, scheduler=scheduler)
         self._interrupt = False
         self.speed: speed.Speed | None = None

@@ -134,10 +134,8 @@ class PortableScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             config = _without_foreign_keys(
                 cls, config_extension.with_schedule_by_name(config, kwargs)
             )
-            own = config.pop("_ddpm_hf", None)
-            own = config_extension.without(
-                own, *CALIBRATION.keys() & kwargs.keys()
-            )  # None wins, too
+            config = config_extension.without(config, *CALIBRATION.keys() & kwargs.keys())
+            own = config.pop(config_extension.EXTENSION_KEY, None)
         scheduler, unused = super().from_config(config, return_unused_kwargs=True, **kwargs)
         scheduler._adopt_extension(own)
         return (scheduler, unused) if return_unused_kwargs else scheduler
@@ -145,13 +143,13 @@ class PortableScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     @property
     def x_0_mse(self) -> Tensor | None:
         """m_t as it was measured, (T,) float64; None for a scheduler that is not calibrated."""
-        known = self.config.get("_ddpm_hf", {}).get("x_0_mse")
+        known = config_extension.extension_of(self.config).get("x_0_mse")
         return None if known is None else torch.tensor(known, dtype=torch.float64)
 
     @property
     def calibrated_timesteps(self) -> dict[str, dict[int, list[int]]]:
         """The timesteps that were found, by sampler and number of steps; {} where none were."""
-        found = self.config.get("_ddpm_hf", {}).get("calibrated_timesteps", {})
+        found = config_extension.extension_of(self.config).get("calibrated_timesteps", {})
         return {
             sampler: {int(K): list(steps) for K, steps in of.items()}
             for sampler, of in found.items()
@@ -160,7 +158,7 @@ class PortableScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     @property
     def recommended(self) -> dict[str, Any] | None:
         """Scheduler and number of steps that a sweep found best; None where there was none."""
-        found = self.config.get("_ddpm_hf", {}).get("recommended")
+        found = config_extension.extension_of(self.config).get("recommended")
         return None if found is None else dict(found)
 
     def _resolve_betas(self, params: dict[str, float]) -> Array:
@@ -205,8 +203,8 @@ class PortableScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                     self._keep_calibration(**{name: own[name]})
                 except (TypeError, ValueError) as error:
                     checks.warn(f"of the configuration's `_ddpm_hf` {name} is left out: {error}")
-                    own = config_extension.without(own, name) or {}
-            self._keep_extension({**own, **self.config.get("_ddpm_hf", {})})
+                    own = {key: value for key, value in own.items() if key != name}
+            self._keep_extension({**own, **config_extension.extension_of(self.config)})
         else:
             checks.warn(
                 "the configuration's `_ddpm_hf` was made for other betas or another prediction_type"
@@ -217,12 +215,12 @@ class PortableScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         T = self.config.num_train_timesteps
         good = {k: CALIBRATION[k](value, T) for k, value in measured.items() if value is not None}
         if good:
-            self._keep_extension({**self.config.get("_ddpm_hf", {}), **good})
+            self._keep_extension({**config_extension.extension_of(self.config), **good})
 
     def _keep_extension(self, own: dict[str, Any]) -> None:
         """Under one key with an underscore, which stock diffusers carries along unread."""
         mark = {"format_version": config_extension.FORMAT_VERSION, "fingerprint": self._fingerprint}
-        self.register_to_config(_ddpm_hf={**mark, **own})
+        self.register_to_config(**{config_extension.EXTENSION_KEY: {**mark, **own}})
 
     def to_json_string(self) -> str:
         """The configuration, under the class name that stock diffusers loads."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from . import checks, config_extension, schedules, tensor_ops
+from . import checks, coefficients, config_extension, schedules, tensor_ops
 
 Generators = tensor_ops.Generators
 
@@ -68,8 +68,8 @@ def num_outputs(config: Any, scheduler: Any) -> int:
     """
     channels: int = config.in_channels
     is_own = type(scheduler).__name__ == config_extension.OUR_SCHEDULER
-    variance_type = scheduler.config.get("variance_type") or ""
-    needed = 2 * channels if is_own and variance_type.startswith("learned") else channels
+    variance_type = scheduler.config.get("variance_type")
+    needed = 2 * channels if is_own and coefficients.is_learned(variance_type) else channels
     # Other schedulers have no use for a learned variance: they get the mean's channels.
     allowed = (needed,) if is_own else (channels, 2 * channels)
     if config.out_channels not in allowed:

@@ -12,10 +12,11 @@ All of this folder travels with the weights and needs nothing of the package.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
+from diffusers import DDPMScheduler
 
 # diffusers looks for SchedulerMixin in the module of a scheduler, to know how it is loaded.
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin  # noqa: F401
@@ -141,6 +142,11 @@ class GaussianDDPMScheduler(inference_timesteps.VisitedTimesteps):
         checks.check_signal_left(self.config.prediction_type, self._log_alphas)
         self._set_trajectory(np.arange(num_train_timesteps))
         checks.warn_where_samples_suffer(self.config, self._log_alphas)
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the network predicts the reverse variance in a second half of output channels."""
+        return coefficients.is_learned(self.config.variance_type)
 
     def _get_variance(
         self,
@@ -388,3 +394,26 @@ class GaussianDDPMScheduler(inference_timesteps.VisitedTimesteps):
         of_mean = (x_0 - x_0_hat).square() * of_t.weight * log_ratio.exp()
         kl = of_mean + tensor_ops.expm1_minus(log_ratio) / 2
         return StepKL(kl, of_t.log_variance - log_ratio, x_0_hat, of_t.is_last)
+
+
+def as_gaussian_scheduler(scheduler: Any) -> GaussianDDPMScheduler:
+    """The scheduler as a `GaussianDDPMScheduler`.
+
+    Args:
+        scheduler: a `GaussianDDPMScheduler`, returned unchanged; a `DDPMScheduler` of diffusers, or
+            a `GaussianDDPMScheduler` loaded from the code in a checkpoint, converted by its
+            configuration.
+
+    Raises:
+        TypeError: for any other sampler, whose reverse process differs.
+    """
+    if isinstance(scheduler, GaussianDDPMScheduler):
+        return scheduler
+    names = {kind.__name__ for kind in type(scheduler).__mro__}
+    if type(scheduler) is DDPMScheduler or GaussianDDPMScheduler.__name__ in names:
+        return GaussianDDPMScheduler.from_config(scheduler.config)
+    raise TypeError(
+        f"`scheduler` must be a GaussianDDPMScheduler or a DDPMScheduler, got"
+        f" {type(scheduler).__name__}, which samples but defines no bound and does not train; use"
+        " GaussianDDPMScheduler.from_config(scheduler.config)"
+    )

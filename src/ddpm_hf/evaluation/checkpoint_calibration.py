@@ -21,6 +21,7 @@ from ddpm_hf.calibration import (
 from ddpm_hf.diffusion.atomic_files import read_json, write_text
 from ddpm_hf.diffusion.checkpoint_limits import part_of
 from ddpm_hf.diffusion.conditioning import denoiser_of
+from ddpm_hf.diffusion.config_extension import extension_of, with_extension
 from ddpm_hf.diffusion.likelihood_timesteps import MAX_TIMESTEPS
 from ddpm_hf.diffusion.scheduler_interface import num_outputs
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
@@ -75,7 +76,6 @@ def rows_of(calibration: Calibration) -> list[dict[str, Any]]:
     published ones; and at the best timesteps for the bound.
     """
     T = len(calibration.scheduler)
-    is_learned = calibration.scheduler.config.variance_type.startswith("learned")
     rows = []
     for K in [K for K in NUM_STEPS if K < T] + [T]:
         even = calibration.bits_per_dim(K, timestep_spacing="linspace")
@@ -87,7 +87,7 @@ def rows_of(calibration: Calibration) -> list[dict[str, Any]]:
         if 2 <= T <= MAX_TIMESTEPS:
             best = calibration.bits_per_dim(K, timestep_spacing="likelihood")
             row["at_best_timesteps"] = best.value
-        if not is_learned:
+        if not calibration.scheduler.learns_variance:
             published = calibration.bits_per_dim(K, timestep_spacing="linspace", published=True)
             row["published"] = published.value
         rows.append(row)
@@ -214,6 +214,6 @@ def keep_calibration(scheduler: GaussianDDPMScheduler, model: Path, output: Path
         write_text(path, scheduler.to_json_string())
         return path
     path = part_of(model, "scheduler") / "scheduler_config.json"
-    config = read_json(path) | {"_ddpm_hf": dict(scheduler.config["_ddpm_hf"])}
+    config = with_extension(read_json(path), extension_of(scheduler.config))
     write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
     return path

@@ -125,9 +125,7 @@ def _bound(
     progress: bool,
 ) -> BitsPerDim:
     labels, device = images.labels_of(rows), unet.device
-    channels = unet.config.in_channels
-    if scheduler.config.variance_type.startswith("learned"):
-        channels *= 2
+    channels = unet.config.in_channels * (2 if scheduler.learns_variance else 1)
     labels = None if labels is None else labels.to(device)
     return bits_per_dim(
         denoiser_of(unet, labels, channels),

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ddpm_hf.diffusion.atomic_files import read_json, write_text
-from ddpm_hf.diffusion.config_extension import beta_schedule_of
+from ddpm_hf.diffusion.config_extension import beta_schedule_of, extension_of
 from ddpm_hf.diffusion.schedules import usual_num_steps
 from ddpm_hf.hub.card_few_steps import bits_of_few_steps, samplers_of_few_steps
 from ddpm_hf.hub.card_merge import Merged, merged, renewed, sealed, with_metadata
@@ -50,7 +50,7 @@ def card_facts(folder: str | Path) -> dict[str, Any]:
     facts["unet"]["num_parameters"] = _count_parameters(folder / "unet")
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     facts["scheduler"] = _scheduler_facts(scheduler) if scheduler else {}
-    known = unet.get("_ddpm_hf") or {}
+    known = extension_of(unet)
     facts["image"], facts["class_names"] = known.get("image"), known.get("class_names")
     facts["samples"] = ModelPaths(folder).samples.is_file()
     return facts
@@ -61,9 +61,7 @@ def _scheduler_facts(config: dict[str, Any]) -> dict[str, Any]:
     facts = {"class": config.get("_class_name"), "beta_schedule": name}
     facts |= {"num_train_timesteps": config.get("num_train_timesteps")}
     facts |= {**params, **{key: config.get(key) for key in _SCHEDULER_KEYS}}
-    own = config.get("_ddpm_hf")
-    for key in _MEASURED:
-        facts[key] = own.get(key) if isinstance(own, dict) else None
+    facts |= {key: extension_of(config).get(key) for key in _MEASURED}
     return {key: value for key, value in facts.items() if value is not None}
 
 

@@ -8,6 +8,7 @@ import diffusers
 from diffusers import UNet2DModel
 
 from ddpm_hf.diffusion.conditioning import class_numbers
+from ddpm_hf.diffusion.config_extension import extension_of
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline, image_facts
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.scheduler_spec import SchedulerSpec
@@ -82,7 +83,7 @@ def use_recommended(pipeline: GaussianDDPMPipeline) -> dict[str, Any]:
 def recommended(pipeline: GaussianDDPMPipeline) -> dict[str, Any] | None:
     """The "scheduler" and "num_inference_steps" that a sweep found best, or None."""
     scheduler = pipeline.scheduler
-    if "recommended" not in (scheduler.config.get("_ddpm_hf") or {}):
+    if "recommended" not in extension_of(scheduler.config):
         return None
     if not isinstance(scheduler, GaussianDDPMScheduler):  # another one carries it along unread
         scheduler = GaussianDDPMScheduler.from_config(scheduler.config)

@@ -68,9 +68,7 @@ def settings_of(
     scheduler = pipeline.scheduler
     kind, num_train_timesteps = type(scheduler).__name__, scheduler.config.num_train_timesteps
     # What is recommended decides no image, and may be found between two halves of a set.
-    config = dict(scheduler.config)
-    if (own := config_extension.without(config.pop("_ddpm_hf", None), "recommended")) is not None:
-        config["_ddpm_hf"] = own
+    config = config_extension.without(scheduler.config, "recommended")
     num_steps = call.get("num_inference_steps")
     if num_steps is None and call.get("timesteps") is None:
         num_steps = usual_num_steps(kind, num_train_timesteps)

@@ -3,29 +3,24 @@
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import UNet2DModel
 
 from ddpm_hf.data import ImageFacts
-from ddpm_hf.diffusion.config_extension import OUR_SCHEDULER
 from ddpm_hf.diffusion.image_processor import IMAGE_MODES
-from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
+from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler, as_gaussian_scheduler
 from ddpm_hf.training.config import MIN_SIZE, ConfigError
 
 
-def as_own_scheduler(scheduler: Any) -> GaussianDDPMScheduler | None:
-    """A scheduler that was passed in Python; stock's own becomes ours, as in the pipeline.
+def check_scheduler(scheduler: Any) -> GaussianDDPMScheduler:
+    """A scheduler that was passed in Python, as a `GaussianDDPMScheduler`.
 
     Raises:
-        ConfigError: for any other kind.
+        ConfigError: for any sampler but that and a `DDPMScheduler`.
     """
-    if scheduler is None or type(scheduler).__name__ == OUR_SCHEDULER:
-        return scheduler  # type: ignore[no-any-return]
-    if type(scheduler) is DDPMScheduler:
-        return GaussianDDPMScheduler.from_config(scheduler.config)
-    raise ConfigError(
-        f"scheduler must be a GaussianDDPMScheduler, got {type(scheduler).__name__}, which samples "
-        "but does not train; GaussianDDPMScheduler.from_config(scheduler.config) has the same betas"
-    )
+    try:
+        return as_gaussian_scheduler(scheduler)
+    except TypeError as error:
+        raise ConfigError(str(error)) from None
 
 
 def check_trainable(unet: Any, scheduler: GaussianDDPMScheduler, facts: ImageFacts) -> None:
@@ -71,7 +66,7 @@ def _check_channels(config: Any, scheduler: GaussianDDPMScheduler, facts: ImageF
             f"the network takes {channels} channels but the images have {facts.num_channels} "
             f"({facts.mode}); set image_mode to {mode_with(channels)}, or train a new network"
         )
-    needed = 2 * channels if variance_type.startswith("learned") else channels
+    needed = 2 * channels if scheduler.learns_variance else channels
     if config.out_channels != needed:
         raise ConfigError(
             f"the network predicts {config.out_channels} channels for {channels} of the images, "

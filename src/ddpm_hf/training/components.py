@@ -11,10 +11,10 @@ from diffusers import UNet2DModel
 
 from ddpm_hf.data import ImageDataset, ImageFacts, TrainingImages
 from ddpm_hf.data.hold_out import HoldOut
-from ddpm_hf.diffusion.image_processor import size_multiple
+from ddpm_hf.diffusion.image_processor import set_image_facts, size_multiple
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.losses import Loss
-from ddpm_hf.training.component_checks import as_own_scheduler, check_runs, check_trainable
+from ddpm_hf.training.component_checks import check_runs, check_scheduler, check_trainable
 from ddpm_hf.training.config import ConfigError, TrainingConfig
 from ddpm_hf.training.dataset_setup import HeldOut, Selection, open_images, split_off_validation
 from ddpm_hf.training.network import (
@@ -97,7 +97,9 @@ def assemble(
     facts, notes = _with_classes_in_use(config, facts)
     names = facts.class_names
     shares = accelerator.num_processes * config.gradient_accumulation_steps
-    scheduler = as_own_scheduler(scheduler) or build_scheduler(config, pretrained_scheduler)
+    if scheduler is None:
+        scheduler = build_scheduler(config, pretrained_scheduler)
+    scheduler = check_scheduler(scheduler)
     if scheduler.x_0_mse is not None or scheduler.calibrated_timesteps or scheduler.recommended:
         # Measured on the network as it was; and the loss is that of the published variances.
         scheduler = GaussianDDPMScheduler.from_config(
@@ -119,9 +121,8 @@ def assemble(
         config = dataclasses.replace(config, learning_rate=rate)
     config = propose(config, len(images), max(facts.height, facts.width), device, shares)
     # The network is convolutional: it is made for the size of these images from here on.
-    unet.register_to_config(
-        _ddpm_hf=facts.to_config(), sample_size=sample_size(facts, size_multiple(unet))
-    )
+    set_image_facts(unet, facts)
+    unet.register_to_config(sample_size=sample_size(facts, size_multiple(unet)))
     with accelerator.autocast():
         check_runs(unet.to(accelerator.device))
     training, held_out = split_off_validation(config, images, facts, unet, dataset is None)

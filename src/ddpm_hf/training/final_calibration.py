@@ -6,6 +6,7 @@ import torch
 from accelerate import PartialState
 
 from ddpm_hf.diffusion.atomic_files import read_json, remove_folder
+from ddpm_hf.diffusion.config_extension import extension_of
 from ddpm_hf.diffusion.pipeline import evaluating
 from ddpm_hf.evaluation.checkpoint_calibration import keep_calibration, measure_calibration, rows_of
 from ddpm_hf.evaluation.dataset_likelihood import BoundOptions
@@ -21,7 +22,7 @@ MAX_IMAGES = 64
 def is_calibrated(run: Run) -> bool:
     """Whether the model of the run has its curve already."""
     config = read_json(run.paths.model.root / "scheduler" / "scheduler_config.json")
-    return "x_0_mse" in (config.get("_ddpm_hf") or {})
+    return "x_0_mse" in extension_of(config)
 
 
 def calibrate_model(run: Run) -> None:

@@ -49,9 +49,10 @@ def build_unet(
     Raises:
         ConfigError: if the file cannot be read, or its network does not fit the images.
     """
+    learned = scheduler is not None and scheduler.learns_variance
     ends = {
         "in_channels": facts.num_channels,
-        "out_channels": facts.num_channels * (2 if learns_variance(scheduler) else 1),
+        "out_channels": facts.num_channels * (2 if learned else 1),
         "num_class_embeds": num_classes and num_classes + 1,
     }
     if config_file is not None:
@@ -142,11 +143,6 @@ def load_pretrained(
         return pipeline.unet, pipeline.scheduler, {}
     except (OSError, ValueError) as error:
         raise ConfigError(f"pretrained={source!r} cannot be loaded: {error}") from error
-
-
-def learns_variance(scheduler: GaussianDDPMScheduler | None) -> bool:
-    """Whether the network predicts the variance in channels of its own."""
-    return scheduler is not None and scheduler.config.variance_type.startswith("learned")
 
 
 def fit_to_variance(

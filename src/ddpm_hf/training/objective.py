@@ -15,7 +15,6 @@ from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.losses import Loss, hybrid_loss, simple_loss, vlb_loss
 from ddpm_hf.timestep_samplers import TIMESTEP_SAMPLERS, TimestepSampler
 from ddpm_hf.training.config import ConfigError, TrainingConfig
-from ddpm_hf.training.network import learns_variance
 from ddpm_hf.weightings import WEIGHTINGS
 
 
@@ -36,9 +35,8 @@ class Objective:
 
 def choose_objective(config: TrainingConfig, scheduler: GaussianDDPMScheduler) -> TrainingConfig:
     """`config` with an objective: both terms where the variance is learned, else L_simple alone."""
-    learned = scheduler.config.variance_type.startswith("learned")
     return dataclasses.replace(
-        config, objective=config.objective or ("hybrid" if learned else "simple")
+        config, objective=config.objective or ("hybrid" if scheduler.learns_variance else "simple")
     )
 
 
@@ -56,7 +54,7 @@ def build_objective(
     sampler = TIMESTEP_SAMPLERS[config.timestep_sampling](len(scheduler))
     if loss is not None:
         return Objective(_name_of(loss), loss, sampler)
-    name, learned = str(config.objective), learns_variance(scheduler)
+    name, learned = str(config.objective), scheduler.learns_variance
     if learned and name == "simple":
         raise ConfigError(
             f"objective simple leaves the variance untrained, but variance_type is "
