@@ -18,6 +18,7 @@ FLOORS = (
     {
         "diffusion",
         "locks",
+        "option_parser",
         "options",
         "paths",
         "randomness",

@@ -1,16 +1,16 @@
 """Options declared once, as dataclass fields.
 
 A field states name, type, default, help, bounds and choices. The Python signature
-(`takes_options`), the command line (`commands.parser`) and the record on disk (`Options.to_dict`)
-all follow from it.
+(`takes_options`), the command line (`option_parser`) and the record on disk (`Options.to_dict`)
+follow from it.
 
     @dataclass(frozen=True, kw_only=True)
-    class SamplingOptions(Options):
-        num_images: int = option(16, "number of images", minimum=1, metavar="N")
+    class ImageOptions(Options):
+        num_images: int = option(16, "number of images", minimum=1)
         seed: int = option(0, "seed of the noise; image i depends on (seed, i) alone", minimum=0)
 
 Messages name an option in backticks, as in "`num_images` must be at least 1, got 0". The command
-line replaces the backticked name by the flag of the option, so a message is written once.
+line replaces the backticked name by the flag (`flags_in_message`), so a message is written once.
 """
 
 import dataclasses
@@ -27,6 +27,8 @@ from typing import Any, ClassVar, Literal, ParamSpec, Self, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
+REQUIRED: Any = dataclasses.MISSING
+"""Default of an option that must be given."""
 
 
 def option(
@@ -35,29 +37,33 @@ def option(
     *,
     minimum: float | None = None,
     maximum: float | None = None,
-    choices: Iterable[str] | None = None,
+    choices: Iterable[Any] | None = None,
+    convert: Callable[[Any], Any] | None = None,
     metavar: str | tuple[str, ...] | None = None,
     flag: str | None = None,
+    aliases: tuple[str, ...] = (),
     is_path: bool = False,
     is_positional: bool = False,
     is_recorded: bool = True,
 ) -> Any:
-    """A dataclass field with everything that is known about one option.
+    """A dataclass field with the facts about one option.
 
     Args:
         default: value when the option is not given; None means "chosen later".
         help: one sentence for `--help`, with units and the meaning of None.
-        minimum, maximum: inclusive bounds of a number.
+        minimum, maximum: inclusive bounds of a number, or of each number in a list.
         choices: valid values, where the annotation is not a `Literal`.
-        metavar: placeholder of the value in `--help`.
-        flag: flag on the command line; by default `--` and the name with dashes. A flag of a
+        convert: returns the value to keep, or raises ValueError; for each item of a list.
+        metavar: placeholder of the value in `--help`; a tuple for a fixed number of values.
+        flag: flag on the command line; by default `--` and the name with dashes. The flag of a
             boolean that is True by default turns it off.
-        is_path: a leading `~` means the home folder.
+        aliases: further flags.
+        is_path: a leading `~` is expanded to the home directory.
         is_positional: an argument without a flag.
         is_recorded: whether `to_dict` keeps the value.
     """
-    facts = {key: value for key, value in locals().items() if key not in ("default", "help")}
-    return dataclasses.field(default=default, metadata={"help": help, **facts})
+    facts = {key: value for key, value in locals().items() if key != "default"}
+    return dataclasses.field(default=default, metadata=facts)
 
 
 class OptionError(ValueError):
@@ -66,7 +72,7 @@ class OptionError(ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Base of the option groups: checks types, choices and bounds on construction.
+    """Base class of option groups: checks types, choices and bounds on construction.
 
     Raises:
         OptionError: for a value of the wrong type, outside the bounds, or not among the choices.
@@ -77,12 +83,12 @@ class Options:
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            value = self._checked(field, hints[field.name], getattr(self, field.name))
+            value = self._checked(field, kinds_of(hints[field.name]), getattr(self, field.name))
             object.__setattr__(self, field.name, value)
 
     @classmethod
     def from_keywords(cls, **given: Any) -> Self:
-        """The options from keyword arguments.
+        """Create the options from keyword arguments.
 
         Raises:
             TypeError: for an unknown name, with close matches.
@@ -95,56 +101,80 @@ class Options:
                 raise TypeError(f"unexpected keyword argument {name!r}{hint}")
         return cls(**given)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The recorded options as JSON values."""
+    def keywords(self, group: "type[Options] | None" = None) -> dict[str, Any]:
+        """The values of the options in `group` (default: all) by name."""
         return {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if field.metadata.get("is_recorded", True)
+            field.name: getattr(self, field.name) for field in dataclasses.fields(group or self)
         }
 
-    def _checked(self, field: "dataclasses.Field[Any]", annotation: Any, value: Any) -> Any:
+    def to_dict(self) -> dict[str, Any]:
+        """The recorded options as JSON values."""
+        recorded = {f.name for f in dataclasses.fields(self) if f.metadata.get("is_recorded", True)}
+        return {name: value for name, value in self.keywords().items() if name in recorded}
+
+    def _checked(self, field: "dataclasses.Field[Any]", kinds: tuple[Any, ...], value: Any) -> Any:
         name, facts = field.name, field.metadata
-        if isinstance(value, Path) and Path not in _kinds(annotation):
-            value = str(value)
-        kinds = _kinds(annotation)
         if value is None and type(None) in kinds:
             return None
-        if facts.get("is_path") and isinstance(value, str) and value.startswith("~"):
-            value = os.path.expanduser(value)
-        if Path in kinds and isinstance(value, str):
-            value = Path(value)
-        if float in kinds and type(value) is int:
-            value = float(value)
-        choices = [c for k in kinds if typing.get_origin(k) is Literal for c in typing.get_args(k)]
-        choices = choices or list(facts.get("choices") or ())
-        if choices:
-            if any(v not in choices for v in (value if isinstance(value, list) else [value])):
-                raise self._error(f"`{name}` must be one of {choices}, got {value!r}")
+        value = _converted(value, kinds, facts.get("is_path", False))
+        items = value if isinstance(value, list | tuple) else [value]
+        choices = _choices(kinds) or list(facts.get("choices") or ())
+        if choices and any(item not in choices for item in items):
+            raise self._error(f"`{name}` must be one of {choices}, got {value!r}")
+        if not _choices(kinds):
+            self._check_type(name, kinds, value)
+        for number in items:
+            self._check_bounds(name, number, facts.get("minimum"), facts.get("maximum"))
+        if (convert := facts.get("convert")) is None:
             return value
-        if Any not in kinds and not isinstance(value, tuple(_plain(k) for k in kinds)):
-            wanted = " or ".join(_plain(k).__name__ for k in kinds if k is not type(None))
-            raise self._error(f"`{name}` must be of type {wanted}, got {value!r}")
-        if isinstance(value, bool) and bool not in kinds and Any not in kinds:
-            raise self._error(f"`{name}` must be a number, got {value!r}")
-        self._check_bounds(name, value, facts)
-        return value
+        try:
+            return [convert(item) for item in items] if isinstance(value, list) else convert(value)
+        except ValueError as error:
+            raise self._error(f"`{name}`: {error}") from None
 
-    def _check_bounds(self, name: str, value: Any, facts: Any) -> None:
-        low, high = facts.get("minimum"), facts.get("maximum")
-        for number in value if isinstance(value, list) else [value]:
-            if low is not None and not number >= low:
-                raise self._error(f"`{name}` must be at least {low}, got {number}")
-            if high is not None and not number <= high:
-                raise self._error(f"`{name}` must be at most {high}, got {number}")
-            if isinstance(number, float) and not math.isfinite(number):
-                raise self._error(f"`{name}` must be finite, got {number}")
+    def _check_type(self, name: str, kinds: tuple[Any, ...], value: Any) -> None:
+        if Any in kinds:
+            return
+        if isinstance(value, bool) and bool not in kinds:
+            raise self._error(f"`{name}` must not be a boolean, got {value!r}")
+        if not isinstance(value, tuple(_plain(kind) for kind in kinds)):
+            expected = " or ".join(_plain(k).__name__ for k in kinds if k is not type(None))
+            raise self._error(f"`{name}` must be of type {expected}, got {value!r}")
+
+    def _check_bounds(self, name: str, value: Any, low: float | None, high: float | None) -> None:
+        if low is not None and not value >= low:
+            raise self._error(f"`{name}` must be at least {low}, got {value}")
+        if high is not None and not value <= high:
+            raise self._error(f"`{name}` must be at most {high}, got {value}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise self._error(f"`{name}` must be finite, got {value}")
 
 
-def _kinds(annotation: Any) -> tuple[Any, ...]:
+def _converted(value: Any, kinds: tuple[Any, ...], is_path: bool) -> Any:
+    """`value` in the annotated type, where the conversion loses nothing."""
+    if isinstance(value, list | tuple):
+        items = [_converted(item, (str,), is_path) if is_path else item for item in value]
+        return tuple(items) if any(_plain(kind) is tuple for kind in kinds) else items
+    if isinstance(value, os.PathLike) and (Path in kinds or str in kinds):
+        value = str(value)
+    if is_path and isinstance(value, str) and value.startswith("~"):
+        value = os.path.expanduser(value)
+    if Path in kinds and isinstance(value, str):
+        return Path(value)
+    return float(value) if float in kinds and type(value) is int and int not in kinds else value
+
+
+def kinds_of(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union, or the annotation alone."""
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
         return typing.get_args(annotation)
     return (annotation,)
+
+
+def _choices(kinds: tuple[Any, ...]) -> list[Any]:
+    return [
+        c for kind in kinds if typing.get_origin(kind) is Literal for c in typing.get_args(kind)
+    ]
 
 
 def _plain(kind: Any) -> type:
@@ -154,8 +184,30 @@ def _plain(kind: Any) -> type:
 
 
 def flag_of(field: "dataclasses.Field[Any]") -> str:
-    """The flag of an option on the command line."""
-    return field.metadata.get("flag") or "--" + field.name.replace("_", "-")
+    """The flag of an option on the command line; the placeholder of a positional argument."""
+    facts = field.metadata
+    if facts.get("is_positional"):
+        return str(facts.get("metavar") or field.name.upper())
+    return facts.get("flag") or "--" + field.name.replace("_", "-")
+
+
+def flags_in_message(message: str, kind: type) -> str:
+    """Replace the backticked options of `kind` in `message` by their flags.
+
+    "`use_safetensors=False`", the other value of a boolean, becomes the flag that sets it.
+
+    Args:
+        message: text of an error or a warning.
+        kind: a dataclass of options.
+    """
+    for field in dataclasses.fields(kind):
+        flag = flag_of(field)
+        if isinstance(field.default, bool):
+            off = "--no-" + flag.removeprefix("--")
+            turned = off if field.default and not field.metadata.get("flag") else flag
+            message = message.replace(f"`{field.name}={not field.default}`", turned)
+        message = message.replace(f"`{field.name}`", flag)
+    return message
 
 
 def takes_options(kind: type[Options]) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -172,7 +224,7 @@ def takes_options(kind: type[Options]) -> Callable[[Callable[P, R]], Callable[P,
             inspect.Parameter(
                 field.name,
                 inspect.Parameter.KEYWORD_ONLY,
-                default=field.default,
+                default=inspect.Parameter.empty if field.default is REQUIRED else field.default,
                 annotation=hints[field.name],
             )
             for field in dataclasses.fields(kind)
