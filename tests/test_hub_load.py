@@ -457,11 +457,11 @@ def test_a_network_that_fits_is_not_refused_for_being_large(monkeypatch):
     with torch.device("meta"):
         size = sum(p.numel() for p in UNet2DModel(**config, **blocks).parameters())
     monkeypatch.setattr(checkpoint_limits, "memory_bytes", lambda: 4 * size)
-    checkpoint_limits.check_unet(config | blocks, "config.json", torch.float32)
+    checkpoint_limits.check_unet_config(config | blocks, "config.json", torch.float32)
     monkeypatch.setattr(checkpoint_limits, "memory_bytes", lambda: 4 * size - 1)
     with pytest.raises(ValueError, match=f"a network of {size:,} parameters"):
-        checkpoint_limits.check_unet(config | blocks, "config.json", torch.float32)
-    checkpoint_limits.check_unet(config | blocks, "config.json", torch.float16)
+        checkpoint_limits.check_unet_config(config | blocks, "config.json", torch.float32)
+    checkpoint_limits.check_unet_config(config | blocks, "config.json", torch.float16)
 
 
 @pytest.mark.parametrize("use_safetensors", [True, False])

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ddpm_hf.decoders import check_images, decoder_of
-from ddpm_hf.diffusion.checks import check_tensor, given_int
+from ddpm_hf.diffusion.checks import check_tensor, to_int
 from ddpm_hf.diffusion.image_processor import image_facts
 from ddpm_hf.diffusion.pipeline import evaluating
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler, StepKL, as_gaussian_scheduler
@@ -152,7 +152,7 @@ def bits_per_dim(
     if bit_depth is None:
         bit_depth = _bit_depth_of(denoiser)
     if batch_size is not None:
-        batch_size = given_int("batch_size", batch_size, 1, 2**31)
+        batch_size = to_int("batch_size", batch_size, 1, 2**31)
     bound = _Bound(denoiser, scheduler, decoder, bit_depth, eta, num_timesteps)
     num_batches = _num_batches(images, batch_size)
     parts, start = [], 0
@@ -197,7 +197,7 @@ class _Bound:
         K = len(self.timesteps)
         self.num_calls = K
         if num_timesteps is not None:
-            self.num_calls = given_int("num_timesteps", num_timesteps, min(2, K), K)
+            self.num_calls = to_int("num_timesteps", num_timesteps, min(2, K), K)
         # How often each timestep of an image is expected to be measured.
         self.expected = torch.ones(K, dtype=torch.float64)
         if self.num_calls < K:

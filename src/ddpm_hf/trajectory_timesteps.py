@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ddpm_hf.diffusion.checks import check_choice, given_int
+from ddpm_hf.diffusion.checks import check_choice, to_int
 from ddpm_hf.diffusion.pipeline import evaluating
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.diffusion.tensor_ops import Denoiser
@@ -58,8 +58,8 @@ def find_timesteps(
     Source: 2503.21774, section 3.
     """
     check_choice("sampler", sampler, SAMPLERS)
-    M = given_int("num_fine_steps", num_fine_steps, FEWEST, len(scheduler))
-    max_num_steps = given_int("max_num_steps", max_num_steps, FEWEST, M)
+    M = to_int("num_fine_steps", num_fine_steps, FEWEST, len(scheduler))
+    max_num_steps = to_int("max_num_steps", max_num_steps, FEWEST, M)
     search = _Search(denoiser, scheduler, M, is_second_order=sampler != "DDIM")
     with (
         torch.no_grad(),

@@ -78,6 +78,8 @@ def flag_speller(names: Iterable[str]) -> Speller:
     def spell(message: str) -> str:
         for argument, switch in FLAGS.items():
             message = message.replace(argument, switch)
+        for name in given:
+            message = message.replace(f"`{name}`", "--" + name.replace("_", "-"))
         return pattern.sub(flag, message)
 
     return spell

@@ -54,18 +54,18 @@ def check_checkpoint(folder: Path, dtype: torch.dtype = torch.float16) -> None:
         ValueError: naming file, key, value and bound.
     """
     atomic_files.read_json(folder / "model_index.json")
-    check_scheduler(part_of(folder, "scheduler") / "scheduler_config.json")
-    path = part_of(folder, "unet") / "config.json"
+    check_scheduler_config(component_folder(folder, "scheduler") / "scheduler_config.json")
+    path = component_folder(folder, "unet") / "config.json"
     if config := atomic_files.read_json(path):
-        check_unet(config, str(path), dtype)
+        check_unet_config(config, str(path), dtype)
 
 
-def part_of(folder: Path, name: str) -> Path:
+def component_folder(folder: Path, name: str) -> Path:
     """Where a part of a pipeline lies: early repositories are flat."""
     return folder / name if (folder / name).is_dir() else folder
 
 
-def check_scheduler(path: Path) -> None:
+def check_scheduler_config(path: Path) -> None:
     """Refuse a scheduler's configuration with more steps than any scheduler has."""
     steps = atomic_files.read_json(path).get("num_train_timesteps", 1)
     try:
@@ -74,7 +74,7 @@ def check_scheduler(path: Path) -> None:
         raise ValueError(f"{path}: {error}") from None
 
 
-def check_unet(
+def check_unet_config(
     config: Mapping[str, Any], name: str = "", dtype: torch.dtype = torch.float16
 ) -> None:
     """Refuse the configuration of a `UNet2DModel` that cannot be, or not on this machine.

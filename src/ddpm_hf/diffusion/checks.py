@@ -140,7 +140,7 @@ def check_int(name: str, value: Any, low: int, high: int) -> None:
         raise ValueError(f"{name} must be an int in {low}..{high}, got {value!r}")
 
 
-def given_int(name: str, value: Any, low: int, high: int) -> int:
+def to_int(name: str, value: Any, low: int, high: int) -> int:
     """An int in [low, high], which may come from NumPy."""
     number = int(value) if isinstance(value, np.integer) else value
     check_int(name, number, low, high)

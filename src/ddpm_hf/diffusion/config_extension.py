@@ -13,7 +13,7 @@ import numpy as np
 from . import schedules
 
 # The scheduler is known by name: a copy that travelled with other weights is another class object.
-OUR_SCHEDULER = "GaussianDDPMScheduler"
+GAUSSIAN_SCHEDULER = "GaussianDDPMScheduler"
 EXTENSION_KEY = "_ddpm_hf"
 """Key of the extension in scheduler_config.json and in unet/config.json."""
 FORMAT_VERSION = 1

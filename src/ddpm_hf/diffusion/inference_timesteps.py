@@ -91,7 +91,7 @@ class VisitedTimesteps(scheduler_config.PortableScheduler, forward_process.Forwa
         checks.check_choice("timestep_spacing", spacing, choices)
         if spacing in own:
             return own[spacing](num_steps)
-        num_steps = checks.given_int("num_inference_steps", num_steps, 1, T)
+        num_steps = checks.to_int("num_inference_steps", num_steps, 1, T)
         steps = schedules.SPACINGS[spacing](num_steps, T, self.config.steps_offset)
         checks.warn_if_signal_is_missed(spacing, int(steps[-1]), self._log_alphas)
         return steps
@@ -103,7 +103,7 @@ class VisitedTimesteps(scheduler_config.PortableScheduler, forward_process.Forwa
                 " `ddpm-hf calibrate` or ddpm_hf.calibrate"
             )
         checks.check_int("num_train_timesteps", len(self), 2, likelihood_timesteps.MAX_TIMESTEPS)
-        num_steps = checks.given_int("num_inference_steps", num_steps, 2, len(self))
+        num_steps = checks.to_int("num_inference_steps", num_steps, 2, len(self))
         snr = self.snr(torch.arange(len(self)), torch.float64).numpy()
         return likelihood_timesteps.likelihood_timesteps(snr, self.x_0_mse.numpy(), num_steps)
 

@@ -180,7 +180,7 @@ class GaussianDDPMPipeline(portable_pipeline.PortablePipeline):
         """
         _check_unet(self.unet)
         scheduler_interface.check_scheduler(self.scheduler)
-        batch_size = checks.given_int("batch_size", batch_size, 1, MAX_BATCH_SIZE)
+        batch_size = checks.to_int("batch_size", batch_size, 1, MAX_BATCH_SIZE)
         checks.check_generators(generator, batch_size)
         generator = list(generator) if isinstance(generator, tuple) else generator
         facts = image_facts(self.unet)
@@ -344,9 +344,9 @@ class GaussianDDPMPipeline(portable_pipeline.PortablePipeline):
             ValueError, TypeError: for a bad argument.
         """
         weak = None if guide is None else self._network_of_guide(guide)
-        batch_size = checks.given_int("batch_size", batch_size, 1, MAX_BATCH_SIZE)
+        batch_size = checks.to_int("batch_size", batch_size, 1, MAX_BATCH_SIZE)
         if num_threads is not None:
-            checks.given_int("num_threads", num_threads, 1, speed.MAX_THREADS)
+            checks.to_int("num_threads", num_threads, 1, speed.MAX_THREADS)
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
         if num_calls is None:

@@ -69,7 +69,7 @@ class PortablePipeline(DiffusionPipeline):  # type: ignore[misc]
         index = json.loads(super().to_json_string())
         index.pop("_name_or_path", None)  # a path of this machine, as a rule
         index["_class_name"] = "DDPMPipeline"
-        if index["scheduler"][1] == config_extension.OUR_SCHEDULER:
+        if index["scheduler"][1] == config_extension.GAUSSIAN_SCHEDULER:
             index["scheduler"] = ["diffusers", "DDPMScheduler"]
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 

@@ -67,7 +67,7 @@ def num_outputs(config: Any, scheduler: Any) -> int:
         ValueError: if the network has other channels.
     """
     channels: int = config.in_channels
-    is_own = type(scheduler).__name__ == config_extension.OUR_SCHEDULER
+    is_own = type(scheduler).__name__ == config_extension.GAUSSIAN_SCHEDULER
     variance_type = scheduler.config.get("variance_type")
     needed = 2 * channels if is_own and coefficients.is_learned(variance_type) else channels
     # Other schedulers have no use for a learned variance: they get the mean's channels.
@@ -101,7 +101,7 @@ def set_timesteps(scheduler: Any, num_steps: int | None, timesteps: Any) -> None
         _ask(scheduler, f"timesteps={timesteps!r:.100}", timesteps=timesteps)
         return
     num_steps = schedules.usual_num_steps(kind, T) if num_steps is None else num_steps
-    num_steps = checks.given_int("num_inference_steps", num_steps, 1, T)
+    num_steps = checks.to_int("num_inference_steps", num_steps, 1, T)
     _ask(scheduler, f"num_inference_steps={num_steps}", num_inference_steps=num_steps)
 
 
@@ -111,7 +111,7 @@ def _ask(scheduler: Any, asked: str, **options: Any) -> None:
     try:
         scheduler.set_timesteps(**options)
     except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
-        if kind == config_extension.OUR_SCHEDULER:  # its errors say what is wrong
+        if kind == config_extension.GAUSSIAN_SCHEDULER:  # its errors say what is wrong
             raise
         raise ValueError(f"{kind} cannot make {asked}: {error}") from error
     visited = scheduler.timesteps.tolist()

@@ -19,7 +19,7 @@ from ddpm_hf.calibration import (
     without_curve,
 )
 from ddpm_hf.diffusion.atomic_files import read_json, write_text
-from ddpm_hf.diffusion.checkpoint_limits import part_of
+from ddpm_hf.diffusion.checkpoint_limits import component_folder
 from ddpm_hf.diffusion.conditioning import denoiser_of
 from ddpm_hf.diffusion.config_extension import extension_of, with_extension
 from ddpm_hf.diffusion.likelihood_timesteps import MAX_TIMESTEPS
@@ -213,7 +213,7 @@ def keep_calibration(scheduler: GaussianDDPMScheduler, model: Path, output: Path
         path = output / "scheduler_config.json"
         write_text(path, scheduler.to_json_string())
         return path
-    path = part_of(model, "scheduler") / "scheduler_config.json"
+    path = component_folder(model, "scheduler") / "scheduler_config.json"
     config = with_extension(read_json(path), extension_of(scheduler.config))
     write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
     return path

@@ -11,7 +11,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ddpm_hf.diffusion.atomic_files import read_json
-from ddpm_hf.diffusion.config_extension import OUR_SCHEDULER
+from ddpm_hf.diffusion.config_extension import GAUSSIAN_SCHEDULER
 from ddpm_hf.hub.retry import WAITS_S, retry, shorten
 from ddpm_hf.paths import ModelPaths
 
@@ -121,8 +121,8 @@ def scheduler_class(folder: Path, name: str) -> str:
         hint = f"; did you mean {inner}?" if ModelPaths(inner).index.is_file() else ""
         raise ValueError(f"{name} is not a checkpoint of a pipeline: no model_index.json{hint}")
     kind, parts = index.get("_class_name"), {k: v for k, v in index.items() if k[0] != "_"}
-    if parts.get("scheduler") == ["ddpm_hf.diffusion.scheduling", OUR_SCHEDULER]:
-        parts["scheduler"] = ["diffusers", OUR_SCHEDULER]
+    if parts.get("scheduler") == ["ddpm_hf.diffusion.scheduling", GAUSSIAN_SCHEDULER]:
+        parts["scheduler"] = ["diffusers", GAUSSIAN_SCHEDULER]
     known = (isinstance(part, list) and part[:1] == ["diffusers"] for part in parts.values())
     if isinstance(kind, list) or not all(known):
         raise ValueError(
@@ -153,26 +153,28 @@ def open_pipeline(
     """
     import diffusers
 
-    from ddpm_hf.diffusion.checkpoint_limits import check_scheduler, part_of
+    from ddpm_hf.diffusion.checkpoint_limits import check_scheduler_config, component_folder
     from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline, image_facts
     from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 
     with _one_line_about(name):
         kind = scheduler_class(folder, name)
-        check_scheduler(part_of(folder, "scheduler") / "scheduler_config.json")
-        ours = kind in ("DDPMScheduler", OUR_SCHEDULER)
+        check_scheduler_config(component_folder(folder, "scheduler") / "scheduler_config.json")
+        ours = kind in ("DDPMScheduler", GAUSSIAN_SCHEDULER)
         if not ours and kind not in GaussianDDPMScheduler._compatibles:
             raise ValueError(f"{name} has a {kind}, which does not sample DDPMs")
         scheduler = GaussianDDPMScheduler if ours else getattr(diffusers, kind)
         unet = open_unet(
-            part_of(folder, "unet"),
+            component_folder(folder, "unet"),
             name,
             dtype=dtype,
             variant=variant,
             use_safetensors=use_safetensors,
         )
         image_facts(unet)
-        return GaussianDDPMPipeline(unet, scheduler.from_pretrained(part_of(folder, "scheduler")))
+        return GaussianDDPMPipeline(
+            unet, scheduler.from_pretrained(component_folder(folder, "scheduler"))
+        )
 
 
 def open_unet(
@@ -191,7 +193,7 @@ def open_unet(
     import torch
     from diffusers import UNet2DModel
 
-    from ddpm_hf.diffusion.checkpoint_limits import check_unet
+    from ddpm_hf.diffusion.checkpoint_limits import check_unet_config
     from ddpm_hf.diffusion.portable_checkpoint import (
         check_finite,
         move_into_memory,
@@ -211,7 +213,7 @@ def open_unet(
         raise ValueError(f"{name} has no weights without a variant: pass {found}")
     with _one_line_about(name):
         config = folder / "config.json"
-        check_unet(read_json(config), f"config.json of {name}", dtype or torch.float32)
+        check_unet_config(read_json(config), f"config.json of {name}", dtype or torch.float32)
         # Where a file lacks weights, diffusers makes up random ones and only logs it.
         unet, report = UNet2DModel.from_pretrained(
             folder,

@@ -14,7 +14,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from ddpm_hf.diffusion.atomic_files import read_json
-from ddpm_hf.diffusion.config_extension import OUR_SCHEDULER
+from ddpm_hf.diffusion.config_extension import GAUSSIAN_SCHEDULER
 from ddpm_hf.diffusion.portable_checkpoint import commit
 from ddpm_hf.hub.card import card_to_share, check_metadata
 from ddpm_hf.hub.card_merge import Merged
@@ -54,7 +54,7 @@ def prepare(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
-    if scheduler_class(folder, str(folder)) == OUR_SCHEDULER:
+    if scheduler_class(folder, str(folder)) == GAUSSIAN_SCHEDULER:
         raise ValueError(
             f"{folder} was saved by a stock pipeline, so that nobody without ddpm_hf could load it;"
             " ddpm_hf.load(...).save_pretrained(...) writes the form for everyone"

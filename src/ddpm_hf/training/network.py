@@ -10,7 +10,7 @@ from diffusers import UNet2DModel
 
 from ddpm_hf.data import ImageFacts
 from ddpm_hf.diffusion.atomic_files import read_json
-from ddpm_hf.diffusion.checkpoint_limits import check_unet
+from ddpm_hf.diffusion.checkpoint_limits import check_unet_config
 from ddpm_hf.diffusion.image_processor import image_facts, padded_size
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.hub.load import fetch, open_pipeline, open_unet
@@ -87,7 +87,7 @@ def unet_arguments(path: str) -> dict[str, Any]:
         for key in arguments:
             if key not in known and not key.startswith("_"):
                 raise ValueError(f"it has no argument {key!r}{did_you_mean(key, known)}")
-        check_unet(arguments, dtype=torch.float32)
+        check_unet_config(arguments, dtype=torch.float32)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"unet_config {path} does not make a UNet2DModel: {error}") from error
     return arguments
