@@ -376,7 +376,7 @@ def test_ddpms_own_scheduler_will_do_and_a_deterministic_one_has_no_bound(schedu
     got = bits_per_dim(halve, stock, images, generator=generators(1, 2))
     assert torch.equal(got.total, want.total)
     ddim = DDIMScheduler.from_config(scheduler.config)
-    with pytest.raises(TypeError, match="`scheduler` must be .* got DDIMScheduler"):
+    with pytest.raises(TypeError, match=r"`scheduler` must be .* got DDIMScheduler"):
         bits_per_dim(halve, ddim, images)
     with pytest.raises(ValueError, match=r"eta must be .*0 has no bound, got 0"):
         bits_per_dim(halve, scheduler, images, eta=0.0)

@@ -172,9 +172,8 @@ def open_pipeline(
             use_safetensors=use_safetensors,
         )
         image_facts(unet)
-        return GaussianDDPMPipeline(
-            unet, scheduler.from_pretrained(component_folder(folder, "scheduler"))
-        )
+        path = component_folder(folder, "scheduler")
+        return GaussianDDPMPipeline(unet, scheduler.from_pretrained(path))
 
 
 def open_unet(
