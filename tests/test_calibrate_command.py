@@ -190,11 +190,11 @@ def test_a_network_of_another_schedule_is_noticed():
         return (x_t - signal * x_0) / (1 - signal**2).sqrt()
 
     right = calibrate(linear, scheduler, images, generator=torch.Generator().manual_seed(0))
-    assert right.doubts() == []
+    assert right.mismatch_warnings() == []
     wrong = calibrate(
         lambda x_t, t: linear(x_t, t, 0.05), scheduler, images, generator=torch.Generator()
     )
-    assert any("times that of a straight line" in doubt for doubt in wrong.doubts())
+    assert any("times that of a linear denoiser" in doubt for doubt in wrong.mismatch_warnings())
 
 
 @pytest.mark.slow

@@ -8,14 +8,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from oracles import alpha_bars, exact_output, linear_betas, mean_of_mixture, randn, to_float64
 from torch.testing import assert_close
 
-from ddpm_hf import GaussianDDPMScheduler, bits_per_dim, calibrate
+from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler, bits_per_dim, calibrate
 from ddpm_hf.diffusion import schedules
 from ddpm_hf.losses import vlb_term
-from ddpm_hf.trajectory_timesteps import SAMPLERS, find_timesteps
+from ddpm_hf.trajectory_timesteps import SAMPLERS, trajectory_matching_timesteps
 
 T, DATA_VAR = 1000, 0.25
 ALPHA_BAR = to_float64(alpha_bars(linear_betas(T)))
@@ -367,13 +367,31 @@ def test_calibration_is_the_same_in_any_batches(network):
 
 def test_what_a_curve_cannot_tell_is_refused():
     images = levels(3)
-    with pytest.raises(TypeError, match=r"gone through twice, .* got generator"):
+    with pytest.raises(TypeError, match=r"`images` must be .* read twice, .* got generator"):
         calibrate(halve, short_chain(), (batch for batch in images.split(1)))
     result = calibrate(halve_and_guess, short_chain(variance_type="learned"), images)
-    with pytest.raises(ValueError, match=r"published must be False: .*'learned'"):
+    with pytest.raises(ValueError, match=r"`published` must be False .*'learned'"):
         result.bits_per_dim(5, published=True)
-    with pytest.raises(ValueError, match="end at 3, and the decoder was measured at 0 alone"):
+    with pytest.raises(ValueError, match=r"`timesteps` must end at 0, .* got 3"):
         result.bits_per_dim(timesteps=[19, 3])
+
+
+def test_apply_gives_a_pipeline_the_calibrated_scheduler():
+    result = calibrate(halve, short_chain(), levels(5), generator=generators(5))
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+    )
+    pipeline = GaussianDDPMPipeline(unet=unet, scheduler=short_chain())
+    assert result.apply(pipeline) is pipeline
+    assert torch.equal(pipeline.scheduler.x_0_mse, result.x_0_mse)
+    pipeline.scheduler.set_timesteps(3)
+    assert len(result.scheduler.timesteps) == 20
 
 
 # Timesteps -----------------------------------------------------------------------------------
@@ -431,7 +449,7 @@ def sampled(network, sampler, noise):
 def test_the_timesteps_found_for_a_sampler_end_nearer_to_its_fine_trajectory(sampler):
     ours = GaussianDDPMScheduler(100, beta_schedule="iddpm_linear", clip_sample=False)
     network, noise = mixture_network(ours), randn(64, 1, 2, 2)
-    found = find_timesteps(network, ours, noise, sampler=sampler, max_num_steps=20,
+    found = trajectory_matching_timesteps(network, ours, noise, sampler=sampler, max_num_steps=20,
                            num_fine_steps=20)  # fmt: skip
     assert list(found) == list(range(5, 21))
     assert found[20] == list(range(99, 0, -5))

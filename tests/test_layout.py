@@ -24,6 +24,7 @@ FLOORS = (
         "randomness",
         "scheduler_spec",
         "shared_work",
+        "statistics",
         "text",
     },
     {"losses", "decoders", "timestep_samplers", "weightings", "data", "pictures", "sampling"},

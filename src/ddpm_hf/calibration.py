@@ -1,48 +1,55 @@
-"""Calibration: the error of a network at every t, measured once, and what follows for any K.
+"""Calibration of the reverse variances: the denoising error at every t, measured once.
 
-m_t = E (x_0 - x_0_hat(x_t))^2, mean over images and values. From it alone follow
+m_t = E (x_0 - x_0_hat(x_t))^2, mean over images and values, determines for any number of steps K
 
-    the variance of the least bound   sigma^2 = beta~ + coef_x_0^2 m_t         2201.06503, eq. 8
+    the optimal variance              sigma^2 = beta~ + coef_x_0^2 m_t         2201.06503, eq. 8
     the bound's term from t to s      log(1 + (SNR_s - SNR_t) m_t) / 2 nats
-    the K timesteps of the least bound, by dynamic programming                 2106.03802
+    the K timesteps with the lowest bound, by dynamic programming              2106.03802
 
-For an exact network m_t is what Analytic-DPM measures by the second moment of eps; for a trained
-one it is the error that the bound asks for, and far steadier: to 4 % from 64 images at every t.
+For an exact network m_t equals the quantity that Analytic-DPM estimates from the second moment of
+eps. For a trained network it is the error in the bound, and has a much lower variance: 64 images
+give 4 % accuracy at every t.
 
 result = calibrate(unet, scheduler, images)                    # 256 images are plenty
-result.bits_per_dim(25).value                                  # what 25 steps would have
-pipeline.scheduler = result.scheduler                          # samples with these variances
+result.bits_per_dim(25).value                                  # predicted bound of 25 steps
+result.apply(pipeline)                                         # sample with these variances
 """
 
 import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler, as_gaussian_scheduler
 from ddpm_hf.diffusion.tensor_ops import Denoiser, Generators
-from ddpm_hf.likelihood import BitsPerDim, bits_per_dim, prior_of, standard_error
+from ddpm_hf.likelihood import BitsPerDim, bits_per_dim, prior_bits_per_dim
+from ddpm_hf.statistics import standard_error
 
-# Where m_t is known to this share of itself, the bound of any K is known to a few thousandths.
-STABLE = 0.1
-# More than this share of an error must be left where there is more noise.
-LARGEST_FALL = 0.9
+P = TypeVar("P", bound=DiffusionPipeline)
+
+# With this relative error of m_t, the bound of any K is accurate to a few thousandths.
+STABLE_RELATIVE_ERROR = 0.1
+# Smallest plausible ratio of m_t to the error at a timestep with less noise.
+_SMALLEST_ERROR_RATIO = 0.9
+# Largest plausible ratio of m_t to the error of the best linear denoiser.
+_LARGEST_LINEAR_RATIO = 1.5
 
 
 @dataclass(frozen=True)
 class PredictedBound:
-    """The bound of a trajectory, predicted from the curve; float64, bits/dim.
+    """The bound of a trajectory, predicted from the error curve; float64, bits/dim.
 
     Attributes:
         value: the bound.
-        standard_error: of it, over the images and their noise.
+        standard_error: standard error of `value`, over images and noise.
         timesteps: (K,), descending.
-        prior: its first part.
-        terms: (K,) in visiting order; the decoder's last.
+        prior: prior term of the bound.
+        terms: (K,) in sampling order; the last is the decoder's.
     """
 
     value: float
@@ -54,16 +61,16 @@ class PredictedBound:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The error of a network at every t, on N images; float64 on the CPU.
+    """Denoising error at every t, measured on N images; float64 on the CPU.
 
     Attributes:
-        scheduler: as it was given, with the curve.
-        x_0_mse: m_t, the curve, (T,).
-        standard_error: of m_t, over images and noise, (T,); NaN for one image.
+        scheduler: the scheduler with the error curve in its configuration.
+        x_0_mse: error curve m_t, (T,).
+        standard_error: standard error of m_t over images and noise, (T,); NaN for one image.
         errors: m_t of each image, (N, T).
         x_0_square: mean of x_0^2 of each image, (N,).
-        decoder: bits/dim of each image for the decoder at t = 0, its variance m_0, (N,).
-        measured: the bound of the whole chain as it was met on the way, with published variances.
+        decoder: decoder term at t = 0 with variance m_0, per image, bits/dim, (N,).
+        measured: bound of all T steps with the published variances, from the same network calls.
     """
 
     scheduler: GaussianDDPMScheduler
@@ -74,44 +81,58 @@ class Calibration:
     decoder: Tensor
     measured: BitsPerDim
 
+    def apply(self, pipeline: P) -> P:
+        """Replace the scheduler of a pipeline by one with the calibrated variances.
+
+        Returns:
+            the same pipeline.
+        """
+        pipeline.scheduler = copy.deepcopy(self.scheduler)
+        return pipeline
+
     @property
     def relative_error(self) -> Tensor:
-        """The standard error of m_t over m_t, (T,); 0 where nothing errs."""
+        """Standard error of m_t divided by m_t, (T,); 0 where m_t is 0."""
         return (self.standard_error / self.x_0_mse).where(self.x_0_mse > 0, 0.0)
 
-    def num_images_for(self, relative_error: float = STABLE) -> int:
-        """How many images would make m_t known to this share of itself at every t."""
+    def num_images_for(self, relative_error: float = STABLE_RELATIVE_ERROR) -> int:
+        """Number of images that brings the relative error of m_t to this value at every t."""
         worst = self.relative_error.max().item()
         return math.ceil(len(self.errors) * (worst / relative_error) ** 2)
 
-    def doubts(self) -> list[str]:
-        """Signs, beyond chance, that the network was trained on another schedule or prediction.
+    def mismatch_warnings(self) -> list[str]:
+        """Significant signs that the network was trained with other betas or prediction type.
 
-        More noise cannot make x_0 better known, and a straight line through 0 has the error
+        The error of x_0 cannot fall as noise is added, and the best linear denoiser has the error
         E x_0^2 / (1 + SNR E x_0^2).
         """
-        said = []
-        highest, where = self.x_0_mse.cummax(0)
-        at = int((self.x_0_mse / highest.clamp(min=1e-12)).argmin())
-        before = int(where[at])
-        fall = self.errors[:, at] - LARGEST_FALL * self.errors[:, before]
-        if len(fall) > 1 and fall.mean() < -4 * standard_error(fall):
-            said.append(
-                f"the error of x_0 falls from {self.x_0_mse[before]:.3g} at t={before} to"
-                f" {self.x_0_mse[at]:.3g} at t={at}, where there is more noise: was the network"
-                " trained with these betas and this prediction_type?"
-            )
-        square = self.x_0_square.mean()
-        t, error = torch.arange(len(self.x_0_mse)), 4 * self.standard_error.nan_to_num()
-        line = square / (1 + self.scheduler.snr(t, torch.float64) * square)
-        excess = (self.x_0_mse - error) / line
-        if excess.max() > 1.5:
-            at = int(excess.argmax())
-            said.append(
-                f"the error of x_0 at t={at} is {excess[at]:.1f} times that of a straight line: was"
-                " the network trained with these betas and this prediction_type?"
-            )
-        return said
+        return self._falling_error() + self._worse_than_linear()
+
+    def _falling_error(self) -> list[str]:
+        highest, argmax = self.x_0_mse.cummax(0)
+        t = int((self.x_0_mse / highest.clamp(min=1e-12)).argmin())
+        previous = int(argmax[t])
+        excess = self.errors[:, t] - _SMALLEST_ERROR_RATIO * self.errors[:, previous]
+        if len(excess) < 2 or excess.mean() >= -4 * standard_error(excess):
+            return []
+        return [
+            f"the error of x_0 falls from {self.x_0_mse[previous]:.3g} at t={previous} to"
+            f" {self.x_0_mse[t]:.3g} at t={t}, although noise is added; check that the network was"
+            " trained with these betas and this `prediction_type`"
+        ]
+
+    def _worse_than_linear(self) -> list[str]:
+        x_0_square = self.x_0_square.mean()
+        t, margin = torch.arange(len(self.x_0_mse)), 4 * self.standard_error.nan_to_num()
+        linear = x_0_square / (1 + self.scheduler.snr(t, torch.float64) * x_0_square)
+        ratio = (self.x_0_mse - margin) / linear
+        if ratio.max() <= _LARGEST_LINEAR_RATIO:
+            return []
+        worst = int(ratio.argmax())
+        return [
+            f"the error of x_0 at t={worst} is {ratio[worst]:.1f} times that of a linear denoiser;"
+            " check that the network was trained with these betas and this `prediction_type`"
+        ]
 
     def bits_per_dim(
         self,
@@ -121,16 +142,17 @@ class Calibration:
         timestep_spacing: str | None = None,
         published: bool = False,
     ) -> PredictedBound:
-        """The bound of a trajectory that ends at t = 0, at no cost.
+        """Predict the bound of a trajectory that ends at t = 0, without network calls.
 
         Args:
-            num_inference_steps: K; None for the whole chain.
-            timesteps: in place of that the timesteps themselves, descending.
-            timestep_spacing: as in `set_timesteps`; by default that of the scheduler.
-            published: with the variance that `variance_type` stands for, in all but the last step.
+            num_inference_steps: K; None for all T steps.
+            timesteps: explicit timesteps, descending, instead of `num_inference_steps`.
+            timestep_spacing: as in `set_timesteps`; by default the scheduler's.
+            published: use the variance of `variance_type` in all but the last step.
         Raises:
-            ValueError: if the trajectory ends elsewhere, where the decoder was not measured; or for
-                a published variance that is learned: it is not known from the curve.
+            ValueError: if the trajectory does not end at t = 0, the only timestep at which the
+                decoder was measured; if `published` variances are learned, which the curve does not
+                determine.
         """
         scheduler = copy.deepcopy(self.scheduler)
         if num_inference_steps is None and timesteps is None:
@@ -141,38 +163,38 @@ class Calibration:
         t = scheduler.timesteps
         if t[-1] != 0:
             raise ValueError(
-                f"timesteps end at {t[-1]}, and the decoder was measured at 0 alone: pass"
-                " timestep_spacing='linspace', or timesteps that end at 0"
+                f"`timesteps` must end at 0, where the decoder was measured, got {t[-1]}; set"
+                " `timestep_spacing` to 'linspace', or pass timesteps that end at 0"
             )
         log_snr = scheduler.log_snr(t, torch.float64)
-        gain = log_snr[1:].exp() - log_snr[:-1].exp()  # of SNR in each step
+        gain = log_snr[1:].exp() - log_snr[:-1].exp()  # SNR_s - SNR_t
         m_t, r = self.x_0_mse[t[:-1]], _log_ratio(scheduler, gain, self.x_0_mse[t[:-1]], published)
         terms = ((r.expm1() - r) + gain * m_t * r.exp()) / 2 / math.log(2)
-        prior = prior_of(self.x_0_square, scheduler.snr(t[0], torch.float64))
-        # How each image's own errors move the sum, to first order.
-        slopes = gain * r.exp() / 2 / math.log(2)
-        each = prior + self.errors[:, t[:-1]] @ slopes + self.decoder
+        prior = prior_bits_per_dim(self.x_0_square, scheduler.snr(t[0], torch.float64))
         terms = torch.cat([terms, self.decoder.mean()[None]])
+        # Bound of each image, to first order in its errors.
+        slopes = gain * r.exp() / 2 / math.log(2)
+        of_images = prior + self.errors[:, t[:-1]] @ slopes + self.decoder
         return PredictedBound(
-            (prior.mean() + terms.sum()).item(),
-            standard_error(each),
-            t,
-            prior.mean().item(),
-            terms,
+            value=(prior.mean() + terms.sum()).item(),
+            standard_error=standard_error(of_images),
+            timesteps=t,
+            prior=prior.mean().item(),
+            terms=terms,
         )
 
 
 def _log_ratio(
     scheduler: GaussianDDPMScheduler, gain: Tensor, m_t: Tensor, published: bool
 ) -> Tensor:
-    """log(beta~ / sigma^2) of all steps but the last: sigma^2 is beta~ (1 + gain m_t) at best."""
+    """log(beta~ / sigma^2) of all steps but the last; the optimum is beta~ (1 + gain m_t)."""
     if not published:
         return -(gain * m_t).log1p()
     kind = scheduler.config.variance_type
     if scheduler.learns_variance:
         raise ValueError(
-            f"published must be False: what variance_type {kind!r} gives is not known from the"
-            " curve; ddpm_hf.bits_per_dim measures it"
+            f"`published` must be False for `variance_type` {kind!r}, which the error curve does"
+            " not determine; measure it with ddpm_hf.bits_per_dim"
         )
     if kind.startswith("fixed_small"):
         return torch.zeros_like(gain)
@@ -191,28 +213,34 @@ def calibrate(
     batch_size: int | None = None,
     progress: bool = True,
 ) -> Calibration:
-    """Measure the error of a network at every t: T + 1 network calls per image.
+    """Measure a denoiser on a tensor of images: its error at every t, from T + 1 calls per image.
+
+    `calibrate_checkpoint`, behind `ddpm-hf calibrate`, does this for a saved model and a data set.
 
     Args:
-        denoiser: any callable `(x_t, t)`, t (B,), that returns a tensor or an object with
-            `.sample`; class labels by a closure. The images should not be those of its training.
-        scheduler: the diffusion. What it clips in sampling is clipped here; a curve that it has is
-            measured anew.
-        images: in [-1, 1], (N, C, ...), or a sequence of such batches; gone through twice.
-        generator: one, or one per image, which gives an image the same noise in any batch.
-        decoder: "exact", "tanh" or "continuous", as for `bits_per_dim`: of predicted bounds alone.
-        bit_depth: of the images, 8 or 16; by default the model's.
-        batch_size: images at once; None for 64, or for batches as they come.
+        denoiser: any callable `(x_t, t)` with t of shape (B,) that returns a tensor or an object
+            with `.sample`; bind class labels in a closure.
+        scheduler: the diffusion process, with its clipping of x_0. An error curve in its
+            configuration is ignored.
+        images: held-out images in [-1, 1], (N, C, ...), or a sequence of such batches, which is
+            read twice.
+        generator: one generator, or one per image, which makes the noise of an image independent of
+            the batch.
+        decoder: "exact", "tanh" or "continuous", as for `bits_per_dim`; affects only predicted
+            bounds.
+        bit_depth: bits per channel of the images, 8 or 16; by default the model's.
+        batch_size: images per batch; None for 64, or for the given batches.
         progress: show a progress bar.
     Returns:
-        the curve with its standard error, the scheduler that has it, and predictions.
+        error curve with standard errors, a scheduler that uses it, and predicted bounds.
     Raises:
-        TypeError, ValueError: as `bits_per_dim` does; and for images that can be read only once.
+        TypeError: if `images` is an iterator, which can be read only once; as `bits_per_dim`.
+        ValueError: as `bits_per_dim`.
     """
     if isinstance(images, Iterator):
         raise TypeError(
-            "images must be a tensor, or what can be gone through twice, such as a list of batches"
-            f" or a DataLoader, got {type(images).__name__}"
+            "`images` must be a tensor or a collection that can be read twice, such as a list of"
+            f" batches or a DataLoader, got {type(images).__name__}"
         )
     scheduler = without_curve(scheduler)
 
@@ -234,24 +262,24 @@ def calibrate(
 
 
 def without_curve(scheduler: Any) -> GaussianDDPMScheduler:
-    """The scheduler with its published variances."""
+    """A scheduler with the same configuration and no error curve: published variances."""
     return GaussianDDPMScheduler.from_config(as_gaussian_scheduler(scheduler).config, x_0_mse=None)
 
 
 def with_curve(scheduler: GaussianDDPMScheduler, chain: BitsPerDim) -> GaussianDDPMScheduler:
-    """The scheduler with the errors that were met in the bound of its whole chain."""
+    """A scheduler with the error curve measured in the bound of all T steps."""
     return GaussianDDPMScheduler.from_config(scheduler.config, x_0_mse=chain.x_0_mse.flip(0))
 
 
 def calibration_of(
     scheduler: GaussianDDPMScheduler, chain: BitsPerDim, end: BitsPerDim
 ) -> Calibration:
-    """What was measured, put together.
+    """The calibration from two measured bounds.
 
     Args:
-        scheduler: of `without_curve`.
-        chain: its bound on the whole chain.
-        end: that of `with_curve`, on t = 0 alone.
+        scheduler: result of `without_curve`.
+        chain: its bound on all T steps.
+        end: bound of `with_curve(scheduler, chain)` on the trajectory [0].
     """
     errors = chain.errors.flip(1)
     return Calibration(

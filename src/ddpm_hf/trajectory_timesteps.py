@@ -1,11 +1,11 @@
-"""Timesteps for deterministic samplers, by dynamic programming against a fine trajectory.
+"""Optimal timesteps of deterministic samplers for few steps, by dynamic programming.
 
-Few steps follow a trajectory of many the better the closer they are where it bends. Which ones to
-keep is searched for with the network itself: of all ways to come to a fine timestep in k steps the
-one is kept whose x is nearest to that of the fine trajectory there (2503.21774).
+The timesteps are chosen so that a trajectory of few steps stays close to one of many (the fine
+trajectory), computed by the same network. For each fine timestep and each number of steps k, the
+search keeps the path whose x is nearest to the fine trajectory (2503.21774).
 
-found = find_timesteps(unet, scheduler, torch.randn(32, 1, 32, 32))    # {5: [999, ...], 6: ...}
-pipeline(timesteps=found[10], eta=0.0)
+timesteps = trajectory_matching_timesteps(unet, scheduler, torch.randn(32, 1, 32, 32))
+pipeline(timesteps=timesteps[10], eta=0.0)
 """
 
 from contextlib import nullcontext
@@ -23,10 +23,10 @@ from ddpm_hf.diffusion.tensor_ops import Denoiser
 from ddpm_hf.losses import denoise
 
 SAMPLERS = ("DDIM", "DPM-Solver++ 2M")
-FEWEST = 5
+_MIN_NUM_STEPS = 5
 
 
-def find_timesteps(
+def trajectory_matching_timesteps(
     denoiser: Denoiser,
     scheduler: GaussianDDPMScheduler,
     noise: Tensor,
@@ -36,31 +36,32 @@ def find_timesteps(
     num_fine_steps: int = 100,
     progress: bool = True,
 ) -> dict[int, list[int]]:
-    """For each number of steps from 5 on the timesteps that end nearest to the fine trajectory.
+    """Timesteps that end nearest to the fine trajectory, for each number of steps from 5.
 
-    Good for the sampler that they were found on and this network; of others nothing is promised.
+    They depend on the network and on the sampler.
 
     Args:
-        denoiser: any callable `(x_t, t)`, t (B,), that returns a tensor or an object with
-            `.sample`; class labels by a closure.
-        scheduler: the diffusion; DDIM clips as it does, diffusers' DPM-Solver++ does not clip.
-        noise: standard normal, (B, C, ...), where the trajectories start: 32 are enough. Memory
-            holds some 4 `num_fine_steps` times as much.
+        denoiser: any callable `(x_t, t)` with t of shape (B,) that returns a tensor or an object
+            with `.sample`; bind class labels in a closure.
+        scheduler: the diffusion process. Its clipping applies to DDIM; diffusers' DPM-Solver++ does
+            not clip.
+        noise: standard normal start of the trajectories, (B, C, ...); B = 32 is enough. Memory is
+            about 4 `num_fine_steps` times its size.
         sampler: "DDIM" (`step(..., eta=0)`) or "DPM-Solver++ 2M" (diffusers'
             `DPMSolverMultistepScheduler`).
-        max_num_steps: up to so many.
-        num_fine_steps: of the fine trajectory, evenly spaced from T - 1.
+        max_num_steps: largest number of steps.
+        num_fine_steps: steps of the fine trajectory, evenly spaced from T - 1.
         progress: show a progress bar.
     Returns:
-        by number of steps the timesteps, descending from T - 1.
+        timesteps by number of steps, descending from T - 1.
     Raises:
-        ValueError: for another sampler, or numbers that do not fit.
+        ValueError: if the sampler is unknown or a number of steps is out of range.
     Source: 2503.21774, section 3.
     """
     check_choice("sampler", sampler, SAMPLERS)
-    M = to_int("num_fine_steps", num_fine_steps, FEWEST, len(scheduler))
-    max_num_steps = to_int("max_num_steps", max_num_steps, FEWEST, M)
-    search = _Search(denoiser, scheduler, M, is_second_order=sampler != "DDIM")
+    M = to_int("num_fine_steps", num_fine_steps, _MIN_NUM_STEPS, len(scheduler))
+    max_num_steps = to_int("max_num_steps", max_num_steps, _MIN_NUM_STEPS, M)
+    search = _TrajectorySearch(denoiser, scheduler, M, is_second_order=sampler != "DDIM")
     with (
         torch.no_grad(),
         evaluating(denoiser) if isinstance(denoiser, torch.nn.Module) else nullcontext(),
@@ -75,8 +76,8 @@ def find_timesteps(
         return search.run(noise, max_num_steps, bar)
 
 
-class _Search:
-    """Nodes 0..M-1 are the fine timesteps, descending; node M is the clean image."""
+class _TrajectorySearch:
+    """Dynamic programming over nodes: 0..M-1 are the fine timesteps, descending; M is x_0."""
 
     def __init__(
         self,
@@ -99,13 +100,13 @@ class _Search:
         self.half_log_snr = np.append(log_snr.numpy() / 2, np.inf)
 
     def run(self, noise: Tensor, max_num_steps: int, bar: "tqdm[None]") -> dict[int, list[int]]:
-        """Of states (k, j), at node j after k steps, the nearest to the fine trajectory's."""
+        """Best path for each k: for every node j, the x after k steps nearest to the fine one."""
         M = len(self.timesteps)
         target = self._fine_trajectory(noise, bar)  # (M + 1, B, ...)
-        x: dict[int, Tensor] = {0: noise}  # by node, after k - 1 steps
-        before: dict[int, tuple[int, Tensor]] = {}  # of each the node before, and x_0_hat there
-        came_from: list[dict[int, int]] = []
-        found = {}
+        x: dict[int, Tensor] = {0: noise}  # best x at each node after k - 1 steps
+        previous: dict[int, tuple[int, Tensor]] = {}  # previous node on its path, and x_0_hat there
+        sources_of_k: list[dict[int, int]] = []  # for each k, previous node of each node
+        timesteps = {}
         for k in range(1, max_num_steps + 1):
             error = torch.full((M + 1,), torch.inf, device=noise.device)
             source = torch.full((M + 1,), -1, device=noise.device)
@@ -113,29 +114,29 @@ class _Search:
             for i in x:
                 x_0_hats[i] = self._predict(x[i], i)
                 bar.update()
-                reached = self._step(x[i], x_0_hats[i], i, range(i + 1, M + 1), before.get(i))
+                reached = self._step(x[i], x_0_hats[i], i, range(i + 1, M + 1), previous.get(i))
                 distance = (reached - target[i + 1 :]).square().flatten(1).mean(1)
                 nearer = distance < error[i + 1 :]
                 error[i + 1 :] = torch.where(nearer, distance, error[i + 1 :])
                 source[i + 1 :] = torch.where(nearer, i, source[i + 1 :])
                 shape = (-1, *(1,) * noise.ndim)
                 best[i + 1 :] = torch.where(nearer.reshape(shape), reached, best[i + 1 :])
-            sources = source.tolist()
-            came_from.append({j: i for j, i in enumerate(sources) if i >= 0})
-            if k >= FEWEST:
-                found[k] = self._path(came_from)
-            x = {j: best[j] for j in came_from[-1] if j < M}
-            before = {j: (i, x_0_hats[i]) for j, i in came_from[-1].items()}
-        return found
+            sources = {j: i for j, i in enumerate(source.tolist()) if i >= 0}
+            sources_of_k.append(sources)
+            if k >= _MIN_NUM_STEPS:
+                timesteps[k] = self._path(sources_of_k)
+            x = {j: best[j] for j in sources if j < M}
+            previous = {j: (i, x_0_hats[i]) for j, i in sources.items()}
+        return timesteps
 
     def _fine_trajectory(self, noise: Tensor, bar: "tqdm[None]") -> Tensor:
-        states, before = [noise], None
+        states, previous = [noise], None
         for i in range(len(self.timesteps)):
             x_0_hat = self._predict(states[-1], i)
             bar.update()
-            (x,) = self._step(states[-1], x_0_hat, i, range(i + 1, i + 2), before)
+            (x,) = self._step(states[-1], x_0_hat, i, range(i + 1, i + 2), previous)
             states.append(x)
-            before = (i, x_0_hat)
+            previous = (i, x_0_hat)
         return torch.stack(states)
 
     def _predict(self, x: Tensor, i: int) -> Tensor:
@@ -147,32 +148,31 @@ class _Search:
         return x_0_hat
 
     def _step(
-        self, x: Tensor, x_0_hat: Tensor, i: int, to: range, before: tuple[int, Tensor] | None
+        self, x: Tensor, x_0_hat: Tensor, i: int, to: range, previous: tuple[int, Tensor] | None
     ) -> Tensor:
-        """From node i to each of the nodes `to`, (J, B, ...): 2010.02502, eq. 12 at sigma = 0.
+        """Steps from node i to each node in `to`, (J, B, ...): 2010.02502, eq. 12 at sigma = 0.
 
-        The second order puts x_0 on the line through its last two estimates, over log SNR, but for
-        the step to the clean image: 2211.01095, algorithm 2, as diffusers has it.
+        The second order extrapolates x_0 linearly in log SNR from its last two estimates, except in
+        the step to x_0 itself: 2211.01095, algorithm 2, as in diffusers.
         """
         j = np.array(to)
-        of_x = self.sigma[j] / self.sigma[i]
-        of_x_0 = self.signal[j] - of_x * self.signal[i]
-        shape = (-1, *(1,) * x.ndim)
+        coef_x = self.sigma[j] / self.sigma[i]
+        coef_x_0 = self.signal[j] - coef_x * self.signal[i]
 
-        def each(values: np.ndarray) -> Tensor:
-            return torch.from_numpy(values).to(x).reshape(shape)
+        def column(values: np.ndarray) -> Tensor:
+            return torch.from_numpy(values).to(x).reshape(-1, *(1,) * x.ndim)
 
-        reached = each(of_x) * x + each(of_x_0) * x_0_hat
-        if self.is_second_order and before is not None:
+        reached = column(coef_x) * x + column(coef_x_0) * x_0_hat
+        if self.is_second_order and previous is not None:
             h = self.half_log_snr[j] - self.half_log_snr[i]
-            h_before = self.half_log_snr[i] - self.half_log_snr[before[0]]
-            slope = np.where(np.isfinite(h), of_x_0 * h / (2 * h_before), 0.0)
-            reached += each(slope) * (x_0_hat - before[1])
+            previous_h = self.half_log_snr[i] - self.half_log_snr[previous[0]]
+            slope = np.where(np.isfinite(h), coef_x_0 * h / (2 * previous_h), 0.0)
+            reached += column(slope) * (x_0_hat - previous[1])
         return reached
 
-    def _path(self, came_from: list[dict[int, int]]) -> list[int]:
+    def _path(self, sources_of_k: list[dict[int, int]]) -> list[int]:
         node, path = len(self.timesteps), []
-        for sources in reversed(came_from):
+        for sources in reversed(sources_of_k):
             node = sources[node]
             path.append(self.timesteps[node])
         return path[::-1]

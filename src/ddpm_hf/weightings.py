@@ -1,7 +1,7 @@
-"""Weights of L_simple by step: what of the training signal goes to which noise level.
+"""Loss weightings: weights of L_simple per noise level.
 
-Each is defined by the weight that it gives to the squared error of x_0, as a function of the
-signal-to-noise ratio; what that makes of the error of eps or v follows, so that an objective is the
+A weighting is defined by its weight for the squared error of x_0, as a function of the
+signal-to-noise ratio (SNR). The weights for eps and v follow, so that a weighted objective is the
 same for every prediction type:
 
     |eps - eps_hat|^2 = SNR |x_0 - x_0_hat|^2,   |v - v_hat|^2 = (SNR + 1) |x_0 - x_0_hat|^2
@@ -18,27 +18,27 @@ from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 
 def _check_positive(name: str, value: float) -> None:
     if not value > 0:
-        raise ValueError(f"{name} must be positive, got {value!r}")
+        raise ValueError(f"`{name}` must be positive, got {value!r}")
 
 
 class Weighting(ABC):
-    """Weights of the squared error of what the network predicts."""
+    """Weight of the squared prediction error, as a function of the timestep."""
 
     @abstractmethod
     def of_x_0(self, snr: Tensor) -> Tensor:
-        """The weight of the squared error of x_0 at this signal-to-noise ratio."""
+        """Weight of the squared error of x_0 at this signal-to-noise ratio."""
 
     def __call__(
         self, scheduler: GaussianDDPMScheduler, t: Tensor, dtype: torch.dtype = torch.float32
     ) -> Tensor:
-        """The weights at `t`.
+        """Weights of the scheduler's prediction target at `t`.
 
         Args:
-            scheduler: its signal-to-noise ratios and prediction type.
-            t: (B,), in [0, T).
-            dtype: of the weights.
+            scheduler: defines the signal-to-noise ratios and the prediction type.
+            t: step index per sample, (B,), in [0, T).
+            dtype: dtype of the weights.
         Returns:
-            (B,).
+            weights, (B,).
         """
         snr = scheduler.snr(t, dtype)
         weight = self.of_x_0(snr)
@@ -53,7 +53,7 @@ class Weighting(ABC):
 
 @dataclass(frozen=True)
 class MinSNR(Weighting):
-    """min(SNR, gamma): spends less on the steps with little noise (2303.09556, section 3.4).
+    """min(SNR, gamma): lowers the weight of steps with little noise (2303.09556, sec. 3.4).
 
     Attributes:
         gamma: positive; 5 in the paper.
@@ -71,10 +71,10 @@ class MinSNR(Weighting):
 
 @dataclass(frozen=True)
 class P2(Weighting):
-    """SNR / (k + SNR)^gamma: spends less on imperceptible detail (2204.00227, section 3).
+    """SNR / (k + SNR)^gamma: lowers the weight of imperceptible detail (2204.00227, sec. 3).
 
     Attributes:
-        gamma: at least 0, where every step of an eps-network has weight 1; 0.5 or 1 in the paper.
+        gamma: at least 0; 0 gives eps-prediction weight 1 at every step; 0.5 or 1 in the paper.
         k: positive; 1 in the paper.
     """
 
@@ -84,7 +84,7 @@ class P2(Weighting):
     def __post_init__(self) -> None:
         _check_positive("k", self.k)
         if not self.gamma >= 0:
-            raise ValueError(f"gamma must be at least 0, got {self.gamma!r}")
+            raise ValueError(f"`gamma` must be at least 0, got {self.gamma!r}")
 
     def of_x_0(self, snr: Tensor) -> Tensor:
         """SNR / (k + SNR)^gamma."""
@@ -93,14 +93,14 @@ class P2(Weighting):
 
 @dataclass(frozen=True)
 class TruncatedSNR(Weighting):
-    """max(SNR, 1): every step counts, also where hardly any signal is left (2202.00512, sec. 4)."""
+    """max(SNR, 1): keeps the weight of steps with hardly any signal (2202.00512, sec. 4)."""
 
     def of_x_0(self, snr: Tensor) -> Tensor:
         """max(SNR, 1)."""
         return snr.clamp(min=1)
 
 
-# By the name that a command or a configuration gives; "none" weighs every step by 1.
+# By the name in the training configuration; "none" gives every step weight 1.
 WEIGHTINGS: dict[str, Weighting | None] = {
     "none": None,
     "min_snr": MinSNR(),

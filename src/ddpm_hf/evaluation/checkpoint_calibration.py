@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 from diffusers import UNet2DModel
 
 from ddpm_hf.calibration import (
-    STABLE,
+    STABLE_RELATIVE_ERROR,
     Calibration,
     calibration_of,
     with_curve,
@@ -30,7 +30,7 @@ from ddpm_hf.evaluation.model_images import EvaluationImages
 from ddpm_hf.likelihood import BitsPerDim
 from ddpm_hf.randomness import seed_of
 from ddpm_hf.text import counted
-from ddpm_hf.trajectory_timesteps import SAMPLERS, find_timesteps
+from ddpm_hf.trajectory_timesteps import SAMPLERS, trajectory_matching_timesteps
 
 FILE_NAME = "calibration.json"
 NUM_TRAJECTORIES = 32
@@ -134,13 +134,14 @@ def remarks(calibration: Calibration) -> list[str]:
     relative = calibration.relative_error
     if num_images == 1:
         said.append("one image tells no standard error: 256 make a stable curve")
-    elif relative.max() > STABLE:
+    elif relative.max() > STABLE_RELATIVE_ERROR:
         t = int(relative.argmax())
         said.append(
             f"{num_images:,} images are few: the error at t={t} is known to {relative.max():.0%};"
-            f" {calibration.num_images_for():,} images would bring all of the curve to {STABLE:.0%}"
+            f" {calibration.num_images_for():,} images would bring all of the curve to"
+            f" {STABLE_RELATIVE_ERROR:.0%}"
         )
-    return said + calibration.doubts()
+    return said + calibration.mismatch_warnings()
 
 
 def finite(value: float) -> float | None:
@@ -187,7 +188,7 @@ def timesteps_of(
         labels = torch.tensor(each, device=unet.device)
     T, channels = len(scheduler), num_outputs(unet.config, scheduler)
     return {
-        sampler: find_timesteps(
+        sampler: trajectory_matching_timesteps(
             denoiser_of(unet, labels, channels),
             scheduler,
             noise,

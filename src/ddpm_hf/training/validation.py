@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from ddpm_hf.diffusion.pipeline import evaluating
-from ddpm_hf.likelihood import bits_per_dim, standard_error
+from ddpm_hf.likelihood import bits_per_dim
 from ddpm_hf.randomness import seed_of
+from ddpm_hf.statistics import standard_error
 from ddpm_hf.text import counted
 from ddpm_hf.training.config import required
 from ddpm_hf.training.dataset_setup import HeldOut
