@@ -239,8 +239,8 @@ def test_a_switch_leaves_the_data_set_alone(argv, flip):
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["x", "--output-dir", ""], "output_dir is empty"),
-        (["x", "--seed", str(2**32)], "seed must be below"),
+        (["x", "--output-dir", ""], "`output_dir` must not be empty"),
+        (["x", "--seed", str(2**32)], "`seed` must be at most 4294967295"),
     ],
 )
 def test_an_option_out_of_range_is_named(argv, said):

@@ -146,7 +146,7 @@ ELSEWHERE = {
     "image_column": "test_options.py::test_options_of_the_data_reach_what_reads_them",
     "on_bad_image": "test_options.py::test_options_of_the_data_reach_what_reads_them",
     "dataloader_num_workers": "test_options.py::test_images_are_read_by_as_many_processes",
-    "allow_pickle": "test_training.py::test_pickled_weights_are_fine_tuned_when_allowed",
+    "use_safetensors": "test_training.py::test_pickled_weights_are_fine_tuned_when_allowed",
     "push_to_hub": "test_hub_push.py::test_training_on_a_data_set_of_the_hub_pushes_what_it_made",
     "public": "test_hub_push.py::test_training_outlives_a_hub_that_fails_and_says_how_to_push",
     "compile": "test_training_speed.py::test_a_compiled_run_stays_compiled_when_it_is_resumed",

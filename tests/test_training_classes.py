@@ -88,7 +88,7 @@ def test_one_flag_is_enough_for_a_folder_with_sub_folders(tmp_path, pets, capsys
 def test_classes_that_are_not_asked_for_are_mentioned_and_left_alone(tmp_path, pets, capsys):
     config = tiny_config(tmp_path / "run", dataset=pets, max_train_steps=1, lr_warmup_steps=0)
     pipeline = load(train(config).model_dir)
-    assert "2 classes (cat, dog); class_conditional trains on them" in capsys.readouterr().out
+    assert "2 classes (cat, dog); `class_conditional` trains on them" in capsys.readouterr().out
     assert pipeline.unet.config.num_class_embeds is None
 
 
@@ -154,11 +154,15 @@ def test_an_unconditional_network_gets_classes_and_draws_as_before_at_first(tmp_
     [
         (tiny_unet(), {}, "num_class_embeds of the network is None, but 2 classes need 3"),
         (tiny_unet(num_class_embeds=2), {}, "is 2, but 2 classes need 3"),
-        (tiny_unet(class_embed_type="timestep"), {}, "embeds classes by 'timestep'"),
+        (
+            tiny_unet(class_embed_type="timestep"),
+            {},
+            "class_embed_type of the network must be None, got 'timestep'",
+        ),
         (
             tiny_unet(num_class_embeds=3),
             {"class_conditional": False},
-            "embeddings of 2 classes and of none, but the training is without classes",
+            "embeddings of 2 classes and the null class, but training is unconditional",
         ),
     ],
 )
@@ -168,7 +172,7 @@ def test_a_network_that_does_not_fit_the_classes_is_refused(tmp_path, pets, unet
 
 
 def test_classes_of_images_without_labels_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="class_conditional needs the labels"):
+    with pytest.raises(ConfigError, match="`class_conditional` needs the labels"):
         train(tiny_config(tmp_path, **OPTIONS), dataset=tiny_images())
 
 

@@ -101,9 +101,9 @@ def test_a_run_inside_its_data_resumes_and_never_trains_on_what_it_drew(tmp_path
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 8), (8, 1)])
 def test_images_of_one_or_two_pixels_a_side_are_refused(tmp_path, shape):
-    with pytest.raises(ConfigError, match=f"{shape[1]}x{shape[0]} pixels, the least is 3 a side"):
+    with pytest.raises(ConfigError, match=f"at least 3 pixels per side, got {shape[1]}x{shape[0]}"):
         tiny_run(tmp_path / "run", -torch.rand(4, 1, *shape), channels=1)
-    with pytest.raises(ConfigError, match="resolution must be at least 3, got 2"):
+    with pytest.raises(ConfigError, match="`resolution` must be at least 3, got 2"):
         TrainingConfig(resolution=2)
 
 

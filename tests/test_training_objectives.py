@@ -116,9 +116,12 @@ def test_an_option_of_the_objective_reaches_the_loss(tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"objective": "hybrid"}, "pass variance_type learned_range"),
-        ({**HYBRID, "objective": "simple"}, "leaves the variance untrained"),
-        ({"objective": "vlb", "loss_weighting": "p2"}, "loss_weighting p2 weighs L_simple"),
+        ({"objective": "hybrid"}, "set `variance_type` to learned_range"),
+        ({**HYBRID, "objective": "simple"}, "'simple' does not train the variance"),
+        (
+            {"objective": "vlb", "loss_weighting": "p2"},
+            "`loss_weighting` 'p2' weights the squared error",
+        ),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(tmp_path, options, said):
@@ -151,7 +154,7 @@ def test_a_pretrained_network_of_fixed_variance_samples_as_before_once_widened(
         lr_warmup_steps=1,  # the first update has learning rate 0
     )
     result = train(config, dataset=on_grid())
-    assert f"it samples as with {fixed}" in capsys.readouterr().out
+    assert f"initialized to sample as with {fixed}" in capsys.readouterr().out
     before, after = (
         load(folder)(2, torch.Generator().manual_seed(0), output_type="pt").images
         for folder in (tmp_path / "fixed", result.model_dir)

@@ -51,7 +51,7 @@ def test_a_compiled_run_stays_compiled_when_it_is_resumed(tmp_path, capsys):
     run(tmp_path, max_train_steps=2, lr_scheduler="constant", compile=True)
     run(tmp_path, lr_scheduler="constant")
     assert capsys.readouterr().out.count(", compiled") == 2
-    with pytest.raises(ConfigError, match="compile: True -> False"):
+    with pytest.raises(ConfigError, match="`compile`: True -> False"):
         run(tmp_path, lr_scheduler="constant", compile=False)
 
 

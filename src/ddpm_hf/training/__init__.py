@@ -1,7 +1,10 @@
-"""Training by Accelerate: options (`config`), what is trained (`parts`), the updates (`loop`), what
-is kept (`state`). `accelerate launch -m ddpm_hf train` runs the program of `ddpm-hf train`.
+"""Training with Accelerate.
 
-Public names load on first use, so that options are read and refused before torch is imported.
+Options: `options`, `config`, `resolve`. Components: `components`, `network`, `dataset_setup`,
+`objective`. Updates: `loop`, `run`, `state`. `accelerate launch -m ddpm_hf train` runs the same
+program as `ddpm-hf train`.
+
+Public names load on first use, so that options are checked before torch is imported.
 """
 
 from importlib import import_module
@@ -10,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ddpm_hf.training.accelerator import join_processes
     from ddpm_hf.training.arguments import parse_config
-    from ddpm_hf.training.config import ConfigError, TrainingConfig, TrainingError
+    from ddpm_hf.training.config import TrainingConfig
     from ddpm_hf.training.dataset_setup import build_images
+    from ddpm_hf.training.errors import ConfigError, TrainingError
     from ddpm_hf.training.loop import TrainingResult, train
     from ddpm_hf.training.network import build_scheduler, build_unet
     from ddpm_hf.training.rank_coordination import ProcessError, main_first
@@ -35,10 +39,10 @@ __all__ = [
 
 _HOME_OF = {
     "CheckpointError": "run_folder",
-    "ConfigError": "config",
+    "ConfigError": "errors",
     "ProcessError": "rank_coordination",
     "TrainingConfig": "config",
-    "TrainingError": "config",
+    "TrainingError": "errors",
     "TrainingResult": "loop",
     "build_images": "dataset_setup",
     "build_scheduler": "network",

@@ -1,6 +1,5 @@
 """The Accelerator of one run, and the processes that it works with."""
 
-import dataclasses
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,8 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 
-from ddpm_hf.training.config import ConfigError, TrainingConfig
+from ddpm_hf.training.config import TrainingConfig
+from ddpm_hf.training.errors import ConfigError
 from ddpm_hf.training.rank_coordination import (
     leave_process_group,
     name_missing_processes,
@@ -125,15 +125,3 @@ def compile_as_asked(config: TrainingConfig, accelerator: Accelerator) -> None:
         if config.compile
         else TorchDynamoPlugin("no")
     )
-
-
-def with_precision(config: TrainingConfig, accelerator: Accelerator) -> TrainingConfig:
-    """`config` with the precision that Accelerate settled on, which a resumed run must share."""
-    precision = accelerator.mixed_precision
-    if config.mixed_precision not in (None, precision):
-        raise ConfigError(
-            f"{config.run_folder()} holds a run with mixed_precision {config.mixed_precision}, but "
-            f"accelerate's configuration says {precision}; pass mixed_precision="
-            f"{config.mixed_precision}, or choose another output_dir"
-        )
-    return dataclasses.replace(config, mixed_precision=precision)

@@ -71,7 +71,7 @@ class Outputs:
         run = self.run
         measured = self.measured and self.validation
         metrics = measured.results(self.measured) if measured else []
-        export_model(target, run.paths, run.parts, run.state, training_facts(run, metrics))
+        export_model(target, run, training_facts(run, metrics))
 
     def due_measurements(self, ending: bool) -> list[Callable[[], dict[str, float]]]:
         """What is measured after this update, each a call that all processes make."""
@@ -80,7 +80,9 @@ class Outputs:
             (self.measure, self.validation, config.validation_steps),
             (self.evaluate, self.evaluation, config.evaluate_steps),
         ]
-        return [call for call, asked, every in kinds if asked and (ending or is_due(every))]
+        return [
+            call for call, asked, every in kinds if asked and every and (ending or is_due(every))
+        ]
 
     def evaluate(self) -> dict[str, float]:
         """The distance of drawn images to real ones; a failure must not end the run."""
@@ -148,7 +150,7 @@ class Outputs:
 
     def _classes_to_draw(self) -> list[int] | None:
         """The class of each image of the grid: as many of each, every class up to a limit."""
-        names = self.run.parts.facts.class_names
+        names = self.run.components.facts.class_names
         if not names:
             return None
         each = max(1, self.run.config.num_samples // len(names))
@@ -157,7 +159,7 @@ class Outputs:
     def _save_grid(self, images: list[Pixels], labels: list[int] | None) -> None:
         run = self.run
         path = run.paths.sample_grid(run.state.step)
-        names = run.parts.facts.class_names
+        names = run.components.facts.class_names
         grid = (
             grid_by_row(images, [names[i] for i in labels])
             if labels and names

@@ -1,4 +1,4 @@
-"""What cannot be trained, refused before the first update with what to do about it."""
+"""Checks of network, scheduler and images before the first update."""
 
 from typing import Any
 
@@ -8,14 +8,15 @@ from diffusers import UNet2DModel
 from ddpm_hf.data import ImageFacts
 from ddpm_hf.diffusion.image_processor import IMAGE_MODES
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler, as_gaussian_scheduler
-from ddpm_hf.training.config import MIN_SIZE, ConfigError
+from ddpm_hf.training.errors import ConfigError
+from ddpm_hf.training.options import MIN_SIZE
 
 
 def check_scheduler(scheduler: Any) -> GaussianDDPMScheduler:
-    """A scheduler that was passed in Python, as a `GaussianDDPMScheduler`.
+    """A scheduler passed in Python, as a `GaussianDDPMScheduler`.
 
     Raises:
-        ConfigError: for any sampler but that and a `DDPMScheduler`.
+        ConfigError: for any kind but that and a `DDPMScheduler`.
     """
     try:
         return as_gaussian_scheduler(scheduler)
@@ -24,21 +25,25 @@ def check_scheduler(scheduler: Any) -> GaussianDDPMScheduler:
 
 
 def check_trainable(unet: Any, scheduler: GaussianDDPMScheduler, facts: ImageFacts) -> None:
-    """Raise ConfigError if the network does not go with the scheduler or with the images."""
+    """Check that the network fits the scheduler and the images.
+
+    Raises:
+        ConfigError: if it does not, with what to change.
+    """
     if not isinstance(unet, UNet2DModel):
         raise ConfigError(
-            f"unet must be a diffusers UNet2DModel, got {type(unet).__name__}; for another network "
-            "write a loop of your own around ddpm_hf.losses.simple_loss"
+            f"`unet` must be a diffusers UNet2DModel, got {type(unet).__name__}; to train another "
+            "network, write a loop around ddpm_hf.losses.simple_loss"
         )
     if unet.dtype != torch.float32 or not any(p.requires_grad for p in unet.parameters()):
         raise ConfigError(
-            "unet must have float32 weights that require gradients; mixed_precision sets the "
+            "`unet` must have float32 weights that require gradients; `mixed_precision` sets the "
             "precision of the arithmetic"
         )
     if min(facts.height, facts.width) < MIN_SIZE:
         raise ConfigError(
-            f"the images have {facts.width}x{facts.height} pixels, the least is {MIN_SIZE} a side: "
-            "set resolution"
+            f"images must have at least {MIN_SIZE} pixels per side, got {facts.width}x"
+            f"{facts.height}; set `resolution`"
         )
     _check_time_embedding(unet.config, len(scheduler))
     _check_channels(unet.config, scheduler, facts)
@@ -49,12 +54,12 @@ def _check_time_embedding(config: Any, num_train_timesteps: int) -> None:
     kind, rows = config.time_embedding_type, config.num_train_timesteps
     if kind == "fourier":
         raise ConfigError(
-            "time_embedding_type is 'fourier', which takes the logarithm of a noise level and not "
-            "a timestep from 0 on; use 'positional'"
+            "time_embedding_type of the network must be 'positional' or 'learned', got 'fourier', "
+            "which embeds the logarithm of a noise level instead of a timestep; use 'positional'"
         )
     if kind == "learned" and rows < num_train_timesteps:
         raise ConfigError(
-            f"the network has learned embeddings of {rows} timesteps, the diffusion has "
+            f"the network has learned embeddings of {rows} timesteps, but the scheduler has "
             f"{num_train_timesteps}: set num_train_timesteps of both to the same number"
         )
 
@@ -63,41 +68,46 @@ def _check_channels(config: Any, scheduler: GaussianDDPMScheduler, facts: ImageF
     channels, variance_type = config.in_channels, scheduler.config.variance_type
     if channels != facts.num_channels:
         raise ConfigError(
-            f"the network takes {channels} channels but the images have {facts.num_channels} "
-            f"({facts.mode}); set image_mode to {mode_with(channels)}, or train a new network"
+            f"the network has {channels} input channels, but the images have {facts.num_channels} "
+            f"({facts.mode}); set `image_mode` to {mode_of_channels(channels)}, or train a new "
+            "network"
         )
     needed = 2 * channels if scheduler.learns_variance else channels
     if config.out_channels != needed:
+        other = "learned_range" if config.out_channels == 2 * channels else "fixed_small"
         raise ConfigError(
-            f"the network predicts {config.out_channels} channels for {channels} of the images, "
-            f"but variance_type {variance_type!r} needs {needed}: set out_channels of the network "
-            f"to {needed}, or variance_type to "
-            + ("learned_range" if config.out_channels == 2 * channels else "fixed_small")
+            f"the network has {config.out_channels} output channels, but images with {channels} "
+            f"channels and `variance_type` {variance_type!r} need {needed}: set out_channels of "
+            f"the network to {needed}, or `variance_type` to {other}"
         )
 
 
 def _check_classes(config: Any, facts: ImageFacts) -> None:
-    names, given = facts.class_names, config.num_class_embeds
+    names, num_embeddings = facts.class_names, config.num_class_embeds
     if config.class_embed_type is not None:
         raise ConfigError(
-            f"the network embeds classes by {config.class_embed_type!r}; only numbered classes "
-            "(num_class_embeds) can be trained here"
+            f"class_embed_type of the network must be None, got {config.class_embed_type!r}: only "
+            "class indices (num_class_embeds) can be trained"
         )
-    if names is None and given is not None:
+    if names is None and num_embeddings is not None:
         raise ConfigError(
-            f"the network has embeddings of {given - 1} classes and of none, but the training is "
-            "without classes: pass class_conditional, or another network"
+            f"the network has embeddings of {num_embeddings - 1} classes and the null class, but "
+            "training is unconditional: set `class_conditional`, or use another network"
         )
-    if names is not None and given != len(names) + 1:
+    if names is not None and num_embeddings != len(names) + 1:
         raise ConfigError(
-            f"num_class_embeds of the network is {given}, but {len(names)} classes need "
-            f"{len(names) + 1}: the last one stands for no class"
+            f"num_class_embeds of the network is {num_embeddings}, but {len(names)} classes need "
+            f"{len(names) + 1}: the last one is the null class"
         )
 
 
 @torch.no_grad()
 def check_runs(unet: UNet2DModel) -> None:
-    """Raise ConfigError if the network does not take a noisy image of its `sample_size`."""
+    """Check that the network maps a noisy image of its `sample_size` to the same size.
+
+    Raises:
+        ConfigError: if it fails or returns another size.
+    """
     size = unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     x_t = torch.zeros(1, unet.config.in_channels, height, width, device=unet.device)
@@ -113,11 +123,11 @@ def check_runs(unet: UNet2DModel) -> None:
         unet.train()
     if output.shape[2:] != x_t.shape[2:]:
         raise ConfigError(
-            f"the network makes {tuple(output.shape[2:])} of {tuple(x_t.shape[2:])} pixels: it "
-            "must give back the size that it gets"
+            f"the network maps images of {width}x{height} pixels to {output.shape[3]}x"
+            f"{output.shape[2]}: input and output must have the same size"
         )
 
 
-def mode_with(channels: int) -> str | None:
-    """The image mode of so many channels, if there is one."""
-    return IMAGE_MODES[channels - 1] if channels <= len(IMAGE_MODES) else None
+def mode_of_channels(num_channels: int) -> str | None:
+    """The image mode with this number of channels, or None."""
+    return IMAGE_MODES[num_channels - 1] if num_channels <= len(IMAGE_MODES) else None

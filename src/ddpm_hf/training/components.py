@@ -1,7 +1,8 @@
-"""What a run is made of: images, network and diffusion, given, loaded or proposed, and checked."""
+"""Components of a run: images, network, scheduler and objective."""
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -15,139 +16,204 @@ from ddpm_hf.diffusion.image_processor import set_image_facts, size_multiple
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.losses import Loss
 from ddpm_hf.training.component_checks import check_runs, check_scheduler, check_trainable
-from ddpm_hf.training.config import ConfigError, TrainingConfig
+from ddpm_hf.training.config import ResolvedConfig, TrainingConfig
 from ddpm_hf.training.dataset_setup import HeldOut, Selection, open_images, split_off_validation
+from ddpm_hf.training.errors import ConfigError
 from ddpm_hf.training.network import (
+    PretrainedModel,
+    adapt_to_classes,
+    adapt_to_variance,
     build_scheduler,
     build_unet,
-    fit_to_classes,
-    fit_to_variance,
     load_pretrained,
     sample_size,
     unet_arguments,
 )
-from ddpm_hf.training.objective import Objective, build_objective, choose_objective
-from ddpm_hf.training.proposals import propose, rate_from_scratch
+from ddpm_hf.training.objective import Objective, build_objective
 from ddpm_hf.training.rank_coordination import main_first
+from ddpm_hf.training.resolve import Machine, resolve
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What a run is made of; the configuration is complete."""
+class Components:
+    """Everything that a run trains or trains on.
 
-    config: TrainingConfig
+    Attributes:
+        images: training images, augmented and padded.
+        held_out: validation images, if any.
+        facts: mode, size, bit depth and class names of the images.
+        num_skipped: number of unreadable images.
+        left_out: number of files and rows that are not used, by kind or reason.
+        digest: identifies the images when a run is resumed.
+        unet: network to train.
+        scheduler: diffusion process.
+        objective: loss and timestep sampling.
+        base: training.json of the pretrained model; empty without one.
+        notes: remarks for the plan.
+    """
+
     images: TrainingImages | Selection
+    held_out: HeldOut | None
     facts: ImageFacts
     num_skipped: int
+    left_out: dict[str, int]
     digest: str
     unet: UNet2DModel
     scheduler: GaussianDDPMScheduler
     objective: Objective
-    held_out: HeldOut | None
-    left_out: dict[str, int]
-    base: dict[str, Any] | None = None  # training.json of the pretrained model
+    base: Mapping[str, object] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
-    def identity(self) -> dict[str, dict[str, Any]]:
-        """What a resumed run must share, as JSON values."""
-        parts: dict[str, Any] = {"network": self.unet.config, "diffusion": self.scheduler.config}
-        public = {
-            part: {key: value for key, value in config.items() if key[0] != "_"}
-            for part, config in parts.items()
+    def identity(self) -> dict[str, dict[str, object]]:
+        """What a resumed run must share with the run so far, as JSON values."""
+        return {
+            "network": _public(self.unet.config),
+            "diffusion": _public(self.scheduler.config),
+            "images": {
+                **self.facts.to_config()["image"],
+                "number": len(self.images),
+                "digest": self.digest,
+            },
+            "objective": {"name": self.objective.name},
         }
-        images = {**self.facts.to_config()["image"], "number": len(self.images)}
-        objective = {"name": self.objective.name}
-        return {**public, "images": {**images, "digest": self.digest}, "objective": objective}
 
     @cached_property
-    def hold_out(self) -> dict[str, Any] | None:
-        """Which images of a data set a share held out, for others to find again, as JSON values."""
-        source = self.images.images.images if isinstance(self.images, Selection) else None
-        if self.held_out is None or not isinstance(source, ImageDataset):
+    def hold_out(self) -> dict[str, object] | None:
+        """Record of a held-out fraction of a dataset, as JSON values, to find its images again."""
+        source = self.images.images if isinstance(self.images, Selection) else None
+        if self.held_out is None or source is None or not isinstance(source.images, ImageDataset):
             return None
-        draw = HoldOut(len(self.held_out), len(source), self.config.seed)
-        return {**dataclasses.asdict(draw), "digest": draw.digest(source)}
+        draw = HoldOut(len(self.held_out), len(source), source.seed)
+        return {**dataclasses.asdict(draw), "digest": draw.digest(source.images)}
+
+
+def _public(config: Mapping[str, object]) -> dict[str, object]:
+    return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
 def assemble(
-    config: TrainingConfig,
+    options: TrainingConfig,
     accelerator: Accelerator,
     unet: UNet2DModel | None,
     scheduler: GaussianDDPMScheduler | None,
     dataset: Any,
     loss: Loss | None,
-) -> Parts:
-    """The parts of a run: those given, the rest from the configuration.
+) -> tuple[ResolvedConfig, Components]:
+    """The complete configuration and the components of a run.
 
+    Args:
+        options: the options as given, with those of the resumed run filled in.
+        accelerator: device, processes and precision.
+        unet, scheduler, dataset, loss: replace the components that the options describe; see
+            `train`.
     Raises:
-        ConfigError, DataError: if one of them, or the way they fit together, cannot work.
+        ConfigError, DataError: if a component is invalid or does not fit the others.
     """
-    device = accelerator.device.type
-    pretrained_scheduler, base = None, None
-    if config.pretrained is not None:
-        if unet is not None:
-            raise ConfigError("pretrained and unet= exclude each other: leave one out")
-        unet, pretrained_scheduler, base = load_pretrained(config.pretrained, config.allow_pickle)
-    if config.unet_config is not None:
-        unet_arguments(config.unet_config)  # refused before images are prepared
-    pretrained = unet if config.pretrained else None
-    images, facts, digest = main_first(
-        accelerator, lambda: open_images(config, dataset, pretrained), config.ddp_timeout
+    pretrained = _load_pretrained(options, unet)
+    if options.unet_config is not None:
+        unet_arguments(options.unet_config)  # an invalid file fails before images are prepared
+    loaded = main_first(
+        accelerator,
+        lambda: open_images(options, dataset, pretrained.unet if pretrained else None),
+        options.ddp_timeout,
     )
-    facts, notes = _with_classes_in_use(config, facts)
-    names = facts.class_names
-    shares = accelerator.num_processes * config.gradient_accumulation_steps
-    if scheduler is None:
-        scheduler = build_scheduler(config, pretrained_scheduler)
-    scheduler = check_scheduler(scheduler)
-    if scheduler.x_0_mse is not None or scheduler.calibrated_timesteps or scheduler.recommended:
-        # Measured on the network as it was; and the loss is that of the published variances.
-        scheduler = GaussianDDPMScheduler.from_config(
-            scheduler.config, x_0_mse=None, calibrated_timesteps=None, recommended=None
-        )
-        notes += ["the calibration of the model as it was is dropped: calibrate it when it is done"]
-    if unet is None:
-        torch.manual_seed(config.seed)  # the same first weights on every process and every start
-        unet = build_unet(
-            facts, device, config.unet_config, scheduler, len(names) if names else None
-        )
-    if config.pretrained:
-        notes += fit_to_variance(unet, scheduler, pretrained_scheduler)
-        notes += fit_to_classes(unet, names) if names else []
+    facts, notes = _select_classes(options, loaded.facts)
+    scheduler, scheduler_notes = _create_scheduler(options, scheduler, pretrained)
+    if pretrained is not None:
+        unet, unet_notes = pretrained.unet, _adapt(pretrained, scheduler, facts)
+    elif unet is None:
+        unet, unet_notes = _new_unet(options, accelerator, scheduler, facts), []
+    else:
+        unet_notes = []
     check_trainable(unet, scheduler, facts)
-    config = choose_objective(config, scheduler)
-    if config.learning_rate is None:
-        rate = 1e-4 if config.pretrained else rate_from_scratch(unet)
-        config = dataclasses.replace(config, learning_rate=rate)
-    config = propose(config, len(images), max(facts.height, facts.width), device, shares)
-    # The network is convolutional: it is made for the size of these images from here on.
+    config = resolve(
+        options,
+        Machine.of(accelerator),
+        num_images=len(loaded.images),
+        image_size=max(facts.height, facts.width),
+        learns_variance=scheduler.learns_variance,
+        num_channels=unet.config.block_out_channels[0],
+    )
     set_image_facts(unet, facts)
     unet.register_to_config(sample_size=sample_size(facts, size_multiple(unet)))
     with accelerator.autocast():
         check_runs(unet.to(accelerator.device))
-    training, held_out = split_off_validation(config, images, facts, unet, dataset is None)
-    return Parts(
-        config,
-        training,
-        facts,
-        len(getattr(images, "skipped", ())),
-        digest,
-        unet,
-        scheduler,
-        build_objective(config, scheduler, facts, loss),
-        held_out,
-        dict(getattr(images, "left_out", {})),
-        base,
-        tuple(notes),
+    loaded = dataclasses.replace(loaded, facts=facts)
+    training, held_out = split_off_validation(config, loaded, unet, dataset is None)
+    return config, Components(
+        images=training,
+        held_out=held_out,
+        facts=facts,
+        num_skipped=loaded.num_skipped,
+        left_out=loaded.left_out,
+        digest=loaded.digest,
+        unet=unet,
+        scheduler=scheduler,
+        objective=build_objective(config, scheduler, facts.bit_depth, loss),
+        base=pretrained.record if pretrained else {},
+        notes=(*notes, *scheduler_notes, *unet_notes),
     )
 
 
-def _with_classes_in_use(config: TrainingConfig, facts: ImageFacts) -> tuple[ImageFacts, list[str]]:
-    """`facts` without the names of classes that are not trained on, and a word about these."""
+def _load_pretrained(options: TrainingConfig, unet: UNet2DModel | None) -> PretrainedModel | None:
+    if options.pretrained is None:
+        return None
+    if unet is not None:
+        raise ConfigError("`pretrained` and `unet` exclude each other: leave one of them out")
+    return load_pretrained(options.pretrained, options.use_safetensors)
+
+
+def _select_classes(options: TrainingConfig, facts: ImageFacts) -> tuple[ImageFacts, list[str]]:
+    """The facts without class names if training is unconditional, and notes for the plan."""
     names = facts.class_names
-    if config.class_conditional or names is None:
+    if options.class_conditional or names is None:
         return facts, []
     shown = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
     return dataclasses.replace(facts, class_names=None), [
-        f"the images have {len(names)} classes ({shown}); class_conditional trains on them"
+        f"the images have {len(names)} classes ({shown}); `class_conditional` trains on them"
     ]
+
+
+def _create_scheduler(
+    options: TrainingConfig,
+    scheduler: GaussianDDPMScheduler | None,
+    pretrained: PretrainedModel | None,
+) -> tuple[GaussianDDPMScheduler, list[str]]:
+    """The scheduler without the calibration of pretrained weights, and notes for the plan."""
+    if scheduler is not None:
+        scheduler = check_scheduler(scheduler)
+    else:
+        scheduler = build_scheduler(options, pretrained.scheduler if pretrained else None)
+    if not (
+        scheduler.x_0_mse is not None or scheduler.calibrated_timesteps or scheduler.recommended
+    ):
+        return scheduler, []
+    # It was measured on other weights; and the loss uses the published variances.
+    uncalibrated = GaussianDDPMScheduler.from_config(
+        scheduler.config, x_0_mse=None, calibrated_timesteps=None, recommended=None
+    )
+    return uncalibrated, [
+        "the calibration of the pretrained model was removed; run `ddpm-hf calibrate` after "
+        "training"
+    ]
+
+
+def _adapt(
+    pretrained: PretrainedModel, scheduler: GaussianDDPMScheduler, facts: ImageFacts
+) -> list[str]:
+    """Adapt the pretrained network to variance and classes; notes for the plan."""
+    unet, names = pretrained.unet, facts.class_names
+    notes = adapt_to_variance(unet, scheduler, pretrained.scheduler)
+    return notes + (adapt_to_classes(unet, names) if names else [])
+
+
+def _new_unet(
+    options: TrainingConfig,
+    accelerator: Accelerator,
+    scheduler: GaussianDDPMScheduler,
+    facts: ImageFacts,
+) -> UNet2DModel:
+    torch.manual_seed(options.seed)  # the same initial weights on every process
+    num_classes = len(facts.class_names) if facts.class_names else None
+    device = accelerator.device.type
+    return build_unet(facts, device, options.unet_config, scheduler, num_classes)

@@ -1,44 +1,48 @@
-"""The images of a run: decoded once, known by a digest, some of them held out."""
+"""Images of a run: loaded, identified by a digest, and split into training and held-out images."""
 
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
 from diffusers import UNet2DModel
+from torch import Tensor
 
 from ddpm_hf.data import ImageDataset, ImageFacts, TrainingImages, load_images, prepare_images
 from ddpm_hf.data.hold_out import HoldOut
+from ddpm_hf.data.training_dataset import Images
 from ddpm_hf.diffusion.image_processor import IMAGE_MODES, image_facts, size_multiple
-from ddpm_hf.training.component_checks import mode_with
-from ddpm_hf.training.config import ConfigError, TrainingConfig
+from ddpm_hf.training.component_checks import mode_of_channels
+from ddpm_hf.training.config import TrainingConfig
+from ddpm_hf.training.errors import ConfigError
 
 
 def build_images(
-    config: TrainingConfig, dataset: Any = None, pretrained: torch.nn.Module | None = None
+    config: TrainingConfig, dataset: Any = None, pretrained: UNet2DModel | None = None
 ) -> ImageDataset:
-    """The images that the options name, decoded and resized once.
+    """Load, decode and resize the images of the options.
 
     Args:
         config: the options.
-        dataset: a `datasets.Dataset` in place of the one that `config` names.
-        pretrained: network whose size and mode are taken where the options leave them open.
+        dataset: a `datasets.Dataset` instead of the dataset named in `config`.
+        pretrained: network that sets size and mode of the images where the options leave them open.
     Raises:
         ConfigError, DataError: if the images cannot be used.
     """
     if dataset is None:
         if config.dataset is None:
-            raise ConfigError("dataset is missing: name one, or pass dataset= to train()")
+            raise ConfigError("`dataset` is missing: name one, or pass dataset= to train()")
         dataset = load_images(
             config.dataset,
             config_name=config.dataset_config,
             split=config.split,
             revision=config.dataset_revision,
         )
-    mode, resolution = _wanted_by(pretrained)
+    mode, resolution = _mode_and_resolution(pretrained)
     return prepare_images(
         dataset,
         image_column=config.image_column,
@@ -51,66 +55,107 @@ def build_images(
     )
 
 
-def _wanted_by(unet: torch.nn.Module | None) -> tuple[str | None, int | None]:
-    """Mode and resolution of the images that a pretrained network was made for."""
+def _mode_and_resolution(unet: UNet2DModel | None) -> tuple[str | None, int | None]:
+    """Mode and resolution of the images that a pretrained network was trained on."""
     if unet is None:
         return None, None
     if facts := image_facts(unet):
         return facts.mode, max(facts.height, facts.width)
-    config: Any = unet.config
-    size = config.sample_size if isinstance(config.sample_size, int) else max(config.sample_size)
-    return mode_with(config.in_channels), size
+    size = unet.config.sample_size
+    size = size if isinstance(size, int) else max(size)
+    return mode_of_channels(unet.config.in_channels), size
+
+
+@dataclass(frozen=True)
+class LoadedImages:
+    """All images of a run before the split.
+
+    Attributes:
+        images: decoded images, or any sequence of tensors (C, H, W) in [-1, 1].
+        facts: mode, size, bit depth and class names.
+        digest: identifies the images when a run is resumed.
+    """
+
+    images: ImageDataset | Images
+    facts: ImageFacts
+    digest: str
+
+    @property
+    def num_skipped(self) -> int:
+        """Number of unreadable images that were skipped."""
+        return len(self.images.skipped) if isinstance(self.images, ImageDataset) else 0
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """Number of files and rows that are not used, by kind or reason."""
+        return dict(self.images.left_out) if isinstance(self.images, ImageDataset) else {}
 
 
 def open_images(
-    config: TrainingConfig, dataset: Any, pretrained: torch.nn.Module | None
-) -> tuple[Any, ImageFacts, str]:
-    """The images, what they are, and a digest that tells them from others.
+    config: TrainingConfig, dataset: Any, pretrained: UNet2DModel | None
+) -> LoadedImages:
+    """The images of the options, or those passed in Python.
 
-    They are sized and coloured for the pretrained network, if any.
+    Args:
+        config: the options.
+        dataset: a `datasets.Dataset`, the result of `prepare_images`, or a map-style dataset of
+            float tensors (C, H, W) in [-1, 1]; None for the dataset named in `config`.
+        pretrained: network whose image size and mode are used where the options leave them open.
+    Raises:
+        ConfigError, DataError: if the images cannot be used.
     """
     if dataset is None or isinstance(dataset, (datasets.Dataset, datasets.DatasetDict)):
         dataset = build_images(config, dataset, pretrained)
     if isinstance(dataset, ImageDataset):
-        # Some images, evenly spread: a large data set shall not be read for this.
-        some = range(0, len(dataset), max(1, len(dataset) // 64))
-        if config.class_conditional and dataset.labels is None:
-            raise ConfigError(
-                "class_conditional needs labels: pass label_column=True to prepare_images()"
-            )
-        labels = [] if dataset.labels is None else [dataset.labels]
-        digest = _digest([*(dataset.window(index) for index in some), *labels])
-        return dataset, dataset.facts, digest
-    if config.class_conditional:
+        return _open_prepared(dataset, config.class_conditional)
+    return _open_tensors(dataset, config.class_conditional)
+
+
+def _open_prepared(images: ImageDataset, needs_labels: bool) -> LoadedImages:
+    if needs_labels and images.labels is None:
         raise ConfigError(
-            "class_conditional needs the labels of a data set: pass a datasets.Dataset with a "
-            "column of them, or what prepare_images(label_column=...) returns"
+            "`class_conditional` needs labels: pass label_column=True to prepare_images()"
         )
-    if not hasattr(dataset, "__getitem__") or len(dataset) == 0:
+    # About 64 evenly spaced images: reading a large dataset completely would take too long.
+    some = range(0, len(images), max(1, len(images) // 64))
+    labels = [] if images.labels is None else [images.labels]
+    digest = _digest([*(images.window(index) for index in some), *labels])
+    return LoadedImages(images, images.facts, digest)
+
+
+def _open_tensors(images: Any, needs_labels: bool) -> LoadedImages:
+    if needs_labels:
         raise ConfigError(
-            "dataset must be a datasets.Dataset, what prepare_images() returns, or a map-style set "
-            f"of at least one float tensor (C, H, W) in [-1, 1]; got {type(dataset).__name__}"
+            "`class_conditional` needs the labels of a dataset: pass a datasets.Dataset with a "
+            "label column, or the result of prepare_images(label_column=...)"
         )
-    first = dataset[0]
-    if not isinstance(first, torch.Tensor) or first.ndim != 3 or not 1 <= len(first) <= 4:
-        got = tuple(first.shape) if isinstance(first, torch.Tensor) else type(first).__name__
+    if not hasattr(images, "__getitem__") or len(images) == 0:
         raise ConfigError(
-            f"dataset must hold float tensors (C, H, W) with 1 to 4 channels; the first is {got}"
+            "`dataset` must be a datasets.Dataset, the result of prepare_images(), or a map-style "
+            f"dataset of at least one float tensor (C, H, W) in [-1, 1]; got "
+            f"{type(images).__name__}"
+        )
+    first = images[0]
+    if not isinstance(first, Tensor) or first.ndim != 3 or not 1 <= len(first) <= 4:
+        got = tuple(first.shape) if isinstance(first, Tensor) else type(first).__name__
+        raise ConfigError(
+            "`dataset` must hold float tensors (C, H, W) with 1 to 4 channels; the first item is "
+            f"{got}"
         )
     channels, height, width = first.shape
     facts = ImageFacts(mode=IMAGE_MODES[channels - 1], height=height, width=width)
-    return dataset, facts, _digest([first.detach().cpu().numpy()])
+    return LoadedImages(images, facts, _digest([first.detach().cpu().numpy()]))
 
 
-def _digest(images: Iterable[Any]) -> str:
-    sums = hashlib.sha256()
-    for image in images:
-        sums.update(np.ascontiguousarray(image).tobytes())
-    return sums.hexdigest()[:16]
+def _digest(arrays: Iterable[Any]) -> str:
+    sha256 = hashlib.sha256()
+    for array in arrays:
+        sha256.update(np.ascontiguousarray(array).tobytes())
+    return sha256.hexdigest()[:16]
 
 
 class Selection(torch.utils.data.Dataset[Any]):
-    """Some of the training images, under numbers of their own."""
+    """A subset of the training images, renumbered from 0."""
 
     def __init__(self, images: TrainingImages, indices: Sequence[int]) -> None:
         self.images, self.indices, self.shape = images, indices, images.shape
@@ -123,55 +168,75 @@ class Selection(torch.utils.data.Dataset[Any]):
         return self.__getitems__([position])[0]
 
     def __getitems__(self, positions: Sequence[tuple[int, int]]) -> list[Any]:
-        """A batch at once, for `DataLoader`."""
+        """A batch, for `DataLoader`."""
         return self.images.__getitems__([(epoch, self.indices[i]) for epoch, i in positions])
-
-
-def hold_out(images: TrainingImages, share: float, seed: int) -> tuple[Selection, Selection]:
-    """The images to train on, and a share of them, drawn by the seed, that is held out."""
-    count = min(max(1, round(share * len(images))), len(images) - 1)
-    training, held_out = HoldOut(count, len(images), seed).rows()
-    return Selection(images, training), Selection(images, held_out)
 
 
 HeldOut = Selection | TrainingImages
 
 
-def validation_share(text: str | None) -> float | None:
-    """The share of the training images that `validation_split` names, or None if it is a split."""
+def hold_out(images: TrainingImages, fraction: float, seed: int) -> tuple[Selection, Selection]:
+    """Training images and a random fraction that is held out, at least one image of each."""
+    count = min(max(1, round(fraction * len(images))), len(images) - 1)
+    training, held_out = HoldOut(count, len(images), seed).rows()
+    return Selection(images, training), Selection(images, held_out)
+
+
+def split_off_validation(
+    config: TrainingConfig, loaded: LoadedImages, unet: UNet2DModel, has_splits: bool
+) -> tuple[TrainingImages | Selection, HeldOut | None]:
+    """Training images and validation images, padded and augmented for the network.
+
+    Args:
+        config: the options.
+        loaded: images to train on.
+        unet: sets the padding.
+        has_splits: whether `validation_split` may name a split of the dataset.
+    Raises:
+        ConfigError: if `validation_split` is neither a valid fraction nor a usable split.
+    """
+    training = TrainingImages(
+        loaded.images,
+        seed=config.seed,
+        random_flip=config.random_flip,
+        size_multiple=size_multiple(unet),
+    )
+    if config.validation_split is None:
+        return training, None
+    fraction = _as_fraction(config.validation_split)
+    if fraction is None and not has_splits:
+        raise ConfigError(
+            "`validation_split` must be a fraction such as 0.05 for images passed in Python, got "
+            f"{config.validation_split!r}"
+        )
+    if fraction is None:
+        return training, _validation_images(config, config.validation_split, loaded.facts, unet)
+    if not 0 < fraction < 1 or len(training) < 2:
+        raise ConfigError(
+            "`validation_split` must be a split or a fraction in (0, 1) of at least two images, "
+            f"got {config.validation_split!r} of {len(training)}"
+        )
+    return hold_out(training, fraction, config.seed)
+
+
+def _as_fraction(validation_split: str) -> float | None:
+    """The number in `validation_split`, or None for the name of a split."""
     try:
-        return float(text or "")
+        return float(validation_split)
     except ValueError:
         return None
 
 
-def split_off_validation(
-    config: TrainingConfig, images: Any, facts: ImageFacts, unet: UNet2DModel, has_splits: bool
-) -> tuple[TrainingImages | Selection, HeldOut | None]:
-    """The images to train on, as the network sees them, and those to measure, if any."""
-    multiple = size_multiple(unet)
-    training = TrainingImages(
-        images, seed=config.seed, random_flip=config.random_flip, size_multiple=multiple
-    )
-    share = validation_share(config.validation_split)
-    if config.validation_split is None:
-        return training, None
-    if share is not None:
-        if not 0 < share < 1 or len(images) < 2:
-            raise ConfigError(
-                f"validation_split is {config.validation_split!r}: a share must be above 0 and "
-                "below 1, of two images at least; or name a split"
-            )
-        return hold_out(training, share, config.seed)
-    if not has_splits:
+def _validation_images(
+    config: TrainingConfig, split: str, facts: ImageFacts, unet: UNet2DModel
+) -> TrainingImages:
+    """The images of another split, which must look like those of the training split."""
+    images = build_images(dataclasses.replace(config, split=split), None, unet)
+    names = images.facts.class_names if config.class_conditional else None
+    split_facts = dataclasses.replace(images.facts, class_names=names)
+    if split_facts != facts:
         raise ConfigError(
-            f"validation_split {config.validation_split!r} names a split, which images passed in "
-            "Python do not have; give a share such as 0.05"
+            f"`validation_split` {split!r} has other images ({split_facts}) than the training "
+            f"split ({facts}); set `resolution` and `image_mode`"
         )
-    measured = build_images(dataclasses.replace(config, split=config.validation_split), None, unet)
-    if measured.facts != facts:
-        raise ConfigError(
-            f"the images of validation_split {config.validation_split!r} are {measured.facts}, "
-            f"those of the training {facts}; set resolution and image_mode"
-        )
-    return training, TrainingImages(measured, seed=config.seed, size_multiple=multiple)
+    return TrainingImages(images, seed=config.seed, size_multiple=size_multiple(unet))

@@ -32,7 +32,7 @@ def draw_share(run: Run, num_images: int, class_labels: list[int] | None) -> lis
 
     with run.state.ema_weights() as unet:
         # A copy: sampling with fewer steps changes what "previous step" means.
-        scheduler = copy.deepcopy(run.parts.scheduler)
+        scheduler = copy.deepcopy(run.components.scheduler)
         return draw_images(
             GaussianDDPMPipeline(unet=unet, scheduler=scheduler),
             count,

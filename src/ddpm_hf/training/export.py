@@ -17,13 +17,11 @@ from accelerate import Accelerator
 from ddpm_hf.diffusion.atomic_files import replacing_folder
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 from ddpm_hf.hub.card import write_model_card
-from ddpm_hf.paths import ModelPaths, RunPaths
+from ddpm_hf.paths import ModelPaths
 from ddpm_hf.text import public_name
-from ddpm_hf.training.components import Parts
-from ddpm_hf.training.config import TrainingConfig
+from ddpm_hf.training.config import ResolvedConfig, TrainingConfig
 from ddpm_hf.training.run import Run
 from ddpm_hf.training.run_folder import write_json
-from ddpm_hf.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -33,28 +31,24 @@ _LOCAL_OPTIONS = (
 )  # fmt: skip
 
 
-def export_model(
-    target: ModelPaths, run: RunPaths, parts: Parts, state: TrainState, facts: dict[str, Any]
-) -> None:
+def export_model(target: ModelPaths, run: Run, facts: dict[str, Any]) -> None:
     """Write a model that loads with `DiffusionPipeline.from_pretrained`, ready to be pushed.
 
     Args:
         target: where; the folder is replaced as a whole.
-        run: has metrics and samples.
-        parts: what was trained.
-        state: its averaged weights are written.
+        run: its averaged weights are written, with its newest metrics and samples.
         facts: what `training.json` says.
     """
-    shared = _shareable(parts.config)
-    with state.ema_weights() as unet, replacing_folder(target.root) as folder:
+    shared = _shareable(run.config)
+    with run.state.ema_weights() as unet, replacing_folder(target.root) as folder:
         model = ModelPaths(folder)
-        scheduler = copy.deepcopy(parts.scheduler)
+        scheduler = copy.deepcopy(run.components.scheduler)
         GaussianDDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(folder)
         write_json(model.facts, facts)
-        network = "# --unet-config unet/config.json\n" * (parts.config.unet_config is not None)
+        network = "# --unet-config unet/config.json\n" * (run.config.unet_config is not None)
         model.recipe.write_text(network + shared.to_yaml(), encoding="utf-8")
-        shutil.copy2(run.metrics, model.metrics)
-        if grid := run.newest_sample_grid():
+        shutil.copy2(run.paths.metrics, model.metrics)
+        if grid := run.paths.newest_sample_grid():
             shutil.copy2(grid, model.samples)
         if target.card.exists():
             shutil.copy2(target.card, folder)  # what a person wrote in it stays
@@ -74,13 +68,13 @@ def _keep_files_of_others(before: Path, folder: Path) -> None:
 
 def training_facts(run: Run, metrics: list[Any]) -> dict[str, Any]:
     """What happened, for `training.json` and the model card."""
-    parts, config, step = run.parts, run.config, run.state.step
+    config, step = run.config, run.state.step
     facts = {
         "format_version": 1,
-        "dataset": _dataset_facts(parts),
-        "config": dataclasses.asdict(_shareable(config)),
+        "dataset": _dataset_facts(run),
+        "config": _shareable(config).to_dict(),
         "steps": step,
-        "num_images_seen": step * (config.batch_size or 0),
+        "num_images_seen": step * config.batch_size,
         "duration_s": round(run.total_elapsed_s, 1),
         "hardware": _hardware(run.accelerator),
         "computation": run.computation(),
@@ -91,32 +85,32 @@ def training_facts(run: Run, metrics: list[Any]) -> dict[str, Any]:
     if config.pretrained is not None:
         facts["base_model"] = public_name(config.pretrained)
         known = ("base_model", "dataset", "steps", "num_images_seen")
-        facts["base"] = {key: value for key, value in (parts.base or {}).items() if key in known}
+        facts["base"] = {key: value for key, value in run.components.base.items() if key in known}
     if config.license is not None:
         facts["license"] = config.license
     return facts
 
 
-def _dataset_facts(parts: Parts) -> dict[str, Any]:
-    config, facts = parts.config, parts.facts
+def _dataset_facts(run: Run) -> dict[str, Any]:
+    config, components = run.config, run.components
     name = config.dataset or "images passed in Python"
     dataset = {
         "name": public_name(name),
         "config_name": config.dataset_config,
         "split": config.split,
-        "num_images": len(parts.images),
-        "num_skipped": parts.num_skipped,
-        "left_out": parts.left_out,
-        "image": facts.to_config()["image"],
+        "num_images": len(components.images),
+        "num_skipped": components.num_skipped,
+        "left_out": components.left_out,
+        "image": components.facts.to_config()["image"],
     }
-    if parts.hold_out is not None:
-        dataset["held_out"] = parts.hold_out
+    if components.hold_out is not None:
+        dataset["held_out"] = components.hold_out
     if config.dataset is not None and public_name(name) == name and "/" in name:
         dataset["hub_id"] = name
     return dataset
 
 
-def _shareable(config: TrainingConfig) -> TrainingConfig:
+def _shareable(config: ResolvedConfig) -> TrainingConfig:
     without: dict[str, Any] = dict.fromkeys(_LOCAL_OPTIONS)
     return dataclasses.replace(config, **without)
 

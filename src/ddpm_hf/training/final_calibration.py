@@ -13,7 +13,6 @@ from ddpm_hf.evaluation.dataset_likelihood import BoundOptions
 from ddpm_hf.evaluation.model_images import EvaluationImages
 from ddpm_hf.hub.card import write_calibration
 from ddpm_hf.text import counted
-from ddpm_hf.training.config import required
 from ddpm_hf.training.run import Run
 
 MAX_IMAGES = 64
@@ -34,7 +33,7 @@ def calibrate_model(run: Run) -> None:
     options = BoundOptions(seed=run.config.seed, batch_size=len(run.batches.rows(0)))
     with run.state.ema_weights() as unet, evaluating(unet):
         measured = measure_calibration(
-            unet, run.parts.scheduler, images, options, folder, PartialState()
+            unet, run.components.scheduler, images, options, folder, PartialState()
         )
     if measured is None:  # the main process writes for all
         return
@@ -48,21 +47,21 @@ def calibrate_model(run: Run) -> None:
 def describe_calibration(run: Run) -> str:
     """What is measured in the end, and what that costs beside the updates."""
     config = run.config
-    calls = min(MAX_IMAGES, len(_source(run))) * (len(run.parts.scheduler) + 1)
+    calls = min(MAX_IMAGES, len(_source(run))) * (len(run.components.scheduler) + 1)
     # An update calls the network forwards and backwards: about three times a call alone.
-    cost = calls / (3 * required(config.max_train_steps) * required(config.batch_size))
+    cost = calls / (3 * config.max_train_steps * config.batch_size)
     return (
-        f"calibrate  {_described(run)}, {len(run.parts.scheduler) + 1:,} network calls each, in the"
-        f" end: about {cost:.0%} of the time on top"
+        f"calibrate  {_described(run)}, {len(run.components.scheduler) + 1:,} network calls each, "
+        f"in the end: about {cost:.0%} of the time on top"
     )
 
 
 def _source(run: Run) -> Any:
-    return run.parts.held_out or run.parts.images
+    return run.components.held_out or run.components.images
 
 
 def _described(run: Run) -> str:
-    kind = "held-out" if run.parts.held_out else "training"
+    kind = "held-out" if run.components.held_out else "training"
     return counted(min(MAX_IMAGES, len(_source(run))), f"{kind} image")
 
 
@@ -74,4 +73,4 @@ def _images(run: Run) -> EvaluationImages:
     if labels is not None:
         config: Any = run.state.unet.config
         labels = torch.where(labels < 0, config.num_class_embeds - 1, labels)
-    return EvaluationImages(source, indices, labels, run.parts.facts)
+    return EvaluationImages(source, indices, labels, run.components.facts)

@@ -27,22 +27,18 @@ from ddpm_hf.text import counted
 from ddpm_hf.training.accelerator import (
     compile_as_asked,
     create_accelerator,
-    with_precision,
 )
 from ddpm_hf.training.artifacts import Outputs
 from ddpm_hf.training.components import assemble
-from ddpm_hf.training.config import (
-    ConfigError,
-    TrainingConfig,
-    TrainingError,
-    merge_resumed_config,
-)
+from ddpm_hf.training.config import TrainingConfig
+from ddpm_hf.training.errors import ConfigError, TrainingError
 from ddpm_hf.training.learning_rate import learning_rate
 from ddpm_hf.training.objective import in_order_of_rows
 from ddpm_hf.training.periodic_evaluation import build_evaluation
-from ddpm_hf.training.plan import outcome, print_plan
+from ddpm_hf.training.plan import plan_training, summarize
 from ddpm_hf.training.rank_coordination import free_gradient_reducer, on_main
 from ddpm_hf.training.read_ahead import ReadAhead
+from ddpm_hf.training.resolve import resume_options
 from ddpm_hf.training.run import Run
 from ddpm_hf.training.run_folder import remove_leftovers, run_lock
 from ddpm_hf.training.run_log import MetricsLog, RunningMetrics
@@ -134,17 +130,20 @@ def train(
         checkpoint = broadcast_object_list([found])[0]
         if checkpoint is not None:
             stack.enter_context(_warned_already())
-            config = merge_resumed_config(config, read_facts(checkpoint)["config"])
-        config = with_precision(config, accelerator)
+            config = resume_options(config, read_facts(checkpoint)["config"])
         compile_as_asked(config, accelerator)
-        parts = assemble(config, accelerator, unet, scheduler, dataset, loss)
+        resolved, components = assemble(config, accelerator, unet, scheduler, dataset, loss)
         stop = stack.enter_context(StopSignal(config.ddp_timeout))
         stack.enter_context(_resources_as_training_errors(accelerator))
-        run = Run(parts, accelerator, stop, checkpoint)
+        run = Run(resolved, components, accelerator, stop, checkpoint)
         stack.callback(free_gradient_reducer, run.model)
-        validation = Validation(run, run.parts.held_out) if run.parts.held_out else None
+        validation = Validation(run, components.held_out) if components.held_out else None
         evaluation = build_evaluation(run)
-        print_plan(run, [m for m in (validation, evaluation) if m], warm_up(run))
+        update_s = warm_up(run)
+        measurements = [m for m in (validation, evaluation) if m]
+        accelerator.print(plan_training(run, measurements, update_s))
+        if accelerator.is_main_process:
+            paths.config.write_text(run.config.to_yaml(), encoding="utf-8")
         log = MetricsLog(paths.metrics, accelerator, run.state.step)
         stack.callback(log.close)
         outputs = Outputs(run, log, pusher, validation, evaluation)
@@ -237,7 +236,7 @@ def _update(run: Run, images: list[Any], step: int) -> tuple[Tensor, Tensor, Ten
         loss and gradient norm, as scalars on the device, and the timesteps of the whole batch.
     """
     config, accelerator, batches = run.config, run.accelerator, run.batches
-    scheduler, objective = run.parts.scheduler, run.parts.objective
+    scheduler, objective = run.components.scheduler, run.components.objective
     generator = timestep_generator(config.seed, step, accelerator.device)
     # Of the whole batch, on every process; the weights make up for timesteps drawn more often.
     all_t, weights = objective.timesteps.sample(batches.batch_size, generator, accelerator.device)
@@ -312,7 +311,7 @@ def _finish(run: Run, pusher: BackgroundPusher | None) -> TrainingResult:
 
     pushed = on_main(run.accelerator, last_push, run.config.ddp_timeout)
     run.accelerator.wait_for_everyone()
-    run.accelerator.print(outcome(run))
+    run.accelerator.print(summarize(run))
     return TrainingResult(
         model_dir=run.paths.model.root,
         metrics_file=run.paths.metrics,

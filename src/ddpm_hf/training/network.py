@@ -1,7 +1,8 @@
-"""The network and the diffusion of a run: new, loaded, or changed to what they shall learn."""
+"""Network and scheduler of a run: new, pretrained, or adapted to other classes or variances."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.hub.load import fetch, open_pipeline, open_unet
 from ddpm_hf.paths import ModelPaths
 from ddpm_hf.text import did_you_mean
-from ddpm_hf.training.config import ConfigError, TrainingConfig
+from ddpm_hf.training.config import TrainingConfig
+from ddpm_hf.training.errors import ConfigError
 
-# Channels of each level in units of the first, by number of levels. With 4 levels and 128
-# channels this is the 35.7M network of DDPM (2006.11239, appendix B) for CIFAR-10, with 6 levels
-# the 114M one for 256 pixels.
+# Channel multipliers of the levels, by number of levels. 4 levels and 128 channels give the 35.7M
+# network of DDPM (2006.11239, appendix B) for CIFAR-10, 6 levels the 114M one for 256 pixels.
 _CHANNEL_MULTIPLIERS = {
     2: (1, 2),
     3: (1, 2, 2),
@@ -37,64 +38,69 @@ def build_unet(
     scheduler: GaussianDDPMScheduler | None = None,
     num_classes: int | None = None,
 ) -> UNet2DModel:
-    """A fresh UNet2DModel for such images, from `config_file` or proposed.
+    """A new UNet2DModel, from `config_file` or proposed for the images.
 
     Args:
         facts: mode and size of the images.
-        device: "cpu" gets a quarter of the channels, so that a step takes a fraction of a second.
-        config_file: JSON file with arguments of `UNet2DModel`; numbers of channels and classes that
-            it leaves out are those of the images.
-        scheduler: where its variance is learned, the proposed network predicts that, too.
-        num_classes: for a network that is told the class; one more embedding stands for "none".
+        device: "cpu" gets a quarter of the channels, so that an update takes a fraction of a
+            second.
+        config_file: JSON file with arguments of `UNet2DModel`; missing numbers of channels and
+            classes follow the images.
+        scheduler: if its variance is learned, the network has output channels for it.
+        num_classes: for a class-conditional network; it gets one more embedding, the null class.
     Raises:
-        ConfigError: if the file cannot be read, or its network does not fit the images.
+        ConfigError: if the file cannot be read or does not describe a UNet2DModel.
     """
-    learned = scheduler is not None and scheduler.learns_variance
-    ends = {
+    is_learned = scheduler is not None and scheduler.learns_variance
+    inputs_and_outputs = {
         "in_channels": facts.num_channels,
-        "out_channels": facts.num_channels * (2 if learned else 1),
+        "out_channels": facts.num_channels * (2 if is_learned else 1),
         "num_class_embeds": num_classes and num_classes + 1,
     }
     if config_file is not None:
-        given = {k: v for k, v in unet_arguments(config_file).items() if v is not None}
-        unet: UNet2DModel = UNet2DModel.from_config({**ends, **given})
+        arguments = {k: v for k, v in unet_arguments(config_file).items() if v is not None}
+        unet: UNet2DModel = UNet2DModel.from_config({**inputs_and_outputs, **arguments})
         return unet
     size = max(facts.height, facts.width)
-    # Halve down to 4 pixels for small images, to 8 for larger ones.
+    # Downsample small images to 4 pixels, larger ones to 8.
     levels = 1 + (size // (4 if size < 64 else 8)).bit_length() - 1
     multipliers = _CHANNEL_MULTIPLIERS[min(max(levels, 2), 6)]
-    # At 16 pixels, as in DDPM; a CPU spends a third of its time there, and the middle block at the
-    # lowest resolution has attention in any case.
+    # Attention at 16 pixels, as in DDPM. On a CPU it would take a third of the time, and the middle
+    # block has attention in any case.
     sides = [-(-size // 2**level) for level in range(len(multipliers))]
     attention = [device != "cpu" and 8 < side <= 16 for side in sides]
     return UNet2DModel(
-        **ends,
+        **inputs_and_outputs,
         sample_size=sample_size(facts, 2 ** (len(multipliers) - 1)),
         block_out_channels=tuple((32 if device == "cpu" else 128) * m for m in multipliers),
         down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention),
         up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
-        attention_head_dim=64,  # 64 channels a head were best in 2105.05233, table 3
+        attention_head_dim=64,  # 64 channels per head were best in 2105.05233, table 3
     )
 
 
 def unet_arguments(path: str) -> dict[str, Any]:
-    """The arguments of a `UNet2DModel` in a JSON file; ConfigError if there is none to be made."""
+    """Arguments of `UNet2DModel` from a JSON file.
+
+    Raises:
+        ConfigError: if the file cannot be read or does not describe a UNet2DModel.
+    """
     try:
         arguments = read_json(Path(path))
         if not arguments:
-            raise ValueError("there is no such file, or it is empty")
+            raise ValueError("the file does not exist or is empty")
         known = UNet2DModel._get_init_keys(UNet2DModel)
         for key in arguments:
             if key not in known and not key.startswith("_"):
-                raise ValueError(f"it has no argument {key!r}{did_you_mean(key, known)}")
+                raise ValueError(f"UNet2DModel has no argument {key!r}{did_you_mean(key, known)}")
         check_unet_config(arguments, dtype=torch.float32)
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(f"unet_config {path} does not make a UNet2DModel: {error}") from error
+        raise ConfigError(f"`unet_config` {path} is not a valid UNet2DModel: {error}") from error
     return arguments
 
 
 def sample_size(facts: ImageFacts, multiple: int) -> int | tuple[int, int]:
-    """The images' size once padded to a multiple, as `UNet2DModel` takes it."""
+    """Size of the images padded to a multiple, as `sample_size` of `UNet2DModel`."""
     height, width = padded_size((facts.height, facts.width), multiple)
     return height if height == width else (height, width)
 
@@ -102,98 +108,121 @@ def sample_size(facts: ImageFacts, multiple: int) -> int | tuple[int, int]:
 def build_scheduler(
     config: TrainingConfig, pretrained: GaussianDDPMScheduler | None = None
 ) -> GaussianDDPMScheduler:
-    """The scheduler: proposed, or the pretrained model's, with the options over it.
+    """The scheduler: proposed or pretrained, with the given options applied.
 
     Args:
         config: the options.
-        pretrained: the scheduler of the model that is fine-tuned. Where that is a bare network, the
-            defaults of diffusers are the best guess of what it was trained with.
+        pretrained: scheduler of the model to fine-tune; None for a bare network, which is most
+            likely trained with the defaults of diffusers.
     """
     names = ("num_train_timesteps", "beta_schedule", "prediction_type", "variance_type")
     chosen = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-    before: Any = pretrained.config if pretrained is not None else {}
+    base: Any = pretrained.config if pretrained is not None else {}
     if config.pretrained is None:
-        # After 750 updates on MNIST these draw clean digits, DDPM's linear betas with epsilon grey
-        # ones.
-        before = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
-    scheduler: GaussianDDPMScheduler = GaussianDDPMScheduler.from_config(before, **chosen)
+        # On MNIST this gives clean digits after 750 updates; DDPM's linear betas with epsilon
+        # prediction give gray ones.
+        base = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
+    scheduler: GaussianDDPMScheduler = GaussianDDPMScheduler.from_config(base, **chosen)
     return scheduler
 
 
-def load_pretrained(
-    source: str, allow_pickle: bool = False
-) -> tuple[UNet2DModel, GaussianDDPMScheduler | None, dict[str, Any]]:
-    """Network with its weights, scheduler, and what is known of its training.
+@dataclass(frozen=True)
+class PretrainedModel:
+    """A model to fine-tune.
 
-    A bare UNet2DModel brings no scheduler; what is known may be nothing.
+    Attributes:
+        unet: network with its weights.
+        scheduler: None for a bare network.
+        record: its training.json; empty without one.
+    """
+
+    unet: UNet2DModel
+    scheduler: GaussianDDPMScheduler | None = None
+    record: Mapping[str, object] = field(default_factory=dict)
+
+
+def load_pretrained(source: str, use_safetensors: bool = True) -> PretrainedModel:
+    """Load a pipeline or a bare UNet2DModel.
 
     Args:
         source: Hub repository or local folder.
-        allow_pickle: open the weights in pickled .bin files.
+        use_safetensors: False also opens pickled .bin weights.
     Raises:
-        ConfigError: if nothing of the kind is there.
+        ConfigError: if there is no such model, or it cannot be loaded.
     """
     try:
-        folder = fetch(source, use_safetensors=not allow_pickle)
+        folder = fetch(source, use_safetensors=use_safetensors)
         if not ModelPaths(folder).index.is_file():
-            return open_unet(folder, source, use_safetensors=not allow_pickle), None, {}
-        pipeline = open_pipeline(folder, source, use_safetensors=not allow_pickle)
+            return PretrainedModel(open_unet(folder, source, use_safetensors=use_safetensors))
+        pipeline = open_pipeline(folder, source, use_safetensors=use_safetensors)
         with contextlib.suppress(ValueError):
-            return pipeline.unet, pipeline.scheduler, read_json(ModelPaths(folder).facts)
-        return pipeline.unet, pipeline.scheduler, {}
+            record = read_json(ModelPaths(folder).facts)
+            return PretrainedModel(pipeline.unet, pipeline.scheduler, record)
+        return PretrainedModel(pipeline.unet, pipeline.scheduler)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"pretrained={source!r} cannot be loaded: {error}") from error
+        raise ConfigError(f"`pretrained` {source!r} cannot be loaded: {error}") from error
 
 
-def fit_to_variance(
-    unet: UNet2DModel, scheduler: GaussianDDPMScheduler, before: GaussianDDPMScheduler | None
+def adapt_to_variance(
+    unet: UNet2DModel,
+    scheduler: GaussianDDPMScheduler,
+    pretrained_scheduler: GaussianDDPMScheduler | None,
 ) -> list[str]:
-    """Widen a pretrained network where its variance shall be learned from now on."""
-    channels, now = unet.config.in_channels, scheduler.config.variance_type
-    if now != "learned_range" or unet.config.out_channels != channels:
+    """Add output channels to a pretrained network if its variance is newly learned.
+
+    Returns:
+        notes for the plan.
+    """
+    channels, variance_type = unet.config.in_channels, scheduler.config.variance_type
+    if variance_type != "learned_range" or unet.config.out_channels != channels:
         return []
+    before = pretrained_scheduler
     fixed = before.config.variance_type if before is not None else "fixed_small"
     widen_for_learned_variance(unet, fixed)
     return [
-        f"the network gets {channels} more channels, which predict its variance; they start so "
-        f"that it samples as with {fixed}"
+        f"the network gets {channels} more output channels for its variance; they are initialized "
+        f"to sample as with {fixed}"
     ]
 
 
-def fit_to_classes(unet: UNet2DModel, names: Sequence[str]) -> list[str]:
-    """Give a pretrained network embeddings of these classes, and of none, where it has others.
+def adapt_to_classes(unet: UNet2DModel, names: Sequence[str]) -> list[str]:
+    """Replace the class embeddings of a pretrained network if it has other classes or none.
 
-    They start as the embedding of no class, which for an unconditional network is 0: until it has
-    learned them, the network draws as it did without a class.
+    New embeddings start as the null class of the network, which is 0 for an unconditional one: at
+    first the network samples as without a class.
+
+    Returns:
+        notes for the plan.
+    Raises:
+        ConfigError: if the network embeds classes in another way than by index.
     """
-    facts, before = image_facts(unet), unet.class_embedding
+    facts, old = image_facts(unet), unet.class_embedding
     count = len(names) + 1
-    if before is not None and facts is not None and facts.class_names == tuple(names):
+    if old is not None and facts is not None and facts.class_names == tuple(names):
         return []
-    if before is not None and not isinstance(before, torch.nn.Embedding):
+    if old is not None and not isinstance(old, torch.nn.Embedding):
         raise ConfigError(
-            f"the network embeds classes by {unet.config.class_embed_type!r}, not by number: it "
-            "cannot be given other classes"
+            f"class_embed_type of the network is {unet.config.class_embed_type!r}: only class "
+            "indices can be trained; use another `pretrained` network"
         )
     width = unet.time_embedding.linear_2.out_features
     embedding = torch.nn.Embedding(count, width)
-    none = torch.zeros(width) if before is None else before.weight[-1].detach()
-    embedding.weight = torch.nn.Parameter(none.repeat(count, 1))
+    null = torch.zeros(width) if old is None else old.weight[-1].detach()
+    embedding.weight = torch.nn.Parameter(null.repeat(count, 1))
     unet.class_embedding = embedding
     unet.register_to_config(num_class_embeds=count)
-    what = "embeddings" if before is None else "new embeddings, in the place of others,"
-    return [f"the network gets {what} of {len(names)} classes; they start as that of no class"]
+    what = "embeddings" if old is None else "new embeddings, which replace the pretrained ones,"
+    return [f"the network gets {what} of {len(names)} classes, initialized as the null class"]
 
 
 def widen_for_learned_variance(unet: UNet2DModel, variance_type: str) -> None:
-    """Give a network of fixed variance the channels that predict v of 2102.09672, eq. 15.
+    """Add the output channels that predict v (2102.09672, eq. 15) to a network, in place.
 
-    They start at the constant v that stands for the variance it was sampled with, so that the first
-    step samples as before.
+    They start at the constant v of the fixed variance, so that sampling is unchanged at first.
 
     Args:
-        unet: changed in place.
-        variance_type: "fixed_small", for v = -1, or "fixed_large", for v = 1; "_log" or not.
+        unet: network with a fixed variance.
+        variance_type: "fixed_small" (v = -1) or "fixed_large" (v = 1), with or without "_log".
     """
     old, channels = unet.conv_out, unet.config.out_channels
     new = torch.nn.Conv2d(old.in_channels, 2 * channels, old.kernel_size, padding=old.padding)

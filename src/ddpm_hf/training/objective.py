@@ -1,31 +1,29 @@
-"""What an update minimises: a loss, and which timesteps it is asked at."""
+"""Training objective: a loss and the distribution of its timesteps."""
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ddpm_hf.diffusion.image_processor import ImageFacts
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.losses import Loss, hybrid_loss, simple_loss, vlb_loss
 from ddpm_hf.timestep_samplers import TIMESTEP_SAMPLERS, TimestepSampler
-from ddpm_hf.training.config import ConfigError, TrainingConfig
+from ddpm_hf.training.config import ResolvedConfig
+from ddpm_hf.training.errors import ConfigError
 from ddpm_hf.weightings import WEIGHTINGS
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The losses of a batch, and where the batch is asked.
+    """Loss of a batch and sampler of its timesteps.
 
     Attributes:
-        name: by which a resumed run must know it.
-        loss: one value per image, of the form of `ddpm_hf.losses`.
-        timesteps: draws the timesteps of a whole batch.
+        name: identifies the loss; a resumed run must use the same one.
+        loss: one value per image, with the signature of the losses in `ddpm_hf.losses`.
+        timesteps: samples the timesteps of a batch.
     """
 
     name: str
@@ -33,67 +31,67 @@ class Objective:
     timesteps: TimestepSampler
 
 
-def choose_objective(config: TrainingConfig, scheduler: GaussianDDPMScheduler) -> TrainingConfig:
-    """`config` with an objective: both terms where the variance is learned, else L_simple alone."""
-    return dataclasses.replace(
-        config, objective=config.objective or ("hybrid" if scheduler.learns_variance else "simple")
-    )
-
-
 def build_objective(
-    config: TrainingConfig,
-    scheduler: GaussianDDPMScheduler,
-    facts: ImageFacts,
-    loss: Loss | None,
+    config: ResolvedConfig, scheduler: GaussianDDPMScheduler, bit_depth: int, loss: Loss | None
 ) -> Objective:
-    """The objective that the options name, or a loss that was passed in Python.
+    """The objective of the configuration, or one with the loss that was passed in Python.
 
+    Args:
+        config: name of the loss, its weighting and the timestep sampling.
+        scheduler: diffusion process.
+        bit_depth: of the images, for the decoder term of the variational bound.
+        loss: replaces the loss of the configuration.
     Raises:
-        ConfigError: for options that contradict each other or the variance.
+        ConfigError: for options that contradict each other or the type of the variance.
     """
     sampler = TIMESTEP_SAMPLERS[config.timestep_sampling](len(scheduler))
     if loss is not None:
-        return Objective(_name_of(loss), loss, sampler)
-    name, learned = str(config.objective), scheduler.learns_variance
-    if learned and name == "simple":
-        raise ConfigError(
-            f"objective simple leaves the variance untrained, but variance_type is "
-            f"{scheduler.config.variance_type!r}: use hybrid, vlb, or a fixed variance"
-        )
-    if name == "hybrid" and not learned:
-        raise ConfigError(
-            f"objective hybrid trains a learned variance, but variance_type is "
-            f"{scheduler.config.variance_type!r}: pass variance_type learned_range, or use simple"
-        )
+        return Objective(_qualified_name(loss), loss, sampler)
+    _check_objective(config, scheduler)
     weighting = WEIGHTINGS[config.loss_weighting]
     losses: dict[str, Callable[..., Tensor]] = {
         "simple": partial(simple_loss, weighting=weighting),
-        "hybrid": partial(hybrid_loss, weighting=weighting, bit_depth=facts.bit_depth),
-        # Without the clip: where it is active, the mean would get no gradient.
-        "vlb": partial(vlb_loss, bit_depth=facts.bit_depth, clip=False),
+        "hybrid": partial(hybrid_loss, weighting=weighting, bit_depth=bit_depth),
+        # No clipping: where it is active, the mean gets no gradient.
+        "vlb": partial(vlb_loss, bit_depth=bit_depth, clip=False),
     }
-    if name == "vlb" and weighting is not None:
+    return Objective(config.objective, losses[config.objective], sampler)
+
+
+def _check_objective(config: ResolvedConfig, scheduler: GaussianDDPMScheduler) -> None:
+    name, is_learned = config.objective, scheduler.learns_variance
+    variance_type = scheduler.config.variance_type
+    if is_learned and name == "simple":
         raise ConfigError(
-            f"loss_weighting {config.loss_weighting} weighs L_simple, of which objective vlb has "
-            "none: leave it out"
+            f"`objective` 'simple' does not train the variance, but `variance_type` is "
+            f"{variance_type!r}: use hybrid or vlb, or a fixed variance"
         )
-    return Objective(name, losses[name], sampler)
+    if name == "hybrid" and not is_learned:
+        raise ConfigError(
+            f"`objective` 'hybrid' trains a learned variance, but `variance_type` is "
+            f"{variance_type!r}: set `variance_type` to learned_range, or use simple"
+        )
+    if name == "vlb" and config.loss_weighting != "none":
+        raise ConfigError(
+            f"`loss_weighting` {config.loss_weighting!r} weights the squared error, which "
+            "`objective` 'vlb' does not contain: leave `loss_weighting` out"
+        )
 
 
-def _name_of(loss: Any) -> str:
-    """How a function, or an object that is called, is known."""
+def _qualified_name(loss: Loss) -> str:
+    """Module and name of a function, or of the class of a callable object."""
     return f"{loss.__module__}.{getattr(loss, '__qualname__', type(loss).__qualname__)}"
 
 
 def in_order_of_rows(losses: list[Tensor], accelerator: Accelerator) -> Tensor:
-    """The losses of a whole batch, the same on every process.
+    """The losses of a batch, gathered from all processes.
 
     Args:
-        losses: this process's, a tensor (b,) per micro-batch.
-        accelerator: gathers those of the others.
+        losses: of this process, one tensor (b,) per micro-batch.
+        accelerator: gathers the losses of all processes.
     Returns:
-        (batch size,), by the row of the batch, as `randomness.Batches` gives them out.
+        (batch_size,), in the order of the rows in `randomness.Batches`.
     """
-    mine = torch.stack(losses)  # (micro-batches, b)
-    everyones: Tensor = accelerator.gather(mine)  # (processes * micro-batches, b)
-    return everyones.reshape(-1, *mine.shape).transpose(0, 1).flatten()
+    local = torch.stack(losses)  # (micro-batches, b)
+    gathered: Tensor = accelerator.gather(local)  # (processes * micro-batches, b)
+    return gathered.reshape(-1, *local.shape).transpose(0, 1).flatten()

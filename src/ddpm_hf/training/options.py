@@ -1,252 +1,278 @@
-"""The options of a run, in groups: what each is for, its choices and its default.
+"""The options of a training run, in groups.
 
-The same fields are the flags of `ddpm-hf train`, the keys of a YAML recipe and the arguments of
-`TrainingConfig` in Python.
+The same fields are the flags of `ddpm-hf train`, the keys of a YAML recipe and the keyword
+arguments of `TrainingConfig`.
 """
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from ddpm_hf.options import Options, option
+from ddpm_hf.training.errors import ConfigError
+
+MIN_SIZE = 3
+"""Smallest image side in pixels: a smaller image cannot be downsampled."""
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(Options):
+    """Training images and their preprocessing."""
 
-
-@dataclass
-class DataOptions:
-    """Which images, and how they become tensors."""
-
+    _error = ConfigError
     _argument_group_name: ClassVar[str] = "images"
 
-    dataset: str | None = _option(
+    dataset: str | None = option(
         None,
-        "folder of images, Hub data set, parquet/arrow files (a file, a glob or a folder), or a "
+        "folder of images, Hub dataset, parquet or arrow files (a file, a glob or a folder), or a "
         "save_to_disk folder",
+        is_path=True,
     )
-    dataset_config: str | None = _option(None, "configuration of a Hub data set that has several")
-    dataset_revision: str | None = _option(None, "branch, tag or commit of a Hub data set")
-    split: str = _option("train", "split to train on; slices such as 'train[:1000]' work")
-    image_column: str | None = _option(
+    dataset_config: str | None = option(None, "configuration of a Hub dataset that has several")
+    dataset_revision: str | None = option(None, "branch, tag or commit of a Hub dataset")
+    split: str = option("train", "split to train on; slices such as 'train[:1000]' work")
+    image_column: str | None = option(
         None, "column that holds the images (default: the only image column)"
     )
-    resolution: int | None = _option(
+    resolution: int | None = option(
         None,
-        "images are resized to this many pixels a side (default: their own size when all agree)",
+        "resize images to this many pixels per side (default: their own size if all images agree)",
+        minimum=MIN_SIZE,
     )
-    image_mode: Literal["L", "LA", "RGB", "RGBA"] | None = _option(
-        None, "convert images to this mode: 1, 2, 3 or 4 channels (default: their own)"
+    image_mode: Literal["L", "LA", "RGB", "RGBA"] | None = option(
+        None, "convert images to this mode: 1, 2, 3 or 4 channels (default: their own mode)"
     )
-    bit_depth: Literal[8, 16] | None = _option(
-        None, "bits per channel (default: 16 where all images are grey and some have 16, else 8)"
-    )
-    class_conditional: bool = _option(
-        False, "train on the class labels, too, so that a class can be drawn"
-    )
-    class_column: str | None = _option(
+    bit_depth: Literal[8, 16] | None = option(
         None,
-        "column of the class labels (default: the one that is declared as such, or the sub-folders "
-        "of a folder); implies class_conditional",
+        "bits per channel (default: 16 if all images are grayscale and some have 16 bits, else 8)",
     )
-    crop: Literal["center", "random", "none"] = _option(
+    class_conditional: bool = option(
+        False, "train a class-conditional model on the labels of the dataset"
+    )
+    class_column: str | None = option(
+        None,
+        "column of the class labels (default: the declared label column, or the sub-folders of a "
+        "folder); implies class_conditional",
+    )
+    crop: Literal["center", "random", "none"] = option(
         "center",
-        "images of unequal size become square: cut the middle, or another part in every epoch; "
-        "'none' keeps the whole image and needs one shape",
+        "how images become square: a center crop, a random crop that changes every epoch, or "
+        "'none', which keeps the full image and needs images of one shape",
     )
-    random_flip: bool = _option(
-        False, "mirror every second image left to right (leave off for digits and text)"
+    random_flip: bool = option(
+        False, "flip images horizontally with probability 1/2 (leave off for digits and text)"
     )
-    on_bad_image: Literal["error", "skip"] = _option(
-        "error", "unreadable images: list them and stop before training, or leave them out"
+    on_bad_image: Literal["error", "skip"] = option(
+        "error", "unreadable images: list them and stop before training, or skip them"
     )
-    dataloader_num_workers: int | None = _option(
-        None, "processes that load batches (default: 4 with a GPU, else none)"
+    dataloader_num_workers: int | None = option(
+        None, "worker processes that load batches (default: 4 with a GPU, else 0)", minimum=0
     )
 
 
-@dataclass
-class ModelOptions:
-    """Which network, and which diffusion."""
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(Options):
+    """Network and diffusion process."""
 
+    _error = ConfigError
     _argument_group_name: ClassVar[str] = "network and diffusion"
 
-    pretrained: str | None = _option(
+    pretrained: str | None = option(
         None,
-        "fine-tune: start from the weights of this Hub repository or folder (a pipeline or a bare "
-        "UNet2DModel)",
+        "fine-tune the weights of this Hub repository or folder (a pipeline or a bare UNet2DModel)",
+        is_path=True,
     )
-    allow_pickle: bool = _option(
-        False,
-        "open the pickled .bin weights of an old pretrained repository; they could run code, so "
-        "only for authors you trust",
+    use_safetensors: bool = option(
+        True,
+        "open the pickled .bin weights of an old pretrained repository; they can execute code, so "
+        "use it only for authors you trust",
+        flag="--allow-pickle",
     )
-    unet_config: str | None = _option(
+    unet_config: str | None = option(
         None,
-        "JSON file with the arguments of a UNet2DModel; channels and classes that it leaves out "
-        "are those of the images (default: proposed)",
+        "JSON file with the arguments of a UNet2DModel; channels and classes that are not in the "
+        "file follow the images (default: proposed)",
+        is_path=True,
     )
-    num_train_timesteps: int | None = _option(
-        None, "steps T of the diffusion (default: 1000, or the pretrained model's)"
+    num_train_timesteps: int | None = option(
+        None, "number of diffusion steps T (default: 1000, or the pretrained model's)", minimum=1
     )
-    beta_schedule: str | None = _option(
+    beta_schedule: str | None = option(
         None, "noise schedule (default: squaredcos_cap_v2, or the pretrained model's)"
     )
-    prediction_type: Literal["epsilon", "sample", "v_prediction"] | None = _option(
-        None, "what the network predicts (default: v_prediction, or the pretrained model's)"
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] | None = option(
+        None, "target of the network (default: v_prediction, or the pretrained model's)"
     )
-    variance_type: Literal["fixed_small", "fixed_large", "learned_range"] | None = _option(
+    variance_type: Literal["fixed_small", "fixed_large", "learned_range"] | None = option(
         None,
-        "variance of a reverse step; learned_range: the network predicts it, which gives better "
+        "variance of a reverse step; with learned_range the network predicts it, which improves "
         "likelihoods (default: fixed_small, or the pretrained model's)",
     )
 
 
-@dataclass
-class OptimizationOptions:
-    """How long, and how fast."""
+@dataclass(frozen=True, kw_only=True)
+class OptimizationOptions(Options):
+    """Loss, optimizer, schedule and precision."""
 
+    _error = ConfigError
     _argument_group_name: ClassVar[str] = "optimization"
 
-    objective: Literal["simple", "hybrid", "vlb"] | None = _option(
+    objective: Literal["simple", "hybrid", "vlb"] | None = option(
         None,
-        "what an update minimises: the squared error, the variational bound, or the squared error "
-        "with the bound for a learned variance (default: hybrid if the variance is learned, else "
-        "simple)",
+        "loss: squared error, squared error plus the variational bound for a learned variance, or "
+        "the variational bound (default: hybrid with a learned variance, else simple)",
     )
-    loss_weighting: Literal["none", "min_snr", "p2", "truncated_snr"] = _option(
-        "none", "weights of the squared error by noise level"
+    loss_weighting: Literal["none", "min_snr", "p2", "truncated_snr"] = option(
+        "none", "weight of the squared error by noise level"
     )
-    timestep_sampling: Literal["uniform", "low_discrepancy", "loss_second_moment"] = _option(
+    timestep_sampling: Literal["uniform", "low_discrepancy", "loss_second_moment"] = option(
         "uniform",
-        "timesteps of a batch: independent, evenly spaced, or more of those with large losses (for "
-        "objective vlb)",
+        "timesteps of a batch: independent, evenly spaced, or sampled in proportion to the loss "
+        "(for objective vlb)",
     )
-    class_dropout: float = _option(
+    class_dropout: float = option(
         0.1,
-        "share of the labels that are hidden from the network, so that it learns to draw without "
-        "one, which guidance needs",
+        "probability of hiding a label from the network, so that it also learns to sample without "
+        "a class, as classifier-free guidance needs",
+        minimum=0,
     )
-    max_train_steps: int | None = _option(None, "optimizer updates in all (default: proposed)")
-    batch_size: int | None = _option(
+    max_train_steps: int | None = option(
+        None, "total number of optimizer updates (default: proposed)", minimum=1
+    )
+    batch_size: int | None = option(
         None,
-        "images per optimizer update, over all processes and accumulation steps together, so that "
-        "a recipe means the same on one GPU and on eight (default: proposed)",
+        "images per optimizer update, summed over all processes and accumulation steps, so that a "
+        "recipe trains the same model on one GPU and on eight (default: proposed)",
+        minimum=1,
     )
-    gradient_accumulation_steps: int = _option(
-        1, "forward and backward passes that each process splits its share of a batch into"
+    gradient_accumulation_steps: int = option(
+        1, "micro-batches per process in an optimizer update", minimum=1
     )
-    learning_rate: float | None = _option(
+    learning_rate: float | None = option(
         None,
-        "peak learning rate of AdamW (default: 1e-4; more, up to 4e-4, for a network that starts "
-        "from scratch with fewer than 128 channels)",
+        "peak learning rate of AdamW (default: 1e-4; up to 4e-4 for a new network with fewer than "
+        "128 channels)",
     )
-    lr_scheduler: Literal["cosine", "constant"] = _option(
-        "cosine", "after the warm-up: fall to 0 along a cosine, or stay"
+    lr_scheduler: Literal["cosine", "constant"] = option(
+        "cosine", "learning rate after the warmup: cosine decay to 0, or constant"
     )
-    lr_warmup_steps: int | None = _option(
-        None, "updates over which the learning rate rises (default: a twentieth, at most 1000)"
+    lr_warmup_steps: int | None = option(
+        None,
+        "updates of linear learning rate warmup (default: a twentieth of the run, at most 1000)",
+        minimum=0,
     )
-    weight_decay: float = _option(0.0, "AdamW's weight decay")
-    max_grad_norm: float = _option(1.0, "gradients are clipped to this norm")
-    ema_decay: float = _option(
+    weight_decay: float = option(0.0, "weight decay of AdamW", minimum=0)
+    max_grad_norm: float = option(1.0, "norm to which gradients are clipped")
+    ema_decay: float = option(
         0.9999,
-        "highest decay of the moving average of the weights, which is what is sampled and shared; "
-        "at update n it is at most (1 + n) / (10 + n)",
+        "maximum decay of the exponential moving average (EMA) of the weights, which is sampled "
+        "and exported; the decay at update n is at most (1 + n) / (10 + n)",
+        minimum=0,
     )
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = _option(
-        None, "precision of the network's arithmetic (default: accelerate's configuration)"
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
+        None, "mixed precision (default: the configuration of accelerate)"
     )
-    compile: bool | None = _option(
+    compile: bool | None = option(
         None,
-        "compile the network by torch.compile, which takes minutes before the first update and "
-        "pays in long runs; --no-compile: not (default: accelerate's configuration)",
+        "compile the network with torch.compile, which takes minutes before the first update and "
+        "pays off in long runs; --no-compile turns it off (default: the configuration of "
+        "accelerate)",
     )
-    gradient_checkpointing: bool = _option(
+    gradient_checkpointing: bool = option(
         False,
-        "compute activations anew in the backward pass: the same bits, about a third slower, in a "
-        "fraction of the memory",
+        "recompute activations in the backward pass: identical results in a fraction of the "
+        "memory, about a third slower",
     )
-    num_threads: int | None = _option(
+    num_threads: int | None = option(
         None,
-        "threads of the CPU that share an operation (default: as many as the cores, or one where "
-        "that is faster, because something else keeps a core busy)",
+        "CPU threads per operation (default: the number of cores, or 1 if that is faster because "
+        "other programs use a core)",
+        minimum=1,
     )
-    ddp_timeout: int = _option(
-        300, "seconds that the processes of a run wait for one that does not answer"
+    ddp_timeout: int = option(
+        300, "seconds to wait for a process of the run that does not respond", minimum=1
     )
-    seed: int = _option(0, "every random number of the run follows from it")
+    seed: int = option(0, "seed of all random numbers of the run", minimum=0, maximum=2**32 - 1)
 
 
-@dataclass
-class ValidationOptions:
-    """Bits/dim of held-out images on the way; for the whole bound see `ddpm-hf evaluate`."""
+@dataclass(frozen=True, kw_only=True)
+class ValidationOptions(Options):
+    """Bits/dim of held-out images during training; `ddpm-hf evaluate` has the full bound."""
 
+    _error = ConfigError
     _argument_group_name: ClassVar[str] = "validation"
 
-    validation_split: str | None = _option(
+    validation_split: str | None = option(
         None,
-        "measure bits/dim on these images: a split such as 'test', or a share of the training "
-        "images such as 0.05, which is then not trained on (default: no measurement)",
+        "measure bits/dim on this split, such as 'test', or on a fraction of the training images, "
+        "such as 0.05, which is then held out of training (default: no validation)",
     )
-    validation_steps: int | None = _option(
-        None, "updates between two measurements (default: as checkpointing_steps)"
+    validation_steps: int | None = option(
+        None, "updates between two validations (default: checkpointing_steps)", minimum=1
     )
-    validation_images: int = _option(64, "how many of the images are measured, always the same")
-    validation_timesteps: int = _option(
-        16, "network calls per image, at timesteps drawn such that the measurement is unbiased"
+    validation_images: int = option(
+        64, "number of validation images, the same at every validation", minimum=2
     )
-    keep_best: bool = _option(
-        False, "also keep the model with the lowest bits/dim so far, in the folder best/"
+    validation_timesteps: int = option(
+        16, "network calls per image, at timesteps sampled for an unbiased estimate", minimum=2
     )
+    keep_best: bool = option(False, "keep the model with the lowest bits/dim in the folder best/")
 
 
-@dataclass
-class EvaluationOptions:
-    """Drawn images beside real ones on the way; for more see `ddpm-hf evaluate`."""
+@dataclass(frozen=True, kw_only=True)
+class PeriodicEvaluationOptions(Options):
+    """Frechet distance during training; `ddpm-hf evaluate` has more metrics."""
 
+    _error = ConfigError
     _argument_group_name: ClassVar[str] = "evaluation"
 
-    evaluate_steps: int | None = _option(
+    evaluate_steps: int | None = option(
         None,
-        "updates between two measurements of the Frechet distance of drawn images to the training "
-        "images, with its interval and beside what held-out images get (default: none)",
+        "updates between two measurements of the Frechet distance of generated images to the "
+        "training images, with its interval and the distance of held-out images (default: none)",
+        minimum=1,
     )
-    evaluate_num_images: int = _option(
-        256, "images that are drawn for it, in sample_inference_steps as those of a sample grid"
+    evaluate_num_images: int = option(
+        256, "number of images generated for it, in sample_inference_steps steps", minimum=4
     )
-    evaluate_features: str | None = _option(
+    evaluate_features: str | None = option(
         None,
-        "what images are compared by: a vision model of transformers by name or folder; "
-        "efficientnet-lite0, which needs no download (extra eval); or pixels (default: "
-        "facebook/dinov2-base)",
+        "feature extractor: a vision model of transformers by name or folder; efficientnet-lite0, "
+        "which needs no download (extra eval); or pixels (default: facebook/dinov2-base)",
+        is_path=True,
     )
 
 
-@dataclass
-class OutputOptions:
-    """What is written, where and when."""
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions(Options):
+    """Logs, samples, checkpoints and exported model."""
 
+    _error = ConfigError
     _argument_group_name: ClassVar[str] = "output"
 
-    output_dir: str | None = _option(None, "folder of the run (default: runs/NAME of the data set)")
-    logging_steps: int = _option(20, "updates between two log entries")
-    sample_steps: int | None = _option(None, "updates between two sample grids (default: proposed)")
-    num_samples: int = _option(16, "images in a sample grid; 0 draws none")
-    sample_inference_steps: int = _option(
-        50, "denoising steps of a sample grid (deterministic DDIM, which needs few)"
+    output_dir: str | None = option(
+        None, "folder of the run (default: runs/NAME with the name of the dataset)", is_path=True
     )
-    checkpointing_steps: int | None = _option(
-        None, "updates between two checkpoints (default: proposed)"
+    logging_steps: int = option(20, "updates between two log entries", minimum=1)
+    sample_steps: int | None = option(
+        None, "updates between two sample grids (default: proposed)", minimum=1
     )
-    checkpoints_total_limit: int = _option(2, "newest checkpoints that are kept")
-    calibrate: bool = _option(
+    num_samples: int = option(16, "images in a sample grid; 0 turns grids off", minimum=0)
+    sample_inference_steps: int = option(
+        50, "denoising steps of a sample grid, with deterministic DDIM", minimum=1
+    )
+    checkpointing_steps: int | None = option(
+        None, "updates between two checkpoints (default: proposed)", minimum=1
+    )
+    checkpoints_total_limit: int = option(2, "number of newest checkpoints to keep", minimum=1)
+    calibrate: bool = option(
         False,
-        "in the end measure what the model loses in few steps, and the best variances for them, as "
-        "`ddpm-hf calibrate` does on 64 images",
+        "calibrate the finished model for sampling in few steps, like `ddpm-hf calibrate` on 64 "
+        "images",
     )
-    push_to_hub: str | None = _option(
-        None, "also push to this Hub repository, 'user/name', at every checkpoint"
+    push_to_hub: str | None = option(
+        None, "push every checkpoint to this Hub repository, 'user/name'"
     )
-    public: bool = _option(False, "make a new Hub repository public (default: private)")
-    license: str | None = _option(
-        None, "licence of the model, for its card: a name that the Hub knows, such as 'apache-2.0'"
+    public: bool = option(False, "make a new Hub repository public (default: private)")
+    license: str | None = option(
+        None, "license of the model for its card: an identifier of the Hub, such as 'apache-2.0'"
     )

@@ -17,7 +17,6 @@ from ddpm_hf.evaluation.metrics import measure
 from ddpm_hf.pictures import Pixels, quantised
 from ddpm_hf.sampling import DrawnImages
 from ddpm_hf.text import counted
-from ddpm_hf.training.config import required
 from ddpm_hf.training.dataset_setup import HeldOut, Selection
 from ddpm_hf.training.ema_sampling import draw_share
 from ddpm_hf.training.rank_coordination import main_first, on_main
@@ -40,15 +39,17 @@ class Evaluation:
     Args:
         run: its network and diffusion draw.
         features: what images are compared by, on the device of this process.
+        every: updates between two measurements.
     """
 
-    def __init__(self, run: Run, features: Features) -> None:
+    def __init__(self, run: Run, features: Features, every: int) -> None:
         def network(x: Tensor) -> Tensor:
             if run.stop.received is not None:
                 raise InterruptedError("the run was asked to stop")
             return features.network(x)
 
         self.run, self.features = run, dataclasses.replace(features, network=network)
+        self.every = every
         self._real: list[Tensor | None] | None = None
 
     def measure(self) -> dict[str, float]:
@@ -87,7 +88,7 @@ class Evaluation:
         return on_main(run.accelerator, figures, run.config.ddp_timeout) or {}
 
     def _sets(self) -> list[DrawnImages]:
-        parts = self.run.parts
+        parts = self.run.components
         sources = [parts.images, *([parts.held_out] if parts.held_out else [])]
         return [as_pixels(images, parts.facts) for images in sources]
 
@@ -100,20 +101,20 @@ class Evaluation:
 
     def _features_of_share(self) -> Tensor:
         """Features of what this process draws."""
-        run, names = self.run, self.run.parts.facts.class_names
+        run, names = self.run, self.run.components.facts.class_names
         labels = list(range(len(names))) if names else None
         images = draw_share(run, run.config.evaluate_num_images, labels)
-        pixels = quantised(np.stack(images), run.parts.facts.bit_depth)
+        pixels = quantised(np.stack(images), run.components.facts.bit_depth)
         batches = (pixels[i : i + _BATCH] for i in range(0, len(pixels), _BATCH))
         return torch.cat([self.features(batch, run.accelerator.device) for batch in batches])
 
     def describe(self) -> str:
         """What is measured, and what drawing costs beside the updates."""
-        config, parts = self.run.config, self.run.parts
-        every = required(config.evaluate_steps)
+        config, parts = self.run.config, self.run.components
+        every = self.every
         K = min(config.sample_inference_steps, len(parts.scheduler))
         # An update calls the network forwards and backwards: about three times a call alone.
-        cost = config.evaluate_num_images * K / (3 * every * required(config.batch_size))
+        cost = config.evaluate_num_images * K / (3 * every * config.batch_size)
         beside = "held-out images" if parts.held_out else "their halves"
         return (
             f"evaluation FD of {counted(config.evaluate_num_images, 'image')} of {K} steps to "
@@ -139,7 +140,7 @@ def build_evaluation(run: Run) -> Evaluation | None:
         failure = f"{error}"
     said = next(filter(None, gather_object([failure])), None)
     if said is None and features is not None:
-        return Evaluation(run, features)
+        return Evaluation(run, features, config.evaluate_steps)
     if accelerator.is_main_process:
         logger.warning("this run is not evaluated: %s", said)
     return None

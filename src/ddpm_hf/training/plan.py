@@ -1,12 +1,12 @@
-"""What a run says before it begins and after it has ended."""
+"""The plan printed before training and the summary printed after it."""
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ddpm_hf.diffusion.config_extension import beta_schedule_of
 from ddpm_hf.text import counted, duration
 from ddpm_hf.training.accelerator import available_trackers
-from ddpm_hf.training.config import required
 from ddpm_hf.training.final_calibration import describe_calibration
 from ddpm_hf.training.learning_rate import learning_rate
 from ddpm_hf.training.periodic_evaluation import Evaluation
@@ -15,105 +15,163 @@ from ddpm_hf.training.state import read_facts
 from ddpm_hf.training.validation import Validation
 
 
-def print_plan(
-    run: Run, measurements: Sequence[Validation | Evaluation], seconds: float | None
-) -> None:
-    """Say what is about to happen and how long it will take; keep the options beside it.
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What a run will do, every proposed value included; `str()` gives the printed lines.
+
+    Attributes:
+        images: number, size, mode and classes.
+        network: class, parameters and channels.
+        diffusion: steps, noise schedule, prediction type and variance type.
+        training: updates, batch size, epochs, learning rate and objective.
+        machine: devices and how updates are computed.
+        output: folder of the run and where losses are logged.
+        resumed_from: checkpoint and its update, and a changed length; empty for a new run.
+        measurements: complete lines about validation, evaluation and calibration.
+        notes: remarks.
+        time: expected duration; empty if unknown.
+    """
+
+    images: str
+    network: str
+    diffusion: str
+    training: str
+    machine: str
+    output: str
+    resumed_from: tuple[str, ...] = ()
+    measurements: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    time: str = ""
+
+    def __str__(self) -> str:
+        labels = ("images", "network", "diffusion", "training", "machine", "output")
+        lines = [f"{label:<10} {getattr(self, label)}" for label in labels]
+        notes = [f"note       {note}" for note in self.notes]
+        time = [f"time       {self.time}"] if self.time else []
+        return "\n".join([*self.resumed_from, *lines, *self.measurements, *notes, *time])
+
+
+def plan_training(
+    run: Run, measurements: Sequence[Validation | Evaluation], update_s: float | None
+) -> TrainingPlan:
+    """The plan of a run.
 
     Args:
-        run: which is about to begin.
-        measurements: what is measured on the way.
-        seconds: of an update, if known.
+        run: the run before its first update.
+        measurements: what is measured during training.
+        update_s: seconds per update; None if unknown.
     """
-    accelerator = run.accelerator
-    if run.state.step:
-        accelerator.print(f"resuming after update {run.state.step:,}, from {run.checkpoint}")
-        accelerator.print(other_length(run), end="")
-    accelerator.print(describe(run, measurements))
-    if seconds is not None:
-        updates = run.batches.stop - run.state.step
-        accelerator.print(
-            f"time       about {duration(updates * seconds)} ({seconds:.2g} s an update); "
-            "stop at any time with Ctrl-C, run the same command again to go on"
-        )
-    if accelerator.is_main_process:
-        run.paths.config.write_text(run.config.to_yaml(), encoding="utf-8")
-
-
-def other_length(run: Run) -> str:
-    """What the learning rate does where a resumed run has another length than before, else ""."""
-    if run.checkpoint is None or run.config.lr_scheduler == "constant":
-        return ""
-    length = required(run.config.max_train_steps)
-    before = dataclasses.replace(
-        run.config, max_train_steps=read_facts(run.checkpoint)["config"]["max_train_steps"]
-    )
-    last = run.state.step - 1
-    if before.max_train_steps == length or run.state.step == length:
-        return ""
-    return (
-        f"length     {counted(length, 'update')} instead of {before.max_train_steps:,}: the "
-        f"learning rate goes from {learning_rate(before, last):.2g} to "
-        f"{learning_rate(run.config, last + 1):.2g} and then down to 0 at the end\n"
+    calibration = [describe_calibration(run)] if run.config.calibrate else []
+    return TrainingPlan(
+        images=_describe_images(run),
+        network=_describe_network(run),
+        diffusion=_describe_diffusion(run),
+        training=_describe_training(run),
+        machine=_describe_machine(run),
+        output=_describe_output(run),
+        resumed_from=_describe_resume(run),
+        measurements=(*(measurement.describe() for measurement in measurements), *calibration),
+        notes=run.components.notes,
+        time=_describe_time(run, update_s) if update_s is not None else "",
     )
 
 
-def describe(run: Run, measurements: Sequence[Validation | Evaluation] = ()) -> str:
-    """The plan of a run in a few lines, every proposed value included."""
-    config, accelerator, unet = run.config, run.accelerator, run.state.unet
-    facts, num_images = run.parts.facts, len(run.parts.images)
-    parameters = sum(p.numel() for p in unet.parameters())
-    channels = getattr(getattr(unet, "config", None), "block_out_channels", ())
-    steps, batch = required(config.max_train_steps), required(config.batch_size)
-    diffusion = run.parts.scheduler.config
-    schedule, params = beta_schedule_of(diffusion)
+def _describe_images(run: Run) -> str:
+    facts = run.components.facts
+    depth = f" {facts.bit_depth} bit" * (facts.bit_depth != 8)
+    classes = f", {len(facts.class_names)} classes" if facts.class_names else ""
+    size = f"{facts.width}x{facts.height}, {facts.mode}"
+    return f"{len(run.components.images):,} of {size}{depth}{classes}"
+
+
+def _describe_network(run: Run) -> str:
+    unet = run.components.unet
+    channels = "-".join(map(str, unet.config.block_out_channels))
+    count = sum(p.numel() for p in unet.parameters())
+    return f"{type(unet).__name__}, {count:,} parameters, channels {channels}"
+
+
+def _describe_diffusion(run: Run) -> str:
+    config = run.components.scheduler.config
+    schedule, params = beta_schedule_of(config)
     schedule += f" ({', '.join(f'{k} {v:g}' for k, v in params.items())})" * bool(params)
-    split = f", {config.gradient_accumulation_steps} passes each" * (
-        config.gradient_accumulation_steps > 1
+    return (
+        f"T={config.num_train_timesteps}, {schedule}, predicts {config.prediction_type}, "
+        f"variance {config.variance_type}"
     )
-    losses = "logs/ for TensorBoard" if available_trackers() else f"{run.paths.metrics.name}"
-    return "\n".join(
+
+
+def _describe_training(run: Run) -> str:
+    config, steps = run.config, run.config.max_train_steps
+    passes = config.gradient_accumulation_steps
+    split = f" in {passes} micro-batches per process" * (passes > 1)
+    epochs = round(steps * config.batch_size / len(run.components.images))
+    return (
+        f"{counted(steps, 'update')} of {counted(config.batch_size, 'image')}{split} "
+        f"({counted(epochs, 'epoch')}), learning rate {config.learning_rate:g}, objective "
+        f"{run.components.objective.name}"
+    )
+
+
+def _describe_machine(run: Run) -> str:
+    accelerator, computation = run.accelerator, run.computation()
+    details = {
+        counted(computation.get("num_threads", 0), "thread"): "num_threads" in computation,
+        f"TF32 in {' and '.join(computation.get('tf32', ()))}": computation.get("tf32"),
+        "compiled": computation["compile"],
+        "gradient checkpointing": computation["gradient_checkpointing"],
+        "channels last": computation["memory_format"] == "channels_last",
+        computation["optimizer"]: True,
+    }
+    return ", ".join(
         [
-            f"images     {num_images:,} of {facts.width}x{facts.height}, {facts.mode}"
-            + f" {facts.bit_depth} bit" * (facts.bit_depth != 8)
-            + (f", {len(facts.class_names)} classes" if facts.class_names else ""),
-            f"network    {type(unet).__name__}, {parameters:,} parameters"
-            + f", channels {'-'.join(map(str, channels))}" * bool(channels),
-            f"diffusion  T={diffusion.num_train_timesteps}, {schedule}, "
-            f"predicts {diffusion.prediction_type}, variance {diffusion.variance_type}",
-            f"training   {counted(steps, 'update')} of {counted(batch, 'image')}{split} "
-            f"({counted(round(steps * batch / num_images), 'epoch')}), "
-            f"learning rate {config.learning_rate:g}, objective {run.parts.objective.name}",
-            f"machine    {accelerator.num_processes} x {accelerator.device.type}, "
-            f"mixed precision: {accelerator.mixed_precision}{_computed(run)}",
-            f"output     {run.paths.root}, losses in {losses}",
-            *(measurement.describe() for measurement in measurements),
-            *([describe_calibration(run)] if config.calibrate else []),
-            *(f"note       {note}" for note in run.parts.notes),
+            f"{accelerator.num_processes} x {accelerator.device.type}",
+            f"mixed precision: {accelerator.mixed_precision}",
+            *(text for text, holds in details.items() if holds),
         ]
     )
 
 
-def _computed(run: Run) -> str:
-    """How the network is computed, where that is not as usual."""
-    how = run.computation()
-    words = {
-        counted(how.get("num_threads", 0), "thread"): "num_threads" in how,
-        f"TF32 in {' and '.join(how.get('tf32', ()))}": how.get("tf32"),
-        "compiled": how["compile"],
-        "gradient checkpointing": how["gradient_checkpointing"],
-        "channels last": how["memory_format"] == "channels_last",
-    }
-    return "".join(f", {word}" for word, holds in words.items() if holds) + f", {how['optimizer']}"
+def _describe_output(run: Run) -> str:
+    losses = "logs/ for TensorBoard" if available_trackers() else run.paths.metrics.name
+    return f"{run.paths.root}, losses in {losses}"
 
 
-def outcome(run: Run) -> str:
-    """What a run left and what to do with it, in a few lines."""
+def _describe_resume(run: Run) -> tuple[str, ...]:
+    """Lines about the checkpoint, and about the learning rate if the length of the run changed."""
+    if run.checkpoint is None:
+        return ()
+    step, config = run.state.step, run.config
+    resumed = f"resuming after update {step:,}, from {run.checkpoint}"
+    previous = dataclasses.replace(
+        config, max_train_steps=read_facts(run.checkpoint)["config"]["max_train_steps"]
+    )
+    is_same_length = previous.max_train_steps == config.max_train_steps
+    if is_same_length or config.lr_scheduler == "constant" or step == config.max_train_steps:
+        return (resumed,)
+    return resumed, (
+        f"length     {counted(config.max_train_steps, 'update')} instead of "
+        f"{previous.max_train_steps:,}: the learning rate goes from "
+        f"{learning_rate(previous, step - 1):.2g} to {learning_rate(config, step):.2g} and then "
+        "decays to 0"
+    )
+
+
+def _describe_time(run: Run, update_s: float) -> str:
+    num_updates = run.batches.stop - run.state.step
+    return (
+        f"about {duration(num_updates * update_s)} ({update_s:.2g} s per update); press Ctrl-C to "
+        "stop, run the same command again to resume"
+    )
+
+
+def summarize(run: Run) -> str:
+    """Result of a run and the next steps, as printed lines."""
     paths, step, model = run.paths, run.state.step, run.paths.model.root
     if run.stop.received is not None:
         return (
             f"stopped    after update {step:,}, saved in {paths.checkpoints}; run the same "
-            "command again to go on"
+            "command again to resume"
         )
     grids = f", sample grids in {paths.samples}" * bool(run.config.num_samples)
     return (

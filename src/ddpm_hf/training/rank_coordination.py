@@ -12,7 +12,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from torch.nn.parallel import DistributedDataParallel
 
-from ddpm_hf.training.config import TrainingError
+from ddpm_hf.training.errors import TrainingError
 
 T = TypeVar("T")
 

@@ -17,10 +17,11 @@ from ddpm_hf.diffusion.speed import is_channels_last, tf32_operations
 from ddpm_hf.diffusion.tensor_ops import Denoiser
 from ddpm_hf.paths import RunPaths
 from ddpm_hf.randomness import Batches
-from ddpm_hf.training.components import Parts
-from ddpm_hf.training.config import ConfigError, required
+from ddpm_hf.training.components import Components
+from ddpm_hf.training.config import ResolvedConfig
 from ddpm_hf.training.cpu_threads import Threads
 from ddpm_hf.training.dataset_setup import Selection
+from ddpm_hf.training.errors import ConfigError
 from ddpm_hf.training.signals import StopSignal
 from ddpm_hf.training.state import TrainState, read_checkpoint
 
@@ -29,7 +30,8 @@ class Run:
     """What the updates work on.
 
     Args:
-        parts: what is trained, on what.
+        config: complete configuration.
+        components: images, network, scheduler and objective.
         accelerator: the machine.
         stop: tells whether somebody asked the run to end.
         checkpoint: to resume from, if any.
@@ -47,34 +49,41 @@ class Run:
     """
 
     def __init__(
-        self, parts: Parts, accelerator: Accelerator, stop: StopSignal, checkpoint: Path | None
+        self,
+        config: ResolvedConfig,
+        components: Components,
+        accelerator: Accelerator,
+        stop: StopSignal,
+        checkpoint: Path | None,
     ) -> None:
-        self.parts, self.config = parts, parts.config
+        self.config, self.components = config, components
         self.accelerator, self.stop, self.checkpoint = accelerator, stop, checkpoint
-        self.paths = RunPaths(parts.config.run_folder())
+        self.paths = RunPaths(config.run_folder())
         optimizer = torch.optim.AdamW(
-            parts.unet.parameters(),
-            lr=required(self.config.learning_rate),
+            components.unet.parameters(),
+            lr=config.learning_rate,
             weight_decay=self.config.weight_decay,
             fused=True,
         )
         # The plain network, whatever wraps or compiles it for training: its keys are what is kept.
-        unet = parts.unet.to(accelerator.device)
+        unet = components.unet.to(accelerator.device)
         if self.config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         ema = EMAModel(unet.parameters(), decay=self.config.ema_decay, foreach=True)
-        self.state = TrainState(unet, ema, optimizer, parts.objective.timesteps, accelerator.scaler)
+        self.state = TrainState(
+            unet, ema, optimizer, components.objective.timesteps, accelerator.scaler
+        )
         self._began, self._elapsed_before_s = time.monotonic(), 0.0
         before = self._resume(checkpoint) if checkpoint is not None else {}
         self.threads = Threads(self.config.num_threads, before.get("num_threads"), accelerator)
         # Nothing fails from here on that would leave the wrapper to itself.
         self.model, self.optimizer = accelerator.prepare(unet, optimizer)
         self.batches = Batches(
-            num_images=len(parts.images),
+            num_images=len(components.images),
             seed=self.config.seed,
-            batch_size=required(self.config.batch_size),
+            batch_size=config.batch_size,
             start=self.state.step,
-            stop=required(self.config.max_train_steps),
+            stop=config.max_train_steps,
             rank=accelerator.process_index,
             num_processes=accelerator.num_processes,
             accumulation=self.config.gradient_accumulation_steps,
@@ -84,14 +93,13 @@ class Run:
         """Take the same batches in `factor` times as many passes; sums are rounded differently."""
         steps = factor * self.config.gradient_accumulation_steps
         self.config = dataclasses.replace(self.config, gradient_accumulation_steps=steps)
-        self.parts = dataclasses.replace(self.parts, config=self.config)
         self.accelerator.gradient_accumulation_steps = steps
         self.batches = dataclasses.replace(self.batches, accumulation=steps)
 
     def _resume(self, checkpoint: Path) -> dict[str, Any]:
         """Take over what the checkpoint holds; its facts."""
         tensors, facts = read_checkpoint(checkpoint)
-        now = json.loads(json.dumps(self.parts.identity()))
+        now = json.loads(json.dumps(self.components.identity()))
         changed = [
             f"{part} {key}: {before!r:.200} -> {now.get(part, {}).get(key)!r:.200}"
             for part, values in facts["parts"].items()
@@ -101,9 +109,9 @@ class Run:
         if changed:
             raise ConfigError(
                 f"{self.paths.root} holds a run of other parts ({'; '.join(changed)}); "
-                + self.config.how_to_change()
+                + self.config.resume_hint()
             )
-        if facts["step"] > required(self.config.max_train_steps):
+        if facts["step"] > self.config.max_train_steps:
             raise ConfigError(
                 f"max_train_steps is {self.config.max_train_steps}, but {self.paths.root} holds a "
                 f"run of {facts['step']} updates already"
@@ -117,7 +125,7 @@ class Run:
         on_cpu = self.accelerator.device.type == "cpu"
         workers = self.config.dataloader_num_workers
         return DataLoader(
-            self.parts.images,
+            self.components.images,
             batch_sampler=self.batches,
             num_workers=(0 if on_cpu else 4) if workers is None else workers,
             pin_memory=not on_cpu,
@@ -148,15 +156,15 @@ class Run:
         whole = dataclasses.replace(
             self.batches, start=step, stop=step + 1, rank=0, num_processes=1, accumulation=1
         )
-        images = self.parts.images
+        images = self.components.images
         rows = [index for batch in whole for _, index in batch]
         if isinstance(images, Selection):
             rows = [images.indices[index] for index in rows]
         return {"step": step + 1, "rows": rows, "timesteps": t}
 
-    def is_due(self, every: int | None) -> bool:
+    def is_due(self, every: int) -> bool:
         """Whether something that happens every so many updates happens after this one."""
-        return self.state.step % required(every) == 0
+        return self.state.step % every == 0
 
     @property
     def elapsed_s(self) -> float:
@@ -186,8 +194,8 @@ class Run:
     def facts(self) -> dict[str, Any]:
         """What a checkpoint keeps of the run beside its state."""
         return {
-            "config": dataclasses.asdict(self.config),
-            "parts": self.parts.identity(),
+            "config": self.config.to_dict(),
+            "parts": self.components.identity(),
             "elapsed_s": self.total_elapsed_s,
             "num_processes": self.accelerator.num_processes,
             "num_threads": torch.get_num_threads(),

@@ -12,7 +12,6 @@ from ddpm_hf.likelihood import bits_per_dim
 from ddpm_hf.randomness import seed_of
 from ddpm_hf.statistics import standard_error
 from ddpm_hf.text import counted
-from ddpm_hf.training.config import required
 from ddpm_hf.training.dataset_setup import HeldOut
 from ddpm_hf.training.run import Run
 
@@ -30,7 +29,7 @@ class Validation:
     def __init__(self, run: Run, images: HeldOut) -> None:
         self.run, self.images = run, images
         self.num_images = min(len(images), run.config.validation_images)
-        self.num_timesteps = min(run.config.validation_timesteps, len(run.parts.scheduler))
+        self.num_timesteps = min(run.config.validation_timesteps, len(run.components.scheduler))
 
     def measure(self) -> dict[str, float]:
         """Bits/dim and its standard error, the same on all processes."""
@@ -57,11 +56,11 @@ class Validation:
             x_0, labels = x_0
         bound = bits_per_dim(
             run.denoiser(labels, unet),
-            run.parts.scheduler,
+            run.components.scheduler,
             x_0.to(run.accelerator.device),
             num_timesteps=self.num_timesteps,
             generator=[self._generator(index) for index in indices],
-            bit_depth=run.parts.facts.bit_depth,
+            bit_depth=run.components.facts.bit_depth,
             progress=False,
         )
         return list(zip(indices, bound.total.tolist(), strict=True))
@@ -80,9 +79,9 @@ class Validation:
     def describe(self) -> str:
         """What is measured, and what that costs beside the updates."""
         config, calls = self.run.config, self.num_images * self.num_timesteps
-        every = required(config.validation_steps)
+        every = config.validation_steps
         # An update calls the network forwards and backwards: about three times a call alone.
-        cost = calls / (3 * every * required(config.batch_size))
+        cost = calls / (3 * every * config.batch_size)
         return (
             f"validation {counted(self.num_images, 'image')}, {self.num_timesteps} network calls "
             f"each, every {counted(every, 'update')}: about {cost:.0%} of the time on top"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ddpm_hf.data.labels import NO_LABEL
-from ddpm_hf.training.config import TrainingError
+from ddpm_hf.training.errors import TrainingError
 from ddpm_hf.training.run import Run
 
 # A run of fewer updates on a CPU ends before what is measured would pay.
@@ -122,13 +122,15 @@ def _backward(run: Run) -> Tensor:
         losses, (B,).
     """
     size, device = len(run.batches.rows(0)), run.accelerator.device
-    parts, first = run.parts, run.parts.images[0, 0]
+    components, first = run.components, run.components.images[0, 0]
     has_labels = not isinstance(first, torch.Tensor)
     shape = first[0].shape if has_labels else first.shape
     x_0 = torch.full((size, *shape), -1.0, device=device)
     labels = torch.full((size,), NO_LABEL) if has_labels else None
     noise, t = torch.randn_like(x_0), torch.zeros(size, dtype=torch.long, device=device)
     with run.accelerator.no_sync(run.model):
-        losses = parts.objective.loss(run.denoiser(labels), parts.scheduler, x_0, t, noise)
+        losses = components.objective.loss(
+            run.denoiser(labels), components.scheduler, x_0, t, noise
+        )
         torch.autograd.backward(losses.mean())
     return losses.detach()

@@ -1,0 +1,164 @@
+"""From the options as given to the complete configuration of a run.
+
+`resume_options` fills open options from the run that is resumed, before anything is loaded;
+`resolve` fills the rest from the images, the network and the machine.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import Accelerator
+
+from ddpm_hf.training.config import ResolvedConfig, TrainingConfig
+from ddpm_hf.training.errors import ConfigError
+
+# Options that a resumed run may change; all others affect what the network learns.
+CHANGEABLE_ON_RESUME = frozenset(
+    {
+        "max_train_steps", "gradient_accumulation_steps", "dataloader_num_workers", "output_dir",
+        "dataset",  # the images themselves are compared
+        "gradient_checkpointing",  # bit-equal
+        "num_threads",  # another number changes the last bits of sums
+        "logging_steps", "sample_steps", "num_samples", "sample_inference_steps",
+        "checkpointing_steps", "checkpoints_total_limit", "push_to_hub", "public", "license",
+        "use_safetensors", "calibrate", "ddp_timeout",
+        "validation_steps", "validation_images", "validation_timesteps", "keep_best",
+        "evaluate_steps", "evaluate_num_images", "evaluate_features",
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Hardware and processes of a run.
+
+    Attributes:
+        device: "cpu" or the type of the accelerator, such as "cuda".
+        num_processes: number of processes.
+        mixed_precision: precision that accelerate uses.
+    """
+
+    device: str
+    num_processes: int = 1
+    mixed_precision: str = "no"
+
+    @classmethod
+    def of(cls, accelerator: Accelerator) -> "Machine":
+        """The machine of an `Accelerator`."""
+        device, precision = accelerator.device.type, accelerator.mixed_precision
+        return cls(device, accelerator.num_processes, precision)
+
+
+def resume_options(options: TrainingConfig, previous: Mapping[str, Any]) -> TrainingConfig:
+    """The options of a resumed run: open options keep their previous value.
+
+    Args:
+        options: the options of the new command.
+        previous: the complete options of the run so far, from its checkpoint. Unknown ones are
+            ignored; missing ones, which are newer than the run, had their default.
+    Raises:
+        ConfigError: for changed options that affect what the network learns.
+    """
+    before = vars(TrainingConfig()) | dict(previous)
+    merged = {
+        name: before[name] if value is None else value for name, value in vars(options).items()
+    }
+    changed = [
+        f"`{name}`: {before[name]!r} -> {value!r}"
+        for name, value in merged.items()
+        if value != before[name] and name not in CHANGEABLE_ON_RESUME
+    ]
+    if changed:
+        raise ConfigError(
+            f"{options.run_folder()} holds a run with other options ({'; '.join(changed)}); "
+            + options.resume_hint()
+        )
+    return TrainingConfig(**merged)
+
+
+def resolve(
+    options: TrainingConfig,
+    machine: Machine,
+    *,
+    num_images: int,
+    image_size: int,
+    learns_variance: bool,
+    num_channels: int,
+) -> ResolvedConfig:
+    """The complete configuration of a run; as a recipe it gives the same run again.
+
+    Args:
+        options: the options as given, with those of the resumed run filled in.
+        machine: hardware and processes; a CPU gets a shorter run.
+        num_images: number of images in the dataset, held-out ones included.
+        image_size: longer side of the images in pixels.
+        learns_variance: whether the network predicts the variance of the reverse step.
+        num_channels: channels of the first level of the network.
+    Raises:
+        ConfigError: if the batch does not divide into equal micro-batches, or if accelerate is
+            configured for another precision than that of the resumed run.
+    """
+    on_cpu, pretrained = machine.device == "cpu", options.pretrained is not None
+    _check_precision(options, machine)
+    batch_size = _batch_size(options, machine, image_size)
+    max_train_steps = options.max_train_steps or _num_updates(
+        num_images, batch_size, image_size, on_cpu
+    )
+    warmup, rate = options.lr_warmup_steps, options.learning_rate
+    interval = 250 if on_cpu else 1000
+    checkpointing_steps = options.checkpointing_steps or interval
+    proposed = {
+        "objective": options.objective or ("hybrid" if learns_variance else "simple"),
+        "max_train_steps": max_train_steps,
+        "batch_size": batch_size,
+        "learning_rate": _learning_rate(num_channels, pretrained) if rate is None else rate,
+        "lr_warmup_steps": min(max_train_steps // 20, 1000) if warmup is None else warmup,
+        "mixed_precision": machine.mixed_precision,
+        "validation_steps": options.validation_steps or checkpointing_steps,
+        "sample_steps": options.sample_steps or interval,
+        "checkpointing_steps": checkpointing_steps,
+    }
+    return ResolvedConfig(**(vars(options) | proposed))
+
+
+def _check_precision(options: TrainingConfig, machine: Machine) -> None:
+    precision = options.mixed_precision
+    if precision not in (None, machine.mixed_precision):
+        raise ConfigError(
+            f"{options.run_folder()} holds a run with `mixed_precision` {precision!r}, but "
+            f"accelerate is configured for {machine.mixed_precision!r}: set `mixed_precision` to "
+            f"{precision!r}, or choose another `output_dir`"
+        )
+
+
+def _batch_size(options: TrainingConfig, machine: Machine, image_size: int) -> int:
+    """The batch size: given, or 16 to 64 images by size and device."""
+    shares = machine.num_processes * options.gradient_accumulation_steps
+    if options.batch_size is None:
+        on_cpu = machine.device == "cpu"
+        usual = (32 if image_size <= 32 else 16) if on_cpu else (64 if image_size <= 64 else 32)
+        return max(usual // shares, 1) * shares
+    if options.batch_size % shares:
+        lower = options.batch_size // shares * shares
+        choices = f"{lower} or {lower + shares}" if lower else f"{shares}"
+        raise ConfigError(
+            f"`batch_size` must be a multiple of {shares} (processes x "
+            f"`gradient_accumulation_steps`), got {options.batch_size}; set it to {choices}"
+        )
+    return options.batch_size
+
+
+def _num_updates(num_images: int, batch_size: int, image_size: int, on_cpu: bool) -> int:
+    """400 epochs, within the limits of an evening (CPU) or a night (GPU)."""
+    longest = (5000 if image_size <= 32 else 3000) if on_cpu else 50_000
+    return min(max(400 * num_images // batch_size, 2000), longest)
+
+
+def _learning_rate(num_channels: int, is_pretrained: bool) -> float:
+    """Peak learning rate of AdamW.
+
+    DDPM's networks, with 128 channels, used 1e-4 to 2e-4 (2006.11239, appendix B); Adam's best
+    rate falls with the width (2203.03466). The upper bound was tested with 32 channels.
+    """
+    return 1e-4 if is_pretrained else min(max(1e-4 * 128 / num_channels, 1e-4), 4e-4)
