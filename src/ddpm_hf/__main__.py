@@ -1,4 +1,4 @@
-"""`python -m ddpm_hf` is `ddpm-hf`; under a launcher, `accelerate launch -m ddpm_hf train ...`."""
+"""Entry point of `python -m ddpm_hf`, and of `accelerate launch -m ddpm_hf train ...`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Where things lie in the folder of a run and of a model: the one place of each name."""
+"""File layout of model folders and run folders."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,98 +6,98 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class ModelPaths:
-    """The files of a portable checkpoint that readers and writers must agree on.
+    """Files of a portable checkpoint.
 
     Args:
-        root: the folder that `save_pretrained` or the trainer wrote.
+        root: folder written by `save_pretrained` or by the trainer.
     """
 
     root: Path
 
     @property
     def index(self) -> Path:
-        """What diffusers loads by."""
+        """Index of the pipeline's components, which diffusers reads first."""
         return self.root / "model_index.json"
 
     @property
     def facts(self) -> Path:
-        """What the trainer knows of the model, for its card."""
+        """Facts about the training for the model card."""
         return self.root / "training.json"
 
     @property
     def recipe(self) -> Path:
-        """The options of the training, as `--config` reads them."""
+        """Training options, readable by `--config`."""
         return self.root / "recipe.yaml"
 
     @property
     def metrics(self) -> Path:
-        """The losses of the training, a JSON object a line."""
+        """Training log, JSON lines."""
         return self.root / "metrics.jsonl"
 
     @property
     def card(self) -> Path:
-        """The model card."""
+        """Model card."""
         return self.root / "README.md"
 
     @property
     def samples(self) -> Path:
-        """The picture in the card."""
+        """Sample grid in the model card."""
         return self.root / "samples.png"
 
 
 @dataclass(frozen=True)
 class RunPaths:
-    """What a run of training writes.
+    """Files of a training run.
 
     Args:
-        root: its `output_dir`.
+        root: `output_dir` of the run.
     """
 
     root: Path
 
     @property
     def lock(self) -> Path:
-        """Held by the process that trains here."""
+        """Lock of the training process."""
         return self.root / ".lock"
 
     @property
     def config(self) -> Path:
-        """The complete options of the run."""
+        """Complete options of the run."""
         return self.root / "config.yaml"
 
     @property
     def metrics(self) -> Path:
-        """The losses, a JSON object a line."""
+        """Training log, JSON lines."""
         return self.root / "metrics.jsonl"
 
     @property
     def checkpoints(self) -> Path:
-        """What the run resumes from."""
+        """Training checkpoints, from which a run resumes."""
         return self.root / "checkpoints"
 
     @property
     def model(self) -> ModelPaths:
-        """The portable checkpoint."""
+        """Portable checkpoint of the latest weights."""
         return ModelPaths(self.root / "model")
 
     @property
     def best(self) -> ModelPaths:
-        """The portable checkpoint that measured best so far."""
+        """Portable checkpoint with the best validation result."""
         return ModelPaths(self.root / "best")
 
     @property
     def samples(self) -> Path:
-        """The sample grids."""
+        """Sample grids."""
         return self.root / "samples"
 
     def sample_grid(self, step: int) -> Path:
-        """The grid that was drawn after update `step`."""
+        """Sample grid after update `step`."""
         return self.samples / f"step-{step:08d}.png"
 
     def newest_sample_grid(self) -> Path | None:
-        """The last grid that was drawn, if any."""
+        """Latest sample grid, if any."""
         return max(self.samples.glob("step-*.png"), default=None)
 
     def is_run(self) -> bool:
-        """Whether a run of training has been here."""
+        """Whether the folder belongs to a training run."""
         return self.lock.exists() or any(self.checkpoints.glob("step-*"))

@@ -1,4 +1,4 @@
-"""Pictures: side by side for people, and in files for people and programs."""
+"""Conversion of pixels to PIL images, and image grids."""
 
 import math
 import textwrap
@@ -11,34 +11,37 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 Pixels = npt.NDArray[Any]  # one image, (H, W, C), float in [0, 1]
-# A grid cell is enlarged by whole factors until its longer side has at least this many pixels.
-LEGIBLE_PIXELS = 64
-MOST_PICTURE_CHANNELS = 4
-LONGEST_NAME = 24  # characters of a row's name in a grid
-BACKDROP = (235, 235, 235)
+# Grid cells are enlarged by an integer factor until the longer side has at least this many pixels.
+MIN_CELL_PIXELS = 64
+MAX_PICTURE_CHANNELS = 4
+MAX_NAME_LENGTH = 24  # characters
+BACKGROUND = (235, 235, 235)
 
 
 def quantised(image: Pixels, bit_depth: int) -> Pixels:
-    """Pixels of 8 or 16 bits from pixels in [0, 1]."""
+    """uint8 or uint16 pixels from pixels in [0, 1]."""
     pixels: Pixels = (image * (2**bit_depth - 1)).round()
     return pixels.astype(np.uint16 if bit_depth == 16 else np.uint8)
 
 
 def to_pil(image: Pixels, bit_depth: int = 8) -> Image.Image:
-    """The picture of pixels (H, W, C): L, LA, RGB or RGBA for C = 1, 2, 3, 4.
+    """PIL image from pixels (H, W, C), in mode L, LA, RGB or RGBA for C = 1, 2, 3, 4.
 
     Args:
-        image: in [0, 1]; or uint8, or grey of uint16, which are kept.
-        bit_depth: of what is in [0, 1]; PIL has 16 bits in grey only, and colour gets 8.
+        image: floats in [0, 1], uint8, or uint16 with C = 1.
+        bit_depth: bits per channel for floats; 8 for more than one channel, because PIL has 16 bits
+            only for greyscale.
 
     Raises:
         ValueError: if C > 4.
     """
     num_channels = image.shape[-1]
-    if num_channels > MOST_PICTURE_CHANNELS:
-        raise ValueError(f"a picture has 1 to {MOST_PICTURE_CHANNELS} channels, not {num_channels}")
-    is_whole = image.dtype.kind == "u"
-    pixels = image if is_whole else quantised(image, bit_depth if num_channels == 1 else 8)
+    if num_channels > MAX_PICTURE_CHANNELS:
+        raise ValueError(
+            f"`image` must have 1 to {MAX_PICTURE_CHANNELS} channels, got {num_channels}"
+        )
+    is_quantised = image.dtype.kind == "u"
+    pixels = image if is_quantised else quantised(image, bit_depth if num_channels == 1 else 8)
     return Image.fromarray(pixels[..., 0] if num_channels == 1 else pixels)
 
 
@@ -46,44 +49,44 @@ def image_grid(
     images: Sequence[Image.Image | Pixels | None],
     columns: int | None = None,
     row_names: Sequence[str] | None = None,
-    longest_name: int = LONGEST_NAME,
+    max_name_length: int = MAX_NAME_LENGTH,
 ) -> Image.Image:
-    """One picture of all images, row by row, small ones enlarged without smoothing.
+    """Image grid in row-major order; small images are enlarged without interpolation.
 
     Args:
-        images: of one size: PIL images in any mode, or pixels (H, W, C) in [0, 1]. Transparency is
-            shown over a light grey; of more than four channels, each is a grey tile. None leaves a
-            place empty, but the first.
-        columns: images in a row, by default such that the grid is about square.
-        row_names: written to the left of the rows, such as the names of classes.
-        longest_name: what of those is longer than so many characters is cut.
+        images: PIL images in any mode, or pixels (H, W, C) in [0, 1], all of one size. Transparent
+            images are shown on light grey; with more than four channels, each channel is a grey
+            tile. None leaves a cell empty, except in the first one.
+        columns: images per row; by default the grid is about square.
+        row_names: labels to the left of the rows, such as class names.
+        max_name_length: number of characters after which row names are truncated.
     Returns:
         an RGB image.
     Raises:
         ValueError: if there is no image, or `columns` is not positive.
     """
     if not images:
-        raise ValueError("images is empty: a grid needs at least one image")
+        raise ValueError("`images` must contain at least one image, got none")
     if columns is not None and columns < 1:
-        raise ValueError(f"columns must be at least 1, got {columns}")
+        raise ValueError(f"`columns` must be at least 1, got {columns}")
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
-    cells = {place: _visible(image) for place, image in enumerate(images) if image is not None}
-    factor = max(1, math.ceil(LEGIBLE_PIXELS / max(cells[0].size)))
+    cells = {i: _to_rgb(image) for i, image in enumerate(images) if image is not None}
+    factor = max(1, math.ceil(MIN_CELL_PIXELS / max(cells[0].size)))
     width, height = (side * factor for side in cells[0].size)
     gap = 2
     size = (columns * (width + gap) - gap, rows * (height + gap) - gap)
-    grid = Image.new("RGB", size, BACKDROP)
-    for place, cell in cells.items():
+    grid = Image.new("RGB", size, BACKGROUND)
+    for i, cell in cells.items():
         cell = cell.resize((width, height), Image.Resampling.NEAREST)
-        grid.paste(cell, (place % columns * (width + gap), place // columns * (height + gap)))
+        grid.paste(cell, (i % columns * (width + gap), i // columns * (height + gap)))
     if not row_names:
         return grid
-    return _with_row_names(grid, row_names, height + gap, longest_name)
+    return _with_row_names(grid, row_names, height + gap, max_name_length)
 
 
 def grid_by_row(images: Sequence[Pixels], rows: Sequence[str]) -> Image.Image:
-    """A grid with a row for each name in `rows`, which has that of every image."""
+    """Image grid with one named row per distinct value of `rows`, the row name of each image."""
     by_row: dict[str, list[Pixels | None]] = {}
     for image, name in zip(images, rows, strict=True):
         by_row.setdefault(name, []).append(image)
@@ -93,11 +96,11 @@ def grid_by_row(images: Sequence[Pixels], rows: Sequence[str]) -> Image.Image:
 
 
 def _with_row_names(
-    grid: Image.Image, names: Sequence[str], row_height: int, longest: int
+    grid: Image.Image, names: Sequence[str], row_height: int, max_length: int
 ) -> Image.Image:
-    """The grid with a name, cut where it is long, at the middle of the left of each row."""
+    """The grid with the names in a left margin, vertically centred on the rows."""
     font = ImageFont.load_default(size=14)
-    names = [textwrap.shorten(name, longest, placeholder="...") for name in names]
+    names = [textwrap.shorten(name, max_length, placeholder="...") for name in names]
     margin = math.ceil(max(font.getlength(name) for name in names)) + 12
     picture = Image.new("RGB", (grid.width + margin, grid.height), "white")
     picture.paste(grid, (margin, 0))
@@ -107,23 +110,22 @@ def _with_row_names(
     return picture
 
 
-def _visible(image: Image.Image | Pixels) -> Image.Image:
-    """The image in RGB, as a person would see it."""
+def _to_rgb(image: Image.Image | Pixels) -> Image.Image:
+    """The image as 8-bit RGB."""
     if not isinstance(image, Image.Image):
         height, _, num_channels = image.shape
-        if num_channels > MOST_PICTURE_CHANNELS:
-            image = image.transpose(0, 2, 1).reshape(height, -1, 1)  # its channels side by side
+        if num_channels > MAX_PICTURE_CHANNELS:
+            image = image.transpose(0, 2, 1).reshape(height, -1, 1)  # channels side by side
         image = to_pil(image)
     if image.mode.startswith("I;16"):
-        # Pillow clips 16 bit to 8 instead of scaling.
+        # Pillow converts 16 bits to 8 by clipping.
         return image.point(lambda value: value / 257).convert("L").convert("RGB")
     if image.mode in ("LA", "RGBA"):
-        backdrop = Image.new("RGBA", image.size, (*BACKDROP, 255))
-        return Image.alpha_composite(backdrop, image.convert("RGBA")).convert("RGB")
+        background = Image.new("RGBA", image.size, (*BACKGROUND, 255))
+        return Image.alpha_composite(background, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
 
 
 def is_picture(path: Path) -> bool:
-    """Whether the name is that of a picture that can be written, such as "grid.png"."""
-    kind = Image.registered_extensions().get(path.suffix.lower())
-    return kind in Image.SAVE
+    """Whether the suffix belongs to an image format that Pillow can write, such as "grid.png"."""
+    return Image.registered_extensions().get(path.suffix.lower()) in Image.SAVE

@@ -1,8 +1,8 @@
-"""Randomness that depends on position and not on history.
+"""Counter-based randomness of training: a function of position, not of history.
 
-Which images an update sees, their noise and their time steps are functions of (seed, update, row of
-the batch). A resumed run therefore continues exactly, and a batch is the same batch however many
-processes and accumulation steps share it.
+The images of an update, their noise and their timesteps are functions of (seed, update, row of the
+batch). A resumed run therefore continues exactly, and a global batch does not depend on the number
+of processes and accumulation steps.
 """
 
 import hashlib
@@ -15,18 +15,26 @@ from torch import Tensor
 
 
 def seed_of(*position: int | str) -> int:
-    """A 63-bit seed for a position such as (seed, "noise", step, row); unrelated for neighbours."""
+    """A 63-bit seed, hashed from a position such as (seed, "noise", step, row)."""
     digest = hashlib.blake2b(repr(position).encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1
 
 
 @dataclass(frozen=True)
 class Batches:
-    """The share of one process in every batch, as lists of (epoch, index), one per micro-batch.
+    """Batch sampler for `torch.utils.data.DataLoader`: micro-batches of one process.
 
-    The images form one endless sequence of epochs, each in an order of its own; update `s` takes
-    the next `batch_size` of it, so no epoch ends in a short batch and any update can be started
-    from. A batch sampler for `torch.utils.data.DataLoader`.
+    Yields lists of (epoch, index). The images form an endless sequence of epochs, each with its own
+    permutation, and every update takes the next `batch_size` images. So no batch is smaller than
+    the others, and iteration can start at any update.
+
+    Attributes:
+        num_images: images in an epoch.
+        seed: seed of the permutations.
+        batch_size: images in a global batch, divisible by `num_processes * accumulation`.
+        start, stop: first update, and end of the updates (exclusive).
+        rank, num_processes: this process, and the number of processes.
+        accumulation: micro-batches per update.
     """
 
     num_images: int
@@ -39,53 +47,61 @@ class Batches:
     accumulation: int = 1
 
     def rows(self, micro_step: int) -> range:
-        """Rows of the batch that this process takes in its `micro_step`-th micro-batch."""
+        """Rows of the global batch in the `micro_step`-th micro-batch of this process."""
         size = self.batch_size // (self.num_processes * self.accumulation)
         first = (micro_step * self.num_processes + self.rank) * size
         return range(first, first + size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order_of: dict[int, list[int]] = {}
+        permutations: dict[int, list[int]] = {}
         for step in range(self.start, self.stop):
             for micro_step in range(self.accumulation):
-                places = (step * self.batch_size + row for row in self.rows(micro_step))
+                positions = (step * self.batch_size + row for row in self.rows(micro_step))
                 batch = []
-                for epoch, place in (divmod(p, self.num_images) for p in places):
-                    if epoch not in order_of:
-                        order_of = {e: o for e, o in order_of.items() if e == epoch - 1}
-                        order_of[epoch] = self._order(epoch)
-                    batch.append((epoch, order_of[epoch][place]))
+                for epoch, i in (divmod(position, self.num_images) for position in positions):
+                    if epoch not in permutations:
+                        permutations = {e: p for e, p in permutations.items() if e == epoch - 1}
+                        permutations[epoch] = self._permutation(epoch)
+                    batch.append((epoch, permutations[epoch][i]))
                 yield batch
 
     def __len__(self) -> int:
         return (self.stop - self.start) * self.accumulation
 
-    def _order(self, epoch: int) -> list[int]:
+    def _permutation(self, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(seed_of(self.seed, "order", epoch))
         return torch.randperm(self.num_images, generator=generator).tolist()
 
 
 def timestep_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
-    """What the timesteps of update `step` are drawn from, those of the whole batch at once."""
+    """Generator of the timesteps of the global batch of update `step`."""
     return torch.Generator(device).manual_seed(seed_of(seed, "timesteps", step))
 
 
 def dropped_labels(seed: int, step: int, batch_size: int, share: float, device: Any) -> Tensor:
-    """Which rows of the batch of update `step` do not show their class, (batch_size,) bool."""
+    """Class dropout: mask of the rows of update `step` without class label, (batch_size,) bool.
+
+    Args:
+        seed: the run's seed.
+        step: the update.
+        batch_size: rows of the global batch.
+        share: expected share of rows without class label.
+        device: device of the mask.
+    """
     generator = torch.Generator(device).manual_seed(seed_of(seed, "class dropout", step))
     return torch.rand(batch_size, generator=generator, device=device) < share
 
 
 def noise_of_rows(seed: int, step: int, rows: range, like: Tensor) -> Tensor:
-    """Standard normal noise for some rows of the batch of update `step`.
+    """Standard normal noise for some rows of the global batch of update `step`.
 
     Args:
         seed: the run's seed.
         step: the update.
-        rows: which rows of the whole batch `like` holds.
-        like: the images, (B, C, H, W); gives shape and device.
+        rows: rows of the global batch, one per image of `like`.
+        like: images with the shape and device of the result, (B, C, H, W).
     Returns:
-        float32, shaped like `like`.
+        noise, float32, (B, C, H, W).
     """
     generator = torch.Generator(like.device)
     noise = torch.empty(like.shape, device=like.device)

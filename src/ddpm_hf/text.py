@@ -1,4 +1,4 @@
-"""Text in messages: counts, durations, suggestions, printable names, secrets removed.
+"""Formatting of messages: counts, durations, close matches, printable names, redacted secrets.
 
 Imports only the standard library, so that a wrong path is reported before torch is loaded.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 TOKEN = re.compile(
     r"\b(?:hf_|ghp_|github_pat_|sk-)[A-Za-z0-9_-]{16,}|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)"
 )
-# Of a URL also a user alone, which may be a token, and whatever its query holds.
+# Also the user of a URL, which may be a token, and its query string.
 _SECRETS = (
     (TOKEN, "[hidden]"),
     (re.compile(r"(?<=://)[^/@\s'\"]+(?=@)"), "[hidden]"),
@@ -21,19 +21,19 @@ _SECRETS = (
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """A hint with the close matches, or nothing."""
+    """Hint with close matches, to append to a message; empty without any."""
     close = difflib.get_close_matches(name, list(names), n=3)
     return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
 
 
 def close_paths(text: str) -> str:
-    """A hint with what lies beside a path that does not exist, or nothing."""
+    """Hint with existing paths similar to a missing one; empty without any."""
     path = Path(text).expanduser()
     return did_you_mean(path.name, os.listdir(path.parent) if path.parent.is_dir() else [])
 
 
 def check_local_path(text: str) -> None:
-    """Raises ValueError if `text` can only be a path, no name on the Hub, and nothing is there."""
+    """Raise ValueError if `text` is a local path, not a Hub id, that does not exist."""
     is_local = text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text
     is_pattern = "://" in text or any(char in text for char in "*?[")
     if is_local and not is_pattern and not os.path.exists(os.path.expanduser(text)):
@@ -41,31 +41,31 @@ def check_local_path(text: str) -> None:
 
 
 def public_name(source: str) -> str:
-    """A Hub id as it is; of a local path the last part: where it lies is nobody else's business."""
+    """A Hub id unchanged; for a local path only its last part, to keep private paths out."""
     path = os.path.expanduser(source)
     is_local = os.path.exists(path) or source.count("/") != 1 or source.startswith((".", "/", "~"))
     return os.path.basename(os.path.abspath(path)) if is_local else source
 
 
 def without_secrets(text: str) -> str:
-    """`text` without the passwords and tokens in it."""
+    """`text` with passwords and tokens replaced by "[hidden]"."""
     for pattern, replacement in _SECRETS:
         text = pattern.sub(replacement, text)
     return text
 
 
 def printable(name: str) -> str:
-    r"""A file's name as UTF-8; bytes that are none become \xNN."""
+    r"""File name as valid UTF-8, with invalid bytes as \xNN."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:
-    """A number of things: "1 image", "2,000 images"."""
+    """Number and noun: "1 image", "2,000 images"."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: "45 s", "12 min", "3 h 20 min"."""
+    """Readable duration: "45 s", "12 min", "3 h 20 min"."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

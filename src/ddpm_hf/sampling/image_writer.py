@@ -23,7 +23,7 @@ from ddpm_hf.diffusion.atomic_files import (
 )
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 from ddpm_hf.locks import exclusive_folder
-from ddpm_hf.pictures import MOST_PICTURE_CHANNELS, grid_by_row, image_grid, is_picture, to_pil
+from ddpm_hf.pictures import MAX_PICTURE_CHANNELS, grid_by_row, image_grid, is_picture, to_pil
 from ddpm_hf.sampling.image_reader import (
     OPTIONS_NAME,
     Array,
@@ -172,7 +172,7 @@ def _kept_as(output: Path, unet: UNet2DModel) -> str:
     bit_depth, num_channels = bit_depth_of(unet), unet.config.in_channels
     if suffix == ".npz":
         return f"uint{bit_depth}"
-    if num_channels > MOST_PICTURE_CHANNELS:
+    if num_channels > MAX_PICTURE_CHANNELS:
         raise ValueError(
             f"{output}: no picture file holds the {num_channels} channels of this model; choose an "
             "output that ends in .npz or .npy (or in .png, for a grid to look at)"
