@@ -1,13 +1,13 @@
 """DDPM for the Hugging Face ecosystem.
 
-Public names load on first use, so that `ddpm-hf --help` imports no torch.
+Public names are imported on first use, so that `ddpm-hf --help` does not import torch.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ddpm_hf.calibration import calibrate
+    from ddpm_hf.calibration import Calibration, calibrate
     from ddpm_hf.data import DataError
     from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
     from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from ddpm_hf.hub.load import load
     from ddpm_hf.hub.push import push
     from ddpm_hf.hub.retry import HubError
-    from ddpm_hf.likelihood import bits_per_dim
-    from ddpm_hf.losses import simple_loss
+    from ddpm_hf.likelihood import BitsPerDim, bits_per_dim
+    from ddpm_hf.losses import hybrid_loss, simple_loss, vlb_loss
+    from ddpm_hf.sampling import draw_to, save_drawn
     from ddpm_hf.training import (
         CheckpointError,
         ConfigError,
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "BitsPerDim",
+    "Calibration",
     "CheckpointError",
     "ConfigError",
     "DataError",
@@ -41,14 +44,20 @@ __all__ = [
     "bits_per_dim",
     "calibrate",
     "compare",
+    "draw_to",
     "evaluate",
+    "hybrid_loss",
     "load",
     "push",
+    "save_drawn",
     "simple_loss",
     "train",
+    "vlb_loss",
 ]
 
-_HOME_OF = {
+_MODULES = {
+    "BitsPerDim": "likelihood",
+    "Calibration": "calibration",
     "CheckpointError": "training",
     "ConfigError": "training",
     "DataError": "data",
@@ -61,18 +70,22 @@ _HOME_OF = {
     "bits_per_dim": "likelihood",
     "calibrate": "calibration",
     "compare": "evaluation.compare",
+    "draw_to": "sampling",
     "evaluate": "evaluation.evaluate",
+    "hybrid_loss": "losses",
     "load": "hub.load",
     "push": "hub.push",
+    "save_drawn": "sampling",
     "simple_loss": "losses",
     "train": "training",
+    "vlb_loss": "losses",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"ddpm_hf.{_HOME_OF[name]}"), name)
+    return getattr(import_module(f"ddpm_hf.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:
