@@ -1,0 +1,376 @@
+"""Editing functions: for Gaussian data and its exact denoiser, the law of each is a closed form."""
+
+import math
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from torch import Tensor
+
+from ddpm_hf import GaussianDDPMScheduler
+from ddpm_hf.diffusion.editing import (
+    conjugate_gradients,
+    expected_gain,
+    image_to_image,
+    inpaint,
+    interpolate,
+    invert,
+    lanczos_square_root,
+    repaint_schedule,
+    slerp,
+)
+
+T = 1000
+ALPHA_BAR = (1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64)).cumprod(0)
+NUM_VALUES, NUM_SAMPLES = 8, 20_000
+# An AR(1) vector of 8 values; the outer pairs are known.
+COVARIANCE = 0.9 ** (torch.arange(8)[:, None] - torch.arange(8)).abs().double()
+KNOWN, DRAWN = [0, 1, 6, 7], [2, 3, 4, 5]
+OBSERVED = torch.tensor([1.5, 1.0, -1.2, -0.5], dtype=torch.float64)
+
+
+def scheduler(**config) -> GaussianDDPMScheduler:
+    defaults = {"clip_sample": False, "timestep_spacing": "linspace", "prediction_type": "sample"}
+    return GaussianDDPMScheduler(**defaults | config)
+
+
+def wiener(covariance: Tensor) -> Tensor:
+    """The matrices W_t of the exact denoiser E[x_0 | x_t] = W_t x_t, (T, d, d)."""
+    identity = torch.eye(len(covariance), dtype=torch.float64)
+    alpha_bar = ALPHA_BAR[:, None, None]
+    noisy = alpha_bar * covariance + (1 - alpha_bar) * identity
+    return alpha_bar.sqrt() * covariance @ torch.linalg.inv(noisy)
+
+
+def exact_denoiser(covariance: Tensor):
+    matrices = wiener(covariance)
+    return lambda x_t, t: x_t @ matrices[int(t[0])].mT
+
+
+def conditional() -> tuple[Tensor, Tensor]:
+    """Mean and covariance of the drawn values given the known ones."""
+    cross = COVARIANCE[DRAWN][:, KNOWN] @ torch.linalg.inv(COVARIANCE[KNOWN][:, KNOWN])
+    return cross @ OBSERVED, COVARIANCE[DRAWN][:, DRAWN] - cross @ COVARIANCE[KNOWN][:, DRAWN]
+
+
+def kl_from_conditional(mean: Tensor, covariance: Tensor) -> float:
+    target_mean, target = conditional()
+    precision, gap = torch.linalg.inv(target), target_mean - mean
+    log_ratio = torch.logdet(target) - torch.logdet(covariance)
+    return ((precision @ covariance).trace() + gap @ precision @ gap - 4 + log_ratio).item() / 2
+
+
+def repaint_law(
+    num_steps: int, jump_length: int, jump_n_sample: int, eta: float, x_0_mse: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of RePaint's result, by recursion over its visiting order.
+
+    The visiting order is restated from 2201.09865, appendix B: after its first visit a position
+    that is a multiple of `jump_length` is left upwards `jump_n_sample` - 1 times.
+    """
+    t = torch.linspace(0, T - 1, num_steps).round().long()
+    matrices, identity = wiener(COVARIANCE), torch.eye(NUM_VALUES, dtype=torch.float64)
+    known = torch.zeros(NUM_VALUES, dtype=torch.float64)
+    known[KNOWN] = 1
+    x_0 = torch.zeros(NUM_VALUES, dtype=torch.float64)
+    x_0[KNOWN] = OBSERVED
+    mean, covariance = torch.zeros(NUM_VALUES, dtype=torch.float64), identity
+    repeats = {p: jump_n_sample - 1 for p in range(0, num_steps - jump_length, jump_length)}
+    level = num_steps  # x is at position `level` - 1; 0 is the clean image
+    while level > 0:
+        position = level - 1
+        bar = ALPHA_BAR[t[position]]
+        prev = ALPHA_BAR[t[position - 1]] if position else torch.ones((), dtype=torch.float64)
+        beta = 1 - bar / prev
+        var = eta**2 * (1 - prev) / (1 - bar) * beta
+        coef_x_t = ((1 - prev - var) / (1 - bar)).clamp(min=0).sqrt()
+        coef_x_0 = prev.sqrt() - coef_x_t * bar.sqrt()
+        if x_0_mse is not None:
+            var = var + coef_x_0**2 * x_0_mse[t[position]]
+        step = coef_x_0 * matrices[t[position]] + coef_x_t * identity
+        var = var * (position > 0)
+        mean, covariance = step @ mean, step @ covariance @ step.mT + var * identity
+        mean = (1 - known) * mean + known * prev.sqrt() * x_0
+        hide = torch.diag(1 - known)
+        covariance = hide @ covariance @ hide + torch.diag(known) * (1 - prev)
+        level = position
+        if repeats.get(position, 0):
+            repeats[position] -= 1
+            for up in range(position, position + jump_length):
+                before = ALPHA_BAR[t[up - 1]] if up else torch.ones((), dtype=torch.float64)
+                alpha = ALPHA_BAR[t[up]] / before
+                mean, covariance = alpha.sqrt() * mean, alpha * covariance + (1 - alpha) * identity
+            level = position + jump_length
+    return mean[DRAWN], covariance[DRAWN][:, DRAWN]
+
+
+def drawn_law(samples: Tensor) -> tuple[Tensor, Tensor]:
+    return samples[:, DRAWN].mean(0), torch.cov(samples[:, DRAWN].mT)
+
+
+def problem(num_samples: int = NUM_SAMPLES) -> tuple[Tensor, Tensor]:
+    x_0 = torch.zeros(num_samples, NUM_VALUES, dtype=torch.float64)
+    x_0[:, KNOWN] = OBSERVED
+    mask = torch.ones(NUM_VALUES)
+    mask[KNOWN] = 0
+    return x_0, mask
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+def exact_x_0_mse() -> Tensor:
+    """m_t of the exact denoiser: the mean variance of x_0 given x_t."""
+    alpha_bar = ALPHA_BAR[:, None, None]
+    posterior = COVARIANCE - alpha_bar.sqrt() * wiener(COVARIANCE) @ COVARIANCE
+    return posterior.diagonal(dim1=1, dim2=2).mean(1)
+
+
+@pytest.mark.parametrize(
+    ("is_calibrated", "want"),
+    [(False, {1: 0.648, 5: 0.283, 10: 0.305}), (True, {1: 0.648, 5: 0.103, 10: 0.049})],
+)
+def test_the_recursion_gives_the_known_divergences_of_repaint(is_calibrated, want):
+    mse = exact_x_0_mse() if is_calibrated else None
+    found = {r: kl_from_conditional(*repaint_law(50, 1, r, 1.0, mse)) for r in want}
+    assert found == pytest.approx(want, abs=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "jump_length", "jump_n_sample", "eta", "is_calibrated"),
+    [(50, 1, 1, 1.0, False), (20, 1, 5, 1.0, True), (20, 5, 3, 1.0, False), (20, 3, 2, 0.5, False)],
+)
+def test_repaint_samples_the_law_of_its_recursion(
+    num_steps, jump_length, jump_n_sample, eta, is_calibrated, generator
+):
+    mse = exact_x_0_mse() if is_calibrated else None
+    x_0, mask = problem()
+    samples = inpaint(
+        exact_denoiser(COVARIANCE), scheduler(x_0_mse=mse), x_0, mask, method="repaint",
+        num_inference_steps=num_steps, jump_length=jump_length, jump_n_sample=jump_n_sample,
+        eta=eta, generator=generator, progress=False,
+    )  # fmt: skip
+    mean, covariance = drawn_law(samples)
+    want_mean, want = repaint_law(num_steps, jump_length, jump_n_sample, eta, mse)
+    # z bound of 5 for 4 means and 16 covariances of Gaussian samples
+    torch.testing.assert_close(
+        mean, want_mean, rtol=0, atol=5 * (want.diagonal().max() / NUM_SAMPLES).sqrt().item()
+    )
+    scale = (want.diagonal()[:, None] * want.diagonal()).sqrt().max().item()
+    torch.testing.assert_close(covariance, want, rtol=0, atol=5 * scale * (2 / NUM_SAMPLES) ** 0.5)
+
+
+def test_the_covariance_method_samples_the_true_conditional_in_ten_steps(generator):
+    x_0, mask = problem()
+    samples = inpaint(
+        exact_denoiser(COVARIANCE), scheduler(), x_0, mask, num_inference_steps=10,
+        generator=generator, progress=False,
+    )  # fmt: skip
+    # The KL of sample moments is chi-square/2N with 14 parameters; beta~ alone gives 0.904.
+    assert kl_from_conditional(*drawn_law(samples)) < 3 * 14 / 2 / NUM_SAMPLES
+
+
+@pytest.mark.parametrize("method", ["covariance", "repaint"])
+def test_known_values_come_back_bit_by_bit_in_the_dtype_of_the_image(method, generator):
+    x_0, mask = problem(3)
+    x_0 = x_0.float()
+    samples = inpaint(
+        lambda x_t, t: 0.5 * x_t, scheduler(), x_0, mask, method=method, num_inference_steps=5,
+        jump_length=2, jump_n_sample=2, generator=generator, progress=False,
+    )  # fmt: skip
+    assert samples.dtype == torch.float32
+    assert torch.equal(samples[:, KNOWN], x_0[:, KNOWN])
+    assert not torch.equal(samples[:, DRAWN], x_0[:, DRAWN])
+
+
+@pytest.mark.parametrize("method", ["covariance", "repaint"])
+def test_a_sample_depends_on_its_generator_and_not_on_its_batch(method):
+    x_0, mask = problem(4)
+
+    def sample(rows: slice) -> Tensor:
+        seeds = range(4)[rows]
+        return inpaint(
+            exact_denoiser(COVARIANCE), scheduler(), x_0[rows], mask, method=method,
+            num_inference_steps=6, jump_length=2, jump_n_sample=2, progress=False,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        )  # fmt: skip
+
+    torch.testing.assert_close(sample(slice(2, 3)), sample(slice(4))[2:3], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_every_prediction_type_inpaints_alike(prediction_type):
+    matrices = wiener(COVARIANCE)
+
+    def denoiser(x_t, t):
+        x_0, bar = x_t @ matrices[int(t[0])].mT, ALPHA_BAR[int(t[0])]
+        eps = (x_t - bar.sqrt() * x_0) / (1 - bar).sqrt()
+        v = bar.sqrt() * eps - (1 - bar).sqrt() * x_0
+        return {"epsilon": eps, "sample": x_0, "v_prediction": v}[prediction_type]
+
+    def sample(denoiser, kind):
+        x_0, mask = problem(2)
+        return inpaint(
+            denoiser, scheduler(prediction_type=kind), x_0, mask, num_inference_steps=6,
+            generator=torch.Generator().manual_seed(1), progress=False,
+        )  # fmt: skip
+
+    want = sample(exact_denoiser(COVARIANCE), "sample")
+    torch.testing.assert_close(sample(denoiser, prediction_type), want, rtol=1e-6, atol=1e-6)
+
+
+def test_the_visiting_order_of_repaint_repeats_every_part():
+    assert repaint_schedule(4, 2, 2) == [3, 2, 1, 0, 1, 2, 1, 0]
+    assert repaint_schedule(5, 10, 10) == [4, 3, 2, 1, 0]
+    assert repaint_schedule(3, 1, 3) == [2, 1, 2, 1, 2, 1, 0, 1, 0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.zeros(8), r"`mask` is empty.*1 where values are drawn"),
+        (torch.ones(8), r"`mask` is full"),
+        (torch.full((8,), 0.5), r"`mask` must hold 0 \(known\) and 1 \(drawn\) only"),
+        (torch.ones(7), r"`mask` of shape \(7,\) does not broadcast to `x_0`, \(3, 8\)"),
+    ],
+)
+def test_a_mask_that_cannot_be_used_is_refused(mask, message):
+    with pytest.raises(ValueError, match=message):
+        inpaint(lambda x_t, t: x_t, scheduler(), torch.zeros(3, 8), mask, progress=False)
+
+
+def test_other_bad_arguments_are_refused_with_the_choices():
+    x_0, mask = problem(2)
+    with pytest.raises(ValueError, match=r"covariance.*repaint.*'patch'"):
+        inpaint(lambda x_t, t: x_t, scheduler(), x_0, mask, method="patch")
+    with pytest.raises(TypeError, match="DPMSolverMultistepScheduler"):
+        inpaint(lambda x_t, t: x_t, DPMSolverMultistepScheduler(), x_0, mask)
+    with pytest.raises(ValueError, match=r"`denoiser` returned a tensor without gradient"):
+        inpaint(lambda x_t, t: x_t.detach(), scheduler(), x_0, mask, num_inference_steps=3)
+
+
+# Krylov methods -------------------------------------------------------------------------------
+
+
+def positive_matrices(batch: int, dim: int) -> Tensor:
+    roots = torch.randn(batch, dim, dim, dtype=torch.float64, generator=torch.manual_seed(2))
+    return roots @ roots.mT + 0.1 * torch.eye(dim, dtype=torch.float64)
+
+
+def test_conjugate_gradients_solve_every_system_of_the_batch():
+    matrices, target = positive_matrices(3, 6), torch.randn(3, 6, dtype=torch.float64)
+    target[1] = 0
+    solution = conjugate_gradients(lambda x: (matrices @ x[..., None])[..., 0], target, 6)
+    torch.testing.assert_close(solution, torch.linalg.solve(matrices, target), rtol=1e-6, atol=1e-8)
+
+
+def test_lanczos_applies_the_matrix_square_root():
+    matrices, noise = positive_matrices(3, 6), torch.randn(3, 6, dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(matrices)
+    root = vectors @ torch.diag_embed(values.sqrt()) @ vectors.mT
+    product = lanczos_square_root(lambda x: (matrices @ x[..., None])[..., 0], noise, 6)
+    torch.testing.assert_close(product, (root @ noise[..., None])[..., 0], rtol=1e-6, atol=1e-8)
+
+
+def test_lanczos_stops_where_the_krylov_space_ends():
+    noise = torch.randn(2, 5, dtype=torch.float64)
+    torch.testing.assert_close(lanczos_square_root(lambda x: 4 * x, noise, 5), 2 * noise)
+
+
+# Image to image, inversion, interpolation -----------------------------------------------------
+
+
+def gaussian_denoiser(std: float):
+    def denoiser(x_t, t):
+        bar = ALPHA_BAR[int(t[0])]
+        return bar.sqrt() * std**2 / (bar * std**2 + 1 - bar) * x_t
+
+    return denoiser
+
+
+@pytest.mark.parametrize(
+    ("strength", "eta", "gain"),
+    [(0.25, 1.0, 0.216), (0.5, 1.0, 0.021), (0.25, 0.0, 0.463), (0.5, 0.0, 0.144)],
+)
+def test_image_to_image_keeps_the_expected_share_of_the_guide(strength, eta, gain, generator):
+    assert expected_gain(scheduler(), strength=strength, eta=eta) == pytest.approx(gain, abs=5e-4)
+    guide = torch.ones(2000, 1, dtype=torch.float64)
+    images = image_to_image(
+        gaussian_denoiser(0.5), scheduler(), guide, strength=strength, eta=eta,
+        generator=generator, progress=False,
+    )  # fmt: skip
+    assert images.mean().item() == pytest.approx(gain, abs=4 * 0.5 / math.sqrt(2000))
+
+
+def test_log_snr_and_strength_name_the_same_start():
+    ours = scheduler()
+    log_snr = ours.log_snr(500, torch.float64).item()
+    by_log_snr = expected_gain(ours, log_snr=log_snr)
+    assert by_log_snr == expected_gain(ours, strength=0.501)
+    with pytest.raises(ValueError, match="`strength` or `log_snr`, not both"):
+        expected_gain(ours, strength=0.5, log_snr=0.0)
+
+
+@pytest.mark.parametrize("strength", [0.0, 1.5, -0.1, float("nan")])
+def test_a_strength_out_of_range_is_refused_with_the_value(strength):
+    with pytest.raises(ValueError, match=rf"strength.*\(0, 1\].*{strength:g}"):
+        image_to_image(gaussian_denoiser(0.5), scheduler(), torch.zeros(1, 1), strength=strength)
+
+
+def test_a_strength_below_one_step_is_refused_with_the_least_strength():
+    with pytest.raises(ValueError, match=r"`strength` 0.05 of 10 steps.*at least 0.1"):
+        image_to_image(
+            gaussian_denoiser(0.5), scheduler(), torch.zeros(1, 1), strength=0.05,
+            num_inference_steps=10,
+        )  # fmt: skip
+
+
+def test_inversion_and_ddim_reconstruct_the_image_and_the_noise_is_standard_normal(generator):
+    x_0 = 0.5 * torch.randn(4000, 1, dtype=torch.float64, generator=generator)
+    noise = invert(gaussian_denoiser(0.5), scheduler(), x_0, progress=False)
+    assert noise.std().item() == pytest.approx(1, abs=0.05)
+    x_t, ours = noise, scheduler()
+    ours.set_timesteps(T)
+    for t in ours.timesteps:
+        x_t = ours.step(gaussian_denoiser(0.5)(x_t, t[None]), t, x_t, eta=0.0).prev_sample
+    # A solver of first order: the error is proportional to 1/K and to the image.
+    torch.testing.assert_close(x_t, x_0, rtol=7e-3, atol=0)
+
+
+def test_the_midpoint_of_independent_noise_has_standard_deviation_one(generator):
+    a, b = (torch.randn(16, 3, 32, 32, generator=generator) for _ in range(2))
+    middle = slerp(a, b, 0.5)
+    assert middle.std(dim=(1, 2, 3)) == pytest.approx([1.0] * 16, abs=0.05)
+    assert ((a + b) / 2).std().item() == pytest.approx(0.707, abs=0.01)
+    torch.testing.assert_close(slerp(a, b, 0.0), a)
+    torch.testing.assert_close(slerp(a, b, torch.ones(16)), b)
+    torch.testing.assert_close(slerp(a, a, 0.3), a)
+
+
+def test_slerp_turns_each_image_by_its_own_angle():
+    a = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    b = torch.tensor([[0.0, 1.0], [-1.0, 1.0]])
+    middle = slerp(a, b, 0.5)
+    torch.testing.assert_close(middle[:1], slerp(a[:1], b[:1], 0.5))
+    torch.testing.assert_close(middle[1:], slerp(a[1:], b[1:], 0.5))
+
+
+def test_interpolation_ends_at_both_images(generator):
+    a, b = 0.5 * torch.randn(2, 1, 4, 4, dtype=torch.float64, generator=generator)
+    images = interpolate(
+        gaussian_denoiser(0.5), scheduler(), a, b, 5, num_inference_steps=200, progress=False
+    )
+    assert images.shape == (5, 1, 4, 4)
+    torch.testing.assert_close(images[0], a, rtol=0.035, atol=0)  # five times that of 1,000 steps
+    torch.testing.assert_close(images[-1], b, rtol=0.035, atol=0)
+
+
+def test_a_stock_ddim_scheduler_edits_too():
+    stock = DDIMScheduler(prediction_type="sample", clip_sample=False)
+    x_0 = torch.zeros(2, 1, dtype=torch.float64)
+    images = image_to_image(
+        gaussian_denoiser(0.5), stock, x_0, num_inference_steps=10, eta=0.0, progress=False
+    )
+    assert images.isfinite().all()
