@@ -39,7 +39,7 @@ FLOORS = (
 UPWARD = {"diffusion.portable_checkpoint -> hub.card"}
 # What travels with the weights may rely on nothing that a reader with stock diffusers lacks.
 TRAVELLERS = sorted((SOURCE / "diffusion").glob("*"))
-TRAVEL_WITH = {"torch", "numpy", "PIL", "diffusers", "huggingface_hub", "safetensors"}
+TRAVEL_WITH = {"torch", "numpy", "PIL", "diffusers", "huggingface_hub", "safetensors", "tqdm"}
 
 
 def module_name(path: Path) -> str:
