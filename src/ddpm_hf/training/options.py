@@ -51,7 +51,7 @@ class DataOptions(Options):
     class_column: str | None = option(
         None,
         "column of the class labels (default: the declared label column, or the sub-folders of a "
-        "folder); implies class_conditional",
+        "folder); implies `class_conditional`",
     )
     crop: Literal["center", "random", "none"] = option(
         "center",
@@ -127,7 +127,7 @@ class OptimizationOptions(Options):
     timestep_sampling: Literal["uniform", "low_discrepancy", "loss_second_moment"] = option(
         "uniform",
         "timesteps of a batch: independent, evenly spaced, or sampled in proportion to the loss "
-        "(for objective vlb)",
+        "(for `objective` vlb)",
     )
     class_dropout: float = option(
         0.1,
@@ -207,7 +207,7 @@ class ValidationOptions(Options):
         "such as 0.05, which is then held out of training (default: no validation)",
     )
     validation_steps: int | None = option(
-        None, "updates between two validations (default: checkpointing_steps)", minimum=1
+        None, "updates between two validations (default: `checkpointing_steps`)", minimum=1
     )
     validation_images: int = option(
         64, "number of validation images, the same at every validation", minimum=2
@@ -232,7 +232,7 @@ class PeriodicEvaluationOptions(Options):
         minimum=1,
     )
     evaluate_num_images: int = option(
-        256, "number of images generated for it, in sample_inference_steps steps", minimum=4
+        256, "number of images generated for it, in `sample_inference_steps` steps", minimum=4
     )
     evaluate_features: str | None = option(
         None,
