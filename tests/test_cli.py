@@ -1,8 +1,10 @@
 """The command line in this process: what it writes, and what it says to bad input."""
 
+import inspect
 import json
-import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -12,9 +14,18 @@ from PIL import Image
 
 from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler
 from ddpm_hf.cli import main, run_command
-from ddpm_hf.commands.messages import flag_speller, flags_in_messages
+from ddpm_hf.commands.messages import command_messages
 from ddpm_hf.data import ImageFacts
 from ddpm_hf.diffusion.image_processor import size_multiple
+from ddpm_hf.option_parser import parse_options
+from ddpm_hf.options import (
+    REQUIRED,
+    OptionError,
+    Options,
+    flags_in_message,
+    option,
+    takes_options,
+)
 from ddpm_hf.pictures import image_grid
 from ddpm_hf.text import counted
 from ddpm_hf.training import ConfigError, TrainingError, build_unet, parse_config
@@ -301,34 +312,118 @@ def test_the_end_of_a_command_is_one_line(error, status, said, capsys):
     assert capsys.readouterr().err.strip().endswith(said)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Source(Options):
+    folder: Path = option(REQUIRED, "where", is_positional=True, is_path=True, metavar="FOLDER")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command(Source):
+    num_images: int = option(16, "number of images", minimum=1)
+    eta: float | None = option(None, "noise", minimum=0, maximum=1)
+    class_labels: list[str] | None = option(None, "classes", metavar="CLASS")
+    interval: tuple[float, float] | None = option(None, "range", metavar=("LOW", "HIGH"))
+    bit_depth: Literal[8, 16] | None = option(None, "95 % of images have 8 bits")
+    use_safetensors: bool = option(True, "load pickled weights", flag="--allow-pickle")
+    overwrite: bool = option(False, "replace `folder`; see `num_images`")
+    compile: bool | None = option(None, "compile the network")
+
+
+def parsed(*argv):
+    return parse_options(Command, argv, prog="command", usage="FOLDER", description="text")
+
+
 @pytest.mark.parametrize(
-    ("python", "command_line"),
+    ("argv", "values"),
     [
-        ("max_train_steps must be at least 1", "--max-train-steps must be at least 1"),
-        ("eta must be in [0, 1], got 2", "--eta must be in [0, 1], got 2"),
-        ("eta=2.0: it has no eta", "--eta 2.0: it has no eta"),
-        ("pass max_train_steps=9 or eta=0.", "pass --max-train-steps 9 or --eta 0."),
-        ("(max_train_steps: 1 -> 2)", "(--max-train-steps: 1 -> 2)"),
-        ("unet.config.max_train_steps stays", "unet.config.max_train_steps stays"),
-        (
-            "'max_train_steps' and my_max_train_steps_2",
-            "'max_train_steps' and my_max_train_steps_2",
-        ),
-        ("runs/max_train_steps/x", "runs/max_train_steps/x"),
-        ("a beta and an eta", "a beta and an eta"),
+        ([], {}),
+        (["--num-images", "3", "--eta", "1"], {"num_images": 3, "eta": 1.0}),
+        (["--class-labels", "cat", "7"], {"class_labels": ["cat", "7"]}),
+        (["--interval", "-3", "4"], {"interval": (-3.0, 4.0)}),
+        (["--bit_depth", "16"], {"bit_depth": 16}),
+        (["--allow-pickle", "--overwrite"], {"use_safetensors": False, "overwrite": True}),
+        (["--overwrite", "false", "--compile=no"], {"compile": False}),
+        (["--no-overwrite", "--no-compile"], {"compile": False}),
+    ],
+)
+@pytest.mark.parametrize("is_first", [True, False], ids=["folder first", "folder last"])
+def test_a_command_line_is_parsed_into_the_dataclass_of_options(argv, values, is_first):
+    if not is_first and "--class-labels" in argv:
+        pytest.skip("the labels end with the command line")
+    words = ["~/x", *argv] if is_first else [*argv, "~/x"]
+    assert parsed(*words) == Command(folder="~/x", **values)
+    assert parsed(*words).folder == Path.home() / "x"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--num-images", "0"], "--num-images must be at least 1, got 0"),
+        (["--eta", "1.5"], "--eta must be at most 1, got 1.5"),
+        (["--eta", "nan"], "--eta must be at least 0, got nan"),
+        (["--bit-depth", "12"], "--bit-depth must be one of [8, 16], got '12'"),
+    ],
+)
+def test_the_dataclass_checks_the_values_of_the_command_line(argv, message):
+    with pytest.raises(OptionError) as caught:
+        parsed("x", *argv)
+    assert flags_in_message(str(caught.value), Command) == message
+
+
+@pytest.mark.parametrize("argv", [[], ["x", "y"], ["x", "--num", "1"], ["x", "--num-images", "a"]])
+def test_missing_and_unknown_arguments_end_with_status_2(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parsed(*argv)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith("usage: command FOLDER")
+
+
+def test_the_help_shows_dashed_flags_choices_and_defaults(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parsed("--help")
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for part in (
+        "--num-images N number of images (default: 16)",
+        "--interval LOW HIGH range",
+        "--bit-depth {8,16} 95 % of images have 8 bits",
+        "--overwrite replace FOLDER; see --num-images",
+        "--compile, --no-compile compile the network",
+        "--allow-pickle load pickled weights",
+    ):
+        assert part in text
+    assert "_" not in text
+
+
+@pytest.mark.parametrize(
+    ("message", "with_flags"),
+    [
+        ("`num_images` must be at least 1", "--num-images must be at least 1"),
+        ("pass `use_safetensors=False`", "pass --allow-pickle"),
+        ("`overwrite=True` or `compile`", "--overwrite or --compile"),
+        ("choose another `folder`", "choose another FOLDER"),
+        ("num_images and `unknown`", "num_images and `unknown`"),
         ("", ""),
     ],
 )
-def test_what_python_calls_an_argument_the_command_line_calls_a_flag(python, command_line):
-    names = ("eta", "max_train_steps")
-    assert flag_speller(names)(python) == command_line
-    with pytest.raises(ConfigError, match=f"^{re.escape(command_line)}$"), flags_in_messages(names):
-        raise ConfigError(python)
+def test_options_in_backticks_become_flags(message, with_flags):
+    assert flags_in_message(message, Command) == with_flags
+    with pytest.raises(ConfigError) as caught, command_messages(Command):
+        raise ConfigError(message)
+    assert str(caught.value) == with_flags
 
 
-@pytest.mark.parametrize("message", ["", "eta=2 is left alone"])
-def test_without_option_names_messages_stay(message):
-    assert flag_speller([])(message) == message
+def test_python_functions_show_the_options_in_their_signature():
+    @takes_options(Command)
+    def function(folder, **options):
+        return Command.from_keywords(folder=folder, **options)
+
+    parameters = inspect.signature(function).parameters
+    assert parameters["num_images"].default == 16
+    assert list(parameters)[:2] == ["folder", "num_images"]
+    assert function("x", eta=1) == Command(folder="x", eta=1.0)
+    with pytest.raises(TypeError, match="'num_image'; did you mean num_images"):
+        function("x", num_image=1)
 
 
 def test_training_errors_name_flags(capsys):

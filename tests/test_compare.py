@@ -18,7 +18,7 @@ from ddpm_hf.cli import main
 from ddpm_hf.data import ImageFacts
 from ddpm_hf.evaluation import compare, measurement
 from ddpm_hf.sampling import open_drawn, sharded_sampling
-from ddpm_hf.sampling.sampler_choice import change_scheduler, sampled_by
+from ddpm_hf.sampling.sampler_choice import build_scheduler, sampled_by
 from ddpm_hf.scheduler_spec import SchedulerSpec
 
 SIZE = 8
@@ -235,7 +235,7 @@ def test_karras_sigmas_are_refused_where_they_would_be_of_almost_pure_noise():
     pipeline = SimpleNamespace(scheduler=GaussianDDPMScheduler(beta_schedule="squaredcos_cap_v2"))
     own = pipeline.scheduler
     with pytest.raises(ValueError, match="almost pure noise"):
-        change_scheduler(pipeline, karras)
+        build_scheduler(pipeline, karras)
     assert pipeline.scheduler is own
     pipeline.scheduler = GaussianDDPMScheduler()  # linear
     with sampled_by(pipeline, karras):

@@ -17,6 +17,7 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 FLOORS = (
     {
         "diffusion",
+        "digests",
         "locks",
         "option_parser",
         "options",

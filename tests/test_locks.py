@@ -9,7 +9,7 @@ import pytest
 
 from ddpm_hf.cli import main
 from ddpm_hf.locks import FOLDER_LOCK, InUseError, exclusive_folder, hold_lock
-from ddpm_hf.sampling.image_writer import parts_of
+from ddpm_hf.sampling.image_writer import batch_folder
 from ddpm_hf.shared_work import distributed_state
 
 
@@ -29,7 +29,7 @@ def reserve(folder):
 )
 def test_a_command_reports_an_output_in_use_before_it_loads_anything(command, tmp_path, capsys):
     output = tmp_path / "out"
-    with reserve(parts_of(output) if command[0] == "sample" else output):
+    with reserve(batch_folder(output) if command[0] == "sample" else output):
         assert main([*command, "--output", str(output)]) == 2
     message = capsys.readouterr().err
     assert f"{output} is in use by process {os.getpid()}; wait for it, or choose another" in message

@@ -1,4 +1,4 @@
-"""`ddpm-hf sample`: every kind of model, every scheduler, every form of the images."""
+"""`ddpm-hf sample`: kinds of models, schedulers, file formats and error messages."""
 
 from pathlib import Path
 
@@ -12,9 +12,9 @@ from PIL import Image
 
 from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler
 from ddpm_hf.cli import main
-from ddpm_hf.commands.sample_options import output_path
 from ddpm_hf.pictures import quantised
 from ddpm_hf.sampling import draw_images
+from ddpm_hf.sampling.options import OutputOptions
 from ddpm_hf.scheduler_spec import SCHEDULERS
 
 T = 60
@@ -52,7 +52,7 @@ def image_of(mode, bit_depth=8):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Folders of models by what their images are."""
+    """Folders of models by the kind of their images."""
     root = tmp_path_factory.mktemp("models")
     classes = {"image": image_of("RGB"), "class_names": ["cat", "7"]}
     unets = {
@@ -71,13 +71,13 @@ def sample(model, *options, steps="2"):
     assert main(["sample", str(model), "--num-inference-steps", steps, *options]) == 0
 
 
-def refused(capsys, model, *options):
-    """The error line of a command that bad input ends."""
+def error_of(capsys, model, *options):
+    """The error line of a command with invalid options."""
     assert main(["sample", str(model), *options]) == 2
     return capsys.readouterr().err.strip().splitlines()[-1]
 
 
-@pytest.mark.filterwarnings("ignore:PNG gets 8 of the 16 bits")
+@pytest.mark.filterwarnings("ignore:PNG files keep 8")
 @pytest.mark.parametrize(
     ("kind", "mode"),
     [
@@ -88,7 +88,7 @@ def refused(capsys, model, *options):
         ("16-bit RGB", "RGB"),
     ],
 )
-def test_every_model_fills_a_folder_of_pictures_and_arrays(models, tmp_path, kind, mode):
+def test_image_files_and_arrays_hold_the_pixels_of_each_model(models, tmp_path, kind, mode):
     sample(models[kind], "--num-images", "2", "--output", str(tmp_path / "all"))
     sample(models[kind], "--num-images", "2", "--output", str(tmp_path / "all.npz"))
     sample(models[kind], "--num-images", "2", "--output", str(tmp_path / "all.npy"))
@@ -101,15 +101,15 @@ def test_every_model_fills_a_folder_of_pictures_and_arrays(models, tmp_path, kin
     assert (pixels.dtype, exact.dtype) == (np.dtype(f"uint{bit_depth}"), np.float32)
     np.testing.assert_array_equal(pixels, quantised(exact, bit_depth))
     if kind != "16-bit RGB":
-        seen = np.stack([np.asarray(picture) for picture in pictures]).reshape(pixels.shape)
-        np.testing.assert_array_equal(seen, pixels)
+        read = np.stack([np.asarray(picture) for picture in pictures]).reshape(pixels.shape)
+        np.testing.assert_array_equal(read, pixels)
 
 
-def test_images_that_no_picture_holds_are_a_grid_or_arrays(models, tmp_path, capsys):
+def test_five_channels_are_saved_as_a_grid_or_an_array(models, tmp_path, capsys):
     five = models["five channels"]
-    said = refused(capsys, five, "--output", str(tmp_path / "folder"))
-    assert "5 channels" in said
-    assert ".npz" in said
+    error = error_of(capsys, five, "--output", str(tmp_path / "folder"))
+    assert "the 5 channels of this model" in error
+    assert "choose a path that ends in .npz" in error
     sample(five, "--num-images", "1", "--output", str(tmp_path / "grid.png"))
     assert Image.open(tmp_path / "grid.png").size == (5 * 16, 16)  # the channels side by side
     sample(five, "--num-images", "2", "--output", str(tmp_path / "x"), "--format", "npz")
@@ -117,21 +117,21 @@ def test_images_that_no_picture_holds_are_a_grid_or_arrays(models, tmp_path, cap
         assert file["arr_0"].shape == (2, 8, 8, 5)
 
 
-@pytest.mark.filterwarnings("always:PNG gets 8 of the 16 bits")
-def test_colour_of_16_bits_says_that_a_picture_gets_8(models, tmp_path, capsys):
+@pytest.mark.filterwarnings("always:PNG files keep 8")
+def test_png_files_of_16_bit_colour_give_a_warning(models, tmp_path, capsys):
     sample(models["16-bit RGB"], "--num-images", "1", "--output", str(tmp_path / "all"))
-    assert "an output that ends in .npz has all" in capsys.readouterr().err
+    assert "an output that ends in .npz keeps all" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_every_scheduler_offered_samples_with_its_usual_number_of_steps(models, tmp_path, name):
+def test_every_scheduler_samples_in_its_usual_number_of_steps(models, tmp_path, name):
     output = tmp_path / "x.npy"
     arguments = ["--scheduler", name, "--num-images", "1", "--output", str(output)]
     assert main(["sample", str(models["RGB"]), *arguments]) == 0
     assert np.isfinite(np.load(output)).all()
 
 
-def test_every_compatible_scheduler_is_offered():
+def test_every_compatible_scheduler_of_diffusers_is_listed():
     names = set(GaussianDDPMScheduler._compatibles) - {"EDMEulerScheduler"}  # has its own noise
     if not is_torchsde_available():
         names -= {"DPMSolverSDEScheduler"}
@@ -139,7 +139,7 @@ def test_every_compatible_scheduler_is_offered():
     assert all(hasattr(diffusers, f"{name}Scheduler") for name in SCHEDULERS)
 
 
-def test_the_scheduler_and_its_spacing_are_those_of_the_pipeline_in_python(models, tmp_path):
+def test_scheduler_and_spacing_give_the_images_of_the_python_interface(models, tmp_path):
     options = ("--scheduler", "DDIM", "--timestep-spacing", "linspace", "--num-images", "1")
     sample(models["RGB"], *options, "--output", str(tmp_path / "x.npy"), steps="7")
     pipeline = GaussianDDPMPipeline.from_pretrained(models["RGB"])
@@ -150,9 +150,7 @@ def test_the_scheduler_and_its_spacing_are_those_of_the_pipeline_in_python(model
     np.testing.assert_array_equal(np.load(tmp_path / "x.npy")[0], image)
 
 
-def test_timesteps_of_a_calibrated_model_are_those_that_its_scheduler_chooses(
-    models, tmp_path, capsys
-):
+def test_calibrated_timesteps_give_the_images_of_the_python_interface(models, tmp_path, capsys):
     pipeline = GaussianDDPMPipeline.from_pretrained(models["RGB"])
     mse = torch.linspace(0.01, 0.5, T)
     pipeline.scheduler = GaussianDDPMScheduler.from_config(pipeline.scheduler.config, x_0_mse=mse)
@@ -163,14 +161,17 @@ def test_timesteps_of_a_calibrated_model_are_those_that_its_scheduler_chooses(
     timesteps = pipeline.scheduler.timesteps.tolist()
     (image,) = draw_images(pipeline, 1, timesteps=timesteps, progress=False)
     np.testing.assert_array_equal(np.load(output)[0], image)
-    refusals = [
-        ("RGB", [*chosen, "--num-inference-steps", "4"], "ddpm-hf calibrate"),
-        ("RGB", [*chosen, "--scheduler", "DDIM"], "DDIMScheduler"),
-        (tmp_path / "model", chosen, "--num-inference-steps"),
-    ]
-    for model, options, said in refusals:
+    without_steps = ["sample", str(tmp_path / "model"), *chosen]
+    assert main(without_steps) == 2
+    needs_steps = "--timestep-spacing likelihood needs --num-inference-steps"
+    assert needs_steps in capsys.readouterr().err
+    chosen = (*chosen, "--num-inference-steps", "4")
+    for options, message in (
+        (chosen, "ddpm-hf calibrate"),
+        ((*chosen, "--scheduler", "DDIM"), "DDIMScheduler does not support --timestep-spacing"),
+    ):
         output = ("--output", str(tmp_path / "y.npy"))
-        assert said in refused(capsys, models.get(model, model), *options, *output)
+        assert message in error_of(capsys, models["RGB"], *options, *output)
 
 
 def drawn(model, output, *options):
@@ -178,7 +179,7 @@ def drawn(model, output, *options):
     return np.load(output)
 
 
-def test_classes_are_names_or_numbers_given_in_turn(models, tmp_path):
+def test_class_labels_are_names_or_numbers(models, tmp_path):
     model, files = models["classes"], iter(tmp_path / f"{i}.npy" for i in range(9))
     four = ("--num-images", "4")
     every = drawn(model, next(files), *four)
@@ -194,7 +195,7 @@ def test_classes_are_names_or_numbers_given_in_turn(models, tmp_path):
     np.testing.assert_allclose(in_parts, every, atol=1e-5)
 
 
-def test_guidance_changes_the_images_and_eta_is_left_to_the_scheduler(models, tmp_path):
+def test_guidance_changes_the_images(models, tmp_path):
     model, two = models["classes"], ("--num-images", "2", "--class-labels", "cat")
     plain = drawn(model, tmp_path / "a.npy", *two)
     guided = drawn(model, tmp_path / "b.npy", *two, "--guidance-scale", "3")
@@ -202,11 +203,11 @@ def test_guidance_changes_the_images_and_eta_is_left_to_the_scheduler(models, tm
     drawn(model, tmp_path / "c.npy", *two, "--scheduler", "EulerDiscrete")  # it has no eta
 
 
-def test_a_weaker_model_and_an_interval_guide_and_a_grid_has_a_row_for_each_class(models, tmp_path):
+def test_guide_and_guidance_interval_and_a_grid_with_a_row_per_class(models, tmp_path):
     model, two = models["classes"], ("--num-images", "2", "--class-labels", "cat")
     plain = drawn(model, tmp_path / "a.npy", *two)
     guided = drawn(model, tmp_path / "b.npy", *two, "--guide", str(models["classes"]))
-    # A model that guides itself away from itself: what it does is what it did, but for rounding.
+    # A model guided by itself gives its own images, up to rounding.
     np.testing.assert_allclose(guided, plain, atol=1e-4)
     scale = ("--guidance-scale", "3")
     outside = drawn(model, tmp_path / "c.npy", *two, *scale, "--guidance-interval", "90", "99")
@@ -216,52 +217,62 @@ def test_a_weaker_model_and_an_interval_guide_and_a_grid_has_a_row_for_each_clas
     three = ("--num-images", "3", "--class-labels", "cat", "0", "--num-inference-steps", "2")
     assert main(["sample", str(model), "--output", str(tmp_path / "x.png"), *three]) == 0
     with Image.open(tmp_path / "x.png") as grid:
-        assert grid.width > grid.height  # two rows of two places, one of them empty, and the names
+        assert grid.width > grid.height  # two rows of two images, one empty, with names
 
 
-def test_a_variant_of_the_weights_is_loaded_when_asked_for(models, tmp_path, capsys):
+def test_variant_selects_the_weights(models, tmp_path, capsys):
     model = save(tmp_path / "half", build_unet(), variant="fp16")
-    assert "--variant 'fp16'" in refused(capsys, model, "--output", str(tmp_path / "x.npy"))
+    assert "--variant 'fp16'" in error_of(capsys, model, "--output", str(tmp_path / "x.npy"))
     images = drawn(model, tmp_path / "x.npy", "--variant", "fp16")
     np.testing.assert_array_equal(images, drawn(models["RGB"], tmp_path / "y.npy"))
 
 
-def test_pickled_weights_are_opened_when_allowed(models, tmp_path, capsys):
+def test_allow_pickle_loads_pickled_weights(models, tmp_path, capsys):
     model = save(tmp_path / "old", build_unet())
     (model / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     torch.save(build_unet().state_dict(), model / "unet" / "diffusion_pytorch_model.bin")
-    assert "--allow-pickle" in refused(capsys, model, "--output", str(tmp_path / "x.npy"))
+    assert "--allow-pickle" in error_of(capsys, model, "--output", str(tmp_path / "x.npy"))
     images = drawn(model, tmp_path / "x.npy", "--allow-pickle")
     np.testing.assert_array_equal(images, drawn(models["RGB"], tmp_path / "y.npy"))
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "said"),
+    ("kind", "options", "message"),
     [
-        ("RGB", ["--class-labels", "cat"], "--class-labels"),
-        ("RGB", ["--guidance-scale", "2"], "--guidance-scale must be 1"),
+        ("RGB", ["--class-labels", "cat"], "leave out --class-labels"),
+        ("RGB", ["--guidance-scale", "2"], "--guidance-scale"),
         ("classes", ["--class-labels", "dog"], "'cat', '7'"),
         ("classes", ["--class-labels", "3"], "0..2"),
-        ("RGB", ["--scheduler", "EulerDiscrete", "--eta", "0"], "--eta 0.0"),
+        ("RGB", ["--scheduler", "EulerDiscrete", "--eta", "0"], "--eta"),
         ("RGB", ["--num-inference-steps", "61"], "--num-inference-steps must be"),
+        ("RGB", ["--num-inference-steps", "0"], "--num-inference-steps must be at least 1, got 0"),
+        ("RGB", ["--num-images", "0"], "--num-images must be at least 1, got 0"),
+        (
+            "RGB",
+            ["--scheduler", "DIM"],
+            "--scheduler: unknown scheduler 'DIM'",
+        ),
+        ("RGB", ["--thorough", "--eta", "0"], "--thorough cannot be combined with --eta"),
         (
             "RGB",
             ["--scheduler", "DPMSolverSinglestep", "--timestep-spacing", "trailing"],
-            "--timestep-spacing trailing",
+            "DPMSolverSinglestepScheduler does not support --timestep-spacing=trailing",
         ),
-        ("RGB", ["--scheduler", "DDIM", "--timestep-spacing", "quadratic"], "DDIMScheduler"),
-        ("RGB", ["--format", "npz"], "--format npz does not fit"),
+        (
+            "RGB",
+            ["--scheduler", "DDIM", "--timestep-spacing", "quadratic"],
+            "DDIMScheduler",
+        ),
+        ("RGB", ["--format", "npz"], "--format npz does not match --output"),
     ],
 )
-def test_what_cannot_be_drawn_is_said_in_the_words_of_the_command(
-    models, tmp_path, capsys, kind, options, said
-):
-    assert said in refused(capsys, models[kind], "--output", str(tmp_path / "x.npy"), *options)
+def test_errors_name_flags(models, tmp_path, capsys, kind, options, message):
+    assert message in error_of(capsys, models[kind], "--output", str(tmp_path / "x.npy"), *options)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("output", "form", "expected"),
+    ("output", "file_format", "expected"),
     [
         (None, None, "samples.png"),
         (None, "npz", "samples.npz"),
@@ -273,29 +284,30 @@ def test_what_cannot_be_drawn_is_said_in_the_words_of_the_command(
         ("x.npz", "npz", "x.npz"),
     ],
 )
-def test_where_images_go_by_output_and_format(output, form, expected):
-    assert output_path(Path(output) if output else None, form) == Path(expected)
+def test_output_and_format_determine_the_path(output, file_format, expected):
+    assert OutputOptions(output=output, format=file_format).output_path() == Path(expected)
 
 
 @pytest.mark.parametrize("name", ["grid.png", "x.npz", "folder"])
-def test_images_of_before_are_replaced_only_when_told(models, tmp_path, capsys, name):
+def test_existing_images_are_replaced_only_with_overwrite(models, tmp_path, capsys, name):
     output = tmp_path / name
     options = ("--num-images", "1", "--output", str(output))
     sample(models["RGB"], *options)
     file = output if output.is_file() else output / "00000.png"
     before = file.read_bytes()
-    assert "--overwrite" in refused(capsys, models["RGB"], *options, "--seed", "1")
+    error = error_of(capsys, models["RGB"], *options, "--seed", "1")
+    assert "pass --overwrite to replace them" in error
     assert file.read_bytes() == before
     sample(models["RGB"], *options, "--seed", "1", "--overwrite")
     assert file.read_bytes() != before
 
 
-def test_a_refusal_to_overwrite_comes_before_the_model_is_looked_for(tmp_path, capsys):
+def test_existing_images_are_reported_before_the_model_is_loaded(tmp_path, capsys):
     (tmp_path / "x.png").touch()
-    assert "--overwrite" in refused(capsys, "no/model", "--output", str(tmp_path / "x.png"))
+    assert "pass --overwrite" in error_of(capsys, "no/model", "--output", str(tmp_path / "x.png"))
 
 
-def test_home_is_meant_by_a_tilde(models, tmp_path, monkeypatch):
+def test_a_tilde_is_the_home_directory(models, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "model").symlink_to(models["RGB"])
     sample("~/model", "--num-images", "1", "--output=~/x.png")
@@ -303,7 +315,7 @@ def test_home_is_meant_by_a_tilde(models, tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("always:timestep_spacing")
-def test_a_warning_is_one_line_without_a_source_path(models, tmp_path, capsys):
+def test_a_warning_is_one_line_without_source_location(models, tmp_path, capsys):
     output = ("--output", str(tmp_path / "x.png"))
     sample(models["RGB"], "--timestep-spacing", "leading", *output)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]

@@ -1,4 +1,4 @@
-"""Images by (seed, index): killed and gone on, in any number of processes, and read back."""
+"""Sampling to disk: resume, records of the options, and the reader."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def all_of(drawn, batch_size=64):
     return np.concatenate(list(drawn.batches(batch_size)))
 
 
-def test_images_are_those_of_draw_images_read_in_batches_of_any_size(tmp_path):
+def test_draw_to_gives_the_images_of_draw_images(tmp_path):
     pipeline = build_pipeline()
     drawn = draw_to(pipeline, tmp_path / "x", 10, seed=3, **CALL)
     assert (len(drawn), drawn.shape, drawn.labels) == (10, (10, 8, 8, 1), None)
@@ -41,76 +41,76 @@ def test_images_are_those_of_draw_images_read_in_batches_of_any_size(tmp_path):
     np.testing.assert_array_equal(floats.stored(range(10)), exact)
 
 
-def test_the_last_batch_is_filled_up_so_that_an_image_does_not_depend_on_how_many_follow():
+def test_an_image_does_not_depend_on_the_number_of_images():
     pipeline = build_pipeline()
     many = draw_images(pipeline, 9, **CALL)
     few = draw_images(pipeline, 5, **CALL)
     np.testing.assert_array_equal(few, many[:5])
 
 
-def test_what_is_missing_is_drawn_and_the_rest_is_left_as_it_is(tmp_path):
+def test_resume_samples_missing_batches_only(tmp_path):
     pipeline = build_pipeline()
     whole = all_of(draw_to(pipeline, tmp_path / "x", 10, **CALL))
     (tmp_path / "x" / "part-000001.npy").unlink()
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "x").iterdir()}
-    with pytest.raises(ValueError, match="1 of 3 parts are not drawn"):
+    with pytest.raises(ValueError, match="1 of 3 batches are missing"):
         open_drawn(tmp_path / "x")
     np.testing.assert_array_equal(all_of(draw_to(pipeline, tmp_path / "x", 10, **CALL)), whole)
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "difference"),
     [
-        ({"seed": 1}, "seed=0, not seed=1"),
-        ({"num_inference_steps": 3}, "num_inference_steps=2, not num_inference_steps=3"),
-        ({"eta": 0.5}, "eta=None, not eta=0.5"),
-        ({"batch_size": 5}, "batch_size=4, not batch_size=5"),
-        ({"num_images": 11}, "num_images=10, not num_images=11"),
-        ({"dtype": "float32"}, "dtype=uint8, not dtype=float32"),
+        ({"seed": 1}, "`seed` 0 instead of 1"),
+        ({"num_inference_steps": 3}, "`num_inference_steps` 2 instead of 3"),
+        ({"eta": 0.5}, "`eta` None instead of 0.5"),
+        ({"batch_size": 5}, "`batch_size` 4 instead of 5"),
+        ({"num_images": 11}, "`num_images` 10 instead of 11"),
+        ({"dtype": "float32"}, "`dtype` uint8 instead of float32"),
     ],
 )
-def test_a_folder_of_other_images_is_refused_naming_the_option_and_both_values(
-    tmp_path, change, said
+def test_other_options_in_a_used_folder_raise_an_error_with_both_values(
+    tmp_path, change, difference
 ):
     pipeline, options = build_pipeline(), {"num_images": 10, "seed": 0, **CALL}
     before = all_of(draw_to(pipeline, tmp_path / "x", **options))
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=f"{difference}.*overwrite=True"):
         draw_to(pipeline, tmp_path / "x", **options | change)
     np.testing.assert_array_equal(all_of(open_drawn(tmp_path / "x")), before)
     anew = draw_to(pipeline, tmp_path / "x", overwrite=True, **options | change)
     assert len(list((tmp_path / "x").glob("part-*"))) == -(-len(anew) // anew.options["batch_size"])
 
 
-def test_other_weights_another_scheduler_and_another_spacing_are_other_images(tmp_path):
+def test_a_change_of_weights_or_scheduler_is_detected_on_resume(tmp_path):
     pipeline = build_pipeline()
     draw_to(pipeline, tmp_path / "x", 4, **CALL)
     own = pipeline.scheduler
-    for config, said in [
-        ({"timestep_spacing": "leading"}, "timestep_spacing=trailing, not timestep_spacing=leadi"),
-        ({"clip_sample": False}, "clip_sample=True, not clip_sample=False"),
+    for config, difference in [
+        ({"timestep_spacing": "leading"}, "`timestep_spacing` trailing instead of leading"),
+        ({"clip_sample": False}, "`clip_sample` True instead of False"),
     ]:
         pipeline.scheduler = GaussianDDPMScheduler.from_config(own.config, **config)
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=difference):
             draw_to(pipeline, tmp_path / "x", 4, **CALL)
     pipeline.scheduler = DDIMScheduler.from_config(own.config)
-    with pytest.raises(ValueError, match="scheduler=DDIMScheduler"):
+    with pytest.raises(ValueError, match="instead of DDIMScheduler"):
         draw_to(pipeline, tmp_path / "x", 4, **CALL)
     pipeline.scheduler = own
     with torch.no_grad():
         pipeline.unet.conv_in.bias += 1
-    with pytest.raises(ValueError, match="weights="):
+    with pytest.raises(ValueError, match="`weights`"):
         draw_to(pipeline, tmp_path / "x", 4, **CALL)
 
 
-def test_a_folder_of_other_things_is_left_alone_and_a_failure_leaves_none(tmp_path):
+def test_other_files_are_kept_and_a_failure_leaves_no_files(tmp_path):
     pipeline = build_pipeline()
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(ValueError, match="other things"):
+    with pytest.raises(ValueError, match="other files: choose another `folder`"):
         draw_to(pipeline, tmp_path, 4, overwrite=True, **CALL)
     with pytest.raises(ValueError, match="num_inference_steps"):
         draw_to(pipeline, tmp_path / "x", 4, **CALL | {"num_inference_steps": 21})
-    with pytest.raises(ValueError, match="num_images must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="`num_images` must be at least 1, got 0"):
         draw_to(pipeline, tmp_path / "x", 0, **CALL)
     with (
         exclusive_folder(distributed_state(), tmp_path / "x", "folder"),
@@ -122,7 +122,7 @@ def test_a_folder_of_other_things_is_left_alone_and_a_failure_leaves_none(tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_labels_are_given_in_turn_and_read_back(tmp_path):
+def test_images_get_the_class_labels_in_turn(tmp_path):
     pipeline = build_pipeline(num_class_embeds=3)
     drawn = draw_to(pipeline, tmp_path / "x", 5, class_labels=[2, 0], **CALL)
     assert drawn.labels.tolist() == [2, 0, 2, 0, 2]
@@ -130,7 +130,7 @@ def test_labels_are_given_in_turn_and_read_back(tmp_path):
     np.testing.assert_array_equal(all_of(drawn), (np.stack(again) * 255).round())
 
 
-def test_images_of_others_are_read_as_they_are(tmp_path):
+def test_open_drawn_reads_files_of_other_programs(tmp_path):
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (5, 6, 9, 3), dtype=np.uint8)
     np.savez(tmp_path / "plain.npz", pixels, np.arange(5))

@@ -1,4 +1,4 @@
-"""`ddpm-hf sample` at scale: forms that others read, options that are kept, kills, processes."""
+"""Outputs of `ddpm-hf sample`: file formats, records, resume and several processes."""
 
 import json
 import os
@@ -19,12 +19,12 @@ from ddpm_hf.sampling import draw_images, draw_to, open_drawn
 
 N = 10
 OPTIONS = ["--num-images", str(N), "--num-inference-steps", "2", "--batch-size", "4"]
-FORMS = ("x.npz", "x.npy", "x.parquet", "folder")
+NAMES = ("x.npz", "x.npy", "x.parquet", "folder")
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """The folder of a model of grey images of the classes cat and dog, and the null class."""
+    """Folder of a model with grey images, the classes cat and dog, and the null class."""
     unet = tiny_unet(num_class_embeds=3)
     image = {"mode": "L", "height": 8, "width": 8, "bit_depth": 8}
     facts = {"format_version": 1, "image": image, "class_names": ["cat", "dog"]}
@@ -39,7 +39,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pixels(model):
-    """What `OPTIONS` draw, (N, 8, 8, 1) uint8."""
+    """Images of the command with `OPTIONS`, (N, 8, 8, 1) uint8."""
     pipeline = GaussianDDPMPipeline.from_pretrained(model)
     call = {"num_inference_steps": 2, "batch_size": 4, "progress": False}
     images = draw_images(pipeline, N, class_labels=[0, 1], **call)
@@ -54,8 +54,8 @@ def names_in(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize("name", FORMS)
-def test_what_is_drawn_is_read_back_with_its_classes_and_options(model, pixels, tmp_path, name):
+@pytest.mark.parametrize("name", NAMES)
+def test_open_drawn_reads_images_classes_and_options(model, pixels, tmp_path, name):
     sample(model, tmp_path / name)
     drawn = open_drawn(tmp_path / name)
     np.testing.assert_array_equal(np.concatenate(list(drawn.batches(3))), pixels)
@@ -67,8 +67,8 @@ def test_what_is_drawn_is_read_back_with_its_classes_and_options(model, pixels, 
     assert about["model"] == {"name": "pets", "revision": None}
 
 
-def test_others_read_npz_parquet_and_pictures_by_their_own_means(model, pixels, tmp_path):
-    for name in FORMS:
+def test_other_programs_read_npz_parquet_and_image_files(model, pixels, tmp_path):
+    for name in NAMES:
         sample(model, tmp_path / name)
     with np.load(tmp_path / "x.npz") as arrays:  # as guided-diffusion's evaluator does
         np.testing.assert_array_equal(arrays["arr_0"], pixels)
@@ -76,21 +76,21 @@ def test_others_read_npz_parquet_and_pictures_by_their_own_means(model, pixels, 
     cache = {"split": "train", "cache_dir": str(tmp_path / "cache")}
     rows = datasets.load_dataset("parquet", data_files=str(tmp_path / "x.parquet"), **cache)
     assert rows.features["label"].names == ["cat", "dog"]
-    seen = np.stack([np.asarray(image) for image in rows["image"]])
-    np.testing.assert_array_equal(seen[..., None], pixels)
-    sample(model, tmp_path / "null.parquet", "--class-labels", "2", "cat")  # it has no name
+    read = np.stack([np.asarray(image) for image in rows["image"]])
+    np.testing.assert_array_equal(read[..., None], pixels)
+    sample(
+        model, tmp_path / "null.parquet", "--class-labels", "2", "cat"
+    )  # the null class has no name
     rows = datasets.load_dataset("parquet", data_files=str(tmp_path / "null.parquet"), **cache)
     assert rows.features["label"].int2str(rows["label"][:2]) == ["2", "cat"]
     files = sorted((tmp_path / "folder").iterdir())
     assert [file.name for file in files] == [f"{i:05d}.png" for i in range(N)]
-    seen = np.stack([np.asarray(Image.open(file)) for file in files])
-    np.testing.assert_array_equal(seen[..., None], pixels)
+    read = np.stack([np.asarray(Image.open(file)) for file in files])
+    np.testing.assert_array_equal(read[..., None], pixels)
 
 
-@pytest.mark.parametrize("name", [*FORMS, "grid.png"])
-def test_what_was_begun_is_gone_on_with_and_what_is_finished_is_left_alone(
-    model, tmp_path, name, capsys
-):
+@pytest.mark.parametrize("name", [*NAMES, "grid.png"])
+def test_incomplete_images_are_resumed_and_complete_ones_kept(model, tmp_path, name, capsys):
     sample(model, tmp_path / "whole" / name)
     pipeline = GaussianDDPMPipeline.from_pretrained(model)
     parts = tmp_path / f"{name}.parts"
@@ -98,7 +98,7 @@ def test_what_was_begun_is_gone_on_with_and_what_is_finished_is_left_alone(
     call = {"num_inference_steps": 2, "batch_size": 4, "dtype": dtype, "progress": False}
     draw_to(pipeline, parts, N, **call)
     (parts / "part-000001.npy").unlink()
-    # Of the first part, the pixels are changed: that they are in the output proves its use.
+    # The pixels of the first batch are changed, and must be in the output.
     changed = np.load(parts / "part-000000.npy")
     changed[:] = 0
     np.save(parts / "part-000000.npy", changed)
@@ -112,25 +112,25 @@ def test_what_was_begun_is_gone_on_with_and_what_is_finished_is_left_alone(
     before = (tmp_path / name).stat().st_mtime_ns
     capsys.readouterr()
     sample(model, tmp_path / name)
-    assert "drawn before" in capsys.readouterr().out
+    assert "sampled before" in capsys.readouterr().out
     assert (tmp_path / name).stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "difference"),
     [
-        (["--seed", "1"], "--seed 0, not --seed 1"),
-        (["--eta", "0"], "--eta None, not --eta 0.0"),
-        (["--scheduler", "DDIM"], "--scheduler GaussianDDPMScheduler, not --scheduler DDIM"),
-        (["--class-labels", "dog"], "--class-labels [0, 1], not --class-labels [1]"),
+        (["--seed", "1"], "--seed 0 instead of 1"),
+        (["--eta", "0"], "--eta None instead of 0.0"),
+        (["--scheduler", "DDIM"], "--scheduler GaussianDDPMScheduler instead of DDIMScheduler"),
+        (["--class-labels", "dog"], "--class-labels [0, 1] instead of [1]"),
     ],
 )
-@pytest.mark.parametrize("is_finished", [True, False], ids=["finished", "begun"])
-def test_images_of_other_options_are_refused_naming_them_and_the_fix(
-    model, tmp_path, capsys, more, said, is_finished
+@pytest.mark.parametrize("is_complete", [True, False], ids=["complete", "incomplete"])
+def test_images_with_other_options_raise_an_error_with_both_values_and_the_fix(
+    model, tmp_path, capsys, more, difference, is_complete
 ):
     output = tmp_path / "x.npz"
-    if is_finished:
+    if is_complete:
         sample(model, output)
     else:
         pipeline = GaussianDDPMPipeline.from_pretrained(model)
@@ -138,14 +138,14 @@ def test_images_of_other_options_are_refused_naming_them_and_the_fix(
         draw_to(pipeline, tmp_path / "x.npz.parts", N, **call)
     sample(model, output, *more, status=2)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
-    assert said in line
-    assert "pass --overwrite to draw anew, or another --output" in line
+    assert difference in line
+    assert "pass --overwrite to replace them, or choose another --output" in line
     sample(model, output, "--overwrite", *more)
     assert names_in(tmp_path) == ["x.npz", "x.npz.json"]
-    sample(model, output, *more)  # finished: says so
+    sample(model, output, *more)  # complete already
 
 
-def test_only_pictures_that_were_drawn_are_replaced_in_a_folder(model, tmp_path):
+def test_overwrite_keeps_other_files_in_the_folder(model, tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "notes.txt").write_text("mine")
@@ -154,35 +154,35 @@ def test_only_pictures_that_were_drawn_are_replaced_in_a_folder(model, tmp_path)
     assert names_in(folder) == ["00000.png", "00001.png", "00002.png", "notes.txt"]
 
 
-def test_what_optimize_chose_is_kept_and_chosen_again(model, tmp_path, capsys):
+def test_settings_of_optimize_are_recorded_and_reused(model, tmp_path, capsys):
     output = tmp_path / "x.npz"
     sample(model, output, "--optimize")
     speed = open_drawn(output).options["speed"]
     assert (speed["dtype"], speed["num_threads"]) == ("float32", torch.get_num_threads())
     about = json.loads((tmp_path / "x.npz.json").read_text())
-    assert about["optimized"]["deviation"] == 0  # few calls: nothing is changed
+    assert about["optimized"]["deviation"] == 0  # few calls: the network is not changed
     capsys.readouterr()
     sample(model, output, "--optimize")
-    assert "drawn before" in capsys.readouterr().out
+    assert "sampled before" in capsys.readouterr().out
     sample(model, output, status=2)
-    assert "not speed=None" in capsys.readouterr().err
+    assert "instead of None" in capsys.readouterr().err
 
 
-def test_files_of_others_are_left_alone(model, tmp_path, capsys):
+def test_files_of_other_programs_are_kept(model, tmp_path, capsys):
     (tmp_path / "pets.json").write_text('{"mine": 1}')
     (tmp_path / "x.npz").mkdir()
     (tmp_path / "file").touch()
     sample(model, tmp_path / "pets", status=2)
     sample(model, tmp_path / "x.npz", "--overwrite", status=2)
     sample(model, tmp_path / "file", "--overwrite", status=2)
-    said = capsys.readouterr().err
-    assert "pets.json does not say" in said
-    assert "x.npz is a folder" in said
-    assert "file is a file" in said
+    errors = capsys.readouterr().err
+    assert "pets.json is not a record of sampled images" in errors
+    assert "x.npz is a folder, but the output is a file" in errors
+    assert "file is a file, but the output is a folder" in errors
     assert names_in(tmp_path) == ["file", "pets.json", "x.npz"]
 
 
-def test_only_pictures_numbered_as_ours_are_replaced(model, tmp_path):
+def test_overwrite_deletes_numbered_image_files_only(model, tmp_path):
     photos = ["1st.png", "20240101.png", "2024-01-01.png"]
     ours = ["00000.png", "00099.png"]
     for name in (*photos, *ours):
@@ -193,9 +193,7 @@ def test_only_pictures_numbered_as_ours_are_replaced(model, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_that_are_killed_and_started_again_draw_what_one_draws(
-    model, tmp_path, capsys
-):
+def test_two_killed_and_restarted_processes_sample_the_images_of_one(model, tmp_path, capsys):
     command = ["sample", str(model), "--num-images", "399", "--batch-size", "4"]
     assert main([*command, "--output", str(tmp_path / "one.npz")]) == 0
     output, parts = tmp_path / "two.npz", tmp_path / "two.npz.parts"
@@ -203,20 +201,20 @@ def test_two_processes_that_are_killed_and_started_again_draw_what_one_draws(
     two = [sys.executable, "-m", "ddpm_hf", *command]
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf")}
     with started_ranks(two, env=environment) as processes:
-        began = time.monotonic()
+        start = time.monotonic()
         while len(list(parts.glob("part-*"))) < 3:
             assert all(process.poll() is None for process in processes)
-            assert time.monotonic() - began < LIMIT_S
+            assert time.monotonic() - start < LIMIT_S
             time.sleep(0.01)
-        # Another one, which would draw anew, is told who draws there; and both go on.
+        # Another command gets an error with the process id, and the two processes continue.
         assert main([*command, "--seed", "1", "--overwrite"]) == 2
         assert f"in use by process {processes[0].pid}; wait" in capsys.readouterr().err
         assert all(process.poll() is None for process in processes)
     assert 3 <= len(list(parts.glob("part-*"))) < 100
     assert not output.exists()
     with started_ranks(two, env=environment) as processes:
-        said = [process.communicate(timeout=LIMIT_S)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
-    assert sum("399 images in" in text for text in said) == 1  # the first process speaks for all
+        printed = [process.communicate(timeout=LIMIT_S)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], printed
+    assert sum("399 images in" in text for text in printed) == 1  # printed by the main process only
     assert output.read_bytes() == (tmp_path / "one.npz").read_bytes()
     assert names_in(tmp_path) == ["one.npz", "one.npz.json", "two.npz", "two.npz.json"]

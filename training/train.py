@@ -46,4 +46,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, sys.argv[1:], vars(TrainingConfig())))
+    sys.exit(run_command(main, sys.argv[1:], TrainingConfig))

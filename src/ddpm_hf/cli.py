@@ -1,14 +1,14 @@
-"""The `ddpm-hf` command: which commands there are, and how each of them ends."""
+"""The `ddpm-hf` command: list of commands, and their exit statuses."""
 
 import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from ddpm_hf import __version__
 from ddpm_hf.commands import calibrate, evaluate, push, sample, train
-from ddpm_hf.commands.messages import flags_in_messages, say
+from ddpm_hf.commands.messages import command_messages, say
 
 COMMANDS = {
     "train": train,
@@ -17,16 +17,20 @@ COMMANDS = {
     "evaluate": evaluate,
     "push": push,
 }
-# Exit statuses besides 0: 2 for bad input, 128 + N after signal N, 1 for the rest; a command may
-# have its own.
+# Exit statuses: 0; 2 for invalid input; 128 + N after signal N; 1 for other failures. A command may
+# define more.
 BAD_INPUT = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv` (by default this process's) and return the exit status."""
-    # Read when torch is loaded. Threads that spin for long while they wait for each other make an
-    # update several times as long on a CPU that is busy with other work too; threads that sleep at
-    # once, almost twice as long on one that is not. A short spin (GNU OpenMP's) suits both.
+    """Run a command line and return the exit status.
+
+    Args:
+        argv: the arguments, by default those of this process.
+    """
+    # Must be set before torch is loaded. With a long spin of waiting threads, an update takes
+    # several times as long on a CPU that is busy with other work; without a spin, almost twice as
+    # long on one that is not. A short spin (of GNU OpenMP) suits both.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     parser = argparse.ArgumentParser(
         prog="ddpm-hf",
@@ -38,24 +42,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         commands.add_parser(name, help=command.HELP, add_help=False)
-    chosen, rest = parser.parse_known_args(argv)
-    return run_command(COMMANDS[chosen.command].run, rest)
+    chosen, arguments = parser.parse_known_args(argv)
+    return run_command(COMMANDS[chosen.command].run, arguments)
 
 
 def run_command(
     command: Callable[[list[str]], int],
     argv: Sequence[str] | None,
-    option_names: Iterable[str] = (),
+    options: type | None = None,
 ) -> int:
-    """Run one command; bad input becomes a line and status 2, a failing disk or Hub status 1.
+    """Run a command and return its exit status; failures are reported in one line.
+
+    Invalid input gives status 2, a failure of the disk or the Hub status 1.
 
     Args:
-        command: takes its arguments, returns the exit status.
+        command: takes its arguments and returns the exit status.
         argv: the arguments, by default those of this process.
-        option_names: arguments in Python that messages name as flags, where it has not said so.
+        options: dataclass of the options that messages name as flags; commands of `ddpm-hf` set
+            their own.
     """
     try:
-        with flags_in_messages(option_names):
+        with command_messages(options):
             return command(list(sys.argv[1:] if argv is None else argv))
     except (ValueError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError):
@@ -63,7 +70,7 @@ def run_command(
 
             if not isinstance(error, TrainingError):
                 raise
-        # Where the first process is the one that hangs, another one says so.
+        # If the first process hangs, another one reports the error.
         say(f"ddpm-hf: error: {error}", for_all=getattr(error, "speaks", False))
         return BAD_INPUT if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from transformers import HfArgumentParser
 
-from ddpm_hf.options import REQUIRED, flag_of, kinds_of
+from ddpm_hf.options import REQUIRED, flag_of, flags_in_message, kinds_of
 
 Kind = TypeVar("Kind")
 _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -72,14 +72,18 @@ class OptionParser(HfArgumentParser):  # type: ignore[misc]
     def _add_dataclass_arguments(self, dtype: type) -> None:
         hints = typing.get_type_hints(dtype)
         fields = {field.name: field for field in dataclasses.fields(dtype)}
+        groups: dict[str | None, Any] = {None: self}
         for group in reversed(dtype.__mro__):
             own = [fields.pop(name) for name in inspect.get_annotations(group) if name in fields]
             title = vars(group).get("_argument_group_name")
-            parser = self.add_argument_group(title) if title and own else self
+            if own and title not in groups:
+                groups[title] = self.add_argument_group(title)
             for field in own:
                 declared = copy.copy(field)
                 declared.type = hints[field.name]
-                self._parse_dataclass_field(parser, declared)
+                help = flags_in_message(field.metadata["help"], dtype)
+                declared.metadata = {**field.metadata, "help": help}  # type: ignore[assignment]
+                self._parse_dataclass_field(groups[title], declared)
 
     @staticmethod
     def _parse_dataclass_field(parser: Any, field: "dataclasses.Field[Any]") -> None:
@@ -157,8 +161,8 @@ def _parsed_type(annotation: Any) -> Any:
     if Any in kinds or str in kinds:
         return str
     for kind in kinds:
-        if typing.get_origin(kind) is tuple:
-            return list[typing.get_args(kind)[0]]  # type: ignore[misc]
+        if typing.get_origin(kind) in (list, tuple):
+            return list[_parsed_type(typing.get_args(kind)[0])]  # type: ignore[misc]
     return annotation
 
 

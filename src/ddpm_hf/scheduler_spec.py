@@ -1,10 +1,10 @@
-"""A sampler as it is called on the command line and in reports: a scheduler and its options.
+"""Specification of a scheduler in text, on the command line and in reports.
 
-DDIM
-DDPM:eta=0
-DPMSolverMultistep:algorithm_type=sde-dpmsolver++,timestep_spacing=trailing
+    DDIM
+    DDPM:eta=0
+    DPMSolverMultistep:algorithm_type=sde-dpmsolver++,timestep_spacing=trailing
 
-Loads nothing heavy, so that a wrong name is answered at once.
+Imports only the standard library, so that a wrong name is reported before torch is loaded.
 """
 
 import json
@@ -15,27 +15,27 @@ from typing import Any, Self
 
 from ddpm_hf.text import did_you_mean
 
-# Those of diffusers that sample a model of this kind.
+# The schedulers of diffusers that sample from a discrete-time model with a beta schedule.
 SCHEDULERS = (
     "DDPM", "DDIM", "PNDM", "DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep",
     "DEISMultistep", "SASolver", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete",
     "KDPM2Discrete", "KDPM2AncestralDiscrete", "LMSDiscrete",
 )  # fmt: skip
 NAMES_HELP = (
-    f"{', '.join(SCHEDULERS)}; with options of the class in diffusers as "
-    "DPMSolverMultistep:algorithm_type=sde-dpmsolver++,timestep_spacing=trailing, and eta of its "
-    "step as DDPM:eta=0"
+    f"{', '.join(SCHEDULERS)}; with options of the diffusers class as in "
+    "DPMSolverMultistep:algorithm_type=sde-dpmsolver++,timestep_spacing=trailing, and with eta of "
+    "its step as in DDPM:eta=0"
 )
 
 
 @dataclass(frozen=True)
 class SchedulerSpec:
-    """Which scheduler takes the steps.
+    """A scheduler with changed options.
 
     Attributes:
-        scheduler: the name of its class without "Scheduler"; None for the model's own.
-        options: of its configuration, in place of what that says.
-        eta: noise of its step; None for its own default.
+        scheduler: name of its class without "Scheduler"; None for the model's own scheduler.
+        options: configuration options that replace those of the model.
+        eta: noise of its step, in [0, 1]; None for the default of the step.
     """
 
     scheduler: str | None = None
@@ -44,62 +44,74 @@ class SchedulerSpec:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """The sampler of that name; `str` of it is a name again.
+        """Parse a specification; `str` is the inverse.
 
         Raises:
-            ValueError: if there is none, naming the choices.
+            ValueError: if the text is malformed or the scheduler unknown, with the choices.
         """
-        if not re.fullmatch(r"[\w.:,=+-]+", text):  # cards show it, and as code
-            raise ValueError(f"{text!r} must be NAME or NAME:option=value,...")
-        name, _, listed = text.partition(":")
+        if not re.fullmatch(r"[\w.:,=+-]+", text):  # model cards show the text, also as code
+            raise ValueError(f"{text!r} must have the form NAME or NAME:option=value,...")
+        name, _, options_text = text.partition(":")
         name = name.removesuffix("Scheduler")
         if name not in SCHEDULERS:
             hint = did_you_mean(name, SCHEDULERS) or f"; choices: {', '.join(SCHEDULERS)}"
-            raise ValueError(f"there is no scheduler {name!r}{hint}")
-        pairs = [part.partition("=") for part in listed.split(",")] if listed else []
-        if wrong := ["".join(pair) for pair in pairs if not (pair[0] and pair[2])]:
-            raise ValueError(f"{text!r} must be NAME:option=value,..., got the option {wrong[0]!r}")
-        options = {option: _value(value) for option, _, value in pairs}
+            raise ValueError(f"unknown scheduler {name!r}{hint}")
+        pairs = [part.partition("=") for part in options_text.split(",")] if options_text else []
+        if malformed := ["".join(pair) for pair in pairs if not (pair[0] and pair[2])]:
+            raise ValueError(
+                f"{text!r} must have the form NAME:option=value,..., got the option "
+                f"{malformed[0]!r}"
+            )
+        options = {option: _parse_value(value) for option, _, value in pairs}
         eta = options.pop("eta", None)
         if eta is not None and not (isinstance(eta, int | float) and 0 <= eta <= 1):
-            raise ValueError(f"{text!r}: eta must be a number in [0, 1], got {eta!r}")
+            raise ValueError(f"eta in {text!r} must be a number in [0, 1], got {eta!r}")
         return cls(name, options, eta)
 
     def with_options(self, **options: Any) -> Self:
-        """The sampler with these options, but for those that are None."""
-        given = {option: value for option, value in options.items() if value is not None}
-        return replace(self, options={**self.options, **given})
+        """A copy with changed configuration options; None leaves an option unchanged."""
+        changed = {option: value for option, value in options.items() if value is not None}
+        return replace(self, options={**self.options, **changed})
 
     def __str__(self) -> str:
         options = dict(self.options) | ({} if self.eta is None else {"eta": self.eta})
-        listed = ",".join(f"{option}={_text(value)}" for option, value in options.items())
-        return (self.scheduler or "own") + (f":{listed}" if listed else "")
+        options_text = ",".join(f"{name}={_format_value(x)}" for name, x in options.items())
+        return (self.scheduler or "own") + (f":{options_text}" if options_text else "")
 
 
-def stock_scheduler(name: str) -> tuple[str, dict[str, Any]] | None:
-    """What diffusers' own `DDPMPipeline` takes the same steps by: a class and its options.
+def scheduler_name(text: str) -> str:
+    """The normal form of a specification.
 
-    That pipeline scales nothing and passes no eta, but a generator; it has no calibrated variances.
-    Its DDIM is not `DDPM:eta=0` where x_0 is clipped: eps stays as it was.
+    Raises:
+        ValueError: as `SchedulerSpec.parse`.
+    """
+    return str(SchedulerSpec.parse(text))
+
+
+def stock_scheduler(name: str) -> tuple[str, Mapping[str, Any]] | None:
+    """The class and options with which the `DDPMPipeline` of diffusers samples in the same way.
+
+    That pipeline passes a generator to the scheduler's step, but no eta, and has no calibrated
+    variances. Its DDIM differs from `DDPM:eta=0` if x_0 is clipped, because eps is not recomputed.
 
     Args:
-        name: of a sampler.
+        name: specification of a scheduler.
     Returns:
-        None for a sampler that it cannot run.
+        None if the stock pipeline cannot sample in this way.
     """
-    sampler = SchedulerSpec.parse(name)
-    kind, options, eta = sampler.scheduler, dict(sampler.options), sampler.eta
-    is_published = options.pop("x_0_mse", "calibrated") is None
-    can_run = {
-        "DDPM": is_published and eta in (None, 1),
+    spec = SchedulerSpec.parse(name)
+    kind, options, eta = spec.scheduler, dict(spec.options), spec.eta
+    is_uncalibrated = options.pop("x_0_mse", "calibrated") is None
+    is_supported = {
+        "DDPM": is_uncalibrated and eta in (None, 1),
         "DDIM": eta in (None, 0),
         "DPMSolverMultistep": eta is None,
     }
-    return (f"{kind}Scheduler", options) if kind and can_run.get(kind) else None
+    return (f"{kind}Scheduler", options) if kind and is_supported.get(kind) else None
 
 
-def _value(text: str) -> Any:
-    """A number, true, false or null as in JSON; anything else is text."""
+def _parse_value(text: str) -> Any:
+    """A number, boolean or null in JSON notation; any other text stays text."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -107,5 +119,5 @@ def _value(text: str) -> Any:
     return text if isinstance(value, dict | list | str) else value
 
 
-def _text(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)

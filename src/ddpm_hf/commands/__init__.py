@@ -1,4 +1,4 @@
-"""One module per command of `ddpm-hf`: its HELP in a line, and `run(argv) -> exit status`.
+"""Commands of `ddpm-hf`, one module each: HELP is one line, `run(argv)` returns the exit status.
 
-At the top they import only the standard library, so that `--help` comes at once.
+At the top they import only modules without torch and transformers, which keeps `--help` fast.
 """

@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from ddpm_hf.commands.messages import flags_in_messages, say
+from ddpm_hf.commands.messages import command_messages, say
 from ddpm_hf.commands.options import (
     add_comparison,
     add_data,
@@ -49,7 +49,7 @@ to real ones. The cheapest that is the best or too close to it to tell is kept i
 def run(argv: list[str]) -> int:
     """Calibrate as `argv` says."""
     options = parser().parse_args(argv)
-    with flags_in_messages(vars(options)):
+    with command_messages(None):
         if options.card and not Path(options.model).is_dir():
             raise ValueError(
                 f"card is for the folder of a model, and {options.model!r} is none: calibrate your"

@@ -5,7 +5,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from ddpm_hf.commands.messages import flags_in_messages, say
+from ddpm_hf.commands.messages import command_messages, say
 from ddpm_hf.commands.options import (
     add_comparison,
     add_data,
@@ -75,7 +75,7 @@ def run(argv: list[str]) -> int:
         command.error("the following arguments are required: DATASET")
     steps, schedulers = options.num_inference_steps, options.schedulers
     is_one = max(len(subjects), len(steps), len(schedulers)) == 1
-    with flags_in_messages(vars(options)):
+    with command_messages(None):
         if (options.card or options.verify) and not is_one:
             raise ValueError(
                 f"{'card' if options.card else 'verify'} is for one model with one scheduler and"

@@ -16,11 +16,11 @@ from torch import Tensor
 from ddpm_hf.diffusion.atomic_files import remove_folder
 from ddpm_hf.diffusion.conditioning import denoiser_of
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
+from ddpm_hf.digests import weights_digest
 from ddpm_hf.evaluation.model_images import EvaluationImages
 from ddpm_hf.evaluation.sharded_tensors import Part, compute_parts
 from ddpm_hf.likelihood import BitsPerDim, bits_per_dim
 from ddpm_hf.randomness import seed_of
-from ddpm_hf.sampling.sampling_record import weights_digest
 from ddpm_hf.statistics import standard_error
 
 

@@ -21,10 +21,10 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ddpm_hf.digests import weights_digest
 from ddpm_hf.evaluation.sharded_tensors import compute_parts
 from ddpm_hf.hub.retry import retry
 from ddpm_hf.sampling import DrawnImages
-from ddpm_hf.sampling.sampling_record import weights_digest
 from ddpm_hf.text import check_local_path, public_name
 
 DEFAULT_FEATURES = "facebook/dinov2-base"

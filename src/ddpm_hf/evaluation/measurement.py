@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ddpm_hf.diffusion.image_processor import ImageFacts
+from ddpm_hf.digests import weights_digest
 from ddpm_hf.evaluation.dataset_likelihood import BoundOptions, forget_parts, measure_bits_per_dim
 from ddpm_hf.evaluation.features import DEFAULT_FEATURES, Features, features_of, load_features
 from ddpm_hf.evaluation.metrics import FEWEST, METRICS, closest_pairs, measure
@@ -25,7 +26,6 @@ from ddpm_hf.hub.load import load
 from ddpm_hf.pictures import image_grid
 from ddpm_hf.sampling import DrawnImages, draw_to
 from ddpm_hf.sampling.sampler_choice import sampled_by
-from ddpm_hf.sampling.sampling_record import weights_digest
 from ddpm_hf.scheduler_spec import SchedulerSpec
 from ddpm_hf.shared_work import distributed_state
 from ddpm_hf.text import public_name

@@ -1,22 +1,56 @@
-"""Images by (seed, index): in any number, by any number of processes, in files that can be gone on.
+"""Sampling of any number of images, by any number of processes, into files that can be resumed.
 
-    drawn = draw_to(pipeline, "digits", 50_000, seed=0, batch_size=256)   # or goes on there
+    drawn = draw_to(pipeline, "digits", 50_000, seed=0, batch_size=256)   # repeat it to resume
     for pixels in drawn.batches():                    # (B, H, W, C) uint8, in the order of indices
         ...
-    save_drawn(pipeline, "digits.npz", 50_000)        # in a form that others read
-    open_drawn("digits.npz"), open_drawn("folder")    # what others drew, read in the same way
+    save_drawn(pipeline, "digits.npz", 50_000)        # in a format that other programs read
+    open_drawn("digits.npz"), open_drawn("folder")    # also files of other programs
 
-Image i is a function of (seed, i): its noise comes from a generator of its own. Its bits are the
-same for any number of processes and after any restart, at one batch size on one kind of device (on
-a CPU, with one number of threads). Others round sums in another order: 28x28 digits in 50 steps
-of eta = 0, drawn 1, 7 or 64 at once by 1 or 2 threads, differed by at most 7e-6 of the range from
-those drawn 16 at once, and no pixel of 8 bits differed.
+Image i is a function of (seed, i): its noise comes from its own generator. Its bits are the same
+for any number of processes and after any interruption, at one batch size on one type of device (on
+a CPU, with one number of threads). Another batch size or number of threads changes the order of
+sums: 28x28 digits in 50 steps with eta = 0, sampled in batches of 1, 7 or 64 by 1 or 2 threads,
+differed by at most 7e-6 of the range from those in batches of 16, and no 8-bit pixel differed.
+
+Public names load on first use, so that options are parsed before torch is imported.
 """
 
-from ddpm_hf.sampling.batches import draw_images
-from ddpm_hf.sampling.image_reader import DrawnImages, open_drawn
-from ddpm_hf.sampling.image_writer import save_drawn
-from ddpm_hf.sampling.sampler_choice import use_recommended
-from ddpm_hf.sampling.sharded_sampling import draw_to
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["DrawnImages", "draw_images", "draw_to", "open_drawn", "save_drawn", "use_recommended"]
+if TYPE_CHECKING:
+    from ddpm_hf.sampling.batches import draw_images
+    from ddpm_hf.sampling.image_reader import DrawnImages, open_drawn
+    from ddpm_hf.sampling.image_writer import save_drawn
+    from ddpm_hf.sampling.options import SamplerOptions
+    from ddpm_hf.sampling.sampler_choice import SamplerSetting, choose_setting, use_recommended
+    from ddpm_hf.sampling.sharded_sampling import draw_to
+
+_MODULE_OF = {
+    "DrawnImages": "image_reader",
+    "SamplerOptions": "options",
+    "SamplerSetting": "sampler_choice",
+    "choose_setting": "sampler_choice",
+    "draw_images": "batches",
+    "draw_to": "sharded_sampling",
+    "open_drawn": "image_reader",
+    "save_drawn": "image_writer",
+    "use_recommended": "sampler_choice",
+}
+__all__ = [
+    "DrawnImages",
+    "SamplerOptions",
+    "SamplerSetting",
+    "choose_setting",
+    "draw_images",
+    "draw_to",
+    "open_drawn",
+    "save_drawn",
+    "use_recommended",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"ddpm_hf.sampling.{_MODULE_OF[name]}"), name)

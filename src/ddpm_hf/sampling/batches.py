@@ -1,6 +1,6 @@
-"""Batches of images, each image from noise of its own."""
+"""Batches of images, each image from its own noise."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 from ddpm_hf.pictures import Pixels
 from ddpm_hf.randomness import seed_of
+from ddpm_hf.sampling.options import DrawOptions
 
 
 def draw_batch(
@@ -19,14 +20,13 @@ def draw_batch(
     class_labels: Sequence[int | str] | None = None,
     **call: Any,
 ) -> Pixels:
-    """The images of these indices, (B, H, W, C), float32 in [0, 1].
+    """The images with these indices, (B, H, W, C), float32 in [0, 1].
 
     Args:
-        pipeline: draws them, on its device.
-        indices: image i comes from a generator seeded with a hash of `seed` and i.
-        seed: see `indices`.
-        class_labels: numbers or names of classes, given to the images in turn: image i has that at
-            i mod their number.
+        pipeline: pipeline that samples them, on its device.
+        indices: the generator of image i is seeded with a hash of `seed` and i.
+        seed: seed of the noise.
+        class_labels: class numbers or names; image i gets number i modulo their count.
         **call: further arguments of the pipeline, such as `num_inference_steps` and `eta`.
     """
     seeds = [seed_of(seed, "sample", i) for i in indices]
@@ -36,6 +36,14 @@ def draw_batch(
     output: Any = pipeline(len(indices), generators, output_type="np", **call)
     images: Pixels = output.images
     return images
+
+
+def pipeline_arguments(options: DrawOptions) -> Mapping[str, Any]:
+    """The options that are arguments of the pipeline's call, without those that are None."""
+    names = ("num_inference_steps", "timesteps", "eta", "guidance_scale", "guidance_interval",
+             "guide")  # fmt: skip
+    values = {name: getattr(options, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def draw_images(
@@ -49,28 +57,28 @@ def draw_images(
     progress: bool = True,
     **call: Any,
 ) -> list[Pixels]:
-    """A few images, in memory; `draw_to` draws many.
+    """Sample a few images in memory; `draw_to` samples many to disk.
 
     Args:
-        pipeline: draws them, on its device.
-        num_images: how many.
-        first: index of the first of them.
-        batch_size: images drawn at once. The last batch is filled up with the images that would
-            follow, so that its bits are those of a longer row.
-        seed: image i comes from a generator seeded with a hash of `seed` and i.
-        class_labels: numbers or names of classes, given to the images in turn by their indices.
-        progress: show progress bars; that of batches only where there are several.
+        pipeline: pipeline that samples them, on its device.
+        num_images: number of images.
+        first: index of the first image.
+        batch_size: images per batch. The last batch is filled up with the images that follow, so
+            that its bits do not depend on `num_images`.
+        seed: the generator of image i is seeded with a hash of `seed` and i.
+        class_labels: class numbers or names; image i gets number i modulo their count.
+        progress: show progress bars; that of the batches only if there are several.
         **call: further arguments of the pipeline, such as `num_inference_steps` and `eta`.
     Returns:
         arrays (H, W, C), float32 in [0, 1].
     """
     batch_size = min(batch_size, num_images)
     images: list[Pixels] = []
-    silent = None if progress else True  # None: where nobody watches
-    pipeline.set_progress_bar_config(leave=False, desc="denoising", disable=silent)
+    disable = None if progress else True  # None: only without a terminal
+    pipeline.set_progress_bar_config(leave=False, desc="denoising", disable=disable)
     starts = range(first, first + num_images, batch_size)
-    silent = silent if len(starts) > 1 else True
-    for start in tqdm(starts, desc="batches", leave=False, disable=silent):
+    disable = disable if len(starts) > 1 else True
+    for start in tqdm(starts, desc="batches", leave=False, disable=disable):
         indices = range(start, start + batch_size)
         batch = draw_batch(pipeline, indices, seed=seed, class_labels=class_labels, **call)
         images += list(batch)

@@ -1,4 +1,4 @@
-"""Drawn images in files, read a batch at a time: parts, npz, npy, pictures, parquet."""
+"""Reader of sampled images: batch files of `draw_to`, npz, npy, image folders and parquet."""
 
 import struct
 import zipfile
@@ -13,24 +13,26 @@ import numpy.typing as npt
 from ddpm_hf.diffusion.atomic_files import read_json
 from ddpm_hf.diffusion.image_processor import IMAGE_MODES
 from ddpm_hf.pictures import quantised
+from ddpm_hf.sampling.sampling_record import SamplingRecord, SamplingSettings
 
-OPTIONS_NAME = "options.json"
+RECORD_NAME = "options.json"
 Array = npt.NDArray[Any]
 Labels = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class DrawnImages:
-    """Images in the order of their indices; in memory only while they are looked at.
+    """Images in the order of their indices, read from disk on access.
 
     Attributes:
         shape: (N, H, W, C).
-        stored: `stored(range(a, b))` reads images a to b - 1 as they lie in the file,
+        stored: `stored(range(a, b))` reads images a to b - 1 with the pixel type of the file,
             (B, H, W, C): uint8, uint16, or float32 in [0, 1].
-        labels: the class of each image, (N,) int64, or None where that is not known.
-        class_names: of the classes by their numbers, or None.
-        options: how they were drawn: seed, steps, weights and the like; {} where nobody kept it.
-        seconds_per_image: that a process took, the median over batches; None where not known.
+        labels: class number of each image, (N,) int64; None if unknown.
+        class_names: names of the classes by number; None if unknown.
+        options: recorded settings by name, such as seed, steps and weights; {} without a record.
+        seconds_per_image: median over batches of the time per image in one process; None if
+            unknown.
     """
 
     shape: tuple[int, int, int, int]
@@ -44,16 +46,16 @@ class DrawnImages:
         return self.shape[0]
 
     def read(self, rows: range) -> Array:
-        """The images of these indices as pixels, (B, H, W, C), uint8 or uint16."""
+        """The images with these indices, (B, H, W, C), uint8 or uint16."""
         images = self.stored(rows)
         return images if images.dtype.kind == "u" else quantised(images, 8)
 
     def batches(self, batch_size: int = 64, rows: range | None = None) -> Iterator[Array]:
-        """All images, or those of `rows`, as `read` gives them: (B, H, W, C), the last one short.
+        """Iterate over batches as `read` returns them: (B, H, W, C), the last one shorter.
 
         Args:
-            batch_size: B.
-            rows: which, such as `range(1000, 2000)` for one process of several.
+            batch_size: images per batch, B.
+            rows: indices, such as `range(1000, 2000)` for one of several processes; by default all.
         """
         rows = range(len(self)) if rows is None else rows
         for start in range(0, len(rows), batch_size):
@@ -61,19 +63,19 @@ class DrawnImages:
 
 
 def open_drawn(path: str | Path) -> DrawnImages:
-    """Drawn images, whoever drew them.
+    """Open sampled images, of this library or any other program.
 
     Args:
-        path: a folder of `draw_to`; a `.npz` with pixels (N, H, W, C) as `arr_0` and perhaps labels
-            as `arr_1`, as guided-diffusion's evaluator reads it; a `.npy` of pixels, or of float32
-            in [0, 1]; a folder of pictures, or a parquet file of them, all of one size.
+        path: a folder of `draw_to`; a `.npz` with pixels (N, H, W, C) as `arr_0` and optional
+            labels as `arr_1`, the format of guided-diffusion's evaluator; a `.npy` with pixels, or
+            with float32 in [0, 1]; an image folder or a parquet file, with images of one size.
     Raises:
-        ValueError: if it is none of these, or holds something else.
+        ValueError: if the path is none of these, or its images are not valid.
         OSError: if it cannot be read.
     """
     path = Path(path).expanduser()
-    if (path / OPTIONS_NAME).is_file():
-        return open_parts(path)
+    if (path / RECORD_NAME).is_file():
+        return open_batch_files(path)
     if path.suffix == ".npz":
         images, labels = _read_npz(path)
     elif path.suffix == ".npy":
@@ -85,42 +87,49 @@ def open_drawn(path: str | Path) -> DrawnImages:
             f"{path} must hold images (N, height, width, channels) of uint8, uint16 or float32, "
             f"got {images.dtype} of shape {images.shape}"
         )
-    about = read_json(options_path(path))
-    settings = about.get("settings", {})
+    record = _record_beside(path)
     return DrawnImages(
         images.shape,
         lambda rows: np.asarray(images[rows.start : rows.stop : rows.step]),
-        _labels(settings) if labels is None else labels,
-        _names(about),
-        settings,
+        _labels(record) if labels is None else labels,
+        record.class_names if record else None,
+        record.settings.to_dict() if record else {},
     )
 
 
-def options_path(output: Path) -> Path:
-    """Where the options of the images in `output` are kept."""
+def record_path(output: Path) -> Path:
+    """File with the record of the images in `output`."""
     return output.with_name(f"{output.name}.json")
 
 
-def part_paths(folder: Path, settings: Mapping[str, Any]) -> list[Path]:
-    """The files of a folder of `draw_to`, one for each batch."""
-    num_parts = -(-settings["num_images"] // settings["batch_size"])
-    return [folder / f"part-{i:06d}.npy" for i in range(num_parts)]
+def _record_beside(output: Path) -> SamplingRecord | None:
+    """The record of the images in `output`; None if there is no file, or one of another kind."""
+    path = record_path(output)
+    return SamplingRecord.read(path) if "settings" in read_json(path) else None
 
 
-def open_parts(folder: Path) -> DrawnImages:
-    """The images in a folder of `draw_to`.
+def batch_files(folder: Path, settings: SamplingSettings) -> list[Path]:
+    """Files of a folder of `draw_to`, one per batch."""
+    num_files = -(-settings.num_images // settings.batch_size)
+    return [folder / f"part-{i:06d}.npy" for i in range(num_files)]
+
+
+def open_batch_files(folder: Path) -> DrawnImages:
+    """Open a folder of `draw_to`.
 
     Raises:
-        ValueError: if some are missing.
+        ValueError: if batches are missing.
     """
-    about = read_json(folder / OPTIONS_NAME)
-    settings = about["settings"]
-    paths, size = part_paths(folder, settings), settings["batch_size"]
+    record = SamplingRecord.read(folder / RECORD_NAME)
+    if record is None:
+        raise ValueError(f"{folder / RECORD_NAME} does not exist")
+    settings = record.settings
+    paths, size = batch_files(folder, settings), settings.batch_size
     num_missing = sum(not path.exists() for path in paths)
     if num_missing:
         raise ValueError(
-            f"{folder}: {num_missing:,} of {len(paths):,} parts are not drawn yet; the call that "
-            "draws them goes on when it is made again"
+            f"{folder}: {num_missing:,} of {len(paths):,} batches are missing; repeat the call of"
+            " draw_to that was interrupted"
         )
 
     def stored(rows: range) -> Array:
@@ -131,22 +140,27 @@ def open_parts(folder: Path) -> DrawnImages:
         images: Array = joined[rows.start - first * size : rows.stop - first * size : rows.step]
         return images
 
-    one = np.load(paths[0], mmap_mode="r")
-    shape, dtype = (settings["num_images"], *one.shape[1:]), one.dtype
-    seconds = about.get("seconds_per_image")
-    return DrawnImages(shape, stored, _labels(settings), _names(about), settings, seconds)
+    batch = np.load(paths[0], mmap_mode="r")
+    shape, dtype = (settings.num_images, *batch.shape[1:]), batch.dtype
+    return DrawnImages(
+        shape,
+        stored,
+        _labels(record),
+        record.class_names,
+        settings.to_dict(),
+        record.seconds_per_image,
+    )
 
 
 def _open_pictures(path: Path) -> DrawnImages:
-    """A folder of pictures or a parquet file of them: decoded once, then read from the cache."""
-    # Libraries that drawing does not need, and that take seconds to load.
+    """An image folder or a parquet file: decoded once, then read from the cache."""
+    # These libraries take seconds to load, and sampling does not need them.
     import datasets
 
     from ddpm_hf.data import load_images, prepare_images
     from ddpm_hf.data.image_dataset import find_image_column
     from ddpm_hf.data.labels import known_class_names
 
-    about = read_json(options_path(path))
     rows = load_images(path)
     column, names = find_image_column(rows, None), known_class_names(rows)
     first = rows.select([0]).cast_column(column, datasets.Image())[0][column]
@@ -163,43 +177,44 @@ def _open_pictures(path: Path) -> DrawnImages:
     def stored(rows: range) -> Array:
         return np.stack([images.window(row).transpose(1, 2, 0) for row in rows])
 
-    facts, settings = images.facts, about.get("settings", {})
-    shape = (len(images), facts.height, facts.width, facts.num_channels)
-    labels = _labels(settings) if images.labels is None else images.labels
-    return DrawnImages(shape, stored, labels, names or _names(about), settings)
+    facts, record = images.facts, _record_beside(path)
+    return DrawnImages(
+        (len(images), facts.height, facts.width, facts.num_channels),
+        stored,
+        _labels(record) if images.labels is None else images.labels,
+        names or (record.class_names if record else None),
+        record.settings.to_dict() if record else {},
+    )
 
 
-def _labels(settings: Mapping[str, Any]) -> Labels | None:
-    """The class of each image, given to them in turn."""
-    labels = settings.get("class_labels")
-    return np.resize(labels, settings["num_images"]).astype(np.int64) if labels else None
-
-
-def _names(about: Mapping[str, Any]) -> tuple[str, ...] | None:
-    names = about.get("class_names")
-    return tuple(names) if names else None
+def _labels(record: SamplingRecord | None) -> Labels | None:
+    """The class number of each image: the recorded class labels, repeated in turn."""
+    if record is None or not record.settings.class_labels:
+        return None
+    labels = np.resize(record.settings.class_labels, record.settings.num_images)
+    return labels.astype(np.int64)
 
 
 def _read_npz(path: Path) -> tuple[Array, Labels | None]:
-    """`arr_0`, mapped where it is not compressed, and the labels in `arr_1`, if there are any."""
+    """`arr_0`, memory-mapped if it is not compressed, and the labels in `arr_1`, if present."""
     with np.load(path, allow_pickle=False) as arrays:
         if "arr_0" not in arrays:
-            found = ", ".join(arrays) or "nothing"
-            raise ValueError(f"{path} must hold images as arr_0, but holds {found}")
+            names = ", ".join(arrays) or "nothing"
+            raise ValueError(f"{path} must hold images as arr_0, but holds {names}")
         labels = arrays["arr_1"].astype(np.int64) if "arr_1" in arrays else None
         with zipfile.ZipFile(path) as archive:
             member = archive.getinfo("arr_0.npy")
         if member.compress_type != zipfile.ZIP_STORED:
             return arrays["arr_0"], labels
     with path.open("rb") as file:
-        file.seek(member.header_offset + 26)  # the lengths of the name and of what follows it
+        file.seek(member.header_offset + 26)  # lengths of the name and of the extra field
         start = member.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
         file.seek(start)
         version = np.lib.format.read_magic(file)
-        read = {
+        read_header = {
             (1, 0): np.lib.format.read_array_header_1_0,
             (2, 0): np.lib.format.read_array_header_2_0,
         }[version]
-        shape, is_fortran, dtype = read(file)
+        shape, is_fortran, dtype = read_header(file)
         order: Literal["C", "F"] = "F" if is_fortran else "C"
         return np.memmap(path, dtype, "r", file.tell(), shape, order), labels

@@ -1,141 +1,181 @@
-"""What may be chosen for drawing: another scheduler of the same diffusion, and the classes."""
+"""Choice of the sampler: the recommended setting, all training timesteps, or the user's own."""
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import diffusers
-from diffusers import UNet2DModel
+from diffusers import SchedulerMixin
 
-from ddpm_hf.diffusion.conditioning import class_numbers
 from ddpm_hf.diffusion.config_extension import extension_of
-from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline, image_facts
+from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
+from ddpm_hf.sampling.options import CALIBRATED_SPACINGS, SamplerOptions
 from ddpm_hf.scheduler_spec import SchedulerSpec
 
-# The linear betas end at 4e-5, which Karras' sigmas suit; the cosine's at 2e-9.
-_LEAST_SIGNAL_OF_KARRAS = 1e-6
+# Karras' sigmas suit linear betas, where alpha_bar ends at 4e-5, and not cosine betas, where it
+# ends at 2e-9.
+_MIN_SIGNAL_FOR_KARRAS = 1e-6
 
 
-def change_scheduler(pipeline: GaussianDDPMPipeline, sampler: SchedulerSpec) -> None:
-    """Put another scheduler of the same diffusion in the place of the pipeline's.
+@dataclass(frozen=True)
+class SamplerSetting:
+    """A scheduler with the arguments that sampling needs besides.
+
+    Attributes:
+        scheduler: a scheduler for the beta schedule of the model.
+        num_inference_steps: number of steps K; None for the scheduler's usual number.
+        timesteps: the timesteps, if they are given instead of their number.
+        eta: noise of each step, in [0, 1]; None for the scheduler's default.
+        recommended: name of the scheduler, if this is the recommended setting of the model.
+    """
+
+    scheduler: SchedulerMixin
+    num_inference_steps: int | None = None
+    timesteps: tuple[int, ...] | None = None
+    eta: float | None = None
+    recommended: str | None = None
+
+    def arguments(self) -> Mapping[str, Any]:
+        """Arguments of a call of the pipeline, without those that are None."""
+        names = ("num_inference_steps", "timesteps", "eta")
+        values = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def choose_setting(
+    pipeline: GaussianDDPMPipeline, options: SamplerOptions | None = None
+) -> SamplerSetting:
+    """Resolve the options of the sampler into a complete setting.
+
+        setting = choose_setting(pipe)
+        pipe.scheduler = setting.scheduler
+        images = pipe(4, **setting.arguments()).images
+
+    By default the setting that `ddpm-hf calibrate --sweep` recommends, if the model has one. With
+    `thorough`, DDPM in all training timesteps. Any other option of the sampler replaces the
+    recommended setting; what it leaves open is as configured in the model's scheduler.
 
     Args:
-        pipeline: gets it.
-        sampler: which; its `eta` is an argument of the call.
+        pipeline: pipeline with the scheduler of the model, which is not replaced.
+        options: options of the sampler.
     Raises:
-        ValueError: if the scheduler has no such option, or makes nothing of it.
+        ValueError: if the scheduler does not support an option, or is not calibrated for it.
     """
-    kind = type(pipeline.scheduler)
-    if (name := sampler.scheduler) is not None:
+    options = options or SamplerOptions()
+    if not options.thorough and not options.own_choices():
+        try:
+            if (setting := recommended_setting(pipeline)) is not None:
+                return setting
+        except ValueError as error:
+            warnings.warn(f"the recommended setting is not used: {error}", stacklevel=2)
+    name = "DDPM" if options.thorough else options.scheduler
+    spec = SchedulerSpec.parse(name) if name else SchedulerSpec()
+    eta, spacing, K = spec.eta, options.timestep_spacing, options.num_inference_steps
+    eta = eta if options.eta is None else options.eta
+    if spacing in CALIBRATED_SPACINGS:
+        scheduler = build_scheduler(pipeline, spec)
+        return SamplerSetting(
+            scheduler, timesteps=_calibrated_timesteps(scheduler, spacing, K), eta=eta
+        )
+    scheduler = build_scheduler(pipeline, spec.with_options(timestep_spacing=spacing))
+    return SamplerSetting(scheduler, K, eta=eta)
+
+
+def recommended_setting(pipeline: GaussianDDPMPipeline) -> SamplerSetting | None:
+    """The setting that `ddpm-hf calibrate --sweep` stored in the model; None if there is none.
+
+    Raises:
+        ValueError: if this version cannot use it.
+    """
+    scheduler = pipeline.scheduler
+    if "recommended" not in extension_of(scheduler.config):
+        return None
+    if not isinstance(scheduler, GaussianDDPMScheduler):  # others keep the entry unread
+        scheduler = GaussianDDPMScheduler.from_config(scheduler.config)
+    if (recommended := scheduler.recommended) is None:
+        return None
+    spec = SchedulerSpec.parse(recommended["scheduler"])
+    return SamplerSetting(
+        build_scheduler(pipeline, spec),
+        recommended["num_inference_steps"],
+        eta=spec.eta,
+        recommended=recommended["scheduler"],
+    )
+
+
+def use_recommended(pipeline: GaussianDDPMPipeline) -> Mapping[str, Any]:
+    """Set the scheduler that `ddpm-hf calibrate --sweep` recommends for the model.
+
+        images = pipe(4, **use_recommended(pipe)).images
+
+    Args:
+        pipeline: its scheduler is replaced.
+    Returns:
+        arguments of a call of the pipeline; {} for a model without a recommended setting.
+    Raises:
+        ValueError: if this version cannot use the setting.
+    """
+    setting = recommended_setting(pipeline)
+    if setting is None:
+        return {}
+    pipeline.scheduler = setting.scheduler
+    return setting.arguments()
+
+
+def build_scheduler(pipeline: GaussianDDPMPipeline, spec: SchedulerSpec) -> SchedulerMixin:
+    """A scheduler for the same diffusion process as that of the pipeline.
+
+    Args:
+        pipeline: its scheduler is not replaced.
+        spec: the scheduler; its `eta` is an argument of the pipeline's call.
+    Returns:
+        the pipeline's own scheduler if `spec` changes nothing.
+    Raises:
+        ValueError: if the scheduler has no such option, or does not support its value.
+    """
+    name, own = spec.scheduler, pipeline.scheduler
+    kind = type(own)
+    if name is not None:
         kind = GaussianDDPMScheduler if name == "DDPM" else getattr(diffusers, f"{name}Scheduler")
-    for option, value in sampler.options.items():
+    for option, value in spec.options.items():
         is_ours = kind is GaussianDDPMScheduler
         if option not in kind._get_init_keys(kind) or (value == "quadratic" and not is_ours):
-            raise ValueError(f"{option}={value} is not one of {kind.__name__}'s")
-    if name is None and not sampler.options:
-        return
+            raise ValueError(f"{kind.__name__} does not support `{option}`={value}")
+    if name is None and not spec.options:
+        return own
     try:
-        scheduler = kind.from_config(pipeline.scheduler.config, **sampler.options)
+        scheduler = kind.from_config(own.config, **spec.options)
     except (ArithmeticError, ImportError, NotImplementedError, TypeError, ValueError) as error:
-        raise ValueError(f"{sampler}: {error}") from error
-    signal = float(scheduler.alphas_cumprod[-1])
-    if scheduler.config.get("use_karras_sigmas") and signal < _LEAST_SIGNAL_OF_KARRAS:
+        raise ValueError(f"{spec}: {error}") from error
+    alpha_bar_T = float(scheduler.alphas_cumprod[-1])
+    if scheduler.config.get("use_karras_sigmas") and alpha_bar_T < _MIN_SIGNAL_FOR_KARRAS:
         raise ValueError(
-            f"use_karras_sigmas: these betas end in almost pure noise (alpha_bar = {signal:.1g}),"
-            " where Karras' sigmas would spend nearly all of the steps"
+            f"use_karras_sigmas is not supported for betas that end in almost pure noise"
+            f" (alpha_bar = {alpha_bar_T:.1g}): nearly all steps would be spent there"
         )
-    pipeline.scheduler = scheduler
+    return scheduler
 
 
 @contextmanager
-def sampled_by(pipeline: GaussianDDPMPipeline, sampler: SchedulerSpec) -> Iterator[None]:
-    """Inside, the pipeline has the scheduler of `sampler`; see `change_scheduler`."""
+def sampled_by(pipeline: GaussianDDPMPipeline, spec: SchedulerSpec) -> Iterator[None]:
+    """Replace the pipeline's scheduler until the block ends; see `build_scheduler`."""
     own = pipeline.scheduler
+    pipeline.scheduler = build_scheduler(pipeline, spec)
     try:
-        change_scheduler(pipeline, sampler)
         yield
     finally:
         pipeline.scheduler = own
 
 
-def use_recommended(pipeline: GaussianDDPMPipeline) -> dict[str, Any]:
-    """Give the pipeline the sampler that `ddpm-hf calibrate --sweep` found, and say how to call it.
-
-        images = pipe(4, **use_recommended(pipe)).images
-
-    Args:
-        pipeline: gets the scheduler.
-    Returns:
-        the arguments of its call; {} for a model of which nothing was found.
-    Raises:
-        ValueError: if what was found is unknown here.
-    """
-    found = recommended(pipeline)
-    if found is None:
-        return {}
-    sampler = SchedulerSpec.parse(found["scheduler"])
-    change_scheduler(pipeline, sampler)
-    eta = {} if sampler.eta is None else {"eta": sampler.eta}
-    return {"num_inference_steps": found["num_inference_steps"], **eta}
-
-
-def recommended(pipeline: GaussianDDPMPipeline) -> dict[str, Any] | None:
-    """The "scheduler" and "num_inference_steps" that a sweep found best, or None."""
-    scheduler = pipeline.scheduler
-    if "recommended" not in extension_of(scheduler.config):
-        return None
-    if not isinstance(scheduler, GaussianDDPMScheduler):  # another one carries it along unread
-        scheduler = GaussianDDPMScheduler.from_config(scheduler.config)
-    return scheduler.recommended
-
-
-def calibrated_timesteps(
-    pipeline: GaussianDDPMPipeline, spacing: str, num_inference_steps: int | None
-) -> list[int]:
-    """Timesteps that a calibrated scheduler chooses, which are no part of its configuration.
-
-    Args:
-        pipeline: its scheduler chooses them.
-        spacing: "likelihood", or "calibrated" for DDIM.
-        num_inference_steps: K.
-    Raises:
-        ValueError: if the scheduler is of another kind or not calibrated so, or K is missing.
-    """
-    scheduler = pipeline.scheduler
+def _calibrated_timesteps(
+    scheduler: SchedulerMixin, spacing: str, num_inference_steps: int | None
+) -> tuple[int, ...]:
+    """Timesteps that a calibrated scheduler chooses, which its configuration cannot hold."""
     if not isinstance(scheduler, GaussianDDPMScheduler):
-        raise ValueError(f"timestep_spacing={spacing} is not one of {type(scheduler).__name__}'s")
-    if num_inference_steps is None:
-        raise ValueError(f"num_inference_steps must be given with timestep_spacing={spacing}")
+        name = type(scheduler).__name__
+        raise ValueError(f"{name} does not support `timestep_spacing`={spacing}")
     scheduler.set_timesteps(num_inference_steps, timestep_spacing=spacing)
-    timesteps: list[int] = scheduler.timesteps.tolist()
-    return timesteps
-
-
-def class_names_of(unet: UNet2DModel) -> tuple[str, ...] | None:
-    """What its classes are called, in the order of their numbers, where it says so."""
-    facts = image_facts(unet)
-    return tuple(facts.class_names) if facts and facts.class_names else None
-
-
-def classes_in_turn(
-    unet: UNet2DModel, class_labels: Sequence[int | str] | None
-) -> list[int] | None:
-    """The numbers of the classes that images are drawn of, in turn; None without classes.
-
-    Args:
-        unet: knows the classes.
-        class_labels: numbers, also as text, or names; None is every class.
-    Raises:
-        ValueError: for labels of a model without numbered classes, or a class it does not know.
-    """
-    num_classes, names = unet.config.num_class_embeds, class_names_of(unet)
-    if num_classes is None:
-        if class_labels is not None:
-            raise ValueError("class_labels must be left out: this model was not trained on classes")
-        return None
-    if class_labels is None:
-        return list(range(len(names) if names else num_classes))
-    is_number = [str(n).isdecimal() and n not in (names or ()) for n in class_labels]
-    labels = [int(n) if number else n for n, number in zip(class_labels, is_number, strict=True)]
-    return class_numbers(labels, num_classes, names)
+    return tuple(scheduler.timesteps.tolist())

@@ -1,158 +1,237 @@
-"""What decides the images: kept beside them as JSON, and compared when a job goes on."""
+"""Record of how images were sampled: kept beside them as JSON and compared on resume."""
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from diffusers import UNet2DModel
 
 from ddpm_hf.diffusion import config_extension
 from ddpm_hf.diffusion.atomic_files import read_json
-from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline, image_facts
+from ddpm_hf.diffusion.image_processor import image_facts
+from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 from ddpm_hf.diffusion.schedules import usual_num_steps
-from ddpm_hf.sampling.sampler_choice import class_names_of, classes_in_turn
+from ddpm_hf.digests import weights_digest
+from ddpm_hf.sampling.class_labels import class_names_of, label_cycle
+from ddpm_hf.sampling.options import DrawOptions
 
-Settings = dict[str, Any]
-# What an image is stored as; float32 is in [0, 1].
-STORED_AS = ("uint8", "uint16", "float32")
-_NO_OPTIONS = ("_class_name", "_diffusers_version", "_name_or_path", "_use_default_values")
-_CALL = ("num_inference_steps", "timesteps", "eta", "guidance_scale", "guidance_interval", "guide")
+PIXEL_TYPES = ("uint8", "uint16", "float32")  # float32 pixels are in [0, 1]
+_NOT_CONFIGURATION = ("_class_name", "_diffusers_version", "_name_or_path", "_use_default_values")
 
 
-def about_images(
+@dataclass(frozen=True)
+class SamplingSettings:
+    """Everything that determines the images of a set, as JSON values.
+
+    Attributes:
+        num_images: number of images N.
+        seed: image i depends on the seed and i only.
+        batch_size: images per batch, and per file until the set is complete.
+        class_labels: class numbers that the images get in turn; None without classes.
+        scheduler: class name of the scheduler.
+        scheduler_config: its configuration, without the recommended setting, which affects no
+            image and may be stored while a set is incomplete.
+        num_inference_steps: number of steps K; None if `timesteps` are given.
+        timesteps: the timesteps, in decreasing order.
+        eta: noise of each step.
+        guidance_scale: scale of the guidance; 1 for none.
+        guidance_interval: range of the log signal-to-noise ratio with guidance.
+        guide: digest of the guiding network's weights.
+        weights: digest of the network's weights.
+        unet_dtype: dtype of the network.
+        speed: settings that `optimize` applied; None if it was not called.
+        device: type of the device, since each type has its own random numbers.
+        dtype: one of `PIXEL_TYPES`.
+    """
+
+    num_images: int
+    seed: int
+    batch_size: int
+    class_labels: list[int] | None
+    scheduler: str
+    scheduler_config: Mapping[str, Any]
+    num_inference_steps: int | None
+    timesteps: list[int] | None
+    eta: float | None
+    guidance_scale: float
+    guidance_interval: list[float] | None
+    guide: str | None
+    weights: str
+    unet_dtype: str
+    speed: Mapping[str, Any] | None
+    device: str
+    dtype: str
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Settings from their JSON values; a setting that an old record lacks is None."""
+        known: Any = {field.name: values.get(field.name) for field in fields(cls)}
+        return cls(**known)
+
+    def to_dict(self) -> Mapping[str, Any]:
+        """The settings as JSON values."""
+        return vars(self)
+
+    def difference(self, other: Self) -> str | None:
+        """The first setting that differs, as "`seed` 1 instead of 0"; None if all are equal."""
+        return _difference(self.to_dict(), other.to_dict())
+
+
+@dataclass(frozen=True)
+class SamplingRecord:
+    """Content of `options.json` in a folder of images and of NAME.json beside a file.
+
+    Attributes:
+        settings: everything that determines the images.
+        model: name of the model and further JSON values, which are not compared.
+        class_names: names of the classes by number, if known.
+        num_threads: CPU threads per operation.
+        optimized: result of `optimize` as JSON values.
+        versions: versions of the libraries.
+        seconds_per_image: median over batches of the time per image in one process.
+    """
+
+    settings: SamplingSettings
+    model: Mapping[str, Any] | None = None
+    class_names: tuple[str, ...] | None = None
+    num_threads: int | None = None
+    optimized: Mapping[str, Any] | None = None
+    versions: Mapping[str, str] | None = None
+    seconds_per_image: float | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> Self | None:
+        """The record in a file; None if the file does not exist.
+
+        Raises:
+            ValueError: if the file is not such a record.
+        """
+        values = read_json(path)
+        if not values:
+            return None
+        if not isinstance(values.get("settings"), dict):
+            raise ValueError(
+                f"{path} is not a record of sampled images: move it, or choose another output"
+            )
+        known = {field.name: values.get(field.name) for field in fields(cls)}
+        names = known["class_names"]
+        return cls(
+            **known
+            | {
+                "settings": SamplingSettings.from_dict(values["settings"]),
+                "class_names": tuple(names) if names else None,
+            }
+        )
+
+    def to_dict(self) -> Mapping[str, Any]:
+        """The record as JSON values."""
+        values = {"format_version": 1, **vars(self), "settings": self.settings.to_dict()}
+        ordered = {name: values.pop(name) for name in ("format_version", "model", "settings")}
+        if self.seconds_per_image is None:
+            del values["seconds_per_image"]
+        return ordered | values
+
+
+def sampling_record(
     pipeline: GaussianDDPMPipeline,
-    num_images: int,
-    model: Mapping[str, Any] | None = None,
-    **options: Any,
-) -> dict[str, Any]:
-    """What is kept beside the images; `model` says what it is, the options are of `settings_of`."""
-    settings = settings_of(pipeline, num_images, **options)
-    return {
-        "format_version": 1,
-        "model": model,
-        "settings": settings,
-        "class_names": class_names_of(pipeline.unet) if settings["class_labels"] else None,
-        "num_threads": torch.get_num_threads(),
-        "optimized": None if pipeline.speed is None else pipeline.speed.to_dict(),
-        "versions": {name: version(name) for name in ("ddpm-hf", "diffusers", "torch")},
-    }
-
-
-def settings_of(
-    pipeline: GaussianDDPMPipeline,
-    num_images: int,
+    options: DrawOptions,
     *,
-    seed: int,
-    batch_size: int,
-    class_labels: Sequence[int | str] | None,
-    dtype: str | None,
-    call: Mapping[str, Any],
-) -> Settings:
-    """All that decides the images, as JSON values; arguments as for `draw_to`.
+    dtype: str | None = None,
+    model: Mapping[str, Any] | None = None,
+) -> SamplingRecord:
+    """The record of images that are sampled with these options.
 
+    Args:
+        pipeline: pipeline that samples them.
+        options: options of `draw_to`.
+        dtype: one of `PIXEL_TYPES`; by default that of the model's bit depth.
+        model: name of the model and further JSON values.
     Raises:
-        ValueError: for what no image can be drawn with.
-        TypeError: for an argument of the pipeline that cannot be kept, such as a callback.
+        ValueError: for options that do not fit the model.
     """
-    if unknown := sorted(set(call) - {*_CALL}):
-        raise TypeError(f"{unknown[0]} is none of {', '.join(_CALL)}")
-    for name, count in (("num_images", num_images), ("batch_size", batch_size)):
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
+    settings = sampling_settings(pipeline, options, dtype)
+    return SamplingRecord(
+        settings,
+        model,
+        class_names=class_names_of(pipeline.unet) if settings.class_labels else None,
+        num_threads=torch.get_num_threads(),
+        optimized=None if pipeline.speed is None else pipeline.speed.to_dict(),
+        versions={name: version(name) for name in ("ddpm-hf", "diffusers", "torch")},
+    )
+
+
+def sampling_settings(
+    pipeline: GaussianDDPMPipeline, options: DrawOptions, dtype: str | None = None
+) -> SamplingSettings:
+    """Everything that determines the images; see `sampling_record`."""
     dtype = dtype or f"uint{bit_depth_of(pipeline.unet)}"
-    if dtype not in STORED_AS:
-        raise ValueError(f"dtype must be one of {', '.join(STORED_AS)}, got {dtype!r}")
-    scheduler = pipeline.scheduler
-    kind, num_train_timesteps = type(scheduler).__name__, scheduler.config.num_train_timesteps
-    # What is recommended decides no image, and may be found between two halves of a set.
+    if dtype not in PIXEL_TYPES:
+        raise ValueError(f"`dtype` must be one of {', '.join(PIXEL_TYPES)}, got {dtype!r}")
+    scheduler, K, guide = pipeline.scheduler, options.num_inference_steps, options.guide
+    kind = type(scheduler).__name__
+    if K is None and options.timesteps is None:
+        K = usual_num_steps(kind, scheduler.config.num_train_timesteps)
     config = config_extension.without(scheduler.config, "recommended")
-    num_steps = call.get("num_inference_steps")
-    if num_steps is None and call.get("timesteps") is None:
-        num_steps = usual_num_steps(kind, num_train_timesteps)
-    guide, interval = call.get("guide"), call.get("guidance_interval")
-    scale = call.get("guidance_scale")
-    return {
-        "num_images": num_images,
-        "seed": seed,
-        "batch_size": min(batch_size, num_images),
-        "class_labels": classes_in_turn(pipeline.unet, class_labels),
-        "scheduler": kind,
-        "scheduler_config": _plain(
-            {name: value for name, value in config.items() if name not in _NO_OPTIONS}
+    scale, interval = options.guidance_scale, options.guidance_interval
+    return SamplingSettings(
+        num_images=options.num_images,
+        seed=options.seed,
+        batch_size=min(options.batch_size, options.num_images),
+        class_labels=label_cycle(pipeline.unet, options.class_labels),
+        scheduler=kind,
+        scheduler_config=_json_values(
+            {name: value for name, value in config.items() if name not in _NOT_CONFIGURATION}
         ),
-        "num_inference_steps": num_steps,
-        "timesteps": _plain(call.get("timesteps")),
-        "eta": call.get("eta"),
-        "guidance_scale": 1.0 if scale is None else float(scale),
-        "guidance_interval": None if interval is None else [float(end) for end in interval],
-        "guide": None if guide is None else weights_digest(getattr(guide, "unet", guide)),
-        "weights": weights_digest(pipeline.unet),
-        "unet_dtype": str(pipeline.unet.dtype).removeprefix("torch."),
-        "speed": speed_of(pipeline),
-        "device": pipeline.device.type,  # each kind has random numbers of its own
-        "dtype": dtype,
-    }
+        num_inference_steps=K,
+        timesteps=_json_values(options.timesteps),
+        eta=options.eta,
+        guidance_scale=1.0 if scale is None else scale,
+        guidance_interval=None if interval is None else [float(end) for end in interval],
+        guide=None if guide is None else weights_digest(getattr(guide, "unet", guide)),
+        weights=weights_digest(pipeline.unet),
+        unet_dtype=str(pipeline.unet.dtype).removeprefix("torch."),
+        speed=optimized_settings(pipeline),
+        device=pipeline.device.type,
+        dtype=dtype,
+    )
 
 
-def settings_in(path: Path) -> Settings | None:
-    """Those that a file of `about_images` keeps, or None where there is no file.
-
-    Raises:
-        ValueError: if it is another file.
-    """
-    about = read_json(path)
-    if about and not isinstance(about.get("settings"), dict):
-        raise ValueError(f"{path} does not say how images were drawn; move it, or choose another")
-    settings: Settings | None = about.get("settings")
-    return settings
-
-
-def speed_of(pipeline: GaussianDDPMPipeline) -> Settings | None:
-    """What its `optimize` chose, as far as it decides bits; None where it was not called."""
+def optimized_settings(pipeline: GaussianDDPMPipeline) -> Mapping[str, Any] | None:
+    """The settings of `optimize` that affect bits, as JSON values; None if it was not called."""
     names = ("memory_format", "dtype", "compile", "tf32", "num_threads")
-    chosen = pipeline.speed
-    return None if chosen is None else {name: getattr(chosen, name) for name in names}
+    optimized = pipeline.speed
+    return None if optimized is None else {name: getattr(optimized, name) for name in names}
 
 
 def bit_depth_of(unet: UNet2DModel) -> int:
-    """Bits per channel of the images: 8 or 16."""
+    """Bits per channel of the training images: 8 or 16."""
     facts = image_facts(unet)
     return facts.bit_depth if facts else 8
 
 
-def difference(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
-    """What differs first, as "seed=1, not seed=0"; None where nothing does."""
+def _difference(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
     for name, value in wanted.items():
-        before = there.get(name)
+        before = recorded.get(name)
         if isinstance(value, Mapping) and isinstance(before, Mapping):
-            if inner := difference(before, {**dict.fromkeys(before), **value}):
+            if inner := _difference(before, {**dict.fromkeys(before), **value}):
                 return inner
         elif before != value:
-            return f"{name}={_short(before)}, not {name}={_short(value)}"
+            return f"`{name}` {_shortened(before)} instead of {_shortened(value)}"
     return None
 
 
-def weights_digest(unet: torch.nn.Module) -> str:
-    """SHA-256 of the weights, with their names."""
-    sums = hashlib.sha256()
-    for name, tensor in sorted(unet.state_dict().items()):
-        sums.update(name.encode())
-        sums.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return sums.hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    """As JSON would give it back."""
+def _json_values(value: Any) -> Any:
+    """`value` as it is after a round trip through JSON."""
     if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
+        return {str(name): _json_values(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_json_values(item) for item in value]
     return value.item() if hasattr(value, "item") else value
 
 
-def _short(value: Any) -> str:
+def _shortened(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
