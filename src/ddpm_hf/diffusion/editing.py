@@ -548,9 +548,7 @@ def _changed(scheduler: GaussianDDPMScheduler, **config: Any) -> GaussianDDPMSch
 
 
 def _prediction(denoiser: Denoiser, x_t: Tensor, t: int) -> Tensor:
-    output = denoiser(x_t, torch.full((len(x_t),), t, device=x_t.device))
-    prediction: Tensor = output if isinstance(output, Tensor) else output.sample
-    return prediction
+    return tensor_ops.prediction_of(denoiser(x_t, torch.full((len(x_t),), t, device=x_t.device)))
 
 
 def _with_progress(steps: Sequence[int], progress: bool) -> Iterable[int]:

@@ -15,6 +15,12 @@ Denoiser = Callable[[Tensor, Tensor], Any]
 WIDE = (torch.float32, torch.float64)
 
 
+def prediction_of(output: Any) -> Tensor:
+    """The tensor of a denoiser's output, which may be an object with `.sample`."""
+    prediction: Tensor = output if isinstance(output, Tensor) else output.sample
+    return prediction
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     """x in the dtype that the mathematics is done in."""
     return x if x.dtype in WIDE else x.float()

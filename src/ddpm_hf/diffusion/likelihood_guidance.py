@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guidance by any log-likelihood log p(y | x_t): of a class, a measurement, or a loss.
+
+The score of p(x_t | y) is that of p(x_t) plus the gradient of log p(y | x_t). In terms of the
+estimate of x_0, which every scheduler uses, that is
+
+    x_0_hat + (1 - alpha_bar) / sqrt(alpha_bar) grad log p(y | x_t)      2209.14687, eq. 5
+
+so that guidance works with every scheduler and every eta.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks, tensor_ops
+
+Denoiser = tensor_ops.Denoiser
+Guidance = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x_t, x_0_hat, t) -> log p(y | x_t) up to a constant, (B,)."""
+
+
+def guided_denoiser(
+    denoiser: Denoiser, scheduler: Any, guidance: Guidance, weight: float = 1.0
+) -> Denoiser:
+    """The denoiser whose estimate of x_0 is moved towards higher log p(y | x_t).
+
+    Args:
+        denoiser: callable (x_t, t); with twice the channels of x_t for a learned variance, which is
+            not changed.
+        scheduler: gives prediction type and noise levels.
+        guidance: callable (x_t, x_0_hat, t) -> (B,), differentiable with respect to x_t, directly
+            or through x_0_hat. A loss is the negative of it.
+        weight: factor of the gradient; 1 is Bayes' rule.
+
+    Returns:
+        a callable (x_t, t). It raises ValueError if `guidance` returns another shape, or a tensor
+        without gradient.
+
+    Source: 2105.05233, algorithm 2; 2209.14687, eq. 5.
+    """
+    checks.check_float("guidance_weight", weight, "that is finite", -checks.FINITE, checks.FINITE)
+    kind = scheduler.config.get("prediction_type", "epsilon")
+
+    def guided(x_t: Tensor, t: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x_t = x_t.detach().requires_grad_()
+            output = tensor_ops.prediction_of(denoiser(x_t, t))
+            mean_part = output[:, : x_t.shape[1]].to(x_t.dtype)
+            signal, sigma = _signal_and_sigma(scheduler, t, x_t)
+            log_likelihood = guidance(x_t, _x_0_hat(kind, mean_part, x_t, signal, sigma), t)
+            gradient = _gradient(log_likelihood, x_t)
+        # The change of x_0_hat, sigma^2 / signal * gradient, in terms of the output; 0 where x_t
+        # holds no signal.
+        change = {
+            "epsilon": -sigma,
+            "sample": torch.where(signal > 0, sigma.square() / signal, 0),
+            "v_prediction": torch.where(signal > 0, -sigma / signal, 0),
+        }[kind]
+        output = output.detach().clone()
+        output[:, : x_t.shape[1]] += (weight * change * gradient).to(output.dtype)
+        return output
+
+    return guided
+
+
+def _signal_and_sigma(scheduler: Any, t: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor]:
+    """sqrt(alpha_bar) and sqrt(1 - alpha_bar), (B or 1, 1, ...)."""
+    if hasattr(scheduler, "log_snr"):
+        log_snr = scheduler.log_snr(t, x_t.dtype)
+    else:
+        log_snr = scheduler.alphas_cumprod.to(t.device, x_t.dtype)[t].logit()
+    log_snr = log_snr.reshape(-1, *(1,) * (x_t.ndim - 1)).to(x_t.device)
+    return log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt()
+
+
+def _x_0_hat(kind: str, output: Tensor, x_t: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
+    if kind == "epsilon":
+        return (x_t - sigma * output) / signal
+    if kind == "v_prediction":
+        return signal * x_t - sigma * output
+    return output
+
+
+def _gradient(log_likelihood: Any, x_t: Tensor) -> Tensor:
+    if not isinstance(log_likelihood, Tensor) or log_likelihood.shape != (len(x_t),):
+        shape = getattr(log_likelihood, "shape", None)
+        got = tuple(shape) if shape is not None else type(log_likelihood).__name__
+        raise ValueError(
+            f"`guidance` must return log p(y | x_t) of each image, a tensor of shape ({len(x_t)},),"
+            f" got {got}"
+        )
+    gradient = None
+    if log_likelihood.requires_grad:
+        (gradient,) = torch.autograd.grad(log_likelihood.sum(), x_t, allow_unused=True)
+    if gradient is None:
+        raise ValueError(
+            "`guidance` returned a tensor without gradient with respect to x_t; compute it from"
+            " x_t or x_0_hat by differentiable operations, without torch.no_grad() or .detach()"
+        )
+    return gradient
+
+
+@dataclass(frozen=True)
+class MeasurementGuidance:
+    """log p(y | x_t) of a linear measurement y = A x_0 + noise.
+
+    x_0 given x_t is taken for a Gaussian with the variance that calibration measured, m_t, or with
+    1 - alpha_bar where there is no calibration (2305.04391).
+
+    Attributes:
+        measure: A, a differentiable linear function of x_0, whose rows have unit norm.
+        y: the measurement, (B, ...) or broadcast to it.
+        scheduler: of the model; with `x_0_mse` where it is calibrated.
+        noise_std: standard deviation of the measurement's noise.
+    """
+
+    measure: Callable[[Tensor], Tensor]
+    y: Tensor
+    scheduler: Any
+    noise_std: float = 0.0
+
+    def __call__(self, x_t: Tensor, x_0_hat: Tensor, t: Tensor) -> Tensor:
+        gap = self.measure(x_0_hat) - self.y.to(x_0_hat)
+        x_0_mse = getattr(self.scheduler, "x_0_mse", None)
+        if x_0_mse is None:
+            _, sigma = _signal_and_sigma(self.scheduler, t, x_t)
+            variance = sigma.square().flatten()
+        else:
+            variance = x_0_mse.to(x_t.device, x_t.dtype)[t].flatten()
+        variance = variance + self.noise_std**2
+        return -gap.square().flatten(1).sum(1) / (2 * variance)
+
+
+@dataclass(frozen=True)
+class ClassifierGuidance:
+    """log p(class | x_t) of a classifier that was trained on noisy images.
+
+    A classifier of clean images is something else: applied to x_0_hat it ignores what noise hides.
+
+    Attributes:
+        classifier: callable (x_t, t) -> logits, (B, num_classes).
+        class_labels: the class of each image, numbers in [0, num_classes), one or B.
+    """
+
+    classifier: Callable[[Tensor, Tensor], Tensor]
+    class_labels: Sequence[int]
+
+    def __call__(self, x_t: Tensor, x_0_hat: Tensor, t: Tensor) -> Tensor:
+        t = t.expand(len(x_t)) if t.ndim == 0 else t
+        labels = torch.as_tensor(self.class_labels, device=x_t.device).expand(len(x_t))
+        log_p = self.classifier(x_t, t).log_softmax(1)
+        return log_p.gather(1, labels[:, None])[:, 0]
