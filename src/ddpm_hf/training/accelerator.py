@@ -1,10 +1,11 @@
-"""The Accelerator of one run, and the processes that it works with."""
+"""The Accelerator of a run, and the processes of its launch."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
+import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
@@ -16,14 +17,14 @@ from accelerate.utils import (
 )
 
 from ddpm_hf.training.config import TrainingConfig
-from ddpm_hf.training.errors import ConfigError
+from ddpm_hf.training.errors import ConfigError, TrainingError
 from ddpm_hf.training.rank_coordination import (
     leave_process_group,
-    name_missing_processes,
+    name_missing_ranks,
     roll_call_s,
 )
 
-# Ways of `accelerate launch` that leave each process a part of the weights.
+# Launch modes of accelerate that shard the weights.
 _SHARDED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -33,15 +34,15 @@ _SHARDED = {
 
 @contextmanager
 def create_accelerator(config: TrainingConfig) -> Iterator[Accelerator]:
-    """An Accelerator as the options ask for it.
+    """An Accelerator configured by the options.
 
-    Its state is global; it is reset at the end unless the caller had made it, so that the next run
-    in the same process (a notebook) may have another precision.
+    Its global state is reset at the end unless the caller created it, so that the next run in the
+    same process (a notebook) can have another precision.
 
     Raises:
-        ConfigError: for a precision that the machine does not have, or a launch that shards or
-            leaves the processes alone.
-        ProcessError: if another process of the run does not answer any more.
+        ConfigError: for a precision that the device lacks, or a launch that shards the weights or
+            leaves the processes unconnected.
+        ProcessError: if another rank ends or hangs.
     """
     is_ours = not AcceleratorState._shared_state
     _refuse_sharding()
@@ -56,11 +57,11 @@ def create_accelerator(config: TrainingConfig) -> Iterator[Accelerator]:
             project_dir=config.run_folder(),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=_timeout(config))],
         )
-        _refuse_lone_processes(accelerator)
+        _refuse_unconnected_processes(accelerator)
         if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-            # Accelerate would train in float32 without a word.
-            raise ConfigError("mixed_precision fp16 needs a GPU; on the CPU choose bf16 or no")
-        with name_missing_processes(accelerator, config.ddp_timeout):
+            # Accelerate would silently train in float32.
+            raise ConfigError("`mixed_precision` fp16 needs a GPU; on a CPU use bf16 or no")
+        with name_missing_ranks(accelerator, config.ddp_timeout):
             yield accelerator
         is_over = True
     finally:
@@ -70,19 +71,19 @@ def create_accelerator(config: TrainingConfig) -> Iterator[Accelerator]:
 
 
 def join_processes(config: TrainingConfig) -> PartialState:
-    """The processes of this launch, for what comes before training.
+    """The processes of this launch, for work before training, such as preparing images.
 
     Raises:
-        ConfigError: for a launch that shards the weights, or leaves the processes alone.
+        ConfigError: for a launch that shards the weights or leaves the processes unconnected.
     """
     _refuse_sharding()
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=_timeout(config))
-    _refuse_lone_processes(state)
+    _refuse_unconnected_processes(state)
     return state
 
 
 def _timeout(config: TrainingConfig) -> timedelta:
-    """Of the process group: NCCL ends a process by it, which shall first have said why."""
+    """Timeout of the process group, after which NCCL ends the process: later than our error."""
     return timedelta(seconds=config.ddp_timeout + 2 * roll_call_s(config.ddp_timeout))
 
 
@@ -90,19 +91,19 @@ def _refuse_sharding() -> None:
     for flag, name in _SHARDED.items():
         if parse_flag_from_env(flag):
             raise ConfigError(
-                f"accelerate's configuration asks for {name}, which gives every process a part of "
-                "the weights; here each one has all of them: choose multi-GPU (accelerate config), "
-                "or launch with --multi_gpu"
+                f"accelerate's configuration asks for {name}, which shards the weights; training "
+                "needs all weights on every rank: choose multi-GPU (accelerate config), or launch "
+                "with --multi_gpu"
             )
 
 
-def _refuse_lone_processes(state: Accelerator | PartialState) -> None:
-    """Accelerate connects CPUs only when told to; without, each process would train by itself."""
+def _refuse_unconnected_processes(state: Accelerator | PartialState) -> None:
+    """Accelerate connects CPU processes on request only; otherwise each would train by itself."""
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if state.num_processes == 1 and launched > 1:
         raise ConfigError(
-            f"{launched} processes were launched, but they are not connected: Accelerate sees no "
-            "GPU here; to train on CPUs, set ACCELERATE_USE_CPU=true before the launch"
+            f"{launched} processes were launched, but they are not connected, because Accelerate "
+            "sees no GPU; to train on CPUs, set ACCELERATE_USE_CPU=true before the launch"
         )
 
 
@@ -111,11 +112,11 @@ def available_trackers() -> list[str]:
     return ["tensorboard"] if is_tensorboard_available() else []
 
 
-def compile_as_asked(config: TrainingConfig, accelerator: Accelerator) -> None:
-    """Let `prepare` compile the network or not, whatever accelerate's configuration says.
+def configure_compile(config: TrainingConfig, accelerator: Accelerator) -> None:
+    """Make `prepare` follow the option `compile` instead of accelerate's configuration.
 
-    For a CPU, torch 2.13 compiles a nearest upsampling after a GroupNorm so that no gradient comes
-    through, unless it leaves the memory format of convolutions as it is.
+    On a CPU, torch 2.13 loses the gradient of a nearest upsampling after a GroupNorm, unless
+    Inductor keeps the memory format of convolutions.
     """
     if config.compile is None:
         return
@@ -125,3 +126,23 @@ def compile_as_asked(config: TrainingConfig, accelerator: Accelerator) -> None:
         if config.compile
         else TorchDynamoPlugin("no")
     )
+
+
+@contextmanager
+def resources_as_training_errors(accelerator: Accelerator) -> Iterator[None]:
+    """Turn out-of-memory and compiler errors into a TrainingError of one line with the fix."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        steps = 2 * accelerator.gradient_accumulation_steps
+        raise TrainingError(
+            f"out of memory: {error}. Resume with `gradient_accumulation_steps` {steps}, which "
+            "halves the number of images in memory and keeps the batch"
+        ) from error
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise TrainingError(
+            f"the network could not be compiled: {reason}; train it without `compile`"
+        ) from error

@@ -1,4 +1,4 @@
-"""What a run leaves on the way: checkpoints, sample grids, the portable model, and its push."""
+"""What a run produces: checkpoints, measurements, sample grids, the exported model and its push."""
 
 import logging
 import math
@@ -13,28 +13,34 @@ from ddpm_hf.hub.background_push import BackgroundPusher
 from ddpm_hf.paths import ModelPaths
 from ddpm_hf.pictures import Pixels, grid_by_row, image_grid
 from ddpm_hf.training.ema_sampling import draw_share
-from ddpm_hf.training.export import export_model, training_facts
+from ddpm_hf.training.export import export_model
 from ddpm_hf.training.final_calibration import calibrate_model, is_calibrated
-from ddpm_hf.training.periodic_evaluation import Evaluation
+from ddpm_hf.training.periodic_evaluation import PeriodicEvaluation
 from ddpm_hf.training.run import Run
 from ddpm_hf.training.run_log import MetricsLog
 from ddpm_hf.training.state import save_checkpoint
-from ddpm_hf.training.validation import Validation
+from ddpm_hf.training.validation import Validation, ValidationResult
 
 logger = logging.getLogger(__name__)
 
-_MAX_CLASSES_DRAWN = 64  # rows that a person can look through
+_MAX_CLASSES_DRAWN = 64  # rows of a grid that can be looked through
 
 
-class Outputs:
-    """Writes what is due. What can be done again later is a warning when it fails.
+class Artifacts:
+    """Writes and measures what is due. A failure that can be repaired later is a warning.
+
+    Created on every rank, because ranks share the measurements and the drawing; only the main
+    process writes.
 
     Args:
-        run: every process has one; only the main process writes.
-        log: shows the sample grids, too.
-        pusher: takes each exported model to the Hub, if that was asked for.
-        validation: measures held-out images, likewise.
-        evaluation: measures drawn ones, likewise.
+        run: the run.
+        log: also gets the sample grids.
+        pusher: uploads each exported model, or None.
+        validation: measures held-out images, or None.
+        evaluation: compares samples with real images, or None.
+
+    Attributes:
+        evaluated: the last result of `evaluation`, as values for the log.
     """
 
     def __init__(
@@ -43,49 +49,50 @@ class Outputs:
         log: MetricsLog,
         pusher: BackgroundPusher | None = None,
         validation: Validation | None = None,
-        evaluation: Evaluation | None = None,
+        evaluation: PeriodicEvaluation | None = None,
     ) -> None:
         self.run, self.log, self.pusher = run, log, pusher
         self.validation, self.evaluation = validation, evaluation
-        self.measured: dict[str, float] = {}
+        self.validated: ValidationResult | None = None
         self.evaluated: dict[str, float] = {}
 
     def save_checkpoint(self, must_succeed: bool) -> None:
-        """What the run resumes from; a full disk does not end a run that can still go on."""
+        """Save the state of the run; a full disk is a warning unless it `must_succeed`."""
         run = self.run
         if run.accelerator.is_main_process:
             with self.warn_on_disk_error("save", unless=must_succeed):
                 keep = run.config.checkpoints_total_limit
-                save_checkpoint(run.paths.checkpoints, run.state, run.facts(), keep)
-
-    def export_model(self, must_succeed: bool) -> None:
-        """The portable model, which is also what is pushed."""
-        run = self.run
-        if not run.accelerator.is_main_process:
-            return
-        with self.warn_on_disk_error("export the model", unless=must_succeed):
-            self._export_to(run.paths.model)
-            self._push()
-
-    def _export_to(self, target: ModelPaths) -> None:
-        run = self.run
-        measured = self.measured and self.validation
-        metrics = measured.results(self.measured) if measured else []
-        export_model(target, run, training_facts(run, metrics))
+                save_checkpoint(run.paths.checkpoints, run.state, run.checkpoint_record(), keep)
 
     def due_measurements(self, ending: bool) -> list[Callable[[], dict[str, float]]]:
-        """What is measured after this update, each a call that all processes make."""
+        """The measurements to make after this update; all ranks call them, for the log."""
         config, is_due = self.run.config, self.run.is_due
-        kinds = [
-            (self.measure, self.validation, config.validation_steps),
+        measurements = [
+            (self.validate, self.validation, config.validation_steps),
             (self.evaluate, self.evaluation, config.evaluate_steps),
         ]
         return [
-            call for call, asked, every in kinds if asked and every and (ending or is_due(every))
+            call
+            for call, wanted, every in measurements
+            if wanted and every and (ending or is_due(every))
         ]
 
+    def validate(self) -> dict[str, float]:
+        """Measure bits/dim of the held-out images; export the model to best/ if it is the best."""
+        if self.validation is None:
+            return {}
+        run = self.run
+        self.validated = self.validation.measure()
+        if run.config.keep_best and run.accelerator.is_main_process:
+            metrics = read_json(run.paths.best.facts).get("metrics")
+            lowest = metrics[0]["value"] if metrics else math.inf
+            if self.validated.bits_per_dim < lowest:
+                with self.warn_on_disk_error("keep the best model"):
+                    self._export_to(run.paths.best)
+        return self.validated.log_values()
+
     def evaluate(self) -> dict[str, float]:
-        """The distance of drawn images to real ones; a failure must not end the run."""
+        """Measure the distance between samples and real images; a failure is a warning."""
         if self.evaluation is None:
             return {}
         with self._warn_on_any_error("evaluate the model"):
@@ -93,50 +100,9 @@ class Outputs:
             return self.evaluated
         return {}
 
-    def measure(self) -> dict[str, float]:
-        """Bits/dim of the held-out images, whose best model is kept if that was asked for."""
-        if self.validation is None:
-            return {}
-        self.measured = self.validation.measure()
-        run = self.run
-        if run.config.keep_best and run.accelerator.is_main_process:
-            before = read_json(run.paths.best.facts).get("metrics") or [{"value": math.inf}]
-            if self.measured["validation_bits_per_dim"] < before[0]["value"]:
-                with self.warn_on_disk_error("keep the best model"):
-                    self._export_to(run.paths.best)
-        return self.measured
-
-    def complete(self) -> None:
-        """Export and push what a run that was cut after its last checkpoint has not."""
-        run = self.run
-        is_exported = read_json(run.paths.model.facts).get("steps") == run.state.step
-        if broadcast_object_list([is_exported])[0]:
-            self._push()
-        else:
-            self.draw_samples()
-            self.measure()
-            self.export_model(must_succeed=True)
-        self.calibrate()
-
-    def calibrate(self) -> None:
-        """Measure the exported model, if that was asked for; a failure must not cost it."""
-        run = self.run
-        due = [run.config.calibrate and not is_calibrated(run)]
-        if broadcast_object_list(due)[0]:
-            with self._warn_on_any_error("calibrate the model"):
-                calibrate_model(run)
-                self._push()
-
-    def _push(self) -> None:
-        if self.pusher is not None:
-            self.pusher.submit(self.run.paths.model.root, self.run.state.step)
-
     def draw_samples(self) -> None:
-        """A grid from the averaged weights; every process draws its share.
-
-        A grid that cannot be drawn is a warning: it must not cost the model.
-        """
-        run, labels = self.run, self._classes_to_draw()
+        """Draw a grid of samples from the EMA weights on all ranks; a failure is a warning."""
+        run, labels = self.run, self._grid_labels()
         count = len(labels) if labels else run.config.num_samples
         if run.config.num_samples == 0:
             return
@@ -148,8 +114,43 @@ class Outputs:
             with self._warn_on_any_error("save the samples"):
                 self._save_grid(images[:count], labels)
 
-    def _classes_to_draw(self) -> list[int] | None:
-        """The class of each image of the grid: as many of each, every class up to a limit."""
+    def export_model(self, must_succeed: bool) -> None:
+        """Export the model and push it; a full disk is a warning unless it `must_succeed`."""
+        if self.run.accelerator.is_main_process:
+            with self.warn_on_disk_error("export the model", unless=must_succeed):
+                self._export_to(self.run.paths.model)
+                self._push()
+
+    def calibrate(self) -> None:
+        """Calibrate the exported model and push it, if requested; a failure is a warning."""
+        run = self.run
+        is_due = [run.config.calibrate and not is_calibrated(run)]
+        if broadcast_object_list(is_due)[0]:
+            with self._warn_on_any_error("calibrate the model"):
+                calibrate_model(run)
+                self._push()
+
+    def complete(self) -> None:
+        """Make what is missing after the last update of a run that was interrupted there."""
+        run = self.run
+        is_exported = read_json(run.paths.model.facts).get("steps") == run.state.step
+        if broadcast_object_list([is_exported])[0]:
+            self._push()
+        else:
+            self.draw_samples()
+            self.validate()
+            self.export_model(must_succeed=True)
+        self.calibrate()
+
+    def _export_to(self, target: ModelPaths) -> None:
+        export_model(self.run, target, [self.validated.record()] if self.validated else [])
+
+    def _push(self) -> None:
+        if self.pusher is not None:
+            self.pusher.submit(self.run.paths.model.root, self.run.state.step)
+
+    def _grid_labels(self) -> list[int] | None:
+        """Class of each image of the grid: equally many of each class, or None without classes."""
         names = self.run.components.facts.class_names
         if not names:
             return None
@@ -157,9 +158,8 @@ class Outputs:
         return [label for label in range(min(len(names), _MAX_CLASSES_DRAWN)) for _ in range(each)]
 
     def _save_grid(self, images: list[Pixels], labels: list[int] | None) -> None:
-        run = self.run
-        path = run.paths.sample_grid(run.state.step)
-        names = run.components.facts.class_names
+        path = self.run.paths.sample_grid(self.run.state.step)
+        names = self.run.components.facts.class_names
         grid = (
             grid_by_row(images, [names[i] for i in labels])
             if labels and names
@@ -170,20 +170,20 @@ class Outputs:
         self.log.show(self.run.state.step, grid)
 
     @contextmanager
-    def warn_on_disk_error(self, what: str, unless: bool = False) -> Iterator[None]:
-        """Turn what the disk refuses into a warning, unless it must succeed."""
+    def warn_on_disk_error(self, action: str, unless: bool = False) -> Iterator[None]:
+        """Turn a failure to write files into a warning; `unless`: raise OSError instead."""
         try:
             yield
         except (OSError, SafetensorError) as error:
-            failure = f"could not {what} at update {self.run.state.step}: {error}"
+            failure = f"could not {action} at update {self.run.state.step}: {error}"
             if unless:
                 raise OSError(failure) from error
-            logger.warning("%s; training goes on", failure)
+            logger.warning("%s; training continues", failure)
 
     @contextmanager
-    def _warn_on_any_error(self, what: str) -> Iterator[None]:
-        """For what is only looked at: out of memory, an image mode that no file holds, ..."""
+    def _warn_on_any_error(self, action: str) -> Iterator[None]:
+        """Turn any failure into a warning: out of memory, an image mode without a file format."""
         try:
             yield
         except Exception as error:
-            logger.warning("could not %s at update %d: %s", what, self.run.state.step, error)
+            logger.warning("could not %s at update %d: %s", action, self.run.state.step, error)

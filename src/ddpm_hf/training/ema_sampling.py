@@ -1,4 +1,4 @@
-"""Images from the averaged weights of a run, drawn by all processes."""
+"""Sampling from the EMA weights of a run, shared by all ranks."""
 
 import copy
 from typing import Any
@@ -12,15 +12,15 @@ from ddpm_hf.training.run import Run
 
 
 def draw_share(run: Run, num_images: int, class_labels: list[int] | None) -> list[Pixels]:
-    """This process's images of `num_images` in the order of the processes, or some more.
+    """This rank's share of `num_images` samples, in `sample_inference_steps` steps of DDIM (eta 0).
 
-    By deterministic DDIM in `sample_inference_steps`. What comes of it after a signal to stop is
-    not fit for use.
+    Concatenated by rank, the shares have at least `num_images`. After a stop signal sampling ends
+    early, with unfinished images.
 
     Args:
-        run: its seed decides the images.
-        num_images: of all processes.
-        class_labels: given to the images in turn.
+        run: its seed determines the images.
+        num_images: number of images over all ranks.
+        class_labels: assigned to the images cyclically.
     """
     config, count = run.config, -(-num_images // run.accelerator.num_processes)
 
@@ -31,15 +31,14 @@ def draw_share(run: Run, num_images: int, class_labels: list[int] | None) -> lis
         return tensors
 
     with run.state.ema_weights() as unet:
-        # A copy: sampling with fewer steps changes what "previous step" means.
+        # A copy: `set_timesteps` changes the scheduler that training uses.
         scheduler = copy.deepcopy(run.components.scheduler)
         return draw_images(
             GaussianDDPMPipeline(unet=unet, scheduler=scheduler),
             count,
             first=run.accelerator.process_index * count,
             class_labels=class_labels,
-            # What training fits into memory, drawing does.
-            batch_size=len(run.batches.rows(0)),
+            batch_size=run.micro_batch_size,
             seed=config.seed,
             progress=run.accelerator.is_main_process,
             num_inference_steps=min(config.sample_inference_steps, len(scheduler)),

@@ -1,4 +1,4 @@
-"""The portable checkpoint of a run: averaged weights, and what a reader of its card should know."""
+"""Export of a run's portable checkpoint: EMA weights, training record and model card."""
 
 import copy
 import dataclasses
@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 import shutil
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -18,101 +19,97 @@ from ddpm_hf.diffusion.atomic_files import replacing_folder
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 from ddpm_hf.hub.card import write_model_card
 from ddpm_hf.paths import ModelPaths
+from ddpm_hf.run_record import DatasetRecord, MetricRecord, RunRecord
 from ddpm_hf.text import public_name
-from ddpm_hf.training.config import ResolvedConfig, TrainingConfig
+from ddpm_hf.training.config import ResolvedConfig
 from ddpm_hf.training.run import Run
 from ddpm_hf.training.run_folder import write_json
 
 logger = logging.getLogger(__name__)
 
-# Names of people's folders are nobody else's business.
+# Local paths and names are private.
 _LOCAL_OPTIONS = (
     "dataset", "output_dir", "pretrained", "push_to_hub", "unet_config", "evaluate_features",
 )  # fmt: skip
 
 
-def export_model(target: ModelPaths, run: Run, facts: dict[str, Any]) -> None:
-    """Write a model that loads with `DiffusionPipeline.from_pretrained`, ready to be pushed.
+def export_model(run: Run, target: ModelPaths, metrics: Sequence[MetricRecord]) -> None:
+    """Write a model that loads with `DiffusionPipeline.from_pretrained` and is ready to be pushed.
 
     Args:
-        target: where; the folder is replaced as a whole.
-        run: its averaged weights are written, with its newest metrics and samples.
-        facts: what `training.json` says.
+        run: its EMA weights are written.
+        target: folder that is replaced; its other files, such as a licence, are kept.
+        metrics: values measured with these weights.
     """
-    shared = _shareable(run.config)
+    config = run.config
     with run.state.ema_weights() as unet, replacing_folder(target.root) as folder:
         model = ModelPaths(folder)
         scheduler = copy.deepcopy(run.components.scheduler)
         GaussianDDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(folder)
-        write_json(model.facts, facts)
-        network = "# --unet-config unet/config.json\n" * (run.config.unet_config is not None)
-        model.recipe.write_text(network + shared.to_yaml(), encoding="utf-8")
+        write_json(model.facts, run_record(run, metrics).to_dict())
+        network = "# --unet-config unet/config.json\n" * (config.unet_config is not None)
+        model.recipe.write_text(network + _public_config(config).to_yaml(), encoding="utf-8")
         shutil.copy2(run.paths.metrics, model.metrics)
         if grid := run.paths.newest_sample_grid():
             shutil.copy2(grid, model.samples)
         if target.card.exists():
-            shutil.copy2(target.card, folder)  # what a person wrote in it stays
+            shutil.copy2(target.card, folder)  # keeps what was written by hand
         try:
             write_model_card(folder)
         except Exception as error:  # the model matters more than its card
             logger.warning("the model card was not renewed: %s", error)
-        _keep_files_of_others(target.root, folder)
+        _copy_other_files(target.root, folder)
 
 
-def _keep_files_of_others(before: Path, folder: Path) -> None:
-    """A licence, say, that a person put beside the model."""
-    for path in before.iterdir() if before.exists() else ():
+def _copy_other_files(source: Path, folder: Path) -> None:
+    for path in source.iterdir() if source.exists() else ():
         if path.is_file() and not path.is_symlink() and not (folder / path.name).exists():
             shutil.copy2(path, folder)
 
 
-def training_facts(run: Run, metrics: list[Any]) -> dict[str, Any]:
-    """What happened, for `training.json` and the model card."""
+def run_record(run: Run, metrics: Sequence[MetricRecord]) -> RunRecord:
+    """The record of `run` for `training.json` and the model card."""
     config, step = run.config, run.state.step
-    facts = {
-        "format_version": 1,
-        "dataset": _dataset_facts(run),
-        "config": _shareable(config).to_dict(),
-        "steps": step,
-        "num_images_seen": step * config.batch_size,
-        "duration_s": round(run.total_elapsed_s, 1),
-        "hardware": _hardware(run.accelerator),
-        "computation": run.computation(),
-        "versions": {name: version(name) for name in ("ddpm-hf", "diffusers", "torch")},
-        "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "metrics": metrics,
-    }
-    if config.pretrained is not None:
-        facts["base_model"] = public_name(config.pretrained)
-        known = ("base_model", "dataset", "steps", "num_images_seen")
-        facts["base"] = {key: value for key, value in run.components.base.items() if key in known}
-    if config.license is not None:
-        facts["license"] = config.license
-    return facts
+    base_keys = ("base_model", "dataset", "steps", "num_images_seen")
+    base = {key: value for key, value in run.components.base.items() if key in base_keys}
+    return RunRecord(
+        dataset=_dataset_record(run),
+        config=_public_config(config).to_dict(),
+        steps=step,
+        num_images_seen=step * config.batch_size,
+        duration_s=round(run.elapsed_before_s + run.elapsed_s, 1),
+        hardware=_hardware(run.accelerator),
+        computation=run.computation,
+        versions={name: version(name) for name in ("ddpm-hf", "diffusers", "torch")},
+        created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        metrics=tuple(metrics),
+        base_model=public_name(config.pretrained) if config.pretrained is not None else None,
+        base=base if config.pretrained is not None else None,
+        license=config.license,
+    )
 
 
-def _dataset_facts(run: Run) -> dict[str, Any]:
+def _dataset_record(run: Run) -> DatasetRecord:
     config, components = run.config, run.components
-    name = config.dataset or "images passed in Python"
-    dataset = {
-        "name": public_name(name),
-        "config_name": config.dataset_config,
-        "split": config.split,
-        "num_images": len(components.images),
-        "num_skipped": components.num_skipped,
-        "left_out": components.left_out,
-        "image": components.facts.to_config()["image"],
-    }
-    if components.hold_out is not None:
-        dataset["held_out"] = components.hold_out
-    if config.dataset is not None and public_name(name) == name and "/" in name:
-        dataset["hub_id"] = name
-    return dataset
+    source = config.dataset or "images passed in Python"
+    name = public_name(source)
+    is_hub_id = config.dataset is not None and name == source and "/" in source
+    return DatasetRecord(
+        name=name,
+        config_name=config.dataset_config,
+        split=config.split,
+        num_images=len(components.images),
+        num_skipped=components.num_skipped,
+        left_out=components.left_out,
+        image=components.facts.to_config()["image"],
+        held_out=components.hold_out,
+        hub_id=source if is_hub_id else None,
+    )
 
 
-def _shareable(config: ResolvedConfig) -> TrainingConfig:
-    without: dict[str, Any] = dict.fromkeys(_LOCAL_OPTIONS)
-    return dataclasses.replace(config, **without)
+def _public_config(config: ResolvedConfig) -> ResolvedConfig:
+    hidden: Any = dict.fromkeys(_LOCAL_OPTIONS)
+    return dataclasses.replace(config, **hidden)
 
 
 def _hardware(accelerator: Accelerator) -> str:

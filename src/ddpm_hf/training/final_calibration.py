@@ -1,4 +1,4 @@
-"""Calibration of the model at the end of a run: what `ddpm-hf calibrate` does."""
+"""Calibration of the exported model at the end of a run, as `ddpm-hf calibrate` does."""
 
 from typing import Any
 
@@ -13,60 +13,61 @@ from ddpm_hf.evaluation.dataset_likelihood import BoundOptions
 from ddpm_hf.evaluation.model_images import EvaluationImages
 from ddpm_hf.hub.card import write_calibration
 from ddpm_hf.text import counted
+from ddpm_hf.training.dataset_setup import HeldOut
 from ddpm_hf.training.run import Run
 
 MAX_IMAGES = 64
 
 
 def is_calibrated(run: Run) -> bool:
-    """Whether the model of the run has its curve already."""
+    """Whether the exported model has a calibration."""
     config = read_json(run.paths.model.root / "scheduler" / "scheduler_config.json")
     return "x_0_mse" in extension_of(config)
 
 
 def calibrate_model(run: Run) -> None:
-    """Measure the averaged weights, and put the curve into the exported model and its card.
+    """Calibrate the EMA weights, and write the result to the exported model and its card.
 
-    All processes share the work; what is interrupted is gone on with by the same run.
+    The ranks share the work. An interrupted calibration continues when the run is resumed.
     """
-    images, folder = _images(run), run.paths.root / ".unfinished-calibration"
-    options = BoundOptions(seed=run.config.seed, batch_size=len(run.batches.rows(0)))
+    images, folder = _calibration_images(run), run.paths.root / ".unfinished-calibration"
+    options = BoundOptions(seed=run.config.seed, batch_size=run.micro_batch_size)
     with run.state.ema_weights() as unet, evaluating(unet):
         measured = measure_calibration(
             unet, run.components.scheduler, images, options, folder, PartialState()
         )
-    if measured is None:  # the main process writes for all
+    if measured is None:  # only the main process writes
         return
     model = run.paths.model.root
     keep_calibration(measured.scheduler, model, model)
-    how = f"predicted from {_described(run)}"
+    how = f"predicted from {_describe_images(run)}"
     write_calibration(model, {"rows": rows_of(measured), "how": how})
     remove_folder(folder)
 
 
 def describe_calibration(run: Run) -> str:
-    """What is measured in the end, and what that costs beside the updates."""
-    config = run.config
-    calls = min(MAX_IMAGES, len(_source(run))) * (len(run.components.scheduler) + 1)
-    # An update calls the network forwards and backwards: about three times a call alone.
-    cost = calls / (3 * config.max_train_steps * config.batch_size)
+    """A line of the plan: what is measured at the end, and its cost relative to training."""
+    num_calls = len(run.components.scheduler) + 1
+    cost = run.relative_cost(
+        min(MAX_IMAGES, len(_source(run))) * num_calls, run.config.max_train_steps
+    )
     return (
-        f"calibrate  {_described(run)}, {len(run.components.scheduler) + 1:,} network calls each, "
-        f"in the end: about {cost:.0%} of the time on top"
+        f"calibrate  {_describe_images(run)}, {num_calls:,} network calls each, at the end: adds "
+        f"about {cost:.0%} of the time"
     )
 
 
-def _source(run: Run) -> Any:
+def _source(run: Run) -> HeldOut:
     return run.components.held_out or run.components.images
 
 
-def _described(run: Run) -> str:
+def _describe_images(run: Run) -> str:
     kind = "held-out" if run.components.held_out else "training"
     return counted(min(MAX_IMAGES, len(_source(run))), f"{kind} image")
 
 
-def _images(run: Run) -> EvaluationImages:
-    """Some, evenly spread; an image without a class counts as of the null class."""
+def _calibration_images(run: Run) -> EvaluationImages:
+    """At most `MAX_IMAGES` images, evenly spread; unlabelled images get the null class."""
     source, count = _source(run), min(MAX_IMAGES, len(_source(run)))
     indices = [i * len(source) // count for i in range(count)]
     labels = None if source.labels is None else torch.as_tensor(source.labels)

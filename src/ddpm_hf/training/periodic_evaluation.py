@@ -1,4 +1,4 @@
-"""Drawn images beside real ones while training goes on: what `ddpm-hf evaluate` does, on few."""
+"""Frechet distance between samples and real images during training, as `ddpm-hf evaluate` does."""
 
 import dataclasses
 import logging
@@ -19,26 +19,26 @@ from ddpm_hf.sampling import DrawnImages
 from ddpm_hf.text import counted
 from ddpm_hf.training.dataset_setup import HeldOut, Selection
 from ddpm_hf.training.ema_sampling import draw_share
-from ddpm_hf.training.rank_coordination import main_first, on_main
+from ddpm_hf.training.rank_coordination import main_first, on_main_process
 from ddpm_hf.training.run import Run
 
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-MAX_REAL = 10_000  # so many of the real images, evenly spread, are compared with
-_BATCH = 64  # images that the network of the features sees at once, as in `ddpm-hf evaluate`
+MAX_REAL = 10_000  # real images to compare with, evenly spread
+_BATCH_SIZE = 64  # of the feature network, as in `ddpm-hf evaluate`
 
 
-class Evaluation:
-    """The Frechet distance of images from the averaged weights to the training images.
+class PeriodicEvaluation:
+    """Measures the Frechet distance between samples of the EMA weights and the training images.
 
-    Every process draws its share, by the run's seed: two measurements differ by the weights alone.
-    The floor comes from held-out images, or from halves of the training images without any.
+    Every rank draws a share, seeded by the run: two measurements differ by the weights alone. The
+    floor comes from held-out images, or from halves of the training images if there are none.
 
     Args:
-        run: its network and diffusion draw.
-        features: what images are compared by, on the device of this process.
+        run: its network and diffusion draw the samples.
+        features: feature network, on the device of this rank.
         every: updates between two measurements.
     """
 
@@ -53,29 +53,29 @@ class Evaluation:
         self._real: list[Tensor | None] | None = None
 
     def measure(self) -> dict[str, float]:
-        """The distance and its floor, on the main process; nothing where the run shall stop.
+        """The distance and its floor, on the main process; {} on other ranks and when stopped.
 
         Raises:
-            ValueError: on all processes, if one of them fails.
+            ValueError: on all ranks, if one of them fails.
         """
         run = self.run
-        self._real = self._real or [self._features_of(images) for images in self._sets()]
+        self._real = self._real or [self._real_features(images) for images in self._real_images()]
         failure, drawn = None, torch.empty(0)
         try:
-            drawn = self._features_of_share()
-        except Exception as error:  # the others wait for this process
+            drawn = self._sample_features()
+        except Exception as error:  # the other ranks wait for this one
             failure = f"{error}"
         is_stopped = run.stop.received is not None
         failures, shares, stopped = zip(*gather_object([(failure, drawn, is_stopped)]), strict=True)
         if any(stopped):
             return {}
-        if said := next(filter(None, failures), None):
-            raise ValueError(said)
-        of_real = [features for features in self._real if features is not None]
+        if reason := next(filter(None, failures), None):
+            raise ValueError(reason)
+        real = [features for features in self._real if features is not None]
         y = torch.cat(shares)[: run.config.evaluate_num_images]
 
-        def figures() -> dict[str, float]:
-            x, *z = of_real
+        def distance() -> dict[str, float]:
+            x, *z = real
             device, seed = run.accelerator.device, run.config.seed
             (fd,) = _as_value_errors(lambda: measure("fd", x, y, *z, seed=seed, device=device))
             return {
@@ -85,49 +85,54 @@ class Evaluation:
                 "evaluation_fd_half_real": fd["floor"]["real"],
             }
 
-        return on_main(run.accelerator, figures, run.config.ddp_timeout) or {}
+        return on_main_process(run.accelerator, distance, run.config.ddp_timeout) or {}
 
-    def _sets(self) -> list[DrawnImages]:
-        parts = self.run.components
-        sources = [parts.images, *([parts.held_out] if parts.held_out else [])]
-        return [as_pixels(images, parts.facts) for images in sources]
+    def _real_images(self) -> list[DrawnImages]:
+        """The training images, and the held-out images if there are any."""
+        components = self.run.components
+        sources = [components.images, *([components.held_out] if components.held_out else [])]
+        return [as_pixels(images, components.facts) for images in sources]
 
-    def _features_of(self, images: DrawnImages) -> Tensor | None:
-        """Features of real images: kept on disk, so that a resumed run finds them."""
+    def _real_features(self, images: DrawnImages) -> Tensor | None:
+        """Features of real images, cached on disk for resumed runs; None on other ranks."""
         rows, progress = _evenly(len(images)), self.run.accelerator.is_main_process
         return features_of(
-            images, self.features, PartialState(), rows=rows, batch_size=_BATCH, progress=progress
+            images,
+            self.features,
+            PartialState(),
+            rows=rows,
+            batch_size=_BATCH_SIZE,
+            progress=progress,
         )
 
-    def _features_of_share(self) -> Tensor:
-        """Features of what this process draws."""
+    def _sample_features(self) -> Tensor:
+        """Features of this rank's samples."""
         run, names = self.run, self.run.components.facts.class_names
         labels = list(range(len(names))) if names else None
         images = draw_share(run, run.config.evaluate_num_images, labels)
         pixels = quantised(np.stack(images), run.components.facts.bit_depth)
-        batches = (pixels[i : i + _BATCH] for i in range(0, len(pixels), _BATCH))
+        batches = (pixels[i : i + _BATCH_SIZE] for i in range(0, len(pixels), _BATCH_SIZE))
         return torch.cat([self.features(batch, run.accelerator.device) for batch in batches])
 
     def describe(self) -> str:
-        """What is measured, and what drawing costs beside the updates."""
-        config, parts = self.run.config, self.run.components
-        every = self.every
-        K = min(config.sample_inference_steps, len(parts.scheduler))
-        # An update calls the network forwards and backwards: about three times a call alone.
-        cost = config.evaluate_num_images * K / (3 * every * config.batch_size)
-        beside = "held-out images" if parts.held_out else "their halves"
+        """A line of the plan: what is measured, and the cost of sampling relative to training."""
+        config, components = self.run.config, self.run.components
+        K = min(config.sample_inference_steps, len(components.scheduler))
+        cost = self.run.relative_cost(config.evaluate_num_images * K, self.every)
+        floor = "held-out images" if components.held_out else "halves of the training images"
         return (
-            f"evaluation FD of {counted(config.evaluate_num_images, 'image')} of {K} steps to "
-            f"{len(_evenly(len(parts.images))):,} training images, beside that of {beside}, "
-            f"by {self.features.name}, every {counted(every, 'update')}: "
-            f"about {cost:.0%} of the time on top"
+            f"evaluation FD between {counted(config.evaluate_num_images, 'sample')} of {K} steps "
+            f"and {len(_evenly(len(components.images))):,} training images, with the floor of "
+            f"{floor}, features {self.features.name}, every {counted(self.every, 'update')}: "
+            f"adds about {cost:.0%} of the time"
         )
 
 
-def build_evaluation(run: Run) -> Evaluation | None:
-    """What measures drawn images, if that was asked for and the features can be had."""
+def build_evaluation(run: Run) -> PeriodicEvaluation | None:
+    """The evaluation that the options request, or None; features that do not load are a warning."""
     config, accelerator = run.config, run.accelerator
-    if config.evaluate_steps is None:
+    every = config.evaluate_steps
+    if every is None:
         return None
     name, features, failure = config.evaluate_features or DEFAULT_FEATURES, None, None
 
@@ -138,16 +143,16 @@ def build_evaluation(run: Run) -> Evaluation | None:
         features = main_first(accelerator, load, config.ddp_timeout)
     except (ValueError, OSError) as error:
         failure = f"{error}"
-    said = next(filter(None, gather_object([failure])), None)
-    if said is None and features is not None:
-        return Evaluation(run, features, config.evaluate_steps)
+    reason = next(filter(None, gather_object([failure])), None)
+    if reason is None and features is not None:
+        return PeriodicEvaluation(run, features, every)
     if accelerator.is_main_process:
-        logger.warning("this run is not evaluated: %s", said)
+        logger.warning("this run is not evaluated: %s", reason)
     return None
 
 
 def as_pixels(images: HeldOut, facts: ImageFacts) -> DrawnImages:
-    """The images of a run as they were prepared: not flipped, not padded, cut in the middle."""
+    """The images of a run as prepared: center-cropped, without flips and padding."""
     indices = images.indices if isinstance(images, Selection) else range(len(images))
     source = images.images.images if isinstance(images, Selection) else images.images
 
@@ -162,12 +167,12 @@ def as_pixels(images: HeldOut, facts: ImageFacts) -> DrawnImages:
 
 
 def _evenly(count: int) -> range:
-    """Of so many real images those that are looked at."""
+    """Indices of at most `MAX_REAL` of `count` images, evenly spread."""
     return range(0, count, -(-count // MAX_REAL))
 
 
 def _as_value_errors(action: Callable[[], T]) -> T:
-    """Whatever fails, such as the memory or the algebra, is told to the other processes."""
+    """Turn every error, such as out of memory, into a ValueError, which reaches all ranks."""
     try:
         return action()
     except Exception as error:

@@ -9,9 +9,9 @@ from ddpm_hf.text import counted, duration
 from ddpm_hf.training.accelerator import available_trackers
 from ddpm_hf.training.final_calibration import describe_calibration
 from ddpm_hf.training.learning_rate import learning_rate
-from ddpm_hf.training.periodic_evaluation import Evaluation
+from ddpm_hf.training.periodic_evaluation import PeriodicEvaluation
 from ddpm_hf.training.run import Run
-from ddpm_hf.training.state import read_facts
+from ddpm_hf.training.state import read_record
 from ddpm_hf.training.validation import Validation
 
 
@@ -52,7 +52,7 @@ class TrainingPlan:
 
 
 def plan_training(
-    run: Run, measurements: Sequence[Validation | Evaluation], update_s: float | None
+    run: Run, measurements: Sequence[Validation | PeriodicEvaluation], update_s: float | None
 ) -> TrainingPlan:
     """The plan of a run.
 
@@ -114,14 +114,14 @@ def _describe_training(run: Run) -> str:
 
 
 def _describe_machine(run: Run) -> str:
-    accelerator, computation = run.accelerator, run.computation()
+    accelerator, computation = run.accelerator, run.computation
     details = {
-        counted(computation.get("num_threads", 0), "thread"): "num_threads" in computation,
-        f"TF32 in {' and '.join(computation.get('tf32', ()))}": computation.get("tf32"),
-        "compiled": computation["compile"],
-        "gradient checkpointing": computation["gradient_checkpointing"],
-        "channels last": computation["memory_format"] == "channels_last",
-        computation["optimizer"]: True,
+        counted(computation.num_threads or 0, "thread"): computation.num_threads,
+        f"TF32 in {' and '.join(computation.tf32 or ())}": computation.tf32,
+        "compiled": computation.compile,
+        "gradient checkpointing": computation.gradient_checkpointing,
+        "channels last": computation.memory_format == "channels_last",
+        computation.optimizer: True,
     }
     return ", ".join(
         [
@@ -144,7 +144,7 @@ def _describe_resume(run: Run) -> tuple[str, ...]:
     step, config = run.state.step, run.config
     resumed = f"resuming after update {step:,}, from {run.checkpoint}"
     previous = dataclasses.replace(
-        config, max_train_steps=read_facts(run.checkpoint)["config"]["max_train_steps"]
+        config, max_train_steps=read_record(run.checkpoint).config["max_train_steps"]
     )
     is_same_length = previous.max_train_steps == config.max_train_steps
     if is_same_length or config.lr_scheduler == "constant" or step == config.max_train_steps:
@@ -158,10 +158,9 @@ def _describe_resume(run: Run) -> tuple[str, ...]:
 
 
 def _describe_time(run: Run, update_s: float) -> str:
-    num_updates = run.batches.stop - run.state.step
     return (
-        f"about {duration(num_updates * update_s)} ({update_s:.2g} s per update); press Ctrl-C to "
-        "stop, run the same command again to resume"
+        f"about {duration(run.num_updates_left * update_s)} ({update_s:.2g} s per update); press "
+        "Ctrl-C to stop, run the same command again to resume"
     )
 
 

@@ -1,4 +1,4 @@
-"""The processes of a run: the main one goes first, none is waited for in vain, all end in order."""
+"""Rank coordination and hang detection for the processes of one training run."""
 
 import threading
 import time
@@ -12,19 +12,19 @@ import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from torch.nn.parallel import DistributedDataParallel
 
+from ddpm_hf import shared_work
 from ddpm_hf.training.errors import TrainingError
 
 T = TypeVar("T")
 
-# How often the main process tells the others that it is at work.
-_PULSE_S = 1.0
+_HEARTBEAT_S = 1.0
 
 
 class ProcessError(TrainingError):
-    """Another process of the run has ended, or stands still.
+    """Another rank has ended or hangs.
 
     Attributes:
-        speaks: whether this process is the first of those that are left, and says it for all.
+        speaks: whether this rank reports the error: the lowest rank that is alive.
     """
 
     def __init__(self, message: str, speaks: bool) -> None:
@@ -32,143 +32,153 @@ class ProcessError(TrainingError):
         self.speaks = speaks
 
 
-def on_main(
+def on_main_process(
     process: Accelerator | PartialState, action: Callable[[], T], timeout_s: float = 300.0
 ) -> T | None:
-    """`action()` on the main process, None on the others; bad input there is an error on all.
+    """Run `action` on the main process; return its result there and None on other ranks.
 
-    Without that the others would wait, until the launcher ends them with a page of tracebacks. They
-    wait for as long as it takes, while the main process shows that it is alive.
+    Adds hang detection to `shared_work.on_main_process`: the other ranks wait without a time limit
+    while the main process sends heartbeats. The result is not pickled.
 
+    Args:
+        process: rank and number of processes.
+        action: a ValueError or OSError that it raises is raised on all ranks.
+        timeout_s: seconds without a heartbeat after which the main process counts as hanging.
     Raises:
-        ProcessError: on the others, if it does not for `timeout_s` seconds.
+        ProcessError: on the remaining ranks, if a rank has ended or the main process hangs.
     """
     if process.num_processes == 1:
         return action()
-    result, failure = None, None
-    with name_missing_processes(process, timeout_s), _gloo_group(timeout_s) as group:
-        with _pulse(process.is_main_process, group):
-            if process.is_main_process:
-                try:
-                    result = action()
-                except (ValueError, OSError) as error:
-                    failure = error
-        failures = [failure]
-        dist.broadcast_object_list(failures, group=group)
-    if failures[0] is not None:
-        raise failures[0]
-    return result
+    results: list[T] = []
+    with name_missing_ranks(process, timeout_s), _gloo_group(timeout_s) as group:
+
+        def act() -> None:
+            with _heartbeat(group):
+                results.append(action())
+
+        if not process.is_main_process:
+            _wait_for_main_process(group)
+        shared_work.on_main_process(PartialState(), act)
+    return results[0] if results else None
 
 
 def main_first(
     process: Accelerator | PartialState, action: Callable[[], T], timeout_s: float = 300.0
 ) -> T:
-    """`action()` on the main process and then on the others, which find what it has cached."""
-    result = on_main(process, action, timeout_s)
+    """Run `action` on the main process, then on the other ranks, which find its cached result.
+
+    Args and errors as for `on_main_process`.
+    """
+    result = on_main_process(process, action, timeout_s)
     return action() if result is None else result
 
 
 @contextmanager
 def _gloo_group(timeout_s: float) -> Iterator[Any]:
-    """All processes, on the CPU: NCCL would count the time that they wait."""
+    """A process group on the CPU, where waiting ranks do not hit the timeout of NCCL."""
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
     yield group
     dist.destroy_process_group(group)
 
 
 @contextmanager
-def _pulse(is_main: bool, group: Any) -> Iterator[None]:
-    """While the main process is inside, it tells the others so; they stay until it is through."""
-
-    def tell(is_done: bool) -> bool:
-        done = torch.tensor(is_done)
-        dist.broadcast(done, 0, group=group)
-        return bool(done)
+def _heartbeat(group: Any) -> Iterator[None]:
+    """Send heartbeats from a thread until the block ends; on the main process."""
+    is_over = threading.Event()
 
     def beat() -> None:
-        with suppress(RuntimeError):  # one of the others has ended: the last call says so too
-            while not through.wait(_PULSE_S):
-                tell(False)
+        with suppress(RuntimeError):  # a rank has ended; the last broadcast below raises too
+            while not is_over.wait(_HEARTBEAT_S):
+                _broadcast_is_over(False, group)
 
-    if not is_main:
-        while not tell(False):
-            pass
-        yield
-        return
-    through, thread = threading.Event(), threading.Thread(target=beat, daemon=True)
+    thread = threading.Thread(target=beat, daemon=True)
     thread.start()
     try:
         yield
     finally:
-        through.set()
+        is_over.set()
         thread.join()
-        tell(True)
+        _broadcast_is_over(True, group)
+
+
+def _wait_for_main_process(group: Any) -> None:
+    while not _broadcast_is_over(False, group):
+        pass
+
+
+def _broadcast_is_over(value: bool, group: Any) -> bool:
+    """The `value` of the main process, on all ranks."""
+    is_over = torch.tensor(value)
+    dist.broadcast(is_over, 0, group=group)
+    return bool(is_over)
 
 
 def roll_call_s(timeout_s: float) -> float:
-    """How long those that are left wait for each other's sign of life when one does not answer.
+    """Seconds in which every rank must answer after a collective operation failed.
 
-    Longer than an update takes, by which they may be apart.
+    Longer than an update, because ranks may be one update apart.
     """
     return min(timeout_s, 10.0)
 
 
 @contextmanager
-def name_missing_processes(process: Accelerator | PartialState, timeout_s: float) -> Iterator[None]:
-    """Inside, an operation of all processes that fails because of one says which.
+def name_missing_ranks(process: Accelerator | PartialState, timeout_s: float) -> Iterator[None]:
+    """Turn a failed collective operation into a ProcessError that names the missing ranks.
 
     Raises:
-        ProcessError: on every process that is left.
+        ProcessError: on every remaining rank.
     """
     try:
         yield
     except RuntimeError as error:
-        if process.num_processes == 1 or not _is_of_the_connection(error):
+        is_connection = isinstance(error, dist.DistError) or "gloo" in str(error)
+        if process.num_processes == 1 or not is_connection:
             raise
         wait_s = roll_call_s(timeout_s)
-        missing = _missing_processes(process.process_index, process.num_processes, wait_s)
-        left = [rank for rank in range(process.num_processes) if rank not in missing]
+        missing = _missing_ranks(process.process_index, process.num_processes, wait_s)
+        remaining = [rank for rank in range(process.num_processes) if rank not in missing]
         which = f"rank {', '.join(map(str, missing))}" if missing else "one"
         raise ProcessError(
-            f"{which} of {process.num_processes} processes has ended, or stands still: no answer "
-            f"in {timeout_s:g} s. The same command goes on from the last checkpoint; if it was "
-            "only slow, raise ddp_timeout",
-            speaks=process.process_index == min(left),
+            f"{which} of {process.num_processes} processes has ended or hangs: no answer in "
+            f"{timeout_s:g} s. Run the same command again to resume from the last checkpoint; if "
+            "the process was only slow, raise `ddp_timeout`",
+            speaks=process.process_index == min(remaining),
         ) from error
 
 
-def _is_of_the_connection(error: RuntimeError) -> bool:
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+def _missing_ranks(rank: int, num_processes: int, wait_s: float) -> list[int]:
+    """The ranks that do not report to the store of the process group within `wait_s` seconds.
 
-
-def _missing_processes(rank: int, num_processes: int, wait_s: float) -> list[int]:
-    """The ranks that give no sign of life."""
-    # Not by the process group, which is broken. The launcher keeps the store, or rank 0.
-    store = dist.distributed_c10d._get_default_store()
-    silent: list[int] = []
+    Differs from `torch.distributed.monitored_barrier` (torch 2.13, 3 ranks on gloo), which names a
+    hanging rank on rank 0 only, while the other ranks name rank 0; which names no rank if one was
+    killed ("Connection closed by peer"); and which needs a group that did not fail. Here every
+    remaining rank has to know which one reports the error.
+    """
+    store = dist.distributed_c10d._get_default_store()  # on the launcher or rank 0
+    missing: list[int] = []
 
     def call() -> None:
         try:
             store.set(f"ddpm_hf/alive/{rank}", "")
             time.sleep(wait_s)
             ranks = range(num_processes)
-            silent.extend(r for r in ranks if not store.check([f"ddpm_hf/alive/{r}"]))
+            missing.extend(r for r in ranks if not store.check([f"ddpm_hf/alive/{r}"]))
         except dist.DistError:
-            silent.append(0)
+            missing.append(0)
 
-    # In a thread, for the store waits without end where its keeper stands still.
+    # In a thread: a request never returns if the process that holds the store hangs.
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
     thread.join(2 * wait_s)
-    return [0] if thread.is_alive() else silent
+    return [0] if thread.is_alive() else missing
 
 
 def free_gradient_reducer(model: torch.nn.Module) -> None:
-    """Let `model` forget how its gradients are summed, before the process group is destroyed.
+    """Free the gradient reducer of DistributedDataParallel before the process group.
 
-    The reducer of DistributedDataParallel holds the process group. Freed as the last one to do so,
-    it waits for gloo's threads with Python's lock in its hands, while they need that lock to free
-    their last tensors: the process never ends (pytorch/pytorch#56297).
+    The reducer holds the process group. If it holds the last reference, it is freed with the GIL
+    held while it joins gloo's threads, which need the GIL to free their last tensors: the process
+    never ends (pytorch/pytorch#56297).
     """
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
@@ -179,6 +189,6 @@ def leave_process_group(after_error: bool) -> None:
     """Destroy the process group, if there is one."""
     if not (dist.is_available() and dist.is_initialized()):
         return
-    # NCCL would wait for what the others, after an error, may never do; it ends with the process.
+    # After an error NCCL would wait for operations of the other ranks; it ends with the process.
     if not after_error or dist.get_backend() == "gloo":
         dist.destroy_process_group()

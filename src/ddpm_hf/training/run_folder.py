@@ -1,4 +1,4 @@
-"""The folder of a run: nothing in it is half-written, and one run at a time has it."""
+"""The folder of a run: exclusive lock, recovery after a crash, JSON files."""
 
 import contextlib
 import json
@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from ddpm_hf.diffusion.atomic_files import remove_folder
 from ddpm_hf.locks import InUseError, hold_lock
@@ -20,29 +19,30 @@ class CheckpointError(ValueError):
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Clear what a crash left in `folder`: half-written folders go, a retired one without its
-    successor returns."""
+    """Clean up after a crash: remove incomplete folders, restore a replaced folder that has no
+    successor."""
     if not folder.is_dir():
         return
     for leftover in folder.iterdir():
-        found = _LEFTOVER.fullmatch(leftover.name) if leftover.is_dir() else None
-        if found and found["kind"] == ".old-" and not (folder / found["name"]).exists():
-            os.rename(leftover, folder / found["name"])
-        elif found:
+        match = _LEFTOVER.fullmatch(leftover.name) if leftover.is_dir() else None
+        if match and match["kind"] == ".old-" and not (folder / match["name"]).exists():
+            os.rename(leftover, folder / match["name"])
+        elif match:
             remove_folder(leftover)
 
 
 @contextlib.contextmanager
 def run_lock(paths: RunPaths) -> Iterator[None]:
-    """Hold a run's folder (made if missing) for this run alone, until the block or process ends.
+    """Hold the exclusive lock of a run folder until the block or the process ends.
 
-    A run that fails before it has written anything else leaves no folder that was not there.
+    The folder is created if missing, and removed if the run fails before it writes anything.
 
     Raises:
-        CheckpointError: if it cannot be written, another run holds it, or it holds other things.
+        CheckpointError: if another run holds the lock, the folder cannot be written, or it contains
+            files of that name that no run wrote.
     """
     output_dir, file = paths.root, paths.lock
-    made = [path for path in (output_dir, *output_dir.parents) if not path.exists()]
+    created = [path for path in (output_dir, *output_dir.parents) if not path.exists()]
     _refuse_foreign_files(paths)
     with contextlib.ExitStack() as stack:
         try:
@@ -52,30 +52,33 @@ def run_lock(paths: RunPaths) -> Iterator[None]:
             raise CheckpointError(f"{error}") from error
         except OSError as error:
             raise CheckpointError(
-                f"cannot write to output_dir {output_dir}: {error.strerror}; choose another one"
+                f"`output_dir` {output_dir} cannot be written: {error.strerror}; choose another one"
             ) from error
         try:
             yield
         finally:
-            if made and list(output_dir.iterdir()) == [file]:
+            if created and list(output_dir.iterdir()) == [file]:
                 file.unlink()
-                with contextlib.suppress(OSError):  # somebody else's work has begun there
-                    for path in made:
+                with contextlib.suppress(OSError):  # another process has created files there
+                    for path in created:
                         path.rmdir()
 
 
 def _refuse_foreign_files(paths: RunPaths) -> None:
-    # What a run replaces or cuts: such files of somebody else's must not be there when it begins.
     written = (paths.model.root, paths.config, paths.metrics)
     foreign = [path.name for path in written if path.exists()]
     if foreign and not paths.is_run():
         raise CheckpointError(
-            f"output_dir {paths.root} holds {', '.join(foreign)}, which no run of training put "
-            "there and this one would replace; choose another one"
+            f"`output_dir` {paths.root} contains {', '.join(foreign)}, which no training run "
+            "wrote and this one would replace; choose another one"
         )
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON; NaN and infinities are refused."""
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as indented JSON.
+
+    Raises:
+        ValueError: for NaN and infinities.
+    """
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")

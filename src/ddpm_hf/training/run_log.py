@@ -1,13 +1,14 @@
-"""What a run measures: summed up on the device, read when it is logged, kept and tracked."""
+"""Training metrics: accumulated on the device, written to metrics.jsonl and to TensorBoard."""
 
+import dataclasses
 import json
 import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,39 +21,57 @@ from ddpm_hf.diffusion.atomic_files import write_text
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class SkippedUpdate:
+    """An update without a finite gradient.
+
+    Attributes:
+        step: number of the update, from 1.
+        rows: indices of its images in the data set, over all ranks.
+        timesteps: their timesteps.
+    """
+
+    step: int
+    rows: list[int]
+    timesteps: list[int]
+
+
 class RunningMetrics:
     """Loss and gradient norm of the updates since the last log entry.
 
-    Kept on the device, because reading them would make the host wait for every update.
+    Kept on the device: reading them after every update would make the host wait for it.
 
     Attributes:
-        skipped: the updates without a finite gradient that `read` found, each with the timesteps of
-            its batch; of the last thousand before it.
+        skipped: updates without a finite gradient among the last thousand before `read`, counted
+            from 0, each with the timesteps of its batch.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.skipped: list[tuple[int, list[int]]] = []
+        self._num_updates = 0
         self._recent: deque[tuple[int, Tensor, Tensor]] = deque(maxlen=1000)
         self._totals = torch.zeros(3, device=device)  # loss, gradient norm, finite updates
         self._skipped_in_a_row = torch.zeros((), device=device)
 
     def add(self, step: int, loss: Tensor, grad_norm: Tensor, t: Tensor) -> None:
-        """Take in an update, which counts as skipped where its gradient is not finite."""
+        """Add an update; it counts as skipped if its gradient norm is not finite."""
         is_finite = torch.isfinite(grad_norm)
+        self._num_updates += 1
         self._recent.append((step, is_finite, t))
         measured = torch.stack([loss, grad_norm, torch.ones_like(loss)])
         self._totals += torch.where(is_finite, measured, 0.0)
         self._skipped_in_a_row = torch.where(is_finite, 0.0, self._skipped_in_a_row + 1)
 
-    def read(self, accelerator: Accelerator, num_updates: int) -> dict[str, float]:
-        """Means over the finite ones of `num_updates` updates and over the processes; NaN if none.
+    def read(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means over the finite updates since the last call and over the ranks; NaN if none.
 
-        Waits for the device, and begins anew.
+        Waits for the device, and resets the means.
         """
         loss, grad_norm, count = accelerator.reduce(self._totals, reduction="mean").tolist()
-        self._totals.zero_()
-        num_skipped = num_updates - round(count)
+        num_skipped = self._num_updates - round(count)
         self.skipped = self._find_skipped() if num_skipped else []
+        self._totals.zero_()
+        self._num_updates = 0
         self._recent.clear()
         return {
             "loss": loss / count if count else math.nan,
@@ -61,62 +80,68 @@ class RunningMetrics:
         }
 
     def _find_skipped(self) -> list[tuple[int, list[int]]]:
-        were_finite = torch.stack([is_finite for _, is_finite, _ in self._recent]).tolist()
-        recent = zip(were_finite, self._recent, strict=True)
-        return [(step, t.tolist()) for was_finite, (step, _, t) in recent if not was_finite]
+        finite = torch.stack([is_finite for _, is_finite, _ in self._recent]).tolist()
+        recent = zip(finite, self._recent, strict=True)
+        return [(step, t.tolist()) for is_finite, (step, _, t) in recent if not is_finite]
 
     @property
     def skipped_in_a_row(self) -> int:
-        """How many of the last updates had no finite gradient; waits for the device."""
+        """Number of updates without a finite gradient since the last finite one.
+
+        Waits for the device.
+        """
         return int(self._skipped_in_a_row)
 
 
 class MetricsLog:
-    """metrics.jsonl and, where it is installed, TensorBoard.
+    """metrics.jsonl and, if it is installed, TensorBoard.
 
-    Every process has one; only the main process writes. A tracker that fails is a warning.
+    Created on every rank; only the main process writes. A tracker that fails is a warning.
 
     Args:
-        file: one JSON object a line; entries after update `step` are cut.
+        file: one JSON object per line; entries after update `step` are removed.
         accelerator: has the trackers.
-        step: updates that were done before.
+        step: number of updates done before.
+        batch_size: images per update.
     """
 
-    def __init__(self, file: Path, accelerator: Accelerator, step: int) -> None:
-        self._accelerator, self._file = accelerator, file
-        self._since = time.monotonic()
+    def __init__(self, file: Path, accelerator: Accelerator, step: int, batch_size: int) -> None:
+        self._accelerator, self._file, self._batch_size = accelerator, file, batch_size
+        self._last_time, self._last_step = time.monotonic(), step
         if accelerator.is_main_process:
             file.touch()
             _drop_entries_after(file, step)
         self._tracks = bool(accelerator.log_with)
         if self._tracks:
-            # What an interrupted run had logged beyond its checkpoint is drawn once, not twice.
+            # Removes the curve beyond the checkpoint that the run resumes from.
             purge = {"tensorboard": {"purge_step": step + 1 if step else None}}
             self._track(lambda: accelerator.init_trackers("logs", init_kwargs=purge))
 
     def write(
-        self,
-        step: int,
-        values: dict[str, float],
-        num_images: int,
-        skipped: Sequence[dict[str, Any]] = (),
+        self, step: int, values: dict[str, float], skipped: Sequence[SkippedUpdate] = ()
     ) -> None:
-        """Log `values` for update `step`, with the speed since the last entry.
+        """Log `values` after update `step`, with the speed since the last entry.
 
-        What `skipped` says about updates is for the file alone.
+        Skipped updates go into the file only.
         """
         now = time.monotonic()
-        values = {**values, "images_per_s": round(num_images / max(now - self._since, 1e-9), 1)}
-        self._since = now
+        num_images = (step - self._last_step) * self._batch_size
+        speed = round(num_images / max(now - self._last_time, 1e-9), 1)
+        self._last_time, self._last_step = now, step
+        values = {**values, "images_per_s": speed}
         self._track(lambda: self._accelerator.log(values, step=step))
+        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        details = {"skipped": [dataclasses.asdict(update) for update in skipped]} if skipped else {}
+        self.append({"step": step, **finite, **details})
+
+    def append(self, entry: Mapping[str, object]) -> None:
+        """Append an entry to the file, without the trackers."""
         if self._accelerator.is_main_process:
-            finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
-            entry = {"step": step, **finite, **({"skipped": skipped} if skipped else {})}
             with self._file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
 
     def show(self, step: int, grid: Image) -> None:
-        """Give the sample grid of update `step` to the tracker."""
+        """Send the sample grid of update `step` to the tracker."""
         pixels = np.asarray(grid.convert("RGB"))[None]
         self._track(
             lambda: self._accelerator.get_tracker("tensorboard").log_images(
@@ -134,9 +159,9 @@ class MetricsLog:
             return
         try:
             action()
-        except Exception as error:  # whatever a tracker raises, training goes on
+        except Exception as error:  # trackers may raise anything; training continues
             self._tracks = False
-            logger.warning("the tracker failed and is left out from here on: %s", error)
+            logger.warning("the tracker failed and is not used any more: %s", error)
 
 
 def _drop_entries_after(file: Path, step: int) -> None:
@@ -149,4 +174,4 @@ def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return math.inf  # the half-written last line of a run that was killed
+        return math.inf  # the last line of a run that was killed may be incomplete

@@ -1,4 +1,4 @@
-"""Stopping on request: a signal lets the update finish and the state be saved."""
+"""Stop signals: the current update is finished and saved before the run ends."""
 
 import os
 import signal
@@ -11,28 +11,28 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
-# What people and schedulers send to end a run: kill and Slurm's scancel; Ctrl-C; a terminal or an
-# ssh connection that closes; Slurm ahead of a job's time limit. Windows lacks the last two.
+# kill and Slurm's scancel; Ctrl-C; a terminal or ssh connection that closes; Slurm before a job's
+# time limit. Windows lacks the last two.
 _STOP_SIGNALS = [
     getattr(signal, name)
     for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
     if hasattr(signal, name)
 ]
-# `timeout` and shells send a signal to a process and to its group: that is one request.
+# `timeout` and shells signal a process and its group: two signals for one request.
 _SAME_REQUEST_S = 1.0
 
 
 class StopSignal:
-    """While entered, the first of those signals is noted; a second one ends the process at once.
+    """Context manager that records the first stop signal; a second one ends the process at once.
 
-    A signal that was ignored before stays ignored: that is how `nohup` protects a run.
+    Signals that were ignored before stay ignored, as `nohup` requires.
 
     Args:
-        timeout_s: how long the processes of a run wait for each other in `agreed`.
+        timeout_s: seconds that the ranks wait for each other in `synchronize`.
 
     Attributes:
-        received: the signal's number, or None.
-        failed: whether one of the processes said in `agreed` that it cannot go on.
+        received: number of the signal, or None.
+        failed: whether any rank reported a failure to `synchronize`.
     """
 
     def __init__(self, timeout_s: float = 300.0) -> None:
@@ -44,13 +44,13 @@ class StopSignal:
         self._group: Any = None
 
     def __enter__(self) -> Self:
-        # Python delivers signals to the main thread only, and only there may handlers be set.
+        # Python allows signal handlers in the main thread only.
         if threading.current_thread() is threading.main_thread():
             for number in _STOP_SIGNALS:
                 if signal.getsignal(number) != signal.SIG_IGN:
-                    self._previous[number] = signal.signal(number, self._note)
+                    self._previous[number] = signal.signal(number, self._handle)
         if dist.is_available() and dist.is_initialized():
-            # On the CPU, so that agreeing does not make the host wait for the accelerator.
+            # On the CPU, so that `synchronize` does not wait for the accelerator.
             timeout = timedelta(seconds=self.timeout_s)
             self._group = dist.new_group(backend="gloo", timeout=timeout)
         return self
@@ -61,34 +61,34 @@ class StopSignal:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._restore()
+        self._restore_handlers()
 
-    def _restore(self) -> None:
+    def _restore_handlers(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self.received is None:
             self.received, self._received_at = number, now
         elif now - self._received_at > _SAME_REQUEST_S and not is_under_a_launcher():
-            self._restore()
+            self._restore_handlers()
             signal.raise_signal(number)
 
-    def agreed(self, failed: bool = False) -> bool:
-        """Whether any process was asked to stop or has failed; the same answer on all of them."""
+    def synchronize(self, failed: bool = False) -> bool:
+        """Whether any rank received a signal or has `failed`; the same answer on all ranks."""
         self.failed = failed
         if self._group is not None:
-            found = torch.tensor([self.received or 0, failed])
-            dist.all_reduce(found, dist.ReduceOp.MAX, group=self._group)
-            self.received, self.failed = int(found[0]) or None, bool(found[1])
+            state = torch.tensor([self.received or 0, failed])
+            dist.all_reduce(state, dist.ReduceOp.MAX, group=self._group)
+            self.received, self.failed = int(state[0]) or None, bool(state[1])
         return self.received is not None or self.failed
 
 
 def is_under_a_launcher() -> bool:
-    """Whether torchrun, or `accelerate launch` by it, started this process.
+    """Whether torchrun, or `accelerate launch` through it, started this process.
 
-    It repeats every signal to its processes, which the terminal has sent to them too, and kills
-    those that are still there after 30 s.
+    The launcher forwards every signal to its processes, which the terminal has signalled already,
+    and kills those that are left after 30 s.
     """
     return "TORCHELASTIC_RUN_ID" in os.environ

@@ -1,6 +1,6 @@
-"""Bits/dim of held-out images while training goes on."""
+"""Bits/dim of held-out images during training."""
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from accelerate.utils import gather_object
@@ -10,20 +10,48 @@ from torch.utils.data import default_collate
 from ddpm_hf.diffusion.pipeline import evaluating
 from ddpm_hf.likelihood import bits_per_dim
 from ddpm_hf.randomness import seed_of
+from ddpm_hf.run_record import MetricRecord
 from ddpm_hf.statistics import standard_error
 from ddpm_hf.text import counted
 from ddpm_hf.training.dataset_setup import HeldOut
 from ddpm_hf.training.run import Run
 
 
-class Validation:
-    """The bound of the averaged weights on held-out images, always the same ones, noise included.
+@dataclass(frozen=True)
+class ValidationResult:
+    """Bits/dim of held-out images, an upper bound.
 
-    Every process measures its share. Two measurements therefore differ by the weights alone.
+    Attributes:
+        bits_per_dim: mean over the images.
+        standard_error: of the mean.
+        num_images: number of images.
+    """
+
+    bits_per_dim: float
+    standard_error: float
+    num_images: int
+
+    def log_values(self) -> dict[str, float]:
+        """The values in metrics.jsonl."""
+        return {
+            "validation_bits_per_dim": self.bits_per_dim,
+            "validation_standard_error": self.standard_error,
+        }
+
+    def record(self) -> MetricRecord:
+        """The values in the model card."""
+        name = f"bits/dim of {self.num_images} held-out images (bound)"
+        return MetricRecord("bits-per-dim", name, self.bits_per_dim, self.standard_error)
+
+
+class Validation:
+    """Measures the EMA weights on the same held-out images, with the same noise, each time.
+
+    Two measurements therefore differ by the weights alone. Every rank measures a share.
 
     Args:
         run: its network and diffusion are measured.
-        images: held out; as many as the options say are used.
+        images: held-out images, of which the first `validation_images` are used.
     """
 
     def __init__(self, run: Run, images: HeldOut) -> None:
@@ -31,25 +59,24 @@ class Validation:
         self.num_images = min(len(images), run.config.validation_images)
         self.num_timesteps = min(run.config.validation_timesteps, len(run.components.scheduler))
 
-    def measure(self) -> dict[str, float]:
-        """Bits/dim and its standard error, the same on all processes."""
+    def measure(self) -> ValidationResult:
+        """Bits/dim and its standard error, the same on all ranks."""
         run = self.run
         mine = range(run.accelerator.process_index, self.num_images, run.accelerator.num_processes)
         totals: list[tuple[int, float]] = []
         if mine:
             with run.state.ema_weights() as unet, evaluating(unet):
-                size = len(run.batches.rows(0))  # what training fits into memory
+                size = run.micro_batch_size
                 for start in range(0, len(mine), size):
                     totals += self._totals(unet, mine[start : start + size])
-        # In the order of the images, so that the sum is the same for any number of processes.
-        everyones = torch.tensor([total for _, total in sorted(gather_object(totals))])
-        return {
-            "validation_bits_per_dim": everyones.mean().item(),
-            "validation_standard_error": standard_error(everyones),
-        }
+        # In the order of the images: the sum is the same for any number of ranks.
+        all_totals = torch.tensor([total for _, total in sorted(gather_object(totals))])
+        return ValidationResult(
+            all_totals.mean().item(), standard_error(all_totals), self.num_images
+        )
 
     def _totals(self, unet: torch.nn.Module, indices: range) -> list[tuple[int, float]]:
-        """The bound of each of these images, with its number."""
+        """Index and bits/dim of each of the images `indices`."""
         run = self.run
         x_0, labels = default_collate(self.images.__getitems__([(0, i) for i in indices])), None
         if not isinstance(x_0, Tensor):
@@ -65,26 +92,13 @@ class Validation:
         )
         return list(zip(indices, bound.total.tolist(), strict=True))
 
-    def results(self, measured: dict[str, float]) -> list[dict[str, Any]]:
-        """A measurement, as the card shows it."""
-        return [
-            {
-                "type": "bits-per-dim",
-                "name": f"bits/dim of {self.num_images} held-out images (bound)",
-                "value": measured["validation_bits_per_dim"],
-                "standard_error": measured["validation_standard_error"],
-            }
-        ]
-
     def describe(self) -> str:
-        """What is measured, and what that costs beside the updates."""
-        config, calls = self.run.config, self.num_images * self.num_timesteps
-        every = config.validation_steps
-        # An update calls the network forwards and backwards: about three times a call alone.
-        cost = calls / (3 * every * config.batch_size)
+        """A line of the plan: what is measured, and its cost relative to training."""
+        every = self.run.config.validation_steps
+        cost = self.run.relative_cost(self.num_images * self.num_timesteps, every)
         return (
             f"validation {counted(self.num_images, 'image')}, {self.num_timesteps} network calls "
-            f"each, every {counted(every, 'update')}: about {cost:.0%} of the time on top"
+            f"each, every {counted(every, 'update')}: adds about {cost:.0%} of the time"
         )
 
     def _generator(self, index: int) -> torch.Generator:

@@ -1,4 +1,4 @@
-"""Before the first update: what fits the memory, what is compiled, how many threads, how fast."""
+"""Trials before the first update: memory, compiled kernels, CPU threads, and speed."""
 
 import time
 from functools import partial
@@ -7,46 +7,54 @@ import torch
 from torch import Tensor
 
 from ddpm_hf.data.labels import NO_LABEL
+from ddpm_hf.text import counted
 from ddpm_hf.training.errors import TrainingError
 from ddpm_hf.training.run import Run
 
-# A run of fewer updates on a CPU ends before what is measured would pay.
+# A shorter run on a CPU ends before the trials pay.
 _FEW_UPDATES = 100
-# Kernels that add in another order give gradients within 1e-5 of each other, in half precision
-# within some percent; wrong ones were off by a third.
-_SAME_GRADIENT = {"no": 1e-3, "bf16": 0.1, "fp16": 0.1}
+# Relative difference of gradients. Kernels that sum in another order differ by 1e-5, in half
+# precision by some percent; wrong ones differed by a third.
+_GRADIENT_TOLERANCE = {"no": 1e-3, "bf16": 0.1, "fp16": 0.1}
 
 
 def warm_up(run: Run) -> float | None:
-    """Fit the micro-batches to the memory, check what is compiled, and choose the threads.
+    """Fit micro-batches to the memory, check compiled kernels, choose the number of CPU threads.
 
     Returns:
-        seconds of an update; None for a short run on a CPU, where little is tried.
+        seconds per update; None for a short run on a CPU, which makes few trials.
     Raises:
-        TrainingError: if not even one image at once fits the memory, or the network is compiled
-            wrongly.
+        TrainingError: if a single image does not fit into the memory, or the compiled network has
+            wrong gradients.
     """
-    updates = run.batches.stop - run.state.step
+    updates = run.num_updates_left
     is_short = updates <= _FEW_UPDATES and run.accelerator.device.type == "cpu"
     if updates and not is_short:
         _fit_to_memory(run)
-    if updates and run.computation()["compile"]:
+    if updates and run.computation.compile:
         _check_compiled(run)
+    if updates and (change := run.threads.new_change):
+        run.accelerator.print(
+            f"threads    {change.num_threads} instead of {change.num_threads_before} from update "
+            f"{change.step:,} on: the weights differ in their last bits from a run without this "
+            "change"
+        )
     if updates == 0 or is_short:
         return None
-    if run.threads.is_open:
-        run.threads.choose(partial(trial_pass, run))
+    if run.threads.is_unmeasured:
+        number = run.threads.choose(partial(trial_pass, run))
+        run.accelerator.print(f"threads    {counted(number, 'CPU thread')}, chosen by timing")
     return trial_pass(run) * run.config.gradient_accumulation_steps
 
 
 def _fit_to_memory(run: Run) -> None:
-    """Make the micro-batches smaller until one fits."""
+    """Split the micro-batches until one fits into the memory."""
     while not _fits_memory(run):
-        size = len(run.batches.rows(0))
+        size = run.micro_batch_size
         if size == 1:
             raise TrainingError(
-                "out of memory with one image at once: choose a smaller resolution or network, or "
-                "gradient_checkpointing"
+                "out of memory with a batch of one image: choose a smaller `resolution` or "
+                "network, or set `gradient_checkpointing`"
             )
         factor = next(n for n in range(2, size + 1) if size % n == 0)
         run.split_micro_batches(factor)
@@ -57,7 +65,7 @@ def _fit_to_memory(run: Run) -> None:
 
 
 def _fits_memory(run: Run) -> bool:
-    """Whether all processes have the memory for a micro-batch and the optimizer's moments."""
+    """Whether a micro-batch and the optimizer's moments fit into the memory of every rank."""
     parameters = list(run.state.unet.parameters())
     moments, fits = [], True
     try:
@@ -68,36 +76,36 @@ def _fits_memory(run: Run) -> bool:
         fits = False
     del moments
     run.state.unet.zero_grad(set_to_none=True)
-    everywhere = torch.tensor(int(fits), device=run.accelerator.device)
-    return bool(run.accelerator.reduce(everywhere) == run.accelerator.num_processes)
+    num_fits = torch.tensor(int(fits), device=run.accelerator.device)
+    return bool(run.accelerator.reduce(num_fits) == run.accelerator.num_processes)
 
 
 def _check_compiled(run: Run) -> None:
-    """Refuse compiled kernels whose gradients are not those of the network itself.
+    """Compare the gradients of the compiled network with those of the eager network.
 
-    Dropout draws other masks when it is compiled. To switch it off is to compile the network once
-    more, in half the time that the first one takes: too long for a check.
+    Skipped with dropout, which draws other masks when compiled. Compiling the network again
+    without dropout would add half of the compile time.
     """
     if any(isinstance(part, torch.nn.Dropout) and part.p > 0 for part in run.state.unet.modules()):
         run.accelerator.print("compile    gradients are not checked: the network has dropout")
         return
     run.accelerator.print("compile    the network, which takes a minute or more")
-    run.model.train()  # as it will be: for the other mode it would be compiled anew
+    run.model.train()  # in eval mode it would be compiled a second time
     compiled = _gradient(run)
     with torch.compiler.set_stance("force_eager"):
-        plain = _gradient(run)
-    error = float((compiled - plain).norm() / plain.norm())
-    if error > _SAME_GRADIENT[run.accelerator.mixed_precision]:
+        eager = _gradient(run)
+    error = float((compiled - eager).norm() / eager.norm())
+    if error > _GRADIENT_TOLERANCE[run.accelerator.mixed_precision]:
         raise TrainingError(
             f"torch {torch.__version__} compiles this network wrongly: its gradients are off by "
-            f"{error:.0%}; train it with compile=False"
+            f"{error:.0%}; train it without `compile`"
         )
 
 
 def _gradient(run: Run) -> Tensor:
-    """That of a micro-batch, of all weights in one vector."""
+    """Gradient of a micro-batch, all weights in one vector."""
     torch.manual_seed(0)
-    _backward(run)
+    _forward_and_backward(run)
     gradients = [
         torch.zeros_like(weight) if weight.grad is None else weight.grad
         for weight in run.state.unet.parameters()
@@ -107,21 +115,17 @@ def _gradient(run: Run) -> Tensor:
 
 
 def trial_pass(run: Run) -> float:
-    """Seconds of a forward and a backward pass of a micro-batch, which leave no trace."""
+    """Seconds of a forward and backward pass of a micro-batch; the gradients are cleared."""
     start = time.monotonic()
-    losses = _backward(run)
+    losses = _forward_and_backward(run)
     run.state.unet.zero_grad(set_to_none=True)
     losses[0].item()  # waits for the device
     return time.monotonic() - start
 
 
-def _backward(run: Run) -> Tensor:
-    """The losses of a micro-batch of black images, whose gradients are then those of the weights.
-
-    Returns:
-        losses, (B,).
-    """
-    size, device = len(run.batches.rows(0)), run.accelerator.device
+def _forward_and_backward(run: Run) -> Tensor:
+    """Losses (B,) of a micro-batch of black images; leaves the gradients in the network."""
+    size, device = run.micro_batch_size, run.accelerator.device
     components, first = run.components, run.components.images[0, 0]
     has_labels = not isinstance(first, torch.Tensor)
     shape = first[0].shape if has_labels else first.shape

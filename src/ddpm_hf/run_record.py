@@ -1,0 +1,122 @@
+"""The record of a training run, `training.json`, which is published with its model."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Computation:
+    """How the updates are computed: as requested, proposed, or chosen by measuring.
+
+    Attributes:
+        mixed_precision: "no", "bf16" or "fp16".
+        num_threads: CPU threads of the main process; None on CUDA.
+        tf32: operations in TF32 precision on CUDA; None on other devices.
+        compile: whether the network is compiled.
+        gradient_checkpointing: whether activations are recomputed in the backward pass.
+        memory_format: of the weights, "contiguous" or "channels_last".
+        optimizer: its name.
+    """
+
+    mixed_precision: str
+    num_threads: int | None
+    tf32: tuple[str, ...] | None
+    compile: bool
+    gradient_checkpointing: bool
+    memory_format: str
+    optimizer: str
+
+
+@dataclass(frozen=True)
+class DatasetRecord:
+    """The training images.
+
+    Attributes:
+        name: Hub id, or name of the folder without its path.
+        config_name: configuration of a Hub data set.
+        split: split of the data set.
+        num_images: number of images trained on.
+        num_skipped: number of unreadable images.
+        left_out: number of files that were not images, by reason.
+        image: mode, size and bit depth.
+        held_out: which images were held out of the training split.
+        hub_id: the name, if it is a Hub id.
+    """
+
+    name: str
+    config_name: str | None
+    split: str
+    num_images: int
+    num_skipped: int
+    left_out: Mapping[str, int]
+    image: Mapping[str, object]
+    held_out: Mapping[str, object] | None = None
+    hub_id: str | None = None
+
+
+@dataclass(frozen=True)
+class MetricRecord:
+    """A measured value, as the model card shows it.
+
+    Attributes:
+        type: id of the metric.
+        name: what was measured, with the number of images.
+        value: the value.
+        standard_error: its standard error.
+    """
+
+    type: str
+    name: str
+    value: float
+    standard_error: float
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What happened in a training run, without local paths.
+
+    Attributes:
+        dataset: the training images.
+        config: the options, as `TrainingConfig` has them.
+        steps: number of updates.
+        num_images_seen: steps times batch size.
+        duration_s: seconds of training, including earlier runs that this one resumed.
+        hardware: devices and number of processes.
+        computation: how the updates were computed.
+        versions: of the main libraries.
+        created: UTC time, ISO 8601.
+        metrics: values measured on held-out images.
+        base_model: the pretrained model that was fine-tuned.
+        base: entries of its own `training.json`.
+        license: of the model.
+    """
+
+    dataset: DatasetRecord
+    config: Mapping[str, object]
+    steps: int
+    num_images_seen: int
+    duration_s: float
+    hardware: str
+    computation: Computation
+    versions: Mapping[str, str]
+    created: str
+    metrics: tuple[MetricRecord, ...] = ()
+    base_model: str | None = None
+    base: Mapping[str, object] | None = None
+    license: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of `training.json`; optional values that are None are left out."""
+        content = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        optional = {"held_out", "hub_id", "num_threads", "tf32"}
+        for part in ("dataset", "computation"):
+            content[part] = {
+                key: value
+                for key, value in content[part].items()
+                if value is not None or key not in optional
+            }
+        return {key: value for key, value in content.items() if value is not None}
