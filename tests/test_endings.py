@@ -215,7 +215,7 @@ def test_a_process_that_stands_still_ends_the_run_and_is_named(photos, tmp_path,
         processes[frozen].send_signal(signal.SIGSTOP)
         said = processes[1 - frozen].communicate(timeout=LIMIT_S)[0]
         assert processes[1 - frozen].returncode == 1
-        assert re.search(f"ddpm-hf: error: rank {frozen} of 2 processes .* stands still", said)
+        assert re.search(f"ddpm-hf: error: rank {frozen} of 2 processes .* hangs", said)
         assert "Traceback" not in said
 
 

@@ -353,7 +353,7 @@ def test_only_the_newest_checkpoints_are_kept_and_other_folders_left_alone(tmp_p
 def test_a_folder_with_a_model_of_somebody_else_is_not_written_to(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine.py").write_text("x = 1")
-    with pytest.raises(CheckpointError, match="holds model, which no run"):
+    with pytest.raises(CheckpointError, match="contains model, which no training run"):
         run(tmp_path)
     assert [p.name for p in tmp_path.rglob("*")] == ["model", "mine.py"]
 
@@ -444,7 +444,7 @@ def test_a_picture_that_cannot_be_drawn_costs_neither_the_run_nor_its_model(tmp_
 
 def test_an_accelerator_without_room_ends_with_the_option_that_helps(tmp_path):
     images = Images(tiny_images(), 10, lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
-    with pytest.raises(TrainingError, match="gradient_accumulation_steps 2"):
+    with pytest.raises(TrainingError, match="`gradient_accumulation_steps` 2"):
         run(tmp_path, dataset=images)
 
 
@@ -456,7 +456,7 @@ def test_a_network_that_cannot_be_compiled_ends_with_the_option_that_helps(tmp_p
             raise torch._dynamo.exc.TorchDynamoException("no compiler\nand a page of frames")
 
     unet.register_forward_pre_hook(fail)
-    with pytest.raises(TrainingError, match="compiled: no compiler; train it with compile=False"):
+    with pytest.raises(TrainingError, match="compiled: no compiler; train it without `compile`"):
         run(tmp_path, unet=unet)
 
 
@@ -734,7 +734,7 @@ def test_any_loss_can_be_trained_and_a_resumed_run_must_share_it(tmp_path):
 
 def test_fewer_updates_than_were_done_are_refused(tmp_path):
     run(tmp_path, max_train_steps=4)
-    with pytest.raises(ConfigError, match=r"max_train_steps is 3.*4 updates already"):
+    with pytest.raises(ConfigError, match=r"`max_train_steps` is 3.*4 updates already"):
         run(tmp_path, max_train_steps=3)
 
 

@@ -1,25 +1,24 @@
-"""Options that make a run faster, or fit: what they change, and that no bit is lost by resuming."""
+"""Options for speed and memory: what they change, and that a resumed run is bit-equal."""
 
 import importlib
 import json
-import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import torch._dynamo
 from diffusers import UNet2DModel
-from tiny_runs import assert_equal_bits, checkpoint, run, stop_reading_at, tiny_unet
+from tiny_runs import assert_equal_bits, checkpoint, metrics, run, stop_reading_at, tiny_unet
 
 from ddpm_hf import TrainingError
 from ddpm_hf.diffusion.speed import threads
 from ddpm_hf.training import ConfigError, parse_config
-from ddpm_hf.training.cpu_threads import Pace
 
-MEASURED = 101  # updates, from which on a run on a CPU tries what fits
+MEASURED = 101  # updates; a shorter run on a CPU makes no trials
 
 
-def test_gradient_checkpointing_computes_twice_and_a_run_may_change_it(tmp_path):
+def test_gradient_checkpointing_recomputes_activations_and_may_change_on_resume(tmp_path):
     calls, options = {}, {"lr_scheduler": "constant"}
     for folder, on, steps in (("plain", False, 6), ("other", True, 3), ("other", False, 6)):
         unet, seen = tiny_unet(), []
@@ -38,7 +37,7 @@ def test_gradient_checkpointing_computes_twice_and_a_run_may_change_it(tmp_path)
     assert_equal_bits(checkpoint(tmp_path / "plain", 6), checkpoint(tmp_path / "other", 6))
 
 
-def test_a_run_in_bf16_that_is_resumed_equals_one_that_was_not(tmp_path):
+def test_a_resumed_bf16_run_equals_an_uninterrupted_one(tmp_path):
     options = {"lr_scheduler": "constant", "mixed_precision": "bf16"}
     run(tmp_path / "straight", **options)
     run(tmp_path / "resumed", **options, max_train_steps=3)
@@ -46,8 +45,8 @@ def test_a_run_in_bf16_that_is_resumed_equals_one_that_was_not(tmp_path):
     assert_equal_bits(checkpoint(tmp_path / "straight", 6), checkpoint(tmp_path / "resumed", 6))
 
 
-@torch._dynamo.config.patch(disable=True)  # the compiler alone takes a minute
-def test_a_compiled_run_stays_compiled_when_it_is_resumed(tmp_path, capsys):
+@torch._dynamo.config.patch(disable=True)  # compiling takes a minute
+def test_a_compiled_run_stays_compiled_on_resume(tmp_path, capsys):
     run(tmp_path, max_train_steps=2, lr_scheduler="constant", compile=True)
     run(tmp_path, lr_scheduler="constant")
     assert capsys.readouterr().out.count(", compiled") == 2
@@ -56,7 +55,7 @@ def test_a_compiled_run_stays_compiled_when_it_is_resumed(tmp_path, capsys):
 
 
 class WrongWhenCompiled(UNet2DModel):
-    """Has no gradient before its last layer, in a compiled network alone."""
+    """When compiled, only the last layer gets a gradient."""
 
     def forward(self, sample, *args, **options):
         if torch.compiler.is_compiling():
@@ -65,17 +64,17 @@ class WrongWhenCompiled(UNet2DModel):
         return super().forward(sample, *args, **options)
 
 
-def test_a_network_that_is_compiled_wrongly_is_not_trained(tmp_path, monkeypatch):
+def test_a_network_with_wrong_compiled_gradients_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
     unet = WrongWhenCompiled(**{k: v for k, v in tiny_unet().config.items() if k[0] != "_"})
-    with pytest.raises(TrainingError, match=r"off by \d+%; train it with compile=False"):
+    with pytest.raises(TrainingError, match=r"off by \d+%; train it without `compile`"):
         run(tmp_path, unet=unet)
     assert not (tmp_path / "model").exists()
 
 
 @torch._dynamo.config.patch(disable=True)
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_it_is_said_that_gradients_of_a_compiled_network_with_dropout_are_not_checked(
+def test_compiled_gradients_are_not_checked_with_dropout_and_this_is_reported(
     tmp_path, capsys, dropout
 ):
     run(tmp_path, unet=tiny_unet(dropout=dropout), max_train_steps=2, compile=True)
@@ -87,12 +86,12 @@ def test_it_is_said_that_gradients_of_a_compiled_network_with_dropout_are_not_ch
     [([], None), (["--compile"], True), (["--no-compile"], False), (["--compile", "no"], False)],
     ids=str,
 )
-def test_a_switch_has_an_opposite(flags, expected):
+def test_compile_can_be_turned_off(flags, expected):
     assert parse_config([*flags, "photos"]).compile is expected
 
 
-class NeedsRoom(UNet2DModel):
-    """Has the memory for `most` images at once."""
+class LimitedMemory(UNet2DModel):
+    """Runs out of memory with more than `most` images."""
 
     most = 1
 
@@ -105,10 +104,12 @@ class NeedsRoom(UNet2DModel):
 @pytest.fixture
 def large_unet():
     torch.manual_seed(0)
-    return NeedsRoom(**{k: v for k, v in tiny_unet().config.items() if k[0] != "_"})
+    return LimitedMemory(**{k: v for k, v in tiny_unet().config.items() if k[0] != "_"})
 
 
-def test_a_batch_that_does_not_fit_is_split_and_stays_the_same(tmp_path, capsys, large_unet):
+def test_a_batch_that_does_not_fit_into_memory_is_split_into_micro_batches(
+    tmp_path, capsys, large_unet
+):
     options = {"max_train_steps": MEASURED, "checkpointing_steps": 2}
     large_unet.load_state_dict(tiny_unet().state_dict())
     run(tmp_path / "split", unet=large_unet, dataset=stop_reading_at(20), **options)
@@ -119,27 +120,31 @@ def test_a_batch_that_does_not_fit_is_split_and_stays_the_same(tmp_path, capsys,
     assert "gradient_accumulation_steps: 4" in (tmp_path / "split" / "config.yaml").read_text()
 
 
-def test_one_image_that_does_not_fit_ends_with_what_helps(tmp_path, monkeypatch, large_unet):
+def test_one_image_that_does_not_fit_is_an_error_with_a_fix(tmp_path, monkeypatch, large_unet):
     tries = []
 
     def spoil(*_):
         tries.append(1)
-        if len(tries) > 1:  # the first is a trial in eval mode, before there are gradients
+        if len(tries) > 1:  # the first call is a check in eval mode
             raise torch.OutOfMemoryError("no room")
 
     large_unet.mid_block.register_forward_hook(spoil)
-    with pytest.raises(TrainingError, match="smaller resolution or network"):
+    with pytest.raises(TrainingError, match="smaller `resolution` or network"):
         run(tmp_path, unet=large_unet, max_train_steps=MEASURED)
 
 
-def test_no_step_and_no_update_waits_for_the_device(monkeypatch):
-    """The benchmark's own count, which on a GPU is that of the profiler."""
+def test_steps_and_updates_do_not_synchronize_with_the_device(monkeypatch):
+    """Counted by the benchmark; on a GPU the profiler counts."""
     monkeypatch.syspath_prepend(Path(__file__).parent / "benchmarks")
     bench = importlib.import_module("bench_profile")
     of_step = bench.of_sampling(bench.GaussianDDPMPipeline, tiny_unet(), batch_size=2)
     assert bench.waits(of_step, "cpu") == 0
-    # Smallest and largest pixel, before images go to a device.
+    # Smallest and largest pixel, checked before images go to the device.
     assert bench.waits(bench.of_training(tiny_unet(), batch_size=2), "cpu") == 2
+
+
+def record(folder, step):
+    return json.loads((folder / "checkpoints" / f"step-{step:08d}" / "state.json").read_text())
 
 
 def test_a_resumed_run_keeps_its_number_of_threads(tmp_path):
@@ -159,36 +164,53 @@ def test_a_resumed_run_keeps_its_number_of_threads(tmp_path):
         "optimizer": "fused AdamW",
     }
     assert "num\\_threads 2, compile False" in (result.model_dir / "README.md").read_text()
-    assert torch.get_num_threads() == 1  # as it was before
+    assert torch.get_num_threads() == 1  # as before the run
     assert_equal_bits(checkpoint(tmp_path / "straight", 6), checkpoint(tmp_path / "resumed", 6))
 
 
-def test_a_run_whose_updates_become_slow_measures_its_threads_again(tmp_path, monkeypatch, capsys):
-    updates = iter(range(1, 7))
-    monkeypatch.setattr(Pace, "is_slow", lambda *_: next(updates) == 3)
-    with threads(2):
-        run(tmp_path, checkpointing_steps=6)
-    said = re.search(r"updates are slow: (\d) threads? from update 4 on", capsys.readouterr().out)
-    state = json.loads((tmp_path / "checkpoints" / "step-00000006" / "state.json").read_text())
-    assert state["num_threads"] == int(said[1])
+def test_threads_are_measured_once_before_the_first_update(tmp_path, monkeypatch, capsys):
+    measurements, seen = [], []
+
+    def measure(trial):
+        measurements.append(1)
+        return 2
+
+    monkeypatch.setattr("ddpm_hf.training.cpu_threads.fastest_num_threads", measure)
+    options = {"max_train_steps": MEASURED, "checkpointing_steps": 2}
+    with threads(3):
+        run(tmp_path, dataset=stop_reading_at(20), **options)
+    assert "2 CPU threads, chosen by timing" in capsys.readouterr().out
+    step = len(metrics(tmp_path))
+    assert record(tmp_path, step)["num_threads"] == 2
+    unet = tiny_unet()
+    unet.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
+    with threads(3):  # the checkpoint decides, not the default
+        run(tmp_path, dataset=stop_reading_at(20), unet=unet, **options)
+    assert set(seen[1:]) == {2}  # the first call tests the network
+    assert measurements == [1]
+    assert all("num_threads" not in entry for entry in metrics(tmp_path))
 
 
-@pytest.mark.parametrize(
-    ("seconds", "slow"),
-    [
-        ([1.0] * 400, []),
-        ([1.0] * 40 + [1.9] * 40, []),
-        ([1.0] * 40 + [9.0] * 2 + [1.0] * 40, []),  # a short halt
-        ([1.0] * 40 + [2.5] * 100, [50]),  # said once: that is the pace from then on
-        ([0.01] * 4000 + [0.03] * 1000, [4667]),
-    ],
-    ids=["even", "not twice", "short", "twice", "fast updates"],
-)
-def test_updates_are_slow_when_they_take_twice_as_long_for_a_while(seconds, slow):
-    pace = Pace()
-    assert [i + 1 for i, each in enumerate(seconds) if pace.is_slow(each)] == slow
+def test_a_change_of_threads_on_resume_is_reported_logged_and_recorded(tmp_path, capsys):
+    change = {"step": 4, "num_threads": 2, "num_threads_before": 1}
+    options = {"lr_scheduler": "constant"}
+    run(tmp_path, max_train_steps=3, num_threads=1, **options)
+    assert "num_threads_changes" not in record(tmp_path, 3)
+    capsys.readouterr()
+    run(tmp_path, max_train_steps=6, num_threads=2, **options)
+    assert "threads    2 instead of 1 from update 4 on" in capsys.readouterr().out
+    run(tmp_path, max_train_steps=8, **options)
+    assert "instead of" not in capsys.readouterr().out
+    assert record(tmp_path, 8)["num_threads"] == 2
+    assert record(tmp_path, 8)["num_threads_changes"] == [change]
+    assert [entry for entry in metrics(tmp_path) if "num_threads" in entry] == [change]
 
 
-def test_a_run_with_fewer_threads_than_it_could_have_asks_again_after_minutes():
-    pace = Pace()
-    assert [i for i in range(1000) if pace.is_slow(1.0, has_fewer=True)] == [299, 599, 899]
+def test_a_logged_change_of_threads_is_removed_if_its_updates_are_lost(tmp_path):
+    options = {"lr_scheduler": "constant"}
+    run(tmp_path, max_train_steps=3, num_threads=1, **options)
+    run(tmp_path, max_train_steps=6, num_threads=2, checkpointing_steps=6, **options)
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000006")
+    run(tmp_path, max_train_steps=6, **options)
+    assert record(tmp_path, 6)["num_threads"] == 1
+    assert [entry["step"] for entry in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
