@@ -23,6 +23,7 @@ FLOORS = (
         "options",
         "paths",
         "randomness",
+        "run_record",
         "scheduler_spec",
         "shared_work",
         "statistics",
