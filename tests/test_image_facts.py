@@ -34,5 +34,5 @@ def test_wrong_facts_are_refused(change):
     config = ImageFacts("L", 28, 28).to_config()
     with pytest.raises(ValueError, match=next(iter(change))):
         ImageFacts.from_config({**config, "image": config["image"] | change})
-    with pytest.raises(ValueError, match="format_version must be 1, got 2"):
+    with pytest.raises(ValueError, match="`format_version` must be 1, got 2"):
         ImageFacts.from_config({**config, "format_version": 2})

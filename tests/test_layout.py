@@ -16,8 +16,10 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 # own floor and those below.
 FLOORS = (
     {
+        "backend_settings",
         "diffusion",
         "digests",
+        "inference_optimization",
         "locks",
         "option_parser",
         "options",
@@ -28,6 +30,7 @@ FLOORS = (
         "shared_work",
         "statistics",
         "text",
+        "timing",
     },
     {"losses", "decoders", "timestep_samplers", "weightings", "data", "pictures", "sampling"},
     {"likelihood", "calibration", "trajectory_timesteps", "evaluation", "hub"},

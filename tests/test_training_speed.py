@@ -12,7 +12,7 @@ from diffusers import UNet2DModel
 from tiny_runs import assert_equal_bits, checkpoint, metrics, run, stop_reading_at, tiny_unet
 
 from ddpm_hf import TrainingError
-from ddpm_hf.diffusion.speed import threads
+from ddpm_hf.backend_settings import use_num_threads
 from ddpm_hf.training import ConfigError, parse_config
 
 MEASURED = 101  # updates; a shorter run on a CPU makes no trials
@@ -177,14 +177,14 @@ def test_threads_are_measured_once_before_the_first_update(tmp_path, monkeypatch
 
     monkeypatch.setattr("ddpm_hf.training.cpu_threads.fastest_num_threads", measure)
     options = {"max_train_steps": MEASURED, "checkpointing_steps": 2}
-    with threads(3):
+    with use_num_threads(3):
         run(tmp_path, dataset=stop_reading_at(20), **options)
     assert "2 CPU threads, chosen by timing" in capsys.readouterr().out
     step = len(metrics(tmp_path))
     assert record(tmp_path, step)["num_threads"] == 2
     unet = tiny_unet()
     unet.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
-    with threads(3):  # the checkpoint decides, not the default
+    with use_num_threads(3):  # the checkpoint decides, not the default
         run(tmp_path, dataset=stop_reading_at(20), unet=unet, **options)
     assert set(seen[1:]) == {2}  # the first call tests the network
     assert measurements == [1]

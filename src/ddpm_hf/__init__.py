@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ddpm_hf.hub.load import load
     from ddpm_hf.hub.push import push
     from ddpm_hf.hub.retry import HubError
+    from ddpm_hf.inference_optimization import optimize
     from ddpm_hf.likelihood import BitsPerDim, bits_per_dim
     from ddpm_hf.losses import hybrid_loss, simple_loss, vlb_loss
     from ddpm_hf.sampling import draw_to, save_drawn
@@ -48,6 +49,7 @@ __all__ = [
     "evaluate",
     "hybrid_loss",
     "load",
+    "optimize",
     "push",
     "save_drawn",
     "simple_loss",
@@ -74,6 +76,7 @@ _MODULES = {
     "evaluate": "evaluation.evaluate",
     "hybrid_loss": "losses",
     "load": "hub.load",
+    "optimize": "inference_optimization",
     "push": "hub.push",
     "save_drawn": "sampling",
     "simple_loss": "losses",

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ddpm_hf.diffusion.checks import check_choice, to_int
-from ddpm_hf.diffusion.pipeline import evaluating
+from ddpm_hf.diffusion.eval_mode import evaluating
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.diffusion.tensor_ops import Denoiser
 from ddpm_hf.losses import denoise

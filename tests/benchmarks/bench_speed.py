@@ -15,8 +15,6 @@ import copy
 import statistics
 import warnings
 from collections.abc import Callable
-from contextlib import redirect_stdout
-from io import StringIO
 from itertools import pairwise
 from typing import Any
 
@@ -39,8 +37,8 @@ from common import (
 )
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from ddpm_hf import GaussianDDPMPipeline, simple_loss
-from ddpm_hf.diffusion.speed import has_bfloat16
+from ddpm_hf import GaussianDDPMPipeline, optimize, simple_loss
+from ddpm_hf.backend_settings import supports_bfloat16
 
 NUM_STEPS = 4  # of a chain: each costs the same
 BATCHES = {"small": (1, 16), "cifar": (1,)}
@@ -56,7 +54,7 @@ def gflop(unet: UNet2DModel, batch_size: int) -> float:
 def variants(device: str, compiled: bool) -> dict[str, dict[str, Any]]:
     """Arguments of `optimize`, by what they change."""
     factors: dict[str, dict[str, Any]] = {"channels_last": {"memory_format": torch.channels_last}}
-    if has_bfloat16(torch.device(device)):  # without it a CPU takes 40 times as long
+    if supports_bfloat16(torch.device(device)):  # without it a CPU takes 40 times as long
         factors["bf16"] = {"dtype": torch.bfloat16}
     if device == "cuda":
         factors["TF32"] = {"tf32": True}
@@ -76,8 +74,7 @@ def sampling(name: str, batch_size: int, options: argparse.Namespace) -> list[di
         pipeline = kind(network, DDPMScheduler.from_config(scheduler.config))
         pipeline.set_progress_bar_config(disable=True)
         if chosen:
-            with redirect_stdout(StringIO()):
-                pipeline.optimize(batch_size, num_calls=1, **chosen)
+            optimize(pipeline, batch_size, num_calls=1, **chosen)
         return pipeline
 
     def draw(pipeline: Any) -> Any:

@@ -1,8 +1,6 @@
 """`ddpm-hf sample`."""
 
-import contextlib
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +12,7 @@ from ddpm_hf.text import counted, public_name
 
 if TYPE_CHECKING:
     from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
+    from ddpm_hf.inference_optimization import OptimizedInference
     from ddpm_hf.sampling import SamplerSetting
 
 HELP = "draw images from a model on the Hub or in a folder"
@@ -85,8 +84,9 @@ def sample(options: SampleCommand, output: Path) -> None:
     if options.guide:
         images["guide"] = load(options.guide)
         images["guidance_scale"] = 2.0 if options.guidance_scale is None else options.guidance_scale
+    optimized = None
     if options.optimize:
-        optimize(pipeline, images["guide"], setting, options, output, state)
+        optimized = optimize(pipeline, images["guide"], setting, options, output, state)
     is_new = save_drawn(
         pipeline,
         output,
@@ -95,6 +95,7 @@ def sample(options: SampleCommand, output: Path) -> None:
         batch_size=options.batch_size,
         overwrite=options.overwrite,
         model={"name": public_name(options.model), "revision": options.revision},
+        optimized=optimized,
     )
     state.destroy_process_group()
     if state.is_main_process:
@@ -118,16 +119,16 @@ def optimize(
     options: SampleCommand,
     output: Path,
     state: Any,
-) -> None:
+) -> "OptimizedInference":
     """Optimize the networks for the number of calls that these images take, and print the result.
 
-    The main process chooses the settings for all, or reads those of an interrupted run: so all
-    images have the bits of one choice.
+    The main process chooses the settings for all, or reads those of an interrupted run, so that all
+    images have the same settings.
     """
+    import ddpm_hf
     from ddpm_hf.diffusion.schedules import usual_num_steps
-    from ddpm_hf.diffusion.speed import options_of
+    from ddpm_hf.inference_optimization import InferenceSettings, OptimizedInference
     from ddpm_hf.sampling.image_writer import recorded_settings
-    from ddpm_hf.sampling.sampling_record import optimized_settings
     from ddpm_hf.shared_work import on_main_process
 
     kind, config = type(pipeline.scheduler).__name__, pipeline.scheduler.config
@@ -138,14 +139,19 @@ def optimize(
     if guide is None and options.guidance_scale not in (None, 1):
         batch_size *= 2  # the conditional and the unconditional half
 
-    def choose() -> Any:
+    def choose() -> InferenceSettings:
         recorded = recorded_settings(output, options.overwrite)
-        speed = None if recorded is None else recorded.speed
-        if speed is None:
-            pipeline.optimize(batch_size, num_calls, guide=guide)
-        return speed or optimized_settings(pipeline)
+        if recorded is not None and recorded.speed is not None:
+            return InferenceSettings.from_dict(recorded.speed)
+        return ddpm_hf.optimize(pipeline, batch_size, num_calls, guide=guide)
 
     chosen = on_main_process(state, choose)
-    if pipeline.speed is None:
-        with contextlib.redirect_stdout(sys.stdout if state.is_main_process else None):
-            pipeline.optimize(batch_size, num_calls, guide=guide, **options_of(chosen))
+    if not state.is_main_process or not isinstance(chosen, OptimizedInference):
+        chosen = ddpm_hf.optimize(
+            pipeline, batch_size, num_calls, guide=guide, **chosen.arguments()
+        )
+    if state.is_main_process:
+        print(f"optimized: {chosen}")
+        if chosen.guide is not None:
+            print(f"optimized guide: {chosen.guide}")
+    return chosen

@@ -1,93 +1,102 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Class labels and guidance: classifier-free, by a weaker model, in an interval of noise levels."""
+"""Class labels, classifier-free guidance, autoguidance, and guidance intervals."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from diffusers.models import UNet2DModel
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
 from . import image_processor, tensor_ops
 
 ClassLabels = int | str | Sequence[int] | Sequence[str] | Tensor | None
 Denoiser = tensor_ops.Denoiser
+Guide: TypeAlias = UNet2DModel | DiffusionPipeline | None
 
 
 def label_tensor(
-    unet: UNet2DModel, class_labels: Any, batch_size: int, names: Sequence[str] | None
+    unet: UNet2DModel, class_labels: Any, batch_size: int, class_names: Sequence[str] | None
 ) -> Tensor | None:
     """Labels as the network takes them, one per image; None for an unconditional network.
 
     Args:
-        unet: decides what labels are.
+        unet: network whose class embedding determines the kind of labels.
         class_labels: one class or one per image, as numbers or names.
-        batch_size: B.
-        names: what the classes are called, in the order of their numbers.
-
+        batch_size: number of images, B.
+        class_names: names of the classes in the order of their numbers.
     Raises:
-        ValueError: if the network knows no such class, or the number of labels does not fit.
+        ValueError: for an unknown class or the wrong number of labels.
     """
-    if unet.class_embedding is None and class_labels is not None:
-        raise ValueError(f"class_labels={class_labels!r}: this model knows no classes")
     if unet.class_embedding is None:
-        return None
+        if class_labels is None:
+            return None
+        raise ValueError(
+            f"`class_labels` must be None for this unconditional model, got {class_labels!r}"
+        )
     if class_labels is None:
-        raise ValueError("class_labels must be given: this model is class-conditional")
+        raise ValueError("`class_labels` is required: this model is class-conditional")
     if unet.config.class_embed_type is None:
-        numbers = class_numbers(class_labels, unet.config.num_class_embeds, names)
+        numbers = class_numbers(class_labels, unet.config.num_class_embeds, class_names)
         class_labels = numbers * batch_size if len(numbers) == 1 else numbers
     labels = torch.as_tensor(class_labels)
     if labels.shape[:1] != (batch_size,):
         raise ValueError(
-            f"class_labels has shape {tuple(labels.shape)} for batch_size={batch_size}; pass one "
-            "class, or one per image"
+            f"`class_labels` must be one class or one per image, got shape {tuple(labels.shape)} "
+            f"for `batch_size` {batch_size}"
         )
     return labels
 
 
-def class_numbers(labels: Any, num_classes: int, names: Sequence[str] | None) -> list[int]:
-    """The numbers of classes that are given as numbers or as names.
+def class_numbers(labels: Any, num_classes: int, class_names: Sequence[str] | None) -> list[int]:
+    """Class numbers of labels that are given as numbers or names.
 
     Raises:
-        ValueError: if there is no such class.
+        ValueError: for an unknown class.
     """
     labels = labels.tolist() if hasattr(labels, "tolist") else labels
     labels = list(labels) if isinstance(labels, (list, tuple)) else [labels]
-    by_name = {name: number for number, name in enumerate(names or ())}
+    by_name = {name: number for number, name in enumerate(class_names or ())}
     numbers: list[Any] = [by_name.get(n, n) if isinstance(n, str) else n for n in labels]
     numbers = [n.item() if isinstance(n, np.integer) else n for n in numbers]
     for number in numbers:
         if not image_processor.is_int(number) or not 0 <= number < num_classes:
-            known = f" or of {list(by_name)}" if by_name else ""
-            raise ValueError(f"class_labels must be in 0..{num_classes - 1}{known}, got {number!r}")
+            names = f" or one of {list(by_name)}" if by_name else ""
+            raise ValueError(
+                f"`class_labels` must be in 0..{num_classes - 1}{names}, got {number!r}"
+            )
     return numbers
 
 
-def with_null_class(labels: Tensor | None, config: Any, names: Sequence[str] | None) -> Tensor:
-    """The labels, then as many of the null class: the last embedding of the network.
+def with_null_class(
+    labels: Tensor | None, config: Any, class_names: Sequence[str] | None
+) -> Tensor:
+    """Labels followed by the same number of null classes (the last embedding), (2B,).
 
     Raises:
-        ValueError: if the network was not trained for guidance.
+        ValueError: if the network has no null class.
     """
     if labels is None or config.class_embed_type is not None:
-        raise ValueError("guidance_scale must be 1: this model has no numbered classes")
-    if names is not None and len(names) >= config.num_class_embeds:
+        raise ValueError("`guidance_scale` must be 1: this model has no numbered classes")
+    if class_names is not None and len(class_names) >= config.num_class_embeds:
         raise ValueError(
-            "guidance_scale must be 1: this model was trained without a null class, all of its "
+            "`guidance_scale` must be 1: this model was trained without a null class, all of its "
             f"{config.num_class_embeds} embeddings are classes"
         )
     return torch.cat([labels, torch.full_like(labels, config.num_class_embeds - 1)])
 
 
 def denoiser_of(unet: UNet2DModel, labels: Tensor | None, num_outputs: int) -> Denoiser:
-    """(x_t, t) -> the first `num_outputs` channels of the prediction, without guidance.
+    """Denoiser `(x_t, t)` without guidance, t (B,).
 
     Args:
-        unet: the network, run in its own dtype.
-        labels: of `label_tensor`, on the network's device.
-        num_outputs: channels that the scheduler reads.
+        unet: network, run in its own dtype.
+        labels: result of `label_tensor`, on the device of the network.
+        num_outputs: number of output channels that the scheduler reads.
+    Returns:
+        function that returns the first `num_outputs` channels in the dtype of x_t.
     """
 
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
@@ -101,25 +110,23 @@ def classifier_free(
     unet: UNet2DModel,
     labels: Tensor | None,
     guidance_scale: float,
-    names: Sequence[str] | None,
+    class_names: Sequence[str] | None,
     num_outputs: int,
 ) -> Denoiser:
-    """The prediction for the class, pushed away from that for no class; one run for both.
+    """Denoiser `(x_t, t)` with classifier-free guidance, in one network call of 2B images.
 
     Args:
         unet, labels, num_outputs: as for `denoiser_of`.
         guidance_scale: s in null + s (class - null).
-        names: what the classes are called.
-
+        class_names: names of the classes.
     Raises:
-        ValueError: if the network was not trained for guidance.
-
+        ValueError: if the network has no null class.
     Source: 2207.12598, eq. 6 with s = 1 + w.
     """
-    both = denoiser_of(unet, with_null_class(labels, unet.config, names), num_outputs)
+    both = denoiser_of(unet, with_null_class(labels, unet.config, class_names), num_outputs)
 
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-        conditional, unconditional = both(torch.cat([x_t, x_t]), t).chunk(2)
+        conditional, unconditional = both(torch.cat([x_t, x_t]), torch.cat([t, t])).chunk(2)
         return _extrapolated(unconditional, conditional, guidance_scale, unet.config.in_channels)
 
     return denoise
@@ -132,18 +139,17 @@ def autoguided(
     guidance_scale: float,
     num_outputs: int,
 ) -> Denoiser:
-    """The prediction, pushed away from that of a weaker model of the same data.
+    """Denoiser `(x_t, t)` guided away from the prediction of a weaker model.
 
     Args:
         unet, labels, num_outputs: as for `denoiser_of`.
-        guide: the weaker model, of `check_guide`; told the class where it knows classes.
+        guide: network of `guide_network`; gets the labels if it is class-conditional.
         guidance_scale: s in guide + s (network - guide).
-
     Source: 2406.02507, eq. 5.
     """
-    num_channels, knows_classes = unet.config.in_channels, guide.class_embedding is not None
+    num_channels, is_conditional = unet.config.in_channels, guide.class_embedding is not None
     strong = denoiser_of(unet, labels, num_outputs)
-    weak = denoiser_of(guide, labels if knows_classes else None, num_channels)
+    weak = denoiser_of(guide, labels if is_conditional else None, num_channels)
 
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
         return _extrapolated(weak(x_t, t), strong(x_t, t), guidance_scale, num_channels)
@@ -151,25 +157,51 @@ def autoguided(
     return denoise
 
 
-def check_guide(unet: UNet2DModel, guide: UNet2DModel) -> None:
-    """Refuse a guide whose predictions do not fit those of `unet`.
+def guide_network(
+    guide: Any, unet: UNet2DModel, scheduler: Any, device: torch.device
+) -> UNet2DModel:
+    """Network of a weaker model, on the device.
 
+    Args:
+        guide: a network, or a pipeline of the same diffusion.
+        unet, scheduler: parts of the pipeline to guide.
+        device: device of the guided network.
     Raises:
-        ValueError: if its channels or its classes are others.
+        TypeError: if `guide` is neither a pipeline nor a network.
+        ValueError: if diffusion, channels or classes differ.
     """
+    if isinstance(guide, DiffusionPipeline):
+        for key in ("prediction_type", "num_train_timesteps"):
+            got = guide.scheduler.config.get(key, "epsilon")
+            expected = scheduler.config.get(key, "epsilon")
+            if got != expected:
+                raise ValueError(
+                    f"`guide` must have the {key} of this model, {expected!r}, got {got!r}"
+                )
+        guide = guide.unet
+    if not isinstance(guide, UNet2DModel):
+        raise TypeError(f"`guide` must be a pipeline or a UNet2DModel, got {type(guide).__name__}")
+    _check_guide(unet, guide)
+    return guide.to(device)
+
+
+def _check_guide(unet: UNet2DModel, guide: UNet2DModel) -> None:
     num_channels = unet.config.in_channels
     if guide.config.in_channels != num_channels or guide.config.out_channels < num_channels:
         raise ValueError(
-            f"guide must be a model of {num_channels} channels as this one is, got in_channels="
+            f"`guide` must have {num_channels} channels like this model, got in_channels="
             f"{guide.config.in_channels}, out_channels={guide.config.out_channels}"
         )
-    num_classes = guide.config.num_class_embeds
-    if guide.class_embedding is not None and num_classes != unet.config.num_class_embeds:
-        raise ValueError("guide must know the same classes as this model, or none")
+    expected, got = unet.config.num_class_embeds, guide.config.num_class_embeds
+    if guide.class_embedding is not None and got != expected:
+        raise ValueError(
+            "`guide` must be unconditional or have the classes of this model, got "
+            f"num_class_embeds={got} instead of {expected}"
+        )
 
 
 def _extrapolated(weak: Tensor, strong: Tensor, scale: float, num_channels: int) -> Tensor:
-    """weak + scale (strong - weak) of the mean; a learned variance is the strong one's."""
+    """weak + scale (strong - weak) for the mean, with the learned variance of `strong`."""
     mean = torch.lerp(weak[:, :num_channels], strong[:, :num_channels], scale)
     return torch.cat([mean, strong[:, num_channels:]], dim=1)
 
@@ -177,18 +209,16 @@ def _extrapolated(weak: Tensor, strong: Tensor, scale: float, num_channels: int)
 def is_guided_at(
     timesteps: Tensor, alphas_cumprod: Tensor, interval: tuple[float, float] | None
 ) -> list[bool]:
-    """Whether each step is guided: those with a log-SNR inside of the interval.
+    """Whether each step is guided: its log-SNR is inside the interval.
 
     Args:
-        timesteps: those of the trajectory, (K,).
-        alphas_cumprod: of the training schedule, (T,).
-        interval: lowest and highest natural log of alpha_bar / (1 - alpha_bar), infinite ones
-            included; None for all steps.
-
+        timesteps: timesteps of the trajectory, (K,).
+        alphas_cumprod: alpha_bar of the training schedule, (T,).
+        interval: lowest and highest log(alpha_bar / (1 - alpha_bar)), may be infinite; None guides
+            every step.
     Raises:
-        ValueError: if the interval is none.
-
-    Source: 2404.07724, section 3; in log-SNR, so that it means the same in any number of steps.
+        ValueError: for an invalid interval.
+    Source: 2404.07724, section 3; in log-SNR, so that it does not depend on the number of steps.
     """
     if interval is None:
         return [True] * len(timesteps)
@@ -198,7 +228,7 @@ def is_guided_at(
         low, high = 1.0, 0.0
     if not low <= high:
         raise ValueError(
-            "guidance_interval must be the lowest and the highest log-SNR to guide at, such as"
+            "`guidance_interval` must be the lowest and the highest log-SNR with guidance, such as"
             f" (-3, 4), got {interval!r}"
         )
     alpha_bar = alphas_cumprod.cpu().double()[timesteps.cpu().long()]

@@ -10,6 +10,7 @@ from accelerate import PartialState
 
 from ddpm_hf.diffusion.atomic_files import remove_folder
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
+from ddpm_hf.inference_optimization import OptimizedInference
 from ddpm_hf.locks import exclusive_folder
 from ddpm_hf.options import takes_options
 from ddpm_hf.pictures import is_picture
@@ -30,6 +31,7 @@ def save_drawn(
     num_images: int,
     *,
     model: Mapping[str, Any] | None = None,
+    optimized: OptimizedInference | None = None,
     **options: Any,
 ) -> bool:
     """Sample images into a file or folder whose name determines the format.
@@ -49,6 +51,7 @@ def save_drawn(
         output: path of the output.
         num_images: number of images N.
         model: name of the model and further JSON values for the record, which are not compared.
+        optimized: result of `ddpm_hf.optimize` for this pipeline, for the record.
         overwrite: replace existing images; in a folder, only numbered ones.
         **options: further options of `draw_to`.
     Returns:
@@ -63,7 +66,7 @@ def save_drawn(
     output, state = Path(output).expanduser(), distributed_state()
     drawing = DrawOptions.from_keywords(num_images=num_images, **options)
     dtype = pixel_type_of(output, pipeline.unet)
-    record = sampling_record(pipeline, drawing, dtype=dtype, model=model)
+    record = sampling_record(pipeline, drawing, dtype=dtype, model=model, optimized=optimized)
     folder = batch_folder(output)
     with reserved_output(output, state):
         if on_main_process(state, lambda: _is_complete(output, record.settings, drawing.overwrite)):

@@ -15,6 +15,7 @@ from ddpm_hf.diffusion.image_processor import image_facts
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 from ddpm_hf.diffusion.schedules import usual_num_steps
 from ddpm_hf.digests import weights_digest
+from ddpm_hf.inference_optimization import OptimizedInference
 from ddpm_hf.sampling.class_labels import class_names_of, label_cycle
 from ddpm_hf.sampling.options import DrawOptions
 
@@ -141,6 +142,7 @@ def sampling_record(
     *,
     dtype: str | None = None,
     model: Mapping[str, Any] | None = None,
+    optimized: OptimizedInference | None = None,
 ) -> SamplingRecord:
     """The record of images that are sampled with these options.
 
@@ -149,22 +151,26 @@ def sampling_record(
         options: options of `draw_to`.
         dtype: one of `PIXEL_TYPES`; by default that of the model's bit depth.
         model: name of the model and further JSON values.
+        optimized: result of `optimize`, if it was called.
     Raises:
         ValueError: for options that do not fit the model.
     """
-    settings = sampling_settings(pipeline, options, dtype)
+    settings = sampling_settings(pipeline, options, dtype, optimized)
     return SamplingRecord(
         settings,
         model,
         class_names=class_names_of(pipeline.unet) if settings.class_labels else None,
         num_threads=torch.get_num_threads(),
-        optimized=None if pipeline.speed is None else pipeline.speed.to_dict(),
+        optimized=None if optimized is None else optimized.to_dict(),
         versions={name: version(name) for name in ("ddpm-hf", "diffusers", "torch")},
     )
 
 
 def sampling_settings(
-    pipeline: GaussianDDPMPipeline, options: DrawOptions, dtype: str | None = None
+    pipeline: GaussianDDPMPipeline,
+    options: DrawOptions,
+    dtype: str | None = None,
+    optimized: OptimizedInference | None = None,
 ) -> SamplingSettings:
     """Everything that determines the images; see `sampling_record`."""
     dtype = dtype or f"uint{bit_depth_of(pipeline.unet)}"
@@ -193,17 +199,10 @@ def sampling_settings(
         guide=None if guide is None else weights_digest(getattr(guide, "unet", guide)),
         weights=weights_digest(pipeline.unet),
         unet_dtype=str(pipeline.unet.dtype).removeprefix("torch."),
-        speed=optimized_settings(pipeline),
+        speed=None if optimized is None else optimized.settings_dict(),
         device=pipeline.device.type,
         dtype=dtype,
     )
-
-
-def optimized_settings(pipeline: GaussianDDPMPipeline) -> Mapping[str, Any] | None:
-    """The settings of `optimize` that affect bits, as JSON values; None if it was not called."""
-    names = ("memory_format", "dtype", "compile", "tf32", "num_threads")
-    optimized = pipeline.speed
-    return None if optimized is None else {name: getattr(optimized, name) for name in names}
 
 
 def bit_depth_of(unet: UNet2DModel) -> int:

@@ -13,6 +13,7 @@ from accelerate.utils import gather_object
 
 from ddpm_hf.diffusion.atomic_files import write_text
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
+from ddpm_hf.inference_optimization import OptimizedInference
 from ddpm_hf.locks import FOLDER_LOCK, exclusive_folder
 from ddpm_hf.options import takes_options
 from ddpm_hf.pictures import quantised
@@ -35,6 +36,7 @@ def draw_to(
     num_images: int,
     *,
     dtype: str | None = None,
+    optimized: OptimizedInference | None = None,
     **options: Any,
 ) -> DrawnImages:
     """Sample images into a folder, or those that are missing in it.
@@ -50,6 +52,7 @@ def draw_to(
         num_images: number of images N.
         dtype: pixel type in the files: "uint8", "uint16", or "float32" in [0, 1]; by default the
             bit depth of the model.
+        optimized: result of `ddpm_hf.optimize` for this pipeline, for the record.
         seed: the generator of image i is seeded with a hash of `seed` and i.
         class_labels: class numbers or names; image i gets number i modulo their count. By default
             all classes.
@@ -70,7 +73,7 @@ def draw_to(
     """
     folder, state = Path(folder).expanduser(), distributed_state()
     drawing = DrawOptions.from_keywords(num_images=num_images, **options)
-    record = sampling_record(pipeline, drawing, dtype=dtype)
+    record = sampling_record(pipeline, drawing, dtype=dtype, optimized=optimized)
     with exclusive_folder(state, folder, "folder"):
         draw_batch_files(state, pipeline, folder, record, drawing)
         return open_batch_files(folder)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ddpm_hf.diffusion.speed import fastest_num_threads
+from ddpm_hf.timing import fastest_num_threads
 from ddpm_hf.training.state import CheckpointRecord, ThreadChange
 
 

@@ -7,7 +7,7 @@ from accelerate import PartialState
 
 from ddpm_hf.diffusion.atomic_files import read_json, remove_folder
 from ddpm_hf.diffusion.config_extension import extension_of
-from ddpm_hf.diffusion.pipeline import evaluating
+from ddpm_hf.diffusion.eval_mode import evaluating
 from ddpm_hf.evaluation.checkpoint_calibration import keep_calibration, measure_calibration, rows_of
 from ddpm_hf.evaluation.dataset_likelihood import BoundOptions
 from ddpm_hf.evaluation.model_images import EvaluationImages

@@ -14,7 +14,7 @@ from accelerate.utils import DynamoBackend
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from ddpm_hf.diffusion.speed import is_channels_last, tf32_operations
+from ddpm_hf.backend_settings import is_channels_last, tf32_operations
 from ddpm_hf.diffusion.tensor_ops import Denoiser
 from ddpm_hf.paths import RunPaths
 from ddpm_hf.randomness import Batches

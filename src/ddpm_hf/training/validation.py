@@ -7,7 +7,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from ddpm_hf.diffusion.pipeline import evaluating
+from ddpm_hf.diffusion.eval_mode import evaluating
 from ddpm_hf.likelihood import bits_per_dim
 from ddpm_hf.randomness import seed_of
 from ddpm_hf.run_record import MetricRecord
