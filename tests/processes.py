@@ -1,7 +1,7 @@
-"""Processes that tests start: each has a time limit, and none outlives its test.
+"""Subprocesses with a time limit, which never outlive their test.
 
-A launcher's processes hold its pipes and live on when it is killed, so that `subprocess.run` with a
-timeout would wait for them for ever; here a process and all its children form a group.
+The children of a launcher keep its pipes open after it is killed, so `subprocess.run` with a timeout
+would wait for them forever. Here a process and its children form a group that is killed together.
 """
 
 import os
@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 LIMIT_S = 180
-# Between the request for the stacks and the kill.
+# Between SIGABRT, at which the stacks are written, and SIGKILL.
 _STACKS_S = 10
 
 
@@ -26,7 +26,7 @@ _STACKS_S = 10
 def started(
     command: Sequence[str | Path], *, env: dict[str, str] | None = None, **options: Any
 ) -> Iterator[subprocess.Popen[Any]]:
-    """A running process; with the block, it and all its children end."""
+    """A running process; it and its children are killed at the end of the block."""
     env = {**(os.environ if env is None else env), "PYTHONFAULTHANDLER": "1"}
     with subprocess.Popen(command, env=env, start_new_session=True, **options) as process:
         try:
@@ -43,8 +43,10 @@ def run_process(
     env: dict[str, str] | None = None,
     cwd: str | Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """`subprocess.run` with what was written, as text; past `timeout` the test fails with that and
-    the Python stacks of every process."""
+    """`subprocess.run` with captured text output.
+
+    After `timeout` seconds the test fails with the output and the Python stacks of every process.
+    """
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with started(command, env=env, cwd=cwd, **pipes) as process:
         try:
@@ -59,7 +61,7 @@ def run_process(
 def started_ranks(
     command: Sequence[str | Path], count: int = 2, *, env: dict[str, str], **options: Any
 ) -> Iterator[list[subprocess.Popen[Any]]]:
-    """The processes of one run on the CPU, as srun starts them: no launcher between."""
+    """The ranks of one run on the CPU, started without a launcher, as srun does."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     common = {
@@ -82,9 +84,9 @@ def started_ranks(
 
 
 def _stacks(process: "subprocess.Popen[str]") -> tuple[str, str]:
-    """What the processes wrote, and by now their stacks, which faulthandler writes at SIGABRT.
+    """Output and errors of the processes, with the stacks that faulthandler writes at SIGABRT.
 
-    One after the other: they share a pipe, into which faulthandler writes word by word.
+    One process at a time: they share a pipe, and faulthandler writes in small pieces.
     """
     parent = psutil.Process(process.pid)
     for one in [parent, *parent.children(recursive=True)]:

@@ -1,4 +1,4 @@
-"""How a run ends: asked to stop, in an error, or because one of its processes does not go on."""
+"""How a run ends: stop signals, errors, and ranks that ended or hang."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def images():
 
 
 class FailingImages:
-    """Images that do something when a certain one is read in training, counted over all reads."""
+    """Images that run `action` at the read number `at_read`."""
 
     def __init__(self, at_read, action):
         self.images, self.at_read, self.action = images(), at_read, action
@@ -47,7 +47,7 @@ class FailingImages:
 
 
 def run(folder, action=None, dataset=None, **options):
-    """Six updates; `action` is done at the third one."""
+    """Train for six updates; `action` runs in the third one."""
     unet, updates = tiny_unet(in_channels=3), []
 
     def count(module, args):
@@ -68,7 +68,7 @@ def newest_step(folder):
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 @pytest.mark.parametrize("times", [1, 2], ids=["once", "to the process and to its group"])
-def test_a_signal_that_asks_to_stop_saves_the_update(tmp_path, number, times):
+def test_a_stop_signal_ends_the_run_after_saving_the_update(tmp_path, number, times):
     def send():
         for _ in range(times):
             signal.raise_signal(number)
@@ -82,8 +82,8 @@ def test_a_signal_that_asks_to_stop_saves_the_update(tmp_path, number, times):
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
-def test_a_signal_that_was_ignored_stays_ignored(tmp_path, number):
-    """So `nohup ddpm-hf train ... &` outlives its terminal."""
+def test_an_ignored_signal_stays_ignored(tmp_path, number):
+    """`nohup ddpm-hf train ... &` depends on it."""
     before = signal.signal(number, signal.SIG_IGN)
     try:
         result = run(tmp_path, lambda: signal.raise_signal(number))
@@ -93,7 +93,7 @@ def test_a_signal_that_was_ignored_stays_ignored(tmp_path, number):
     assert result.num_steps == 6
 
 
-def test_a_second_request_to_stop_ends_the_process_at_once(tmp_path):
+def test_a_second_stop_signal_ends_the_process_at_once(tmp_path):
     def ask_twice():
         signal.raise_signal(signal.SIGINT)
         time.sleep(1.1)
@@ -103,8 +103,8 @@ def test_a_second_request_to_stop_ends_the_process_at_once(tmp_path):
         run(tmp_path, ask_twice)
 
 
-def test_processes_that_the_launch_left_alone_are_told_how_to_be_connected(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun does; no rank without ACCELERATE_USE_CPU
+def test_unconnected_processes_are_refused_with_the_variable_to_set(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as set by torchrun
     with pytest.raises(ConfigError, match="ACCELERATE_USE_CPU=true before the launch"):
         run(tmp_path / "run")
 
@@ -112,9 +112,7 @@ def test_processes_that_the_launch_left_alone_are_told_how_to_be_connected(tmp_p
 @pytest.mark.parametrize(
     ("launch", "name"), [("DEEPSPEED", "DeepSpeed"), ("FSDP", "FSDP"), ("MEGATRON_LM", "Megatron")]
 )
-def test_a_launch_that_shards_the_weights_is_refused_in_one_sentence(
-    tmp_path, monkeypatch, launch, name
-):
+def test_a_launch_that_shards_the_weights_is_refused(tmp_path, monkeypatch, launch, name):
     monkeypatch.setenv(f"ACCELERATE_USE_{launch}", "true")
     with pytest.raises(ValueError, match=f"asks for {name}.*multi_gpu"):
         run(tmp_path / "run")
@@ -130,11 +128,11 @@ def kill_the_process():
 
 
 @pytest.mark.parametrize(
-    ("workers", "action", "said"),
+    ("workers", "action", "message"),
     [
         (0, raise_an_error, r"image \d+ cannot be read: KeyError: 'no such row'"),
         (1, raise_an_error, r"image \d+ cannot be read: KeyError: 'no such row'"),
-        # What torch says of it depends on whether its worker was handing images over.
+        # The error of torch depends on whether the worker was sending images.
         (
             1,
             kill_the_process,
@@ -143,27 +141,25 @@ def kill_the_process():
     ],
     ids=["raised", "raised in a worker", "a killed worker"],
 )
-def test_what_was_learned_before_an_image_that_cannot_be_read_is_saved(
-    tmp_path, workers, action, said
-):
+def test_the_updates_before_an_unreadable_image_are_saved(tmp_path, workers, action, message):
     reads = FailingImages(None, None)
     run(tmp_path / "straight", dataset=reads)
-    # While update 4 is read; a worker counts from what its parent has read.
+    # While update 4 is read; a worker starts with the count of its parent.
     at_read = reads.reads - 24 + 3 * 4 + 2
     failing = FailingImages(at_read, action)
     options = {"dataloader_num_workers": workers}
-    with pytest.raises(TrainingError, match=rf"^no images for update \d: .*{said}") as failure:
+    with pytest.raises(TrainingError, match=rf"^no images for update \d: .*{message}") as failure:
         run(tmp_path / "failed", dataset=failing, **options)
     assert "\n" not in str(failure.value)
     saved = newest_step(tmp_path / "failed")
     assert f"update {saved + 1}: " in str(failure.value)
-    # What a killed worker has read and not yet handed over is lost with it.
+    # The images that a killed worker has not sent are lost.
     assert saved in ((1, 2, 3) if action is kill_the_process else (3,))
     run(tmp_path / "failed", **options)
     assert_equal_bits(checkpoint(tmp_path / "failed", 6), checkpoint(tmp_path / "straight", 6))
 
 
-def test_a_first_image_that_cannot_be_read_leaves_no_checkpoint(tmp_path):
+def test_an_unreadable_first_image_leaves_no_checkpoint(tmp_path):
     reads = FailingImages(None, None)
     run(tmp_path / "straight", dataset=reads)
     failing = FailingImages(reads.reads - 24 + 2, raise_an_error)
@@ -172,7 +168,7 @@ def test_a_first_image_that_cannot_be_read_leaves_no_checkpoint(tmp_path):
     assert newest_step(tmp_path / "failed") == 0
 
 
-# Several processes, started as `training/slurm.sh` starts them, without a launcher between.
+# Several ranks without a launcher, as in `training/slurm.sh`.
 
 
 def ranks(command, tmp_path, **environment):
@@ -191,17 +187,17 @@ def photos(tmp_path):
     return tmp_path / "photos"
 
 
-def endless(photos, output):
+def endless(photos, output_dir):
     return [
-        str(photos), "--unet-config", str(photos.parent / "unet.json"), "--output-dir", str(output),
+        str(photos), "--unet-config", str(photos.parent / "unet.json"), "--output-dir", str(output_dir),
         "--max-train-steps", "100000", "--checkpointing-steps", "100000", "--logging-steps", "1",
         "--batch-size", "4", "--num-samples", "0", "--ddp-timeout", "3",
     ]  # fmt: skip
 
 
-def wait_until_training(output, process):
-    began = time.monotonic()
-    while not (output / "metrics.jsonl").exists() or not (output / "metrics.jsonl").read_text():
+def wait_until_training(output_dir, process):
+    began, file = time.monotonic(), output_dir / "metrics.jsonl"
+    while not file.exists() or not file.read_text():
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() - began < LIMIT_S
         time.sleep(0.02)
@@ -209,14 +205,14 @@ def wait_until_training(output, process):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("frozen", [0, 1])
-def test_a_process_that_stands_still_ends_the_run_and_is_named(photos, tmp_path, frozen):
+def test_a_hanging_rank_ends_the_run_with_one_line_that_names_it(photos, tmp_path, frozen):
     with ranks([*TRAIN, *endless(photos, tmp_path / "run")], tmp_path) as processes:
         wait_until_training(tmp_path / "run", processes[0])
         processes[frozen].send_signal(signal.SIGSTOP)
-        said = processes[1 - frozen].communicate(timeout=LIMIT_S)[0]
+        output = processes[1 - frozen].communicate(timeout=LIMIT_S)[0]
         assert processes[1 - frozen].returncode == 1
-        assert re.search(f"ddpm-hf: error: rank {frozen} of 2 processes .* hangs", said)
-        assert "Traceback" not in said
+        assert re.search(f"ddpm-hf: error: rank {frozen} of 2 processes .* hangs", output)
+        assert "Traceback" not in output
 
 
 PREPARE_TOGETHER = """
@@ -230,19 +226,21 @@ if state.is_main_process:
 try:
     main_first(state, lambda: os.kill(os.getpid(), signal.SIGSTOP), timeout_s=5)
 except ProcessError as error:
-    print(error.speaks, error)
+    print(error.is_reporting_rank, error)
 """
 
 
 @pytest.mark.slow
-def test_preparing_takes_as_long_as_it_takes_unless_the_main_process_stands_still(tmp_path):
+def test_ranks_wait_for_a_slow_main_process_but_not_for_a_hanging_one(tmp_path):
     with ranks([sys.executable, "-c", PREPARE_TOGETHER], tmp_path) as (_, other):
-        said = other.communicate(timeout=LIMIT_S)[0]
-    assert re.search(r"^ready$.*^True rank 0 of 2 processes", said, re.MULTILINE | re.DOTALL), said
+        output = other.communicate(timeout=LIMIT_S)[0]
+    assert re.search(r"^ready$.*^True rank 0 of 2 processes", output, re.MULTILINE | re.DOTALL), (
+        output
+    )
 
 
-# Reports, when the process group goes, whether a gradient reducer is left that would take its
-# last reference with it, and end the process never.
+# Prints, when the process group is destroyed, whether a gradient reducer is left: it would hold the
+# last reference to the group, and the process would never end.
 REDUCERS = """
 import gc, os, signal, socket, sys
 import torch, torch.distributed as dist
@@ -251,12 +249,12 @@ from torch.nn.parallel import DistributedDataParallel
 import test_endings
 
 destroy = dist.destroy_process_group
-def look_and_destroy(group=None):
+def print_and_destroy(group=None):
     wrappers = [o for o in gc.get_objects() if type(o) is DistributedDataParallel]
     if group is None:
         print(how, [w.reducer for w in wrappers], flush=True)
     destroy(group)
-dist.destroy_process_group = look_and_destroy
+dist.destroy_process_group = print_and_destroy
 
 def fail():
     raise RuntimeError("broken")
@@ -279,10 +277,10 @@ def test_no_gradient_reducer_outlives_the_process_group(tmp_path):
     command = [sys.executable, "-c", REDUCERS, str(tmp_path / "run")]
     with ranks(command, tmp_path, PYTHONPATH=path) as processes:
         for process in processes:
-            said = process.communicate(timeout=LIMIT_S)[0]
-            assert process.returncode == 0, said
-            found = re.findall("^(?:end|stop|error|stopped by) .*", said, re.MULTILINE)
-            assert found == [
+            output = process.communicate(timeout=LIMIT_S)[0]
+            assert process.returncode == 0, output
+            lines = re.findall("^(?:end|stop|error|stopped by) .*", output, re.MULTILINE)
+            assert lines == [
                 "end [None]", "stopped by None", "stop [None]", "stopped by 15",
                 "error [None]", "error broken",
             ]  # fmt: skip
@@ -300,7 +298,7 @@ def test_a_clean_stop_of_a_launch_is_saved_and_prints_no_traceback(photos, tmp_p
         wait_until_training(tmp_path / "run", launcher)
         for child in psutil.Process(launcher.pid).children():
             child.terminate()
-        said = launcher.communicate(timeout=LIMIT_S)[0]
-    assert launcher.returncode == 0, said
-    assert "Traceback" not in said
-    assert f"stopped    after update {newest_step(tmp_path / 'run')}," in said
+        output = launcher.communicate(timeout=LIMIT_S)[0]
+    assert launcher.returncode == 0, output
+    assert "Traceback" not in output
+    assert f"stopped    after update {newest_step(tmp_path / 'run')}," in output

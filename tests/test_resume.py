@@ -1,4 +1,4 @@
-"""What a run is resumed from: damage of every kind, and other machinery around the network."""
+"""Resuming a run: damaged checkpoints, compiled networks, skipped updates."""
 
 import hashlib
 import json
@@ -31,22 +31,25 @@ MANIFESTS = [
 ]  # fmt: skip
 WRONG = {
     "step": "6", "ema_step": None, "scaler": [], "elapsed_s": {}, "config": 1, "parts": {"a": 0},
+    "num_threads": "2", "num_processes": [], "num_threads_changes": [{"step": 1}],
 }  # fmt: skip
 STATES = ["", "null", "[]", "{}", NESTED, *(json.dumps({key: WRONG[key]}) for key in WRONG)]
 
 
 @pytest.mark.parametrize("text", MANIFESTS, ids=lambda text: text[:40])
-def test_a_malformed_manifest_is_damage_like_any_other(finished, tmp_path, text):
+def test_a_checkpoint_with_a_malformed_manifest_is_skipped(finished, tmp_path, text):
     folder = copy_of(finished, tmp_path)
     (folder / "step-00000006" / "manifest.json").write_text(text, errors="surrogateescape")
     assert find_checkpoint(folder) == folder / "step-00000004"
 
 
 @pytest.mark.parametrize("text", STATES, ids=lambda text: text[:40])
-def test_a_malformed_state_is_damage_even_where_its_checksum_fits(finished, tmp_path, text):
+def test_a_checkpoint_with_a_malformed_record_is_skipped_even_if_the_checksum_matches(
+    finished, tmp_path, text
+):
     folder = copy_of(finished, tmp_path)
     newest = folder / "step-00000006"
-    if text.startswith('{"'):  # one wrong value among right ones
+    if text.startswith('{"'):  # one wrong value among valid ones
         text = json.dumps(json.loads((newest / "state.json").read_text()) | json.loads(text))
     (newest / "state.json").write_text(text)
     manifest = json.loads((newest / "manifest.json").read_text())
@@ -63,7 +66,7 @@ def copy_of(finished, folder):
     return folder / "checkpoints"
 
 
-def test_a_run_goes_on_before_the_damage_and_names_the_file_and_what_is_wrong(
+def test_a_run_resumes_before_a_damaged_checkpoint_and_the_warning_names_the_file(
     finished, tmp_path, caplog
 ):
     newest = copy_of(finished, tmp_path) / "step-00000006"
@@ -74,7 +77,7 @@ def test_a_run_goes_on_before_the_damage_and_names_the_file_and_what_is_wrong(
     assert_equal_bits(checkpoint(tmp_path, 6), checkpoint(finished, 6))
 
 
-def test_a_plain_file_with_the_name_of_a_checkpoint_does_not_end_the_run(tmp_path):
+def test_a_file_named_like_a_checkpoint_is_ignored(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     for step in (4, 8):
         (tmp_path / "checkpoints" / f"step-{step:08d}").write_text("a note")
@@ -83,7 +86,7 @@ def test_a_plain_file_with_the_name_of_a_checkpoint_does_not_end_the_run(tmp_pat
     assert (tmp_path / "checkpoints" / "step-00000008").read_text() == "a note"
 
 
-def test_only_damaged_checkpoints_are_an_error_that_says_so(finished, tmp_path):
+def test_a_run_with_only_damaged_checkpoints_is_refused(finished, tmp_path):
     for manifest in copy_of(finished, tmp_path).glob("*/manifest.json"):
         manifest.write_text("null")
     with pytest.raises(CheckpointError, match="all 2 checkpoints"):
@@ -91,7 +94,7 @@ def test_only_damaged_checkpoints_are_an_error_that_says_so(finished, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_is_compiled_resumes_without_and_back(finished, tmp_path, monkeypatch):
+def test_a_compiled_run_resumes_uncompiled_and_back(finished, tmp_path, monkeypatch):
     for backend, steps in (("EAGER", 2), ("NO", 4), ("EAGER", 6)):
         monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", backend)
         run(tmp_path, max_train_steps=steps, lr_scheduler="constant")
@@ -102,7 +105,7 @@ def test_a_run_that_is_compiled_resumes_without_and_back(finished, tmp_path, mon
     assert_equal_bits(checkpoint(tmp_path, 6), checkpoint(tmp_path / "straight", 6))
 
 
-def test_a_skipped_update_says_which_images_and_timesteps_it_had(tmp_path):
+def test_a_skipped_update_is_logged_with_its_images_and_timesteps(tmp_path):
     unet, calls = tiny_unet(), []
 
     def spoil(module, args, output):
@@ -121,7 +124,7 @@ def test_a_skipped_update_says_which_images_and_timesteps_it_had(tmp_path):
     assert "skipped" not in entries[0] | entries[2]
 
 
-def test_a_failed_start_leaves_no_folder_that_was_not_there(tmp_path):
+def test_a_run_that_fails_at_its_start_removes_the_folders_it_created(tmp_path):
     with pytest.raises(ValueError, match="channels"):
         run(tmp_path / "runs" / "deep" / "photos", unet=tiny_unet(in_channels=2))
     assert list(tmp_path.iterdir()) == []

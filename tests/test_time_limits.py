@@ -1,4 +1,4 @@
-"""No test can stand still: what strikes when one does, and that nothing escapes it."""
+"""Time limits of the tests: a hanging test fails with its stack."""
 
 import ast
 import re
@@ -12,8 +12,7 @@ from processes import run_process
 
 ROOT = Path(__file__).parents[1]
 
-# The first is stopped where Python runs; the second holds the interpreter's lock, so that no
-# Python code can end it.
+# The first hangs in Python code. The second hangs with the GIL held, so no Python code can end it.
 HANGING = """
 import ctypes, time
 def test_sleeps():
@@ -28,21 +27,21 @@ def test_is_fine():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [(), ("-n", "1")], ids=["alone", "with a worker"])
-def test_a_test_that_stands_still_fails_with_its_stack(tmp_path, workers):
+@pytest.mark.parametrize("workers", [(), ("-n", "1")], ids=["one process", "with a worker"])
+def test_a_hanging_test_fails_with_its_stack(tmp_path, workers):
     (tmp_path / "test_hanging.py").write_text(HANGING)
     limits = ("-o", "timeout=1", "-o", "faulthandler_timeout=3", "-p", "no:cacheprovider")
     configuration = ("-c", str(ROOT / "pyproject.toml"), "--rootdir", str(tmp_path))
     command = [sys.executable, "-m", "pytest", "-v", *configuration, *limits, *workers]
     done = run_process([*command, "test_hanging.py"], cwd=tmp_path)
     assert done.returncode != 0
-    said = done.stdout + done.stderr
-    assert re.search(r"FAILED.*test_sleeps|test_sleeps FAILED", said)
-    assert re.search(r'File ".*test_hanging.py", line 8 in test_holds_the_lock', said)
-    if workers:  # what a worker that had to be killed leaves is run by another one
-        assert "Timeout (>1.0s)" in said
-        assert re.search(r"PASSED.*test_is_fine", said)
-        assert "1 passed" in said
+    output = done.stdout + done.stderr
+    assert re.search(r"FAILED.*test_sleeps|test_sleeps FAILED", output)
+    assert re.search(r'File ".*test_hanging.py", line 8 in test_holds_the_lock', output)
+    if workers:  # the remaining tests of a killed worker run in another one
+        assert "Timeout (>1.0s)" in output
+        assert re.search(r"PASSED.*test_is_fine", output)
+        assert "1 passed" in output
 
 
 PARENT = """
@@ -53,22 +52,22 @@ child.wait()
 """
 
 
-def test_a_process_past_its_time_ends_with_its_children_and_shows_their_stacks():
+def test_a_process_past_its_limit_is_killed_with_its_children_and_their_stacks_are_shown():
     began = time.monotonic()
-    # Time for two interpreters to begin on a busy machine.
+    # Two interpreters need this time to start on a busy machine.
     with pytest.raises(pytest.fail.Exception, match="took more than 4 s") as failure:
         run_process([sys.executable, "-c", PARENT], timeout=4)
-    said = str(failure.value)
-    assert said.count('File "<string>", line') >= 2  # parent and child
-    child = int(re.search(r"^(\d+)$", said, re.MULTILINE)[1])
+    output = str(failure.value)
+    assert output.count('File "<string>", line') >= 2  # parent and child
+    child = int(re.search(r"^(\d+)$", output, re.MULTILINE)[1])
     while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() - began < 60
         time.sleep(0.01)
 
 
-def test_every_process_of_a_test_has_a_time_limit():
-    """Those of `processes` do; `subprocess` itself is for what starts no further ones."""
-    without = []
+def test_every_subprocess_of_the_tests_has_a_time_limit():
+    """The functions of `processes` have one; `subprocess` is for commands without children."""
+    unlimited = []
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call) or path.stem == "processes":
@@ -76,5 +75,5 @@ def test_every_process_of_a_test_has_a_time_limit():
             called = ast.unparse(node.func)
             limited = any(keyword.arg == "timeout" for keyword in node.keywords)
             if called == "subprocess.Popen" or (called.startswith("subprocess.") and not limited):
-                without.append(f"{path.name}:{node.lineno}: {called}")
-    assert without == []
+                unlimited.append(f"{path.name}:{node.lineno}: {called}")
+    assert unlimited == []

@@ -1,4 +1,4 @@
-"""Drawn images beside real ones while training goes on."""
+"""Frechet distance between samples and real images during training."""
 
 import os
 import signal
@@ -43,7 +43,7 @@ def run(folder, dataset=None, **options):
     return train(config, unet=tiny_unet(), dataset=dataset or on_grid())
 
 
-def measured(folder):
+def evaluation_entries(folder):
     return {
         entry["step"]: {name: value for name, value in entry.items() if "evaluation" in name}
         for entry in metrics(folder)
@@ -52,9 +52,9 @@ def measured(folder):
 
 
 def by_pixels(images, num_bits=8):
-    """Features of images in [0, 1], (N, C, H, W): the values of their pixels, three times."""
-    most = 2**num_bits - 1
-    return ((images * most).round() / most).expand(-1, 3, -1, -1).flatten(1)
+    """Features of images in [0, 1], (N, C, H, W): their pixels, repeated for three channels."""
+    largest = 2**num_bits - 1
+    return ((images * largest).round() / largest).expand(-1, 3, -1, -1).flatten(1)
 
 
 def as_unit(images):
@@ -62,12 +62,12 @@ def as_unit(images):
 
 
 @pytest.mark.parametrize("share", [None, "0.4"])
-def test_the_distance_is_that_of_evaluate_beside_its_floor(tmp_path, capsys, share):
+def test_distance_and_floor_equal_those_of_evaluate(tmp_path, capsys, share):
     result = run(tmp_path, validation_split=share)
-    seen = measured(tmp_path)
-    assert list(seen) == [2, 4, 6]
-    beside = "held-out images" if share else "their halves"
-    assert f"training images, beside that of {beside}, by pixels" in capsys.readouterr().out
+    entries = evaluation_entries(tmp_path)
+    assert list(entries) == [2, 4, 6]
+    floor = "held-out images" if share else "halves of the training images"
+    assert f"training images, with the floor of {floor}, features pixels" in capsys.readouterr().out
     real, held_out = by_pixels(as_unit(on_grid())), None
     if share:
         halves = hold_out(TrainingImages(on_grid()), 0.4, seed=0)
@@ -82,46 +82,47 @@ def test_the_distance_is_that_of_evaluate_beside_its_floor(tmp_path, capsys, sha
         "evaluation_fd_half": fd["floor"]["drawn"],
         "evaluation_fd_half_real": fd["floor"]["real"],
     }
-    assert seen[6] == pytest.approx(want, rel=1e-5)  # the features are float32
+    assert entries[6] == pytest.approx(want, rel=1e-5)  # the features are float32
 
 
-def test_evaluation_changes_nothing_that_is_learned_and_a_resumed_run_measures_the_same(
-    tmp_path, cache
-):
+def test_evaluation_does_not_change_the_weights_and_is_reproduced_by_a_resumed_run(tmp_path, cache):
     run(tmp_path / "without", evaluate_steps=None)
     run(tmp_path / "straight")
     stop = Images(on_grid(), 4 * 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert run(tmp_path / "resumed", dataset=stop).num_steps < 6
     kept = {path: path.stat().st_mtime_ns for path in cache.rglob("part-*")}
     run(tmp_path / "resumed")
-    assert len(kept) == 1  # the features of the real images, of all three runs
+    assert len(kept) == 1  # features of the real images, cached for all three runs
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("part-*")} == kept
     straight = checkpoint(tmp_path / "straight", 6)
     assert_equal_bits(checkpoint(tmp_path / "without", 6), straight)
     assert_equal_bits(checkpoint(tmp_path / "resumed", 6), straight)
-    again, once = measured(tmp_path / "resumed"), measured(tmp_path / "straight")
-    assert list(again)[-2:] == [4, 6]  # what a signal cuts short is not measured
+    again, once = (
+        evaluation_entries(tmp_path / "resumed"),
+        evaluation_entries(tmp_path / "straight"),
+    )
+    assert list(again)[-2:] == [4, 6]  # an evaluation that a signal interrupts has no result
     assert again.items() <= once.items()
-    assert not measured(tmp_path / "without")
+    assert not evaluation_entries(tmp_path / "without")
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"evaluate_features": "user/none"}, "this run is not evaluated: features 'user/none'"),
         ({"dataset": on_grid(3)}, "could not evaluate the model at update 6: "),
     ],
     ids=["no such features", "too few images"],
 )
-def test_an_evaluation_that_fails_is_a_warning_and_the_run_goes_on(tmp_path, caplog, options, said):
+def test_a_failed_evaluation_is_a_warning_and_the_run_continues(tmp_path, caplog, options, message):
     result = run(tmp_path, **options)
     assert result.num_steps == 6
-    assert said in caplog.text
-    assert not measured(tmp_path)
+    assert message in caplog.text
+    assert not evaluation_entries(tmp_path)
 
 
-def test_real_images_are_compared_as_they_were_prepared():
-    """Neither flipped nor padded; those of 16 bits in all of these."""
+def test_real_images_are_compared_without_augmentation():
+    """Without flips and padding, with all 16 bits."""
     images = on_grid(5)
     training = TrainingImages(images, random_flip=True, size_multiple=16)
     selected, _ = hold_out(training, 0.4, seed=0)

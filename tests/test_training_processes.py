@@ -1,4 +1,4 @@
-"""The training command in processes of its own: killed, resumed, and run by two processes."""
+"""`ddpm-hf train` in subprocesses: killed and resumed, and with two ranks."""
 
 import json
 import os
@@ -61,9 +61,9 @@ def command(launcher, photos, output, *more):
 
 
 def environment(tmp_path):
-    # Without ACCELERATE_USE_CPU each of two processes on the CPU would train alone.
-    both = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    return {**os.environ, **both, "HF_HOME": str(tmp_path / "hf")}
+    # Without ACCELERATE_USE_CPU, two processes on a CPU are not connected.
+    variables = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **variables, "HF_HOME": str(tmp_path / "hf")}
 
 
 def weights(output):
@@ -94,9 +94,7 @@ def steps_logged(output):
 
 
 @pytest.mark.parametrize("launcher", [ONE, SCRIPT], ids=["one process", "two processes"])
-def test_a_run_killed_at_random_and_started_again_equals_the_straight_run(
-    launcher, photos, tmp_path
-):
+def test_a_run_killed_at_random_and_resumed_equals_an_uninterrupted_run(launcher, photos, tmp_path):
     finish(command(launcher, photos, tmp_path / "straight"), tmp_path)
     rng = random.Random(5)
     for _ in range(2 if launcher is ONE else 1):
@@ -112,7 +110,7 @@ def test_a_run_killed_at_random_and_started_again_equals_the_straight_run(
     assert all(torch.equal(straight[name], killed[name]) for name in straight)
 
 
-def test_two_processes_learn_what_one_learns_and_sigterm_stops_both(photos, tmp_path):
+def test_two_ranks_train_the_same_network_as_one_and_sigterm_stops_both(photos, tmp_path):
     no_dropout = photos.parent / "plain.json"
     no_dropout.write_text(json.dumps({**NETWORK, "dropout": 0.0}))
     plain = ["--unet-config", str(no_dropout), "--evaluate-steps", "15", "--evaluate-num-images",
@@ -131,12 +129,12 @@ def test_two_processes_learn_what_one_learns_and_sigterm_stops_both(photos, tmp_
         # The sum over a batch is rounded in another order; Adam divides by its size.
         assert (one[name] - two[name]).abs().mean() < 1e-4, name
     one, two = (metrics(tmp_path / name)[-1] for name in ("one", "two"))
-    # As far as such weights draw the same; their steps of 1/255 are rounded either way.
+    # The samples differ by rounding to steps of 1/255.
     assert two["evaluation_fd"] == pytest.approx(one["evaluation_fd"], rel=1e-3)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["/nowhere/photos"], "/nowhere/photos"),
         (["PHOTOS", "--split", "trian"], "train"),
@@ -150,15 +148,15 @@ def test_two_processes_learn_what_one_learns_and_sigterm_stops_both(photos, tmp_
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
-def test_bad_input_is_one_line_and_status_2_and_leaves_nothing(
-    arguments, said, photos, tmp_path, monkeypatch, capfd
+def test_invalid_input_is_one_line_and_status_2_and_writes_nothing(
+    arguments, message, photos, tmp_path, monkeypatch, capfd
 ):
     monkeypatch.chdir(tmp_path)
     assert main(["train", *(a.replace("PHOTOS", str(photos)) for a in arguments)]) == 2
     shown = capfd.readouterr().err
     last = shown.strip().splitlines()[-1]
     assert last.startswith("ddpm-hf: error:")
-    assert said in last
+    assert message in last
     assert "Traceback" not in shown
     assert list(tmp_path.iterdir()) == []
 
@@ -171,20 +169,20 @@ def test_bad_input_is_one_line_and_status_2_and_leaves_nothing(
     ],
     ids=["no split", "no folder"],
 )
-def test_bad_input_to_two_processes_is_one_line_too(launcher, arguments, photos, tmp_path):
+def test_invalid_input_to_two_ranks_is_one_line_too(launcher, arguments, photos, tmp_path):
     (tmp_path / "run" / "model").mkdir(parents=True)
-    output = ["--output-dir", str(tmp_path / ("run" if "IN USE" in arguments else "other"))]
+    folder = ["--output-dir", str(tmp_path / ("run" if "IN USE" in arguments else "other"))]
     arguments = [a.replace("PHOTOS", str(photos)) for a in arguments if a != "IN USE"]
-    command = [*launcher, *arguments, *output]
+    command = [*launcher, *arguments, *folder]
     if launcher is SCRIPT:
         done = run_process(command, env=environment(tmp_path))
-        said = done.stderr
+        output = done.stderr
         assert done.returncode != 0
     else:
         with started_ranks(command, env=environment(tmp_path)) as processes:
-            said = "".join(process.communicate(timeout=LIMIT_S)[0] for process in processes)
+            output = "".join(process.communicate(timeout=LIMIT_S)[0] for process in processes)
             assert [process.returncode for process in processes] == [2, 2]
-    ours = [line for line in said.splitlines() if line.startswith("ddpm-hf: error:")]
-    assert len(ours) == 1, said
-    # The launcher says in a traceback of its own that its processes failed; ours say no more.
-    assert "ddpm_hf/training/" not in said
+    ours = [line for line in output.splitlines() if line.startswith("ddpm-hf: error:")]
+    assert len(ours) == 1, output
+    # The launcher prints a traceback about its processes; ours print none.
+    assert "ddpm_hf/training/" not in output

@@ -71,7 +71,7 @@ def run_command(
             if not isinstance(error, TrainingError):
                 raise
         # If the first process hangs, another one reports the error.
-        say(f"ddpm-hf: error: {error}", for_all=getattr(error, "speaks", False))
+        say(f"ddpm-hf: error: {error}", for_all=getattr(error, "is_reporting_rank", False))
         return BAD_INPUT if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
         say("ddpm-hf: interrupted")

@@ -24,12 +24,12 @@ class ProcessError(TrainingError):
     """Another rank has ended or hangs.
 
     Attributes:
-        speaks: whether this rank reports the error: the lowest rank that is alive.
+        is_reporting_rank: whether this rank prints the error: the lowest rank that is alive.
     """
 
-    def __init__(self, message: str, speaks: bool) -> None:
+    def __init__(self, message: str, is_reporting_rank: bool) -> None:
         super().__init__(message)
-        self.speaks = speaks
+        self.is_reporting_rank = is_reporting_rank
 
 
 def on_main_process(
@@ -142,7 +142,7 @@ def name_missing_ranks(process: Accelerator | PartialState, timeout_s: float) ->
             f"{which} of {process.num_processes} processes has ended or hangs: no answer in "
             f"{timeout_s:g} s. Run the same command again to resume from the last checkpoint; if "
             "the process was only slow, raise `ddp_timeout`",
-            speaks=process.process_index == min(remaining),
+            is_reporting_rank=process.process_index == min(remaining),
         ) from error
 
 
