@@ -1,7 +1,7 @@
 """Subprocesses with a time limit, which never outlive their test.
 
-The children of a launcher keep its pipes open after it is killed, so `subprocess.run` with a timeout
-would wait for them forever. Here a process and its children form a group that is killed together.
+The children of a launcher keep its pipes open after it is killed, so `subprocess.run` with a
+timeout would wait for them forever. Here a process and its children are killed as a group.
 """
 
 import os

@@ -189,7 +189,8 @@ def photos(tmp_path):
 
 def endless(photos, output_dir):
     return [
-        str(photos), "--unet-config", str(photos.parent / "unet.json"), "--output-dir", str(output_dir),
+        str(photos), "--output-dir", str(output_dir),
+        "--unet-config", str(photos.parent / "unet.json"),
         "--max-train-steps", "100000", "--checkpointing-steps", "100000", "--logging-steps", "1",
         "--batch-size", "4", "--num-samples", "0", "--ddp-timeout", "3",
     ]  # fmt: skip
