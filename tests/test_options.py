@@ -1,5 +1,4 @@
-"""Every option of a training run reaches what consumes it: with another value, what a run leaves
-differs in the places where it should, and in no other."""
+"""Every training option takes effect: another value changes exactly the expected outputs."""
 
 import dataclasses
 import hashlib
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_runs import tiny_config, tiny_images, tiny_unet
+from tiny_runs import few_steps, tiny_config, tiny_images, tiny_unet
 
 from ddpm_hf import TrainingConfig, load, train
 from ddpm_hf.data import DataError, TrainingImages
@@ -26,7 +25,7 @@ TESTS = Path(__file__).parent
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """Folders of images in two classes, a configuration of a network, and a trained one."""
+    """Folders of images in two classes, network configurations, and a saved network."""
     folder, rng = tmp_path_factory.mktemp("inputs"), np.random.default_rng(0)
     for name in ("photos", "others"):
         for i in range(12):
@@ -57,8 +56,8 @@ def run(inputs, folder, options):
     return train(TrainingConfig(**chosen))
 
 
-def left_by(folder):
-    """What a run left, by the kind of thing; equal for equal options."""
+def outputs_of(folder):
+    """The outputs of a run by kind; equal for equal options."""
     newest = max((folder / "checkpoints").iterdir())
     parts = json.loads((newest / "state.json").read_text())["parts"]
     digests = {
@@ -89,13 +88,13 @@ EVALUATED = {
     "evaluate_steps": 3, "evaluate_num_images": 4, "evaluate_features": "pixels",
     "sample_inference_steps": 3,
 }  # fmt: skip
-# Option: another value, what differs then, and the options beside it if not the usual ones.
+# Option: another value, the outputs that change, and further options of both runs.
 DIFFERENCES = {
     "dataset": ("others", LEARNED | {"images"}, {}),
     "split": ("train[:6]", LEARNED | {"images"}, {}),
     "resolution": (16, LEARNED | {"images", "network"}, {}),
     "image_mode": ("L", LEARNED | {"images", "network"}, PROPOSED),
-    "bit_depth": (16, {"images"}, {}),  # of images of 8 bits: the same numbers
+    "bit_depth": (16, {"images"}, {}),  # 8-bit images give the same numbers
     "class_conditional": (True, LEARNED | {"images", "network"}, PROPOSED),
     "class_column": ("label", LEARNED | {"images", "network"}, PROPOSED),
     "crop": ("random", LEARNED, {}),
@@ -112,7 +111,11 @@ DIFFERENCES = {
     "class_dropout": (0.9, LEARNED, PROPOSED | {"class_conditional": True}),
     "max_train_steps": (2, LEARNED | {"files"}, {}),
     "batch_size": (2, LEARNED, {}),
-    "gradient_accumulation_steps": (2, LEARNED, {}),  # sums are rounded in another order
+    "gradient_accumulation_steps": (
+        2,
+        LEARNED,
+        {},
+    ),  # sums in another order
     "learning_rate": (2e-3, LEARNED, {}),
     "lr_scheduler": ("constant", LEARNED, {}),
     "lr_warmup_steps": (2, LEARNED, {}),
@@ -138,25 +141,25 @@ DIFFERENCES = {
     "checkpoints_total_limit": (1, {"files"}, {"checkpointing_steps": 1}),
     "license": ("mit", {"license"}, {}),
 }
-# Options whose effect is not in what a run of one process on a folder leaves.
+# Options whose effect does not show in the outputs of one process on a folder.
 ELSEWHERE = {
-    "output_dir": "test_options.py::test_every_option_makes_the_difference_that_it_should",
-    "dataset_config": "test_options.py::test_options_of_the_data_reach_what_reads_them",
-    "dataset_revision": "test_options.py::test_options_of_the_data_reach_what_reads_them",
-    "image_column": "test_options.py::test_options_of_the_data_reach_what_reads_them",
-    "on_bad_image": "test_options.py::test_options_of_the_data_reach_what_reads_them",
-    "dataloader_num_workers": "test_options.py::test_images_are_read_by_as_many_processes",
-    "use_safetensors": "test_training.py::test_pickled_weights_are_fine_tuned_when_allowed",
+    "output_dir": "test_options.py::test_every_option_changes_exactly_the_expected_outputs",
+    "dataset_config": "test_options.py::test_data_options_reach_the_loader",
+    "dataset_revision": "test_options.py::test_data_options_reach_the_loader",
+    "image_column": "test_options.py::test_data_options_reach_the_loader",
+    "on_bad_image": "test_options.py::test_data_options_reach_the_loader",
+    "dataloader_num_workers": "test_options.py::test_the_given_number_of_workers_reads_the_images",
+    "use_safetensors": "test_training_components.py::test_pickled_weights_can_be_fine_tuned",
     "push_to_hub": "test_hub_push.py::test_training_on_a_data_set_of_the_hub_pushes_what_it_made",
     "public": "test_hub_push.py::test_training_outlives_a_hub_that_fails_and_says_how_to_push",
     "compile": "test_training_speed.py::test_a_compiled_run_stays_compiled_when_it_is_resumed",
     "num_threads": "test_training_speed.py::test_a_resumed_run_keeps_its_number_of_threads",
-    "calibrate": "test_training_validation.py::test_a_model_is_calibrated_in_the_end",
+    "calibrate": "test_training_validation.py::test_the_finished_model_is_calibrated",
     "ddp_timeout": "test_endings.py::test_a_process_that_stands_still_ends_the_run_and_is_named",
 }
 
 
-def test_no_option_is_left_out_here():
+def test_every_option_is_tested():
     options = {option.name for option in dataclasses.fields(TrainingConfig)}
     assert DIFFERENCES.keys() | ELSEWHERE.keys() == options
     for place in ELSEWHERE.values():
@@ -165,8 +168,8 @@ def test_no_option_is_left_out_here():
 
 
 @pytest.fixture(scope="module")
-def left(inputs, tmp_path_factory):
-    """What runs with some options left; each is made once."""
+def outputs(inputs, tmp_path_factory):
+    """Outputs of the run with the given options; each run is made once."""
     known = {}
 
     def run_once(options):
@@ -174,23 +177,22 @@ def left(inputs, tmp_path_factory):
         if key not in known:
             folder = tmp_path_factory.mktemp("run")
             run(inputs, folder, options)
-            known[key] = left_by(folder)
+            known[key] = outputs_of(folder)
         return known[key]
 
     return run_once
 
 
-# Few steps leave a gap before the first one, which the scheduler says.
-@pytest.mark.filterwarnings("ignore:timestep_spacing")
+@few_steps
 @pytest.mark.parametrize("name", DIFFERENCES)
-def test_every_option_makes_the_difference_that_it_should(left, name):
-    value, differing, beside = DIFFERENCES[name]
-    usual, changed = left(beside), left(beside | {name: value})
-    assert {kind for kind in usual if usual[kind] != changed[kind]} == differing
+def test_every_option_changes_exactly_the_expected_outputs(outputs, name):
+    value, expected, options = DIFFERENCES[name]
+    usual, changed = outputs(options), outputs(options | {name: value})
+    assert {kind for kind in usual if usual[kind] != changed[kind]} == expected
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"image_column": "nope"}, "nope"),
         ({"dataset_config": "small"}, "config_name is for data sets on the Hub"),
@@ -199,8 +201,8 @@ def test_every_option_makes_the_difference_that_it_should(left, name):
     ],
     ids=["image_column", "dataset_config", "dataset_revision", "on_bad_image"],
 )
-def test_options_of_the_data_reach_what_reads_them(inputs, tmp_path, options, said):
-    with pytest.raises(DataError, match=said):
+def test_data_options_reach_the_loader(inputs, tmp_path, options, message):
+    with pytest.raises(DataError, match=message):
         run(inputs, tmp_path / "run", options)
     if "bad" in options.values():
         with pytest.warns(UserWarning, match="1.png"):
@@ -208,7 +210,7 @@ def test_options_of_the_data_reach_what_reads_them(inputs, tmp_path, options, sa
 
 
 class Reporting:
-    """Images that note which process reads them."""
+    """Images that log the process that reads them."""
 
     def __init__(self, file):
         self.file = file
@@ -223,7 +225,7 @@ class Reporting:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_images_are_read_by_as_many_processes(tmp_path, workers):
+def test_the_given_number_of_workers_reads_the_images(tmp_path, workers):
     options = {"dataloader_num_workers": workers, "max_train_steps": 4}
     config = tiny_config(tmp_path / "run", **options)
     train(config, unet=tiny_unet(), dataset=Reporting(tmp_path / "readers"))
@@ -231,10 +233,9 @@ def test_images_are_read_by_as_many_processes(tmp_path, workers):
     assert len(readers) == workers
 
 
-# Few steps leave a gap before the first one, which the scheduler says.
-@pytest.mark.filterwarnings("ignore:timestep_spacing")
-def test_all_that_is_random_in_a_run_follows_from_its_seed_and_the_position(tmp_path):
-    """Images, flips, timesteps, noise and dropout of every micro-batch; then the sample grid."""
+@few_steps
+def test_all_random_numbers_depend_on_seed_and_position_only(tmp_path):
+    """Images, flips, timesteps, noise and dropout of every micro-batch, and the sample grid."""
     seen, images = [], tiny_images()
 
     def loss(denoiser, scheduler, x_0, t, noise):
@@ -267,7 +268,7 @@ def test_all_that_is_random_in_a_run_follows_from_its_seed_and_the_position(tmp_
     assert np.array_equal(np.asarray(image_grid(grid)), np.asarray(saved))
 
 
-def test_flips_are_those_of_every_earlier_release():
+def test_flips_equal_those_of_earlier_releases():
     image = torch.linspace(-1, 1, 64).reshape(1, 8, 8)
     training = TrainingImages([image] * 11, seed=3, random_flip=True)
     flipped = [[i for i in range(11) if not training[epoch, i].equal(image)] for epoch in (0, 1)]

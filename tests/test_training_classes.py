@@ -1,4 +1,4 @@
-"""Training on class labels: what the network is told, and what can be drawn afterwards."""
+"""Class-conditional training: labels, class dropout, and sampling by class."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_runs import assert_equal_bits, checkpoint, tiny_config, tiny_images, tiny_unet
+from tiny_runs import assert_equal_bits, checkpoint, few_steps, tiny_config, tiny_images, tiny_unet
 
 from ddpm_hf import ConfigError, GaussianDDPMPipeline, GaussianDDPMScheduler, load, train
 from ddpm_hf.data import load_images, prepare_images
@@ -41,7 +41,7 @@ def run(folder, pets, unet=None, **options):
     return train(config, unet=unet or tiny_unet(num_class_embeds=3), dataset=labelled(pets))
 
 
-def test_a_class_that_was_trained_can_be_drawn_by_its_name(tmp_path, pets):
+def test_a_trained_class_can_be_sampled_by_name(tmp_path, pets):
     result = run(
         tmp_path / "run",
         pets,
@@ -62,9 +62,8 @@ def test_a_class_that_was_trained_can_be_drawn_by_its_name(tmp_path, pets):
     assert means["dog"] > 0.6
 
 
-# Few steps leave a gap before the first one, which the scheduler says.
-@pytest.mark.filterwarnings("ignore:timestep_spacing")
-def test_one_flag_is_enough_for_a_folder_with_sub_folders(tmp_path, pets, capsys):
+@few_steps
+def test_sub_folders_are_classes(tmp_path, pets, capsys):
     config = tiny_config(
         tmp_path / "run",
         dataset=pets,
@@ -82,10 +81,10 @@ def test_one_flag_is_enough_for_a_folder_with_sub_folders(tmp_path, pets, capsys
     assert "cat" in (result.model_dir / "README.md").read_text()
     with Image.open(next((tmp_path / "run" / "samples").glob("*.png"))) as grid:
         assert grid.height == 2 * 64 + 2  # a row for each class
-        assert grid.width > 2 * 64 + 2  # and its name to the left
+        assert grid.width > 2 * 64 + 2  # and its name on the left
 
 
-def test_classes_that_are_not_asked_for_are_mentioned_and_left_alone(tmp_path, pets, capsys):
+def test_unused_classes_are_mentioned_in_the_plan(tmp_path, pets, capsys):
     config = tiny_config(tmp_path / "run", dataset=pets, max_train_steps=1, lr_warmup_steps=0)
     pipeline = load(train(config).model_dir)
     assert "2 classes (cat, dog); `class_conditional` trains on them" in capsys.readouterr().out
@@ -93,7 +92,7 @@ def test_classes_that_are_not_asked_for_are_mentioned_and_left_alone(tmp_path, p
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_resumed_run_with_classes_equals_the_straight_one(tmp_path, pets, accumulation):
+def test_a_resumed_run_with_classes_is_bit_equal_to_a_straight_one(tmp_path, pets, accumulation):
     options = {"gradient_accumulation_steps": accumulation, "class_dropout": 0.5}
     run(tmp_path / "straight", pets, **options)
     unet = tiny_unet(num_class_embeds=3)
@@ -110,9 +109,9 @@ def test_a_resumed_run_with_classes_equals_the_straight_one(tmp_path, pets, accu
     assert_equal_bits(checkpoint(tmp_path / "resumed", 6), checkpoint(tmp_path / "straight", 6))
 
 
-def test_hidden_labels_are_the_asked_share_and_a_function_of_the_update():
+def test_class_dropout_has_the_given_probability_and_depends_on_seed_and_update_only():
     draws = torch.stack([dropped_labels(0, s, 64, 0.25, "cpu") for s in range(100)])
-    # 6400 draws: 4 standard errors of a share of 1/4
+    # 6400 draws with probability 1/4, 4 standard errors
     assert abs(draws.float().mean().item() - 0.25) < 4 * (0.25 * 0.75 / 6400) ** 0.5
     assert torch.equal(draws[3], dropped_labels(0, 3, 64, 0.25, "cpu"))
     assert not torch.equal(draws[3], draws[4])
@@ -120,7 +119,7 @@ def test_hidden_labels_are_the_asked_share_and_a_function_of_the_update():
 
 
 @pytest.mark.parametrize(("dropout", "told"), [(0.0, {0, 1}), (0.999999, {2})])
-def test_the_network_is_told_the_class_or_none(tmp_path, pets, dropout, told):
+def test_class_dropout_replaces_the_class_by_the_null_class(tmp_path, pets, dropout, told):
     unet, seen = tiny_unet(num_class_embeds=3), set()
     unet.class_embedding.register_forward_pre_hook(
         lambda module, args: seen.update(args[0].tolist()) if module.training else None
@@ -129,7 +128,7 @@ def test_the_network_is_told_the_class_or_none(tmp_path, pets, dropout, told):
     assert seen == told
 
 
-def test_an_unconditional_network_gets_classes_and_draws_as_before_at_first(tmp_path, pets):
+def test_an_unconditional_network_with_new_class_embeddings_samples_as_before(tmp_path, pets):
     scheduler = GaussianDDPMScheduler(20, beta_schedule="squaredcos_cap_v2")
     before = GaussianDDPMPipeline(tiny_unet(), scheduler)
     before.save_pretrained(tmp_path / "plain")
@@ -150,7 +149,7 @@ def test_an_unconditional_network_gets_classes_and_draws_as_before_at_first(tmp_
 
 
 @pytest.mark.parametrize(
-    ("unet", "options", "said"),
+    ("unet", "options", "message"),
     [
         (tiny_unet(), {}, "num_class_embeds of the network is None, but 2 classes need 3"),
         (tiny_unet(num_class_embeds=2), {}, "is 2, but 2 classes need 3"),
@@ -166,20 +165,20 @@ def test_an_unconditional_network_gets_classes_and_draws_as_before_at_first(tmp_
         ),
     ],
 )
-def test_a_network_that_does_not_fit_the_classes_is_refused(tmp_path, pets, unet, options, said):
-    with pytest.raises(ConfigError, match=said):
+def test_a_network_that_does_not_fit_the_classes_raises(tmp_path, pets, unet, options, message):
+    with pytest.raises(ConfigError, match=message):
         run(tmp_path / "run", pets, unet, **options)
 
 
-def test_classes_of_images_without_labels_are_refused(tmp_path):
+def test_class_conditional_training_without_labels_raises(tmp_path):
     with pytest.raises(ConfigError, match="`class_conditional` needs the labels"):
         train(tiny_config(tmp_path, **OPTIONS), dataset=tiny_images())
 
 
-def test_a_grid_with_names_keeps_the_images_and_cuts_long_names():
+def test_row_names_of_a_grid_do_not_change_its_images_and_are_truncated():
     images = [np.full((64, 64, 1), 0.5)] * 4
     plain = image_grid(images, 2)
-    named = image_grid(images, 2, row_names=["cat", "a name that nobody could call short " * 3])
+    named = image_grid(images, 2, row_names=["cat", "a name that is too long for the grid " * 3])
     assert named.height == plain.height
     assert plain.width < named.width < plain.width + 250
     right = named.crop((named.width - plain.width, 0, named.width, named.height))

@@ -1,4 +1,4 @@
-"""Training images: pixels as the network sees them, by seed, epoch and index."""
+"""Training images: pixel values, augmentation by seed, epoch and index, padding and checks."""
 
 import os
 import signal
@@ -15,17 +15,17 @@ from ddpm_hf.data import DataError, TrainingImages, read_batches, to_unit_range
 
 
 @pytest.mark.parametrize(("dtype", "top"), [(torch.uint8, 255), (torch.uint16, 65535)])
-def test_every_level_becomes_its_own_value_and_comes_back(dtype, top):
+def test_every_pixel_value_maps_to_its_own_float_and_back(dtype, top):
     levels = torch.arange(top + 1).to(dtype)
     values = to_unit_range(levels)
     exact = np.arange(top + 1) * 2 / top - 1
-    # One rounding each of a quotient up to 2 and of a difference up to 1, in float32.
+    # float32 rounding of a quotient up to 2 and of a difference up to 1.
     np.testing.assert_allclose(values.numpy(), exact, rtol=0, atol=2**-23 + 2**-24)
     assert (values[0], values[-1]) == (-1, 1)
     np.testing.assert_array_equal(((values + 1) * (top / 2)).round().numpy(), np.arange(top + 1))
 
 
-def test_only_stored_pixels_are_scaled():
+def test_only_unsigned_integers_are_scaled_to_the_unit_range():
     with pytest.raises(TypeError, match=r"uint8 or uint16, got torch\.int64"):
         to_unit_range(torch.zeros(3, dtype=torch.int64))
 
@@ -35,7 +35,7 @@ def prepared_stack(count, height, width, **options):
     return prepare(rows(*images), **options)
 
 
-def test_without_options_training_images_are_the_images():
+def test_without_augmentation_training_images_equal_the_source():
     images = prepared_stack(5, 6, 9)
     training = TrainingImages(images)
     assert len(training) == 5
@@ -46,7 +46,7 @@ def test_without_options_training_images_are_the_images():
             np.testing.assert_allclose(training[epoch, index], want, rtol=0, atol=2**-23)
 
 
-def test_flips_mirror_about_half_of_the_images():
+def test_random_flip_mirrors_about_half_of_the_images():
     images = prepared_stack(4, 6, 9)
     plain, flipping = TrainingImages(images), TrainingImages(images, seed=5, random_flip=True)
     mirrored = 0
@@ -56,18 +56,18 @@ def test_flips_mirror_about_half_of_the_images():
             is_mirrored = torch.equal(got, want.flip(-1))
             assert is_mirrored or torch.equal(got, want)
             mirrored += is_mirrored
-    # 400 fair coins have a deviation of 10; the seed is fixed, z is 4.
+    # 400 fair coins have standard deviation 10; fixed seed, z = 4.
     assert abs(mirrored - 200) < 40
 
 
-def test_random_crops_are_windows_of_the_image_and_reach_everywhere():
+def test_random_crops_are_windows_at_every_position():
     wide = zoo.grey(8, 14)
     images = prepare(rows(zoo.encode(wide), zoo.encode(wide.T.copy())), resolution=8, crop="random")
     training = TrainingImages(images)
     windows = {wide[:, x : x + 8].tobytes(): x for x in range(7)}
     seen = [((training[epoch, 0] + 1) * 127.5).round().to(torch.uint8) for epoch in range(200)]
     places = [windows[window.numpy().tobytes()] for window in seen]
-    # Of 7 equally likely places in 200 draws none is left out but once in 10^12.
+    # 200 draws miss one of 7 equally likely places with probability 10^-12.
     assert set(places) == set(range(7))
     assert training[0, 1].shape == (1, 8, 8)
     np.testing.assert_array_equal(images[0][0], wide[:, 3:11])
@@ -85,13 +85,13 @@ def test_augmentation_depends_on_seed_epoch_and_index_only():
         assert all(torch.equal(got[k], want[order[k]]) for k in range(len(order)))
     other_seed = [make(seed=2)[key] for key in want]
     same = sum(torch.equal(a, b) for a, b in zip(other_seed, want.values(), strict=True))
-    assert same < 60  # two flips by five places: a tenth of 93 by chance
+    assert same < 60  # 2 flips x 5 places: about 9 of 93 agree by chance
     changes = sum(not torch.equal(want[0, i], want[1, i]) for i in range(31))
     assert changes > 15
 
 
 @pytest.mark.slow
-def test_loader_workers_change_nothing():
+def test_loader_workers_do_not_change_the_images():
     training = TrainingImages(prepared_stack(10, 6, 9), random_flip=True)
     order = [(epoch, index) for epoch in range(2) for index in range(10)]
     loads = [
@@ -110,7 +110,7 @@ def test_loader_workers_change_nothing():
         ((8, 8), 8, (8, 8), (0, 0)),
     ],
 )
-def test_padding_is_centred_and_repeats_the_edge(native, multiple, padded, before):
+def test_padding_is_centred_and_replicates_the_edge(native, multiple, padded, before):
     images = prepared_stack(1, *native)
     training = TrainingImages(images, size_multiple=multiple)
     after = [p - n - b for p, n, b in zip(padded, native, before, strict=True)]
@@ -127,7 +127,7 @@ def test_any_sequence_of_float_images_can_be_trained_on():
     assert training.shape == (2, 6, 6)
     assert training[0, 2].dtype == torch.float32
     assert {float(image[0, 0, 0]) for image in (training[e, 1] for e in range(20))} == {0.0, 0.5}
-    assert images[1][0, 0, 0] == 0.5  # a mirror image must not be made in the caller's tensor
+    assert images[1][0, 0, 0] == 0.5  # flips must not change the tensors of the caller
 
 
 @pytest.mark.parametrize(
@@ -140,19 +140,19 @@ def test_any_sequence_of_float_images_can_be_trained_on():
         ([torch.full((1, 4, 4), 200.0)], r"\[-1, 1\], image 0 has 200..200"),
     ],
 )
-def test_other_images_are_refused_with_what_they_are(images, message):
+def test_invalid_images_raise_with_their_type_shape_or_range(images, message):
     with pytest.raises(DataError, match=message):
         TrainingImages(images)
 
 
-def test_images_of_another_shape_are_refused_by_index():
+def test_an_image_of_another_shape_raises_with_its_index():
     training = TrainingImages([torch.zeros(1, 4, 4), torch.zeros(1, 4, 5)])
     with pytest.raises(DataError, match=r"image 1 has \(1, 4, 5\), but image 0 \(1, 4, 4\)"):
         training[0, 1]
 
 
 @pytest.mark.parametrize("value", [1.5, -7.0, float("nan"), float("inf")])
-def test_every_image_is_checked_as_it_is_read_and_named(value):
+def test_every_image_is_checked_when_it_is_read(value):
     images = torch.zeros(100, 1, 4, 4)
     images[41, 0, 2, 3] = value
     training = TrainingImages(images)
@@ -161,17 +161,17 @@ def test_every_image_is_checked_as_it_is_read_and_named(value):
         training.__getitems__([(0, 40), (0, 41)])
 
 
-def test_images_in_0_to_1_get_a_word():
+def test_images_in_0_to_1_warn():
     images = torch.rand(20, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     with pytest.warns(UserWarning, match=r"in \[0, 1\].*x \* 2 - 1"):
         TrainingImages(images)
     TrainingImages(images * 2 - 1)
     images[10, 0, 0, 0] = -1
-    TrainingImages(images)  # the first one is bright, and that is all
+    TrainingImages(images)  # one bright image among others does not warn
 
 
 class Failing:
-    """Images of which one cannot be read, or ends the process that reads it."""
+    """Images where reading index 7 calls `action`."""
 
     def __init__(self, action):
         self.action = action
@@ -200,7 +200,7 @@ def loader_of(action, workers):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_that_cannot_be_read_is_named_after_the_batches_before_it(workers):
+def test_an_unreadable_image_raises_with_its_index_after_earlier_batches(workers):
     batches = read_batches(loader_of(fail, workers))
     assert [len(next(batches)) for _ in range(3)] == [2, 2, 2]
     with pytest.raises(DataError) as caught:
@@ -209,6 +209,6 @@ def test_an_image_that_cannot_be_read_is_named_after_the_batches_before_it(worke
 
 
 @pytest.mark.slow
-def test_a_reading_process_that_is_killed_is_an_error_with_the_rows():
+def test_a_killed_loader_worker_raises_with_the_rows_of_its_batch():
     with pytest.raises(DataError, match=r"process that reads images ended while rows \d+, \d+"):
         list(read_batches(loader_of(die, workers=1)))

@@ -1,4 +1,4 @@
-"""Objectives of the trainer: learned variances, the bound, timesteps by importance."""
+"""Training objectives: learned variances, variational bound, timesteps by importance."""
 
 import functools
 import os
@@ -22,14 +22,14 @@ from ddpm_hf.losses import hybrid_loss
 from ddpm_hf.timestep_samplers import TIMESTEP_SAMPLERS, UniformTimesteps
 from ddpm_hf.training.objective import in_order_of_rows
 
-# T = 4: the history of the losses is full after some updates, and decides the draws after them.
+# T = 4: the loss history is full after a few updates and then determines the sampling.
 HYBRID = {"variance_type": "learned_range", "num_train_timesteps": 4}
 BY_LOSS = {**HYBRID, "timestep_sampling": "loss_second_moment"}
 VLB = {"objective": "vlb", "num_train_timesteps": 4}
 
 
 def on_grid(count=11):
-    """Images of 8 bits, which the decoder of the bound asks for."""
+    """Images with 8-bit pixel values, as the decoder term of the bound requires."""
     return [((image + 1) * 127.5).round() / 127.5 - 1 for image in tiny_images(count)]
 
 
@@ -47,7 +47,7 @@ def run(folder, *, unet=None, dataset=None, **options):
     [(HYBRID, 1), (BY_LOSS, 2), (VLB, 1)],
     ids=["hybrid", "by loss, accumulated", "vlb"],
 )
-def test_a_resumed_run_of_any_objective_equals_the_straight_one(tmp_path, options, accumulation):
+def test_a_resumed_run_of_any_objective_is_bit_equal(tmp_path, options, accumulation):
     options = {**options, "max_train_steps": 26, "gradient_accumulation_steps": accumulation}
     run(tmp_path / "straight", **options)
     stop = Images(on_grid(), 4 * 21, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -61,7 +61,7 @@ def test_a_resumed_run_of_any_objective_equals_the_straight_one(tmp_path, option
 
 
 class Gathered:
-    """`gather` of two processes, by hand: what each has, one after the other."""
+    """`gather` of two processes: the tensors of each, concatenated."""
 
     def __init__(self, *shares):
         self.shares = shares
@@ -70,8 +70,8 @@ class Gathered:
         return torch.cat([torch.stack(share) for share in self.shares])
 
 
-def test_losses_of_all_processes_come_back_in_the_order_of_the_rows():
-    # Two processes, two micro-batches of three rows each: rows 0-2 and 6-8 are the first's.
+def test_gathered_losses_are_in_the_order_of_the_rows():
+    # Two processes with two micro-batches of three rows; the first has rows 0-2 and 6-8.
     rows = torch.arange(12.0).split(3)
     first, second = [rows[0], rows[2]], [rows[1], rows[3]]
     for mine in (first, second):
@@ -79,24 +79,24 @@ def test_losses_of_all_processes_come_back_in_the_order_of_the_rows():
 
 
 class Thrice(UniformTimesteps):
-    """Says of every timestep that it should have been drawn three times as often."""
+    """Uniform timesteps with importance weights of 3."""
 
     def sample(self, *args):
         t, weights = super().sample(*args)
         return t, 3 * weights
 
 
-def test_losses_are_weighted_by_how_often_their_timestep_is_drawn(tmp_path, monkeypatch):
+def test_losses_are_multiplied_by_the_importance_weights_of_their_timesteps(tmp_path, monkeypatch):
     first = {}
     for name, sampler in (("once", UniformTimesteps), ("thrice", Thrice)):
         monkeypatch.setitem(TIMESTEP_SAMPLERS, "uniform", sampler)
         run(tmp_path / name, max_train_steps=2, logging_steps=1)
         first[name] = metrics(tmp_path / name)[0]
-    for value in ("loss", "grad_norm"):  # of float32
+    for value in ("loss", "grad_norm"):  # float32
         assert first["thrice"][value] == pytest.approx(3 * first["once"][value], rel=1e-5)
 
 
-def test_an_option_of_the_objective_reaches_the_loss(tmp_path):
+def test_every_objective_option_changes_the_loss(tmp_path):
     one = {"max_train_steps": 1, "lr_warmup_steps": 1}
     seen = {}
     for name, options in {
@@ -114,7 +114,7 @@ def test_an_option_of_the_objective_reaches_the_loss(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"objective": "hybrid"}, "set `variance_type` to learned_range"),
         ({**HYBRID, "objective": "simple"}, "'simple' does not train the variance"),
@@ -124,13 +124,13 @@ def test_an_option_of_the_objective_reaches_the_loss(tmp_path):
         ),
     ],
 )
-def test_options_that_contradict_each_other_are_refused(tmp_path, options, said):
-    with pytest.raises(ConfigError, match=said):
+def test_contradicting_objective_options_raise(tmp_path, options, message):
+    with pytest.raises(ConfigError, match=message):
         run(tmp_path / "run", **options)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_network_is_proposed_with_the_channels_of_its_variance(tmp_path):
+def test_a_proposed_network_has_output_channels_for_a_learned_variance(tmp_path):
     result = train(
         tiny_config(tmp_path, **HYBRID, max_train_steps=1, lr_warmup_steps=0), dataset=on_grid()
     )
@@ -141,7 +141,7 @@ def test_a_network_is_proposed_with_the_channels_of_its_variance(tmp_path):
 
 
 @pytest.mark.parametrize("fixed", ["fixed_small", "fixed_large"])
-def test_a_pretrained_network_of_fixed_variance_samples_as_before_once_widened(
+def test_a_pretrained_network_widened_for_a_learned_variance_samples_as_before(
     tmp_path, fixed, capsys
 ):
     scheduler = GaussianDDPMScheduler(8, beta_schedule="squaredcos_cap_v2", variance_type=fixed)
@@ -159,11 +159,11 @@ def test_a_pretrained_network_of_fixed_variance_samples_as_before_once_widened(
         load(folder)(2, torch.Generator().manual_seed(0), output_type="pt").images
         for folder in (tmp_path / "fixed", result.model_dir)
     )
-    # float32: exp(log variance / 2) is computed from v here, and from a table there
+    # float32: exp(log variance / 2) is computed from v after, and from a table before
     assert_close(after, before, rtol=0, atol=1e-5)
 
 
-def test_a_loss_with_options_is_known_by_the_function_that_it_is(tmp_path):
+def test_a_partial_function_can_be_the_loss(tmp_path):
     half = functools.partial(hybrid_loss, vlb_weight=0.5)
     config = tiny_config(tmp_path, **HYBRID, max_train_steps=2)
     result = train(config, unet=tiny_unet(out_channels=2), dataset=on_grid(), loss=half)

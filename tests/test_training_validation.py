@@ -1,4 +1,4 @@
-"""Bits/dim of held-out images while training goes on."""
+"""Validation during training: held-out images, bits/dim, the best model, final calibration."""
 
 import json
 import math
@@ -43,7 +43,7 @@ def measured(folder):
     return {s: e["validation_bits_per_dim"] for s, e in entries.items() if len(e) > 6}
 
 
-def test_held_out_images_are_others_than_those_trained_on():
+def test_held_out_and_training_images_are_disjoint():
     images = TrainingImages([torch.full((1, 4, 4), i / 10) for i in range(10)])
     training, held_out = hold_out(images, 0.3, seed=0)
     values = [{round(10 * part[0, i].max().item()) for i in range(len(part))}
@@ -55,7 +55,7 @@ def test_held_out_images_are_others_than_those_trained_on():
     assert hold_out(images, 0.3, seed=1)[1].indices != held_out.indices
 
 
-def test_bits_per_dim_are_measured_when_due_and_reach_metrics_and_card(tmp_path, capsys):
+def test_bits_per_dim_are_measured_when_due_and_written_to_metrics_and_card(tmp_path, capsys):
     result = run(tmp_path)
     seen = measured(tmp_path)
     assert list(seen) == [2, 4, 6]
@@ -67,7 +67,7 @@ def test_bits_per_dim_are_measured_when_due_and_reach_metrics_and_card(tmp_path,
     assert f"{seen[6]:.3f}"[:4] in render_model_card(card_facts(result.model_dir))
 
 
-def test_measuring_changes_nothing_that_is_learned_and_a_resumed_run_measures_the_same(tmp_path):
+def test_validation_does_not_change_the_weights_and_is_equal_after_resume(tmp_path):
     run(tmp_path / "straight")
     run(tmp_path / "seldom", validation_steps=6)
     stop = Images(on_grid(), 4 * 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -79,12 +79,13 @@ def test_measuring_changes_nothing_that_is_learned_and_a_resumed_run_measures_th
     assert measured(tmp_path / "resumed")[6] == measured(tmp_path / "straight")[6]
 
 
-def test_each_held_out_image_gets_noise_and_timesteps_of_its_own(tmp_path):
+def test_each_validation_image_has_its_own_noise_and_timesteps(tmp_path):
     run(tmp_path, dataset=on_grid(1) * 20, max_train_steps=2)
-    assert metrics(tmp_path)[-1]["validation_standard_error"] > 1e-3  # equal images
+    # The images are equal, so the standard error comes from noise and timesteps alone.
+    assert metrics(tmp_path)[-1]["validation_standard_error"] > 1e-3
 
 
-def test_the_best_model_is_kept_beside_the_last(tmp_path):
+def test_the_best_model_is_kept(tmp_path):
     run(tmp_path, keep_best=True, validation_steps=1, max_train_steps=8, learning_rate=0.05)
     values = measured(tmp_path)
     best = min(values, key=values.get)
@@ -94,11 +95,13 @@ def test_the_best_model_is_kept_beside_the_last(tmp_path):
     assert isinstance(load(tmp_path / "best"), GaussianDDPMPipeline)
 
 
-def test_a_split_of_the_data_set_is_measured(tmp_path):
+@pytest.mark.parametrize("classes", [("",), ("cat", "dog")], ids=["no classes", "classes"])
+def test_a_split_of_the_dataset_is_validated(tmp_path, classes):
     for split, count in (("train", 6), ("test", 3)):
-        (tmp_path / "photos" / split).mkdir(parents=True)
         for i in range(count):
-            Image.new("L", (8, 8), 20 * i).save(tmp_path / "photos" / split / f"{i}.png")
+            file = tmp_path / "photos" / split / classes[i % len(classes)] / f"{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (8, 8), 20 * i).save(file)
     config = TrainingConfig(
         **{**OPTIONS, "validation_split": "test"},
         dataset=str(tmp_path / "photos"),
@@ -115,13 +118,13 @@ def test_a_split_of_the_data_set_is_measured(tmp_path):
 
 
 @pytest.mark.parametrize("split", ["1.5", "0", "test"])
-def test_what_cannot_be_held_out_is_refused(tmp_path, split):
+def test_an_invalid_validation_split_raises(tmp_path, split):
     with pytest.raises(ConfigError, match="validation_split"):
         run(tmp_path / "run", validation_split=split)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_model_is_calibrated_in_the_end(tmp_path, capsys):
+def test_the_finished_model_is_calibrated(tmp_path, capsys):
     straight = run(tmp_path / "one", calibrate=True)
     assert "6 held-out images, 21 network calls each, in the end" in capsys.readouterr().out
     curve = load(straight.model_dir).scheduler.x_0_mse
@@ -131,14 +134,14 @@ def test_a_model_is_calibrated_in_the_end(tmp_path, capsys):
     assert "### Fewer steps" in card
     assert "predicted from 6 held-out images" in card
     assert not list((tmp_path / "one").glob(".unfinished*"))
-    # A run that is done already, or was cut before: the same command goes on with that alone.
+    # A finished run without calibration: the same command only calibrates.
     run(tmp_path / "two")
     again = run(tmp_path / "two", calibrate=True)
     assert torch.equal(load(again.model_dir).scheduler.x_0_mse, curve)
 
 
-def test_a_calibration_that_fails_is_a_warning_and_the_model_is_there(tmp_path, caplog):
-    images = tiny_images(6)  # off the grid of the decoder
+def test_a_failed_calibration_warns_and_the_model_is_written(tmp_path, caplog):
+    images = tiny_images(6)  # not 8-bit values
     config = tiny_config(tmp_path, **OPTIONS | {"validation_split": None, "calibrate": True})
     result = train(config, unet=tiny_unet(), dataset=images)
     assert "could not calibrate the model" in caplog.text

@@ -1,14 +1,19 @@
-"""Runs of training that take a second, and what they left."""
+"""Training runs that take a second, and readers of the files that they write."""
 
 import json
 import os
 import signal
 
+import pytest
 import torch
 from diffusers import UNet2DModel
 from safetensors.torch import load_file
 
 from ddpm_hf import TrainingConfig, train
+from ddpm_hf.training.resolve import Machine, resolve
+
+# With few steps the scheduler warns about the gap between x_T and the first timestep.
+few_steps = pytest.mark.filterwarnings("ignore:timestep_spacing")
 
 
 def tiny_unet(**overrides):
@@ -32,12 +37,12 @@ def tiny_images(count=11):
 
 
 def on_grid(count=20):
-    """Images of 8 bits, which the decoder of the bound asks for."""
+    """Images with 8-bit pixel values, as the decoder term of the bound requires."""
     return [((image + 1) * 127.5).round() / 127.5 - 1 for image in tiny_images(count)]
 
 
 class Images:
-    """Images that do something when the n-th one is read."""
+    """Images that call `action` at the read number `at`, counted from 1."""
 
     def __init__(self, images, at, action):
         self.images, self.at, self.action, self.reads = images, at, action, 0
@@ -66,6 +71,12 @@ def tiny_config(folder, **overrides):
     return TrainingConfig(**{**options, **overrides})
 
 
+def resolved(options, machine=None, **facts):
+    """The complete configuration for a small dataset on a CPU."""
+    usual = {"num_images": 100, "image_size": 32, "learns_variance": False, "num_channels": 32}
+    return resolve(options, machine or Machine("cpu"), **usual | facts)
+
+
 def run(folder, *, dataset=None, unet=None, **overrides):
     return train(
         tiny_config(folder, **overrides),
@@ -75,7 +86,7 @@ def run(folder, *, dataset=None, unet=None, **overrides):
 
 
 def checkpoint(folder, step):
-    """Every tensor of a checkpoint, copied: safetensors maps the file, which a test may change."""
+    """The tensors of a checkpoint, copied: safetensors maps the file, which a test may change."""
     path = folder / "checkpoints" / f"step-{step:08d}"
     return {
         f"{file.name}:{name}": value.clone()
