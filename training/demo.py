@@ -40,8 +40,10 @@ from ddpm_hf import (
 )
 from ddpm_hf.calibration import without_curve
 from ddpm_hf.cli import run_command
-from ddpm_hf.evaluation.checkpoint_calibration import keep_calibration, rows_of
-from ddpm_hf.hub.card import write_calibration, write_model_card
+from ddpm_hf.evaluation.calibration_results import StepsRow
+from ddpm_hf.evaluation.checkpoint_calibration import save_calibration
+from ddpm_hf.evaluation.results import MetricResult
+from ddpm_hf.hub.card import write_model_card
 from ddpm_hf.pictures import image_grid
 from ddpm_hf.text import duration
 from ddpm_hf.training import TrainingResult
@@ -264,26 +266,25 @@ def bound_of(pipeline: GaussianDDPMPipeline, images: list[Image.Image]) -> dict[
 
 def compared(
     drawn: list[Image.Image], known: list[Image.Image], held_out: list[Image.Image]
-) -> list[dict[str, Any]]:
+) -> tuple[MetricResult, ...]:
     """By their pixels: distance of drawn digits to those trained on, and the share of copies."""
     data = {"train": as_dataset(known), "test": as_dataset(held_out)}
     metrics = ("fd", "memorisation")
-    report = evaluate(drawn, data, metrics=metrics, features="pixels", progress=False)
-    results: list[dict[str, Any]] = report["results"]
-    return results
+    evaluation = evaluate(drawn, data, metrics=metrics, features="pixels", progress=False)
+    return evaluation.image_metrics
 
 
-def told(results: list[dict[str, Any]]) -> list[str]:
+def told(results: tuple[MetricResult, ...]) -> list[str]:
     """Each figure at half the number of digits, beside that of real ones that were held out."""
     return [
-        f"{r['label']:42}{r['floor']['drawn']:8.3f}{r['floor']['real']:17.3f}  {r['verdict']}"
+        f"{r.label:42}{r.floor.drawn:8.3f}{r.floor.real:17.3f}  {r.verdict}"
         for r in results
     ]
 
 
 def calibrate_model(
     pipeline: GaussianDDPMPipeline, images: list[Image.Image], model: Path
-) -> list[dict[str, Any]]:
+) -> tuple[StepsRow, ...]:
     """Measure what few steps lose, and keep the best variances for them in the model.
 
     Returns:
@@ -292,18 +293,15 @@ def calibrate_model(
     generator = torch.Generator().manual_seed(0)
     result = calibrate(pipeline.unet, pipeline.scheduler, to_tensor(images), generator=generator)
     pipeline.scheduler = result.scheduler
-    keep_calibration(result.scheduler, model, model)
-    rows = rows_of(result)
-    write_calibration(model, {"rows": rows, "how": f"predicted from {len(images)} held-out digits"})
-    return rows
+    return save_calibration(result, model, f"predicted from {len(images)} held-out digits")
 
 
-def few_steps(rows: list[dict[str, Any]]) -> str:
+def few_steps(rows: tuple[StepsRow, ...]) -> str:
     """Bits/dim of few steps and of all as a table."""
     lines = ["", f"  {'steps':>6}{'bits/dim':>12}{'not calibrated':>17}"]
     for row in rows:
-        values = f"{row['bits_per_dim']:12.3f}{row['published']:17.3f}"
-        lines.append(f"  {row['num_inference_steps']:6,}{values}")
+        values = f"{row.bits_per_dim:12.3f}{row.published:17.3f}"
+        lines.append(f"  {row.num_inference_steps:6,}{values}")
     return "\n".join(lines)
 
 
@@ -429,11 +427,12 @@ def main(argv: list[str]) -> int:
 
     phase(5, "Are these digits? Asking a classifier fitted to real ones, and the bound")
     classifier = fit_judge(known, known_labels)
+    figures = compared(drawn, to_images(known), real)
     scores = {
         "drawn": judge(classifier, to_values(drawn), known),
         "real": judge(classifier, to_values(real), known),
         "bits_per_dim": bound_of(pipeline, real),
-        "compared": compared(drawn, to_images(known), real),
+        "compared": [figure.to_dict() for figure in figures],
         "largest_difference_to_stock": difference,
     }
     wrong = shortcomings(scores["drawn"], scores["real"])
@@ -443,12 +442,12 @@ def main(argv: list[str]) -> int:
         f"\n{bound['value']:.3f} +- {bound['standard_error']:.3f} bits/dim on {bound['count']} "
         f"held-out digits (8 would be no model), {bound['decoder']:.3f} of them in the last step\n"
     )
-    print("\n".join(f"  {line}" for line in told(scores["compared"])))
+    print("\n".join(f"  {line}" for line in told(figures)))
 
     phase(6, "Why so many steps? What the model loses in fewer")
     rows = calibrate_model(pipeline, real[:NUM_CALIBRATED], result.model_dir)
     print(few_steps(rows))
-    scores |= {"few_steps": rows, "shortcomings": wrong}
+    scores |= {"few_steps": [row.to_dict() for row in rows], "shortcomings": wrong}
     record(scores, result.model_dir, folder / "scores.json")
     picture_few_steps(pipeline, folder / "few_steps.png")
     print(what_next(folder))

@@ -11,8 +11,12 @@ if TYPE_CHECKING:
     from ddpm_hf.data import DataError
     from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
     from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
+    from ddpm_hf.evaluation.calibration_results import CheckpointCalibration
+    from ddpm_hf.evaluation.checkpoint_calibration import calibrate_checkpoint
     from ddpm_hf.evaluation.compare import compare
+    from ddpm_hf.evaluation.comparison_results import Comparison
     from ddpm_hf.evaluation.evaluate import evaluate
+    from ddpm_hf.evaluation.results import Evaluation
     from ddpm_hf.hub.load import load
     from ddpm_hf.hub.push import push
     from ddpm_hf.hub.retry import HubError
@@ -33,9 +37,12 @@ __version__ = "0.1.0"
 __all__ = [
     "BitsPerDim",
     "Calibration",
+    "CheckpointCalibration",
     "CheckpointError",
+    "Comparison",
     "ConfigError",
     "DataError",
+    "Evaluation",
     "GaussianDDPMPipeline",
     "GaussianDDPMScheduler",
     "HubError",
@@ -44,6 +51,7 @@ __all__ = [
     "TrainingResult",
     "bits_per_dim",
     "calibrate",
+    "calibrate_checkpoint",
     "compare",
     "draw_to",
     "evaluate",
@@ -60,9 +68,12 @@ __all__ = [
 _MODULES = {
     "BitsPerDim": "likelihood",
     "Calibration": "calibration",
+    "CheckpointCalibration": "evaluation.calibration_results",
     "CheckpointError": "training",
+    "Comparison": "evaluation.comparison_results",
     "ConfigError": "training",
     "DataError": "data",
+    "Evaluation": "evaluation.results",
     "GaussianDDPMPipeline": "diffusion.pipeline",
     "GaussianDDPMScheduler": "diffusion.scheduling",
     "HubError": "hub.retry",
@@ -71,6 +82,7 @@ _MODULES = {
     "TrainingResult": "training",
     "bits_per_dim": "likelihood",
     "calibrate": "calibration",
+    "calibrate_checkpoint": "evaluation.checkpoint_calibration",
     "compare": "evaluation.compare",
     "draw_to": "sampling",
     "evaluate": "evaluation.evaluate",

@@ -1,10 +1,7 @@
 """`ddpm-hf calibrate`."""
 
 import argparse
-import time
-import warnings
 from pathlib import Path
-from typing import Any
 
 from ddpm_hf.commands.messages import command_messages, say
 from ddpm_hf.commands.options import (
@@ -14,11 +11,9 @@ from ddpm_hf.commands.options import (
     add_work,
     command_parser,
     given,
-    load_model,
     path,
     positive_int,
 )
-from ddpm_hf.text import counted, public_name
 
 NUM_IMAGES = 256
 # Without it they would do nothing.
@@ -108,191 +103,28 @@ def parser() -> argparse.ArgumentParser:
 
 
 def calibrate(options: argparse.Namespace) -> None:
-    """Load model and images, measure, and write what was found.
+    """Calibrate the model, and print what was measured.
 
     Raises:
-        ValueError, OSError: if something cannot be loaded or measured, or another process has the
-            output.
+        ValueError, OSError: see `calibrate_checkpoint`.
     """
-    from ddpm_hf.locks import exclusive_folder
+    from ddpm_hf.evaluation.checkpoint_calibration import calibrate_checkpoint
     from ddpm_hf.shared_work import distributed_state
 
-    state = distributed_state()
-    with exclusive_folder(state, options.output, "output"):
-        measure(options, state)
-
-
-def measure(options: argparse.Namespace, state: Any) -> None:
-    """What `calibrate` does, in a folder that these processes alone have."""
-    from ddpm_hf.diffusion.atomic_files import remove_folder
-    from ddpm_hf.evaluation.checkpoint_calibration import measure_calibration
-    from ddpm_hf.evaluation.dataset_likelihood import BoundOptions
-    from ddpm_hf.evaluation.model_images import images_for
-    from ddpm_hf.evaluation.training_record import held_out_by_training
-    from ddpm_hf.shared_work import on_main_process
-
-    pipeline = load_model(options).to(state.device)
-    evaluator = evaluator_of(options) if options.sweep else None
-    data = held_out_by_training(
-        data_source(options),
-        [options.model],
-        revision=options.revision,
-        use_safetensors=not options.allow_pickle,
-        progress=state.is_main_process,
-    )
-    if evaluator is not None:
-        evaluator.data = data
-    part = data.measured()
-    images = images_for(
-        pipeline.unet,
-        data.rows(part.split),
-        rows=part.rows,
-        num_images=options.num_images,
-        at_most=NUM_IMAGES,
-        seed=options.seed,
-        image_column=options.image_column,
-        label_column=options.class_column or True,
-        on_bad_image=options.on_bad_image,
-        progress=state.is_main_process,
-    )
-    how = BoundOptions(seed=options.seed, batch_size=options.batch_size)
-    unfinished = options.output / ".unfinished-calibration"
-    start = time.monotonic()
-    measured = measure_calibration(
-        pipeline.unet, pipeline.scheduler, images, how, unfinished, state
-    )
-    kept: dict[str, Any] = {"dataset": data.facts() | {"image": images.facts.to_config()["image"]}}
-
-    def keep_curve() -> Any:
-        """On the main process, before a sweep that may take long."""
-        seconds = time.monotonic() - start
-        kept.update(curve_of(options, measured, pipeline.unet, images, how, seconds))
-        write(options, kept)
-        show_curve(options, kept)
-        return kept["scheduler"]
-
-    pipeline.scheduler = on_main_process(state, keep_curve)
-    if evaluator is not None:
-        from ddpm_hf.evaluation.sweep import sweep
-
-        kept["sweep"] = sweep(pipeline, evaluator, options.output / "sweep")
-    state.destroy_process_group()
-    if not state.is_main_process:  # the main process writes for all
-        return
-    remove_folder(unfinished)
-    show_sweep(kept)
-    files = write(options, kept)
-    if options.card:
-        write_card(Path(options.model), kept)
-    print(f"\nin {files[0]}; for the model in {files[1]}")
-
-
-def data_source(options: argparse.Namespace) -> Any:
-    """The data set that the options name."""
-    from ddpm_hf.evaluation.sets import DataSource
-
-    return DataSource(
+    names = ("features", "num_images", "seed", "split", "reference_split", "dataset_config",
+             "dataset_revision", "image_column", "class_column", "on_bad_image", "batch_size",
+             "revision", "variant", "timesteps", "sweep", "sweep_images", "card")  # fmt: skip
+    calibration = calibrate_checkpoint(
+        options.model,
         options.dataset,
-        config_name=options.dataset_config,
-        revision=options.dataset_revision,
-        **given(options, ("split", "reference_split", "image_column", "on_bad_image")),
+        output=options.output,
+        use_safetensors=not options.allow_pickle,
+        **given(options, names),
     )
-
-
-def evaluator_of(options: argparse.Namespace) -> Any:
-    """What measures the settings of the sweep; without its features it fails before the work."""
-    from ddpm_hf.evaluation.measurement import EvaluationOptions, Evaluator
-    from ddpm_hf.evaluation.sweep import FIGURE
-
-    names = ("features", "seed", "split", "reference_split", "dataset_config", "dataset_revision",
-             "image_column", "class_column", "on_bad_image", "batch_size")  # fmt: skip
-    how = given(options, names) | {"num_images": options.sweep_images}
-    evaluator = Evaluator(options.dataset, [FIGURE], EvaluationOptions(**how))
-    _ = evaluator.network
-    return evaluator
-
-
-def curve_of(
-    options: argparse.Namespace, measured: Any, unet: Any, images: Any, how: Any, seconds: float
-) -> dict[str, Any]:
-    """The curve with what follows from it, and the scheduler that has it."""
-    from ddpm_hf.evaluation.checkpoint_calibration import described, timesteps_of
-
-    result = described(measured, images, how) | {"seconds": seconds}
-    scheduler = measured.scheduler
-    if options.timesteps:
-        found = timesteps_of(unet, scheduler, images, options.seed)
-        result["calibrated_timesteps"] = found
-        scheduler = scheduler.from_config(scheduler.config, calibrated_timesteps=found)
-    return {"curve": result, "scheduler": scheduler}
-
-
-def write(options: argparse.Namespace, kept: dict[str, Any]) -> tuple[Path, Path]:
-    """The JSON file, and the configuration of the model's scheduler."""
-    from ddpm_hf.evaluation.checkpoint_calibration import FILE_NAME, keep_calibration
-    from ddpm_hf.evaluation.report import report_of, write_report
-
-    scheduler, results = kept["scheduler"], [kept["curve"]]
-    if swept := kept.get("sweep"):
-        scheduler = scheduler.from_config(scheduler.config, recommended=swept["recommended"])
-        results.append(swept)
-    model = {"name": public_name(options.model), "revision": options.revision}
-    file = write_report(options.output, report_of(model, kept["dataset"], results), FILE_NAME)
-    return file, keep_calibration(scheduler, Path(options.model), options.output)
-
-
-def show_curve(options: argparse.Namespace, kept: dict[str, Any]) -> None:
-    """Print what few steps lose, and draw it."""
-    from ddpm_hf.evaluation.checkpoint_calibration import table
-
-    print(f"{table(kept['curve'])}\nmeasured on {images_of(kept)}")
-    for remark in kept["curve"]["remarks"]:
-        print(f"note: {remark}")
-    draw_picture(kept["curve"], options.output)
-    if options.timesteps:
-        print("timesteps were found for DDIM and DPM-Solver++ 2M; others are not promised")
-
-
-def images_of(kept: dict[str, Any]) -> str:
-    """How many images the curve is of, and which."""
-    from ddpm_hf.evaluation.report import held_out
-
-    dataset, images = kept["dataset"], counted(kept["curve"]["num_images"], "image")
-    return f"{images} of {dataset['name']}, {dataset['split']}{held_out(dataset)}"
-
-
-def show_sweep(kept: dict[str, Any]) -> None:
-    """Print what was swept, and what is recommended."""
-    from ddpm_hf.evaluation.comparison_report import table
-
-    if swept := kept.get("sweep"):
-        chosen = swept["recommended"]
-        print(f"\n{table(swept)}\n")
-        print(f"recommended: {chosen['scheduler']}, K = {chosen['num_inference_steps']:,}")
-        for remark in swept["remarks"]:
-            print(remark)
-
-
-def draw_picture(result: dict[str, Any], folder: Path) -> None:
-    """What few steps lose; without the picture the result is no worse."""
-    try:
-        from ddpm_hf.evaluation.plots import plot_calibration
-
-        plot_calibration(result, folder / "calibration.png")
-    except ImportError:
-        warnings.warn("no picture without matplotlib: pip install 'ddpm-hf[eval]'", stacklevel=2)
-    except Exception as error:
-        warnings.warn(f"the picture was not drawn: {error}", stacklevel=2)
-
-
-def write_card(folder: Path, kept: dict[str, Any]) -> None:
-    """Show the tables in the model's card; without that the result is no worse."""
-    from ddpm_hf.hub.card import write_calibration
-
-    facts = {"rows": kept["curve"]["rows"], "how": f"predicted from {images_of(kept)}"}
-    if swept := kept.get("sweep"):
-        facts["sweep"] = {k: v for k, v in swept.items() if k not in ("options", "left_out")}
-    try:
-        print(f"in {write_calibration(folder, facts)}")
-    except (ValueError, OSError) as error:
-        warnings.warn(f"the card was not written: {error}", stacklevel=2)
+    is_main = distributed_state().is_main_process
+    distributed_state().destroy_process_group()
+    if is_main:
+        print(calibration)
+        if calibration.card is not None:
+            print(f"in {calibration.card}")
+        print(f"\nin {calibration.file}; for the model in {calibration.scheduler_config}")

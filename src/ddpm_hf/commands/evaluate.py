@@ -3,7 +3,7 @@
 import argparse
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ddpm_hf.commands.messages import command_messages, say
 from ddpm_hf.commands.options import (
@@ -19,6 +19,9 @@ from ddpm_hf.commands.options import (
     sampler,
 )
 from ddpm_hf.scheduler_spec import NAMES_HELP
+
+if TYPE_CHECKING:
+    from ddpm_hf.evaluation.results import Evaluation
 
 HELP = "measure a model or images: bits/dim, FD, KID, precision, recall, copies"
 EXAMPLES = """
@@ -194,27 +197,28 @@ def evaluate(options: argparse.Namespace) -> int:
         ValueError, OSError: if something cannot be loaded or measured.
     """
     from ddpm_hf.evaluation.evaluate import evaluate
-    from ddpm_hf.evaluation.report import BITS, FILE_NAME, card_results, read_results, tables
+    from ddpm_hf.evaluation.result_files import EVALUATION_FILE, known_results
+    from ddpm_hf.evaluation.result_pictures import save_bound_plots
     from ddpm_hf.shared_work import distributed_state
 
     (subject,), (K,), (scheduler,) = (
         options.subjects, options.num_inference_steps, options.schedulers
     )  # fmt: skip
     how = {"scheduler": scheduler, "num_inference_steps": K, **_how(options)}
-    known = read_results(options.output)
-    report = evaluate(subject, options.dataset, **how, **_loading(options))
+    known = known_results(options.output)
+    evaluation = evaluate(subject, options.dataset, **how, **_loading(options))
+    is_main = distributed_state().is_main_process
     distributed_state().destroy_process_group()
-    if report is None:  # the main process writes for all
+    if not is_main:
         return 0
-    bits = [result for result in report["results"] if result["name"] == BITS]
-    if report["results"] == known:
+    if evaluation.results == known:
         say(f"ddpm-hf: measured before, in {options.output}")
-    print(tables(report))
-    for result in bits:
-        draw_plots(result, options.output)
+    print(evaluation)
+    if evaluation.bound is not None:
+        save_bound_plots(evaluation.bound, options.output)
     if options.card:
-        write_card(Path(subject), card_results(report))
-    print(f"\nin {options.output / FILE_NAME}")
+        write_card(Path(subject), evaluation)
+    print(f"\nin {options.output / EVALUATION_FILE}")
     return 0
 
 
@@ -224,11 +228,11 @@ def compare(options: argparse.Namespace) -> int:
     Raises:
         ValueError, OSError: if the data or a model cannot be loaded, or no setting be measured.
     """
-    from ddpm_hf.evaluation.compare import FILE_NAME, compare
-    from ddpm_hf.evaluation.comparison_report import table
+    from ddpm_hf.evaluation.compare import compare
+    from ddpm_hf.evaluation.result_files import COMPARISON_FILE
     from ddpm_hf.shared_work import distributed_state
 
-    result = compare(
+    comparison = compare(
         options.subjects,
         options.dataset,
         schedulers=[name for name in options.schedulers if name],
@@ -236,10 +240,11 @@ def compare(options: argparse.Namespace) -> int:
         **_how(options),
         **_loading(options),
     )
+    is_main = distributed_state().is_main_process
     distributed_state().destroy_process_group()
-    if result is not None:
-        print(table(result))
-        print(f"\nin {options.output / FILE_NAME}")
+    if is_main:
+        print(comparison)
+        print(f"\nin {options.output / COMPARISON_FILE}")
     return 0
 
 
@@ -254,7 +259,11 @@ def verify(options: argparse.Namespace) -> int:
 
     how = {"features": options.features, **_loading(options)}
     claims = verify(options.subjects[0], options.dataset, **how)
+    is_main = distributed_state().is_main_process
     distributed_state().destroy_process_group()
+    is_reproduced = all(claim.is_reproduced is not False for claim in claims)
+    if not is_main:
+        return 0 if is_reproduced else _NOT_REPRODUCED
     words = {True: "reproduced", False: "NOT reproduced", None: "not checked"}
     for claim in claims:
         said = f"{claim.name}: {claim.claimed:.6g} in the card"
@@ -262,7 +271,7 @@ def verify(options: argparse.Namespace) -> int:
             said += f", {claim.measured:.6g} measured"
         remark = f" ({claim.remark})" if claim.remark else ""
         print(f"{words[claim.is_reproduced]:15} {said}{remark}")
-    return _NOT_REPRODUCED if any(claim.is_reproduced is False for claim in claims) else 0
+    return 0 if is_reproduced else _NOT_REPRODUCED
 
 
 def _how(options: argparse.Namespace) -> dict[str, Any]:
@@ -281,24 +290,13 @@ def _loading(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def draw_plots(result: dict[str, Any], folder: Path) -> None:
-    """The two pictures of the bound; without them the result is no worse."""
-    try:
-        from ddpm_hf.evaluation import plots
-
-        plots.plot_terms(result, folder / "bits-per-timestep.png")
-        plots.plot_rate_distortion(result, folder / "rate-distortion.png")
-    except ImportError:
-        warnings.warn("no pictures without matplotlib: pip install 'ddpm-hf[eval]'", stacklevel=2)
-    except Exception as error:
-        warnings.warn(f"the pictures were not drawn: {error}", stacklevel=2)
-
-
-def write_card(folder: Path, results: list[dict[str, Any]]) -> None:
+def write_card(folder: Path, evaluation: "Evaluation") -> None:
     """Put results into the model's card; without that they are no worse."""
+    from ddpm_hf.evaluation.card_metrics import card_metrics
     from ddpm_hf.hub.card import write_results
 
+    metrics = [metric.to_dict() for metric in card_metrics(evaluation)]
     try:
-        print(f"in {write_results(folder, results)}")
+        print(f"in {write_results(folder, metrics)}")
     except (ValueError, OSError) as error:
         warnings.warn(f"the card was not written: {error}", stacklevel=2)

@@ -1,211 +1,232 @@
-"""Calibration of a model on a data set: in parts, as a table, as JSON and as a picture."""
+"""`calibrate_checkpoint`: error curve of a checkpoint, kept in its scheduler configuration.
 
-import dataclasses
+`ddpm_hf.calibrate` measures a network on images in memory; this measures a checkpoint on a data
+set, in shards that all ranks share, and writes the results.
+"""
+
 import json
-import math
+import os
+import time
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from diffusers import UNet2DModel
 
-from ddpm_hf.calibration import (
-    STABLE_RELATIVE_ERROR,
-    Calibration,
-    calibration_of,
-    with_curve,
-    without_curve,
-)
-from ddpm_hf.diffusion.atomic_files import read_json, write_text
+from ddpm_hf.calibration import Calibration
+from ddpm_hf.diffusion.atomic_files import read_json, remove_folder, write_text
 from ddpm_hf.diffusion.checkpoint_limits import component_folder
-from ddpm_hf.diffusion.conditioning import denoiser_of
 from ddpm_hf.diffusion.config_extension import extension_of, with_extension
-from ddpm_hf.diffusion.likelihood_timesteps import MAX_TIMESTEPS
-from ddpm_hf.diffusion.scheduler_interface import num_outputs
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
-from ddpm_hf.evaluation.dataset_likelihood import BoundOptions, bound_in_parts, bound_key
-from ddpm_hf.evaluation.model_images import EvaluationImages
-from ddpm_hf.likelihood import BitsPerDim
-from ddpm_hf.randomness import seed_of
-from ddpm_hf.text import counted
-from ddpm_hf.trajectory_timesteps import SAMPLERS, trajectory_matching_timesteps
+from ddpm_hf.evaluation.calibration_results import CheckpointCalibration, StepsRow
+from ddpm_hf.evaluation.dataset_likelihood import BoundOptions
+from ddpm_hf.evaluation.error_curve import (
+    calibration_curve,
+    measure_calibration,
+    predicted_steps,
+    search_timesteps,
+)
+from ddpm_hf.evaluation.measurement import Evaluator
+from ddpm_hf.evaluation.model_images import EvaluationImages, images_for
+from ddpm_hf.evaluation.options import CalibrationOptions
+from ddpm_hf.evaluation.records import JsonObject
+from ddpm_hf.evaluation.result_files import (
+    CALIBRATION_FILE,
+    now,
+    results_folder,
+    versions,
+    write_result,
+)
+from ddpm_hf.evaluation.result_pictures import save_calibration_plot
+from ddpm_hf.evaluation.results import ImageFormat, ModelSourceFacts
+from ddpm_hf.evaluation.sets import DataSource
+from ddpm_hf.evaluation.sweep import FIGURE, sweep
+from ddpm_hf.evaluation.training_record import with_hold_out_of_training
+from ddpm_hf.hub.card import write_calibration
+from ddpm_hf.hub.load import load
+from ddpm_hf.options import takes_options
+from ddpm_hf.shared_work import distributed_state, on_main_process
+from ddpm_hf.text import public_name
 
-FILE_NAME = "calibration.json"
-NUM_TRAJECTORIES = 32
-NUM_STEPS = (5, 10, 25, 50, 100, 250)
+NUM_IMAGES = 256
 
 
-def measure_calibration(
-    unet: UNet2DModel,
-    scheduler: Any,
-    images: EvaluationImages,
-    options: BoundOptions,
-    folder: Path,
-    state: PartialState,
+@takes_options(CalibrationOptions)
+def calibrate_checkpoint(
+    model: str | os.PathLike[str],
+    dataset: Any,
     *,
+    output: str | os.PathLike[str] = "calibration",
     progress: bool = True,
-) -> Calibration | None:
-    """The error at every t; the same for any number of processes and restarts.
+    **options: Any,
+) -> CheckpointCalibration:
+    """Measure the error of a checkpoint at every timestep, and write it into its configuration.
+
+    From the curve follow bits/dim of any number of steps and the variances that lose the least. The
+    weights do not change. Call it on all ranks of `accelerate launch`; an interrupted calibration
+    resumes with the same `output`.
 
     Args:
-        unet, scheduler, images, options, folder, state, progress: as for `measure_bits_per_dim`.
+        model: name or folder. A folder gets the curve in its scheduler_config.json.
+        dataset: held-out images; see `evaluate`.
+        output: folder for calibration.json and the plot; for a model on the Hub, also for its
+            scheduler_config.json.
+        progress: show progress bars.
+        **options: see `evaluation.options.CalibrationOptions`.
     Returns:
-        what was measured; None on all but the main process.
+        the calibration, on every rank.
+    Raises:
+        ValueError, OSError: if something cannot be loaded or measured, or another process uses
+            `output`.
+        TypeError: for an unknown option.
     """
-    scheduler = without_curve(GaussianDDPMScheduler.from_config(scheduler.config))
-
-    def measure(scheduler: GaussianDDPMScheduler, options: BoundOptions) -> BitsPerDim | None:
-        parts = folder / bound_key(unet, scheduler, images, options)[:16]
-        return bound_in_parts(unet, scheduler, images, options, parts, state, progress=progress)
-
-    chain = measure(scheduler, options)
-    shared: list[Any] = [with_curve(scheduler, chain) if chain else None]
-    broadcast_object_list(shared)  # the decoder's variance comes from all of the images
-    end = measure(shared[0], dataclasses.replace(options, timesteps=(0,)))
-    if chain is None or end is None:
-        return None
-    return calibration_of(scheduler, chain, end)
+    chosen, name = CalibrationOptions.from_keywords(**options), os.fspath(model)
+    if chosen.card and not Path(name).is_dir():
+        raise ValueError(
+            f"`card` needs the folder of a model, got {name!r}: calibrate a local copy, then"
+            " `ddpm-hf push` it"
+        )
+    state = distributed_state()
+    progress = progress and state.is_main_process
+    with results_folder(state, output) as folder:
+        return _calibrate(name, dataset, chosen, folder, state, progress)
 
 
-def rows_of(calibration: Calibration) -> list[dict[str, Any]]:
-    """Predicted bits/dim of K steps, as JSON values, the fewest first.
+def _calibrate(
+    model: str,
+    dataset: Any,
+    options: CalibrationOptions,
+    folder: Path,
+    state: PartialState,
+    progress: bool,
+) -> CheckpointCalibration:
+    pipeline = load(
+        model,
+        revision=options.revision,
+        variant=options.variant,
+        use_safetensors=options.use_safetensors,
+    ).to(state.device)
+    data = with_hold_out_of_training(
+        DataSource.from_options(dataset, options),
+        [model],
+        revision=options.revision,
+        use_safetensors=options.use_safetensors,
+        progress=progress,
+    )
+    evaluator = None
+    if options.sweep:
+        evaluator = Evaluator(data, [FIGURE], options.sweep_options(), progress=progress)
+        _ = evaluator.network  # fails before the work, if at all
+    images = _images(pipeline.unet, data, options, progress)
+    how = BoundOptions(seed=options.seed, batch_size=options.batch_size)
+    unfinished, start = folder / ".unfinished-calibration", time.monotonic()
+    measured = measure_calibration(
+        pipeline.unet, pipeline.scheduler, images, how, unfinished, state, progress=progress
+    )
 
-    Evenly spaced from T - 1 to 0, with calibrated variances and, where they are fixed, with the
-    published ones; and at the best timesteps for the bound.
+    def write_curve() -> tuple[CheckpointCalibration, GaussianDDPMScheduler]:
+        """Write the curve before a sweep, which can take long."""
+        assert measured is not None  # on the main rank
+        curve, scheduler = calibration_curve(measured, images, how), measured.scheduler
+        curve = replace(curve, seconds=time.monotonic() - start)
+        if options.timesteps:
+            timesteps = search_timesteps(pipeline.unet, scheduler, images, options.seed)
+            curve = replace(curve, calibrated_timesteps=timesteps)
+            scheduler = scheduler.from_config(scheduler.config, calibrated_timesteps=timesteps)
+        result = CheckpointCalibration(
+            model=ModelSourceFacts(name=public_name(model), revision=options.revision),
+            dataset=replace(data.facts(), image=ImageFormat.of(images.facts)),
+            results=(curve,),
+            options={},
+            versions=versions(),
+            created=now(),
+        )
+        save_calibration_plot(curve, folder)
+        return _written(result, scheduler, model, folder), scheduler
+
+    result, scheduler = on_main_process(state, write_curve)
+    if evaluator is not None:
+        pipeline.scheduler = scheduler
+        swept = sweep(pipeline, evaluator, folder / "sweep")
+        scheduler = scheduler.from_config(scheduler.config, recommended=swept.recommended.to_dict())
+        result = replace(result, results=(result.curve, swept), created=now())
+        result = on_main_process(state, lambda: _written(result, scheduler, model, folder))
+    return on_main_process(state, lambda: _finish(result, model, unfinished, options.card))
+
+
+def _images(
+    unet: UNet2DModel, data: DataSource, options: CalibrationOptions, progress: bool
+) -> EvaluationImages:
+    subset = data.likelihood_subset()
+    return images_for(
+        unet,
+        data.rows(subset.split),
+        rows=subset.rows,
+        num_images=options.num_images,
+        at_most=NUM_IMAGES,
+        seed=options.seed,
+        image_column=options.image_column,
+        label_column=options.class_column or True,
+        on_bad_image=options.on_bad_image,
+        progress=progress,
+    )
+
+
+def _written(
+    result: CheckpointCalibration, scheduler: GaussianDDPMScheduler, model: str, folder: Path
+) -> CheckpointCalibration:
+    file = write_result(folder, result, CALIBRATION_FILE)
+    config = write_scheduler_config(scheduler, Path(model), folder)
+    return replace(result, file=file, scheduler_config=config)
+
+
+def _finish(
+    result: CheckpointCalibration, model: str, unfinished: Path, has_card: bool
+) -> CheckpointCalibration:
+    """Remove the shards, and write the card; a failure of the card is a warning."""
+    remove_folder(unfinished)
+    if not has_card:
+        return result
+    facts = card_calibration(result.curve.steps, f"predicted from {result.image_source}")
+    if result.sweep is not None:
+        swept = result.sweep.to_dict()
+        facts["sweep"] = {k: v for k, v in swept.items() if k not in ("options", "left_out")}
+    try:
+        return replace(result, card=write_calibration(Path(model), facts))
+    except (ValueError, OSError) as error:
+        warnings.warn(f"the card was not written: {error}", stacklevel=2)
+        return result
+
+
+def save_calibration(calibration: Calibration, model: Path, how: str) -> tuple[StepsRow, ...]:
+    """Write a calibration into the scheduler configuration and the card of a checkpoint.
+
+    Args:
+        calibration: of the checkpoint.
+        model: its folder.
+        how: description of the images, for the card.
+    Returns:
+        predicted bits/dim of K steps.
     """
-    T = len(calibration.scheduler)
-    rows = []
-    for K in [K for K in NUM_STEPS if K < T] + [T]:
-        even = calibration.bits_per_dim(K, timestep_spacing="linspace")
-        row = {
-            "num_inference_steps": K,
-            "bits_per_dim": even.value,
-            "standard_error": finite(even.standard_error),
-        }
-        if 2 <= T <= MAX_TIMESTEPS:
-            best = calibration.bits_per_dim(K, timestep_spacing="likelihood")
-            row["at_best_timesteps"] = best.value
-        if not calibration.scheduler.learns_variance:
-            published = calibration.bits_per_dim(K, timestep_spacing="linspace", published=True)
-            row["published"] = published.value
-        rows.append(row)
+    write_scheduler_config(calibration.scheduler, model, model)
+    rows = predicted_steps(calibration)
+    write_calibration(model, card_calibration(rows, how))
     return rows
 
 
-def table(result: dict[str, Any]) -> str:
-    """Bits/dim against K as people read it, each with what it loses against all steps.
-
-    Args:
-        result: of `described`.
-    """
-    rows = result["rows"]
-    columns = {
-        "bits_per_dim": "evenly spaced",
-        "at_best_timesteps": "best timesteps",
-        "published": "as published",
-    }
-    columns = {key: title for key, title in columns.items() if key in rows[0]}
-    lines = ["bits/dim of K steps, predicted, and what they lose against all:", ""]
-    lines += [f"{'K':>6}" + "".join(f"  {title:>18}" for title in columns.values())]
-    whole = rows[-1]["bits_per_dim"]
-    for row in rows:
-        cells = [f"{row[key]:9.3f} {row[key] - whole:+8.3f}" for key in columns]
-        lines.append(f"{row['num_inference_steps']:>6,}" + "".join(f"  {cell}" for cell in cells))
-    error = rows[-1]["standard_error"]
-    of_all = "" if error is None else f"; standard error of the last line {error:.3f}"
-    lines += [
-        "",
-        f"{counted(result['num_images'], 'image')}{of_all}; took {result['seconds']:,.0f} s",
-        "best timesteps are best for the bound alone: sample at evenly spaced ones",
-    ]
-    if "published" in columns:
-        lines.append("as published: evenly spaced, variances not calibrated but in the last step")
-    else:
-        lines.append("a learned variance shares the error out over an image: it loses less")
-    return "\n".join(lines)
+def card_calibration(rows: tuple[StepsRow, ...], how: str) -> JsonObject:
+    """The argument of `hub.card.write_calibration`."""
+    return {"rows": [row.to_dict() for row in rows], "how": how}
 
 
-def remarks(calibration: Calibration) -> list[str]:
-    """What a person should know before relying on the curve: too few images, another schedule."""
-    said = []
-    num_images = len(calibration.errors)
-    relative = calibration.relative_error
-    if num_images == 1:
-        said.append("one image tells no standard error: 256 make a stable curve")
-    elif relative.max() > STABLE_RELATIVE_ERROR:
-        t = int(relative.argmax())
-        said.append(
-            f"{num_images:,} images are few: the error at t={t} is known to {relative.max():.0%};"
-            f" {calibration.num_images_for():,} images would bring all of the curve to"
-            f" {STABLE_RELATIVE_ERROR:.0%}"
-        )
-    return said + calibration.mismatch_warnings()
-
-
-def finite(value: float) -> float | None:
-    """JSON knows no NaN."""
-    return value if math.isfinite(value) else None
-
-
-def described(
-    calibration: Calibration, images: EvaluationImages, options: BoundOptions
-) -> dict[str, Any]:
-    """What was measured and what follows, as JSON values."""
-    measured = calibration.measured
-    return {
-        "name": "calibration",
-        "num_images": len(images),
-        "indices": list(images.indices),
-        "seed": options.seed,
-        "x_0_mse": calibration.x_0_mse.tolist(),
-        "standard_error": [finite(value) for value in calibration.standard_error.tolist()],
-        "rows": rows_of(calibration),
-        "measured": {
-            "value": measured.mean,
-            "standard_error": finite(measured.standard_error),
-            "variance_type": calibration.scheduler.config.variance_type,
-        },
-        "remarks": remarks(calibration),
-    }
-
-
-def timesteps_of(
-    unet: UNet2DModel, scheduler: GaussianDDPMScheduler, images: EvaluationImages, seed: int
-) -> dict[str, dict[int, list[int]]]:
-    """Timesteps by sampler and number of steps, found on noise by the seed; every class alike."""
-    generators = [
-        torch.Generator().manual_seed(seed_of(seed, "timesteps", i))
-        for i in range(NUM_TRAJECTORIES)
-    ]
-    noise = torch.stack([torch.randn(images.images.shape, generator=g) for g in generators])
-    noise = noise.to(unet.device)
-    labels = None
-    if images.labels is not None:
-        classes = sorted({*images.labels.tolist()})
-        each = [classes[i % len(classes)] for i in range(NUM_TRAJECTORIES)]
-        labels = torch.tensor(each, device=unet.device)
-    T, channels = len(scheduler), num_outputs(unet.config, scheduler)
-    return {
-        sampler: trajectory_matching_timesteps(
-            denoiser_of(unet, labels, channels),
-            scheduler,
-            noise,
-            sampler=sampler,
-            max_num_steps=min(25, T),
-            num_fine_steps=min(100, T),
-        )
-        for sampler in SAMPLERS
-    }
-
-
-def keep_calibration(scheduler: GaussianDDPMScheduler, model: Path, output: Path) -> Path:
-    """Put what was measured into the model's scheduler_config.json, all else as it was.
+def write_scheduler_config(scheduler: GaussianDDPMScheduler, model: Path, output: Path) -> Path:
+    """Write the curve into scheduler_config.json; other keys stay unchanged.
 
     Args:
         scheduler: with the curve.
-        model: folder of the model; if it is none, the whole configuration goes to `output`.
+        model: folder of the model; if it is not one, the full configuration goes to `output`.
         output: a folder.
     Returns:
         the path of the configuration.

@@ -1,4 +1,4 @@
-"""Models, sets of images, samplers and numbers of steps: measured alike, side by side."""
+"""`compare`: models, image sets, samplers and numbers of steps side by side."""
 
 import copy
 import math
@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,43 +17,51 @@ from tqdm.auto import tqdm
 
 from ddpm_hf.diffusion.scheduler_interface import set_timesteps
 from ddpm_hf.diffusion.schedules import usual_num_steps
-from ddpm_hf.evaluation.comparison_report import save_pictures
-from ddpm_hf.evaluation.measurement import (
-    EvaluationOptions,
-    Evaluator,
-    Subject,
-    is_model,
-    name_of,
+from ddpm_hf.evaluation.comparison_results import (
+    Comparison,
+    ComparisonRow,
+    LeftOut,
+    RankedFigure,
 )
+from ddpm_hf.evaluation.measurement import Evaluator, Subject, is_model
 from ddpm_hf.evaluation.metrics import METRICS, T_19
-from ddpm_hf.evaluation.report import (
+from ddpm_hf.evaluation.options import (
     BITS,
-    NORMAL_95,
-    command_of,
-    made_by,
-    results_folder,
-    write_report,
+    ComparisonOptions,
+    EvaluationOptions,
+    public_name_of,
 )
+from ddpm_hf.evaluation.result_files import (
+    COMPARISON_FILE,
+    command_of,
+    now,
+    results_folder,
+    versions,
+    write_result,
+)
+from ddpm_hf.evaluation.result_pictures import save_comparison_pictures
+from ddpm_hf.evaluation.results import NORMAL_95, BoundResult, Evaluation, MetricResult
+from ddpm_hf.options import takes_options
 from ddpm_hf.sampling.sampler_choice import sampled_by
 from ddpm_hf.scheduler_spec import SchedulerSpec
+from ddpm_hf.shared_work import on_main_process
 
-FILE_NAME = "comparison.json"
-_OF_FIGURE = ("name", "label", "value", "interval", "standard_error", "floor", "floor_num_images",
-              "verdict", "note", "num_drawn", "num_real")  # fmt: skip
 _LOWER_IS_BETTER = {BITS: True} | {
-    figure.name: figure.lower_is_better for _, of in METRICS.values() for figure in of
+    quantity.name: quantity.lower_is_better
+    for _, quantities in METRICS.values()
+    for quantity in quantities
 }
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A row of the comparison, before it is measured.
+    """A row of the comparison before it is measured.
 
     Attributes:
         source: a model or images.
-        name: what the source is called here.
-        scheduler: of a model, the name of a sampler; None for its own.
-        num_inference_steps: of a model, K; None for the scheduler's usual number.
+        name: label of the source.
+        scheduler: for a model, None for its own.
+        num_inference_steps: for a model, K; None for the scheduler's usual number.
     """
 
     source: Any
@@ -63,16 +71,17 @@ class Setting:
 
     def __str__(self) -> str:
         steps = self.num_inference_steps
-        named = [self.name, self.scheduler, steps and f"K = {steps:,}"]
-        return ", ".join(part for part in named if part)
+        parts = [self.name, self.scheduler, steps and f"K = {steps:,}"]
+        return ", ".join(part for part in parts if part) or "own scheduler"
 
     @property
     def folder(self) -> str:
-        """Where it is kept."""
-        named = (self.name, self.scheduler, self.num_inference_steps)
-        return re.sub(r"[^\w.+=-]+", "-", "-".join(str(part) for part in named if part))
+        """Name of the folder of its evaluation."""
+        parts = (self.name, self.scheduler, self.num_inference_steps)
+        return re.sub(r"[^\w.+=-]+", "-", "-".join(str(part) for part in parts if part))
 
 
+@takes_options(ComparisonOptions)
 def compare(
     models_or_images: Sequence[Any],
     dataset: Any,
@@ -83,102 +92,126 @@ def compare(
     output: str | os.PathLike[str] | None = None,
     progress: bool = True,
     **options: Any,
-) -> dict[str, Any] | None:
-    """Measure every model with every scheduler in every number of steps, and sets of images.
+) -> Comparison:
+    """Measure all combinations of models, schedulers and numbers of steps, and sets of images.
 
-    Each of these settings is an evaluation with a folder of its own in `output`, by the same seed:
-    what is done is not done again, and what is interrupted goes on by the same call, alone or with
-    all processes of `accelerate launch`. Features of the real images are computed once. A setting
-    that cannot be, such as too many steps for a scheduler, is left out and named with the reason.
+    Each combination is an evaluation in its own subfolder of `output`, with the same seed.
+    Finished evaluations are reused and interrupted ones resume, on one rank or on all ranks of
+    `accelerate launch`. Features of the real images are computed once. A setting that cannot be
+    measured, such as too many steps for a scheduler, is left out and listed with the reason.
 
     Args:
-        models_or_images: as `evaluate` takes one.
+        models_or_images: see `evaluate`.
         dataset: the real images; see `evaluate`.
-        schedulers: names as `ddpm-hf sample` takes them, such as "DDIM" or "DDPM:eta=0"; by default
-            the model's own.
-        num_inference_steps: numbers of steps K; by default what is usual for the scheduler.
-        metrics: as for `evaluate`; by default bits/dim of models where no scheduler is given, else
-            what compares images.
+        schedulers: names such as "DDIM" or "DDPM:eta=0"; by default the model's own.
+        num_inference_steps: numbers of steps K; by default the usual number of the scheduler.
+        metrics: see `evaluate`; default: "bits-per-dim" if all subjects are models and no scheduler
+            is given, else the other ones.
         output: folder for comparison.json, the pictures and the folders of the settings.
         progress: show progress bars.
-        **options: more of `evaluate`.
+        **options: see `evaluation.options.ComparisonOptions`.
     Returns:
-        what comparison.json holds: "settings", each with its "figures" and, of a model, its seconds
-        and network calls for an image; and those "left_out". Of each figure "rank" is "best", "tie"
-        if it is too close to the best to tell, or "". None on all but the main process.
+        the comparison, on every rank.
     Raises:
         ValueError, OSError: if the data cannot be used, no setting can be measured, or another
-            process has `output`.
+            process uses `output`.
+        TypeError: for an unknown option.
     """
+    shared = ComparisonOptions.from_keywords(**options)
     if isinstance(models_or_images, str | os.PathLike) or hasattr(models_or_images, "unet"):
         models_or_images = [models_or_images]
     if (schedulers or num_inference_steps) and not any(map(is_model, models_or_images)):
-        raise ValueError("schedulers and num_inference_steps are of models; these are images")
-    for name in schedulers:
-        SchedulerSpec.parse(name)
+        raise ValueError("`schedulers` and `num_inference_steps` need a model; all are images")
+    schedulers = [str(SchedulerSpec.parse(name)) for name in schedulers]
     if metrics is None:
         is_bound = all(map(is_model, models_or_images)) and not schedulers
         metrics = (BITS,) if is_bound else tuple(METRICS)
     settings = list(_settings(models_or_images, schedulers, num_inference_steps))
     if not settings:
-        raise ValueError("models_or_images is empty: there is nothing to compare")
-    evaluator = Evaluator(dataset, metrics, EvaluationOptions(**options), progress=progress)
+        raise ValueError("`models_or_images` is empty: give at least one model or set of images")
+    evaluator = Evaluator(dataset, metrics, EvaluationOptions(**vars(shared)), progress=progress)
     with results_folder(evaluator.state, output) as folder:
-        evaluator.use_held_out_of(models_or_images)
-        found = compare_settings(evaluator, settings, folder)
-        if found is None:
-            return None
-        swept = {"schedulers": list(schedulers), "num_inference_steps": list(num_inference_steps)}
-        recorded = evaluator.options.recorded()
-        del recorded["scheduler"], recorded["num_inference_steps"]
-        recorded = {"metrics": list(metrics), **swept, **recorded}
-        names = [name_of(source) for source in models_or_images]
-        facts = evaluator.data.facts()
-        result = {
-            "format_version": 1,
-            "dataset": facts,
-            **found,
-            "options": recorded,
-            **made_by(command_of(names, facts["name"], {k: v for k, v in recorded.items() if v})),
-        }
-        if output is not None:
-            write_report(folder, result, FILE_NAME)
-            save_pictures(result, folder)
-    return result
+        evaluator.use_hold_out_of(models_or_images)
+        rows, left_out = compare_settings(evaluator, settings, folder)
+
+        def write() -> Comparison:
+            facts, recorded = evaluator.data.facts(), shared.recorded()
+            shown = {
+                "metrics": list(metrics),
+                "schedulers": list(schedulers),
+                "num_inference_steps": list(num_inference_steps),
+                **recorded.to_dict(),
+            }
+            names = [public_name_of(source) for source in models_or_images]
+            comparison = Comparison(
+                dataset=facts,
+                settings=rows,
+                left_out=left_out,
+                metrics=tuple(metrics),
+                schedulers=tuple(schedulers),
+                num_inference_steps=tuple(num_inference_steps),
+                options=recorded,
+                command=command_of(names, facts.name, {k: v for k, v in shown.items() if v}),
+                versions=versions(),
+                created=now(),
+            )
+            if output is not None:
+                write_result(folder, comparison, COMPARISON_FILE)
+                save_comparison_pictures(comparison, folder)
+            return comparison
+
+        return on_main_process(evaluator.state, write)
 
 
 def compare_settings(
     evaluator: Evaluator, settings: Sequence[Setting], folder: Path
-) -> dict[str, Any] | None:
-    """Measure these settings, each in its folder.
+) -> tuple[tuple[ComparisonRow, ...], tuple[LeftOut, ...]]:
+    """Measure and rank settings, each in its own subfolder.
 
     Args:
         evaluator: measures them.
         settings: what is compared.
-        folder: gets their folders.
+        folder: of the comparison.
     Returns:
-        "settings" and "left_out"; see `compare`. None on all but the main process.
+        the measured settings, and those left out.
     Raises:
-        ValueError, OSError: as `compare`.
+        ValueError, OSError: see `compare`.
     """
-    rows, left_out = _measure_all(evaluator, settings, folder)
-    if not evaluator.state.is_main_process:
-        return None
+    rows: list[ComparisonRow] = []
+    evaluations: list[Evaluation] = []
+    left_out: list[LeftOut] = []
+    for setting, subject in _loaded(evaluator, settings):
+        subfolder = folder / setting.folder
+        try:
+            row, evaluation = _measure(evaluator, subject, setting, subfolder)
+        except ValueError as error:
+            left_out.append(
+                LeftOut(
+                    setting=str(setting),
+                    name=setting.name or None,
+                    scheduler=setting.scheduler,
+                    num_inference_steps=setting.num_inference_steps,
+                    reason=str(error),
+                )
+            )
+            with suppress(OSError):
+                subfolder.rmdir()  # if it is empty
+            continue
+        rows.append(row)
+        evaluations.append(evaluation)
     if not rows:
-        raise ValueError(f"none of the settings can be measured: {left_out[0]['reason']}")
-    _rank(rows)
-    rows = [{key: value for key, value in row.items() if key != "draws"} for row in rows]
-    return {"settings": rows, "left_out": left_out}
+        raise ValueError(f"none of the settings can be measured: {left_out[0].reason}")
+    return tuple(_ranked(rows, evaluations)), tuple(left_out)
 
 
 def _settings(
     sources: Sequence[Any], schedulers: Sequence[str], steps: Sequence[int]
 ) -> Iterator[Setting]:
-    """All combinations, each once; images have none."""
+    """All combinations without duplicates; images have neither scheduler nor steps."""
     names = _distinct_names(sources) if len(sources) > 1 else [""]
     for source, name in zip(sources, names, strict=True):
         if not is_model(source):
-            yield Setting(source, name or name_of(source))
+            yield Setting(source, name or public_name_of(source))
             continue
         for scheduler in dict.fromkeys(schedulers) or (None,):
             for K in dict.fromkeys(steps) or (None,):
@@ -186,8 +219,8 @@ def _settings(
 
 
 def _distinct_names(sources: Sequence[Any]) -> list[str]:
-    """The last part of each path, or as many as tell them apart."""
-    names = [name_of(source) for source in sources]
+    """The last part of each path, or as many parts as distinguish them."""
+    names = [public_name_of(source) for source in sources]
     paths = [
         Path(source).expanduser().absolute().parts if isinstance(source, str | os.PathLike) else ()
         for source in sources
@@ -205,74 +238,47 @@ def _distinct_names(sources: Sequence[Any]) -> list[str]:
     ]
 
 
-def _measure_all(
-    evaluator: Evaluator, settings: Sequence[Setting], folder: Path
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The rows, on the main process, and what is left out with its reason."""
-    rows, left_out = [], []
-    loaded: tuple[Any, Subject | None] = (None, None)
+def _loaded(evaluator: Evaluator, settings: Sequence[Setting]) -> Iterator[tuple[Setting, Subject]]:
+    """The settings with their subjects; consecutive settings of one source load it once."""
+    source, subject = None, None
     for number, setting in enumerate(settings, start=1):
-        source, subject = loaded
-        if subject is None or source is not setting.source:
-            subject = evaluator.load(setting.source)
-            loaded = (setting.source, subject)
-            if evaluator.metrics != (BITS,):
-                evaluator.real(evaluator.facts(subject))  # fails for all settings, if at all
+        if subject is None or setting.source is not source:
+            source, subject = setting.source, evaluator.load(setting.source)
+            if evaluator.image_metrics:
+                evaluator.real_images(subject)  # an error here concerns all settings
         if evaluator.progress:
-            tqdm.write(f"{number} of {len(settings)}: {setting or subject.name}", file=sys.stderr)
-        place = folder / setting.folder
-        try:
-            row = _measured(evaluator, subject, setting, place)
-        except ValueError as error:
-            left_out.append({**_described(setting), "reason": str(error)})
-            with suppress(OSError):
-                place.rmdir()  # which is empty
-            continue
-        if row is not None:
-            rows.append(row)
-    return rows, left_out
+            tqdm.write(f"{number} of {len(settings)}: {setting}", file=sys.stderr)
+        yield setting, subject
 
 
-def _measured(
+def _measure(
     evaluator: Evaluator, subject: Subject, setting: Setting, folder: Path
-) -> dict[str, Any] | None:
-    """A row; None on all but the main process."""
-    changes: dict[str, Any] = {}
-    num_calls = None
-    if subject.weights is not None:
+) -> tuple[ComparisonRow, Evaluation]:
+    options, num_calls = evaluator.options, None
+    if subject.is_model:
         K, num_calls = _num_steps_and_calls(subject.source, setting)
-        changes = {"scheduler": setting.scheduler, "num_inference_steps": K}
-    report = evaluator.evaluate(subject, folder, **changes)
-    if report is None:
-        return None
-    seconds = [result.get("seconds_per_image") for result in report["results"]]
-    return {
-        **_described(setting),
-        **({} if not changes else {"num_inference_steps": changes["num_inference_steps"]}),
-        "model": report["model"],
-        "num_network_calls": num_calls,
-        "seconds_per_image": next((value for value in seconds if value is not None), None),
-        "folder": folder.name,
-        "figures": {result["name"]: _figure(result) for result in report["results"]},
-        "draws": {result["name"]: _draws(result) for result in report["results"]},
-    }
-
-
-def _described(setting: Setting) -> dict[str, Any]:
-    """What a setting is, as JSON values."""
-    return {
-        "setting": str(setting) or "own scheduler",
-        "name": setting.name or None,
-        "scheduler": setting.scheduler,
-        "num_inference_steps": setting.num_inference_steps,
-    }
+        options = replace(options, scheduler=setting.scheduler, num_inference_steps=K)
+    evaluation = evaluator.evaluate(subject, folder, options)
+    seconds = [figure.measured_with.seconds_per_image for figure in evaluation.image_metrics]
+    row = ComparisonRow(
+        setting=str(setting),
+        name=setting.name or None,
+        scheduler=setting.scheduler,
+        num_inference_steps=options.num_inference_steps,
+        model=evaluation.model,
+        num_network_calls=num_calls,
+        seconds_per_image=next((value for value in seconds if value is not None), None),
+        folder=folder.name,
+        figures={},
+    )
+    return row, evaluation
 
 
 def _num_steps_and_calls(pipeline: Any, setting: Setting) -> tuple[int, int]:
-    """K, and how often the network is called for an image.
+    """K, and the number of network calls per image.
 
     Raises:
-        ValueError: if the scheduler cannot make so many steps.
+        ValueError: if the scheduler does not support K steps.
     """
     sampler = SchedulerSpec.parse(setting.scheduler) if setting.scheduler else SchedulerSpec()
     with sampled_by(pipeline, sampler):
@@ -280,60 +286,74 @@ def _num_steps_and_calls(pipeline: Any, setting: Setting) -> tuple[int, int]:
     kind, T = type(scheduler).__name__, scheduler.config.num_train_timesteps
     K = setting.num_inference_steps or usual_num_steps(kind, T)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it is said when it is done
+        warnings.simplefilter("ignore")  # the measurement warns again
         set_timesteps(scheduler, K, None)
     return K, len(scheduler.timesteps)
 
 
-def _figure(result: dict[str, Any]) -> dict[str, Any]:
-    """What a row says of a figure."""
-    if result["name"] != BITS:
-        figure = {key: result[key] for key in _OF_FIGURE if key in result}
-        return figure | {"num_features": result["features"]["dims"]}
-    error, value = result["standard_error"], result["value"]
-    half = NORMAL_95 * (error or 0.0)
-    return {
-        "name": BITS,
-        "label": "bits/dim",
-        "value": value,
-        "interval": [value - half, value + half],
-        "standard_error": error,
-        "num_images": result["num_images"],
+def _ranked(
+    rows: Sequence[ComparisonRow], evaluations: Sequence[Evaluation]
+) -> Iterator[ComparisonRow]:
+    """The rows with their figures, each ranked among all rows."""
+    best = {
+        name: min(
+            (e.figures[name] for e in evaluations if name in e.figures),
+            key=lambda figure: (1 if _LOWER_IS_BETTER[figure.name] else -1) * figure.value,
+        )
+        for name in dict.fromkeys(name for e in evaluations for name in e.figures)
     }
+    for row, evaluation in zip(rows, evaluations, strict=True):
+        figures = {
+            name: ranked_figure(figure, best[name]) for name, figure in evaluation.figures.items()
+        }
+        yield replace(row, figures=figures)
 
 
-def _draws(result: dict[str, Any]) -> tuple[list[float], float]:
-    """Values whose scatter tells how far two differ by chance, and the factor to 95 %.
+def ranked_figure(
+    figure: BoundResult | MetricResult, best: BoundResult | MetricResult
+) -> RankedFigure:
+    """A figure of one setting, ranked against that of the best setting."""
+    gap, of_chance = figure.value - best.value, gap_of_chance(figure, best)
+    is_tie = of_chance is None or abs(gap) <= of_chance
+    ranked = RankedFigure(
+        name=figure.name,
+        label=figure.label,
+        value=figure.value,
+        interval=figure.interval,
+        standard_error=figure.standard_error,
+        rank="best" if figure is best else "tie" if is_tie else "",
+        gap=gap,
+        gap_of_chance=of_chance,
+    )
+    if isinstance(figure, BoundResult):
+        return replace(ranked, num_images=figure.num_images)
+    return replace(
+        ranked,
+        floor=figure.floor,
+        floor_num_images=figure.floor_num_images,
+        verdict=figure.verdict,
+        note=figure.note,
+        num_drawn=figure.num_drawn,
+        num_real=figure.num_real,
+        num_features=figure.measured_with.features.dims,
+    )
 
-    Of bits/dim those of the images; else of halves, the same of each setting.
+
+def gap_of_chance(a: BoundResult | MetricResult, b: BoundResult | MetricResult) -> float | None:
+    """Half-width of the 95 % interval of the difference of two figures; None for one image.
+
+    Paired if possible: the settings share the real images, their halves, and the noise of each
+    drawn image.
     """
-    if result["name"] == BITS:
-        return result["total"], NORMAL_95 / math.sqrt(len(result["total"]))
-    return result["halves"], T_19
-
-
-def _rank(rows: list[dict[str, Any]]) -> None:
-    """Say of each figure whether it is the best, or too close to it to tell."""
-    for name in {name: None for row in rows for name in row["figures"]}:
-        having = [row for row in rows if name in row["figures"]]
-        sign = 1 if _LOWER_IS_BETTER[name] else -1
-        best = min(having, key=lambda row: sign * row["figures"][name]["value"])
-        for row in having:
-            gap = row["figures"][name]["value"] - best["figures"][name]["value"]
-            of_chance = _gap_of_chance(row["draws"][name], best["draws"][name])
-            is_tie = of_chance is None or abs(gap) <= of_chance
-            rank = "best" if row is best else "tie" if is_tie else ""
-            row["figures"][name] |= {"rank": rank, "gap": gap, "gap_of_chance": of_chance}
-
-
-def _gap_of_chance(a: tuple[list[float], float], b: tuple[list[float], float]) -> float | None:
-    """Half the width of the 95 % interval of the difference; None where it is not known.
-
-    Paired: the settings share the real images, the halves of them and the noise of each drawn one.
-    """
-    (first, factor), (second, _) = a, b
+    first, second = _samples(a), _samples(b)
     if len(first) < 2:
         return None
+    factor = NORMAL_95 / math.sqrt(len(first)) if isinstance(a, BoundResult) else T_19
     if len(first) == len(second):
         return factor * statistics.stdev(x - y for x, y in zip(first, second, strict=True))
     return factor * math.hypot(statistics.stdev(first), statistics.stdev(second))
+
+
+def _samples(figure: BoundResult | MetricResult) -> tuple[float, ...]:
+    """Bounds of the images, or values of the halves."""
+    return figure.total if isinstance(figure, BoundResult) else figure.halves

@@ -1,4 +1,4 @@
-"""Bits/dim of a model on a data set: the bound in parts, with noise that is each image's own."""
+"""Bits/dim of a model on a data set: the bound in shards, with the noise of each image fixed."""
 
 import dataclasses
 import hashlib
@@ -18,7 +18,8 @@ from ddpm_hf.diffusion.conditioning import denoiser_of
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.digests import weights_digest
 from ddpm_hf.evaluation.model_images import EvaluationImages
-from ddpm_hf.evaluation.sharded_tensors import Part, compute_parts
+from ddpm_hf.evaluation.results import BoundPart, BoundParts, BoundResult
+from ddpm_hf.evaluation.sharded_tensors import Shard, compute_shards
 from ddpm_hf.likelihood import BitsPerDim, bits_per_dim
 from ddpm_hf.randomness import seed_of
 from ddpm_hf.statistics import standard_error
@@ -26,15 +27,15 @@ from ddpm_hf.statistics import standard_error
 
 @dataclass(frozen=True)
 class BoundOptions:
-    """How the bound is measured; see `likelihood.bits_per_dim`.
+    """Options of the bound; see `likelihood.bits_per_dim`.
 
     Attributes:
         num_inference_steps: K; None for the whole chain.
         num_timesteps: network calls per image; None for K.
-        timesteps: in place of `num_inference_steps` the timesteps themselves.
+        timesteps: explicit timesteps in place of `num_inference_steps`.
         decoder: "exact" or "tanh".
-        seed: of the noise; that of an image is drawn from this and its index.
-        batch_size: images at once.
+        seed: of the noise, which depends on the seed and the index of an image.
+        batch_size: images per batch.
     """
 
     num_inference_steps: int | None = None
@@ -53,38 +54,35 @@ def measure_bits_per_dim(
     folder: Path,
     state: PartialState,
     *,
-    known: dict[str, Any] | None = None,
+    known: BoundResult | None = None,
     progress: bool = True,
-) -> dict[str, Any] | None:
-    """The bound of the images, as JSON values; the same for any number of processes and restarts.
+) -> BoundResult | None:
+    """Variational bound of the images; independent of the number of ranks and of interruptions.
 
     Args:
-        unet: the network, on the device of this process.
-        scheduler: of its diffusion; another sampler than DDPM's is replaced by that.
-        images: to measure.
-        options: how.
-        folder: where unfinished parts are kept.
-        state: the processes, which share the work.
-        known: an earlier result, which is returned if it is of the very same measurement.
+        unet: network on the device of this rank.
+        scheduler: of the diffusion; another sampler than DDPM's is converted.
+        images: images to measure.
+        options: options of the bound.
+        folder: holds unfinished shards.
+        state: the ranks, which share the work.
+        known: an earlier result, returned if it is of the same measurement.
         progress: show progress bars.
     Returns:
-        "value", "standard_error", every term and each image's bound; None on all but the main
-        process.
+        the bound on the main rank, None on others.
     Raises:
-        ValueError: if something cannot be measured: see `bits_per_dim`.
+        ValueError: if the options do not fit; see `bits_per_dim`.
     """
     scheduler = GaussianDDPMScheduler.from_config(scheduler.config)
     key = bound_key(unet, scheduler, images, options)
-    if known and known.get("key") == key:
+    if known and known.key == key:
         return known if state.is_main_process else None
     unfinished = folder / f".unfinished-{key[:16]}"
-    bound = bound_in_parts(unet, scheduler, images, options, unfinished, state, progress=progress)
-    if bound is None:
-        return None
-    return {"name": "bits-per-dim", "key": key, **_described(bound, images, scheduler, options)}
+    bound = sharded_bound(unet, scheduler, images, options, unfinished, state, progress=progress)
+    return None if bound is None else _bound_result(key, bound, images, scheduler, options)
 
 
-def bound_in_parts(
+def sharded_bound(
     unet: UNet2DModel,
     scheduler: GaussianDDPMScheduler,
     images: EvaluationImages,
@@ -94,30 +92,31 @@ def bound_in_parts(
     *,
     progress: bool = True,
 ) -> BitsPerDim | None:
-    """The bound of the images; None on all but the main process.
+    """The bound of each image on the main rank; None on others.
 
     Args:
-        folder: where the parts of this very measurement are kept.
-        unet, scheduler, images, options, state, progress: as for `measure_bits_per_dim`.
+        folder: holds the shards of this measurement only.
+        unet, scheduler, images, options, state, progress: see `measure_bits_per_dim`.
     """
     starts = range(0, len(images), options.batch_size)
     rows = [range(start, min(start + options.batch_size, len(images))) for start in starts]
 
-    def compute(part: int) -> Part:
+    def compute(shard: int) -> Shard:
         shown = progress and state.is_main_process
-        bound = _bound(unet, scheduler, images, rows[part], options, shown)
+        bound = _bound_of_rows(unet, scheduler, images, rows[shard], options, shown)
         return {field.name: getattr(bound, field.name) for field in dataclasses.fields(bound)}
 
-    parts = compute_parts(state, folder, [len(part) for part in rows], compute, progress=progress)
-    return BitsPerDim.concatenate([BitsPerDim(**part) for part in parts]) if parts else None
+    sizes = [len(of_shard) for of_shard in rows]
+    shards = compute_shards(state, folder, sizes, compute, progress=progress)
+    return BitsPerDim.concatenate([BitsPerDim(**shard) for shard in shards]) if shards else None
 
 
-def forget_parts(folder: Path, result: dict[str, Any]) -> None:
-    """Remove what was kept in case of an interruption, once the result is safe."""
-    remove_folder(folder / f".unfinished-{result['key'][:16]}")
+def remove_shards(folder: Path, result: BoundResult) -> None:
+    """Remove the shards of a result that is written."""
+    remove_folder(folder / f".unfinished-{result.key[:16]}")
 
 
-def _bound(
+def _bound_of_rows(
     unet: UNet2DModel,
     scheduler: GaussianDDPMScheduler,
     images: EvaluationImages,
@@ -152,7 +151,7 @@ def bound_key(
     images: EvaluationImages,
     options: BoundOptions,
 ) -> str:
-    """Hash of all that decides the result."""
+    """Digest of everything that determines the result."""
     config = {name: value for name, value in scheduler.config.items() if name[0] != "_"}
     curve = None if scheduler.x_0_mse is None else scheduler.x_0_mse.tolist()
     facts = [dataclasses.asdict(options), config, curve, str(unet.dtype), images.digest()]
@@ -161,51 +160,50 @@ def bound_key(
     return sums.hexdigest()
 
 
-def _described(
+def _bound_result(
+    key: str,
     bound: BitsPerDim,
     images: EvaluationImages,
     scheduler: GaussianDDPMScheduler,
     options: BoundOptions,
-) -> dict[str, Any]:
-    terms = bound.terms
-    parts = {
-        "prior": bound.prior,
-        "diffusion": terms[:, :-1].sum(1),
-        "decoder": terms[:, -1],
-        "total": bound.total,
-    }
-    num_steps = len(bound.timesteps)
-    return {
-        "value": bound.mean,
-        "standard_error": _finite(bound.standard_error),
-        "parts": {
-            name: {"value": part.mean().item(), "standard_error": _finite(standard_error(part))}
-            for name, part in parts.items()
-        },
-        "num_images": len(images),
-        "shape": list(images.images.shape),
-        "bit_depth": images.facts.bit_depth,
-        "is_calibrated": scheduler.x_0_mse is not None,
-        "num_train_timesteps": len(scheduler),
-        "num_inference_steps": num_steps,
-        "num_timesteps": min(options.num_timesteps or num_steps, num_steps),
-        "decoder": options.decoder,
-        "seed": options.seed,
-        "timesteps": bound.timesteps.tolist(),
-        "terms": terms.mean(0).tolist(),
-        "x_0_mse": _finite_list(bound.x_0_mse),
-        "eps_mse": _finite_list(bound.eps_mse),
-        "num_measured": bound.num_measured.tolist(),
-        "num_expected": bound.num_expected.tolist(),
-        "indices": list(images.indices),
-        "total": bound.total.tolist(),
-    }
+) -> BoundResult:
+    terms, num_steps = bound.terms, len(bound.timesteps)
+    channels, height, width = images.images.shape
+    return BoundResult(
+        key=key,
+        value=bound.mean,
+        standard_error=finite(bound.standard_error),
+        parts=BoundParts(
+            prior=_part(bound.prior),
+            diffusion=_part(terms[:, :-1].sum(1)),
+            decoder=_part(terms[:, -1]),
+            total=_part(bound.total),
+        ),
+        num_images=len(images),
+        shape=(channels, height, width),
+        bit_depth=images.facts.bit_depth,
+        is_calibrated=scheduler.x_0_mse is not None,
+        num_train_timesteps=len(scheduler),
+        num_inference_steps=num_steps,
+        num_timesteps=min(options.num_timesteps or num_steps, num_steps),
+        decoder=options.decoder,
+        seed=options.seed,
+        timesteps=tuple(bound.timesteps.tolist()),
+        terms=tuple(terms.mean(0).tolist()),
+        x_0_mse=tuple(map(finite, bound.x_0_mse.tolist())),
+        eps_mse=tuple(map(finite, bound.eps_mse.tolist())),
+        num_measured=tuple(bound.num_measured.tolist()),
+        num_expected=tuple(bound.num_expected.tolist()),
+        indices=tuple(images.indices),
+        total=tuple(bound.total.tolist()),
+    )
 
 
-def _finite(value: float) -> float | None:
-    """JSON knows no NaN."""
+def _part(values: Tensor) -> BoundPart:
+    error = finite(standard_error(values))
+    return BoundPart(value=values.mean().item(), standard_error=error)
+
+
+def finite(value: float) -> float | None:
+    """None for NaN and infinity, which JSON does not have."""
     return value if math.isfinite(value) else None
-
-
-def _finite_list(values: Tensor) -> list[float | None]:
-    return [_finite(value) for value in values.tolist()]

@@ -1,8 +1,8 @@
-"""How far drawn images are from real ones, by their features: arrays (N, d), computed in float64.
+"""Distances between real and drawn images by their features, arrays (N, d); float64 arithmetic.
 
 Each function takes numpy arrays or tensors; `real` and `drawn` may differ in N. Images are compared
-on the device that they are on, in blocks, so that memory grows with N alone. A function whose name
-ends in `_of` takes what was found of many pairs of sets at once.
+on their device in blocks, so that memory is linear in N. A function whose name ends in `_of` takes
+precomputed statistics of a pair of sets.
 """
 
 import math
@@ -11,9 +11,15 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from ddpm_hf.evaluation.neighbour_statistics import FeatureSet, Pair, look, pooled
+from ddpm_hf.evaluation.neighbour_statistics import (
+    FeatureSet,
+    PairStatistics,
+    feature_sets,
+    pair_statistics,
+)
 
-# Above this share of the largest eigenvalue the root of the least is right to 1e-9 of its root.
+# If the smallest eigenvalue exceeds this share of the largest, its root is accurate to 1e-9 of the
+# root of the largest.
 _WELL_CONDITIONED = 1e-12
 
 
@@ -21,7 +27,7 @@ class Estimate(float):
     """A number with its standard error.
 
     Attributes:
-        standard_error: its standard deviation over draws of as many images.
+        standard_error: standard deviation over samples of the same size.
     """
 
     standard_error: float
@@ -36,7 +42,7 @@ class Estimate(float):
 
 
 class PrecisionRecall(NamedTuple):
-    """Shares in [0, 1]: of drawn images that look real, and of real ones that could be drawn."""
+    """Shares in [0, 1]: drawn images that look real, and real images that the model covers."""
 
     precision: float
     recall: float
@@ -50,17 +56,17 @@ class DensityCoverage(NamedTuple):
 
 
 def frechet_distance(real: Any, drawn: Any) -> float:
-    """Squared distance of the two Gaussians that have the means and covariances of the features.
+    """Squared Frechet distance of Gaussians with the means and covariances of the features.
 
     |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1^(1/2) S_2 S_1^(1/2))^(1/2)). The last trace is the sum
     of the singular values of B A^T for any A^T A = S_1 and B^T B = S_2: no square root of a
-    covariance is taken, and N < d is no special case. Biased upwards, the more the fewer images.
+    covariance is needed, and N < d is not a special case. Biased upwards, more for fewer images.
 
     Args:
         real: features (N, d), N at least 2.
-        drawn: features (M, d).
+        drawn: features (M, d), M at least 2.
     Raises:
-        ValueError: if they are no such arrays, or not finite.
+        ValueError: for other shapes, or features that are not finite.
     Source: FID (1706.08500), eq. 6.
     """
     real, drawn = _checked(real, drawn, at_least=2)
@@ -70,7 +76,10 @@ def frechet_distance(real: Any, drawn: Any) -> float:
 
 
 def _sum_of_singular_values(matrix: Tensor) -> Tensor:
-    """From the eigenvalues of the smaller product with itself, thrice as fast, where those do."""
+    """Sum of the singular values.
+
+    Uses the eigenvalues of the smaller Gram matrix, three times as fast, if it is well conditioned.
+    """
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     squares: Tensor = torch.linalg.eigvalsh(wide @ wide.T)
     if squares[0] > _WELL_CONDITIONED * squares[-1]:
@@ -80,24 +89,24 @@ def _sum_of_singular_values(matrix: Tensor) -> Tensor:
 
 
 def kernel_distance(real: Any, drawn: Any) -> Estimate:
-    """Squared maximum mean discrepancy for the kernel (x.y / d + 1)^3; unbiased, so it may be < 0.
+    """Squared maximum mean discrepancy with the kernel (x.y / d + 1)^3; unbiased, so may be < 0.
 
     Args:
         real: features (N, d), N at least 3.
-        drawn: features (M, d).
+        drawn: features (M, d), M at least 3.
     Returns:
-        the value, with its standard error by the jackknife over the images of both sets.
+        the value, with the standard error of the jackknife over the images of both sets.
     Raises:
-        ValueError: if they are no such arrays, or not finite.
+        ValueError: for other shapes, or features that are not finite.
     Source: KID (1801.01401), section 4.
     """
-    (pair,) = look([_checked(real, drawn, at_least=3)])
+    (pair,) = pair_statistics([_checked(real, drawn, at_least=3)])
     return kernel_distance_of(pair)
 
 
-def kernel_distance_of(pair: Pair) -> Estimate:
+def kernel_distance_of(pair: PairStatistics) -> Estimate:
     """See `kernel_distance`."""
-    among_x, among_y, x_to_y, y_to_x = (seen.kernel_sums for seen in pair)
+    among_x, among_y, x_to_y, y_to_x = (statistics.kernel_sums for statistics in pair)
     n, m = len(among_x), len(among_y)
     s_xx, s_yy, s_xy = among_x.sum(), among_y.sum(), x_to_y.sum()
 
@@ -111,24 +120,24 @@ def kernel_distance_of(pair: Pair) -> Estimate:
 
 
 def precision_recall(real: Any, drawn: Any, k: int = 3) -> PrecisionRecall:
-    """The share of drawn images among the real ones, and of real images among the drawn ones.
+    """Shares of drawn images in the real manifold, and of real images in the drawn manifold.
 
-    An image is among others if it is no farther from one of them than that is from its k-th
-    nearest neighbour.
+    The manifold of a set is the union of balls around its images; a ball reaches to the k-th
+    nearest neighbour in the set.
 
     Args:
         real: features (N, d), N greater than k.
-        drawn: features (M, d), likewise.
-        k: neighbours that the radius reaches to.
+        drawn: features (M, d), M greater than k.
+        k: rank of the neighbour at the radius of a ball.
     Raises:
-        ValueError: if they are no such arrays, or not finite.
+        ValueError: for other shapes, or features that are not finite.
     Source: improved precision and recall (1904.06991), eq. 1 and 2.
     """
-    (pair,) = look([_checked(real, drawn, at_least=k + 1)], [k])
+    (pair,) = pair_statistics([_checked(real, drawn, at_least=k + 1)], [k])
     return precision_recall_of(pair, k)
 
 
-def precision_recall_of(pair: Pair, k: int = 3) -> PrecisionRecall:
+def precision_recall_of(pair: PairStatistics, k: int = 3) -> PrecisionRecall:
     """See `precision_recall`."""
     return PrecisionRecall(
         (pair.real_to_drawn.num_balls[k] > 0).double().mean().item(),
@@ -137,27 +146,27 @@ def precision_recall_of(pair: Pair, k: int = 3) -> PrecisionRecall:
 
 
 def density_coverage(real: Any, drawn: Any, k: int = 5) -> DensityCoverage:
-    """How many real images' balls a drawn image lies in, over k; the share of balls with one in.
+    """Mean number of balls around a drawn image, over k; share of balls with a drawn image.
 
     The ball of a real image reaches to its k-th nearest real neighbour.
 
     Args:
         real: features (N, d), N greater than k.
-        drawn: features (M, d), likewise.
-        k: neighbours that the radius reaches to.
+        drawn: features (M, d), M greater than k.
+        k: rank of the neighbour at the radius of a ball.
     Raises:
-        ValueError: if they are no such arrays, or not finite.
+        ValueError: for other shapes, or features that are not finite.
     Source: density and coverage (2002.09797), eq. 3 and 4.
     """
-    (pair,) = look([_checked(real, drawn, at_least=k + 1)], [k])
+    (pair,) = pair_statistics([_checked(real, drawn, at_least=k + 1)], [k])
     return density_coverage_of(pair, k)
 
 
-def density_coverage_of(pair: Pair, k: int = 5) -> DensityCoverage:
+def density_coverage_of(pair: PairStatistics, k: int = 5) -> DensityCoverage:
     """See `density_coverage`."""
-    seen = pair.real_to_drawn
+    balls = pair.real_to_drawn
     return DensityCoverage(
-        seen.num_balls[k].double().mean().item() / k, seen.has_inside[k].double().mean().item()
+        balls.num_balls[k].double().mean().item() / k, balls.has_inside[k].double().mean().item()
     )
 
 
@@ -167,15 +176,17 @@ def _checked(real: Any, drawn: Any, at_least: int) -> tuple[FeatureSet, FeatureS
         for name, x in (("real", real), ("drawn", drawn)):
             if x.ndim != 2 or x.shape[1] != real.shape[-1]:
                 raise ValueError(
-                    f"{name} must be features (N, d), the same d for both, got shapes"
+                    f"`{name}` must be features (N, d) with the same d for both, got shapes"
                     f" {tuple(real.shape)} and {tuple(drawn.shape)}"
                 )
             if not x.isfinite().all():
                 raise ValueError(
-                    f"{name} must be finite, but {int((~x.isfinite()).sum())} values are not"
+                    f"`{name}` must be finite, but {int((~x.isfinite()).sum())} values are not"
                 )
-        real, drawn = pooled(real, drawn)
+        real, drawn = feature_sets(real, drawn)
     for name, x in (("real", real), ("drawn", drawn)):
         if len(x) < at_least:
-            raise ValueError(f"{name} must be features of at least {at_least} images, got {len(x)}")
+            raise ValueError(
+                f"`{name}` must be features of at least {at_least} images, got {len(x)}"
+            )
     return real, drawn

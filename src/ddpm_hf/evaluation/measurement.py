@@ -1,9 +1,9 @@
-"""The measuring itself: on one data set and by one set of options, of any number of subjects."""
+"""`Evaluator`: measures any number of models and image sets on one data set."""
 
 import hashlib
 import os
-import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -14,116 +14,112 @@ from torch import Tensor
 
 from ddpm_hf.diffusion.image_processor import ImageFacts
 from ddpm_hf.digests import weights_digest
-from ddpm_hf.evaluation.dataset_likelihood import BoundOptions, forget_parts, measure_bits_per_dim
-from ddpm_hf.evaluation.features import DEFAULT_FEATURES, Features, features_of, load_features
-from ddpm_hf.evaluation.metrics import FEWEST, METRICS, closest_pairs, measure
+from ddpm_hf.evaluation.dataset_likelihood import BoundOptions, measure_bits_per_dim, remove_shards
+from ddpm_hf.evaluation.features import Features, features_of, load_features
+from ddpm_hf.evaluation.metrics import MIN_IMAGES, closest_pairs, measure
 from ddpm_hf.evaluation.model_images import facts_of, images_for
-from ddpm_hf.evaluation.per_class import Rows, add_classes, rows_of_classes
-from ddpm_hf.evaluation.report import BITS, read_results, report_of, write_report
-from ddpm_hf.evaluation.sets import DataSource, facts_of_set, image_set, picture
-from ddpm_hf.evaluation.training_record import held_out_by_training
+from ddpm_hf.evaluation.options import BITS, METRIC_NAMES, EvaluationOptions, public_name_of
+from ddpm_hf.evaluation.per_class import RowsByClass, rows_by_class, with_classes
+from ddpm_hf.evaluation.result_files import (
+    EVALUATION_FILE,
+    command_of,
+    known_results,
+    now,
+    versions,
+    write_result,
+)
+from ddpm_hf.evaluation.result_pictures import failures_as_warnings, save_samples
+from ddpm_hf.evaluation.results import (
+    BoundResult,
+    Evaluation,
+    FeatureNetwork,
+    ImageFormat,
+    MeasurementSetup,
+    MetricResult,
+    ModelFacts,
+)
+from ddpm_hf.evaluation.sets import DataSource, facts_of_set, image_set
+from ddpm_hf.evaluation.training_record import with_hold_out_of_training
 from ddpm_hf.hub.load import load
-from ddpm_hf.pictures import image_grid
 from ddpm_hf.sampling import DrawnImages, draw_to
 from ddpm_hf.sampling.sampler_choice import sampled_by
 from ddpm_hf.scheduler_spec import SchedulerSpec
-from ddpm_hf.shared_work import distributed_state
-from ddpm_hf.text import public_name
+from ddpm_hf.shared_work import distributed_state, on_main_process
 
-ALL_METRICS = (BITS, *METRICS)
-MOST_DRAWN = 10_000
-_NUM_SHOWN, _NUM_PAIRS = 64, 16
-
-
-@dataclass(frozen=True)
-class EvaluationOptions:
-    """How it is measured; see `evaluate`."""
-
-    features: Any = DEFAULT_FEATURES
-    num_images: int | None = None
-    seed: int = 0
-    split: str | None = None
-    reference_split: str = "train"
-    dataset_config: str | None = None
-    dataset_revision: str | None = None
-    image_column: str | None = None
-    class_column: str | None = None
-    per_class: bool = False
-    on_bad_image: str = "error"
-    scheduler: str | None = None
-    num_inference_steps: int | None = None
-    num_timesteps: int | None = None
-    decoder: str = "exact"
-    batch_size: int = 64
-    revision: str | None = None
-    variant: str | None = None
-    use_safetensors: bool = True
-
-    def recorded(self) -> dict[str, Any]:
-        """What decides the figures, as JSON values."""
-        loading = ("revision", "variant", "use_safetensors")
-        options = {name: value for name, value in vars(self).items() if name not in loading}
-        return options | {"features": name_of(self.features)}
+MAX_DRAWN = 10_000
+_NUM_CLOSEST_PAIRS = 16
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured.
+    """A model or a set of images.
 
     Attributes:
-        source: a pipeline on the device of this process, or images.
-        name: for people.
-        weights: the digest of a pipeline's; None of images.
+        source: a pipeline on the device of this rank, or images.
+        name: shown in reports.
+        weights: digest of a model's weights; None for images.
     """
 
     source: Any
     name: str
     weights: str | None = None
 
+    @property
+    def is_model(self) -> bool:
+        """Whether this is a model."""
+        return self.weights is not None
+
+    @property
+    def image_facts(self) -> ImageFacts:
+        """Size, mode and bit depth of its images."""
+        return facts_of(self.source.unet) if self.is_model else facts_of_set(self.source)
+
 
 @dataclass(frozen=True)
 class RealImages:
-    """The real images that others are compared with; features on the main process only.
+    """Real images in the format of a subject, with features on the main rank.
 
     Attributes:
-        reference, held_out: the names of the splits.
-        images, others: those of the reference, and those held out, if any.
-        x, z: features of the reference and of the images held out, (N, d), where there are any.
+        reference_split, held_out_split: names of the splits.
+        reference, held_out: the images; `held_out` is None if there are none.
+        reference_features, held_out_features: (N, d).
     """
 
-    reference: str
-    held_out: str | None
+    reference_split: str
+    held_out_split: str | None
+    reference: DrawnImages
+    held_out: DrawnImages | None
+    reference_features: Tensor | None
+    held_out_features: Tensor | None
+
+
+@dataclass(frozen=True)
+class DrawnFeatures:
+    """Drawn images, and the features of those that are compared, on the main rank."""
+
     images: DrawnImages
-    others: DrawnImages | None
-    x: Tensor | None
-    z: Tensor | None
+    num_compared: int
+    features: Tensor | None
 
 
 def is_model(source: Any) -> bool:
-    """A pipeline, a folder with the index of one, or a name that is no path here."""
+    """Whether this is a pipeline, the folder of one, or a name that is not a local path."""
     if not isinstance(source, str | os.PathLike):
         return hasattr(source, "unet")
     path = Path(source).expanduser()
     return (path / "model_index.json").is_file() or not path.exists()
 
 
-def name_of(source: Any) -> str:
-    """What a model, images or features are called where others read it."""
-    if isinstance(source, str | os.PathLike):
-        return public_name(os.fspath(source))
-    return source.name if isinstance(source, Features) else type(source).__name__
-
-
 class Evaluator:
-    """Measures subjects; what is of the real images alone, once.
+    """Measures subjects; the real images and their features are prepared once.
 
     Args:
-        dataset: as for `evaluate`.
-        metrics: of `ALL_METRICS`.
-        options: how.
-        progress: show progress bars, on the main process.
+        dataset: a `DataSource`, or see `evaluate`.
+        metrics: of `METRIC_NAMES`.
+        options: defaults of all measurements.
+        progress: show progress bars on the main rank.
     Raises:
-        ValueError: for options that nothing can be measured by.
+        ValueError: for unknown or no metrics.
     """
 
     def __init__(
@@ -134,65 +130,42 @@ class Evaluator:
         *,
         progress: bool = True,
     ) -> None:
-        _check(metrics, options.num_images)
+        if unknown := [name for name in metrics if name not in METRIC_NAMES]:
+            choices = ", ".join(METRIC_NAMES)
+            raise ValueError(f"`metrics` must be of {choices}, got {unknown[0]!r}")
+        if not metrics:
+            raise ValueError(f"`metrics` is empty; choices: {', '.join(METRIC_NAMES)}")
         self.metrics, self.options = tuple(metrics), options
+        self.image_metrics = tuple(name for name in metrics if name != BITS)
         self.state = distributed_state()
         self.progress = progress and self.state.is_main_process
-        self.data = DataSource(
-            dataset,
-            options.split,
-            options.reference_split,
-            options.dataset_config,
-            options.dataset_revision,
-            options.image_column,
-            options.on_bad_image,
-        )
-        self._real: dict[tuple[Any, ...], RealImages] = {}
+        is_opened = isinstance(dataset, DataSource)
+        self.data = dataset if is_opened else DataSource.from_options(dataset, options)
+        self._real: dict[ImageFormat, RealImages] = {}
 
-    def use_held_out_of(self, sources: Sequence[Any]) -> None:
-        """Heed the images that the training of all models among these held out, if they agree."""
-        options = self.options
-        self.data = held_out_by_training(
+    def use_hold_out_of(self, sources: Sequence[Any]) -> None:
+        """Use the recorded hold-out of all models among `sources`, if they agree."""
+        self.data = with_hold_out_of_training(
             self.data,
             [source for source in sources if is_model(source)],
-            revision=options.revision,
-            use_safetensors=options.use_safetensors,
+            revision=self.options.revision,
+            use_safetensors=self.options.use_safetensors,
             progress=self.progress,
         )
 
     @cached_property
     def network(self) -> Features:
-        """What images are compared by."""
+        """The feature network."""
         return load_features(self.options.features, self.state.device)
 
-    def real(self, facts: ImageFacts) -> RealImages:
-        """The real images in this size, mode and depth, with their features."""
-        key = (facts.mode, facts.height, facts.width, facts.bit_depth)
-        if key not in self._real:
-            reference, held_out = self.data.parts()
-            if self.data.hold_out is not None and self.data.hold_out.num_held_out < self._fewest():
-                held_out = None  # the floor is between halves of those that were trained on
-            labels: Any = (self.options.class_column or True) if self.options.per_class else None
-            images = self.data.images(reference, facts, self.progress, labels)
-            x = self._features(images)
-            others = self.data.images(held_out, facts, self.progress, labels) if held_out else None
-            z = self._features(others) if others else None
-            names = reference.split, held_out.split if held_out else None
-            self._real[key] = RealImages(*names, images, others, x, z)
-        return self._real[key]
-
-    def _fewest(self) -> int:
-        """Images that a floor takes."""
-        return max(FEWEST[name] for name in self.metrics if name != BITS)
-
     def load(self, source: Any) -> Subject:
-        """A model on the device of this process, or images.
+        """A model on the device of this rank, or a set of images.
 
         Raises:
-            ValueError, OSError: if there is none.
+            ValueError, OSError: if it does not exist or cannot be loaded.
         """
         if not is_model(source):
-            return Subject(image_set(source), name_of(source))
+            return Subject(image_set(source), public_name_of(source))
         pipeline, options = source, self.options
         if not hasattr(source, "unet"):
             pipeline = load(
@@ -202,80 +175,113 @@ class Evaluator:
                 use_safetensors=options.use_safetensors,
             )
         pipeline = pipeline.to(self.state.device)
-        return Subject(pipeline, name_of(source), weights_digest(pipeline.unet))
+        return Subject(pipeline, public_name_of(source), weights_digest(pipeline.unet))
 
-    def facts(self, subject: Subject) -> ImageFacts:
-        """What its images are."""
-        if subject.weights is None:
-            return facts_of_set(subject.source)
-        return facts_of(subject.source.unet)
+    def real_images(self, subject: Subject) -> RealImages:
+        """The real images in the format of the subject, with their features."""
+        facts = subject.image_facts
+        image_format = ImageFormat.of(facts)
+        if image_format not in self._real:
+            self._real[image_format] = self._prepare_real_images(facts)
+        return self._real[image_format]
 
-    def evaluate(self, subject: Subject, folder: Path, **changes: Any) -> dict[str, Any] | None:
+    def _prepare_real_images(self, facts: ImageFacts) -> RealImages:
+        reference, held_out = self.data.reference_and_held_out()
+        hold_out = self.data.hold_out
+        if hold_out and hold_out.num_held_out < max(MIN_IMAGES[m] for m in self.image_metrics):
+            held_out = None  # too few: the floor compares halves of the training images
+        labels: Any = (self.options.class_column or True) if self.options.per_class else None
+        images = self.data.images(reference, facts, self.progress, labels)
+        others = self.data.images(held_out, facts, self.progress, labels) if held_out else None
+        return RealImages(
+            reference.split,
+            held_out.split if held_out else None,
+            images,
+            others,
+            self._features(images),
+            self._features(others) if others else None,
+        )
+
+    def evaluate(
+        self, subject: Subject, folder: Path, options: EvaluationOptions | None = None
+    ) -> Evaluation:
         """Measure one subject.
 
         Args:
-            subject: of `load`.
-            folder: gets evaluation.json, the pictures, and the drawn images.
-            **changes: of the options.
-        Returns:
-            what evaluation.json holds; None on all but the main process.
+            subject: from `load`.
+            folder: for evaluation.json, the pictures, and the drawn images.
+            options: by default those of the evaluator.
         Raises:
-            ValueError, OSError: if something cannot be measured.
+            ValueError, OSError: if the subject cannot be measured.
         """
-        options = replace(self.options, **changes)
+        options = options or self.options
+        self._check(subject, options)
         folder.mkdir(parents=True, exist_ok=True)
-        if subject.weights is None:
-            for name in ("scheduler", "num_inference_steps"):
-                if getattr(options, name) is not None:
-                    raise ValueError(f"{name} is of a model; these are images")
-            results = self._measure(subject, options, folder)
-        else:
-            sampler = (
-                SchedulerSpec.parse(options.scheduler) if options.scheduler else SchedulerSpec()
-            )
-            with sampled_by(subject.source, sampler):
-                results = self._measure(subject, options, folder, sampler.eta)
-        if not self.state.is_main_process:
-            return None
-        report = report_of(
-            {"name": subject.name, "revision": options.revision, "weights": subject.weights},
-            self.data.facts() | {"image": self.facts(subject).to_config()["image"]},
-            results,
-            {"metrics": list(self.metrics), **options.recorded()},
-        )
-        write_report(folder, report)
-        for result in results:
-            if result["name"] == BITS:
-                forget_parts(folder, result)
-        return report
+        sampler = SchedulerSpec.parse(options.scheduler) if options.scheduler else SchedulerSpec()
+        is_drawn = subject.is_model
+        with sampled_by(subject.source, sampler) if is_drawn else nullcontext():
+            bound = None
+            if BITS in self.metrics:
+                bound = self._bound(subject.source, options, folder)
+            real, drawn = None, None
+            if self.image_metrics:
+                real = self.real_images(subject)  # fails before the drawing, if at all
+                images = subject.source
+                if is_drawn:
+                    images = self._draw(images, options, folder, sampler.eta, len(real.reference))
+                drawn = self._drawn_features(images, options)
 
-    def _measure(
-        self, subject: Subject, options: EvaluationOptions, folder: Path, eta: float | None = None
-    ) -> list[dict[str, Any]]:
-        """The results, on the main process."""
-        results = []
+        def report() -> Evaluation:
+            results: list[BoundResult | MetricResult] = [bound] if bound else []
+            if real is not None and drawn is not None:
+                results += self._compare(real, drawn, options, folder)
+            evaluation = self._evaluation(subject, options, results)
+            write_result(folder, evaluation, EVALUATION_FILE)
+            if bound is not None:
+                remove_shards(folder, bound)
+            return evaluation
+
+        return on_main_process(self.state, report)
+
+    def _check(self, subject: Subject, options: EvaluationOptions) -> None:
+        if subject.is_model:
+            is_conditional = subject.source.unet.config.num_class_embeds
+            if options.per_class and self.image_metrics and not is_conditional:
+                raise ValueError("`per_class` needs a class-conditional model")
+            return
+        for name in ("scheduler", "num_inference_steps"):
+            if getattr(options, name) is not None:
+                raise ValueError(f"`{name}` applies to models; {subject.name} is a set of images")
         if BITS in self.metrics:
-            if subject.weights is None:
-                raise ValueError(f"metrics {BITS} is of a model; these are images")
-            results += [self._bits(subject.source, options, folder)]
-        if compared := [name for name in self.metrics if name != BITS]:
-            self.real(self.facts(subject))  # what is wrong with them is said before the drawing
-            drawn = subject.source
-            if subject.weights is not None:
-                if options.per_class and not subject.source.unet.config.num_class_embeds:
-                    raise ValueError("per_class is of class-conditional models; this one is none")
-                drawn = self._draw(subject.source, options, folder, eta)
-            results += self._compare(drawn, compared, options, folder)
-        return [result for result in results if result is not None]
+            raise ValueError(f"`metrics`: {BITS} needs a model; {subject.name} is a set of images")
 
-    def _bits(self, pipeline: Any, options: EvaluationOptions, folder: Path) -> Any:
-        """Bits/dim of the held-out images."""
-        number, part = options.num_images, self.data.measured()
+    def _evaluation(
+        self,
+        subject: Subject,
+        options: EvaluationOptions,
+        results: Sequence[BoundResult | MetricResult],
+    ) -> Evaluation:
+        dataset, recorded = self.data.facts(), options.recorded()
+        shown = {"metrics": list(self.metrics), **recorded.to_dict()}
+        return Evaluation(
+            model=ModelFacts(name=subject.name, revision=options.revision, weights=subject.weights),
+            dataset=replace(dataset, image=ImageFormat.of(subject.image_facts)),
+            results=tuple(results),
+            metrics=self.metrics,
+            options=recorded,
+            command=command_of([subject.name], dataset.name, shown),
+            versions=versions(),
+            created=now(),
+        )
+
+    def _bound(self, pipeline: Any, options: EvaluationOptions, folder: Path) -> BoundResult | None:
+        """Bits/dim of the held-out images, on the main rank."""
+        number, subset = options.num_images, self.data.likelihood_subset()
         images = images_for(
             pipeline.unet,
-            self.data.rows(part.split),
-            rows=part.rows,
-            num_images=number if self.metrics == (BITS,) else None,
+            self.data.rows(subset.split),
+            rows=subset.rows,
+            num_images=None if self.image_metrics else number,
             at_most=number,
             seed=options.seed,
             image_column=options.image_column,
@@ -283,63 +289,107 @@ class Evaluator:
             on_bad_image=options.on_bad_image,
             progress=self.progress,
         )
-        names = ("num_inference_steps", "num_timesteps", "decoder", "seed", "batch_size")
-        known = [result for result in read_results(folder) if result["name"] == BITS]
+        known = [r for r in known_results(folder) if isinstance(r, BoundResult)]
         return measure_bits_per_dim(
             pipeline.unet,
             pipeline.scheduler,
             images,
-            BoundOptions(**{name: getattr(options, name) for name in names}),
+            BoundOptions(
+                num_inference_steps=options.num_inference_steps,
+                num_timesteps=options.num_timesteps,
+                decoder=options.decoder,
+                seed=options.seed,
+                batch_size=options.batch_size,
+            ),
             folder,
             self.state,
             known=known[0] if known else None,
             progress=self.progress,
         )
 
-    def _compare(
+    def _draw(
         self,
-        drawn: DrawnImages,
-        metrics: Sequence[str],
+        pipeline: Any,
         options: EvaluationOptions,
         folder: Path,
-    ) -> list[dict[str, Any]]:
-        """The figures that compare drawn images with real ones, or those known from before."""
-        real = self.real(facts_of_set(drawn))
-        num_drawn = min(len(drawn), options.num_images or len(drawn))
-        y = self._features(drawn, range(num_drawn))
+        eta: float | None,
+        num_reference: int,
+    ) -> DrawnImages:
+        """Draw as many images as there are real ones; classes are drawn in turn."""
+        return draw_to(
+            pipeline,
+            folder / "drawn",
+            options.num_images or min(num_reference, MAX_DRAWN),
+            seed=options.seed,
+            batch_size=options.batch_size,
+            overwrite=True,
+            progress=self.progress,
+            num_inference_steps=options.num_inference_steps,
+            eta=eta,
+        )
+
+    def _drawn_features(self, images: DrawnImages, options: EvaluationOptions) -> DrawnFeatures:
+        num_compared = min(len(images), options.num_images or len(images))
+        return DrawnFeatures(images, num_compared, self._features(images, range(num_compared)))
+
+    def _compare(
+        self, real: RealImages, drawn: DrawnFeatures, options: EvaluationOptions, folder: Path
+    ) -> list[MetricResult]:
+        """Metrics of images, new or from an earlier evaluation in `folder`; main rank only."""
+        images, x, y, z = (
+            drawn.images, real.reference_features, drawn.features, real.held_out_features
+        )  # fmt: skip
+        if x is None or y is None:
+            return []
         rows = None
         if options.per_class:
-            rows = rows_of_classes(real.images, drawn, real.others, num_drawn)
-        if real.x is None or y is None:
-            return []
-        x, z, seed = real.x, real.z, options.seed
-        how = {
-            "seed": seed,
-            "num_inference_steps": drawn.options.get("num_inference_steps"),
-            "scheduler": options.scheduler or drawn.options.get("scheduler"),
-            "seconds_per_image": drawn.seconds_per_image,
-            "reference_split": real.reference,
-            "held_out_split": real.held_out,
-            "features": self.network.facts() | {"dims": y.shape[1]},
-            "inputs": _digest(x, y, z, seed, rows),
-        }
-        known = [r for r in read_results(folder) if r.get("inputs") == how["inputs"]]
-        missing = [name for name in metrics if name not in {r.get("metric") for r in known}]
+            rows = rows_by_class(real.reference, images, real.held_out, drawn.num_compared)
+        inputs = _digest(x, y, z, options.seed, rows)
+        results = [
+            r
+            for r in known_results(folder)
+            if isinstance(r, MetricResult) and r.measured_with.inputs == inputs
+        ]
+        missing = [m for m in self.image_metrics if m not in {r.metric for r in results}]
         if missing:
-            where = {"seed": seed, "device": self.state.device}
-            measured = measure(missing, x, y, z, **where)
-            if rows is not None:
-                for metric in missing:
-                    of_metric = [figure for figure in measured if figure["metric"] == metric]
-                    add_classes(of_metric, rows, x, y, z, **where)
-            known += [figure | how for figure in measured]
-        figures = [r for name in metrics for r in known if r.get("metric") == name]
-        try:
-            pairs = closest_pairs(x, y, _NUM_PAIRS) if "memorisation" in metrics else []
-            _save_pictures(folder, drawn, real.images, pairs)
-        except Exception as error:  # a picture must not cost the figures
-            warnings.warn(f"the pictures were not drawn: {error}", stacklevel=2)
-        return figures
+            network = FeatureNetwork.from_dict(self.network.facts() | {"dims": y.shape[1]})
+            setup = MeasurementSetup(
+                seed=options.seed,
+                num_inference_steps=images.options.get("num_inference_steps"),
+                scheduler=options.scheduler or images.options.get("scheduler"),
+                seconds_per_image=images.seconds_per_image,
+                reference_split=real.reference_split,
+                held_out_split=real.held_out_split,
+                features=network,
+                inputs=inputs,
+            )
+            measured = self._measure(missing, x, y, z, options.seed, rows)
+            results += [replace(result, setup=setup) for result in measured]
+        with failures_as_warnings():
+            has_pairs = "memorisation" in self.image_metrics
+            pairs = closest_pairs(x, y, _NUM_CLOSEST_PAIRS) if has_pairs else []
+            save_samples(folder, images, real.reference, pairs)
+        return [r for metric in self.image_metrics for r in results if r.metric == metric]
+
+    def _measure(
+        self,
+        metrics: Sequence[str],
+        x: Tensor,
+        y: Tensor,
+        z: Tensor | None,
+        seed: int,
+        rows: RowsByClass | None,
+    ) -> list[MetricResult]:
+        device = self.state.device
+        results = measure(metrics, x, y, z, seed=seed, device=device)
+        if rows is None:
+            return results
+        by_metric = [[r for r in results if r.metric == metric] for metric in metrics]
+        return [
+            result
+            for of_metric in by_metric
+            for result in with_classes(of_metric, rows, x, y, z, seed=seed, device=device)
+        ]
 
     def _features(self, images: DrawnImages, rows: range | None = None) -> Tensor | None:
         return features_of(
@@ -351,50 +401,13 @@ class Evaluator:
             progress=self.progress,
         )
 
-    def _draw(
-        self, pipeline: Any, options: EvaluationOptions, folder: Path, eta: float | None
-    ) -> DrawnImages:
-        """As many images by the seed; of a class-conditional model, its classes in turn."""
-        facts, number = facts_of(pipeline.unet), options.num_images
-        return draw_to(
-            pipeline,
-            folder / "drawn",
-            number or min(len(self.real(facts).images), MOST_DRAWN),
-            seed=options.seed,
-            batch_size=options.batch_size,
-            overwrite=True,
-            progress=self.progress,
-            num_inference_steps=options.num_inference_steps,
-            eta=eta,
-        )
 
-
-def _check(metrics: Sequence[str], num_images: int | None) -> None:
-    if unknown := [name for name in metrics if name not in ALL_METRICS]:
-        raise ValueError(f"metrics must be of {', '.join(ALL_METRICS)}, got {unknown[0]!r}")
-    if not metrics:
-        raise ValueError(f"metrics is empty; choices: {', '.join(ALL_METRICS)}")
-    if num_images is not None and num_images < 1:
-        raise ValueError(f"num_images must be at least 1, got {num_images}")
-
-
-def _digest(x: Tensor, y: Tensor, z: Tensor | None, seed: int, rows: Rows | None) -> str:
-    """Tells what figures follow from."""
+def _digest(x: Tensor, y: Tensor, z: Tensor | None, seed: int, rows: RowsByClass | None) -> str:
+    """Digest of everything that determines the metrics of images."""
     sums = hashlib.sha256(repr((seed, version("ddpm-hf"))).encode())
     for name, of_class in (rows or {}).items():
-        sums.update(repr((name, [part.tolist() for part in of_class])).encode())
+        sums.update(repr((name, [subset.tolist() for subset in of_class])).encode())
     for features in (x, y) if z is None else (x, y, z):
         sums.update(repr(features.shape).encode())
         sums.update(features.numpy().tobytes())
     return sums.hexdigest()
-
-
-def _save_pictures(
-    folder: Path, drawn: DrawnImages, real: DrawnImages, pairs: list[tuple[int, int]]
-) -> None:
-    """Some of the drawn images, and the closest pairs: a drawn one, then the real one."""
-    shown = range(min(_NUM_SHOWN, len(drawn)))
-    image_grid([picture(drawn, row) for row in shown]).save(folder / "samples.png")
-    if pairs:
-        cells = [picture(s, i) for pair in pairs for s, i in zip((drawn, real), pair, strict=True)]
-        image_grid(cells, columns=8).save(folder / "closest-pairs.png")

@@ -1,4 +1,4 @@
-"""A data set as a model sees it: its size, its mode, its bit depth and its classes."""
+"""A data set in the format of a model: size, mode, bit depth and classes."""
 
 import hashlib
 from collections.abc import Sequence
@@ -14,20 +14,20 @@ from ddpm_hf.data import DataError, ImageDataset, TrainingImages, prepare_images
 from ddpm_hf.diffusion.image_processor import MODE_CHANNELS, ImageFacts, image_facts, size_multiple
 from ddpm_hf.randomness import seed_of
 
-# What must be the same in the images and in the model.
+# Must agree between images and model.
 _FACTS = ("mode", "height", "width", "bit_depth")
 
 
 @dataclass(frozen=True)
 class EvaluationImages:
-    """Some images of a data set, and their classes.
+    """Images to measure a model on, and their classes.
 
     Attributes:
-        images: `TrainingImages` or some of them; `images[0, i]` is image i as the network sees it,
-            float32 (C, H, W) in [-1, 1].
-        indices: i of the images to use, ascending.
-        labels: the class of every image of the set, as the model numbers them, (N,); or None.
-        facts: what the images are.
+        images: `TrainingImages` or a subset; `images[0, i]` is image i as network input, float32
+            (C, H, W) in [-1, 1].
+        indices: of the images to use, ascending.
+        labels: class of every image of the set by the model's numbers, (N,); or None.
+        facts: size, mode and bit depth before padding.
     """
 
     images: Any
@@ -39,16 +39,16 @@ class EvaluationImages:
         return len(self.indices)
 
     def batch(self, rows: range) -> Tensor:
-        """The images in these rows of `indices`, (B, C, H, W)."""
+        """Images at these positions of `indices`, (B, C, H, W)."""
         batch = self.images.__getitems__([(0, self.indices[row]) for row in rows])
         return torch.stack(batch if self.labels is None else [image for image, _ in batch])
 
     def labels_of(self, rows: range) -> Tensor | None:
-        """Their classes, (B,)."""
+        """Classes at these positions of `indices`, (B,)."""
         return None if self.labels is None else self.labels[[self.indices[row] for row in rows]]
 
     def digest(self) -> str:
-        """Tells these images, in this order and with these classes, from all others."""
+        """Digest of the images, their order and their classes."""
         sums = hashlib.sha256(repr((list(self.indices), self.facts)).encode())
         for row in range(len(self)):
             sums.update(self.batch(range(row, row + 1)).numpy().tobytes())
@@ -70,21 +70,22 @@ def images_for(
     on_bad_image: str = "error",
     progress: bool = True,
 ) -> EvaluationImages:
-    """The images of a data set in the model's size, mode and bit depth, padded as in training.
+    """Images of a data set in the size, mode and bit depth of a model, padded as in training.
 
     Args:
-        unet: the model's network.
-        dataset: from `load_images` or from `datasets`.
-        rows: of these images alone, ascending; None for all.
-        num_images: how many, drawn by the seed; None for all, or for `at_most`.
-        at_most: where `num_images` is None, no more than these.
-        seed: of that draw.
-        image_column: needed only if there are several.
-        label_column: of the classes, for a class-conditional model; True finds it.
+        unet: network of the model.
+        dataset: from `load_images` or `datasets`.
+        rows: candidates, ascending; None for all images.
+        num_images: number of images, chosen by the seed; None for all, or `at_most`.
+        at_most: limit if `num_images` is None.
+        seed: of the choice.
+        image_column: required only if there are several.
+        label_column: column of the classes, for a class-conditional model; True for the declared
+            one.
         on_bad_image: "error" or "skip".
         progress: show progress bars.
     Raises:
-        DataError: if the data cannot be used, or do not fit the model: naming what differs.
+        DataError: if the data cannot be used, or does not fit the model.
     """
     facts = facts_of(unet)
     is_conditional = unet.config.num_class_embeds is not None
@@ -100,29 +101,29 @@ def images_for(
     rows = range(len(images)) if rows is None else rows
     if num_images is not None and num_images > len(rows):
         kind = "the data set has" if len(rows) == len(images) else "training held out"
-        raise DataError(f"num_images is {num_images:,}, but {kind} {len(rows):,}")
+        raise DataError(f"`num_images` is {num_images:,}, but {kind} {len(rows):,}")
     labels = _labels(prepared, facts.class_names) if is_conditional else None
     generator = torch.Generator().manual_seed(seed_of(seed, "evaluation images"))
     order: list[int] = torch.randperm(len(rows), generator=generator).tolist()
-    chosen = sorted(rows[place] for place in order[: num_images or at_most])
-    return EvaluationImages(images, chosen, labels, facts)
+    indices = sorted(rows[i] for i in order[: num_images or at_most])
+    return EvaluationImages(images, indices, labels, facts)
 
 
 def prepared_like(facts: ImageFacts, dataset: Any, **options: Any) -> ImageDataset:
-    """The images of a data set in this size, mode and bit depth, not padded.
+    """The images of a data set in the size, mode and bit depth of `facts`, without padding.
 
     Args:
-        facts: what they shall be.
-        dataset: from `load_images` or from `datasets`.
-        **options: more of `prepare_images`.
+        facts: required format.
+        dataset: from `load_images` or `datasets`.
+        **options: further options of `prepare_images`.
     Raises:
-        DataError: if the data cannot be used, or do not fit: naming what differs.
+        DataError: if the data cannot be used, or does not fit.
     """
     images = prepare_images(
         dataset,
         resolution=min(facts.height, facts.width),
         image_mode=facts.mode,
-        bit_depth=8 if facts.bit_depth == 8 else None,  # 8 bits do not become 16
+        bit_depth=8 if facts.bit_depth == 8 else None,  # never upscale 8 bit to 16
         crop="center" if facts.height == facts.width else "none",
         **options,
     )
@@ -131,10 +132,10 @@ def prepared_like(facts: ImageFacts, dataset: Any, **options: Any) -> ImageDatas
 
 
 def facts_of(unet: UNet2DModel) -> ImageFacts:
-    """What the model's images are, by what its training recorded, or else by its size.
+    """Format of a model's images: recorded by its training, or else inferred from its config.
 
     Raises:
-        DataError: if images have no such number of channels.
+        DataError: if the number of channels is not one of images.
     """
     if (facts := image_facts(unet)) is not None:
         return facts
@@ -143,8 +144,8 @@ def facts_of(unet: UNet2DModel) -> ImageFacts:
     mode = next((mode for mode, number in MODE_CHANNELS.items() if number == channels), None)
     if mode is None or height is None:
         raise DataError(
-            f"the model takes {channels} channels of size {size}: it is none of images that can be"
-            " read from a data set; use ddpm_hf.bits_per_dim"
+            f"the model takes {channels} channels of size {size}, which no image of a data set has;"
+            " use ddpm_hf.bits_per_dim"
         )
     return ImageFacts(mode=mode, height=height, width=width)
 
@@ -160,18 +161,18 @@ def _check_fit(images: ImageFacts, model: ImageFacts) -> None:
 
 
 def _labels(images: ImageDataset, names: Sequence[str] | None) -> Tensor:
-    """The classes of the images by the model's numbers, found by name where both have names."""
-    labels, theirs = images.labels, images.facts.class_names
+    """Classes of the images by the model's numbers, matched by name if both have names."""
+    labels, dataset_names = images.labels, images.facts.class_names
     if labels is None or (labels < 0).any():
         missing = len(images) if labels is None else int((labels < 0).sum())
-        raise DataError(f"{missing:,} images have no label, which this model needs")
-    if names is None or theirs is None:
+        raise DataError(f"{missing:,} images have no label; a class-conditional model needs labels")
+    if names is None or dataset_names is None:
         return torch.from_numpy(labels)
-    unknown = sorted({*(theirs[label] for label in np.unique(labels))} - {*names})
+    unknown = sorted({*(dataset_names[label] for label in np.unique(labels))} - {*names})
     if unknown:
         raise DataError(
-            f"the model knows no classes {', '.join(map(repr, unknown))}; it knows"
+            f"the model has no classes {', '.join(map(repr, unknown))}; its classes:"
             f" {', '.join(map(repr, names))}"
         )
     number_of = {name: number for number, name in enumerate(names)}
-    return torch.tensor([number_of[theirs[label]] for label in labels])
+    return torch.tensor([number_of[dataset_names[label]] for label in labels])

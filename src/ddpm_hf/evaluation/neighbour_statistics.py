@@ -1,8 +1,8 @@
-"""Sets of features in one pool, and what the images of one set see of those of another.
+"""Pairwise nearest-neighbour statistics of many sets of features in one pass.
 
-Sets such as random halves are many and overlap. So all pairs of images are looked at in one pass,
-a block at once: its inner products, in float64, are computed once for all sets. Memory is 8 N d
-bytes, and some five blocks of 32 MB on a CPU, of 128 MB elsewhere.
+Sets such as random halves are many and overlap. All pairs of images are therefore visited once, in
+blocks: the inner products of a block, in float64, serve all sets. Memory is 8 N d bytes, plus about
+five blocks of 32 MB on a CPU or 128 MB on other devices.
 """
 
 import math
@@ -15,113 +15,119 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_BLOCK = 2**22  # pairs of images that are looked at at once: larger ones come from no heap or cache
-# Of the mean square of features: below it a square of a distance is rounding, also of the features.
+_BLOCK = 2**22  # pairs of images per block: larger tensors come from neither heap nor cache
+# Share of the mean squared norm below which a squared distance is rounding error.
 _ZERO = 1e-14
 
 
 class FeatureSet:
-    """Some images of a pool.
+    """A subset of images, by their features.
 
     Attributes:
-        pool: the features of all images at hand, (N, d).
-        rows: which of them, (n,), in ascending order.
+        all_features: features of all images, (N, d).
+        rows: indices of the subset, (n,), ascending.
     """
 
-    def __init__(self, pool: Tensor, rows: Tensor) -> None:
-        self.pool, self.rows = pool, rows.sort().values
+    def __init__(self, all_features: Tensor, rows: Tensor) -> None:
+        self.all_features, self.rows = all_features, rows.sort().values
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @cached_property
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean (d,), and A of at most d rows with A^T A the covariance."""
-        return _mean_and_factor(self.pool[self.rows])
+        """Mean (d,), and a factor A of at most d rows with A^T A the covariance."""
+        return _mean_and_factor(self.all_features[self.rows])
 
 
-class Seen:
-    """What each image of one set sees of another set, or of the other images of its own.
+class NeighbourStatistics:
+    """Statistics of each image of a set x with respect to a set y, or to the rest of x.
 
     The ball of an image reaches to its k-th nearest neighbour in its own set.
 
     Attributes:
-        kernel_sums: the sum of (x.y / d + 1)^3 over the others, (n,).
-        nearest: the distance to the nearest of them, (n,).
-        has_inside: by k, whether one of another set is in its ball, (n,).
-        num_balls: by k, in how many of the balls each of the other set is, (m,).
+        kernel_sums: sum of (x.y / d + 1)^3 over the images of y, (n,).
+        nearest: distance to the nearest image of y, (n,).
+        has_inside: by k, whether the ball contains an image of y, (n,).
+        num_balls: by k, number of balls that contain each image of y, (m,).
     """
 
     def __init__(self, x: FeatureSet, y: FeatureSet, ks: Sequence[int]) -> None:
-        of_x = x.pool.new_empty(len(x), dtype=torch.float64)
-        self.kernel_sums, self.nearest = of_x, of_x.clone()
-        self.has_inside = {k: of_x.bool() for k in ks}
+        per_image = x.all_features.new_empty(len(x), dtype=torch.float64)
+        self.kernel_sums, self.nearest = per_image, per_image.clone()
+        self.has_inside = {k: per_image.bool() for k in ks}
         self.num_balls = {k: torch.zeros_like(y.rows, dtype=torch.int32) for k in ks}
 
-    def add(self, part: slice, kernel_sums: Tensor, distances: Tensor, radii: Tensor) -> None:
-        """Look with some of the images, p of them.
+    def add(self, rows: slice, kernel_sums: Tensor, distances: Tensor, radii: Tensor) -> None:
+        """Add p images of x.
 
         Args:
-            part: which of the n.
-            kernel_sums: theirs, (p,).
-            distances: of each to all of the others, (p, m).
+            rows: their positions among the n.
+            kernel_sums: (p,).
+            distances: to all images of y, (p, m).
             radii: of their balls, (p, largest k).
         """
-        self.kernel_sums[part] = kernel_sums
-        self.nearest[part] = distances.amin(1)
+        self.kernel_sums[rows] = kernel_sums
+        self.nearest[rows] = distances.amin(1)
         for k, num_balls in self.num_balls.items():
             is_inside = distances <= radii[:, k - 1 : k]
-            self.has_inside[k][part] = is_inside.any(1)
+            self.has_inside[k][rows] = is_inside.any(1)
             num_balls += is_inside.sum(0, dtype=torch.int32)
 
 
-class Pair(NamedTuple):
-    """What real images see of each other, drawn ones of each other, and each of the others."""
+class PairStatistics(NamedTuple):
+    """Statistics within the real and the drawn images, and between them."""
 
-    among_real: Seen
-    among_drawn: Seen
-    real_to_drawn: Seen
-    drawn_to_real: Seen
+    among_real: NeighbourStatistics
+    among_drawn: NeighbourStatistics
+    real_to_drawn: NeighbourStatistics
+    drawn_to_real: NeighbourStatistics
 
 
-def look(pairs: Sequence[tuple[FeatureSet, FeatureSet]], ks: Sequence[int] = ()) -> list[Pair]:
-    """What the images of two sets see, for each pair of sets of one pool.
+def pair_statistics(
+    pairs: Sequence[tuple[FeatureSet, FeatureSet]], ks: Sequence[int] = ()
+) -> list[PairStatistics]:
+    """Statistics of each pair of real and drawn images.
 
     Args:
-        pairs: real and drawn ones.
-        ks: neighbours that balls reach to; all sets have more images than the largest.
+        pairs: subsets of the same features.
+        ks: ranks of the neighbours that balls reach to, smaller than the size of each set.
     """
-    pool, sets = pairs[0][0].pool, list(dict.fromkeys(chain(*pairs)))
-    views = {x: {x: Seen(x, x, ())} for x in sets}
+    features, sets = pairs[0][0].all_features, list(dict.fromkeys(chain(*pairs)))
+    statistics = {x: {x: NeighbourStatistics(x, x, ())} for x in sets}
     for x, y in pairs:
-        views[x][y], views[y][x] = Seen(x, y, ks), Seen(y, x, ks)
-    numbers = {x: number for number, x in enumerate(sets)}
-    is_in = torch.zeros(len(pool), len(sets), dtype=torch.float64, device=pool.device)
-    for x, number in numbers.items():
-        is_in[x.rows, number] = 1
-    for block, kernel, distances in _blocks(pool):
-        kernel_sums = kernel @ is_in  # (B, sets)
-        for x, of_x in views.items():
+        statistics[x][y] = NeighbourStatistics(x, y, ks)
+        statistics[y][x] = NeighbourStatistics(y, x, ks)
+    columns = {x: column for column, x in enumerate(sets)}
+    membership = torch.zeros(len(features), len(sets), dtype=torch.float64, device=features.device)
+    for x, column in columns.items():
+        membership[x.rows, column] = 1
+    for block, kernel, distances in _blocks(features):
+        kernel_sums = kernel @ membership  # (B, sets)
+        for x, of_x in statistics.items():
             start, stop = torch.searchsorted(x.rows, block).tolist()
             rows = x.rows[start:stop] - block[0]
             to_all, sums = distances[rows], kernel_sums[rows]
-            for y, seen in of_x.items():  # its own set is the first
+            for y, x_to_y in of_x.items():  # x itself comes first and gives the radii
                 to_y = to_all.gather(1, y.rows.expand(len(rows), -1))
                 if y is x:
                     radii = to_y.topk(max(ks, default=1), largest=False).values
-                seen.add(slice(start, stop), sums[:, numbers[y]], to_y, radii)
-    return [Pair(views[x][x], views[y][y], views[x][y], views[y][x]) for x, y in pairs]
+                x_to_y.add(slice(start, stop), sums[:, columns[y]], to_y, radii)
+    return [
+        PairStatistics(statistics[x][x], statistics[y][y], statistics[x][y], statistics[y][x])
+        for x, y in pairs
+    ]
 
 
 def _blocks(features: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Of some rows at once the first and the last, the kernel and the distances to all images.
+    """Blocks of rows: first and last row, kernel and distances to all images.
 
-    No image is among its own neighbours: there the kernel is 0, and the distance infinite.
+    An image is not its own neighbour: there the kernel is 0 and the distance infinite.
     """
     x = features.double()
     squares = x.square().sum(1)
     zero = _ZERO * squares.mean().item()
-    # Elsewhere than on a CPU an operation on few takes as long as one on many.
+    # On an accelerator a small operation takes as long as a larger one.
     size = max(1, _BLOCK * (1 if x.is_cpu else 4) // len(x))
     for first in range(0, len(x), size):
         block = slice(first, first + size)
@@ -135,38 +141,39 @@ def _blocks(features: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         yield torch.tensor([first, first + len(kernel)], device=x.device), kernel, distances
 
 
-def pooled(*sets: Tensor, device: Any = None) -> list[FeatureSet]:
-    """Sets of one pool.
+def feature_sets(*sets: Tensor, device: Any = None) -> list[FeatureSet]:
+    """Disjoint subsets of the concatenated features.
 
     Args:
         sets: features, (n, d) each.
-        device: where they are compared; without float64 there, on the CPU.
+        device: where they are compared; the CPU for MPS, which has no float64.
     """
-    pool = torch.cat(sets)
+    features = torch.cat(sets)
     if device is not None:
-        pool = pool.to("cpu" if torch.device(device).type == "mps" else device)
-    rows = torch.arange(len(pool), device=pool.device)
-    return [FeatureSet(pool, part) for part in torch.split(rows, [len(x) for x in sets])]
+        features = features.to("cpu" if torch.device(device).type == "mps" else device)
+    rows = torch.arange(len(features), device=features.device)
+    sizes = [len(x) for x in sets]
+    return [FeatureSet(features, subset) for subset in torch.split(rows, sizes)]
 
 
-def in_span(features: Tensor, num_directions: int) -> Tensor:
-    """Features (N, d) along the directions in which they differ most, (N, num_directions).
+def leading_components(features: Tensor, num_directions: int) -> Tensor:
+    """Features (N, d) along their directions of largest variance, (N, num_directions).
 
-    Those are found on some 1,000 images, evenly spread.
+    The directions are estimated from about 1,000 evenly spaced images.
     """
-    some = features[:: max(1, len(features) // 1024)].double()
-    some = some - some.mean(0)
-    vectors = torch.linalg.eigh(some @ some.T).eigenvectors[:, -num_directions:]
-    directions = torch.linalg.qr(some.T @ vectors).Q  # (d, num_directions)
+    subset = features[:: max(1, len(features) // 1024)].double()
+    subset = subset - subset.mean(0)
+    vectors = torch.linalg.eigh(subset @ subset.T).eigenvectors[:, -num_directions:]
+    directions = torch.linalg.qr(subset.T @ vectors).Q  # (d, num_directions)
     return torch.cat([rows.double() @ directions for rows in torch.split(features, 4096)])
 
 
 def _mean_and_factor(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (d,), and A of at most d rows with A^T A the covariance."""
+    """Mean (d,), and a factor A of at most d rows with A^T A the covariance."""
     num, dims = x.shape
     mean = x.sum(0, dtype=torch.float64) / num
     if num <= dims + 1:
-        return mean, _contrasts(x.double()) / math.sqrt(num - 1)
+        return mean, _helmert_contrasts(x.double()) / math.sqrt(num - 1)
     factor = torch.empty(0, dims, dtype=torch.float64, device=x.device)
     for rows in torch.split(x, 6 * dims + 1024):
         factor = torch.cat([factor, rows.double() - mean])
@@ -175,10 +182,10 @@ def _mean_and_factor(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, factor / math.sqrt(num - 1)
 
 
-def _contrasts(x: Tensor) -> Tensor:
-    """One row less, which have the sums of squares and products about the mean: (n - 1, d).
+def _helmert_contrasts(x: Tensor) -> Tensor:
+    """Helmert contrasts (n - 1, d), with the sums of squares and products about the mean.
 
-    Row k is that of Helmert: the mean of the first k rows less the next one, by sqrt(k / (k + 1)).
+    Row k is the mean of the first k rows minus the next one, times sqrt(k / (k + 1)).
     """
     k = torch.arange(1, len(x), device=x.device, dtype=x.dtype)[:, None]
     return (x.cumsum(0)[:-1] / k - x[1:]) * (k / (k + 1)).sqrt()

@@ -4,11 +4,13 @@ The bases of a class are listed from the last recorded group to the first: the f
 follow the reversed order of its bases.
 """
 
-from dataclasses import dataclass
-from typing import Any, Literal
+import os
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, Self
 
 from ddpm_hf.options import Options, option
 from ddpm_hf.scheduler_spec import NAMES_HELP, SchedulerSpec
+from ddpm_hf.text import public_name
 
 BITS = "bits-per-dim"
 METRIC_NAMES = (BITS, "fd", "kid", "precision-recall", "coverage", "memorisation")
@@ -139,6 +141,11 @@ class DataSelection(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataOptions(UnreadableImages, DataSelection):
+    """Selection of the real images, and policy for unreadable ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class FeatureOptions(Options):
     """Feature network that images are compared by."""
 
@@ -149,13 +156,26 @@ class FeatureOptions(Options):
         metavar="NAME",
     )
 
+    def recorded(self) -> Self:
+        """The options with the name of the feature network in place of an object or a path."""
+        return replace(self, features=public_name_of(self.features))
+
+
+def public_name_of(source: Any) -> str:
+    """Name of a model, a set of images or a feature network in reports."""
+    if isinstance(source, str | os.PathLike):
+        return public_name(os.fspath(source))
+    from ddpm_hf.evaluation.features import Features  # loads torch
+
+    return source.name if isinstance(source, Features) else type(source).__name__
+
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonOptions(
     ModelSource,
     BatchOptions,
     LikelihoodOptions,
-    UnreadableImages,
+    DataOptions,
     PerClassOptions,
     DataSelection,
     FeatureOptions,
@@ -169,7 +189,7 @@ class EvaluationOptions(
     BatchOptions,
     LikelihoodOptions,
     SamplerOptions,
-    UnreadableImages,
+    DataOptions,
     PerClassOptions,
     DataSelection,
     FeatureOptions,
@@ -178,9 +198,7 @@ class EvaluationOptions(
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrationOptions(
-    ModelSource, BatchOptions, UnreadableImages, DataSelection, FeatureOptions
-):
+class CalibrationOptions(ModelSource, BatchOptions, DataOptions, FeatureOptions):
     """Options of `calibrate_checkpoint`."""
 
     num_images: int | None = option(
@@ -213,3 +231,12 @@ class CalibrationOptions(
         for name, default in defaults.items():
             if not self.sweep and getattr(self, name) != default:
                 raise ValueError(f"`{name}` needs `sweep`")
+
+    def sweep_options(self) -> EvaluationOptions:
+        """Options of the evaluations of the sweep."""
+        shared = {
+            field.name: getattr(self, field.name)
+            for group in (BatchOptions, DataOptions, FeatureOptions)
+            for field in fields(group)
+        }
+        return EvaluationOptions(**shared | {"num_images": self.sweep_images})

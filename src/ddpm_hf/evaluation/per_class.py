@@ -1,108 +1,135 @@
-"""The figures of each class, which tell what those of all images hide."""
+"""Metrics of each class, which reveal what the metrics of all images hide."""
 
 import warnings
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_hf.evaluation.metrics import FEWEST, METRICS, measure
+from ddpm_hf.evaluation.metrics import METRICS, MIN_IMAGES, measure
+from ddpm_hf.evaluation.results import ClassResult, MetricResult
 from ddpm_hf.sampling import DrawnImages
 from ddpm_hf.text import counted
 
-FEW = 100  # images of a class, below which only large differences are told from chance
-_OF_CLASS = ("value", "interval", "standard_error", "floor", "verdict", "note", "num_real",
-             "num_drawn", "floor_between", "floor_num_images")  # fmt: skip
+FEW_IMAGES = 100  # per class, below which only large differences are significant
 
-Rows = dict[str, tuple[Tensor, ...]]
-"""By the name of a class which images are of it: real ones, drawn ones, held-out ones if any."""
+RowsByClass = dict[str, tuple[Tensor, ...]]
+"""By name of the class, the rows of its real, drawn and, if any, held-out images."""
 
 
-def rows_of_classes(
+def rows_by_class(
     real: DrawnImages, drawn: DrawnImages, held_out: DrawnImages | None, num_drawn: int
-) -> Rows:
-    """The images of each class, known by its name, or by its number where one set has no names.
+) -> RowsByClass:
+    """Rows of the images of each class, matched by name, or by number if one set has no names.
 
     Args:
-        real, drawn, held_out: with labels.
-        num_drawn: of the drawn images so many are compared.
+        real, drawn, held_out: sets with labels.
+        num_drawn: number of drawn images that are compared.
     Raises:
         ValueError: if the drawn images have no classes, or none in common with the real ones.
     """
     if drawn.labels is None:
         raise ValueError(
-            "per_class is of images with classes: those of a class-conditional model, a .npz with"
-            " arr_1, a parquet file with a column of classes, or a folder of a sub-folder for each"
+            "`per_class` needs images with classes: from a class-conditional model, a .npz with"
+            " arr_1, a parquet file with a class column, or a folder with a subfolder per class"
         )
     sets = (real, drawn) if held_out is None else (real, drawn, held_out)
-    names = [_names(images, real.class_names or ()) for images in sets]
+    names = [_class_names(images, real.class_names or ()) for images in sets]
     names[1] = names[1][:num_drawn]
     rows = {
-        name: tuple(torch.from_numpy(np.flatnonzero(of == name)) for of in names)
+        name: tuple(torch.from_numpy(np.flatnonzero(of_set == name)) for of_set in names)
         for name in real.class_names or ()
         if name in names[0] and name in names[1]
     }
     if not rows:
-        found = ", ".join(sorted(set(names[1]) - {""})[:5])
-        raise ValueError(f"no class is in both sets; the drawn images are of {found or 'none'}")
+        drawn_names = ", ".join(sorted(set(names[1]) - {""})[:5])
+        raise ValueError(
+            f"no class is in both sets; classes of the drawn images: {drawn_names or 'none'}"
+        )
     return rows
 
 
-def _names(images: DrawnImages, usual: tuple[str, ...]) -> np.ndarray:
-    """The name of each image's class, "" for none."""
-    names = dict(enumerate(images.class_names or usual))
+def _class_names(images: DrawnImages, default_names: tuple[str, ...]) -> np.ndarray:
+    """Class name of each image, "" without a class."""
+    names = dict(enumerate(images.class_names or default_names))
     labels = () if images.labels is None else images.labels.tolist()
     return np.array([names.get(number, "") for number in labels])
 
 
-def add_classes(
-    figures: list[dict[str, Any]],
-    rows: Rows,
+def with_classes(
+    results: Sequence[MetricResult],
+    rows: RowsByClass,
     real: Tensor,
     drawn: Tensor,
     held_out: Tensor | None,
     *,
     seed: int,
     device: Any = "cpu",
-) -> None:
-    """Give the figures of a metric "classes": the same of each class, the worst first.
+) -> list[MetricResult]:
+    """The results of one metric with `classes`, the worst first.
 
-    Each has its "class", its numbers of images and its floor, as `measure` gives them; one of too
-    few images has a "note" in place of a value.
+    A class with too few images has a note in place of a value.
 
     Args:
-        figures: of `measure`.
-        rows: of `rows_of_classes`.
-        real, drawn, held_out, seed, device: as for `measure`.
+        results: of `measure` for one metric.
+        rows: of `rows_by_class`.
+        real, drawn, held_out, seed, device: see `measure`.
     """
-    metric = figures[0]["metric"]
+    metric = results[0].metric
     sets = (real, drawn) if held_out is None else (real, drawn, held_out)
-    found: list[list[dict[str, Any]]] = [[] for _ in figures]
+    by_result: list[list[ClassResult]] = [[] for _ in results]
     for name, of_class in rows.items():
-        x, y, *z = (features[part] for features, part in zip(sets, of_class, strict=True))
-        z = [others for others in z if len(others) >= FEWEST[metric]]
-        if min(len(x), len(y)) < FEWEST[metric]:
-            note = f"too few images: {metric} needs {FEWEST[metric]} of each"
-            measured: list[dict[str, Any]] = [
-                {"num_real": len(x), "num_drawn": len(y), "value": None, "note": note}
-            ] * len(figures)
+        x, y, *z = (features[subset] for features, subset in zip(sets, of_class, strict=True))
+        z = [others for others in z if len(others) >= MIN_IMAGES[metric]]
+        if min(len(x), len(y)) < MIN_IMAGES[metric]:
+            measured = [_too_few_images(metric, name, len(x), len(y))] * len(results)
         else:
-            measured = measure(metric, x, y, *z, seed=seed, device=device)
-        for of_figure, figure in zip(found, measured, strict=True):
-            row = {key: figure[key] for key in _OF_CLASS if key in figure}
-            of_figure.append({"class": name, **row})
-    for figure, kind, of_figure in zip(figures, METRICS[metric][1], found, strict=True):
-        sign = 1 if kind.lower_is_better else -1
-        figure["classes"] = sorted(of_figure, key=lambda row: -sign * _gap(row))
-    few = sum(min(map(len, of_class[:2])) < FEW for of_class in rows.values())
-    if few:
+            figures = measure(metric, x, y, *z, seed=seed, device=device)
+            measured = [_class_result(name, figure) for figure in figures]
+        for classes, row in zip(by_result, measured, strict=True):
+            classes.append(row)
+    num_small = sum(min(map(len, of_class[:2])) < FEW_IMAGES for of_class in rows.values())
+    if num_small:
         warnings.warn(
-            f"{counted(few, 'class', 'classes')} of {len(rows)} have fewer than {FEW} images, real"
-            f" or drawn: {metric} tells large differences only",
+            f"{counted(num_small, 'class', 'classes')} of {len(rows)} have fewer than {FEW_IMAGES}"
+            f" real or drawn images: {metric} detects large differences only",
             stacklevel=2,
         )
+    return [
+        replace(result, classes=_worst_first(classes, quantity.lower_is_better))
+        for result, quantity, classes in zip(results, METRICS[metric][1], by_result, strict=True)
+    ]
 
 
-def _gap(row: dict[str, Any]) -> float:
-    return float(row["floor"]["drawn"] - row["floor"]["real"]) if "floor" in row else 0.0
+def _too_few_images(metric: str, name: str, num_real: int, num_drawn: int) -> ClassResult:
+    note = f"too few images: {metric} needs {MIN_IMAGES[metric]} of each"
+    return ClassResult(
+        class_name=name, value=None, note=note, num_real=num_real, num_drawn=num_drawn
+    )
+
+
+def _class_result(name: str, figure: MetricResult) -> ClassResult:
+    return ClassResult(
+        class_name=name,
+        value=figure.value,
+        interval=figure.interval,
+        standard_error=figure.standard_error,
+        floor=figure.floor,
+        verdict=figure.verdict,
+        note=figure.note,
+        num_real=figure.num_real,
+        num_drawn=figure.num_drawn,
+        floor_between=figure.floor_between,
+        floor_num_images=figure.floor_num_images,
+    )
+
+
+def _worst_first(classes: list[ClassResult], lower_is_better: bool) -> tuple[ClassResult, ...]:
+    def gap(row: ClassResult) -> float:
+        return row.floor.drawn - row.floor.real if row.floor else 0.0
+
+    sign = 1 if lower_is_better else -1
+    return tuple(sorted(classes, key=lambda row: -sign * gap(row)))

@@ -1,13 +1,13 @@
-"""Sets of images to compare: drawn by a model, in files, in memory, and those of a data set."""
+"""Sets of images: drawn by a model, in files, in memory, and of a data set."""
 
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import datasets
 import numpy as np
@@ -18,17 +18,19 @@ from ddpm_hf.data import DataError, ImageDataset, load_images
 from ddpm_hf.data.hold_out import HoldOut
 from ddpm_hf.diffusion.image_processor import MODE_CHANNELS, ImageFacts
 from ddpm_hf.evaluation.model_images import prepared_like
+from ddpm_hf.evaluation.options import DataOptions
+from ddpm_hf.evaluation.results import DatasetFacts
 from ddpm_hf.pictures import to_pil
 from ddpm_hf.sampling import DrawnImages, open_drawn
 from ddpm_hf.text import public_name
 
-# What the split of images that a model was not trained on is called, as a rule.
+# Usual names of the held-out split, in order of preference.
 HELD_OUT = ("test", "validation")
 _MODES = {count: mode for mode, count in MODE_CHANNELS.items()}
 
 
-class Part(NamedTuple):
-    """Images of a split: all of them, or those of these rows once they are prepared."""
+class ImageSubset(NamedTuple):
+    """Images of a split; `rows` index the prepared images, None for all."""
 
     split: str
     rows: Sequence[int] | None = None
@@ -36,16 +38,16 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class DataSource:
-    """A data set and how it is read.
+    """A data set and how to read it.
 
     Attributes:
-        dataset: what `load_images` takes; or rows of `datasets`, or a dictionary of them by split.
-        split: of held-out images; by default "test" or "validation", where there is one.
-        reference_split: of those that a model was trained on.
-        config_name, revision: of a data set on the Hub.
-        image_column, on_bad_image: as for `prepare_images`.
-        hold_out: the images of the reference split that training held out; see
-            `held_out_by_training`.
+        dataset: what `load_images` accepts, a `datasets.Dataset`, or those by split.
+        split: held-out split; by default "test" or "validation" if one exists.
+        reference_split: split of the training images.
+        config_name, revision: of a Hub data set.
+        image_column, on_bad_image: see `prepare_images`.
+        hold_out: images of the reference split that training held out; see
+            `with_hold_out_of_training`.
     """
 
     dataset: Any
@@ -56,14 +58,27 @@ class DataSource:
     image_column: str | None = None
     on_bad_image: str = "error"
     hold_out: HoldOut | None = None
-    # By split: a large folder takes long to list.
+    # By split: listing a large folder is slow.
     _opened: dict[str, datasets.Dataset] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def from_options(cls, dataset: Any, options: DataOptions) -> Self:
+        """The data set read with these options."""
+        return cls(
+            dataset,
+            options.split,
+            options.reference_split,
+            options.dataset_config,
+            options.dataset_revision,
+            options.image_column,
+            options.on_bad_image,
+        )
 
     def rows(self, split: str) -> datasets.Dataset:
         """The rows of a split.
 
         Raises:
-            DataError: if there is none of that name.
+            DataError: if the split does not exist.
         """
         if isinstance(self.dataset, datasets.Dataset):
             return self.dataset
@@ -80,85 +95,95 @@ class DataSource:
         return self._opened[split]
 
     @cached_property
-    def held_out(self) -> str | None:
-        """The split of held-out images; None where there is none."""
-        return self._there(HELD_OUT if self.split is None else [self.split])
+    def held_out_split(self) -> str | None:
+        """The held-out split, None if it does not exist."""
+        return self._first_existing(HELD_OUT if self.split is None else [self.split])
 
     def has_held_out_split(self) -> bool:
-        """Whether a split of held-out images is asked for, or there."""
+        """Whether a held-out split is requested or exists."""
         return self.split is not None or not (
-            isinstance(self.dataset, datasets.Dataset) or self.held_out is None
+            isinstance(self.dataset, datasets.Dataset) or self.held_out_split is None
         )
 
-    def measured(self) -> Part:
-        """The images that a model explains; at worst, with a warning, those of its training."""
+    def likelihood_subset(self) -> ImageSubset:
+        """The held-out images; without any, the training images, with a warning."""
         if self.hold_out is not None:
-            return Part(self.reference_split, self.hold_out.rows()[1])
-        split = self.split or self.held_out
+            return ImageSubset(self.reference_split, self.hold_out.rows()[1])
+        split = self.split or self.held_out_split
         if split is None:
-            self.rows(self.reference_split)  # raises where there is none
+            self.rows(self.reference_split)  # raises if it does not exist
             warnings.warn(
                 f"there is no split {' or '.join(HELD_OUT)}: measured on"
-                f" {self.reference_split!r}, and a model explains images that it was trained on"
-                " better than others",
+                f" {self.reference_split!r}; the likelihood of training images is higher than that"
+                " of others",
                 stacklevel=2,
             )
-        return Part(split or self.reference_split)
+        return ImageSubset(split or self.reference_split)
 
-    def parts(self) -> tuple[Part, Part | None]:
-        """The reference and the held-out images; there may be only one of them."""
+    def reference_and_held_out(self) -> tuple[ImageSubset, ImageSubset | None]:
+        """The reference images and the held-out images; the only set is the reference."""
         if self.hold_out is not None:
             trained_on, held_out = self.hold_out.rows()
-            return Part(self.reference_split, trained_on), Part(self.reference_split, held_out)
+            split = self.reference_split
+            return ImageSubset(split, trained_on), ImageSubset(split, held_out)
         if isinstance(self.dataset, datasets.Dataset):
-            return Part(self.reference_split), None
-        held_out_split = self.held_out if self.held_out != self.reference_split else None
-        if held_out_split is None or self._there([self.reference_split]):
-            self.rows(self.reference_split)  # raises where there is none
-            return Part(self.reference_split), Part(held_out_split) if held_out_split else None
-        return Part(held_out_split), None
+            return ImageSubset(self.reference_split), None
+        held_out_split = self.held_out_split
+        if held_out_split == self.reference_split:
+            held_out_split = None
+        if held_out_split is None or self._first_existing([self.reference_split]):
+            self.rows(self.reference_split)  # raises if it does not exist
+            others = ImageSubset(held_out_split) if held_out_split else None
+            return ImageSubset(self.reference_split), others
+        return ImageSubset(held_out_split), None
 
-    def _there(self, splits: Iterable[str]) -> str | None:
-        """The first of the splits that exists."""
+    def _first_existing(self, splits: Iterable[str]) -> str | None:
         for split in splits:
             with suppress(DataError):
                 self.rows(split)
                 return split
         return None
 
-    def facts(self) -> dict[str, Any]:
-        """Which data set it is, as JSON values."""
-        if not isinstance(self.dataset, str | os.PathLike):
-            name, hub_id = "a data set in memory", {}
-        else:
+    def facts(self) -> DatasetFacts:
+        """Name and split of the data set, for reports."""
+        name, is_on_hub = "a data set in memory", False
+        if isinstance(self.dataset, str | os.PathLike):
             name = public_name(os.fspath(self.dataset))
-            is_of_hub = name == self.dataset and not os.path.exists(self.dataset)
-            hub_id = {"hub_id": name} if is_of_hub else {}
-        revisions = {"config_name": self.config_name, "revision": self.revision}
-        if self.hold_out is not None:
-            held_out = {"split": self.reference_split, "held_out": asdict(self.hold_out)}
-            return {"name": name, **held_out, **revisions, **hub_id}
-        split = self.split or self.held_out or self.reference_split
-        return {"name": name, "split": split, **revisions, **hub_id}
+            is_on_hub = name == self.dataset and not os.path.exists(self.dataset)
+        split = self.split or self.held_out_split or self.reference_split
+        return DatasetFacts(
+            name=name,
+            split=self.reference_split if self.hold_out else split,
+            held_out=self.hold_out,
+            config_name=self.config_name,
+            revision=self.revision,
+            hub_id=name if is_on_hub else None,
+        )
 
     def images(
         self,
-        part: Part,
+        subset: ImageSubset,
         facts: ImageFacts,
         progress: bool,
         label_column: str | Literal[True] | None = None,
     ) -> DrawnImages:
-        """The images of a part in the size, mode and depth of `facts`, and their classes if any
-        column of these is given, or True for the one that is declared."""
+        """The images of a subset in the size, mode and bit depth of `facts`.
+
+        Args:
+            subset: of the data set.
+            facts: format of the images.
+            progress: show progress bars.
+            label_column: column of the classes; True for the declared one, None for no classes.
+        """
         prepared = prepared_like(
             facts,
-            self.rows(part.split),
+            self.rows(subset.split),
             image_column=self.image_column,
             label_column=label_column,
             on_bad_image=self.on_bad_image,
             progress=progress,
         )
-        return _as_set(prepared, range(len(prepared)) if part.rows is None else part.rows)
+        return _as_set(prepared, range(len(prepared)) if subset.rows is None else subset.rows)
 
 
 def _as_set(images: ImageDataset, indices: Sequence[int]) -> DrawnImages:
@@ -172,14 +197,14 @@ def _as_set(images: ImageDataset, indices: Sequence[int]) -> DrawnImages:
 
 
 def image_set(source: Any) -> DrawnImages:
-    """Images that are there already.
+    """A set of existing images.
 
     Args:
-        source: what `open_drawn` reads; an array (N, H, W) or (N, H, W, C) of uint8, uint16, or of
-            float in [0, 1]; a tensor (N, C, H, W) of float in [0, 1]; or a list of PIL images of
-            one size and mode.
+        source: what `open_drawn` reads; an array (N, H, W) or (N, H, W, C) of uint8, uint16, or
+            float in [0, 1]; a float tensor (N, C, H, W) in [0, 1]; or PIL images of one size and
+            mode.
     Raises:
-        ValueError: if it is none of these.
+        ValueError: for anything else.
     """
     if isinstance(source, DrawnImages):
         return source
@@ -199,10 +224,10 @@ def image_set(source: Any) -> DrawnImages:
 
 
 def facts_of_set(images: DrawnImages) -> ImageFacts:
-    """Size, mode and depth of a set.
+    """Size, mode and bit depth of a set.
 
     Raises:
-        ValueError: if pictures have no such number of channels.
+        ValueError: for more than 4 channels.
     """
     _, height, width, channels = images.shape
     if channels not in _MODES:
@@ -212,6 +237,6 @@ def facts_of_set(images: DrawnImages) -> ImageFacts:
 
 
 def picture(images: DrawnImages, row: int) -> Image.Image:
-    """One image of a set, to look at."""
+    """One image of a set, as a PIL image."""
     (pixels,) = images.read(range(row, row + 1))
     return to_pil(pixels / np.iinfo(pixels.dtype).max)

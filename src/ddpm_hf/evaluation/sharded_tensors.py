@@ -1,4 +1,4 @@
-"""Tensors computed in parts, so that processes share the work and a killed one goes on."""
+"""Tensors computed in shards by all ranks; an interrupted computation resumes."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,31 +9,31 @@ from torch import Tensor
 
 from ddpm_hf.shared_work import compute_missing_files
 
-Part = dict[str, Tensor]
+Shard = dict[str, Tensor]
 
 
-def compute_parts(
+def compute_shards(
     state: PartialState,
     folder: Path,
     sizes: Sequence[int],
-    compute: Callable[[int], Part],
+    compute: Callable[[int], Shard],
     *,
     progress: bool = True,
-) -> list[Part] | None:
-    """All parts, in their order: those that are in `folder`, and the missing ones, made now.
+) -> list[Shard] | None:
+    """All shards in order; those that are missing in `folder` are computed.
 
-    A part is the same whichever process makes it; `folder` must be one that all processes share.
+    A shard does not depend on the rank that computes it. All ranks must share `folder`.
 
     Args:
-        state: the processes.
-        folder: belongs to this very work; the caller removes it when the result is safe.
-        sizes: images of each part, for the progress bar.
-        compute: makes part i, as tensors by name.
-        progress: show a progress bar, on the main process.
+        state: the ranks.
+        folder: belongs to this computation only; the caller removes it once the result is written.
+        sizes: images per shard, for the progress bar.
+        compute: returns the tensors of shard i by name.
+        progress: show a progress bar on the main rank.
     Returns:
-        the parts on the main process, None on the others.
+        the shards on the main rank, None on others.
     Raises:
-        ValueError, OSError: on all processes, if one of them fails.
+        ValueError, OSError: on all ranks, if one of them fails.
     """
     paths = [folder / f"part-{i:06d}.safetensors" for i in range(len(sizes))]
 

@@ -1,23 +1,23 @@
-"""Which sampler, in how many steps: a sweep over both, and the cheapest as good as the best.
+"""`sweep`: samplers and numbers of steps, and the cheapest one that is as good as the best.
 
-Quality is the Frechet distance of the drawn images. The cost of a setting is how often it calls the
-network for an image: other work on the machine does not change that. Every image has noise of its
-own, so that a narrower interval takes more images, not more seeds.
+Quality is the Frechet distance of drawn images. Cost is the number of network calls per image,
+which does not depend on the load of the machine. Each image has its own noise, so that narrower
+intervals take more images, not more seeds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 from ddpm_hf.evaluation.compare import Setting, compare_settings
-from ddpm_hf.evaluation.comparison_report import save_pictures
+from ddpm_hf.evaluation.comparison_results import ComparisonRow, SamplerSetting, Sweep
 from ddpm_hf.evaluation.measurement import Evaluator
+from ddpm_hf.evaluation.result_pictures import save_comparison_pictures
 from ddpm_hf.scheduler_spec import stock_scheduler
 
 NUM_STEPS = (5, 10, 25, 50, 100)
 FIGURE = "fd"
-# All of them start at the noisiest step, however few their steps are.
+# With trailing timesteps all of them start at the noisiest step for any number of steps.
 PUBLISHED = "DDPM:x_0_mse=null,timestep_spacing=trailing"
 SAMPLERS = (
     "DDPM:timestep_spacing=trailing",
@@ -28,55 +28,47 @@ SAMPLERS = (
     "UniPCMultistep:timestep_spacing=trailing",
     "DEISMultistep:timestep_spacing=trailing",
 )
-# An interval wider than this share of the best value calls much equal that is not.
+# A half-width above this share of the best value makes different settings look equal.
 _WIDE = 0.1
 
 
-def sweep(
-    pipeline: GaussianDDPMPipeline, evaluator: Evaluator, folder: Path
-) -> dict[str, Any] | None:
-    """Measure all samplers in all numbers of steps, and choose.
+def sweep(pipeline: GaussianDDPMPipeline, evaluator: Evaluator, folder: Path) -> Sweep:
+    """Measure all samplers with all numbers of steps, and choose one; the same on every rank.
 
     Args:
         pipeline: with the scheduler of a calibration.
-        evaluator: of the metric `FIGURE`.
-        folder: where the settings are kept: what is interrupted goes on there.
-    Returns:
-        "settings" and "left_out" of `compare`; "recommended", the cheapest setting that is the best
-        or a tie with it; "for_stock", the cheapest of these that diffusers' own `DDPMPipeline` can
-        run, or None; "all_steps", that of the whole chain, or None; "remarks" for people. None on
-        all but the main process.
+        evaluator: with the metric `FIGURE`.
+        folder: holds the settings; an interrupted sweep resumes there.
     Raises:
-        ValueError, OSError: as `compare`.
+        ValueError, OSError: see `compare`.
     """
     T = pipeline.scheduler.config.num_train_timesteps
     settings = [Setting(pipeline, "", *choice) for choice in planned(T)]
-    found = compare_settings(evaluator, settings, folder)
-    if found is None:
-        return None
-    rows = found["settings"]
-    chosen, whole = cheapest(rows), next((row for row in rows if _is_whole(row, T)), None)
+    rows, left_out = compare_settings(evaluator, settings, folder)
     is_conditional = pipeline.unet.config.num_class_embeds is not None  # stock cannot sample it
-    stock = [] if is_conditional else [r for r in rows if stock_scheduler(r["scheduler"])]
-    options = evaluator.options.recorded()
-    result: dict[str, Any] = {
-        "name": "sweep",
-        "dataset": evaluator.data.facts(),
-        "options": options,
-        **found,
-        "recommended": _named(chosen),
-        "for_stock": _named(cheapest(stock)),
-        "all_steps": _named(whole),
-        "remarks": _remarks(chosen, whole, T, options["features"]),
-    }
-    save_pictures(result, folder)
+    for_stock = [] if is_conditional else [r for r in rows if stock_scheduler(f"{r.scheduler}")]
+    all_steps = next((row for row in rows if _has_all_steps(row, T)), None)
+    chosen, stock, options = cheapest(rows), cheapest(for_stock), evaluator.options.recorded()
+    assert chosen is not None  # one of the rows is the best
+    result = Sweep(
+        dataset=evaluator.data.facts(),
+        options=options,
+        settings=rows,
+        left_out=left_out,
+        recommended=_sampler_of(chosen),
+        for_stock=_sampler_of(stock) if stock else None,
+        all_steps=_sampler_of(all_steps) if all_steps else None,
+        remarks=tuple(_remarks(chosen, all_steps, T, options.features)),
+    )
+    if evaluator.state.is_main_process:
+        save_comparison_pictures(result, folder)
     return result
 
 
 def planned(T: int) -> list[tuple[str, int]]:
-    """Samplers and numbers of steps, for a chain of T.
+    """Samplers and numbers of steps for a chain of T steps.
 
-    All T steps of DDPM are among them where they cost no more than all the others together.
+    DDPM with all T steps is included if it costs no more than all others together.
     """
     numbers = [K for K in NUM_STEPS if K < T]
     choices = [(sampler, K) for sampler in SAMPLERS for K in numbers]
@@ -84,56 +76,60 @@ def planned(T: int) -> list[tuple[str, int]]:
     return choices + [(PUBLISHED, T)] * is_affordable
 
 
-def cheapest(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The setting of the fewest network calls that is the best or a tie with it; None without.
+def cheapest(rows: Iterable[ComparisonRow]) -> ComparisonRow | None:
+    """The setting with the fewest network calls among the best and its ties; None without any.
 
-    Of equally many calls the better.
+    Of equal cost, the better one.
     """
-    good = [row for row in rows if row["figures"][FIGURE]["rank"]]
-    key = lambda row: (row["num_network_calls"], row["figures"][FIGURE]["value"])  # noqa: E731
-    return min(good, key=key, default=None)
+    good = [row for row in rows if row.figures[FIGURE].rank]
+    return min(
+        good, key=lambda row: (row.num_network_calls or 0, row.figures[FIGURE].value), default=None
+    )
 
 
-def _is_whole(row: dict[str, Any], T: int) -> bool:
-    return bool(row["num_inference_steps"] == T and row["scheduler"] == PUBLISHED)
+def _has_all_steps(row: ComparisonRow, T: int) -> bool:
+    return row.num_inference_steps == T and row.scheduler == PUBLISHED
 
 
-def _named(row: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A setting as the scheduler keeps it."""
-    keys = ("scheduler", "num_inference_steps")
-    return None if row is None else {key: row[key] for key in keys}
+def _sampler_of(row: ComparisonRow) -> SamplerSetting:
+    return SamplerSetting(
+        scheduler=str(row.scheduler), num_inference_steps=row.num_inference_steps or 0
+    )
 
 
-def _remarks(chosen: Any, whole: Any, T: int, features: str) -> list[str]:
-    """What follows for people."""
-    figure = chosen["figures"][FIGURE]
-    said = [
-        f"by {figure['num_drawn']:,} drawn images against {figure['num_real']:,} real ones and the"
+def _remarks(
+    chosen: ComparisonRow, all_steps: ComparisonRow | None, T: int, features: str
+) -> list[str]:
+    """Sentences about the choice, without capital and full stop."""
+    figure = chosen.figures[FIGURE]
+    remarks = [
+        f"by {figure.num_drawn:,} drawn images against {figure.num_real:,} real ones and the"
         f" features of {features}",
         f"the recommended setting: {_value(chosen)}",
     ]
-    if whole is None:
-        said.append(f"all {T:,} steps cost more than all the others together, and are not measured")
-    elif chosen["num_network_calls"] >= T:
-        said.append(f"nothing faster is as good as all {T:,} steps")
-    else:
-        said.append(f"all {T:,} steps of DDPM: {_value(whole)}")
-        if chosen["seconds_per_image"] and whole["seconds_per_image"]:
-            times = whole["seconds_per_image"] / chosen["seconds_per_image"]
-            said.append(f"these take {times:.3g} times as long for an image")
-    low, high = figure["interval"]
-    width, number = (high - low) / 2 / figure["value"], figure["num_drawn"]
-    if number < figure["num_features"] or width > _WIDE:
-        said.append(
-            f"{number:,} images by {figure['num_features']:,} features tell the distance to"
-            f" {width:.0%}, and much of it is the bias of few images: more of them (--sweep-images)"
-            " may tell apart what looks equal, and recommend more steps"
+    if all_steps is None:
+        remarks.append(
+            f"all {T:,} steps cost more than all other settings together, and are not measured"
         )
-    return said
+    elif (chosen.num_network_calls or 0) >= T:
+        remarks.append(f"nothing faster is as good as all {T:,} steps")
+    else:
+        remarks.append(f"all {T:,} steps of DDPM: {_value(all_steps)}")
+        if chosen.seconds_per_image and all_steps.seconds_per_image:
+            factor = all_steps.seconds_per_image / chosen.seconds_per_image
+            remarks.append(f"these take {factor:.3g} times as long per image")
+    width = figure.half_width / figure.value
+    number, dims = figure.num_drawn or 0, figure.num_features or 0
+    if number < dims or width > _WIDE:
+        remarks.append(
+            f"{number:,} images by {dims:,} features determine the distance to {width:.0%}, and"
+            " much of it is the bias of few images: more images (--sweep-images) may separate"
+            " settings that look equal, and recommend more steps"
+        )
+    return remarks
 
 
-def _value(row: dict[str, Any]) -> str:
-    figure, seconds = row["figures"][FIGURE], row["seconds_per_image"]
-    low, high = figure["interval"]
+def _value(row: ComparisonRow) -> str:
+    figure, seconds = row.figures[FIGURE], row.seconds_per_image
     timed = f", {seconds:.3g} s/image" if seconds else ""
-    return f"{figure['label']} {figure['value']:.4g} +- {(high - low) / 2:.2g}{timed}"
+    return f"{figure.label} {figure.value:.4g} +- {figure.half_width:.2g}{timed}"

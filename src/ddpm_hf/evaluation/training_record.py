@@ -1,8 +1,8 @@
-"""What the training of models held out itself, found again in the data to measure them on."""
+"""Images that training held out, identified in the data set of an evaluation."""
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,15 +17,15 @@ from ddpm_hf.paths import ModelPaths
 
 
 @dataclass(frozen=True)
-class Record:
-    """What a training.json tells of held-out images: which they are, and how they look."""
+class HoldOutRecord:
+    """Hold-out of a training.json: the images, a digest of their pixels, and their format."""
 
     hold_out: HoldOut
     digest: str
     facts: ImageFacts
 
 
-def held_out_by_training(
+def with_hold_out_of_training(
     data: DataSource,
     models: Sequence[Any],
     *,
@@ -33,39 +33,39 @@ def held_out_by_training(
     use_safetensors: bool = True,
     progress: bool = True,
 ) -> DataSource:
-    """The data with the `hold_out` that the models' training.json tell of.
+    """The data with the `hold_out` that the models' training.json files record.
 
-    Without it where a split of held-out images is asked for or there, and where no model tells of
-    any; with a warning also where the data are others, or not all models tell of the same images.
+    Unchanged if a held-out split is requested or exists, or no model records a hold-out. Unchanged
+    with a warning if the images differ, or the models record different hold-outs.
 
     Args:
         data: what the models are measured on.
-        models: names or folders; a pipeline tells of nothing.
+        models: names or folders; pipelines have no record.
         revision, use_safetensors: of the models; see `load`.
         progress: show progress bars.
     Raises:
-        ValueError, OSError: if there is no such model, or no such reference split.
+        ValueError, OSError: if a model or the reference split does not exist.
     """
     if not models or data.has_held_out_split():
         return data
-    data.rows(data.reference_split)  # raises where there is none
+    data.rows(data.reference_split)  # raises if it does not exist
     paths = [
         ModelPaths(fetch(os.fspath(model), revision=revision, use_safetensors=use_safetensors))
         for model in models
         if isinstance(model, str | os.PathLike)
     ]
     try:
-        told = [read_json(path.facts) for path in paths]
-        records = [record for facts in told if (record := record_in(facts))]
+        training_facts = [read_json(path.facts) for path in paths]
+        records = [record for facts in training_facts if (record := record_in(facts))]
         if not records:
             return data
         if len(records) < len(models) or len({record.hold_out for record in records}) > 1:
-            raise DataError("not all of the models tell of the same ones")
+            raise DataError("the models record different hold-outs")
         for record in dict.fromkeys(records):
             _check(data, record, progress)
-        bases = [facts["base_model"] for facts in told if _has_other_base(facts)]
+        bases = [facts["base_model"] for facts in training_facts if _has_other_base(facts)]
     except ValueError as error:
-        warnings.warn(f"the images that training held out are not used: {error}", stacklevel=2)
+        warnings.warn(f"the recorded hold-out is not used: {error}", stacklevel=2)
         return data
     for base in bases:
         warnings.warn(
@@ -75,24 +75,25 @@ def held_out_by_training(
     return replace(data, hold_out=records[0].hold_out)
 
 
-def record_in(facts: Any) -> Record | None:
-    """What this content of a training.json tells of held-out images, if anything.
+def record_in(facts: Any) -> HoldOutRecord | None:
+    """The hold-out in the content of a training.json, if any.
 
     Raises:
-        ValueError: if that cannot be understood.
+        ValueError: if it has an unknown form.
     """
     try:
         dataset = (facts or {}).get("dataset") or {}
         if "held_out" not in dataset:
             return None
-        drawn, image = dict(dataset["held_out"]), ImageFacts(**dataset["image"])
-        return Record(digest=drawn.pop("digest"), hold_out=HoldOut(**drawn), facts=image)
+        hold_out, image = dict(dataset["held_out"]), ImageFacts(**dataset["image"])
+        digest = hold_out.pop("digest")
+        return HoldOutRecord(digest=digest, hold_out=HoldOut(**hold_out), facts=image)
     except (AttributeError, LookupError, TypeError) as error:
-        raise ValueError(f"training.json tells of them in another form: {error!r}") from error
+        raise ValueError(f'invalid "held_out" in training.json: {error!r}') from error
 
 
-def _check(data: DataSource, record: Record, progress: bool) -> None:
-    """Raise DataError unless these are the images of the run."""
+def _check(data: DataSource, record: HoldOutRecord, progress: bool) -> None:
+    """Raise DataError unless the data holds the images of the run."""
     images = prepared_like(
         record.facts,
         data.rows(data.reference_split),
@@ -101,11 +102,9 @@ def _check(data: DataSource, record: Record, progress: bool) -> None:
         progress=progress,
     )
     if record.hold_out.digest(images) != record.digest:
-        raise DataError(
-            "the images in their places are others than those of the run, or it cropped at random"
-        )
+        raise DataError("the images differ from those of the run, or the run used random crops")
 
 
-def _has_other_base(facts: dict[str, Any]) -> bool:
-    """Whether training began with a model that does not tell of the same images."""
+def _has_other_base(facts: Mapping[str, Any]) -> bool:
+    """Whether the base model does not record the same hold-out."""
     return "base_model" in facts and record_in(facts.get("base")) != record_in(facts)

@@ -8,10 +8,10 @@ from accelerate import PartialState
 from ddpm_hf.diffusion.atomic_files import read_json, remove_folder
 from ddpm_hf.diffusion.config_extension import extension_of
 from ddpm_hf.diffusion.eval_mode import evaluating
-from ddpm_hf.evaluation.checkpoint_calibration import keep_calibration, measure_calibration, rows_of
+from ddpm_hf.evaluation.checkpoint_calibration import save_calibration
 from ddpm_hf.evaluation.dataset_likelihood import BoundOptions
+from ddpm_hf.evaluation.error_curve import measure_calibration
 from ddpm_hf.evaluation.model_images import EvaluationImages
-from ddpm_hf.hub.card import write_calibration
 from ddpm_hf.text import counted
 from ddpm_hf.training.dataset_setup import HeldOut
 from ddpm_hf.training.run import Run
@@ -38,10 +38,7 @@ def calibrate_model(run: Run) -> None:
         )
     if measured is None:  # only the main process writes
         return
-    model = run.paths.model.root
-    keep_calibration(measured.scheduler, model, model)
-    how = f"predicted from {_describe_images(run)}"
-    write_calibration(model, {"rows": rows_of(measured), "how": how})
+    save_calibration(measured, run.paths.model.root, f"predicted from {_describe_images(run)}")
     remove_folder(folder)
 
 

@@ -12,8 +12,9 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from ddpm_hf.data import ImageDataset, ImageFacts
-from ddpm_hf.evaluation.features import DEFAULT_FEATURES, Features, features_of, load_features
+from ddpm_hf.evaluation.features import Features, features_of, load_features
 from ddpm_hf.evaluation.metrics import measure
+from ddpm_hf.evaluation.options import DEFAULT_FEATURES
 from ddpm_hf.pictures import Pixels, quantised
 from ddpm_hf.sampling import DrawnImages
 from ddpm_hf.text import counted
@@ -79,10 +80,10 @@ class PeriodicEvaluation:
             device, seed = run.accelerator.device, run.config.seed
             (fd,) = _as_value_errors(lambda: measure("fd", x, y, *z, seed=seed, device=device))
             return {
-                "evaluation_fd": fd["value"],
-                "evaluation_fd_standard_error": fd["standard_error"],
-                "evaluation_fd_half": fd["floor"]["drawn"],
-                "evaluation_fd_half_real": fd["floor"]["real"],
+                "evaluation_fd": fd.value,
+                "evaluation_fd_standard_error": fd.standard_error,
+                "evaluation_fd_half": fd.floor.drawn,
+                "evaluation_fd_half_real": fd.floor.real,
             }
 
         return on_main_process(run.accelerator, distance, run.config.ddp_timeout) or {}

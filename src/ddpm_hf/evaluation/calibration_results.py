@@ -1,0 +1,115 @@
+"""Result of `calibrate_checkpoint`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ddpm_hf.evaluation import tables
+from ddpm_hf.evaluation.comparison_results import Sweep
+from ddpm_hf.evaluation.records import Record, Row, excluded, optional, renamed
+from ddpm_hf.evaluation.results import DatasetFacts, ModelSourceFacts, Result
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepsRow(Record):
+    """Predicted bits/dim of K steps.
+
+    Attributes:
+        bits_per_dim, standard_error: evenly spaced timesteps, calibrated variances.
+        at_best_timesteps: at the timesteps of the least bound, if searched.
+        published: with the variances of `variance_type`, if these are fixed.
+    """
+
+    num_inference_steps: int
+    bits_per_dim: float
+    standard_error: float | None
+    at_best_timesteps: float | None = optional()
+    published: float | None = optional()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredBound(Record):
+    """Bound of the whole chain with the variances of `variance_type`."""
+
+    value: float
+    standard_error: float | None
+    variance_type: str
+
+
+Timesteps = dict[str, dict[int, list[int]]]
+"""Timesteps by sampler and number of steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationCurve(Record):
+    """Error curve of a network and the bits/dim that follow from it.
+
+    Attributes:
+        num_images, indices: images that were measured.
+        seed: of the noise.
+        x_0_mse: (T,), mean squared error of the estimate of x_0.
+        standard_error: (T,); None for one image.
+        steps: predicted bits/dim, the fewest steps first.
+        measured: bound of the whole chain.
+        remarks: caveats.
+        seconds: duration.
+        calibrated_timesteps: if asked for.
+    """
+
+    name: Literal["calibration"] = "calibration"
+    num_images: int
+    indices: tuple[int, ...]
+    seed: int
+    x_0_mse: tuple[float, ...]
+    standard_error: tuple[float | None, ...]
+    steps: tuple[StepsRow, ...] = renamed("rows")
+    measured: MeasuredBound
+    remarks: tuple[str, ...]
+    seconds: float
+    calibrated_timesteps: Timesteps | None = optional()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointCalibration(Result):
+    """Result of `calibrate_checkpoint`.
+
+    Attributes:
+        results: the curve, then the sweep if asked for.
+        options, command: not recorded.
+        versions, created: see `Evaluation`.
+        file, scheduler_config, card: files that were written, the card if asked for.
+    """
+
+    format_version: Literal[1] = 1
+    model: ModelSourceFacts
+    dataset: DatasetFacts
+    results: tuple[CalibrationCurve | Sweep, ...]
+    options: dict[str, str]
+    command: str | None = None
+    versions: dict[str, str]
+    created: str
+    file: Path | None = excluded()
+    scheduler_config: Path | None = excluded()
+    card: Path | None = excluded()
+
+    @property
+    def curve(self) -> CalibrationCurve:
+        """The error curve."""
+        return next(r for r in self.results if isinstance(r, CalibrationCurve))
+
+    @property
+    def sweep(self) -> Sweep | None:
+        """The sweep over samplers, if asked for."""
+        return next((r for r in self.results if isinstance(r, Sweep)), None)
+
+    @property
+    def image_source(self) -> str:
+        """Description of the measured images, such as "256 images of photos, test"."""
+        return tables.image_source(self)
+
+    def rows(self) -> list[Row]:
+        """Predicted bits/dim, one row per number of steps."""
+        return [row.to_dict() for row in self.curve.steps]
+
+    def __str__(self) -> str:
+        return tables.calibration_text(self)

@@ -1,0 +1,86 @@
+"""Results of an evaluation as metrics of a model card."""
+
+from dataclasses import dataclass
+
+from ddpm_hf.evaluation.options import BITS
+from ddpm_hf.evaluation.records import JsonObject, Record
+from ddpm_hf.evaluation.result_files import command_of
+from ddpm_hf.evaluation.results import BoundResult, DatasetFacts, Evaluation, MetricResult
+from ddpm_hf.evaluation.tables import VERDICTS, bound_setup
+from ddpm_hf.text import counted
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardMetric(Record):
+    """An entry of the card's metrics; see `hub.card.write_results`.
+
+    Attributes:
+        type, name: of the metric in the model index.
+        value: of the metric.
+        how: one line about the measurement, with the command that repeats it.
+        dataset: "name", "split" and, for a Hub data set, "hub_id".
+        args: "evaluate", the options of `evaluate`; "interval"; and digests of weights, features
+            and held-out images that identify what was measured.
+    """
+
+    type: str
+    name: str
+    value: float
+    how: str
+    dataset: dict[str, str]
+    args: JsonObject
+
+
+def card_metrics(evaluation: Evaluation) -> list[CardMetric]:
+    """The results of an evaluation, each with the options that measure it again."""
+    return [_card_metric(evaluation, result) for result in evaluation.results]
+
+
+def _card_metric(evaluation: Evaluation, result: BoundResult | MetricResult) -> CardMetric:
+    facts = evaluation.dataset
+    metric = BITS if isinstance(result, BoundResult) else result.metric
+    options = {"metrics": [metric], **evaluation.options.to_dict()}
+    options = {
+        name: value
+        for name, value in options.items()
+        if value is not None and name != "per_class"  # the card shows no classes
+    }
+    command = command_of([evaluation.model.name], facts.name, options)
+    args = {
+        "evaluate": options,
+        "interval": list(result.interval),
+        "weights": evaluation.model.weights,
+    }
+    if isinstance(result, MetricResult):
+        args["features"] = result.measured_with.features.digest
+    if facts.held_out:
+        args["held_out"] = facts.to_dict()["held_out"]
+    name, how = _name_and_setup(result, facts)
+    known = {"name": facts.name, "hub_id": facts.hub_id, "split": facts.split}
+    return CardMetric(
+        type=result.name,
+        name=name,
+        value=result.value,
+        how=f"{how}; by {command}",
+        dataset={key: value for key, value in known.items() if value is not None},
+        args=args,
+    )
+
+
+def _name_and_setup(result: BoundResult | MetricResult, facts: DatasetFacts) -> tuple[str, str]:
+    if isinstance(result, BoundResult):
+        error = result.standard_error
+        precision = "" if error is None else f", standard error {error:.2g}"
+        images = f"{counted(result.num_images, 'image')}{facts.held_out_suffix}{precision}"
+        name = f"bits/dim (bound, K = {result.num_inference_steps:,})"
+        return name, f"{images}; {bound_setup(result)}"
+    setup, floor, (low, high) = result.measured_with, result.floor, result.interval
+    K = setup.num_inference_steps
+    sampler = f"; K = {K:,}, {setup.scheduler}" if K else ""
+    return (
+        f"{result.label} ({setup.features.name})",
+        f"{counted(result.num_drawn, 'drawn image')} against {result.num_real:,} of"
+        f" {setup.reference_split}{facts.trained_on_suffix}{sampler}; 95 % interval {low:.4g} to"
+        f" {high:.4g}; at {result.floor_num_images[1]:,} images {floor.drawn:.4g}, real ones"
+        f" {floor.real:.4g}: {VERDICTS[result.verdict]}",
+    )

@@ -1,0 +1,181 @@
+"""Results of `compare` and `sweep`."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from ddpm_hf.evaluation import tables
+from ddpm_hf.evaluation.options import ComparisonOptions, EvaluationOptions
+from ddpm_hf.evaluation.records import Record, Row, optional
+from ddpm_hf.evaluation.results import (
+    DatasetFacts,
+    Floor,
+    Interval,
+    ModelFacts,
+    Report,
+    Result,
+    Verdict,
+)
+
+Rank = Literal["best", "tie", ""]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankedFigure(Record):
+    """A figure of one setting, ranked among all settings.
+
+    Attributes:
+        name to num_images: see `MetricResult` and `BoundResult`.
+        num_features: dimensions of the features.
+        rank: "best"; "tie" if the gap to the best is within chance; else "".
+        gap: value minus the best value.
+        gap_of_chance: half-width of the 95 % interval of the gap; None if unknown.
+    """
+
+    name: str
+    label: str
+    value: float
+    interval: Interval
+    standard_error: float | None
+    floor: Floor | None = optional()
+    floor_num_images: tuple[int, int] | None = optional()
+    verdict: Verdict | None = optional()
+    note: str | None = optional()
+    num_drawn: int | None = optional()
+    num_real: int | None = optional()
+    num_features: int | None = optional()
+    num_images: int | None = optional()
+    rank: Rank = ""
+    gap: float = 0.0
+    gap_of_chance: float | None = None
+
+    @property
+    def half_width(self) -> float:
+        """Half the width of the confidence interval."""
+        low, high = self.interval
+        return (high - low) / 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettingFacts(Record):
+    """A combination of model, scheduler and number of steps.
+
+    Attributes:
+        setting: label of the combination.
+        name: label of the model or images, if there are several.
+        scheduler: None for the model's own.
+        num_inference_steps: K; None for images.
+    """
+
+    setting: str
+    name: str | None
+    scheduler: str | None
+    num_inference_steps: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonRow(SettingFacts):
+    """A measured setting.
+
+    Attributes:
+        model: the model or images.
+        num_network_calls: per image; None for images.
+        seconds_per_image: drawing time in one process, median over batches.
+        folder: of its evaluation.
+        figures: by name.
+    """
+
+    model: ModelFacts
+    num_network_calls: int | None
+    seconds_per_image: float | None
+    folder: str
+    figures: dict[str, RankedFigure]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeftOut(SettingFacts):
+    """A setting that cannot be measured, and why."""
+
+    reason: str
+
+
+class SettingsResult(Result):
+    """Rows of a comparison or a sweep."""
+
+    settings: tuple[ComparisonRow, ...]
+
+    def rows(self) -> list[Row]:
+        """One row per setting and figure."""
+        return [
+            {
+                "setting": row.setting,
+                "name": row.name,
+                "scheduler": row.scheduler,
+                "num_inference_steps": row.num_inference_steps,
+                "num_network_calls": row.num_network_calls,
+                "seconds_per_image": row.seconds_per_image,
+                "figure": figure.name,
+                "value": figure.value,
+                "low": figure.interval[0],
+                "high": figure.interval[1],
+                "rank": figure.rank,
+                "gap": figure.gap,
+                "gap_of_chance": figure.gap_of_chance,
+            }
+            for row in self.settings
+            for figure in row.figures.values()
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison(SettingsResult, Report):
+    """Result of `compare`: the measured settings and those left out."""
+
+    _IN_OPTIONS: ClassVar[tuple[str, ...]] = ("metrics", "schedulers", "num_inference_steps")
+
+    format_version: Literal[1] = 1
+    dataset: DatasetFacts
+    settings: tuple[ComparisonRow, ...]
+    left_out: tuple[LeftOut, ...]
+    metrics: tuple[str, ...]
+    schedulers: tuple[str, ...]
+    num_inference_steps: tuple[int, ...]
+    options: ComparisonOptions
+    command: str
+    versions: dict[str, str]
+    created: str
+
+    def __str__(self) -> str:
+        return tables.comparison_text(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerSetting(Record):
+    """A scheduler and a number of steps, as `recommended` of the scheduler configuration."""
+
+    scheduler: str
+    num_inference_steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep(SettingsResult):
+    """Result of `sweep`.
+
+    Attributes:
+        recommended: the cheapest setting that is the best or a tie with it.
+        for_stock: the cheapest of these that the `DDPMPipeline` of diffusers can run, if any.
+        all_steps: DDPM with all T steps, if measured.
+        remarks: sentences about the choice.
+    """
+
+    name: Literal["sweep"] = "sweep"
+    dataset: DatasetFacts
+    options: EvaluationOptions
+    settings: tuple[ComparisonRow, ...]
+    left_out: tuple[LeftOut, ...]
+    recommended: SamplerSetting
+    for_stock: SamplerSetting | None
+    all_steps: SamplerSetting | None
+    remarks: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return tables.sweep_text(self)
