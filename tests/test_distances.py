@@ -16,14 +16,14 @@ from ddpm_hf.evaluation import (
     precision_recall,
 )
 from ddpm_hf.evaluation.metrics import closest_pairs, measure
-from ddpm_hf.evaluation.neighbour_statistics import look, pooled
+from ddpm_hf.evaluation.neighbour_statistics import feature_sets, pair_statistics
 from ddpm_hf.randomness import seed_of
 
 RNG = np.random.default_rng(0)
 
 
 @pytest.fixture(autouse=True)
-def _same_numbers_whatever_ran_before(monkeypatch):
+def _fresh_random_numbers(monkeypatch):
     monkeypatch.setattr(f"{__name__}.RNG", np.random.default_rng(0))
 
 
@@ -38,8 +38,8 @@ def sets(num=40, dims=7, shift=0.5):
     return RNG.standard_normal((num, dims)), RNG.standard_normal((num - 9, dims)) * 1.3 + shift
 
 
-def test_fd_of_features_that_are_gaussian_is_their_closed_form():
-    """N(0, I) and N(m, A A^T), which are |m|^2 + d + |A|_F^2 - 2 |A|_* apart."""
+def test_fd_of_gaussian_features_matches_the_closed_form():
+    """N(0, I) and N(m, A A^T): |m|^2 + d + |A|_F^2 - 2 |A|_*."""
     mean, a = RNG.standard_normal(6), RNG.standard_normal((6, 6))
     real, drawn = whitened(50, 6), whitened(300, 6) @ a.T + mean
     nuclear = np.linalg.svd(a, compute_uv=False).sum()
@@ -58,9 +58,9 @@ def by_symmetric_square_roots(real, drawn):
     return gap @ gap + np.trace(s_1) + np.trace(s_2) - 2 * np.trace(between)
 
 
-# Also where no more images than dimensions make both covariances singular, or either.
+# With at most as many images as dimensions, one or both covariances are singular.
 @pytest.mark.parametrize(("num", "dims"), [(300, 20), (30, 50), (25, 25), (26, 25), (30, 25)])
-def test_fd_agrees_with_square_roots_also_of_fewer_images_than_dimensions(num, dims):
+def test_fd_matches_matrix_square_roots_also_for_fewer_images_than_dimensions(num, dims):
     real, drawn = sets(num, dims)
     want = by_symmetric_square_roots(real, drawn)
     # The oracle's null eigenvalues, 1e-16 of the largest, have roots of 1e-8 of its root.
@@ -69,7 +69,7 @@ def test_fd_agrees_with_square_roots_also_of_fewer_images_than_dimensions(num, d
     assert frechet_distance(real, real) == pytest.approx(0, abs=1e-10)
 
 
-def test_fd_agrees_with_torchmetrics_on_the_same_features():
+def test_fd_matches_torchmetrics_on_the_same_features():
     real, drawn = map(torch.from_numpy, sets(300, 30))
     network = torch.nn.Flatten()
     network.num_features = 30
@@ -95,7 +95,7 @@ def kid_by_pairs(x, y):
     return mean(x, x, True) + mean(y, y, True) - 2 * mean(x, y, False)
 
 
-def test_kid_is_the_mean_over_pairs_and_its_error_that_of_the_jackknife():
+def test_kid_matches_the_mean_over_pairs_and_the_jackknife_error():
     real, drawn = sets(14)
     distance = kernel_distance(real, drawn)
     assert distance == pytest.approx(kid_by_pairs(real, drawn), rel=1e-12)
@@ -107,7 +107,7 @@ def test_kid_is_the_mean_over_pairs_and_its_error_that_of_the_jackknife():
     assert distance.standard_error == pytest.approx(math.sqrt(var), rel=1e-9)
 
 
-def test_kid_is_unbiased_and_its_error_is_that_over_draws():
+def test_kid_is_unbiased_and_its_error_matches_the_spread_over_samples():
     draws = [kernel_distance(*sets(60, 4, 0.3)) for _ in range(200)]
     spread = np.std(draws)
     assert np.sqrt(np.mean([d.standard_error**2 for d in draws])) == pytest.approx(spread, rel=0.25)
@@ -122,7 +122,7 @@ def balls(centres, k):
 
 
 @pytest.mark.parametrize("k", [1, 3, 5])
-def test_precision_recall_density_and_coverage_are_what_their_papers_define(k):
+def test_precision_recall_density_and_coverage_match_the_definitions_of_their_papers(k):
     real, drawn = sets(40, 3, 0.8)
     gaps = np.linalg.norm(real[:, None] - drawn[None], axis=2)  # (N, M)
     in_real, in_drawn = gaps <= balls(real, k)[:, None], gaps <= balls(drawn, k)[None]
@@ -141,7 +141,7 @@ def measures(real, drawn):
     }  # fmt: skip
 
 
-def test_blocks_and_the_order_of_images_change_nothing_but_rounding(monkeypatch):
+def test_block_size_and_order_of_images_only_affect_rounding(monkeypatch):
     real, drawn = sets(60, 5)
     want = measures(real, drawn)
     monkeypatch.setattr("ddpm_hf.evaluation.neighbour_statistics._BLOCK", 7 * 60)
@@ -151,7 +151,7 @@ def test_blocks_and_the_order_of_images_change_nothing_but_rounding(monkeypatch)
 
 
 def by_scikit_learn(real, drawn):
-    """All that is measured from pairs, by a search for neighbours and by whole matrices."""
+    """All pairwise figures, by nearest-neighbour search and full matrices."""
 
     def radii(x, k):
         return NearestNeighbors(n_neighbors=k, algorithm="kd_tree").fit(x).kneighbors()[0][:, -1]
@@ -160,8 +160,10 @@ def by_scikit_learn(real, drawn):
         return NearestNeighbors(n_neighbors=1, algorithm="kd_tree").fit(y).kneighbors(x)[0][:, 0]
 
     def kernel(x, y):
-        found = polynomial_kernel(x, y, degree=3)
-        return found.mean() if y is not x else (found.sum() - found.trace()) / len(x) / (len(x) - 1)
+        values = polynomial_kernel(x, y, degree=3)
+        if y is not x:
+            return values.mean()
+        return (values.sum() - values.trace()) / len(x) / (len(x) - 1)
 
     pairs = np.linalg.norm(real[:, None] - drawn[None], axis=2)
     near = max(np.quantile(radii(real, 1), 0.01), 1e-3 * np.median(radii(real, 1)))
@@ -176,7 +178,7 @@ def by_scikit_learn(real, drawn):
 
 
 @pytest.mark.parametrize("num_held_out", [None, 16])
-def test_one_pass_over_all_pairs_gives_each_half_what_scikit_learn_does(num_held_out, monkeypatch):
+def test_pairwise_figures_of_all_resamples_match_scikit_learn(num_held_out, monkeypatch):
     monkeypatch.setattr("ddpm_hf.evaluation.neighbour_statistics._BLOCK", 7 * 60)
     real, drawn = sets(91, 5)
     drawn[:8] = real[:8] + 1e-6
@@ -184,9 +186,9 @@ def test_one_pass_over_all_pairs_gives_each_half_what_scikit_learn_does(num_held
     metrics = ["kid", "precision-recall", "coverage", "memorisation"]
     others = None if z is None else torch.from_numpy(z)
     measured = measure(metrics, torch.from_numpy(real), torch.from_numpy(drawn), others)
-    found = {figure["name"]: figure for figure in measured}
+    by_name = {figure.name: figure for figure in measured}
     want = by_scikit_learn(real, drawn)
-    assert {name: figure["value"] for name, figure in found.items()} == pytest.approx(want)
+    assert {name: figure.value for name, figure in by_name.items()} == pytest.approx(want)
     generator = torch.Generator().manual_seed(seed_of(0, "halves"))
     halves, floors = [], []
     for _ in range(20):
@@ -199,18 +201,17 @@ def test_one_pass_over_all_pairs_gives_each_half_what_scikit_learn_does(num_held
         size = min(len(others), len(half))
         halves.append(by_scikit_learn(x[:46], half))
         floors.append([by_scikit_learn(x[:46], y[:size]) for y in (half, others)])
-    for name, figure in found.items():
-        assert figure["halves"] == pytest.approx([half[name] for half in halves]), name
-        for i, kind in enumerate(("drawn", "real")):
-            mean = np.mean([floor[i][name] for floor in floors])
-            assert figure["floor"][kind] == pytest.approx(mean), (name, kind)
+    for name, figure in by_name.items():
+        assert figure.halves == pytest.approx([half[name] for half in halves]), name
+        means = [np.mean([floor[i][name] for floor in floors]) for i in range(2)]
+        assert (figure.floor.drawn, figure.floor.real) == pytest.approx(tuple(means)), name
 
 
-def test_images_that_are_equal_are_0_apart_however_sums_round():
-    """Many dimensions far from the origin: of squares of distances 1e-13 is rounding."""
+def test_equal_images_have_distance_0_despite_rounding():
+    """Many dimensions far from the origin: squared distances have rounding errors of 1e-13."""
     one = RNG.standard_normal((60, 700)) + 10
     real = np.repeat(one, 6, 0)  # balls of radius 0
-    (pair,) = look([tuple(pooled(torch.from_numpy(real), torch.from_numpy(one)))])
+    (pair,) = pair_statistics([tuple(feature_sets(torch.from_numpy(real), torch.from_numpy(one)))])
     assert (pair.drawn_to_real.nearest == 0).all()
     assert precision_recall(real, one) == (1, 1)
     assert density_coverage(real, one) == pytest.approx((6 / 5, 1))  # in all six
@@ -219,7 +220,7 @@ def test_images_that_are_equal_are_0_apart_however_sums_round():
     ]
 
 
-def test_noise_lost_modes_and_copies_each_move_the_measure_that_is_for_it():
+def test_noise_lost_modes_and_copies_each_move_the_corresponding_metric():
     modes = RNG.standard_normal((9, 6))
 
     def draw(num, modes=modes, noise=0.2):
@@ -233,7 +234,7 @@ def test_noise_lost_modes_and_copies_each_move_the_measure_that_is_for_it():
         assert worse["kid"] - good["kid"] > 4 * worse["kid"].standard_error
     assert noisy["precision"] < good["precision"] - 0.2
     assert noisy["density"] < good["density"] - 0.2
-    assert fewer["precision"] > good["precision"] - 0.1  # what is drawn looks real
+    assert fewer["precision"] > good["precision"] - 0.1  # drawn images still look real
     assert fewer["recall"] < good["recall"] - 0.3
     assert fewer["coverage"] < good["coverage"] - 0.3
     assert copies["fd"] < 0.1 * good["fd"]  # better than real images: hence the floor
@@ -241,14 +242,14 @@ def test_noise_lost_modes_and_copies_each_move_the_measure_that_is_for_it():
 
 REFUSED = [
     (np.zeros((5, 3)), np.zeros((5, 4)), r"\(5, 3\) and \(5, 4\)"),
-    (np.zeros((5, 3)), np.zeros((1, 3)), "drawn must be features"),
-    (np.zeros(5), np.zeros((5, 3)), "real must be features"),
-    (np.zeros((5, 3)), np.full((5, 3), math.nan), "drawn must be finite, but 15 values"),
+    (np.zeros((5, 3)), np.zeros((1, 3)), "`drawn` must be features"),
+    (np.zeros(5), np.zeros((5, 3)), "`real` must be features"),
+    (np.zeros((5, 3)), np.full((5, 3), math.nan), "`drawn` must be finite, but 15 values"),
 ]
 
 
-@pytest.mark.parametrize(("real", "drawn", "said"), REFUSED)
+@pytest.mark.parametrize(("real", "drawn", "message"), REFUSED)
 @pytest.mark.parametrize("measure", [frechet_distance, kernel_distance, precision_recall])
-def test_what_is_no_pair_of_feature_arrays_is_refused(measure, real, drawn, said):
-    with pytest.raises(ValueError, match=said):
+def test_invalid_feature_arrays_are_rejected(measure, real, drawn, message):
+    with pytest.raises(ValueError, match=message):
         measure(real, drawn)

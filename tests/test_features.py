@@ -1,4 +1,4 @@
-"""Features of images of every kind, and what is measured with them."""
+"""Feature networks, their preprocessing, and metrics with intervals and floors."""
 
 import numpy as np
 import pytest
@@ -25,18 +25,18 @@ def random_pixels(*shape, dtype=np.uint8):
 
 
 @pytest.mark.parametrize("size", [5, 16, 40])
-def test_images_are_resized_as_pil_does_it_in_float(size):
+def test_resizing_matches_pil_in_float(size):
     pixels = random_pixels(2, 16, 24, 3)
     planes = to_rgb(pixels).numpy()
     want = np.stack([
         [np.asarray(Image.fromarray(p, "F").resize((size, size), Image.BICUBIC)) for p in image]
         for image in planes
     ]).clip(0, 1)  # fmt: skip
-    # Both find weights of some 1e-6, from places in float32, and sum up to 60 products.
+    # Filter weights are accurate to about 1e-6 from float32 positions; sums have up to 60 terms.
     assert resized(torch.from_numpy(planes), size).numpy() == pytest.approx(want, abs=1e-5)
 
 
-def test_grey_alpha_and_depth_have_one_meaning():
+def test_grey_alpha_and_bit_depth_are_preprocessed_alike():
     colour = random_pixels(2, 4, 4, 3)
     grey, alpha = colour[..., :1], random_pixels(2, 4, 4, 1)
     x, a = colour / 255, alpha / 255
@@ -66,7 +66,7 @@ def backbone(tmp_path_factory):
     return folder
 
 
-def test_a_vision_model_of_transformers_is_shown_images_by_its_processors_numbers(backbone):
+def test_a_transformers_model_uses_the_statistics_of_its_processor(backbone):
     features = load_features(str(backbone))
     pixels = random_pixels(3, 8, 8, 1)
     processor = BitImageProcessorPil.from_pretrained(backbone)
@@ -75,11 +75,11 @@ def test_a_vision_model_of_transformers_is_shown_images_by_its_processors_number
     with torch.inference_mode():
         want = model((resized(to_rgb(pixels), 28) - mean) / std).pooler_output
     torch.testing.assert_close(features(pixels), want)
-    assert features.facts()["name"] == backbone.name  # where it lies is nobody's business
+    assert features.facts()["name"] == backbone.name  # the path stays private
 
 
 @pytest.mark.slow
-def test_a_vision_model_on_the_hub_is_had_without_its_pickles(backbone, tmp_path):
+def test_a_hub_model_is_downloaded_without_pickled_weights(backbone, tmp_path):
     code = """
 from ddpm_hf.evaluation.features import load_features
 from pathlib import Path
@@ -96,7 +96,7 @@ result = [features.name, features.digest, sorted(p.name for p in Path(HOME).rglo
                 client.run(code.replace("eyes", "ears"), HOME=str(tmp_path))
 
 
-def test_the_image_part_of_a_model_of_text_and_images_is_taken(tmp_path):
+def test_only_the_vision_part_of_a_text_image_model_is_used(tmp_path):
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     config = CLIPConfig(
         text_config=small | {"num_attention_heads": 2, "vocab_size": 9},
@@ -107,7 +107,7 @@ def test_the_image_part_of_a_model_of_text_and_images_is_taken(tmp_path):
     assert load_features(str(tmp_path))(random_pixels(2, 8, 8, 3)).shape == (2, 16)
 
 
-def test_modules_callables_and_the_network_of_the_extra_are_features():
+def test_modules_callables_and_efficientnet_are_feature_networks():
     pixels = random_pixels(2, 8, 8, 1)
     module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 5), torch.nn.Dropout())
     features = load_features(module)
@@ -123,7 +123,7 @@ def test_modules_callables_and_the_network_of_the_extra_are_features():
         load_features("user/none")
 
 
-def test_a_pooler_that_the_checkpoint_lacks_is_left_out_and_a_layer_is_refused(tmp_path):
+def test_a_missing_pooler_is_skipped_and_another_missing_layer_is_an_error(tmp_path):
     config = ViTConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
     )
@@ -140,14 +140,14 @@ def test_a_pooler_that_the_checkpoint_lacks_is_left_out_and_a_layer_is_refused(t
         load_features(str(tmp_path))
 
 
-def test_networks_that_differ_in_layers_without_weights_are_told_apart():
+def test_the_digest_distinguishes_layers_without_weights():
     layers = [torch.nn.Sequential(layer, torch.nn.Flatten()) for layer in (
         torch.nn.AvgPool2d(2), torch.nn.MaxPool2d(2)
     )]  # fmt: skip
     assert load_features(layers[0]).digest != load_features(layers[1]).digest
 
 
-def test_features_are_computed_once_for_a_set(tmp_path, monkeypatch):
+def test_features_of_a_set_are_cached(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
     pixels, calls, state = random_pixels(600, 4, 4, 1), [], distributed_state()
 
@@ -170,70 +170,70 @@ def test_features_are_computed_once_for_a_set(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def digits():
-    """The digits of scikit-learn as their values, in an order of chance, with their classes."""
+    """Pixel values and classes of the digits of scikit-learn, shuffled."""
     images, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(images))
     return torch.from_numpy(images[order] / 16), labels[order]
 
 
 def figures(metric, real, drawn, held_out=None):
-    return {figure["name"]: figure for figure in measure(metric, real, drawn, held_out)}
+    return {figure.name: figure for figure in measure(metric, real, drawn, held_out)}
 
 
-def test_each_metric_tells_what_it_is_for_and_real_images_from_none(digits):
+def test_each_metric_detects_its_defect_and_calls_real_images_a_tie(digits):
     x, labels = digits
     real, other = x[:500], x[500:1000]
     noisy = other + 0.3 * torch.randn(other.shape, generator=torch.Generator().manual_seed(0))
     fewer = x[500:][torch.from_numpy(labels[500:] < 5)][:500]
     for metric in ("fd", "kid", "precision-recall", "coverage", "memorisation"):
         for figure in figures(metric, real, other).values():
-            assert figure["verdict"] == "tie", figure
-            assert figure["interval"][0] <= figure["value"] <= figure["interval"][1]
+            assert figure.verdict == "tie", figure
+            assert figure.interval[0] <= figure.value <= figure.interval[1]
     for name, metric in (("fd", "fd"), ("precision", "precision-recall"), ("density", "coverage")):
-        assert figures(metric, real, noisy)[name]["verdict"] == "worse"
+        assert figures(metric, real, noisy)[name].verdict == "worse"
     for name, metric in (("fd", "fd"), ("kid", "kid"), ("coverage", "coverage")):
-        assert figures(metric, real, fewer)[name]["verdict"] == "worse"
-    assert figures("memorisation", real, fewer)["copies"]["verdict"] == "tie"
+        assert figures(metric, real, fewer)[name].verdict == "worse"
+    assert figures("memorisation", real, fewer)["copies"].verdict == "tie"
 
 
-def test_copies_of_the_training_images_are_called_that(digits):
+def test_copies_of_training_images_are_detected(digits):
     x, _ = digits
     real, held_out = x[:500], x[500:1000]
     copies = real[torch.randperm(500, generator=torch.Generator().manual_seed(1))] + 1e-4
     for others in (None, held_out):
         copied = figures("memorisation", real, copies, others)["copies"]
-        assert copied["value"] == 1
-        assert copied["note"].startswith("these images are copies of the training images: 100%")
+        assert copied.value == 1
+        assert copied.note.startswith("these images are copies of the training images: 100%")
         few = torch.cat([copies[:100], x[1000:1400]])
-        assert figures("memorisation", real, few, others)["copies"]["verdict"] == "worse"
+        assert figures("memorisation", real, few, others)["copies"].verdict == "worse"
         better = figures("fd", real, copies, others)["fd"]
-        assert better["verdict"] == "better"
-        assert "are these copies?" in better["note"]
+        assert better.verdict == "better"
+        assert "are these copies?" in better.note
 
 
-def test_the_interval_is_about_what_other_draws_give():
+def test_the_standard_error_matches_the_spread_over_samples():
     generator = torch.Generator().manual_seed(0)
 
     def draw(shift=0.0):
         return torch.randn(150, 8, generator=generator, dtype=torch.float64) + shift
 
     draws = [measure("fd", draw(), draw(0.5))[0] for _ in range(30)]
-    spread = np.std([d["value"] for d in draws])
-    error = np.sqrt(np.mean([d["standard_error"] ** 2 for d in draws]))
-    # From 30 draws of 20 halves each the ratio is known to 15 %; halves are wide, not narrow.
+    spread = np.std([d.value for d in draws])
+    error = np.sqrt(np.mean([d.standard_error**2 for d in draws]))
+    # 30 samples of 20 halves each determine the ratio to 15 %; half-samples err on the wide side.
     assert 0.7 < error / spread < 1.8
 
 
-def test_few_held_out_images_make_the_floor_uncertain_and_not_the_interval():
+def test_few_held_out_images_affect_the_floor_but_not_the_interval():
     generator = torch.Generator().manual_seed(0)
     real, drawn, held_out = (torch.randn(n, 8, generator=generator) for n in (400, 400, 40))
     few, many = (measure("fd", real, drawn, others)[0] for others in (held_out, None))
-    assert few["floor_num_images"] == [200, 20]
-    assert few["standard_error"] == pytest.approx(many["standard_error"], rel=0.5)
+    assert few.floor_num_images == (200, 20)
+    assert few.standard_error == pytest.approx(many.standard_error, rel=0.5)
 
 
-def test_the_interval_by_leading_directions_is_that_by_all(monkeypatch):
-    """Features whose spectrum falls as those of networks do; the floor has the bias of all."""
+def test_the_interval_by_leading_directions_matches_that_by_all(monkeypatch):
+    """For features with a decaying spectrum, as of networks; the floor keeps the full bias."""
     generator = torch.Generator().manual_seed(0)
     scale = torch.arange(1, 61) ** -0.7
 
@@ -244,9 +244,11 @@ def test_the_interval_by_leading_directions_is_that_by_all(monkeypatch):
     (by_all,) = measure("fd", *sets)
     monkeypatch.setattr("ddpm_hf.evaluation.metrics._NUM_DIRECTIONS", 20)
     (by_some,) = measure("fd", *sets)
-    assert by_some["value"] == by_all["value"]
-    assert by_some["standard_error"] == pytest.approx(by_all["standard_error"], rel=0.1)
+    assert by_some.value == by_all.value
+    assert by_some.standard_error == pytest.approx(by_all.standard_error, rel=0.1)
     for kind in ("real", "drawn"):
-        error = by_all["standard_error"]
-        assert by_some["floor"][kind] == pytest.approx(by_all["floor"][kind], abs=error / 4)
-    assert by_some["verdict"] == by_all["verdict"] == "worse"
+        error = by_all.standard_error
+        assert getattr(by_some.floor, kind) == pytest.approx(
+            getattr(by_all.floor, kind), abs=error / 4
+        )
+    assert by_some.verdict == by_all.verdict == "worse"

@@ -276,10 +276,7 @@ def compared(
 
 def told(results: tuple[MetricResult, ...]) -> list[str]:
     """Each figure at half the number of digits, beside that of real ones that were held out."""
-    return [
-        f"{r.label:42}{r.floor.drawn:8.3f}{r.floor.real:17.3f}  {r.verdict}"
-        for r in results
-    ]
+    return [f"{r.label:42}{r.floor.drawn:8.3f}{r.floor.real:17.3f}  {r.verdict}" for r in results]
 
 
 def calibrate_model(
