@@ -77,10 +77,10 @@ def test_distance_and_floor_equal_those_of_evaluate(tmp_path, capsys, share):
     drawn = by_pixels(torch.from_numpy(drawn).permute(0, 3, 1, 2))
     (fd,) = measure("fd", real, drawn, held_out)
     want = {
-        "evaluation_fd": fd["value"],
-        "evaluation_fd_standard_error": fd["standard_error"],
-        "evaluation_fd_half": fd["floor"]["drawn"],
-        "evaluation_fd_half_real": fd["floor"]["real"],
+        "evaluation_fd": fd.value,
+        "evaluation_fd_standard_error": fd.standard_error,
+        "evaluation_fd_half": fd.floor.drawn,
+        "evaluation_fd_half_real": fd.floor.real,
     }
     assert entries[6] == pytest.approx(want, rel=1e-5)  # the features are float32
 

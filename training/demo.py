@@ -42,7 +42,7 @@ from ddpm_hf.calibration import without_curve
 from ddpm_hf.cli import run_command
 from ddpm_hf.evaluation.calibration_results import StepsRow
 from ddpm_hf.evaluation.checkpoint_calibration import save_calibration
-from ddpm_hf.evaluation.results import MetricResult
+from ddpm_hf.evaluation.figures import MetricResult
 from ddpm_hf.hub.card import write_model_card
 from ddpm_hf.pictures import image_grid
 from ddpm_hf.text import duration

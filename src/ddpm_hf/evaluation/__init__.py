@@ -3,18 +3,19 @@
 Measuring
     evaluate                one model or set of images; `evaluate`
     compare                 several models, samplers and numbers of steps; `compare`
-    checkpoint_calibration  error curve of a checkpoint; `calibrate_checkpoint`
     sweep                   the cheapest sampler that is as good as the best
+    checkpoint_calibration  error curve of a checkpoint; `calibrate_checkpoint`
     verify                  figures of a model card, measured again
     measurement             the `Evaluator` that these share
 
 Figures
+    dataset_likelihood      bits/dim of a data set
     distances               Frechet and kernel distance, precision, recall, density, coverage
     metrics                 these with confidence intervals and floors; memorisation
     per_class               the same for each class
-    neighbour_statistics    pairwise nearest-neighbour statistics of many sets in one pass
-    dataset_likelihood      bits/dim of a data set
+    error_curve             error of the network at every timestep
     features                feature networks
+    neighbour_statistics    pairwise nearest-neighbour statistics of many sets in one pass
     sharded_tensors         tensors computed in shards by all ranks
 
 Images
@@ -22,11 +23,15 @@ Images
     model_images            a data set in the format of a model
     training_record         images that training held out
 
-Results
+Options and results
     options                 options of the functions above
-    results                 their typed results, and their JSON files
-    tables                  results as text
-    plots                   results as figures
+    figures                 measured figures, facts about model and data set
+    results                 result of `evaluate`; also comparison_results, calibration_results
+    records                 dataclasses as JSON objects
+    result_files            folders and JSON files
+    card_metrics            figures for the model card
+    tables                  figures as text
+    plots, result_pictures  figures as plots, images as grids
 """
 
 from importlib import import_module

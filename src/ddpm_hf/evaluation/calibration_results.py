@@ -4,10 +4,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ddpm_hf.evaluation import tables
 from ddpm_hf.evaluation.comparison_results import Sweep
+from ddpm_hf.evaluation.figures import DatasetFacts, ModelSourceFacts
 from ddpm_hf.evaluation.records import Record, Row, excluded, optional, renamed
-from ddpm_hf.evaluation.results import DatasetFacts, ModelSourceFacts, Result
+from ddpm_hf.evaluation.results import Result
+from ddpm_hf.text import counted
+
+_STEPS_COLUMNS = {
+    "bits_per_dim": "evenly spaced",
+    "at_best_timesteps": "best timesteps",
+    "published": "as published",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,11 +112,44 @@ class CheckpointCalibration(Result):
     @property
     def image_source(self) -> str:
         """Description of the measured images, such as "256 images of photos, test"."""
-        return tables.image_source(self)
+        dataset, count = self.dataset, counted(self.curve.num_images, "image")
+        return f"{count} of {dataset.name}, {dataset.split}{dataset.held_out_suffix}"
 
     def rows(self) -> list[Row]:
         """Predicted bits/dim, one row per number of steps."""
         return [row.to_dict() for row in self.curve.steps]
 
     def __str__(self) -> str:
-        return tables.calibration_text(self)
+        lines = [_curve_table(self.curve), f"measured on {self.image_source}"]
+        lines += [f"note: {remark}" for remark in self.curve.remarks]
+        if self.curve.calibrated_timesteps is not None:
+            lines.append(
+                "the timesteps suit DDIM and DPM-Solver++ 2M; other samplers were not tested"
+            )
+        if self.sweep is not None:
+            lines += ["", str(self.sweep)]
+        return "\n".join(lines)
+
+
+def _curve_table(curve: CalibrationCurve) -> str:
+    """Bits/dim against K, each with the loss against all steps."""
+    rows = [row.to_dict() for row in curve.steps]
+    columns = {key: title for key, title in _STEPS_COLUMNS.items() if key in rows[0]}
+    lines = ["bits/dim of K steps, predicted, and the loss against all steps:", ""]
+    lines += [f"{'K':>6}" + "".join(f"  {title:>18}" for title in columns.values())]
+    of_all_steps = curve.steps[-1].bits_per_dim
+    for row in rows:
+        cells = [f"{row[key]:9.3f} {row[key] - of_all_steps:+8.3f}" for key in columns]
+        lines.append(f"{row['num_inference_steps']:>6,}" + "".join(f"  {cell}" for cell in cells))
+    error = curve.steps[-1].standard_error
+    precision = "" if error is None else f"; standard error of the last line {error:.3f}"
+    lines += [
+        "",
+        f"{counted(curve.num_images, 'image')}{precision}; took {curve.seconds:,.0f} s",
+        "the best timesteps are best for the bound only: sample at evenly spaced ones",
+    ]
+    if "published" in columns:
+        lines.append("as published: evenly spaced, variances calibrated in the last step only")
+    else:
+        lines.append("a learned variance adapts to each part of an image, and loses less")
+    return "\n".join(lines)

@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 
+from ddpm_hf.evaluation.figures import BoundResult, DatasetFacts, MetricResult
 from ddpm_hf.evaluation.options import BITS
 from ddpm_hf.evaluation.records import JsonObject, Record
 from ddpm_hf.evaluation.result_files import command_of
-from ddpm_hf.evaluation.results import BoundResult, DatasetFacts, Evaluation, MetricResult
+from ddpm_hf.evaluation.results import Evaluation
 from ddpm_hf.evaluation.tables import VERDICTS, bound_setup
 from ddpm_hf.text import counted
 

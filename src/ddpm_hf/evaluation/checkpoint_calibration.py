@@ -20,7 +20,7 @@ from ddpm_hf.diffusion.atomic_files import read_json, remove_folder, write_text
 from ddpm_hf.diffusion.checkpoint_limits import component_folder
 from ddpm_hf.diffusion.config_extension import extension_of, with_extension
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
-from ddpm_hf.evaluation.calibration_results import CheckpointCalibration, StepsRow
+from ddpm_hf.evaluation.calibration_results import CalibrationCurve, CheckpointCalibration, StepsRow
 from ddpm_hf.evaluation.dataset_likelihood import BoundOptions
 from ddpm_hf.evaluation.error_curve import (
     calibration_curve,
@@ -28,6 +28,7 @@ from ddpm_hf.evaluation.error_curve import (
     predicted_steps,
     search_timesteps,
 )
+from ddpm_hf.evaluation.figures import ImageFormat, ModelSourceFacts
 from ddpm_hf.evaluation.measurement import Evaluator
 from ddpm_hf.evaluation.model_images import EvaluationImages, images_for
 from ddpm_hf.evaluation.options import CalibrationOptions
@@ -40,7 +41,6 @@ from ddpm_hf.evaluation.result_files import (
     write_result,
 )
 from ddpm_hf.evaluation.result_pictures import save_calibration_plot
-from ddpm_hf.evaluation.results import ImageFormat, ModelSourceFacts
 from ddpm_hf.evaluation.sets import DataSource
 from ddpm_hf.evaluation.sweep import FIGURE, sweep
 from ddpm_hf.evaluation.training_record import with_hold_out_of_training
@@ -128,13 +128,11 @@ def _calibrate(
 
     def write_curve() -> tuple[CheckpointCalibration, GaussianDDPMScheduler]:
         """Write the curve before a sweep, which can take long."""
-        assert measured is not None  # on the main rank
-        curve, scheduler = calibration_curve(measured, images, how), measured.scheduler
-        curve = replace(curve, seconds=time.monotonic() - start)
-        if options.timesteps:
-            timesteps = search_timesteps(pipeline.unet, scheduler, images, options.seed)
-            curve = replace(curve, calibrated_timesteps=timesteps)
-            scheduler = scheduler.from_config(scheduler.config, calibrated_timesteps=timesteps)
+        if measured is None:
+            raise RuntimeError("only the main process has the measurement")
+        seconds = time.monotonic() - start
+        curve, scheduler = _curve_and_scheduler(measured, pipeline.unet, images, how, options)
+        curve = replace(curve, seconds=seconds)
         result = CheckpointCalibration(
             model=ModelSourceFacts(name=public_name(model), revision=options.revision),
             dataset=replace(data.facts(), image=ImageFormat.of(images.facts)),
@@ -172,6 +170,22 @@ def _images(
         on_bad_image=options.on_bad_image,
         progress=progress,
     )
+
+
+def _curve_and_scheduler(
+    calibration: Calibration,
+    unet: UNet2DModel,
+    images: EvaluationImages,
+    how: BoundOptions,
+    options: CalibrationOptions,
+) -> tuple[CalibrationCurve, GaussianDDPMScheduler]:
+    """The curve, and the scheduler with the curve and, if asked for, searched timesteps."""
+    curve, scheduler = calibration_curve(calibration, images, how), calibration.scheduler
+    if not options.timesteps:
+        return curve, scheduler
+    timesteps = search_timesteps(unet, scheduler, images, options.seed)
+    curve = replace(curve, calibrated_timesteps=timesteps)
+    return curve, scheduler.from_config(scheduler.config, calibrated_timesteps=timesteps)
 
 
 def _written(

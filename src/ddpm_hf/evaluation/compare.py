@@ -23,6 +23,7 @@ from ddpm_hf.evaluation.comparison_results import (
     LeftOut,
     RankedFigure,
 )
+from ddpm_hf.evaluation.figures import NORMAL_95, BoundResult, MetricResult
 from ddpm_hf.evaluation.measurement import Evaluator, Subject, is_model
 from ddpm_hf.evaluation.metrics import METRICS, T_19
 from ddpm_hf.evaluation.options import (
@@ -40,7 +41,7 @@ from ddpm_hf.evaluation.result_files import (
     write_result,
 )
 from ddpm_hf.evaluation.result_pictures import save_comparison_pictures
-from ddpm_hf.evaluation.results import NORMAL_95, BoundResult, Evaluation, MetricResult
+from ddpm_hf.evaluation.results import Evaluation
 from ddpm_hf.options import takes_options
 from ddpm_hf.sampling.sampler_choice import sampled_by
 from ddpm_hf.scheduler_spec import SchedulerSpec

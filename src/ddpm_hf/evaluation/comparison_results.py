@@ -3,20 +3,14 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from ddpm_hf.evaluation import tables
+from ddpm_hf.evaluation.figures import DatasetFacts, Floor, Interval, ModelFacts, Verdict
 from ddpm_hf.evaluation.options import ComparisonOptions, EvaluationOptions
 from ddpm_hf.evaluation.records import Record, Row, optional
-from ddpm_hf.evaluation.results import (
-    DatasetFacts,
-    Floor,
-    Interval,
-    ModelFacts,
-    Report,
-    Result,
-    Verdict,
-)
+from ddpm_hf.evaluation.results import Report, Result
+from ddpm_hf.text import counted
 
 Rank = Literal["best", "tie", ""]
+_FIGURES_PER_TABLE = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +139,7 @@ class Comparison(SettingsResult, Report):
     created: str
 
     def __str__(self) -> str:
-        return tables.comparison_text(self)
+        return _settings_text(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,4 +172,63 @@ class Sweep(SettingsResult):
     remarks: tuple[str, ...]
 
     def __str__(self) -> str:
-        return tables.sweep_text(self)
+        chosen = self.recommended
+        recommended = f"recommended: {chosen.scheduler}, K = {chosen.num_inference_steps:,}"
+        return "\n".join([_settings_text(self), "", recommended, *self.remarks])
+
+
+def _settings_text(comparison: Comparison | Sweep) -> str:
+    """Settings against figures, each with its interval and its rank, and the floor."""
+    rows = comparison.settings
+    names = list(dict.fromkeys(name for row in rows for name in row.figures))
+    starts = range(0, len(names), _FIGURES_PER_TABLE)
+    tables = [_settings_table(rows, names[start : start + _FIGURES_PER_TABLE]) for start in starts]
+    return "\n\n".join([*tables, "\n".join(_comparison_notes(comparison))])
+
+
+def _comparison_notes(comparison: Comparison | Sweep) -> list[str]:
+    options, dataset = comparison.options, comparison.dataset
+    notes = ["value +- half of the 95 % interval; a tie is too close to the best to tell"]
+    figures = [figure for row in comparison.settings for figure in row.figures.values()]
+    images = next((figure for figure in figures if figure.num_drawn is not None), None)
+    if images is not None:
+        notes += [
+            f"{counted(images.num_drawn or 0, 'drawn image')} against {images.num_real:,} real ones"
+            f" of {dataset.name}{dataset.trained_on_suffix}; by {options.features}; seed"
+            f" {options.seed}",
+            "s/image: of one process while drawing, median over batches",
+        ]
+    elif figures:
+        count = figures[0].num_images or 0
+        notes.append(
+            f"{counted(count, 'image')} of {dataset.name}, {dataset.split}{dataset.held_out_suffix}"
+        )
+    for reason in dict.fromkeys(row.reason for row in comparison.left_out):
+        settings = [row.setting for row in comparison.left_out if row.reason == reason]
+        notes.append(f"left out: {'; '.join(settings)}: {reason}")
+    return notes
+
+
+def _settings_table(rows: tuple[ComparisonRow, ...], names: list[str]) -> str:
+    having = {name: [row.figures[name] for row in rows if name in row.figures] for name in names}
+    best = [next(f for f in having[name] if f.rank == "best") for name in names]
+    width = max(len("real images"), *(len(row.setting) for row in rows))
+    head = f"{'':{width}}  {'calls':>6}  {'s/image':>8}"
+    lines = [head + "".join(f"  {having[name][0].label:>18}{'':5}" for name in names)]
+    for row in rows:
+        calls, seconds = row.num_network_calls, row.seconds_per_image
+        line = f"{row.setting:{width}}  {'' if calls is None else f'{calls:,}':>6}"
+        line += f"  {'' if seconds is None else f'{seconds:.3g}':>8}"
+        lines.append(line + "".join(f"  {_cell(row.figures.get(name)):>23}" for name in names))
+    if sizes := next((f.floor_num_images for f in best if f.floor_num_images), None):
+        lines.append(f"at {sizes[1]:,} images against {sizes[0]:,}:")
+        for title, kind in (("  the best", "drawn"), ("  real images", "real")):
+            values = [f"{getattr(f.floor, kind):.4g}{'':5}" if f.floor else "" for f in best]
+            lines.append(f"{title:{width + 18}}" + "".join(f"  {value:>23}" for value in values))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _cell(figure: RankedFigure | None) -> str:
+    if figure is None:
+        return ""
+    return f"{figure.value:.4g} +- {figure.half_width:.2g} {figure.rank:4}"

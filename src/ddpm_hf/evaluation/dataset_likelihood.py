@@ -17,8 +17,8 @@ from ddpm_hf.diffusion.atomic_files import remove_folder
 from ddpm_hf.diffusion.conditioning import denoiser_of
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.digests import weights_digest
+from ddpm_hf.evaluation.figures import BoundPart, BoundParts, BoundResult
 from ddpm_hf.evaluation.model_images import EvaluationImages
-from ddpm_hf.evaluation.results import BoundPart, BoundParts, BoundResult
 from ddpm_hf.evaluation.sharded_tensors import Shard, compute_shards
 from ddpm_hf.likelihood import BitsPerDim, bits_per_dim
 from ddpm_hf.randomness import seed_of

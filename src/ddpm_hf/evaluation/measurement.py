@@ -16,6 +16,14 @@ from ddpm_hf.diffusion.image_processor import ImageFacts
 from ddpm_hf.digests import weights_digest
 from ddpm_hf.evaluation.dataset_likelihood import BoundOptions, measure_bits_per_dim, remove_shards
 from ddpm_hf.evaluation.features import Features, features_of, load_features
+from ddpm_hf.evaluation.figures import (
+    BoundResult,
+    FeatureNetwork,
+    ImageFormat,
+    MeasurementSetup,
+    MetricResult,
+    ModelFacts,
+)
 from ddpm_hf.evaluation.metrics import MIN_IMAGES, closest_pairs, measure
 from ddpm_hf.evaluation.model_images import facts_of, images_for
 from ddpm_hf.evaluation.options import BITS, METRIC_NAMES, EvaluationOptions, public_name_of
@@ -29,15 +37,7 @@ from ddpm_hf.evaluation.result_files import (
     write_result,
 )
 from ddpm_hf.evaluation.result_pictures import failures_as_warnings, save_samples
-from ddpm_hf.evaluation.results import (
-    BoundResult,
-    Evaluation,
-    FeatureNetwork,
-    ImageFormat,
-    MeasurementSetup,
-    MetricResult,
-    ModelFacts,
-)
+from ddpm_hf.evaluation.results import Evaluation
 from ddpm_hf.evaluation.sets import DataSource, facts_of_set, image_set
 from ddpm_hf.evaluation.training_record import with_hold_out_of_training
 from ddpm_hf.hub.load import load

@@ -26,6 +26,7 @@ from ddpm_hf.evaluation.distances import (
     kernel_distance_of,
     precision_recall_of,
 )
+from ddpm_hf.evaluation.figures import Floor, MetricResult, Verdict
 from ddpm_hf.evaluation.neighbour_statistics import (
     FeatureSet,
     PairStatistics,
@@ -33,7 +34,6 @@ from ddpm_hf.evaluation.neighbour_statistics import (
     leading_components,
     pair_statistics,
 )
-from ddpm_hf.evaluation.results import Floor, MetricResult, Verdict
 from ddpm_hf.randomness import seed_of
 
 NUM_RESAMPLES = 20

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddpm_hf.evaluation.figures import ClassResult, MetricResult
 from ddpm_hf.evaluation.metrics import METRICS, MIN_IMAGES, measure
-from ddpm_hf.evaluation.results import ClassResult, MetricResult
 from ddpm_hf.sampling import DrawnImages
 from ddpm_hf.text import counted
 

@@ -10,7 +10,7 @@ from matplotlib.ticker import LogLocator
 
 from ddpm_hf.evaluation.calibration_results import CalibrationCurve
 from ddpm_hf.evaluation.comparison_results import Comparison, ComparisonRow, Sweep
-from ddpm_hf.evaluation.results import BoundResult
+from ddpm_hf.evaluation.figures import BoundResult
 
 
 def plot_terms(bound: BoundResult, path: Path) -> None:

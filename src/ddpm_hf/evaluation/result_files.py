@@ -14,8 +14,9 @@ from typing import Any
 from accelerate import PartialState
 
 from ddpm_hf.diffusion.atomic_files import write_text
+from ddpm_hf.evaluation.figures import BoundResult, MetricResult
 from ddpm_hf.evaluation.records import Record
-from ddpm_hf.evaluation.results import BoundResult, Evaluation, MetricResult
+from ddpm_hf.evaluation.results import Evaluation
 from ddpm_hf.locks import exclusive_folder
 
 EVALUATION_FILE, COMPARISON_FILE, CALIBRATION_FILE = (

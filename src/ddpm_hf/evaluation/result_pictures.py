@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ddpm_hf.evaluation.calibration_results import CalibrationCurve
 from ddpm_hf.evaluation.comparison_results import Comparison, Sweep
-from ddpm_hf.evaluation.results import BoundResult
+from ddpm_hf.evaluation.figures import BoundResult
 from ddpm_hf.evaluation.sets import picture
 from ddpm_hf.pictures import image_grid
 from ddpm_hf.sampling import DrawnImages, open_drawn

@@ -17,9 +17,9 @@ from torch import Tensor
 from ddpm_hf.data import DataError, ImageDataset, load_images
 from ddpm_hf.data.hold_out import HoldOut
 from ddpm_hf.diffusion.image_processor import MODE_CHANNELS, ImageFacts
+from ddpm_hf.evaluation.figures import DatasetFacts
 from ddpm_hf.evaluation.model_images import prepared_like
 from ddpm_hf.evaluation.options import DataOptions
-from ddpm_hf.evaluation.results import DatasetFacts
 from ddpm_hf.pictures import to_pil
 from ddpm_hf.sampling import DrawnImages, open_drawn
 from ddpm_hf.text import public_name
