@@ -108,9 +108,10 @@ def test_an_index_accepts_the_metadata(built):
     assert links
     assert [link for link in links if not link.startswith(("https://", "#"))] == []
     assert "docs/samples.png" not in metadata.description
-    needed = {r.name for r in metadata.requires_dist if r.marker is None}
+    required = {r.name.lower() for r in metadata.requires_dist if r.marker is None}
     hub = {"diffusers", "transformers", "accelerate", "torch", "datasets", "huggingface-hub"}
-    assert needed == hub
+    others = {"filelock", "numpy", "pillow", "pyarrow", "pyyaml", "safetensors", "tqdm"}
+    assert required == hub | others
 
 
 @pytest.mark.slow

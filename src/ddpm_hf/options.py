@@ -142,6 +142,8 @@ class Options:
             raise self._error(f"`{name}` must be of type {expected}, got {value!r}")
 
     def _check_bounds(self, name: str, value: Any, low: float | None, high: float | None) -> None:
+        if low is not None and high is not None and not low <= value <= high:
+            raise self._error(f"`{name}` must be in [{low}, {high}], got {value}")
         if low is not None and not value >= low:
             raise self._error(f"`{name}` must be at least {low}, got {value}")
         if high is not None and not value <= high:

@@ -1,9 +1,8 @@
 """`ddpm-hf sample`."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ddpm_hf.commands.messages import command_messages, say
 from ddpm_hf.hub.options import LoadOptions, ModelArgument
@@ -11,7 +10,6 @@ from ddpm_hf.sampling.options import ImageOptions, SamplingOptions
 from ddpm_hf.text import counted, public_name
 
 if TYPE_CHECKING:
-    from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
     from ddpm_hf.inference_optimization import OptimizedInference
     from ddpm_hf.sampling import SamplerSetting
 
@@ -67,6 +65,7 @@ def sample(options: SampleCommand, output: Path) -> None:
     from ddpm_hf.hub.load import load
     from ddpm_hf.sampling import choose_setting, save_drawn
     from ddpm_hf.sampling.image_writer import batch_folder, check_is_free, reserved_output
+    from ddpm_hf.sampling.planned_optimization import optimize_for_images
     from ddpm_hf.shared_work import distributed_state
 
     # Check the output before the model is loaded.
@@ -86,7 +85,8 @@ def sample(options: SampleCommand, output: Path) -> None:
         images["guidance_scale"] = 2.0 if options.guidance_scale is None else options.guidance_scale
     optimized = None
     if options.optimize:
-        optimized = optimize(pipeline, images["guide"], setting, options, output, state)
+        optimized = optimize_for_images(pipeline, setting, options, output, images["guide"])
+        _print_optimized(optimized, state.is_main_process)
     is_new = save_drawn(
         pipeline,
         output,
@@ -112,46 +112,8 @@ def _print_recommended(setting: "SamplerSetting") -> None:
         )
 
 
-def optimize(
-    pipeline: "GaussianDDPMPipeline",
-    guide: Any,
-    setting: "SamplerSetting",
-    options: SampleCommand,
-    output: Path,
-    state: Any,
-) -> "OptimizedInference":
-    """Optimize the networks for the number of calls that these images take, and print the result.
-
-    The main process chooses the settings for all, or reads those of an interrupted run, so that all
-    images have the same settings.
-    """
-    import ddpm_hf
-    from ddpm_hf.diffusion.schedules import usual_num_steps
-    from ddpm_hf.inference_optimization import InferenceSettings, OptimizedInference
-    from ddpm_hf.sampling.image_writer import recorded_settings
-    from ddpm_hf.shared_work import on_main_process
-
-    kind, config = type(pipeline.scheduler).__name__, pipeline.scheduler.config
-    steps = len(setting.timesteps or ()) or setting.num_inference_steps
-    steps = steps or usual_num_steps(kind, config.num_train_timesteps)
-    batch_size = min(options.batch_size, options.num_images)
-    num_calls = steps * math.ceil(options.num_images / batch_size)
-    if guide is None and options.guidance_scale not in (None, 1):
-        batch_size *= 2  # the conditional and the unconditional half
-
-    def choose() -> InferenceSettings:
-        recorded = recorded_settings(output, options.overwrite)
-        if recorded is not None and recorded.speed is not None:
-            return InferenceSettings.from_dict(recorded.speed)
-        return ddpm_hf.optimize(pipeline, batch_size, num_calls, guide=guide)
-
-    chosen = on_main_process(state, choose)
-    if not state.is_main_process or not isinstance(chosen, OptimizedInference):
-        chosen = ddpm_hf.optimize(
-            pipeline, batch_size, num_calls, guide=guide, **chosen.arguments()
-        )
-    if state.is_main_process:
-        print(f"optimized: {chosen}")
-        if chosen.guide is not None:
-            print(f"optimized guide: {chosen.guide}")
-    return chosen
+def _print_optimized(optimized: "OptimizedInference", is_main_process: bool) -> None:
+    if is_main_process:
+        print(f"optimized: {optimized}")
+        if optimized.guide is not None:
+            print(f"optimized guide: {optimized.guide}")

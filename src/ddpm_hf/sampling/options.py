@@ -62,6 +62,8 @@ class StepOptions(Options):
         None,
         "noise of each step: 1 is DDPM, 0 is deterministic DDIM, which needs fewer steps (default:"
         " the scheduler's)",
+        minimum=0,
+        maximum=1,
     )
     batch_size: int = option(16, "images per batch, as memory allows", minimum=1)
 
