@@ -1,5 +1,5 @@
-"""The diffusion itself: scheduler, pipeline and the checkpoint on disk.
+"""Diffusion: scheduler, pipeline and checkpoint format.
 
-Everything in this folder travels with the weights, as a copy of the whole folder, and needs nothing
-that a reader with stock diffusers lacks.
+All files of this folder are saved with the weights. They import only stock diffusers and its
+dependencies.
 """

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON read within bounds; files and folders that are never half-written.
+"""Size-limited JSON reading, and atomic writing of files and folders.
 
-What is written is made beside, flushed to disk, then renamed. Needs no library, so that a model
-card can be written without torch. Travels with the weights.
+Content is written under a temporary name, flushed to disk, then renamed. Imports only the standard
+library, so that a model card can be written without torch. Travels with the weights.
 """
 
 import hashlib
@@ -14,14 +14,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-MAX_JSON_BYTES = 2**22  # a scheduler's configuration may list 100,000 betas
+MAX_JSON_BYTES = 2**22  # the configuration of a scheduler may list 100,000 betas
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, or {} where there is no file.
+    """The object in a JSON file, or {} if the file does not exist.
 
     Raises:
-        ValueError: if it is too large, no valid JSON, nested too deeply, or no object.
+        ValueError: if the file is too large, invalid, nested too deeply, or not an object.
     """
     if not path.is_file():
         return {}
@@ -38,10 +38,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def replacing_folder(target: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `target` when the block ends without an error.
+    """Context manager: a new folder that replaces `target` when the block succeeds.
 
-    A crash leaves either the old folder or the new one under the name `target`, or, in the instant
-    between two renames, the old one beside it as `.old-NAME`.
+    After a crash, `target` is either the old or the new folder. Between the two renames there is no
+    `target`, and the old folder is named `.old-NAME`.
     """
     retired = target.with_name(f".old-{target.name}")
     with _staging(target.with_name(f".new-{target.name}")) as staging:
@@ -59,18 +59,19 @@ def replacing_folder(target: Path) -> Iterator[Path]:
 def replacing_files(
     folder: Path, *, last: str, stale: Callable[[], Iterable[Path]]
 ) -> Iterator[Path]:
-    """A staging folder whose files take their places in `folder` when the block ends.
+    """Context manager: a staging folder whose files replace those in `folder` on success.
 
-    A new folder appears by one rename. In an existing one each file is replaced by a rename, and
-    files of others stay. After an error while writing `folder` is as before.
+    A new folder is created by a single rename. In an existing folder, each file is replaced by a
+    rename, and other files are kept. An error in the block leaves `folder` unchanged.
 
     Args:
-        folder: where the files go.
-        last: name of the file that is replaced after all others.
-        stale: files of `folder` to remove then, unless they are among the new ones.
+        folder: destination folder.
+        last: name of the file that is replaced last.
+        stale: returns the files of `folder` to remove afterwards, except new ones.
     """
     is_new = not folder.exists()
-    # Of one length, for a name of 255 bytes; of one name, so that the next save clears it away.
+    # A short name, because names are limited to 255 bytes, and a fixed one, so that the next save
+    # removes what a killed process left.
     name = f".saving-{hashlib.sha256(os.fsencode(folder.name)).hexdigest()[:8]}"
     with _staging((folder.parent if is_new else folder) / name) as staging:
         yield staging
@@ -93,7 +94,7 @@ def _move_files(
     for path in stale():
         if path.relative_to(folder) not in new:
             path.unlink()
-            with suppress(OSError):  # a folder that is not empty stays
+            with suppress(OSError):  # the folder is not empty
                 path.parent.rmdir()
     for path in {folder, *((folder / file).parent for file in files)}:
         sync(path)
@@ -101,38 +102,38 @@ def _move_files(
 
 @contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
-    """A path beside `path`; the file written there takes its place when the block ends."""
-    beside = path.with_name(f".new-{path.name}")
+    """Context manager: a temporary path whose file replaces `path` when the block succeeds."""
+    temporary = path.with_name(f".new-{path.name}")
     try:
-        yield beside
-        sync(beside)
-        os.replace(beside, path)
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write or replace a UTF-8 text file, with line ends as they are."""
-    with replacing_file(path) as beside:
-        beside.write_text(text, encoding="utf-8", newline="")
+    """Write or replace a UTF-8 text file atomically, without newline translation."""
+    with replacing_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
 
 
 def remove_folder(path: Path) -> None:
-    """Delete a folder; renamed first, so that a crash never leaves half of it under its name."""
-    if path.is_file():  # in its place
+    """Delete a folder or file; a crash never leaves part of a folder under its name."""
+    if path.is_file():
         path.unlink()
     if not path.exists():
         return
-    doomed = path.with_name(f".del-{path.name}")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.rename(path, doomed)
-    shutil.rmtree(doomed)
+    renamed = path.with_name(f".del-{path.name}")
+    shutil.rmtree(renamed, ignore_errors=True)
+    os.rename(path, renamed)
+    shutil.rmtree(renamed)
 
 
 @contextmanager
 def _staging(path: Path) -> Iterator[Path]:
-    """A new, empty folder, which is gone after the block unless it was renamed."""
-    shutil.rmtree(path, ignore_errors=True)  # a killed process may have left it
+    """Context manager: an empty folder that is removed unless the block renames it."""
+    shutil.rmtree(path, ignore_errors=True)  # left by a killed process
     path.mkdir(parents=True)
     try:
         yield path
@@ -147,7 +148,7 @@ def _sync_all(folder: Path) -> None:
 
 def sync(path: Path) -> None:
     """Flush a file or folder to disk."""
-    with suppress(PermissionError):  # Windows opens no folders
+    with suppress(PermissionError):  # Windows cannot open folders
         descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -1,7 +1,8 @@
-"""What stock diffusers has no key for, as it stands under `_ddpm_hf` in a saved configuration.
+"""The extension of a configuration: settings that stock diffusers has no key for.
 
-Reads configurations as plain dictionaries and needs only numpy, so that a model card can be written
-without torch. Travels with the weights.
+It is saved under the key `_ddpm_hf`, which stock diffusers ignores. Configurations are plain
+dictionaries here, and numpy is the only dependency, so that a model card can be rendered without
+torch. Travels with the weights.
 """
 
 import hashlib
@@ -12,17 +13,18 @@ import numpy as np
 
 from . import schedules
 
-# The scheduler is known by name: a copy that travelled with other weights is another class object.
+# Compared by name: the class that travelled with a checkpoint is another object.
 GAUSSIAN_SCHEDULER = "GaussianDDPMScheduler"
 EXTENSION_KEY = "_ddpm_hf"
 """Key of the extension in scheduler_config.json and in unet/config.json."""
 FORMAT_VERSION = 1
-MARKS = {"format_version", "fingerprint"}
+HEADER_KEYS = {"format_version", "fingerprint"}
 SCHEDULE_KEYS = {
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "beta_schedule_params"
 }  # fmt: skip
 
 Array = schedules.Array
+Config = dict[str, Any]
 
 
 def extension_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -31,19 +33,30 @@ def extension_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return extension if isinstance(extension, Mapping) else {}
 
 
-def with_extension(config: Mapping[str, Any], extension: Mapping[str, Any]) -> dict[str, Any]:
+def with_extension(config: Mapping[str, Any], extension: Mapping[str, Any]) -> Config:
     """A copy of the configuration with this extension; without one if it is empty."""
     rest = {key: value for key, value in config.items() if key != EXTENSION_KEY}
     return {**rest, EXTENSION_KEY: dict(extension)} if extension else rest
 
 
+def without(config: Mapping[str, Any], *names: str) -> Config:
+    """A copy of the configuration without these values of its extension."""
+    if not isinstance(config.get(EXTENSION_KEY), dict):
+        return dict(config)
+    rest = {key: value for key, value in extension_of(config).items() if key not in names}
+    return with_extension(config, rest if rest.keys() - HEADER_KEYS else {})
+
+
 def fingerprint(betas: Array, prediction_type: str) -> str:
-    """What an extension belongs to; of float32, since libms differ in the last bit of float64."""
+    """Digest of the diffusion that an extension was made for.
+
+    Computed from float32 betas, because math libraries differ in the last bit of float64.
+    """
     return hashlib.sha256(betas.astype("<f4").tobytes() + prediction_type.encode()).hexdigest()[:16]
 
 
-def valid_extension(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The extension of a configuration, if it was made for the betas and predictions there."""
+def valid_extension(config: Mapping[str, Any]) -> Config | None:
+    """The extension of a configuration if it matches its betas and prediction type, else None."""
     extension, betas = config.get(EXTENSION_KEY), config.get("trained_betas")
     if not is_well_formed(extension) or betas is None:
         return None
@@ -56,12 +69,12 @@ def valid_extension(config: Mapping[str, Any]) -> dict[str, Any] | None:
     if config.get("rescale_betas_zero_snr"):
         with np.errstate(all="ignore"):
             values = schedules.rescale_zero_terminal_snr(values)
-    made_for = fingerprint(values, str(config.get("prediction_type", "epsilon")))
-    return extension if extension["fingerprint"] == made_for else None
+    expected = fingerprint(values, str(config.get("prediction_type", "epsilon")))
+    return extension if extension["fingerprint"] == expected else None
 
 
-def is_well_formed(extension: Any) -> TypeGuard[dict[str, Any]]:
-    """Whether this could be an extension: what stands in a file may be anything."""
+def is_well_formed(extension: Any) -> TypeGuard[Config]:
+    """Whether a value read from a file has the structure of an extension."""
     if not isinstance(extension, dict) or "fingerprint" not in extension:
         return False
     name, params = extension.get("beta_schedule", ""), extension.get("beta_schedule_params", {})
@@ -72,26 +85,18 @@ def is_well_formed(extension: Any) -> TypeGuard[dict[str, Any]]:
     )
 
 
-def without(config: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    """A copy of the configuration whose extension lacks these values, and is dropped if empty."""
-    if not isinstance(config.get(EXTENSION_KEY), dict):
-        return dict(config)
-    rest = {key: value for key, value in extension_of(config).items() if key not in names}
-    return with_extension(config, rest if rest.keys() - MARKS else {})
-
-
 def beta_schedule_of(config: Mapping[str, Any]) -> tuple[str, dict[str, float]]:
-    """The true name and parameters of the beta schedule in a configuration.
+    """Name and parameters of the beta schedule of a configuration.
 
-    A schedule that stock diffusers lacks is saved as `trained_betas`, beside which the key
-    "beta_schedule" says "linear"; its own name stands in the extension.
+    A schedule that stock diffusers lacks is saved as `trained_betas` with the beta_schedule
+    "linear"; the extension holds its name.
 
     Args:
-        config: of a scheduler, or as it is read from scheduler_config.json.
+        config: configuration of a scheduler, or the content of scheduler_config.json.
 
     Returns:
-        The name, "trained_betas" where betas were given without one; and the parameters that these
-        betas depend on, such as {"beta_start": 0.0001, "beta_end": 0.02} or {"tau": 0.7}.
+        The name, "trained_betas" for unnamed betas, and the parameters that the betas depend on,
+        such as {"beta_start": 0.0001, "beta_end": 0.02} or {"tau": 0.7}.
     """
     name, params = str(config.get("beta_schedule", "linear")), dict[str, float]()
     if config.get("trained_betas") is not None:
@@ -103,20 +108,23 @@ def beta_schedule_of(config: Mapping[str, Any]) -> tuple[str, dict[str, float]]:
     return name, {**{key: config.get(key, defaults[key]) for key in ends}, **params}
 
 
-def with_schedule_by_name(config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """The configuration with its own schedule by name, where `given` changes that schedule.
+def with_schedule_by_name(config: Config, overrides: Config) -> Config:
+    """Restore the name of an extension schedule in the configuration if `overrides` change it.
 
-    Its betas, as they are written for stock, would win over the change.
+    The betas saved for stock diffusers would otherwise take precedence over the overrides.
+
+    Args:
+        config: configuration of a scheduler.
+        overrides: values that replace those of `config`; updated in place.
     """
-    if "trained_betas" in given or not SCHEDULE_KEYS & given.keys():
+    if "trained_betas" in overrides or not SCHEDULE_KEYS & overrides.keys():
         return config
     extension = valid_extension(config)
     if extension is None or "beta_schedule" not in extension:
         return config
-    params = {} if "beta_schedule" in given else extension.get("beta_schedule_params", {})
-    given.setdefault("beta_schedule", extension["beta_schedule"])
-    given["beta_schedule_params"] = {**params, **(given.get("beta_schedule_params") or {})}
-    told = {"beta_schedule", "beta_schedule_params"}
-    if extension.keys() <= MARKS | told:  # nothing is lost, so that nothing is to be warned about
-        config = with_extension(config, {})
+    params = {} if "beta_schedule" in overrides else extension.get("beta_schedule_params", {})
+    overrides.setdefault("beta_schedule", extension["beta_schedule"])
+    overrides["beta_schedule_params"] = {**params, **(overrides.get("beta_schedule_params") or {})}
+    if extension.keys() <= HEADER_KEYS | {"beta_schedule", "beta_schedule_params"}:
+        config = with_extension(config, {})  # nothing else is in it, so no warning is needed
     return {**config, "trained_betas": None}

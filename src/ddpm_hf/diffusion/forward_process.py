@@ -1,10 +1,10 @@
-"""The forward process of DDPM (2006.11239): how images are noised, and what is known of it.
+"""The forward process of DDPM (2006.11239) and its posterior.
 
     q(x_t | x_0)         = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I)              eq. 4
     q(x_t | x_prev)      = N(sqrt(alpha_t) x_prev, beta_t I)                          eq. 2
     q(x_prev | x_t, x_0) = N(coef_x_0 x_0 + coef_x_t x_t, posterior_var I)            eq. 6, 7
 
-Notation as in `scheduling.py`, beside which this file travels with the weights.
+Notation as in `scheduling.py`. Travels with the weights.
 """
 
 from typing import Any, Self, overload
@@ -29,10 +29,11 @@ with_dtype_of = tensor_ops.with_dtype_of
 Gaussian = scheduler_outputs.Gaussian
 
 
-class PublicTable:
-    """A float32 table for tools of diffusers: it can be read and moved, but not changed.
+class Float32Table:
+    """Descriptor of a float32 table of the scheduler that other diffusers code reads.
 
-    What is computed comes from tables in float64, which a change of this one would not reach.
+    The table can be moved or cast, but its values cannot be changed: the scheduler computes from
+    float64 tables, which would not change with it.
     """
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -50,22 +51,22 @@ class PublicTable:
     def __set__(self, scheduler: Any, table: Tensor) -> None:
         present = vars(scheduler).get(f"_{self._name}")
         if present is not None:
-            checks.check_same_table(self._name, table, present)
+            checks.check_unchanged(self._name, table, present)
         vars(scheduler)[f"_{self._name}"] = table
 
 
 class ForwardProcess:
-    """The part of a scheduler that no network takes part in."""
+    """Base class of the scheduler: the forward process, which involves no network."""
 
-    betas = PublicTable()
-    alphas = PublicTable()
-    alphas_cumprod = PublicTable()
+    betas = Float32Table()
+    alphas = Float32Table()
+    alphas_cumprod = Float32Table()
 
     _trajectory: coefficients.Trajectory
 
-    @torch.inference_mode(False)  # a scheduler made while sampling must serve training later
+    @torch.inference_mode(False)  # a scheduler made while sampling must also serve training
     def _set_betas(self, betas: Array) -> None:
-        """Tables: float64 to compute by, and their float32 roundings for tools of diffusers."""
+        """Set the float64 tables, and the float32 tables that other diffusers code reads."""
         with np.errstate(divide="ignore"):  # log 0 at a last beta of 1
             self._log_alphas = np.log1p(-betas)
             self._marginal = coefficients.marginal(self._log_alphas)
@@ -74,7 +75,7 @@ class ForwardProcess:
         self.alphas_cumprod = torch.from_numpy(np.exp(self._log_alphas.cumsum())).float()
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Timestep) -> Tensor:
-        """x_t from q(x_t | x_0), for given noise (eq. 4).
+        """x_t from q(x_t | x_0) with the given noise (eq. 4).
 
         Args:
             original_samples: x_0, (B, ...), floating point.
@@ -85,7 +86,8 @@ class ForwardProcess:
             x_t, in the dtype of `original_samples`. The arithmetic is at least float32.
 
         Raises:
-            TypeError, ValueError: for tensors that do not fit, or a t on the host outside [0, T).
+            TypeError, ValueError: if shapes, dtypes or devices do not match, or if a timestep on
+                the host is outside [0, T).
         """
         checks.check_tensor("original_samples", original_samples)
         checks.check_tensor("noise", noise, original_samples)
@@ -95,11 +97,11 @@ class ForwardProcess:
         return with_dtype_of(original_samples, (x_0 * q.signal).addcmul_(eps, q.sigma))
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Timestep) -> Tensor:
-        """v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0, what "v_prediction" learns.
+        """v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0, the target of "v_prediction".
 
         Args:
             sample: x_0, (B, ...), floating point.
-            noise: the eps of `add_noise`, same shape.
+            noise: the noise eps passed to `add_noise`, same shape.
             timesteps: t in [0, T), an int or (B,).
 
         Returns:
@@ -115,11 +117,12 @@ class ForwardProcess:
         return with_dtype_of(sample, (eps * q.signal).addcmul_(x_0, q.sigma, value=-1))
 
     def diffuse_one_step(self, x_prev: Tensor, t: Timestep, noise: Tensor) -> Tensor:
-        """x_t from q(x_t | x_prev), for given noise: the recursion that `add_noise` jumps over.
+        """x_t from q(x_t | x_prev) with the given noise: one step of the forward process.
 
         Args:
-            x_prev: x at the previous element of the trajectory (x_0 before its last), (B, ...).
-            t: elements of the trajectory, an int or (B,).
+            x_prev: x at the timestep that sampling visits after t, or x_0 if t is the last one;
+                (B, ...).
+            t: timesteps of the trajectory, an int or (B,).
             noise: standard normal noise, same shape.
 
         Returns:
@@ -135,11 +138,11 @@ class ForwardProcess:
         return with_dtype_of(x_prev, (x * q.signal).addcmul_(eps, q.sigma))
 
     def q_mean_variance(self, x_0: Tensor, t: Timestep) -> Gaussian:
-        """q(x_t | x_0): mean (B, ...), variance and its log, which broadcast (eq. 4).
+        """Mean, (B, ...), variance and log-variance, which broadcast, of q(x_t | x_0) (eq. 4).
 
         Args:
             x_0: clean images, (B, ...), floating point.
-            t: in [0, T), an int or (B,).
+            t: timesteps in [0, T), an int or (B,).
         """
         checks.check_tensor("x_0", x_0)
         x_0 = at_least_float32(x_0)
@@ -147,16 +150,16 @@ class ForwardProcess:
         return Gaussian(x_0 * q.signal, *tensor_ops.variance_and_log(q, x_0))
 
     def q_posterior_mean_variance(self, x_0: Tensor, x_t: Tensor, t: Timestep) -> Gaussian:
-        """q(x_prev | x_t, x_0): mean (B, ...), variance and its log, which broadcast.
+        """Mean, (B, ...), variance and log-variance, which broadcast, of q(x_prev | x_t, x_0).
 
         Args:
             x_0: clean images, (B, ...), floating point.
             x_t: noisy images at t, same shape.
-            t: elements of the trajectory, an int or (B,).
+            t: timesteps of the trajectory, an int or (B,).
 
         Returns:
-            The variance is 0 at the last step. Its log is clipped there to that of the step before
-            (2102.09672), or of beta_t where the trajectory has only one step.
+            The posterior. At the last step of the trajectory its variance is 0, and log_variance is
+            that of the step before (2102.09672), or log beta_t if there is only one step.
 
         Source: eq. 6 and 7.
         """
@@ -169,17 +172,17 @@ class ForwardProcess:
         return Gaussian(mean, *tensor_ops.variance_and_log(q, x_0))
 
     def snr(self, t: Timestep, dtype: torch.dtype = torch.float32) -> Tensor:
-        """alpha_bar_t / (1 - alpha_bar_t), in the shape of t in [0, T) (2107.00630)."""
+        """Signal-to-noise ratio alpha_bar_t / (1 - alpha_bar_t), in the shape of t (2107.00630)."""
         like = _like(t, dtype)
         return tensor_ops.as_tensor(self._marginal.at(t, like).snr, like)
 
     def log_snr(self, t: Timestep, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Natural log of `snr`: -inf where no signal is left."""
+        """Natural logarithm of `snr`, in the shape of t; -inf where alpha_bar_t is 0."""
         like = _like(t, dtype)
         return tensor_ops.as_tensor(self._marginal.at(t, like).log_snr, like)
 
 
 def _like(t: Timestep, dtype: torch.dtype) -> Tensor:
-    """A tensor in the shape of t, which a coefficient of t is looked up for."""
+    """An empty tensor with the shape and device of t, for looking up coefficients."""
     shape, device = (t.shape, t.device) if isinstance(t, Tensor) else ((), None)
     return torch.empty(shape, device=device, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Timesteps that cost the bound the least, by dynamic programming. Travels with the weights."""
+"""Timesteps that minimize the variational bound. Travels with the weights."""
 
 import numpy as np
 
@@ -7,24 +7,24 @@ from . import schedules
 Array = schedules.Array
 Steps = schedules.Steps
 
-MAX_TIMESTEPS = 8192  # a table of T^2 numbers is made
+MAX_TIMESTEPS = 8192  # memory grows with T^2
 
 
 def likelihood_timesteps(snr: Array, x_0_mse: Array, num_steps: int) -> Steps:
-    """The K timesteps, from 0 to T - 1, of the least bound; of equal ones the smallest.
+    """The K timesteps from 0 to T - 1 with the lowest bound, by dynamic programming.
 
-    With best[t] the least cost of a path from 0 to t in so many steps, that in one step more is the
-    least of best[s] + cost(s, t) over s < t.
+    best[t] is the lowest cost of a path from 0 to t with a given number of steps. One step more has
+    the cost min over s < t of best[s] + cost(s, t).
 
     Args:
-        snr: of every t, (T,), falling.
-        x_0_mse: m_t, (T,).
+        snr: signal-to-noise ratios, (T,), decreasing.
+        x_0_mse: mean squared errors m_t of the estimate of x_0, (T,).
         num_steps: K in [2, T].
 
     Returns:
-        (K,), ascending.
+        The timesteps in ascending order, (K,); ties are resolved to the smallest.
 
-    Source: 2106.03802, section 4, with the term log(1 + (SNR_s - SNR_t) m_t) / 2 of the best
+    Source: 2106.03802, section 4, with the term log(1 + (SNR_s - SNR_t) m_t) / 2 of the optimal
     variance.
     """
     T = len(snr)
@@ -34,9 +34,9 @@ def likelihood_timesteps(snr: Array, x_0_mse: Array, num_steps: int) -> Steps:
     best = np.where(s == 0, 0.0, np.inf)
     came_from = []
     for _ in range(num_steps - 1):
-        of_path = best + cost
-        came_from.append(of_path.argmin(axis=1))
-        best = of_path[s, came_from[-1]]
+        path_cost = best + cost
+        came_from.append(path_cost.argmin(axis=1))
+        best = path_cost[s, came_from[-1]]
     steps = [T - 1]
     for before in reversed(came_from):
         steps.append(int(before[steps[-1]]))

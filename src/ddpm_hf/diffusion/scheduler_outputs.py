@@ -1,4 +1,4 @@
-"""What the scheduler's methods return. Travels with the weights."""
+"""Return types of the scheduler. Travels with the weights."""
 
 from collections import OrderedDict
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Gaussian(NamedTuple):
-    """A normal distribution with diagonal covariance; the three broadcast with each other."""
+    """Normal distribution with diagonal covariance; the fields broadcast with each other."""
 
     mean: Tensor
     variance: Tensor
@@ -16,7 +16,7 @@ class Gaussian(NamedTuple):
 
 
 class ReverseGaussian(NamedTuple):
-    """p(x_prev | x_t), and the estimate of x_0 that its mean is made of."""
+    """p(x_prev | x_t), and the estimate of x_0 that its mean is computed from."""
 
     mean: Tensor
     variance: Tensor
@@ -25,10 +25,10 @@ class ReverseGaussian(NamedTuple):
 
 
 class StepKL(NamedTuple):
-    """KL(q(x_prev | x_t, x_0) || p(x_prev | x_t)), in nats, and of p what a decoder asks for.
+    """KL(q(x_prev | x_t, x_0) || p(x_prev | x_t)) in nats, and the parameters of p.
 
-    At the last step, whose mean is the estimate of x_0, the bound has -log p(x_0 | x_t) in the
-    place of the KL. `is_last`, 1 or 0, says where that is.
+    At the last step, whose mean is the estimate of x_0, the bound contains -log p(x_0 | x_t)
+    instead of the KL. `is_last` is 1 there, else 0.
     """
 
     kl: Tensor
@@ -38,9 +38,9 @@ class StepKL(NamedTuple):
 
 
 class GaussianDDPMOutput(DDPMSchedulerOutput):  # type: ignore[misc]
-    """What `step` returns: the fields of `DDPMSchedulerOutput`, as attributes and as items.
+    """Output of `step`: the fields of `DDPMSchedulerOutput`, as attributes and as items.
 
-    The generic constructor of the parent would take a fifth of a small step's time.
+    The generic constructor of the parent class takes a fifth of the time of a small step.
     """
 
     prev_sample: Tensor

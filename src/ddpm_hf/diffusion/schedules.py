@@ -1,8 +1,8 @@
-"""Noise schedules (betas) and timestep spacings, in float64 and without cancellation.
+"""Beta schedules and timestep spacings in float64, without cancellation.
 
-Each schedule returns betas, (T,) float64, of its source to the last digits: where a source writes
-1 - alpha_bar_t / alpha_bar_prev, a difference of nearly equal numbers, the same value is written as
-a product. This file travels with the weights and needs only numpy.
+Each schedule returns betas, (T,) float64, accurate to the last digits. Where its source computes
+1 - alpha_bar_t / alpha_bar_prev, a difference of nearly equal numbers, an equivalent product is
+used. Travels with the weights; imports only numpy.
 """
 
 import inspect
@@ -15,44 +15,38 @@ import numpy as np
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Steps = np.ndarray[Any, np.dtype[np.int64]]
 
-# Where a schedule's alpha_bar reaches 0, its last beta would be 1 (2102.09672, section 3.2).
+# Upper bound of beta where alpha_bar reaches 0 at the last step (2102.09672, section 3.2).
 BETA_CAP = 0.999
 
 
-# Schedules of stock diffusers ---------------------------------------------------------------------
-
-
 def linear(num_steps: int, beta_start: float, beta_end: float) -> Array:
-    """Betas on a straight line (2006.11239, section 4)."""
+    """Linearly spaced betas (2006.11239, section 4)."""
     return np.linspace(beta_start, beta_end, num_steps)
 
 
 def scaled_linear(num_steps: int, beta_start: float, beta_end: float) -> Array:
-    """Square roots of the betas on a straight line: "quad" of 2006.11239's code (2112.10752)."""
+    """Betas with linearly spaced square roots (2112.10752): "quad" in the code of 2006.11239."""
     return np.linspace(beta_start**0.5, beta_end**0.5, num_steps) ** 2
 
 
 def squaredcos_cap_v2(num_steps: int, beta_start: float, beta_end: float) -> Array:
-    """The cosine schedule with its source's constants (2102.09672, eq. 17)."""
+    """Cosine schedule with the constants of its paper (2102.09672, eq. 17)."""
     return cosine(num_steps, beta_start, beta_end)
 
 
 def sigmoid(num_steps: int, beta_start: float, beta_end: float) -> Array:
-    """Betas on a logistic curve (GeoDiff, 2203.02923)."""
+    """Betas along a logistic curve (GeoDiff, 2203.02923)."""
     return beta_start + (beta_end - beta_start) / (1 + np.exp(-np.linspace(-6, 6, num_steps)))
 
 
 def stock_laplace(num_steps: int, beta_start: float, beta_end: float) -> Array:
-    """diffusers' "laplace", which takes sqrt(alpha_bar) for alpha_bar; `laplace_log_snr` is right.
+    """The "laplace" schedule of diffusers, which uses sqrt(alpha_bar) in place of alpha_bar.
 
-    Upstream: diffusers 0.42.1, scheduling_ddpm.py, `betas_for_alpha_bar`. 18% of the signal's
-    amplitude is left at the last step.
+    `laplace_log_snr` is the correct one. Upstream: diffusers 0.42.1, scheduling_ddpm.py,
+    `betas_for_alpha_bar`. 18% of the signal's amplitude remains at the last step.
     """
     log_alpha_bar = _log_sigmoid(_laplace_log_snr(np.arange(num_steps + 1) / num_steps, 0, 0.5))
     return (-np.expm1(np.diff(log_alpha_bar) / 2)).clip(max=BETA_CAP)
-
-
-# Schedules that stock diffusers does not know -----------------------------------------------------
 
 
 def cosine(
@@ -63,10 +57,10 @@ def cosine(
     offset: float = 0.008,
     cap: float = BETA_CAP,
 ) -> Array:
-    """alpha_bar ~ cos((t/T + offset) / (1 + offset) pi/2)^2, betas at most `cap` (2102.09672).
+    """Betas of alpha_bar ~ cos((t/T + offset) / (1 + offset) pi/2)^2, at most `cap` (2102.09672).
 
-    With u = (1 - t/T) / (1 + offset) pi/2 that is sin(u)^2, and a difference of two squared sines
-    is sin(a - b) sin(a + b).
+    With u = (1 - t/T) / (1 + offset) pi/2, alpha_bar ~ sin(u)^2, and the difference of two squared
+    sines equals sin(a - b) sin(a + b).
     """
     step = math.pi / 2 / (1 + offset) / num_steps
     u = step * np.arange(num_steps, -1, -1)
@@ -83,47 +77,47 @@ def chen_sigmoid(
     end: float = 3.0,
     tau: float = 1.0,
 ) -> Array:
-    """alpha_bar falls along a logistic curve from `start` to `end` (2212.11972, section 2.1).
+    """Betas of an alpha_bar along a logistic curve, `start` to `end` (2212.11972, section 2.1).
 
-    A difference of two logistics is sinh((a - b) / 2) / (2 cosh(a / 2) cosh(b / 2)).
+    The difference of two logistic functions is sinh((a - b) / 2) / (2 cosh(a / 2) cosh(b / 2)).
     """
     half = np.linspace(start / tau, end / tau, num_steps + 1) / 2
-    here, after, last = half[:-1], half[1:], half[-1]
-    betas: Array = np.sinh(after - here) * np.cosh(last) / (np.sinh(last - here) * np.cosh(after))
+    prev, t, last = half[:-1], half[1:], half[-1]
+    betas: Array = np.sinh(t - prev) * np.cosh(last) / (np.sinh(last - prev) * np.cosh(t))
     return betas.clip(max=BETA_CAP)
 
 
 def laplace_log_snr(
     num_steps: int, beta_start: float, beta_end: float, *, mu: float = 0.0, b: float = 0.5
 ) -> Array:
-    """Log-SNR distributed as Laplace(mu, b) (2407.03297): stock's "laplace" put right."""
+    """Betas whose log-SNR follows Laplace(mu, b) (2407.03297); corrects "laplace" of diffusers."""
     t = np.arange(1, num_steps + 1) / num_steps
     log_alpha_bar = _log_sigmoid(_laplace_log_snr(t, mu, b))
     return (-np.expm1(np.diff(log_alpha_bar, prepend=0.0))).clip(max=BETA_CAP)
 
 
 def iddpm_linear(num_steps: int, beta_start: float, beta_end: float) -> Array:
-    """Linear betas times 1000/T, so that alpha_bar ends near 4e-5 at any T (2102.09672's code)."""
+    """Linear betas scaled by 1000/T: alpha_bar ends near 4e-5 for any T (code of 2102.09672)."""
     return linear(num_steps, beta_start * 1000 / num_steps, beta_end * 1000 / num_steps)
 
 
 def const(num_steps: int, beta_start: float, beta_end: float) -> Array:
-    """Every beta is `beta_end` (2006.11239's code)."""
+    """Constant betas equal to `beta_end` (code of 2006.11239)."""
     return np.full(num_steps, float(beta_end))
 
 
 def jsd(num_steps: int, beta_start: float, beta_end: float) -> Array:
-    """1/T, 1/(T-1), ..., 1: alpha_bar on a straight line to exactly 0 (2006.11239's code)."""
+    """Betas 1/T, 1/(T-1), ..., 1: alpha_bar falls linearly to 0 (code of 2006.11239)."""
     return 1 / np.arange(num_steps, 0, -1)
 
 
 def warmup10(num_steps: int, beta_start: float, beta_end: float) -> Array:
-    """Linear over the first 10% of the steps, then constant (2006.11239's code)."""
+    """Linear betas over the first 10% of the steps, then constant (code of 2006.11239)."""
     return _warmup(num_steps, beta_start, beta_end, num_steps // 10)
 
 
 def warmup50(num_steps: int, beta_start: float, beta_end: float) -> Array:
-    """Linear over the first 50% of the steps, then constant (2006.11239's code)."""
+    """Linear betas over the first 50% of the steps, then constant (code of 2006.11239)."""
     return _warmup(num_steps, beta_start, beta_end, num_steps // 2)
 
 
@@ -134,7 +128,7 @@ def _warmup(num_steps: int, beta_start: float, beta_end: float, num_warmup: int)
 
 
 def _laplace_log_snr(t: Array, mu: float, b: float) -> Array:
-    """Quantile of the Laplace distribution; 1e-6 keeps it finite at both ends, as upstream."""
+    """Quantile function of the Laplace distribution; 1e-6, as upstream, keeps both ends finite."""
     return mu - b * np.sign(0.5 - t) * np.log(1 - 2 * np.abs(0.5 - t) + 1e-6)
 
 
@@ -149,7 +143,7 @@ STOCK_SCHEDULES: dict[str, Callable[..., Array]] = {
     "sigmoid": sigmoid,
     "laplace": stock_laplace,
 }
-OWN_SCHEDULES: dict[str, Callable[..., Array]] = {
+EXTENSION_SCHEDULES: dict[str, Callable[..., Array]] = {
     "chen_sigmoid": chen_sigmoid,
     "const": const,
     "cosine": cosine,
@@ -160,8 +154,8 @@ OWN_SCHEDULES: dict[str, Callable[..., Array]] = {
     "warmup10": warmup10,
     "warmup50": warmup50,
 }
-BETA_SCHEDULES = STOCK_SCHEDULES | OWN_SCHEDULES
-# Which ends of the range of betas a schedule depends on; the others come from its formula alone.
+BETA_SCHEDULES = STOCK_SCHEDULES | EXTENSION_SCHEDULES
+# Range parameters that a schedule depends on; schedules not listed here ignore both.
 BETA_RANGE = {
     name: ("beta_end",) if name == "const" else ("beta_start", "beta_end")
     for name in (
@@ -172,7 +166,7 @@ BETA_RANGE = {
 
 
 def schedule_parameters(name: str) -> dict[str, float]:
-    """The parameters that schedule `name` takes besides beta_start and beta_end, with defaults."""
+    """Parameters of schedule `name` other than beta_start and beta_end, with their defaults."""
     parameters = inspect.signature(BETA_SCHEDULES[name]).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
@@ -180,44 +174,44 @@ def schedule_parameters(name: str) -> dict[str, float]:
 def named_betas(
     name: str, num_steps: int, beta_start: float, beta_end: float, params: dict[str, float]
 ) -> Array:
-    """Betas of schedule `name`, (T,); not finite where parameters make no sense."""
+    """Betas of schedule `name`, (T,); not finite for invalid parameters."""
     with np.errstate(all="ignore"):
         numbers = {key: np.float64(value) for key, value in params.items()}
         return BETA_SCHEDULES[name](num_steps, beta_start, beta_end, **numbers)
 
 
 def rescale_zero_terminal_snr(betas: Array) -> Array:
-    """Betas whose last alpha_bar is 0 and whose first is unchanged (2305.08891, algorithm 1).
+    """Betas rescaled to a last alpha_bar of 0, with the first unchanged (2305.08891, algorithm 1).
 
-    The source shifts sqrt(alpha_bar) by its last value and scales. A shift leaves differences as
-    they are, so 1 - sqrt(alpha) of the result follows without a difference of near-equal numbers.
+    The source shifts and scales sqrt(alpha_bar). A shift preserves differences, so 1 - sqrt(alpha)
+    of the result is computed without subtracting nearly equal numbers.
     """
     log_alphas = np.log1p(-betas)
     root = np.exp(log_alphas.cumsum() / 2)
     drop = -np.expm1(log_alphas[1:] / 2) * root[:-1] / (root[:-1] - root[-1])
-    drop[-1] = 1.0  # its value; rounding would leave a trace of signal
+    drop[-1] = 1.0  # the exact value; rounding would leave a trace of signal
     return np.concatenate([betas[:1], drop * (2 - drop)])
 
 
-# Timesteps: K distinct ones, ascending ------------------------------------------------------------
-
-
 def leading(num_steps: int, num_train_timesteps: int, offset: int = 0) -> Steps:
-    """0, r, 2r, ... with r = T // K, moved up by `offset` as far as T - 1 allows (2305.08891)."""
+    """Timesteps 0, r, 2r, ... with r = T // K, plus `offset`, limited by T - 1 (2305.08891).
+
+    All spacings return K distinct timesteps in ascending order, (K,) int64.
+    """
     steps = np.arange(num_steps) * (num_train_timesteps // num_steps)
     return steps + min(offset, num_train_timesteps - 1 - int(steps[-1]))
 
 
 def linspace(num_steps: int, num_train_timesteps: int, offset: int = 0) -> Steps:
-    """Evenly from 0 to T - 1, both included (2305.08891, table 2)."""
+    """Evenly spaced timesteps from 0 to T - 1, both included (2305.08891, table 2)."""
     return np.linspace(0, num_train_timesteps - 1, num_steps).round().astype(np.int64)
 
 
 def trailing(num_steps: int, num_train_timesteps: int, offset: int = 0) -> Steps:
-    """Evenly down from T - 1, which is included (2305.08891, table 2).
+    """Evenly spaced timesteps down from T - 1, which is included (2305.08891, table 2).
 
-    Differs from diffusers 0.42.1, whose float range holds one element more, t = -1, at 62 of the
-    1000 possible K.
+    Differs from diffusers 0.42.1: at 62 of the 1000 possible K its float range has one more
+    element, t = -1.
     """
     ratio = num_train_timesteps / num_steps
     descending = np.arange(num_train_timesteps, 0, -ratio)[:num_steps].round() - 1
@@ -225,10 +219,10 @@ def trailing(num_steps: int, num_train_timesteps: int, offset: int = 0) -> Steps
 
 
 def quadratic(num_steps: int, num_train_timesteps: int, offset: int = 0) -> Steps:
-    """Denser near the clean image: squares of an even grid (2010.02502, appendix D.3).
+    """Squares of an even grid, denser near the clean image (2010.02502, appendix D.3).
 
-    Differs from the source: the grid reaches T - 1, not 0.8 T, where x_T is still far from noise,
-    and repeated values move up to the next free ones.
+    Differs from the paper: the grid ends at T - 1 instead of 0.8 T, where x_t is still far from
+    pure noise, and repeated values move up to the next unused timestep.
     """
     root = math.sqrt(num_train_timesteps - 1)
     steps = (np.linspace(0, root, num_steps) ** 2).round().astype(np.int64)
@@ -241,15 +235,15 @@ STOCK_SPACINGS = ("leading", "linspace", "trailing")
 
 
 def section_timesteps(sections: str, num_train_timesteps: int) -> Steps:
-    """Timesteps of Improved DDPM's respacing strings (2102.09672's code).
+    """Timesteps of a respacing string of Improved DDPM (code of 2102.09672), ascending.
 
     Args:
-        sections: "10,10,20" cuts [0, T) into three equal parts and takes so many evenly spaced
-            steps of each; "ddim50" takes 50 with one whole stride from 0.
+        sections: "10,10,20" divides [0, T) into three equal sections and takes 10, 10 and 20 evenly
+            spaced timesteps from them; "ddim50" takes 50 timesteps with a constant integer stride.
         num_train_timesteps: T.
 
     Raises:
-        ValueError: if a part is shorter than its count, or no whole stride gives the number.
+        ValueError: if a section is shorter than its count, or no integer stride gives the count.
     """
     if sections.startswith("ddim"):
         return _whole_stride(int(sections.removeprefix("ddim")), num_train_timesteps)
@@ -258,14 +252,14 @@ def section_timesteps(sections: str, num_train_timesteps: int) -> Steps:
     for part, count in zip(parts, counts, strict=True):
         if not 1 <= count <= len(part):
             raise ValueError(
-                f"timestep_spacing {sections!r} wants {count} steps of a section of {len(part)}:"
-                f" {len(parts)} sections share num_train_timesteps={num_train_timesteps}"
+                f"`timestep_spacing` {sections!r} takes {count} timesteps from a section of"
+                f" {len(part)}; each count must be in [1, {len(part)}]"
             )
     return np.concatenate([_section(p, count) for p, count in zip(parts, counts, strict=True)])
 
 
 def _section(part: Steps, count: int) -> Steps:
-    """Evenly spaced steps by a sum of strides, as the source has it: so ties round as there."""
+    """Evenly spaced timesteps by accumulating the stride, so that ties round as in the source."""
     stride = (len(part) - 1) / max(count - 1, 1)
     offsets = np.concatenate([[0.0], np.full(count - 1, stride)]).cumsum()
     return part[offsets.round().astype(np.int64)]
@@ -276,12 +270,10 @@ def _whole_stride(num_steps: int, num_train_timesteps: int) -> Steps:
         if len(range(0, num_train_timesteps, stride)) == num_steps:
             return np.arange(0, num_train_timesteps, stride)
     raise ValueError(
-        f"timestep_spacing 'ddim{num_steps}': no whole stride gives {num_steps} of"
-        f" num_train_timesteps={num_train_timesteps} steps; use 'leading' or 'linspace'"
+        f"`timestep_spacing` 'ddim{num_steps}' is not possible: no integer stride takes"
+        f" {num_steps} of {num_train_timesteps} timesteps; use 'leading' or 'linspace'"
     )
 
-
-# How many steps a scheduler of diffusers is usually run with --------------------------------------
 
 ANCESTRAL = ("GaussianDDPMScheduler", "DDPMScheduler", "DDPMParallelScheduler")
 DDIM = ("DDIMScheduler", "DDIMParallelScheduler")
@@ -292,15 +284,15 @@ FIRST_ORDER = (
 
 
 def usual_num_steps(scheduler: str, num_train_timesteps: int) -> int:
-    """The number of steps to sample in where nobody gave one.
+    """Default number of sampling steps of a scheduler.
 
     Args:
-        scheduler: the name of its class.
+        scheduler: class name of the scheduler.
         num_train_timesteps: T.
 
     Returns:
-        T where each step adds the noise of DDPM. Else 50, or 25 for solvers of higher order (such
-        as DPM-Solver, UniPC, DEIS, Heun), as far as T allows: most of them cannot make T steps.
+        T for ancestral DDPM samplers. Otherwise 50, or 25 for solvers of higher order (DPM-Solver,
+        UniPC, DEIS, Heun, ...), and at most T - 1 (T for DDIM): most solvers do not support T.
     """
     T = num_train_timesteps
     if scheduler in ANCESTRAL:

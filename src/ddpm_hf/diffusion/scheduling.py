@@ -1,14 +1,14 @@
-"""Gaussian diffusion, the mathematics of DDPM (2006.11239), as a diffusers scheduler.
+"""Gaussian diffusion of DDPM (2006.11239) as a diffusers scheduler.
 
-Notation. Steps are counted from 0, as in diffusers: `t` here is the paper's t + 1, and before t = 0
-stands the clean image. "prev" is the previous element of the current trajectory: t - 1 in training,
-the next smaller of the chosen timesteps after `set_timesteps`.
+Notation: timesteps start at 0, as in diffusers, so `t` in code is t + 1 in the paper, and the clean
+image precedes t = 0. "prev" is the next smaller timestep of the trajectory: t - 1 in the training
+chain, otherwise the next smaller one chosen by `set_timesteps`.
 
     q(x_t | x_0)         = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I)              eq. 4
     q(x_prev | x_t, x_0) = N(coef_x_0 x_0 + coef_x_t x_t, posterior_var I)            eq. 6, 7
-    p(x_prev | x_t)      = the same, with the network's estimate in the place of x_0  eq. 11, 15
+    p(x_prev | x_t)      = q(x_prev | x_t, x_0_hat) with the network's estimate of x_0  eq. 11, 15
 
-All of this folder travels with the weights and needs nothing of the package.
+All files of this folder travel with the weights and import nothing from the rest of the package.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler
 
-# diffusers looks for SchedulerMixin in the module of a scheduler, to know how it is loaded.
+# diffusers looks up SchedulerMixin in the module of a scheduler to find its loading method.
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin  # noqa: F401
 from torch import Tensor
 
-# Modules, not names: diffusers' loader of remote code looks for `from .x import y` elsewhere.
+# Modules, not names: the remote code loader of diffusers resolves `from .x import y` elsewhere.
 from . import (
     checks,
     coefficient_tables,
@@ -45,56 +45,57 @@ ReverseGaussian = scheduler_outputs.ReverseGaussian
 StepKL = scheduler_outputs.StepKL
 
 
-class GaussianDDPMScheduler(inference_timesteps.VisitedTimesteps):
-    """Drop-in for diffusers' `DDPMScheduler`: same configuration keys, meaning and defaults.
+class GaussianDDPMScheduler(inference_timesteps.InferenceTimesteps):
+    """Drop-in replacement of `DDPMScheduler` with the same configuration keys and defaults.
 
-    Differs from diffusers 0.42.1: the last step of every trajectory is without noise, not only
-    t = 0; "fixed_large_log" gives numbers and "learned" is a log-variance; "trailing" never visits
-    t = -1 and an offset never T; the arithmetic is at least float32 on tables of full precision;
-    what cannot sample is refused at once. `betas`, `alphas` and `alphas_cumprod` are for tools to
-    read and to move: to change them, give `trained_betas`.
+    Differs from diffusers 0.42.1: the last step of every trajectory adds no noise, not only t = 0;
+    "fixed_large_log" does not give NaN, and "learned" is a log-variance; "trailing" never visits
+    t = -1, and an offset never reaches T; arithmetic is at least float32, on tables of full
+    precision; settings that cannot sample raise an error in the constructor. `betas`, `alphas` and
+    `alphas_cumprod` can be read and moved; to change them, pass `trained_betas`.
 
     Args:
         num_train_timesteps: T, the length of the training chain, 1 to 100000.
         beta_start: first beta of "linear" and its relatives, in (0, 1).
         beta_end: last beta of "linear" and its relatives, in (0, 1).
         beta_schedule: "linear", "scaled_linear", "squaredcos_cap_v2" (cosine), "sigmoid" or
-            "laplace" as in diffusers; "quad", "const", "jsd", "warmup10" and "warmup50" of DDPM's
-            code; "cosine" (with "offset" and "cap"), "iddpm_linear" (linear for any T),
-            "chen_sigmoid" (2212.11972, with "start", "end" and "tau") or "laplace_log_snr"
-            (2407.03297, with "mu" and "b"). Those that diffusers does not know are written as
-            `trained_betas`, so that it reads them all the same.
+            "laplace" as in diffusers; "quad", "const", "jsd", "warmup10" and "warmup50" of the DDPM
+            code; "cosine" (parameters "offset" and "cap"), "iddpm_linear" (linear for any T),
+            "chen_sigmoid" (2212.11972; "start", "end" and "tau") or "laplace_log_snr" (2407.03297;
+            "mu" and "b"). Schedules that diffusers lacks are saved as `trained_betas`, which it can
+            load.
         trained_betas: T betas in (0, 1), instead of a named schedule; the last may be 1.
-        variance_type: the reverse variance. "fixed_small" is the posterior's, "fixed_large" beta_t;
-            the "_log" forms are the same distributions. "learned" takes the network's second half
-            of channels as the log-variance, "learned_range" as v in [-1, 1] of 2102.09672, eq. 15.
-        clip_sample: clamp the estimate of x_0 to [-clip_sample_range, clip_sample_range]. For data
-            outside of [-1, 1], such as latents, turn it off or widen the range.
-        prediction_type: what the network predicts: "epsilon", "sample" (x_0) or "v_prediction".
+        variance_type: type of the reverse variance. "fixed_small" is the posterior variance,
+            "fixed_large" is beta_t; the "_log" variants give the same distributions. The network
+            predicts the log-variance for "learned", and v in [-1, 1] of 2102.09672, eq. 15, for
+            "learned_range", in the second half of its output channels.
+        clip_sample: clamp the estimate of x_0 to [-clip_sample_range, clip_sample_range]. Disable
+            it or widen the range for data outside of [-1, 1], such as latents.
+        prediction_type: prediction target of the network: "epsilon", "sample" (x_0) or
+            "v_prediction".
         thresholding: dynamic thresholding of the estimate of x_0 (2205.11487) instead of clipping;
             for images in [-1, 1], not for latents.
-        dynamic_thresholding_ratio: quantile of abs(x_0) that becomes the threshold, in (0, 1].
-        clip_sample_range: see `clip_sample`; positive.
-        sample_max_value: the threshold's upper bound, at least 1; at 1 thresholding is clipping.
+        dynamic_thresholding_ratio: quantile of abs(x_0) used as the threshold, in (0, 1].
+        clip_sample_range: bound of `clip_sample`; positive.
+        sample_max_value: upper bound of the threshold, at least 1; 1 is plain clipping.
         timestep_spacing: "leading", "linspace" or "trailing" (2305.08891, table 2).
-        steps_offset: added to "leading" timesteps, as far as they stay below T.
-        rescale_betas_zero_snr: rescale so that the last step holds no signal (2305.08891). Needs a
-            network that predicts "sample" or "v_prediction", and "trailing" to visit that step.
-        beta_schedule_params: parameters of such a schedule by name, as {"tau": 0.7}.
-        x_0_mse: m_t, the mean of (x_0 - x_0_hat)^2 of the network at each t, T values, which
-            `ddpm_hf.calibrate` measures. With it the reverse variance is that of the least bound,
-            beta~ + coef_x_0^2 m_t, for trajectories of any length (2201.06503), in the place of
-            the fixed ones; where the variance is learned, the network's v says how it is shared
-            out over an image. None for the published variances. Belongs to these betas and
-            predictions: a change of them drops it.
-        calibrated_timesteps: timesteps by sampler and number of steps, which
-            `ddpm-hf calibrate --timesteps` finds: {"DDIM": {10: [999, ...]}}. Belong as `x_0_mse`.
-        recommended: the cheapest sampler as good as the best, which `ddpm-hf calibrate --sweep`
-            finds: {"scheduler": "DDIM:timestep_spacing=trailing", "num_inference_steps": 25}. It
-            changes nothing by itself. Belongs as `x_0_mse`.
+        steps_offset: added to "leading" timesteps, which stay below T.
+        rescale_betas_zero_snr: rescale the betas to zero terminal SNR (2305.08891). Requires the
+            prediction type "sample" or "v_prediction", and "trailing" to visit the last step.
+        beta_schedule_params: parameters of the schedule by name, such as {"tau": 0.7}.
+        x_0_mse: mean squared error m_t of the network's estimate of x_0 at each t, T values, as
+            measured by `ddpm_hf.calibrate`. It replaces the fixed variances by beta~ + coef_x_0^2
+            m_t, which minimizes the bound for trajectories of any length (2201.06503); a learned
+            variance keeps only its distribution over the values of an image. None for the published
+            variances. Dropped when betas or prediction type change.
+        calibrated_timesteps: timesteps by sampler and number of steps, as found by
+            `ddpm-hf calibrate --timesteps`: {"DDIM": {10: [999, ...]}}. Dropped like `x_0_mse`.
+        recommended: the cheapest sampler as good as the best one, as found by
+            `ddpm-hf calibrate --sweep`: {"scheduler": "DDIM:timestep_spacing=trailing",
+            "num_inference_steps": 25}. It does not affect samples. Dropped like `x_0_mse`.
 
     Raises:
-        TypeError, ValueError: for a value that could not sample, with the choices.
+        TypeError, ValueError: for values that cannot sample, naming argument, value and choices.
     """
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]  # noqa: RUF012
@@ -130,18 +131,18 @@ class GaussianDDPMScheduler(inference_timesteps.VisitedTimesteps):
         recommended: Mapping[str, str | int] | None = None,
     ) -> None:
         checks.check_config(self.config)
-        # A swap by from_config drops what counts as left at its default, so nothing does.
+        # `from_config` of another class drops values marked as defaults: mark none.
         self.register_to_config(_use_default_values=[])
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
         self.custom_timesteps = False
         self._set_betas(self._resolve_betas(beta_schedule_params or {}))
-        self._keep_calibration(
+        self._set_calibration(
             x_0_mse=x_0_mse, calibrated_timesteps=calibrated_timesteps, recommended=recommended
         )
-        checks.check_signal_left(self.config.prediction_type, self._log_alphas)
+        checks.check_terminal_signal(self.config.prediction_type, self._log_alphas)
         self._set_trajectory(np.arange(num_train_timesteps))
-        checks.warn_where_samples_suffer(self.config, self._log_alphas)
+        checks.warn_of_poor_settings(self.config, self._log_alphas)
 
     @property
     def learns_variance(self) -> bool:
@@ -154,10 +155,12 @@ class GaussianDDPMScheduler(inference_timesteps.VisitedTimesteps):
         predicted_variance: Tensor | None = None,
         variance_type: str | None = None,
     ) -> Tensor | None:
-        """What code written for stock's scheduler asks for; use `p_mean_variance` in new code.
+        """Compatibility with code for `DDPMScheduler`; use `p_mean_variance` in new code.
 
-        As there, a variance, but a standard deviation for "fixed_small_log", a log-variance for
-        "fixed_large_log" and "learned_range", and for "learned" what the network gave.
+        Returns:
+            As in diffusers: the variance; the standard deviation for "fixed_small_log"; the
+            log-variance for "fixed_large_log" and "learned_range"; `predicted_variance` for
+            "learned".
         """
         kind = self.config.variance_type if variance_type is None else variance_type
         checks.check_choice("variance_type", kind, checks.VARIANCE_TYPES)
@@ -169,7 +172,8 @@ class GaussianDDPMScheduler(inference_timesteps.VisitedTimesteps):
         if kind == "learned_range":
             if predicted_variance is None:
                 raise ValueError(
-                    "predicted_variance must be given for variance_type='learned_range'"
+                    "`predicted_variance` must be a tensor for `variance_type` 'learned_range', got"
+                    " None"
                 )
             return torch.lerp(small.log_variance, large.log(), (predicted_variance + 1) / 2)
         by_type = {
@@ -180,10 +184,8 @@ class GaussianDDPMScheduler(inference_timesteps.VisitedTimesteps):
         }
         return by_type[kind]
 
-    # Sampling -------------------------------------------------------------------------------------
-
     def scale_model_input(self, sample: Tensor, timestep: Timestep | None = None) -> Tensor:
-        """The sample as it is: DDPM does not scale what the network sees."""
+        """The sample unchanged: DDPM does not scale the network's input."""
         return sample
 
     @overload
@@ -223,32 +225,32 @@ class GaussianDDPMScheduler(inference_timesteps.VisitedTimesteps):
         variance_noise: Tensor | None = None,
         eta: float = 1.0,
     ) -> GaussianDDPMOutput | tuple[Tensor, Tensor]:
-        """Sample x_prev from p(x_prev | x_t); without noise on the last step of the trajectory.
+        """Sample x_prev from p(x_prev | x_t); the last step of the trajectory returns the mean.
 
-        Keeps no state and never waits for a device. Under `torch.compile(fullgraph=True)` pass
-        `variance_noise`, `timestep` as a tensor, and an eta of 0, 1 or used before.
+        Stateless, and without host-device synchronization. Under `torch.compile(fullgraph=True)`,
+        pass `variance_noise`, `timestep` as a tensor, and an `eta` of 0, 1 or one used before.
 
         Args:
-            model_output: the network's output at (sample, timestep), shaped like `sample`; for a
-                learned variance with twice its channels.
-            timestep: an element of the trajectory: an int, or a tensor, 0-dim or (B,).
+            model_output: network output at (sample, timestep), shaped like `sample`, with twice the
+                channels for a learned variance.
+            timestep: a timestep of the trajectory: an int, or a tensor, 0-dim or (B,).
             sample: x_t, (B, ...), floating point.
-            generator: one, or a list of one per image, which gives an image the same noise in any
-                batch. A CPU generator serves every device.
+            generator: a single generator, or a list of one per image, which makes the noise of an
+                image independent of its batch. A CPU generator works for every device.
             return_dict: return a `GaussianDDPMOutput`, else a tuple of its two fields.
-            variance_noise: standard normal noise, shaped like `sample`, in place of drawing it.
-            eta: scale of the noise, in [0, 1]: 1 is DDPM, 0 deterministic DDIM (2010.02502, eq. 12
-                and 16). With `x_0_mse` the variance is eta^2 beta~ + coef_x_0^2 m_t, so that an eta
-                just above 0 is Analytic-DDIM (2201.06503); 0 is deterministic all the same.
+            variance_noise: standard normal noise, shaped like `sample`, instead of drawing it.
+            eta: scale of the noise, in [0, 1]: 1 is DDPM, 0 is deterministic DDIM (2010.02502,
+                eq. 12 and 16). With `x_0_mse` the variance is eta^2 beta~ + coef_x_0^2 m_t: an
+                `eta` just above 0 is Analytic-DDIM (2201.06503), and 0 is still deterministic.
 
         Returns:
             `prev_sample`, x_prev, and `pred_original_sample`, the estimate of x_0, both (B, ...) in
-            the dtype of `sample`. The arithmetic is at least float32.
+            the dtype of `sample`. Arithmetic is at least float32.
 
         Raises:
-            TypeError, ValueError: for shapes, dtypes and host values that do not fit. A timestep on
-                a device that is not in the trajectory gives NaN: refusing it would cost a sync. So
-                would asking whether it is the last: noise is then drawn, and multiplied by 0.
+            TypeError, ValueError: if shapes, dtypes or values on the host are invalid. A timestep
+                on a device is not read, which would synchronize: if it is not in the trajectory,
+                the result is NaN, and at the last step noise is drawn and multiplied by 0.
         """
         checks.check_tensor("sample", sample)
         x_t, t = at_least_float32(sample), coefficient_tables.host_timestep(timestep)
@@ -265,14 +267,14 @@ class GaussianDDPMScheduler(inference_timesteps.VisitedTimesteps):
         return GaussianDDPMOutput(x_prev, x_0_hat)
 
     def inverse_step(self, model_output: Tensor, timestep: Timestep, sample: Tensor) -> Tensor:
-        """The way back: x at the next noisier timestep from x_t, as DDIM without noise does it.
+        """DDIM inversion: x at the next noisier timestep from x_t.
 
-        Walking up `timesteps` from their last to their first, with an image in the place of the
-        last x_t, gives the noise that `step(..., eta=0)` turns into that image again.
+        Applied from the last to the second of `timesteps`, starting with an image as x_t, it gives
+        the noise from which `step(..., eta=0)` samples that image.
 
         Args:
-            model_output: the network's output at (sample, timestep), as for `step`.
-            timestep: an element of the trajectory except its first.
+            model_output: network output at (sample, timestep), as for `step`.
+            timestep: a timestep of the trajectory except its first.
             sample: x_t, (B, ...), floating point.
 
         Returns:
@@ -288,7 +290,7 @@ class GaussianDDPMScheduler(inference_timesteps.VisitedTimesteps):
         x_next = (x_t * inversion.coef_x_t).addcmul_(x_0_hat, inversion.coef_x_0)
         return with_dtype_of(sample, x_next)
 
-    def _reverse(self, eta: float) -> coefficient_tables.Table[coefficients.Reverse]:
+    def _reverse(self, eta: float) -> coefficient_tables.CoefficientTable[coefficients.ReverseStep]:
         if eta != 1.0:
             checks.check_float("eta", eta, "in [0, 1]", 0.0, 1.0)
         return self._trajectory.reverse(eta)
@@ -296,20 +298,20 @@ class GaussianDDPMScheduler(inference_timesteps.VisitedTimesteps):
     def _split(
         self, model_output: Tensor, x_t: Tensor, t: Timestep, eta: float
     ) -> tuple[Tensor, Tensor | None]:
-        """What predicts x_0, and v, or the log-variance made of it, where that is learned."""
+        """The prediction, and v or the log-variance if the variance is learned, else None."""
         if not self._trajectory.is_learned:
             checks.check_tensor("model_output", model_output, x_t)
             return with_dtype_of(x_t, model_output), None
         checks.check_tensor("model_output", model_output, x_t, widen=2)
         output, v = with_dtype_of(x_t, model_output).chunk(2, dim=1)
-        if self._trajectory.is_shared and eta > 0:
-            v = tensor_ops.shared_log_variance(self._trajectory.sharing(eta).at(t, x_t), v)
+        if self._trajectory.has_pixel_variance and eta > 0:
+            v = tensor_ops.pixel_log_variance(self._trajectory.pixel_variance(eta).at(t, x_t), v)
         return output, v
 
     def _predict_x_0(
-        self, output: Tensor, x_t: Tensor, row: coefficients.Reverse, clip: bool = True
+        self, output: Tensor, x_t: Tensor, row: coefficients.ReverseStep, clip: bool = True
     ) -> Tensor:
-        """The estimate of x_0, clipped (eq. 15)."""
+        """The estimate of x_0, clipped or thresholded as configured (eq. 15)."""
         config = self.config
         x_0_hat = (output * row.x_0_from_output).addcmul_(x_t, row.x_0_from_x_t)
         if not clip:
@@ -323,20 +325,20 @@ class GaussianDDPMScheduler(inference_timesteps.VisitedTimesteps):
         return x_0_hat
 
     def p_mean_variance(self, model_output: Tensor, t: Timestep, x_t: Tensor) -> ReverseGaussian:
-        """p(x_prev | x_t), for every prediction and variance type.
+        """Mean and variance of p(x_prev | x_t), for all prediction and variance types.
 
         Args:
-            model_output: the network's output at (x_t, t); twice the channels of x_t for a learned
+            model_output: network output at (x_t, t), with twice the channels of x_t for a learned
                 variance.
-            t: elements of the trajectory, an int or (B,).
-            x_t: (B, ...), floating point.
+            t: timesteps of the trajectory, an int or (B,).
+            x_t: noisy images, (B, ...), floating point.
 
         Returns:
-            mean and estimate of x_0, (B, ...); variance and log_variance, which broadcast. At least
+            Mean and estimate of x_0, (B, ...); variance and log_variance, which broadcast; at least
             float32. At the last step, where `step` adds no noise, the variance of "fixed_small" is
-            0; its log, and log and variance of "fixed_large", are those of beta~ one step before
-            (2102.09672), or of beta_t where the trajectory has only one step. With `x_0_mse` both
-            are of m_t there.
+            0; its log_variance, and both fields of "fixed_large", are those of beta~ at the step
+            before (2102.09672), or of beta_t if there is only one step. With `x_0_mse` they are
+            those of m_t.
 
         Source: eq. 11 and 15; 2102.09672, eq. 15.
         """
@@ -346,10 +348,10 @@ class GaussianDDPMScheduler(inference_timesteps.VisitedTimesteps):
         row = self._reverse(1.0).at(t, x_t)
         x_0_hat = self._predict_x_0(output, x_t, row)
         mean = (x_t * row.coef_x_t).addcmul_(x_0_hat, row.coef_x_0)  # eq. 7
-        of_t = self._trajectory.reverse_variance.at(t, x_t)
+        fixed = self._trajectory.reverse_variance.at(t, x_t)
         if v is None:
-            return ReverseGaussian(mean, *tensor_ops.variance_and_log(of_t, x_t), x_0_hat)
-        log_variance = v * of_t.slope + of_t.log_variance
+            return ReverseGaussian(mean, *tensor_ops.variance_and_log(fixed, x_t), x_0_hat)
+        log_variance = v * fixed.slope + fixed.log_variance
         return ReverseGaussian(mean, log_variance.exp(), log_variance, x_0_hat)
 
     def step_kl(
@@ -362,38 +364,38 @@ class GaussianDDPMScheduler(inference_timesteps.VisitedTimesteps):
         clip: bool = True,
         eta: float = 1.0,
     ) -> StepKL:
-        """How far p(x_prev | x_t) is from q(x_prev | x_t, x_0): a term of the bound, per value.
+        """KL(q(x_prev | x_t, x_0) || p(x_prev | x_t)) per value: a term of the variational bound.
 
-        From the difference of x_0 and its estimate: that of the means, which agree in all but
-        their last digits where t is large, would leave none in float32.
+        Computed from the difference of x_0 and its estimate. The two means agree in nearly all
+        digits at large t, so their difference would have no correct digit in float32.
 
         Args:
-            model_output: the network's output at (x_t, t), as for `p_mean_variance`.
+            model_output: network output at (x_t, t), as for `p_mean_variance`.
             x_0: clean images, (B, ...), floating point.
             x_t: noisy images at t, same shape.
-            t: elements of the trajectory, an int or (B,).
-            clip: clip or threshold the estimate of x_0 as configured, as sampling does. Where the
-                clip is active no gradient reaches the network's mean.
-            eta: that of `step`, in (0, 1].
+            t: timesteps of the trajectory, an int or (B,).
+            clip: clip or threshold the estimate of x_0 as in sampling. Clipped values pass no
+                gradient to the mean.
+            eta: scale of the noise as in `step`, in (0, 1].
 
         Returns:
             KL in nats and estimate of x_0, (B, ...); log_variance of p and is_last, which
-            broadcast. At least float32.
+            broadcast; at least float32.
 
         Source: eq. 5; for eta below 1 2010.02502, eq. 11.
         """
         checks.check_tensor("x_0", x_0)
         checks.check_tensor("x_t", x_t, x_0)
-        checks.check_float("eta", eta, "in (0, 1]: 0 has no bound", checks.ABOVE_0, 1.0)
+        checks.check_float("eta", eta, "in (0, 1] (eta = 0 has no bound)", checks.ABOVE_0, 1.0)
         x_0 = at_least_float32(x_0)
         x_t = with_dtype_of(x_0, x_t)
         output, v = self._split(model_output, x_t, t, eta)
         x_0_hat = self._predict_x_0(output, x_t, self._reverse(eta).at(t, x_t), clip)
-        of_t = self._trajectory.bound(eta).at(t, x_t)
-        log_ratio = of_t.log_ratio if v is None else v * of_t.slope + of_t.log_ratio
-        of_mean = (x_0 - x_0_hat).square() * of_t.weight * log_ratio.exp()
-        kl = of_mean + tensor_ops.expm1_minus(log_ratio) / 2
-        return StepKL(kl, of_t.log_variance - log_ratio, x_0_hat, of_t.is_last)
+        row = self._trajectory.step_kl(eta).at(t, x_t)
+        log_ratio = row.log_ratio if v is None else v * row.slope + row.log_ratio
+        mean_term = (x_0 - x_0_hat).square() * row.weight * log_ratio.exp()
+        kl = mean_term + tensor_ops.expm1_minus(log_ratio) / 2
+        return StepKL(kl, row.log_variance - log_ratio, x_0_hat, row.is_last)
 
 
 def as_gaussian_scheduler(scheduler: Any) -> GaussianDDPMScheduler:

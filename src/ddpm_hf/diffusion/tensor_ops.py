@@ -1,4 +1,4 @@
-"""The scheduler's arithmetic on samples: dtypes, noise, thresholding. Travels with the weights."""
+"""Tensor operations of the scheduler: dtypes, noise, thresholding. Travels with the weights."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from torch import Tensor
 from . import checks, coefficients
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
-# (x_t, t) -> the prediction, as a tensor or as the `.sample` of an object.
+# (x_t, t) -> network output: a tensor, or an object with a tensor `sample`.
 Denoiser = Callable[[Tensor, Tensor], Any]
 WIDE = (torch.float32, torch.float64)
 
@@ -22,7 +22,7 @@ def prediction_of(output: Any) -> Tensor:
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """x in the dtype that the mathematics is done in."""
+    """x as float32, or unchanged if it is float32 or float64."""
     return x if x.dtype in WIDE else x.float()
 
 
@@ -32,14 +32,14 @@ def with_dtype_of(like: Tensor, x: Tensor) -> Tensor:
 
 
 def as_tensor(coef: Tensor, like: Tensor) -> Tensor:
-    """A coefficient for the caller to keep: a copy, with as many dimensions as `like`."""
+    """A copy of a coefficient, which the caller may modify, with the dimensions of `like`."""
     return coef.clone().reshape(coef.shape or (1,) * like.ndim)
 
 
 def expm1_minus(r: Tensor) -> Tensor:
-    """e^r - 1 - r. Near 0 from its series, for the difference has no digits, nor has its gradient.
+    """e^r - 1 - r, by its series near 0, where the difference and its gradient lose all digits.
 
-    The terms that are left out are below 1e-14 of it.
+    The truncated terms are below 1e-14 of the result.
     """
     small = r.clamp(-0.05, 0.05)
     series = torch.full_like(r, 1 / 8)
@@ -52,34 +52,35 @@ def expm1_minus(r: Tensor) -> Tensor:
 def variance_and_log(
     row: coefficients.Marginal | coefficients.Posterior | coefficients.ReverseVariance, like: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Variance and log-variance of a row of coefficients, as copies for the caller."""
+    """Copies of the variance and the log-variance among coefficients."""
     return as_tensor(row.variance, like), as_tensor(row.log_variance, like)
 
 
-def shared_log_variance(row: coefficients.Sharing, v: Tensor) -> Tensor:
-    """log of known + added cov / mean(cov), where cov(x_0 | x_t) of each value is what v says.
+def pixel_log_variance(row: coefficients.PixelVariance, v: Tensor) -> Tensor:
+    """log(posterior + calibrated cov / mean(cov)), with var(x_0 | x_t) predicted from v as cov.
 
-    v is trained where beta~ is all but the whole variance, so that cov is off by a factor (of 5 in
-    the middle of a chain, on MNIST) that m_t puts right; and so that it is 0 at values which then
-    do err: a tenth is shared out evenly. At t = 0 the variance is cov, and well trained.
+    v is trained where beta~ is nearly the whole variance. The predicted cov is therefore wrong by a
+    factor (5 in the middle of a chain, on MNIST), which m_t corrects, and is 0 at some values that
+    do have errors: a tenth of the calibrated variance is distributed evenly. At t = 0 the variance
+    equals cov and is trained accurately.
     """
     log_ratio = (v * row.slope + row.log_ratio).clamp(max=80)  # its exp is finite
     cov = log_ratio.expm1().clamp_(min=0)  # over beta~ / coef_x_0^2 of the training spacing
     mean = cov.mean(dim=tuple(range(1, v.ndim)), keepdim=True)
     share = torch.where(mean > 0, cov / mean, 1.0)
-    log_variance = (row.known + row.added * (0.9 * share + 0.1)).log()
+    log_variance = (row.posterior + row.calibrated * (0.9 * share + 0.1)).log()
     return torch.where(row.is_zero > 0, log_ratio, log_variance)
 
 
 def scaled_noise(
-    row: coefficients.Reverse,
+    row: coefficients.ReverseStep,
     v: Tensor | None,
     x_t: Tensor,
     generator: Generators,
     variance_noise: Tensor | None,
     is_noiseless: bool,
 ) -> Tensor:
-    """The noise of a step times its std: a new tensor, in which the step is then summed up."""
+    """Noise of a step times its standard deviation, as a new tensor that may be modified."""
     if variance_noise is not None:
         checks.check_tensor("variance_noise", variance_noise, x_t)
     if is_noiseless:
@@ -91,11 +92,11 @@ def scaled_noise(
 
 
 def draw_noise(like: Tensor, generator: Generators) -> Tensor:
-    """Standard normal noise shaped like `like`, contiguous: the same for every memory format.
+    """Standard normal noise, contiguous so that it does not depend on the memory format.
 
     Args:
-        like: gives shape, dtype and device.
-        generator: one, or one per image; a CPU generator serves every device.
+        like: tensor with the shape, dtype and device of the noise.
+        generator: a single generator, or one per image; a CPU generator works for every device.
     """
     if generator is None:
         return torch.randn_like(like, memory_format=torch.contiguous_format)
@@ -109,7 +110,7 @@ def draw_noise(like: Tensor, generator: Generators) -> Tensor:
 
 
 def threshold(x_0_hat: Tensor, ratio: float, max_value: float) -> Tensor:
-    """Clamp to the quantile s of abs(x_0) of each image, in [1, max_value]; divide by s."""
+    """Clamp each image to [-s, s] and divide by s, a quantile of abs(x_0) in [1, max_value]."""
     magnitudes = x_0_hat.abs().reshape(len(x_0_hat), math.prod(x_0_hat.shape[1:]))
     s = torch.quantile(magnitudes, ratio, dim=1).clamp(1.0, max_value)
     s = s.reshape(-1, *(1,) * (x_0_hat.ndim - 1))
