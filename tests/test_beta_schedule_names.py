@@ -25,7 +25,7 @@ NAMED = [
     ({"trained_betas": [0.5] * 100}, ("trained_betas", {})),
 ]
 V = {"num_train_timesteps": 100, "prediction_type": "v_prediction"}
-pytestmark = pytest.mark.filterwarnings("ignore:.*signal's amplitude is left at the last")
+pytestmark = pytest.mark.filterwarnings("ignore:.*signal amplitude at the last")
 
 
 @pytest.mark.parametrize(("config", "named"), NAMED)

@@ -65,7 +65,7 @@ def test_an_image_does_not_depend_on_the_batch_size(model, tmp_path):
 
 
 # With few steps, the scheduler warns about the gap before the first one.
-@pytest.mark.filterwarnings("ignore:timestep_spacing")
+@pytest.mark.filterwarnings("ignore:`timestep_spacing`")
 def test_seed_steps_and_eta_change_the_images(model, tmp_path):
     few = ("--num-images", "1")
     base = sampled(model, tmp_path / "base", *few)[0]

@@ -93,7 +93,7 @@ def test_at_smaller_eta_step_kl_compares_the_processes_of_ddim():
     mean_p, _ = normal_posterior_of_ddim(scheduler, x_0_hat, x_t, t, eta)
     want = kl_of_normals(mean_q, log_var, mean_p, log_var)
     assert_close(scheduler.step_kl(x_0_hat, x_0, x_t, t, eta=eta).kl, want, rtol=1e-10, atol=0)
-    with pytest.raises(ValueError, match=r"eta must be .*0 has no bound, got 0"):
+    with pytest.raises(ValueError, match=r"`eta` must be .*0 has no bound.*, got 0"):
         scheduler.step_kl(x_0_hat, x_0, x_t, t, eta=0)
 
 
@@ -378,7 +378,7 @@ def test_ddpms_own_scheduler_will_do_and_a_deterministic_one_has_no_bound(schedu
     ddim = DDIMScheduler.from_config(scheduler.config)
     with pytest.raises(TypeError, match=r"scheduler.*got DDIMScheduler"):
         bits_per_dim(halve, ddim, images)
-    with pytest.raises(ValueError, match=r"eta must be .*0 has no bound, got 0"):
+    with pytest.raises(ValueError, match=r"`eta` must be .*0 has no bound.*, got 0"):
         bits_per_dim(halve, scheduler, images, eta=0.0)
 
 
@@ -451,7 +451,10 @@ BAD_ARGUMENTS = {
     "unknown decoder": ({"decoder": "erf"}, "decoder.* must be .*'exact', 'tanh'.* got 'erf'"),
     "unknown depth": ({"bit_depth": 12}, "`bit_depth` must be 8 or 16, got 12"),
     "no batch size": ({"batch_size": 0}, "batch_size.* must be .* got 0"),
-    "too few generators": ({"generator": generators(1)}, "generator.* list of 1 for .*2"),
+    "too few generators": (
+        {"generator": generators(1)},
+        "`generator` must be .* list of 2, .* got a list of 1",
+    ),
 }
 
 

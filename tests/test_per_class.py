@@ -88,7 +88,7 @@ def test_each_class_is_measured_as_if_alone_and_the_worst_comes_first(
     assert "too few images: fd needs 4 of each" in printed
 
 
-@pytest.mark.filterwarnings("ignore:timestep_spacing")
+@pytest.mark.filterwarnings("ignore:`timestep_spacing`")
 def test_a_model_draws_its_classes_in_turn_which_are_those_of_that_name(tmp_path, photos):
     """Also where the model numbers them otherwise than the data set."""
     unet = tiny_unet(in_channels=1, out_channels=1, num_class_embeds=4)

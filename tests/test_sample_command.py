@@ -314,7 +314,7 @@ def test_a_tilde_is_the_home_directory(models, tmp_path, monkeypatch):
     assert (tmp_path / "x.png").is_file()
 
 
-@pytest.mark.filterwarnings("always:timestep_spacing")
+@pytest.mark.filterwarnings("always:`timestep_spacing`")
 def test_a_warning_is_one_line_without_source_location(models, tmp_path, capsys):
     output = ("--output", str(tmp_path / "x.png"))
     sample(models["RGB"], "--timestep-spacing", "leading", *output)

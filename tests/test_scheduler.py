@@ -187,7 +187,7 @@ def test_stable_diffusions_schedule_ends_where_it_should():
         ("chen_sigmoid", {"start": 0.0, "end": 3.0, "tau": 0.9}, chen_sigmoid_betas),
     ],
 )
-@pytest.mark.filterwarnings("ignore:.*signal's amplitude is left at the last")
+@pytest.mark.filterwarnings("ignore:.*signal amplitude at the last")
 def test_schedules_agree_with_their_sources_in_forty_digits(name, params, source, T):
     scheduler = GaussianDDPMScheduler(
         T, beta_schedule=name, **({"beta_schedule_params": params} if params else {})
@@ -258,7 +258,7 @@ SPACINGS = ["leading", "linspace", "trailing", "quadratic", "10", "5,3,2", "ddim
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-@pytest.mark.filterwarnings("ignore:timestep_spacing")
+@pytest.mark.filterwarnings("ignore:`timestep_spacing`")
 def test_a_network_that_knows_x_0_gives_the_data_back(spacing, prediction, eta):
     scheduler = GaussianDDPMScheduler(prediction_type=prediction, clip_sample=False)
     scheduler.set_timesteps(timestep_spacing=spacing) if spacing[0] in "d15" else None
@@ -550,7 +550,7 @@ def test_trailing_has_no_step_too_many_where_stock_has():
 
 
 @pytest.mark.parametrize("sections", ["10,10,20", "50", "1", "7,1,30,2", "1000", "334,333,333"])
-@pytest.mark.filterwarnings("ignore:timestep_spacing '1'")
+@pytest.mark.filterwarnings("ignore:`timestep_spacing` '1'")
 def test_sections_are_those_of_improved_ddpm(sections):
     scheduler = GaussianDDPMScheduler()
     scheduler.set_timesteps(timestep_spacing=sections)
@@ -623,11 +623,14 @@ def test_custom_timesteps_come_in_any_sequence(given):
 @pytest.mark.parametrize(
     ("config", "match"),
     [
-        ({"num_train_timesteps": 100}, "60% of the signal's amplitude"),
+        ({"num_train_timesteps": 100}, "signal amplitude at the last of 100 timesteps is 60%"),
         ({"beta_schedule": "laplace"}, "'laplace_log_snr'"),
         ({"thresholding": True}, "plain clipping"),
-        ({"beta_start": 0.03}, "above beta_end"),
-        ({"rescale_betas_zero_snr": True, "prediction_type": "sample"}, "use 'trailing'"),
+        ({"beta_start": 0.03}, "`beta_start` should be at most `beta_end`, 0.02, got 0.03"),
+        (
+            {"rescale_betas_zero_snr": True, "prediction_type": "sample"},
+            "`timestep_spacing` should be 'trailing' .* got 'leading'",
+        ),
     ],
 )
 def test_a_configuration_that_hurts_samples_warns_at_the_users_line(config, match):
@@ -639,7 +642,7 @@ def test_a_configuration_that_hurts_samples_warns_at_the_users_line(config, matc
 @pytest.mark.parametrize("K", [1, 2, 334, 501, 600])
 def test_leading_timesteps_that_start_in_the_signal_warn(K):
     scheduler = GaussianDDPMScheduler()
-    with pytest.warns(UserWarning, match="amplitude is left") as caught:
+    with pytest.warns(UserWarning, match="signal amplitude of .* use 'trailing'") as caught:
         scheduler.set_timesteps(K)
     assert [w.filename for w in caught] == [__file__]
 
@@ -969,7 +972,7 @@ def test_the_ratio_of_signal_and_noise_is_float32_whatever_torchs_default():
     ],
 )
 def test_epsilon_is_refused_where_the_signal_is_below_float32(config):
-    with pytest.raises(ValueError, match="'epsilon' divides by the signal's amplitude"):
+    with pytest.raises(ValueError, match=r"`prediction_type` must be .*, got 'epsilon'"):
         GaussianDDPMScheduler(**config)
     scheduler = GaussianDDPMScheduler(**config, prediction_type="v_prediction")
     x, t = torch.ones(1, 1), len(scheduler) - 1
@@ -982,7 +985,7 @@ def test_a_warning_reaches_a_script_whose_path_begins_like_the_packages(tmp_path
 
     script = f"{Path(checks.__file__).parent}_train.py"
     code = compile("GaussianDDPMScheduler(100)", script, "exec")
-    with pytest.warns(UserWarning, match="60% of the signal") as caught:
+    with pytest.warns(UserWarning, match="signal amplitude .* is 60%") as caught:
         exec(code, {"GaussianDDPMScheduler": GaussianDDPMScheduler})
     assert caught[0].filename == script
 
@@ -1021,7 +1024,7 @@ def test_a_scheduler_is_usable_before_set_timesteps():
     assert scheduler.init_noise_sigma == 1.0
     assert scheduler.scale_model_input(scheduler.betas, 5) is scheduler.betas
     assert [scheduler.previous_timestep(t) for t in (99, 1, torch.tensor(0))] == [98, 0, -1]
-    with pytest.raises(ValueError, match=r"timestep .*99 to 0.*got 100"):
+    with pytest.raises(ValueError, match=r"`timestep` must be in .*99 to 0.*got 100"):
         scheduler.previous_timestep(100)
 
 

@@ -72,7 +72,7 @@ def test_a_url_is_no_data_set_and_its_secrets_are_not_repeated(argv):
     assert "S3cret" not in str(caught.value)
 
 
-@pytest.mark.filterwarnings("ignore:timestep_spacing")
+@pytest.mark.filterwarnings("ignore:`timestep_spacing`")
 def test_one_16_bit_grey_image_among_photos_costs_nobody_the_run(tmp_path):
     files = {**PHOTOS, "deep.png": zoo.encode(zoo.grey(8, 8).astype("uint16") * 257)}
     dataset = str(folder_of(tmp_path / "photos", files))
@@ -86,7 +86,7 @@ def test_one_16_bit_grey_image_among_photos_costs_nobody_the_run(tmp_path):
     assert (tmp_path / "deep" / "samples" / "step-00000001.png").is_file()
 
 
-@pytest.mark.filterwarnings("ignore:timestep_spacing")
+@pytest.mark.filterwarnings("ignore:`timestep_spacing`")
 def test_a_run_inside_its_data_resumes_and_never_trains_on_what_it_drew(tmp_path):
     photos = folder_of(tmp_path / "photos", PHOTOS)
     options = {"dataset": str(photos), "num_samples": 1, "sample_inference_steps": 2}

@@ -24,7 +24,7 @@ from ddpm_hf.sampling import draw_images
 from ddpm_hf.training.dataset_setup import hold_out
 from ddpm_hf.training.periodic_evaluation import as_pixels
 
-pytestmark = pytest.mark.filterwarnings("ignore:timestep_spacing")  # few steps
+pytestmark = pytest.mark.filterwarnings("ignore:`timestep_spacing`")  # few steps
 OPTIONS = {
     "evaluate_steps": 2, "evaluate_num_images": 6, "evaluate_features": "pixels",
     "sample_inference_steps": 3, "num_train_timesteps": 20, "checkpointing_steps": 100,

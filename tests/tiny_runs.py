@@ -13,7 +13,7 @@ from ddpm_hf import TrainingConfig, train
 from ddpm_hf.training.resolve import Machine, resolve
 
 # With few steps the scheduler warns about the gap between x_T and the first timestep.
-few_steps = pytest.mark.filterwarnings("ignore:timestep_spacing")
+few_steps = pytest.mark.filterwarnings("ignore:`timestep_spacing`")
 
 
 def tiny_unet(**overrides):

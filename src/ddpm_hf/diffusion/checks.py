@@ -169,10 +169,9 @@ def check_schedule_params(name: str, params: Any) -> dict[str, float]:
     """The parameters of schedule `name`, completed with its defaults."""
     defaults = schedules.schedule_parameters(name)
     if not isinstance(params, dict) or params.keys() - defaults.keys():
-        keys = ", ".join(map(repr, defaults)) or "no parameters"
         raise ValueError(
-            f"`beta_schedule_params` must be a dict of {keys} for `beta_schedule` {name!r}, got"
-            f" {params!r}"
+            f"`beta_schedule_params` must be a dict with keys in {[*defaults]} for `beta_schedule`"
+            f" {name!r}, got {params!r}"
         )
     for key, value in params.items():
         check_float(f"beta_schedule_params[{key!r}]", value, "that is finite", -FINITE, FINITE)
@@ -216,8 +215,8 @@ def _per_timestep(name: str, values: Any, num_train_timesteps: int) -> Array:
         raise TypeError(f"{name} must be a list of numbers, got {values!r:.200}")
     if array.shape != (num_train_timesteps,):
         raise ValueError(
-            f"{name} must have shape ({num_train_timesteps},), one value per timestep, got shape"
-            f" {array.shape}; set `num_train_timesteps` to the number of values"
+            f"{name} must have shape ({num_train_timesteps},), one value for each of"
+            f" `num_train_timesteps`, got shape {array.shape}"
         )
     return array.astype(np.float64)
 

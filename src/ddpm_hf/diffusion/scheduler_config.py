@@ -206,8 +206,8 @@ class PortableScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             and extension["fingerprint"] == self._fingerprint
         ):
             checks.warn(
-                f"`{config_extension.EXTENSION_KEY}` in the configuration was made for other betas"
-                " or another prediction_type and is ignored"
+                f"the extension `{config_extension.EXTENSION_KEY}` was made for other betas or"
+                " another prediction type and is ignored"
             )
             return
         for name in CALIBRATION.keys() & extension.keys():

@@ -43,7 +43,7 @@ def stock_laplace(num_steps: int, beta_start: float, beta_end: float) -> Array:
     """The "laplace" schedule of diffusers, which uses sqrt(alpha_bar) in place of alpha_bar.
 
     `laplace_log_snr` is the correct one. Upstream: diffusers 0.42.1, scheduling_ddpm.py,
-    `betas_for_alpha_bar`. 18% of the signal's amplitude remains at the last step.
+    `betas_for_alpha_bar`. The signal amplitude at the last step is 18%.
     """
     log_alpha_bar = _log_sigmoid(_laplace_log_snr(np.arange(num_steps + 1) / num_steps, 0, 0.5))
     return (-np.expm1(np.diff(log_alpha_bar) / 2)).clip(max=BETA_CAP)
