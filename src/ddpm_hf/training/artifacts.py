@@ -40,6 +40,7 @@ class Artifacts:
         evaluation: compares samples with real images, or None.
 
     Attributes:
+        validated: the last result of `validation`, or None.
         evaluated: the last result of `evaluation`, as values for the log.
     """
 

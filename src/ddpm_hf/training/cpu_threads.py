@@ -25,27 +25,19 @@ class CpuThreads:
 
     Attributes:
         is_unmeasured: whether `choose` is to be called before the first update.
-        changes: all changes of the number during the run.
-        new_change: the change that this resumed run makes, or None.
     """
 
     def __init__(
         self, requested: int | None, record: CheckpointRecord | None, accelerator: Accelerator
     ) -> None:
-        on_cpu, default = accelerator.device.type == "cpu", torch.get_num_threads()
-        self.changes: tuple[ThreadChange, ...] = ()
-        self.new_change: ThreadChange | None = None
-        recorded = None
-        if record is not None:
-            self.changes = record.num_threads_changes
-            if on_cpu and record.num_processes == accelerator.num_processes:
-                recorded = record.num_threads
-            if recorded and requested and recorded != requested:
-                self.new_change = ThreadChange(record.step + 1, requested, recorded)
-                self.changes += (self.new_change,)
-        is_single = on_cpu and accelerator.num_processes == 1
-        self.is_unmeasured = is_single and not requested and not recorded and default > 1
-        torch.set_num_threads(requested or recorded or default)
+        on_cpu, num_processes = accelerator.device.type == "cpu", accelerator.num_processes
+        default = torch.get_num_threads()
+        self._record = record if on_cpu else None
+        # Another number of processes changes the sums anyway.
+        known = record if on_cpu and record and record.num_processes == num_processes else None
+        number = requested or (known.num_threads if known else None)
+        self.is_unmeasured = number is None and on_cpu and num_processes == 1 and default > 1
+        torch.set_num_threads(number or default)
 
     def choose(self, trial: Callable[[], Any]) -> int:
         """Set the number of threads with which `trial` is fastest, and return it."""
@@ -53,3 +45,17 @@ class CpuThreads:
         torch.set_num_threads(number)
         self.is_unmeasured = False
         return number
+
+    @property
+    def new_change(self) -> ThreadChange | None:
+        """The change that this resumed run makes, or None."""
+        record, number = self._record, torch.get_num_threads()
+        if record is None or record.num_threads in (None, number):
+            return None
+        return ThreadChange(record.step + 1, number, record.num_threads)
+
+    @property
+    def changes(self) -> tuple[ThreadChange, ...]:
+        """All changes during the run."""
+        before = self._record.num_threads_changes if self._record else ()
+        return (*before, self.new_change) if self.new_change else before

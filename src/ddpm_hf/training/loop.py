@@ -95,7 +95,7 @@ def train(
         unet: network to train, instead of the one that `config` describes.
         scheduler: diffusion to train, instead of the one that `config` describes.
         dataset: images to train on, instead of `config.dataset`: a `datasets.Dataset`, the result
-            of `prepare_images`, or a map-style data set of float tensors (C, H, W) in [-1, 1].
+            of `prepare_images`, or a map-style dataset of float tensors (C, H, W) in [-1, 1].
         loss: objective, instead of `config.objective`: a function `(denoiser, scheduler, x_0, t,
             noise)` as in `ddpm_hf.losses`, which returns one value per image, (B,). A resumed run
             must have a loss of the same name.
@@ -117,15 +117,18 @@ def train(
     with create_accelerator(config) as accelerator, ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         timeout_s = config.ddp_timeout
+
         on_main_process(accelerator, lambda: stack.enter_context(run_lock(paths)), timeout_s)
         pusher = on_main_process(accelerator, lambda: _create_pusher(config), timeout_s)
         newest = on_main_process(accelerator, lambda: _checkpoint_to_resume(paths), timeout_s)
         checkpoint = broadcast_object_list([newest])[0]
+
         if checkpoint is not None:
             stack.enter_context(_no_advice())
             config = resume_options(config, read_record(checkpoint).config)
         configure_compile(config, accelerator)
         resolved, components = assemble(config, accelerator, unet, scheduler, dataset, loss)
+
         stop = stack.enter_context(StopSignal(config.ddp_timeout))
         stack.enter_context(resources_as_training_errors(accelerator))
         run = start_run(resolved, components, accelerator, stop, checkpoint)
@@ -137,6 +140,7 @@ def train(
         accelerator.print(plan_training(run, measurements, update_s))
         if accelerator.is_main_process:
             paths.config.write_text(run.config.to_yaml(), encoding="utf-8")
+
         log = MetricsLog(paths.metrics, accelerator, run.state.step, run.batches.batch_size)
         stack.callback(log.close)
         artifacts = Artifacts(run, log, pusher, validation, evaluation)
@@ -148,6 +152,7 @@ def train(
             # The bar is closed before any error is printed.
             bar = stack.enter_context(_progress_bar(run))
             _train_loop(run, reader, artifacts, log, bar)
+
         stopped_by = stop.received
         pushed = on_main_process(accelerator, lambda: _finish_push(pusher, stopped_by), timeout_s)
         accelerator.wait_for_everyone()
@@ -160,6 +165,7 @@ def _train_loop(
 ) -> None:
     """Make every remaining update; log, measure, draw and save whatever is due after it."""
     config, state, last_step = run.config, run.state, run.batches.stop
+    # Another rank may be unable to read the images of the first update.
     run.stop.synchronize(failed=reader.failure is not None)
     if run.stop.failed:
         _raise_read_error(reader.failure, run)

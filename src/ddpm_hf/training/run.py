@@ -30,7 +30,7 @@ from ddpm_hf.training.state import CheckpointRecord, TrainState, read_record, re
 
 @dataclass
 class Run:
-    """Everything that the updates of a run use; training/loop.py makes them.
+    """Everything that the updates of a run use.
 
     Attributes:
         config: the complete options.
@@ -57,7 +57,7 @@ class Run:
     threads: CpuThreads
     checkpoint: Path | None = None
     elapsed_before_s: float = 0.0
-    _start: float = field(default_factory=time.monotonic)
+    _start: float = field(default_factory=time.monotonic, init=False)
 
     @property
     def paths(self) -> RunPaths:
@@ -99,7 +99,7 @@ class Run:
         return self.state.step % every == 0
 
     def relative_cost(self, num_calls: int, every: int) -> float:
-        """Time of `num_calls` network calls every `every` updates, as a share of the updates'."""
+        """Cost of `num_calls` network calls every `every` updates, relative to the updates."""
         # An update costs about three forward passes per image.
         return num_calls / (3 * every * self.batches.batch_size)
 
@@ -119,7 +119,7 @@ class Run:
         return lambda x_t, t: unet(x_t, t, class_labels=labels)
 
     def image_indices(self, step: int) -> list[int]:
-        """Indices in the data set of the images of update `step`, over all ranks."""
+        """Indices in the dataset of the images of update `step`, over all ranks."""
         batch = dataclasses.replace(
             self.batches, start=step, stop=step + 1, rank=0, num_processes=1, accumulation=1
         )

@@ -33,18 +33,24 @@ def warm_up(run: Run) -> float | None:
         _fit_to_memory(run)
     if updates and run.computation.compile:
         _check_compiled(run)
-    if updates and (change := run.threads.new_change):
+    if updates:
+        _settle_threads(run, measure=not is_short)
+    if updates == 0 or is_short:
+        return None
+    return trial_pass(run) * run.config.gradient_accumulation_steps
+
+
+def _settle_threads(run: Run, measure: bool) -> None:
+    """Choose the number of CPU threads if it is open, and report a choice or a change."""
+    if run.threads.is_unmeasured and measure:
+        number = run.threads.choose(partial(trial_pass, run))
+        run.accelerator.print(f"threads    {counted(number, 'CPU thread')}, chosen by timing")
+    if change := run.threads.new_change:
         run.accelerator.print(
             f"threads    {change.num_threads} instead of {change.num_threads_before} from update "
             f"{change.step:,} on: the weights differ in their last bits from a run without this "
             "change"
         )
-    if updates == 0 or is_short:
-        return None
-    if run.threads.is_unmeasured:
-        number = run.threads.choose(partial(trial_pass, run))
-        run.accelerator.print(f"threads    {counted(number, 'CPU thread')}, chosen by timing")
-    return trial_pass(run) * run.config.gradient_accumulation_steps
 
 
 def _fit_to_memory(run: Run) -> None:
