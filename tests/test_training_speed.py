@@ -91,12 +91,12 @@ def test_compile_can_be_turned_off(flags, expected):
 
 
 class LimitedMemory(UNet2DModel):
-    """Runs out of memory with more than `most` images."""
+    """Runs out of memory with more than `max_images` images."""
 
-    most = 1
+    max_images = 1
 
     def forward(self, sample, *args, **options):
-        if len(sample) > self.most:
+        if len(sample) > self.max_images:
             raise torch.OutOfMemoryError("no room")
         return super().forward(sample, *args, **options)
 

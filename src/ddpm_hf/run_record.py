@@ -37,8 +37,8 @@ class DatasetRecord:
 
     Attributes:
         name: Hub id, or name of the folder without its path.
-        config_name: configuration of a Hub data set.
-        split: split of the data set.
+        config_name: configuration of a Hub dataset.
+        split: split of the dataset.
         num_images: number of images trained on.
         num_skipped: number of unreadable images.
         left_out: number of files that were not images, by reason.

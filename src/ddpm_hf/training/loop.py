@@ -163,7 +163,7 @@ def train(
 def _train_loop(
     run: Run, reader: ReadAhead, artifacts: Artifacts, log: MetricsLog, bar: "tqdm[Any]"
 ) -> None:
-    """Make every remaining update; log, measure, draw and save whatever is due after it."""
+    """Make every remaining update; log, measure, draw and save when due."""
     config, state, last_step = run.config, run.state, run.batches.stop
     # Another rank may be unable to read the images of the first update.
     run.stop.synchronize(failed=reader.failure is not None)

@@ -36,7 +36,7 @@ class ReadAhead:
             self.micro_batches = list(islice(self._source, self._num_per_update))
         except (MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # a data set may raise anything; the state is saved first
+        except Exception as error:  # a dataset may raise anything; the state is saved first
             self.failure = error
             # Tracebacks keep the DataLoader workers alive, which inherit the lock of the run.
             for each in (error, error.__cause__):

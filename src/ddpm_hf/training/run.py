@@ -135,7 +135,7 @@ class Run:
         self.batches = dataclasses.replace(self.batches, accumulation=steps)
 
     def checkpoint_record(self) -> CheckpointRecord:
-        """What a checkpoint of the current state records besides tensors."""
+        """The record of a checkpoint of the current state."""
         scaler = self.state.scaler
         return CheckpointRecord(
             config=self.config.to_dict(),

@@ -27,7 +27,7 @@ class SkippedUpdate:
 
     Attributes:
         step: number of the update, from 1.
-        rows: indices of its images in the data set, over all ranks.
+        rows: indices of its images in the dataset, over all ranks.
         timesteps: their timesteps.
     """
 

@@ -58,7 +58,7 @@ class ThreadChange:
 
 @dataclass(frozen=True)
 class CheckpointRecord:
-    """The contents of `state.json`, which is everything in a checkpoint besides tensors.
+    """The contents of `state.json`: everything in a checkpoint that is not a tensor.
 
     Attributes:
         config: the complete options of the run.
@@ -180,7 +180,7 @@ def save_checkpoint(folder: Path, state: TrainState, record: CheckpointRecord, k
     Args:
         folder: the run's checkpoint folder, created if missing.
         state: its tensors are saved.
-        record: saved beside them.
+        record: saved with them.
         keep: number of checkpoints that remain, including this one.
     Returns:
         the path of the new checkpoint.

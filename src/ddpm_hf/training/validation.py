@@ -51,7 +51,7 @@ class Validation:
 
     Args:
         run: its network and diffusion are measured.
-        images: held-out images, of which the first `validation_images` are used.
+        images: held-out images; the first `validation_images` are used.
     """
 
     def __init__(self, run: Run, images: HeldOut) -> None:
