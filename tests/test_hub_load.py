@@ -364,7 +364,7 @@ BAD = {
     "no groups": (unet_with(norm_num_groups=0), "invalid for UNet2DModel: ZeroDivision"),
     "odd groups": (unet_with(norm_num_groups=3), "must be divisible by num_groups (3)"),
     "no heads": (unet_with(attention_head_dim=0), "invalid for UNet2DModel: ZeroDivision"),
-    "wide heads": (unet_with(attention_head_dim=99), "do not fit"),
+    "wide heads": (unet_with(attention_head_dim=99), "has no elements"),
     "a million layers": (
         unet_with(layers_per_block=1_000_000),
         "`layers_per_block` must be an int",
@@ -394,7 +394,7 @@ BAD = {
     ),
     "bad facts": (
         lambda f: spoil_config(f, "unet", _ddpm_hf={**image_facts_of("L", 8, 8), "class_names": 3}),
-        "class_names must be",
+        "`class_names` must be",
     ),
     "no scheduler": (lambda f: shutil.rmtree(f / "scheduler"), "cannot be opened"),
     "cut weights": (cut_weights, "cannot be opened"),

@@ -81,7 +81,12 @@ def check_unet_config(
             f"{prefix}the configuration is invalid for UNet2DModel: {type(error).__name__}:"
             f" {reason:.300}"
         ) from error
-    num_parameters = sum(parameter.numel() for parameter in unet.parameters())
+    sizes = {name: parameter.numel() for name, parameter in unet.named_parameters()}
+    if empty := [name for name, size in sizes.items() if size == 0]:
+        raise ValueError(
+            f"{prefix}the configuration is invalid for UNet2DModel: {empty[0]} has no elements"
+        )
+    num_parameters = sum(sizes.values())
     needed, available = dtype.itemsize * num_parameters, memory_bytes()
     if needed > available:
         raise ValueError(
