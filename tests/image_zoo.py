@@ -235,7 +235,7 @@ def damaged() -> list[Animal]:
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1
     return [
-        Animal("null", None, refusal="holds no image"),
+        Animal("null", None, refusal="contains no image"),
         Animal("empty.png", b"", refusal="empty"),
         Animal("text.png", b"<html>404 not found</html>", refusal="not an image"),
         Animal("zeros.png", bytes(1000), refusal="not an image"),

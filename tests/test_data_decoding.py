@@ -1,4 +1,4 @@
-"""From image files to pixels: what comes out is what went in, or a refusal says why."""
+"""Decoding of image files: the pixels are exact, or an error gives the reason."""
 
 import re
 
@@ -21,7 +21,7 @@ def by_name(animals):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @by_name(GOOD)
-def test_every_kind_of_file_gives_the_pixels_that_went_in(animal):
+def test_every_kind_of_file_decodes_to_its_pixels(animal):
     images = prepare(rows(animal.data))
     (pixels,) = as_numpy(images)
     np.testing.assert_array_equal(pixels, animal.pixels)
@@ -32,7 +32,7 @@ def test_every_kind_of_file_gives_the_pixels_that_went_in(animal):
 
 
 @by_name(BAD)
-def test_a_file_that_cannot_be_used_is_refused_with_row_and_path(animal):
+def test_an_unusable_file_is_reported_with_row_and_path(animal):
     cells = rows(zoo.encode(zoo.GREY), animal.data, names=["good.png", animal.name])
     with pytest.raises(DataError) as caught:
         prepare(cells)
@@ -43,7 +43,7 @@ def test_a_file_that_cannot_be_used_is_refused_with_row_and_path(animal):
     assert animal.refusal in line
 
 
-def test_files_that_are_no_images_are_listed_before_any_image_is_resized(tmp_path):
+def test_unreadable_files_are_listed_before_any_image_is_decoded(tmp_path):
     bad = [a.data for a in zoo.damaged() if a.refusal not in ("truncated", "Error")]
     cells = rows(zoo.encode(zoo.GREY), *bad)
     with pytest.raises(DataError) as caught:
@@ -52,13 +52,13 @@ def test_files_that_are_no_images_are_listed_before_any_image_is_resized(tmp_pat
     assert [path for path in tmp_path.iterdir() if path.suffix != ".lock"] == []
 
 
-def test_all_bad_images_of_a_data_set_can_be_skipped():
+def test_bad_images_can_be_skipped():
     good = [zoo.encode(zoo.grey(6, 9) + i) for i in range(4)]
     bad = [animal.data for animal in zoo.damaged()]
     cells = rows(good[0], *bad[:5], good[1], *bad[5:], *good[2:])
     with pytest.warns(UserWarning, match=f"4 images used, {len(bad)} left out") as said:
         images = prepare(cells, on_bad_image="skip")
-    assert str(said[0].message).count("; row ") == 10  # the others are in `skipped`
+    assert str(said[0].message).count("; row ") == 10  # all are in `skipped`
     assert images.left_out == {"bad images": len(bad)}
     assert len(images) == 4
     skipped = [int(re.match(r"row (\d+)", line)[1]) for line in images.skipped]
@@ -66,10 +66,10 @@ def test_all_bad_images_of_a_data_set_can_be_skipped():
     want = [zoo.grey(6, 9)[None] + i for i in range(4)]
     np.testing.assert_array_equal(as_numpy(images), want)
     with pytest.raises(DataError, match=f"{len(bad)} of {len(cells)} images"):
-        prepare(cells)  # although they are in the cache by now
+        prepare(cells)  # also when read from the cache
 
 
-def test_skipping_what_decoding_found_damaged_prepares_nothing_again(tmp_path):
+def test_skipping_after_an_error_reads_the_cache(tmp_path):
     photo = zoo.encode(zoo.colour(64, 64), kind="JPEG")
     cells = rows(photo, photo[: len(photo) // 2])
     with pytest.raises(DataError, match=r"1 of 2 images.*\n  row 1 .*truncated"):
@@ -82,7 +82,7 @@ def test_skipping_what_decoding_found_damaged_prepares_nothing_again(tmp_path):
     assert made.stat().st_mtime_ns == before
 
 
-def test_a_damaged_image_has_no_say_in_size_and_mode():
+def test_a_damaged_image_does_not_affect_size_and_mode():
     good = [zoo.encode(zoo.grey(28, 28) // 2 + i) for i in range(2)]
     big = zoo.encode(zoo.colour(100, 60))
     with pytest.warns(UserWarning, match="2 images used, 1 left out"):
@@ -91,7 +91,7 @@ def test_a_damaged_image_has_no_say_in_size_and_mode():
     np.testing.assert_array_equal(images[1][0], zoo.grey(28, 28) // 2 + 1)
 
 
-def test_a_data_set_without_a_single_good_image_is_refused_even_when_skipping():
+def test_skipping_all_images_is_an_error():
     with pytest.raises(DataError, match="2 of 2 images"):
         prepare(rows(b"text", None), on_bad_image="skip")
 
@@ -109,7 +109,7 @@ def test_a_data_set_without_a_single_good_image_is_refused_even_when_skipping():
         (["LA", "I16"], "LA", 16),
     ],
 )
-def test_mixed_modes_get_the_smallest_mode_that_loses_nothing(kinds, mode, bit_depth):
+def test_mixed_modes_get_the_smallest_lossless_mode(kinds, mode, bit_depth):
     animals = [next(a for a in GOOD if a.name == f"{kind}.png") for kind in kinds]
     images = prepare(rows(*(animal.data for animal in animals)))
     assert (images.facts.mode, images.facts.bit_depth) == (mode, bit_depth)
@@ -126,7 +126,7 @@ def test_mixed_modes_get_the_smallest_mode_that_loses_nothing(kinds, mode, bit_d
             np.testing.assert_array_equal(image[-1], alpha)
 
 
-def test_colour_has_8_bits_unless_16_are_asked_for():
+def test_colour_has_8_bits_unless_16_are_requested():
     cells = rows(zoo.encode(zoo.COLOUR), zoo.encode(zoo.DEEP))
     colour = zoo.COLOUR.transpose(2, 0, 1).astype(int)
     with pytest.warns(UserWarning, match="1 of 2 images: 16 bits"):
@@ -149,15 +149,15 @@ def test_16_bit_grey_keeps_its_transparent_colour_in_8_bits():
 
 
 @pytest.mark.parametrize("kind", ["AVIF", "HEIF"])
-def test_photos_of_phones_are_read(kind, tmp_path):
-    """Both codecs lose colour: one of a single colour comes back within a few levels."""
+def test_avif_and_heif_are_decoded(kind, tmp_path):
+    """Both codecs are lossy: a uniform colour is accurate to a few levels."""
     flat = np.full((64, 64, 3), (200, 90, 30), np.uint8)
     (image,) = prepare(rows(zoo.encode(flat, kind=kind)))
     assert image.shape == (3, 64, 64)
     assert np.abs(image.numpy().astype(int) - flat.transpose(2, 0, 1)).max() <= 4
 
 
-def test_a_column_that_declares_its_mode_is_taken_at_its_word():
+def test_the_declared_mode_of_a_column_is_used():
     declared = datasets.Features({"image": datasets.Image(mode="RGB")})
     images = prepare(rows(zoo.encode(zoo.GREY)).cast(declared))
     assert images.facts.mode == "RGB"
@@ -165,7 +165,7 @@ def test_a_column_that_declares_its_mode_is_taken_at_its_word():
     assert prepare(rows(zoo.encode(zoo.GREY)).cast(declared), image_mode="L").facts.mode == "L"
 
 
-def test_an_explicit_mode_wins_and_puts_transparent_pixels_on_white():
+def test_image_mode_has_precedence_and_composites_on_white():
     colour = np.full((6, 9, 3), 100, np.uint8)
     see_through = zoo.encode(zoo._with_alpha(colour, (zoo.ALPHA > 0) * np.uint8(255)))
     for mode in ("L", "RGB"):
@@ -180,14 +180,14 @@ def test_an_explicit_mode_wins_and_puts_transparent_pixels_on_white():
         assert images.facts.mode == mode
 
 
-def test_what_is_lost_is_said_with_a_count():
+def test_loss_of_quality_is_warned_about_with_a_count():
     cases = [
         (zoo.animated(), {}, "3 of 3 images: animated"),
         ([a for a in GOOD if a.name == "RGB_16.png"], {}, "1 of 1 images: 16 bits"),
         ([a for a in GOOD if a.name == "L.png"], {"resolution": 32}, "1 of 1 images: enlarged"),
     ]
     for animals, options, message in cases:
-        for _ in range(2):  # the cache must not swallow it
+        for _ in range(2):  # also when read from the cache
             with pytest.warns(UserWarning, match=message):
                 prepare(rows(*(animal.data for animal in animals)), **options)
     dark = zoo.encode((zoo.DEEP % 4096).astype(np.uint16))
@@ -198,7 +198,7 @@ def test_what_is_lost_is_said_with_a_count():
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("shape", [(2000, 1), (1, 2000)])
 @pytest.mark.parametrize("crop", ["center", "random"])
-def test_extreme_shapes_are_warned_about_and_stay_small(shape, crop):
+def test_extreme_aspect_ratios_are_warned_about_and_stay_small(shape, crop):
     ramp = np.full(shape, 77, np.uint8)
     with pytest.warns(UserWarning, match="times longer than wide"):
         images = prepare(rows(zoo.encode(ramp)), resolution=16, crop=crop)
@@ -211,7 +211,7 @@ def test_extreme_shapes_are_warned_about_and_stay_small(shape, crop):
 # Sizes.
 
 
-def test_images_of_one_size_keep_it_and_others_get_a_proposal():
+def test_images_of_one_size_keep_it_and_others_get_a_proposed_resolution():
     sized = {
         ((28, 28), (28, 28)): (28, 28),
         ((30, 50), (30, 50)): (30, 50),
@@ -235,10 +235,10 @@ def test_a_centre_crop_without_scaling_is_exact():
     np.testing.assert_array_equal(image, faint[:, 2:6].transpose(2, 0, 1))
 
 
-def test_no_crop_keeps_the_whole_image_and_refuses_several_shapes():
+def test_crop_none_keeps_the_whole_image_and_needs_one_shape():
     images = prepare(greys((24, 36), (48, 72)), resolution=12, crop="none")
     assert [tuple(image.shape) for image in images] == [(1, 12, 18)] * 2
-    # A smooth picture is the same picture at any size.
+    # A smooth image is the same at any size.
     ramp = np.tile(np.linspace(0, 255, 72), (48, 1)).astype(np.uint8)
     (small,) = as_numpy(prepare(rows(zoo.encode(ramp)), resolution=24, crop="none"))
     np.testing.assert_allclose(small[0, 0], ramp.reshape(48, 36, 2).mean(2)[0], atol=2)
@@ -274,7 +274,7 @@ def test_opaque_images_resize_alike_with_and_without_alpha():
     np.testing.assert_array_equal(with_alpha[0], without[0])
 
 
-def test_sixteen_bits_resize_as_eight_bits_do_but_finer():
+def test_16_bit_images_resize_like_8_bit_images_with_more_levels():
     values = zoo.grey(40, 40)
     deep = prepare(rows(zoo.encode(values.astype(np.uint16) * 257)), resolution=16)
     flat = prepare(rows(zoo.encode(values)), resolution=16)
@@ -285,7 +285,7 @@ def test_sixteen_bits_resize_as_eight_bits_do_but_finer():
 
 
 def _blob(side, radius, softness):
-    """A greenish disc with an edge of some softness, and bright red hidden outside of it."""
+    """A greenish disc with a soft edge, and bright red in the transparent pixels around it."""
     y, x = np.indices((side, side)) / side - 0.5
     alpha = np.rint(255 / (1 + np.exp((np.hypot(x, y) - radius) / softness)))
     colour = np.stack([0 * x, 200 + 40 * np.sin(9 * x), 100 + 90 * np.cos(7 * y)], -1)
@@ -293,19 +293,19 @@ def _blob(side, radius, softness):
     return np.concatenate([colour, alpha[..., None]], -1).astype(np.uint8)
 
 
-def test_no_hidden_colour_bleeds_into_resized_images():
+def test_the_colour_of_transparent_pixels_does_not_bleed_when_resizing():
     images = prepare(
         rows(*(zoo.encode(_blob(64, 0.3 + 0.02 * i, 1e-3)) for i in range(3))), resolution=16
     )
     for image in as_numpy(images):
         visible = image[3] > 0
-        # 8-bit premultiplied colours of a nearly transparent pixel are coarse, red is not in them.
+        # 8-bit premultiplied colours of a nearly transparent pixel are coarse, but contain no red.
         assert image[0][visible].max() == 0
         assert (image[:3][:, ~visible] == 255).all()
         assert 0 < visible.sum() < visible.size
 
 
-def test_putting_on_a_background_and_resizing_may_be_exchanged():
+def test_resizing_and_compositing_commute():
     blob = _blob(64, 0.3, 0.04)
     for background in (0, 255):
         share = blob[..., 3:] / 255

@@ -1,4 +1,4 @@
-"""Class labels beside the images: what a column becomes, and a rule for each odd case."""
+"""Class labels: numbers and names from a column, and unusual columns."""
 
 import pickle
 
@@ -16,7 +16,7 @@ CAT_OR_DOG = datasets.ClassLabel(names=["cat", "dog"])
 
 
 def labelled(values, kind=None):
-    """Constant images, the i-th of grey i, with a column "kind" of labels."""
+    """Constant images of grey level 0, 1, ..., with a label column "kind"."""
     images = rows(*(zoo.encode(np.full((4, 4), i, np.uint8)) for i in range(len(values))))
     column = datasets.Dataset.from_dict({"kind": values})
     if kind is not None:
@@ -48,7 +48,7 @@ def test_classes_are_numbers_and_names(values, kind, numbers, names):
         ([3, -1, 2, None], None, [1, -1, 0, -1]),
     ],
 )
-def test_images_without_a_label_get_none_and_are_counted(values, kind, numbers):
+def test_images_without_a_label_get_minus_1_and_are_counted(values, kind, numbers):
     with pytest.warns(UserWarning, match="2 of 4 images have no label"):
         images = prepare(labelled(values, kind), label_column="kind")
     assert images.labels.tolist() == numbers
@@ -57,33 +57,33 @@ def test_images_without_a_label_get_none_and_are_counted(values, kind, numbers):
 @pytest.mark.parametrize(
     ("values", "kind", "message"),
     [
-        ([-1, -1], CAT_OR_DOG, "no label at all"),
-        ([1, 1, -1], CAT_OR_DOG, "only the class 'dog'"),
-        (["x", "x"], None, "only the class 'x'"),
-        ([f"a photo of {i}" for i in range(30)], None, "30 different values in 30 rows"),
-        ([0.5, 1.5], None, "holds float64"),
+        ([-1, -1], CAT_OR_DOG, "got no label"),
+        ([1, 1, -1], CAT_OR_DOG, "got only the class 'dog'"),
+        (["x", "x"], None, "got only the class 'x'"),
+        ([f"a photo of {i}" for i in range(30)], None, "30 distinct values in 30 rows"),
+        ([0.5, 1.5], None, "got float64"),
     ],
 )
-def test_what_holds_no_classes_is_refused(values, kind, message):
+def test_columns_that_are_not_classes_are_rejected(values, kind, message):
     with pytest.raises(DataError, match=message):
         prepare(labelled(values, kind), label_column="kind")
 
 
-def test_sub_folders_are_classes_where_they_are_asked_for(tmp_path):
+def test_sub_folders_are_classes_on_request(tmp_path):
     dataset = load_images(folder_of(tmp_path, CLASSES))
     images = prepare(dataset)
     assert images.labels is None
     assert images.facts.class_names == ("a", "b")
-    asked = prepare(dataset, label_column=True)
-    assert asked.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert asked.folder == images.folder  # nothing is decoded again
+    requested = prepare(dataset, label_column=True)
+    assert requested.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert requested.folder == images.folder  # read from the cache
 
 
-def test_the_column_of_classes_is_found_or_named():
+def test_the_only_class_column_is_found():
     one = labelled([0, 1], CAT_OR_DOG)
     assert prepare(one, label_column=True).labels.tolist() == [0, 1]
     two = one.add_column("other", [1, 0]).cast_column("other", CAT_OR_DOG)
-    with pytest.raises(DataError, match=r"several columns of classes \(kind, other\)"):
+    with pytest.raises(DataError, match=r"several class columns, kind, other; name"):
         prepare(two, label_column=True)
     with pytest.raises(DataError, match=r"no column 'kinds' \(did you mean 'kind'\?\)"):
         prepare(two, label_column="kinds")
@@ -91,7 +91,7 @@ def test_the_column_of_classes_is_found_or_named():
         prepare(rows(zoo.encode(zoo.GREY)), label_column=True)
 
 
-def test_labels_stay_with_their_images_whatever_is_left_out_and_chosen():
+def test_labels_follow_their_images_when_rows_are_skipped_or_selected():
     def spoil(row, place):
         return {"image": {"bytes": b"x", "path": None}} if place == 1 else row
 
@@ -101,7 +101,7 @@ def test_labels_stay_with_their_images_whatever_is_left_out_and_chosen():
     with pytest.warns(UserWarning, match="4 images used, 1 left out"):
         images = prepare(broken, label_column="kind", on_bad_image="skip")
     assert [int(image[0, 0, 0]) for image in images] == [6, 4, 3, 0]
-    # Grey i is of the kind 5 + i % 4.
+    # The image of grey level i has the label 5 + i % 4.
     assert [images.facts.class_names[label] for label in images.labels] == ["7", "5", "8", "5"]
     again = pickle.loads(pickle.dumps(images))
     assert again.labels.tolist() == images.labels.tolist()

@@ -1,4 +1,4 @@
-"""Where images come from: what a source holds is used whole, or it is said what is not."""
+"""Image sources: folders, files, saved datasets and the Hub."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from processes import run_process
 from ddpm_hf.data import DataError, load_images
 
 
-def test_class_folders_become_names(tmp_path):
+def test_class_folders_become_class_names(tmp_path):
     dataset = load_images(folder_of(tmp_path, CLASSES))
     assert prepare(dataset).facts.class_names == ("a", "b")
     assert dataset["label"] == [0, 0, 0, 1, 1, 1]
@@ -29,29 +29,29 @@ def test_class_folders_become_names(tmp_path):
         assert prepare(load_images(other), resolution=8).facts.class_names is None
 
 
-def test_a_folder_is_read_whatever_its_name_and_its_hidden_files(tmp_path):
+def test_special_characters_and_hidden_files_do_not_affect_a_folder(tmp_path):
     root = folder_of(tmp_path / "my *[photos]? {2020}", CLASSES)
     folder_of(root, {".cache/x.png": b"x", "__MACOSX/x.png": b"x", ".x.png": b"x"})
     assert len(prepare(load_images(root))) == 6
     assert len(prepare(load_images(str(root)))) == 6
 
 
-def test_a_folder_is_used_whole_or_it_is_said_what_is_left_out(tmp_path):
+def test_unused_files_of_a_folder_are_counted_by_kind(tmp_path):
     odd = ["a.mov", "b.MOV", "Thumbs.db", "notes", "c.tar.gz", "album.parquet"]
     dataset = load_images(folder_of(tmp_path, {**CLASSES, **dict.fromkeys(odd, b"x")}))
-    with pytest.warns(UserWarning, match="left out") as said:
+    with pytest.warns(UserWarning, match="left out") as caught:
         images = prepare(dataset)
     want = {".mov": 2, "Thumbs.db": 1, "without a suffix": 1, ".gz": 1, ".parquet": 1}
     assert images.left_out == want
     assert next(iter(images.left_out)) == ".mov"
-    (message,) = (str(warning.message) for warning in said)
+    (message,) = (str(warning.message) for warning in caught)
     assert message.startswith("6 images used, 6 left out (.mov 2, ")
     assert pickle.loads(pickle.dumps(images)).left_out == want
 
 
 HEIC_SCRIPT = """
 import sys, warnings
-sys.modules["pillow_heif"] = None  # as where it is not installed
+sys.modules["pillow_heif"] = None  # as if it were not installed
 from ddpm_hf.data import load_images, prepare_images
 with warnings.catch_warnings(record=True) as said:
     prepare_images(load_images(sys.argv[1]), progress=False)
@@ -60,7 +60,7 @@ print(said[0].message)
 
 
 @pytest.mark.slow
-def test_photos_that_cannot_be_read_here_are_counted_with_what_to_install(tmp_path):
+def test_unsupported_formats_are_counted_with_an_install_hint(tmp_path):
     photos = {f"IMG_{i}.HEIC": b"\0\0\0\x18ftypheic" for i in range(40)}
     folder_of(tmp_path, {**CLASSES, **photos})
     command = [sys.executable, "-c", HEIC_SCRIPT, tmp_path]
@@ -69,7 +69,7 @@ def test_photos_that_cannot_be_read_here_are_counted_with_what_to_install(tmp_pa
     assert done.stdout.strip() == want
 
 
-def test_images_beside_the_splits_are_counted_and_those_of_other_splits_are_not(tmp_path):
+def test_images_outside_split_folders_are_counted(tmp_path):
     picture = zoo.encode(zoo.GREY)
     names = ["train/1.png", "test/1.png", "test/2.png", "beach/1.png"]
     dataset = load_images(folder_of(tmp_path, dict.fromkeys(names, picture)))
@@ -79,7 +79,7 @@ def test_images_beside_the_splits_are_counted_and_those_of_other_splits_are_not(
 
 
 @pytest.mark.parametrize("place", ["", "runs/photos/", "my runs/1/"])
-def test_what_training_drew_is_not_trained_on(tmp_path, place):
+def test_outputs_of_training_runs_are_left_out(tmp_path, place):
     files = ["samples/step-1.png", "model/samples.png", "model/model_index.json"]
     files += ["config.yaml", "metrics.jsonl"]
     drawn = {f"{place}{name}": zoo.encode(zoo.GREY) for name in files}
@@ -89,11 +89,11 @@ def test_what_training_drew_is_not_trained_on(tmp_path, place):
     with pytest.warns(UserWarning, match="6 images used, 3 left out"):
         images = prepare(dataset)
     assert images.left_out == {"in folders of training runs": 3}
-    with pytest.raises(DataError, match=r"holds no images.*1 in folders of training runs"):
+    with pytest.raises(DataError, match=r"contains no images.*1 in folders of training runs"):
         load_images(tmp_path / "models")
 
 
-def test_a_file_name_that_is_not_utf_8_is_one_bad_image(tmp_path):
+def test_a_file_name_that_is_not_utf_8_is_a_bad_image(tmp_path):
     root = folder_of(tmp_path, CLASSES)
     name = os.fsencode(root / "a") + b"/caf\xe9.png"
     with open(name, "wb") as file:
@@ -104,14 +104,14 @@ def test_a_file_name_that_is_not_utf_8_is_one_bad_image(tmp_path):
         assert len(prepare(load_images(root), on_bad_image="skip")) == 6
 
 
-def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+def test_a_tilde_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     folder_of(tmp_path / "photos", CLASSES)
     assert len(prepare(load_images("~/photos"), cache_dir="~/cache")) == 6
     assert (tmp_path / "cache").is_dir()
 
 
-def test_a_word_like_test_in_a_folder_name_makes_no_split(tmp_path):
+def test_a_folder_name_that_contains_a_split_name_is_not_a_split(tmp_path):
     picture = zoo.encode(zoo.GREY)
     names = ["train station/1.png", "my test shots/1.png", "beach/1.png"]
     dataset = load_images(folder_of(tmp_path / "places", dict.fromkeys(names, picture)))
@@ -129,7 +129,7 @@ def test_split_folders_are_splits(tmp_path):
         assert len(dataset) == 2 * count
         assert dataset.features["label"].names == ["a", "b"]
     assert len(load_images(tmp_path, split="train[:4]+test")) == 8
-    with pytest.raises(DataError, match=r"split 'trian'.*did you mean 'train'.*test, train"):
+    with pytest.raises(DataError, match=r"`split` must be .*'trian' \(did you mean 'train'"):
         load_images(tmp_path, split="trian")
 
 
@@ -146,7 +146,7 @@ def test_parquet_and_arrow_files_are_read_by_name_glob_and_folder(tmp_path, kind
     assert len(prepare(load_images(tmp_path / f"train-0 [x].{kind}"))) == 2
     assert len(prepare(load_images(f"{tmp_path}/*.{kind}"))) == 3
     assert len(prepare(load_images(tmp_path))) == 3
-    with pytest.raises(DataError, match="split 'test' does not exist; choices: train"):
+    with pytest.raises(DataError, match="`split` must be one of train, got 'test'"):
         load_images(tmp_path, split="test")
 
 
@@ -157,11 +157,11 @@ def test_saved_data_sets_are_read(tmp_path):
     )
     assert len(prepare(load_images(tmp_path / "one"))) == 2
     assert len(prepare(load_images(tmp_path / "two", split="test[1:]"))) == 1
-    with pytest.raises(DataError, match="choices: test, train"):
+    with pytest.raises(DataError, match="`split` must be one of test, train, got 'validation'"):
         load_images(tmp_path / "two", split="validation")
 
 
-def test_metadata_files_are_heeded_and_cannot_reach_outside(tmp_path):
+def test_metadata_files_are_used_and_cannot_name_files_outside(tmp_path):
     root = folder_of(tmp_path / "in", CLASSES)
     (root / "metadata.jsonl").write_text('{"file_name": "a/1.png", "text": "one"}\n')
     dataset = load_images(root)
@@ -186,7 +186,7 @@ def test_metadata_files_are_heeded_and_cannot_reach_outside(tmp_path):
         ("metadata.parquet", "no parquet"),
     ],
 )
-def test_an_albums_own_metadata_leaves_no_image_out(tmp_path, name, text):
+def test_unrelated_metadata_files_do_not_leave_images_out(tmp_path, name, text):
     photos = ("beach test 1", "beach test 2", "train ride", "harbour", "dunes")
     root = folder_of(tmp_path, {f"{photo}.png": zoo.encode(zoo.GREY) for photo in photos})
     (root / name).write_text(text)
@@ -194,7 +194,7 @@ def test_an_albums_own_metadata_leaves_no_image_out(tmp_path, name, text):
         assert len(prepare(load_images(root))) == 5
 
 
-def test_words_in_names_make_no_split_where_there_is_metadata(tmp_path):
+def test_split_names_in_file_names_are_ignored_with_metadata(tmp_path):
     photos = ("beach test 1.png", "train ride.png", "dunes.png")
     root = folder_of(tmp_path, dict.fromkeys(photos, zoo.encode(zoo.GREY)))
     lines = [f"{name},{row}" for row, name in enumerate(photos)]
@@ -205,7 +205,7 @@ def test_words_in_names_make_no_split_where_there_is_metadata(tmp_path):
 
 
 @pytest.mark.parametrize("at_top", [True, False])
-def test_split_folders_are_splits_where_there_is_metadata(tmp_path, at_top):
+def test_split_folders_are_splits_with_metadata(tmp_path, at_top):
     counts = {"train": 3, "test": 2}
     lines = []
     for split, count in counts.items():
@@ -233,16 +233,16 @@ def test_split_folders_are_splits_where_there_is_metadata(tmp_path, at_top):
         ("./phots", r"did you mean 'photos'"),
         ("/no/such/folder", "does not exist"),
         ("https://example.com/a.png", "does not exist"),
-        ("phots", r"no path here \(did you mean 'photos'\?\); as a Hub data set"),
-        ("someone/phots", "as a Hub data set"),
+        ("phots", r"not a local path \(did you mean 'photos'\?\); as a Hub dataset"),
+        ("someone/phots", "as a Hub dataset"),
         ("photos/*.parquet", "matches no file"),
-        ("photos/a/0.png", r"is \.png: give a folder"),
-        ("empty", "holds no images, parquet or arrow files, but nothing"),
+        ("photos/a/0.png", r"got \.png; pass a folder"),
+        ("empty", "contains no images, parquet or arrow files, but nothing"),
         ("text", r"but 2 \.txt, 1 \.mov"),
         ("broken.parquet", "broken.parquet"),
     ],
 )
-def test_a_source_that_is_none_gets_one_clear_line(tmp_path, monkeypatch, source, message):
+def test_an_invalid_source_is_reported_in_one_line(tmp_path, monkeypatch, source, message):
     monkeypatch.chdir(tmp_path)
     folder_of(tmp_path / "photos", CLASSES)
     (tmp_path / "empty").mkdir()
@@ -253,7 +253,7 @@ def test_a_source_that_is_none_gets_one_clear_line(tmp_path, monkeypatch, source
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_source_without_rows_is_refused(tmp_path):
+def test_a_source_without_rows_is_rejected(tmp_path):
     rows().to_parquet(tmp_path / "none.parquet", batch_size=1)
     with pytest.raises(DataError, match=r"none\.parquet"):
         load_images(tmp_path / "none.parquet")
@@ -262,8 +262,8 @@ def test_a_source_without_rows_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["config_name", "revision"])
-def test_options_of_the_hub_are_refused_for_paths(tmp_path, name):
-    with pytest.raises(DataError, match=f"{name} is for data sets on the Hub"):
+def test_hub_options_are_rejected_for_local_paths(tmp_path, name):
+    with pytest.raises(DataError, match=f"`{name}` applies to datasets on the Hub"):
         load_images(folder_of(tmp_path, CLASSES), **{name: "main"})
 
 
@@ -278,7 +278,7 @@ result = [len(images), images.facts.to_config(), [int(image.sum()) for image in 
 
 
 @pytest.mark.slow
-def test_data_sets_of_the_hub_are_loaded_and_rows_cannot_name_files_of_the_machine(tmp_path):
+def test_hub_datasets_are_loaded_and_cannot_name_local_files(tmp_path):
     photos = {name: data for name, data in CLASSES.items()}
     secret = folder_of(tmp_path / "home", {"secret.png": zoo.encode(zoo.GREY)}) / "secret.png"
     greys((8, 8), (8, 8)).to_parquet(tmp_path / "good.parquet")
@@ -296,8 +296,8 @@ def test_data_sets_of_the_hub_are_loaded_and_rows_cannot_name_files_of_the_machi
         assert sums == [int((zoo.grey(8, 8) // 2 + i).sum()) for i in (0, 1, 2, 0, 1, 2)]
         assert client.run(HUB_SCRIPT, source="user/rows", options={"split": "test"})[0] == 2
         for source, options, message in [
-            ("user/hostile", {}, "1 of 2 rows hold no image but a path"),
-            ("user/rows", {}, "split 'train' does not exist; choices: test"),
+            ("user/hostile", {}, "1 of 2 rows contain no image but a path"),
+            ("user/rows", {}, "`split` must be one of test, got 'train'"),
             ("user/rows", {"config_name": "big"}, "'big' not found. Available: .'default'."),
             ("user/rows", {"revision": "v9"}, "v9"),
             ("user/nothing", {}, "user/nothing"),

@@ -195,8 +195,8 @@ def test_every_option_changes_exactly_the_expected_outputs(outputs, name):
     ("options", "message"),
     [
         ({"image_column": "nope"}, "nope"),
-        ({"dataset_config": "small"}, "config_name is for data sets on the Hub"),
-        ({"dataset_revision": "v1"}, "revision is for data sets on the Hub"),
+        ({"dataset_config": "small"}, "config_name.* applies to datasets on the Hub"),
+        ({"dataset_revision": "v1"}, "revision.* applies to datasets on the Hub"),
         ({"dataset": "bad"}, "1.png"),
     ],
     ids=["image_column", "dataset_config", "dataset_revision", "on_bad_image"],

@@ -1,4 +1,4 @@
-"""Order, noise and time steps depend on the position alone."""
+"""Order, noise and timesteps are functions of the position."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from ddpm_hf.randomness import (
 
 
 def shares(num_processes, accumulation, *, start=0, stop=5, num_images=10, batch_size=12):
-    """All batches as lists of rows, put together again from what every process takes."""
+    """All global batches as lists of rows, assembled from the micro-batches of all processes."""
     parts = [
         Batches(num_images, 7, batch_size, start, stop, rank, num_processes, accumulation)
         for rank in range(num_processes)
@@ -32,7 +32,7 @@ def shares(num_processes, accumulation, *, start=0, stop=5, num_images=10, batch
     return whole
 
 
-def test_every_epoch_shows_every_image_once_in_an_order_of_its_own():
+def test_every_epoch_is_a_different_permutation_of_the_images():
     seen = [place for batch in shares(1, 1) for place in batch]
     epochs = [[index for e, index in seen if e == epoch] for epoch in range(6)]
     assert all(sorted(order) == list(range(10)) for order in epochs)
@@ -40,11 +40,11 @@ def test_every_epoch_shows_every_image_once_in_an_order_of_its_own():
 
 
 @pytest.mark.parametrize(("num_processes", "accumulation"), [(1, 3), (2, 1), (2, 3), (4, 1)])
-def test_processes_and_accumulation_share_the_same_batches(num_processes, accumulation):
+def test_batches_do_not_depend_on_processes_and_accumulation(num_processes, accumulation):
     assert shares(num_processes, accumulation) == shares(1, 1)
 
 
-def test_a_run_can_be_entered_at_any_update():
+def test_batches_can_start_at_any_update():
     assert shares(2, 2, start=3) == shares(2, 2)[3:]
 
 
@@ -53,7 +53,7 @@ def test_another_seed_gives_another_order():
     assert first != second
 
 
-def test_a_row_has_the_same_noise_in_whatever_part_of_the_batch_it_is_computed():
+def test_the_noise_of_a_row_does_not_depend_on_the_micro_batch():
     x_0 = torch.zeros(8, 1, 4, 4)
     noise = noise_of_rows(0, 5, range(8), x_0)
     for rows in (range(4), range(3, 5), range(7, 8)):
@@ -70,7 +70,7 @@ def test_noise_is_standard_normal():
     assert abs(noise.var().item() - 1) < 4 * (2 / count) ** 0.5
 
 
-def test_images_that_share_a_batch_and_neighbouring_updates_have_unrelated_noise():
+def test_noise_is_uncorrelated_within_a_batch_and_between_updates():
     x_0 = torch.zeros(2, 3, 32, 32)
     first, second = (noise_of_rows(0, step, range(2), x_0) for step in (0, 1))
     rows = torch.stack([*first.flatten(1), *second.flatten(1)])
@@ -78,7 +78,7 @@ def test_images_that_share_a_batch_and_neighbouring_updates_have_unrelated_noise
     assert correlation.abs().max() < 4 / rows.shape[1] ** 0.5
 
 
-def test_every_update_has_timesteps_of_its_own_which_are_uniform():
+def test_timesteps_of_different_updates_are_uniform():
     cpu = torch.device("cpu")
     draws = [
         torch.randint(10, (16,), generator=timestep_generator(3, step, cpu)) for step in range(250)
@@ -88,12 +88,12 @@ def test_every_update_has_timesteps_of_its_own_which_are_uniform():
     assert chi_squared < 27.9  # 0.1% point of chi squared with 9 degrees of freedom
 
 
-def test_seeds_differ_for_positions_that_print_alike():
+def test_seeds_differ_for_similar_positions():
     assert len({seed_of(1, 23), seed_of(12, 3), seed_of("1", 23), seed_of(1, "23")}) == 4
 
 
-def test_seeds_batches_noise_and_timesteps_are_those_of_every_earlier_release():
-    """A run that is resumed by a newer release goes on with the same numbers."""
+def test_seeds_batches_noise_and_timesteps_equal_those_of_earlier_releases():
+    """A newer release resumes a run with the same numbers."""
     cpu = torch.device("cpu")
     assert seed_of(0, "noise", 3, 1) == 8571838569191842698
     assert seed_of("a", 1) == 5566339428396816726

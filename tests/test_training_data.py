@@ -1,4 +1,4 @@
-"""From what a user names to what a run trains on: paths, depth, sizes, and its own output."""
+"""Datasets of a training run: paths, bit depth, sizes, and outputs inside the dataset."""
 
 import json
 import sys
@@ -33,22 +33,22 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
         (["./phots"], "'./phots' does not exist (did you mean 'photos'?)"),
         (["--seed", "1", "--dataset", "~/nothing"], "'~/nothing' does not exist"),
         (["--dataset=/no/such/folder"], "'/no/such/folder' does not exist"),
     ],
 )
-def test_a_path_that_is_not_there_is_said_before_anything_heavy_is_loaded(tmp_path, argv, said):
+def test_a_missing_path_is_reported_before_torch_is_imported(tmp_path, argv, message):
     folder_of(tmp_path / "photos", PHOTOS)
     command = [sys.executable, "-c", WITHOUT_TORCH, "train", *argv]
     done = run_process(command, cwd=tmp_path, timeout=60)
     assert done.returncode == 2
-    assert said in done.stderr
+    assert message in done.stderr
 
 
-def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
+def test_a_tilde_is_expanded_in_all_paths(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "recipe.yaml").write_text("dataset: ~/photos\noutput_dir: ~/run\n")
     config = parse_config(["--config", "~/recipe.yaml", "--pretrained", "~/model"])
@@ -66,14 +66,14 @@ def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
         ["https://example.com/a?token=S3cret", "--dataset", "b"],
     ],
 )
-def test_a_url_is_no_data_set_and_its_secrets_are_not_repeated(argv):
+def test_secrets_in_urls_are_hidden(argv):
     with pytest.raises(ConfigError) as caught:
         parse_config(argv)
     assert "S3cret" not in str(caught.value)
 
 
 @pytest.mark.filterwarnings("ignore:`timestep_spacing`")
-def test_one_16_bit_grey_image_among_photos_costs_nobody_the_run(tmp_path):
+def test_photos_with_one_16_bit_grey_image_are_trained_on_in_8_bits(tmp_path):
     files = {**PHOTOS, "deep.png": zoo.encode(zoo.grey(8, 8).astype("uint16") * 257)}
     dataset = str(folder_of(tmp_path / "photos", files))
     options = {"dataset": dataset, "num_samples": 1, "sample_inference_steps": 2}
@@ -87,11 +87,11 @@ def test_one_16_bit_grey_image_among_photos_costs_nobody_the_run(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:`timestep_spacing`")
-def test_a_run_inside_its_data_resumes_and_never_trains_on_what_it_drew(tmp_path):
+def test_a_run_inside_its_dataset_resumes_without_training_on_its_samples(tmp_path):
     photos = folder_of(tmp_path / "photos", PHOTOS)
     options = {"dataset": str(photos), "num_samples": 1, "sample_inference_steps": 2}
     tiny_run(photos / "runs" / "photos", **options)
-    # Said when a run begins, and not again when it is resumed.
+    # The warning appears when a run starts, not when it resumes.
     result = tiny_run(photos / "runs" / "photos", max_train_steps=2, **options)
     assert result.num_steps == 2
     data = json.loads((result.model_dir / "training.json").read_text())["dataset"]
@@ -100,7 +100,7 @@ def test_a_run_inside_its_data_resumes_and_never_trains_on_what_it_drew(tmp_path
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 8), (8, 1)])
-def test_images_of_one_or_two_pixels_a_side_are_refused(tmp_path, shape):
+def test_images_below_3_pixels_per_side_are_rejected(tmp_path, shape):
     with pytest.raises(ConfigError, match=f"at least 3 pixels per side, got {shape[1]}x{shape[0]}"):
         tiny_run(tmp_path / "run", -torch.rand(4, 1, *shape), channels=1)
     with pytest.raises(ConfigError, match="`resolution` must be at least 3, got 2"):

@@ -73,7 +73,7 @@ def test_random_crops_are_windows_at_every_position():
     np.testing.assert_array_equal(images[0][0], wide[:, 3:11])
 
 
-def test_augmentation_depends_on_seed_epoch_and_index_only():
+def test_augmentation_is_a_function_of_seed_epoch_and_index():
     images = prepare(greys(*[(8, 12)] * 30, (12, 12)), resolution=8, crop="random")
     make = partial(TrainingImages, images, random_flip=True)
     want = {(epoch, i): make(seed=1)[epoch, i] for epoch in range(3) for i in range(31)}
@@ -120,7 +120,7 @@ def test_padding_is_centred_and_replicates_the_edge(native, multiple, padded, be
     np.testing.assert_allclose(training[0, 0][0], want, rtol=0, atol=2**-23)
 
 
-def test_any_sequence_of_float_images_can_be_trained_on():
+def test_a_sequence_of_float_images_is_accepted():
     images = [torch.full((2, 5, 6), value, dtype=torch.float64) for value in (-1, 0, 1)]
     images[1][0, 0, 0] = 0.5
     training = TrainingImages(images, random_flip=True, size_multiple=2)

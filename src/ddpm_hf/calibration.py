@@ -215,7 +215,7 @@ def calibrate(
 ) -> Calibration:
     """Measure a denoiser on a tensor of images: its error at every t, from T + 1 calls per image.
 
-    `calibrate_checkpoint`, behind `ddpm-hf calibrate`, does this for a saved model and a data set.
+    `calibrate_checkpoint`, behind `ddpm-hf calibrate`, does this for a saved model and a dataset.
 
     Args:
         denoiser: any callable `(x_t, t)` with t of shape (B,) that returns a tensor or an object

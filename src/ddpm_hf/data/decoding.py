@@ -1,23 +1,23 @@
-"""One image file to pixels: which mode becomes what, orientation, transparency, resizing. No torch.
+"""Decoding of an image file: mode, orientation, transparency and size. Does not import torch.
 
-| file mode                      | becomes    | remarks                                            |
+| file mode                      | result     | remarks                                            |
 |--------------------------------|------------|----------------------------------------------------|
-| 1, L                           | L          | 1-bit becomes 0 and 255                            |
+| 1, L                           | L          | 1-bit images get the values 0 and 255              |
 | RGB, CMYK, YCbCr               | RGB        | embedded colour profiles are not applied           |
-| P (palette)                    | L or RGB   | L where every colour in use is grey                |
-| LA, PA, RGBA, RGBa; 1, L, P,   | LA or RGBA | only if a kept pixel is not opaque, else L or RGB; |
-| RGB, I;16 with one colour      |            | the colour hidden under full transparency is       |
-| marked as transparent          |            | replaced by white                                  |
-| I;16 (16-bit grey)             | L, 16 bit  | 8-bit grey beside it: value * 257; with colour     |
-|                                |            | beside it it becomes 8 bit, value / 257, and this  |
-|                                |            | is said, unless 16 bits are asked for              |
-| I (32-bit integer)             | L, 16 bit  | likewise; refused where a value is outside 0..65535|
-| RGB, LA or RGBA of 16 bit      | as 8 bit   | Pillow reads no more; counted and warned about     |
-| F (float), LAB and others      | refused    | no defined range: scale them to 8 or 16 bit        |
+| P (palette)                    | L or RGB   | L if all used colours are grey                     |
+| LA, PA, RGBA, RGBa; 1, L, P,   | LA or RGBA | L or RGB if all kept pixels are opaque; the colour |
+| RGB, I;16 with one transparent |            | of fully transparent pixels is replaced by white   |
+| colour                         |            |                                                    |
+| I;16 (16-bit grey)             | L, 16 bit  | 8-bit grey in the same dataset: value * 257; with |
+|                                |            | colour in the dataset: 8 bit, value / 257, with a |
+|                                |            | warning, unless 16 bits are requested              |
+| I (32-bit integer)             | L, 16 bit  | likewise; error if a value is outside 0..65535     |
+| RGB, LA or RGBA of 16 bit      | as 8 bit   | Pillow reads 8 bits; counted, with a warning       |
+| F (float), LAB and others      | error      | no defined range: scale them to 8 or 16 bit        |
 
-A data set gets the smallest mode that loses nothing of any of its images: grey and colour give
-RGB, opaque and transparent give an alpha channel, 8 and 16 bit of grey give 16 bit. A mode without
-alpha that the user asks for puts transparent images on white. Resizing is Pillow's antialiased
+A dataset gets the smallest mode that is lossless for all of its images: grey and colour give RGB,
+opaque and transparent give an alpha channel, 8-bit and 16-bit grey give 16 bit. If a mode without
+alpha is requested, transparent images are composited on white. Resizing uses Pillow's antialiased
 bicubic filter with premultiplied alpha, in 8 bit for 8-bit images and in float for 16 bit.
 """
 
@@ -26,118 +26,145 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from io import BytesIO
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypedDict, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ddpm_hf.data.errors import BadImage
+from ddpm_hf.data.image_conversion import GREY_16, Target, to_target
+
 MAX_PIXELS = 64_000_000
-"""Images whose header announces more pixels are refused before any of them is decoded."""
+"""Images with more pixels, according to their header, are rejected before decoding."""
 
-MAX_ASPECT = 4
-"""Random crops are taken from the central part of an image, at most this much longer than wide."""
-
-Cell = dict[str, Any]
-"""One cell of a `datasets.Image` column: {"bytes": bytes or None, "path": str or None}."""
-
-with suppress(ImportError):  # the codec of iPhones is not part of Pillow
+with suppress(ImportError):  # optional codec of iPhone photos
     from pillow_heif import register_heif_opener
 
     register_heif_opener()
 Image.init()
-# Formats that Pillow decodes by itself and knows by a signature. EPS would start ghostscript.
+# Formats that Pillow decodes itself and detects by a signature. EPS would start ghostscript.
 _FORMATS: list[str] = [
     name
     for name in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF", "HEIF")
     if name in Image.OPEN
 ]
 EXTENSIONS = {ext for ext, name in Image.registered_extensions().items() if name in _FORMATS}
-# What gives them to Pillow where it lacks them.
+# Packages that add a format to Pillow.
 _PACKAGES = {
     **dict.fromkeys((".heic", ".heif", ".hif"), "pillow-heif"),
     **dict.fromkeys((".avif", ".avifs"), "pillow>=11.3"),
 }
 
-_GREY_16 = {"I;16", "I;16B", "I;16L", "I;16N", "I"}
-_GREY = {"1", "L", "LA"} | _GREY_16
+_GREY = {"1", "L", "LA"} | GREY_16
 _COLOUR = {"RGB", "RGBA", "RGBa", "P", "PA", "CMYK", "YCbCr"}
-_ORIENTATION = 0x0112  # the EXIF tag
+_ORIENTATION = 0x0112  # EXIF tag
 
 
-class BadImage(ValueError):
-    """Why one image cannot be used."""
+class Cell(TypedDict):
+    """Cell of a `datasets.Image` column: the bytes of a file, or its path."""
+
+    bytes: bytes | None
+    path: str | None
 
 
 @dataclass(frozen=True)
-class Target:
-    """What every image of a data set becomes.
+class ImageHeader:
+    """Properties in the header of an image file, after EXIF rotation.
 
-    With `random_crop` the shorter side becomes min(height, width), and the longer one follows.
+    Attributes:
+        height, width: in pixels; 0 for an unusable image.
+        colour: whether the mode has colour.
+        alpha: whether the image may have transparent pixels.
+        deep: whether the image is 16-bit grey.
+        problem: why the image is unusable, or None.
     """
 
-    mode: str
-    bit_depth: int
-    height: int
-    width: int
-    random_crop: bool = False
+    height: int = 0
+    width: int = 0
+    colour: bool = False
+    alpha: bool = False
+    deep: bool = False
+    problem: str | None = None
 
 
-def how_to_read(suffixes: Iterable[str]) -> str:
-    """Which packages to install for files that cannot be read here, as the end of a message."""
+@dataclass(frozen=True)
+class DecodedImage:
+    """Decoded and resized image.
+
+    Attributes:
+        pixels: bytes of the array (C, height, width), uint8 or uint16.
+        height, width: of the result, in pixels; 0 for an unusable image.
+        source_height, source_width: of the file, in pixels.
+        peak: largest value.
+        colour: whether there are colours other than grey (palette images) or a colour mode.
+        alpha: whether some pixels are not opaque.
+        animated: whether the file has several frames or pages.
+        narrowed: whether 16 bits per channel were reduced to 8.
+        problem: why the image is unusable, or None.
+    """
+
+    pixels: bytes = b""
+    height: int = 0
+    width: int = 0
+    source_height: int = 0
+    source_width: int = 0
+    peak: int = 0
+    colour: bool = False
+    alpha: bool = False
+    animated: bool = False
+    narrowed: bool = False
+    problem: str | None = None
+
+
+Row = TypeVar("Row", ImageHeader, DecodedImage)
+
+
+def install_hint(suffixes: Iterable[str]) -> str:
+    """End of a message that names packages for unsupported file formats; empty without any."""
     unread = sorted(_PACKAGES.keys() & set(suffixes) - EXTENSIONS)
     packages = sorted({_PACKAGES[suffix] for suffix in unread})
     return f"; for {' '.join(unread)} install {' '.join(packages)}" if unread else ""
 
 
 def cell_name(cell: Cell | None) -> str:
-    """The path in a cell, quoted for a message, or nothing."""
+    """Quoted path of a cell in parentheses, for a message; empty without path."""
     return f" ({cell['path']!r})" if cell and cell["path"] else ""
 
 
 def read_headers(cells: Sequence[Cell | None], root: str | None) -> dict[str, list[Any]]:
-    """Size and mode of each image as its header tells it, without decoding."""
-    blank = {"height": 0, "width": 0, "colour": False, "alpha": False, "deep": False}
-    return _rows(cells, root, _header, blank)
+    """Columns of `ImageHeader`, without decoding the images."""
+    return _to_columns([_read(cell, root, _read_header, ImageHeader) for cell in cells])
 
 
 def decode_images(
     cells: Sequence[Cell | None], root: str | None, target: Target
 ) -> dict[str, list[Any]]:
-    """Pixels of each image in the target mode and size, as bytes of (C, H, W), with notes on it."""
-    blank = dict.fromkeys(("height", "width", "source_height", "source_width", "peak"), 0)
-    blank |= dict.fromkeys(("colour", "alpha", "animated", "narrowed"), False)
-    return _rows(cells, root, lambda image: _decode(image, target), {"pixels": b"", **blank})
+    """Columns of `DecodedImage`, in the target format."""
+    decode = lambda image: _decode(image, target)  # noqa: E731
+    return _to_columns([_read(cell, root, decode, DecodedImage) for cell in cells])
 
 
-def _rows(
-    cells: Sequence[Cell | None],
-    root: str | None,
-    read: Callable[[Image.Image], dict[str, Any]],
-    blank: dict[str, Any],
-) -> dict[str, list[Any]]:
-    """`read` of every image, column by column; a bad one gives a blank row and its `problem`."""
-    rows = [_row(cell, root, read, blank) for cell in cells]
-    return {name: [row[name] for row in rows] for name in (*blank, "problem")}
+def _to_columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
+    names = [field.name for field in fields(rows[0])]
+    return {name: [getattr(row, name) for row in rows] for name in names}
 
 
-def _row(
-    cell: Cell | None,
-    root: str | None,
-    read: Callable[[Image.Image], dict[str, Any]],
-    blank: dict[str, Any],
-) -> dict[str, Any]:
+def _read(
+    cell: Cell | None, root: str | None, read: Callable[[Image.Image], Row], kind: type[Row]
+) -> Row:
+    """Result of `read` for the image in a cell, or a row with only a `problem`."""
     try:
-        # Pillow warns of odd palettes, odd EXIF and large images; what matters is checked here.
-        with warnings.catch_warnings(), closing(_stream(cell, root)) as stream:
+        # Pillow warns of unusual palettes, EXIF and sizes; what matters is checked here.
+        with warnings.catch_warnings(), closing(_open_file(cell, root)) as file:
             warnings.simplefilter("ignore")
-            return {**read(_open(stream)), "problem": None}
+            return read(_open_image(file))
     except MemoryError:
         raise
-    except Exception as error:  # damaged files make Pillow raise nearly anything, SyntaxError too
-        return {**blank, "problem": _reason(error)}
+    except Exception as error:  # Pillow raises all kinds of errors for damaged files
+        return kind(problem=_reason(error))
 
 
 def _reason(error: Exception) -> str:
@@ -150,15 +177,15 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def _stream(cell: Cell | None, root: str | None) -> BinaryIO:
+def _open_file(cell: Cell | None, root: str | None) -> BinaryIO:
     if cell is None or (cell["bytes"] is None and not cell["path"]):
-        raise BadImage("the cell holds no image")
+        raise BadImage("the cell contains no image")
     if cell["bytes"] is None:
-        path = os.path.join(root or "", cell["path"])
+        path = os.path.join(root or "", cell["path"] or "")
         if not os.path.isfile(path):
             is_escaped = re.search(r"\\x[0-9a-f]{2}", path)
             raise BadImage(
-                "its name is not UTF-8: rename it" if is_escaped else "there is no such file"
+                "the file name is not UTF-8: rename the file" if is_escaped else "file not found"
             )
         return open(path, "rb")
     if not cell["bytes"]:
@@ -166,8 +193,8 @@ def _stream(cell: Cell | None, root: str | None) -> BinaryIO:
     return BytesIO(cell["bytes"])
 
 
-def _open(stream: BinaryIO) -> Image.Image:
-    image = Image.open(stream, formats=_FORMATS)  # reads the header only
+def _open_image(file: BinaryIO) -> Image.Image:
+    image = Image.open(file, formats=_FORMATS)  # reads only the header
     if image.width * image.height > MAX_PIXELS:
         raise BadImage(f"more than {MAX_PIXELS:,} pixels: {image.width}x{image.height}")
     if image.mode not in _GREY | _COLOUR:
@@ -175,46 +202,46 @@ def _open(stream: BinaryIO) -> Image.Image:
     return image
 
 
-def _header(image: Image.Image) -> dict[str, Any]:
-    # To look for EXIF behind its pixels, Pillow would decode a PNG. Decoding heeds that, too.
+def _read_header(image: Image.Image) -> ImageHeader:
+    # Pillow would decode a PNG to find EXIF after its pixels; `_decode` applies that as well.
     has_exif = image.format != "PNG" or "exif" in image.info
-    turned = has_exif and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-    height, width = (image.width, image.height) if turned else (image.height, image.width)
-    return {
-        "height": height,
-        "width": width,
-        "colour": image.mode in _COLOUR,
-        "alpha": image.has_transparency_data,
-        "deep": image.mode in _GREY_16,
-    }
+    is_rotated = has_exif and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+    height, width = (image.width, image.height) if is_rotated else (image.height, image.width)
+    return ImageHeader(
+        height=height,
+        width=width,
+        colour=image.mode in _COLOUR,
+        alpha=image.has_transparency_data,
+        deep=image.mode in GREY_16,
+    )
 
 
-def _decode(image: Image.Image, target: Target) -> dict[str, Any]:
+def _decode(image: Image.Image, target: Target) -> DecodedImage:
     animated = bool(getattr(image, "is_animated", False)) and image.format != "MPO"
     narrowed = _is_narrowed(image, target)
     image.load()
     image = ImageOps.exif_transpose(image)
-    planes = _planes_16(image, target) if target.bit_depth == 16 else _planes_8(image, target)
+    planes = to_target(image, target)
     has_alpha = target.mode.endswith("A")
     if has_alpha:
         planes[:-1, planes[-1] == 0] = np.iinfo(planes.dtype).max
-    return {
-        "pixels": planes.tobytes(),
-        "height": planes.shape[1],
-        "width": planes.shape[2],
-        "source_height": image.height,
-        "source_width": image.width,
-        "peak": int(planes.max()),
-        "colour": image.mode in _COLOUR and not (image.mode in ("P", "PA") and _is_grey(planes)),
-        "alpha": has_alpha and int(planes[-1].min()) < np.iinfo(planes.dtype).max,
-        "animated": animated,
-        "narrowed": narrowed,
-    }
+    return DecodedImage(
+        pixels=planes.tobytes(),
+        height=planes.shape[1],
+        width=planes.shape[2],
+        source_height=image.height,
+        source_width=image.width,
+        peak=int(planes.max()),
+        colour=image.mode in _COLOUR and not (image.mode in ("P", "PA") and _is_grey(planes)),
+        alpha=has_alpha and int(planes[-1].min()) < np.iinfo(planes.dtype).max,
+        animated=animated,
+        narrowed=narrowed,
+    )
 
 
 def _is_narrowed(image: Image.Image, target: Target) -> bool:
-    """Whether the file holds 16 bits per channel and 8 are used; known before decoding only."""
-    if image.mode in _GREY_16:
+    """Whether 16 bits per channel are reduced to 8; only known before decoding."""
+    if image.mode in GREY_16:
         return target.bit_depth == 8
     raw_modes = [str(tile[3]) for tile in getattr(image, "tile", [])]
     return any(";16" in raw_mode for raw_mode in raw_modes)
@@ -222,77 +249,3 @@ def _is_narrowed(image: Image.Image, target: Target) -> bool:
 
 def _is_grey(planes: NDArray[Any]) -> bool:
     return len(planes) < 3 or bool((planes[:3] == planes[0]).all())
-
-
-def _planes_8(image: Image.Image, target: Target) -> NDArray[np.uint8]:
-    """(C, H, W) uint8 of any image; Pillow premultiplies LA and RGBA when it resizes."""
-    if image.mode in _GREY_16:
-        grey, opaque = np.rint(_grey_16(image, "LA") / 257).astype(np.uint8)
-        image = Image.fromarray(np.stack([grey, opaque], -1) if opaque.min() == 0 else grey)
-    array = np.array(_fit(_to_mode(image, target.mode), target))
-    return array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1))
-
-
-def _planes_16(image: Image.Image, target: Target) -> NDArray[np.uint16]:
-    """(C, H, W) uint16 of any image."""
-    planes = (
-        _grey_16(image, target.mode) if image.mode in _GREY_16 else _widened(image, target.mode)
-    )
-    if target.mode.endswith("A"):
-        planes[:-1] *= planes[-1:] / 65535
-    planes = np.stack([np.asarray(_fit(Image.fromarray(plane), target)) for plane in planes])
-    if target.mode.endswith("A"):
-        planes[:-1] *= 65535 / np.maximum(planes[-1:], 1)
-    return np.rint(planes).clip(0, 65535).astype(np.uint16)
-
-
-def _grey_16(image: Image.Image, mode: str) -> NDArray[np.float32]:
-    """16-bit grey as the planes of `mode`, (C, H, W) float32 in 0..65535."""
-    grey = np.asarray(image).astype(np.float32)
-    if grey.min() < 0 or grey.max() > 65535:
-        raise BadImage(f"values {grey.min():.0f}..{grey.max():.0f} are outside 0..65535")
-    opaque = np.where(grey == image.info.get("transparency", -1), 0, 65535).astype(np.float32)
-    if not mode.endswith("A"):
-        return np.stack([np.where(opaque == 0, np.float32(65535), grey)] * len(mode))
-    return np.stack([grey] * (len(mode) - 1) + [opaque])
-
-
-def _widened(image: Image.Image, mode: str) -> NDArray[np.float32]:
-    """An 8-bit image as the planes of `mode`, (C, H, W) float32 in 0..65535: 255 * 257 = 65535."""
-    array = np.asarray(_to_mode(image, mode)).astype(np.float32) * 257
-    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy()
-
-
-def _to_mode(image: Image.Image, mode: str) -> Image.Image:
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        if not mode.endswith("A"):
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert(mode)
-
-
-def _fit(image: Image.Image, target: Target) -> Image.Image:
-    """The largest centred part that has the shape of the output, resized to it."""
-    out_width, out_height = _out_size(image, target)
-    scale = min(image.width / out_width, image.height / out_height)
-    width, height = max(1, round(out_width * scale)), max(1, round(out_height * scale))
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    box = (left, top, left + width, top + height)
-    if (width, height) == (out_width, out_height):
-        return image.crop(box)  # exact, where resize would go through premultiplied 8 bit
-    return image.resize((out_width, out_height), Image.Resampling.BICUBIC, box)
-
-
-def _out_size(image: Image.Image, target: Target) -> tuple[int, int]:
-    if not target.random_crop:
-        return target.width, target.height
-    return shorter_side_to(image.width, image.height, min(target.width, target.height), MAX_ASPECT)
-
-
-def shorter_side_to(
-    width: int, height: int, size: int, max_aspect: float = float("inf")
-) -> tuple[int, int]:
-    """Width and height once the shorter is `size`, the longer at most `max_aspect` times that."""
-    scale = size / min(width, height)
-    longest = min(size * max_aspect, max(width, height) * scale)
-    return (round(longest), size) if width >= height else (size, round(longest))

@@ -1,13 +1,17 @@
-"""Data that cannot be used."""
+"""Errors about data."""
 
 from ddpm_hf.text import without_secrets
 
 
 class DataError(ValueError):
-    """Data that cannot be used: one clear line, then one line per bad image where there are any.
+    """Unusable data: one line, followed by one line per bad image where there are any.
 
-    Passwords and tokens are taken out of the message.
+    Passwords and tokens are removed from the message.
     """
 
     def __init__(self, message: str) -> None:
         super().__init__(without_secrets(message))
+
+
+class BadImage(ValueError):
+    """Unusable image; the message gives the reason."""

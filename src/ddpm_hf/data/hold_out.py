@@ -1,4 +1,4 @@
-"""Which images of a set a run of training holds out, and how others know them again."""
+"""Held-out images of a training run, determined by two counts and the seed of the run."""
 
 import hashlib
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from ddpm_hf.randomness import seed_of
 
 @dataclass(frozen=True)
 class HoldOut:
-    """Some images of a set, drawn by the seed of a run.
+    """Random subset of a dataset, determined by the seed of a run.
 
     Attributes:
-        num_held_out: how many, at least 1.
-        num_images: of the whole set, more than these.
-        seed: of the run.
+        num_held_out: number of held-out images, at least 1.
+        num_images: number of images in the dataset, more than `num_held_out`.
+        seed: seed of the run.
     Raises:
-        ValueError: if one of them is not such a number.
+        ValueError: if a number is not an integer or out of range.
     """
 
     num_held_out: int
@@ -28,25 +28,27 @@ class HoldOut:
 
     def __post_init__(self) -> None:
         if not all(isinstance(value, int) for value in vars(self).values()):
-            raise ValueError(f"a draw of held-out images must be of whole numbers, got {self}")
+            raise ValueError(f"the fields of HoldOut must be integers, got {self}")
         if not 0 < self.num_held_out < self.num_images:
-            raise ValueError(f"some images must be held out, and some left, got {self}")
+            raise ValueError(
+                f"`num_held_out` must be in [1, {self.num_images - 1}], got {self.num_held_out}"
+            )
 
     def rows(self) -> tuple[list[int], list[int]]:
-        """The indices of the images to train on, and of those held out, ascending."""
+        """Indices of the training images and of the held-out images, ascending."""
         generator = torch.Generator().manual_seed(seed_of(self.seed, "validation"))
         order: list[int] = torch.randperm(self.num_images, generator=generator).tolist()
         return sorted(order[self.num_held_out :]), sorted(order[: self.num_held_out])
 
     def digest(self, images: ImageDataset) -> str:
-        """Tells the pixels of the images that are held out of these from others.
+        """Hash of the pixels of the held-out images.
 
         Raises:
-            DataError: if there are more images, or fewer.
+            DataError: if the number of images differs from that of the run.
         """
         if len(images) != self.num_images:
-            raise DataError(f"the run had {self.num_images:,} images, and here are {len(images):,}")
-        sums = hashlib.sha256(repr(images.facts.to_config()["image"]).encode())
+            raise DataError(f"the training run had {self.num_images:,} images, got {len(images):,}")
+        sha256 = hashlib.sha256(repr(images.facts.to_config()["image"]).encode())
         for row in self.rows()[1]:
-            sums.update(images.window(row).tobytes())
-        return sums.hexdigest()[:32]
+            sha256.update(images.window(row).tobytes())
+        return sha256.hexdigest()[:32]

@@ -1,4 +1,10 @@
-"""A folder of images: which files are used, what is left out and why, splits, labels, metadata."""
+"""Image folders: file listing, splits, labels and metadata.
+
+The files are listed here and not by the `imagefolder` builder of `datasets`, which reads the
+metadata. The builder (5.1) takes a folder "my test shots" for a split, fails on a file name that is
+not UTF-8, includes the images in folders of training runs, does not count what it ignores, and
+takes 12 s for 4,000 files that are listed here in 0.2 s.
+"""
 
 import csv
 import glob
@@ -6,9 +12,8 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePath
-from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -20,28 +25,27 @@ from ddpm_hf.paths import ModelPaths, RunPaths
 from ddpm_hf.text import printable
 
 SPLITS = ("train", "test", "validation", "valid", "val")
+IN_RUNS = "in folders of training runs"
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _SYSTEM_FILES = ("Thumbs.db", "desktop.ini")
 _RUN = RunPaths(Path())
-_RUN_FILES = (_RUN.config.name, _RUN.metrics.name)
-_RUN_FOLDERS = (_RUN.samples.name, _RUN.model.root.name, _RUN.checkpoints.name, "logs")
+_RUN_FILES = {_RUN.config.name, _RUN.metrics.name}
+_RUN_FOLDERS = {_RUN.samples.name, _RUN.model.root.name, _RUN.checkpoints.name, "logs"}
 _MODEL_INDEX = ModelPaths(Path()).index.name
-IN_RUNS = "in folders of training runs"
 
-Groups = dict[str, list[PurePath]]
 Splits = dict[str, datasets.Dataset]
 
 
 class Folder:
-    """What lies in a folder, hidden files apart.
+    """Files of a folder, without hidden files and outputs of training runs.
 
     Attributes:
         root: the folder.
-        files: all that may be data, relative to it, sorted.
-        left_out: how many images were left out, by the reason; so far those that training drew.
+        files: paths relative to `root`, sorted.
+        left_out: number of images that are not used, by reason.
 
     Raises:
-        DataError: if a link leaves the folder.
+        DataError: if a link leads out of the folder.
     """
 
     def __init__(self, root: Path) -> None:
@@ -50,49 +54,53 @@ class Folder:
         self.files = sorted(self._walk())
 
     def images(self) -> list[str]:
-        """The files whose names say that they are images which can be read."""
+        """Files with the suffix of a supported image format."""
         return [file for file in self.files if suffix(file) in EXTENSIONS]
 
-    def of_kind(self, kind: str) -> list[str]:
-        """The files whose names end in `kind`."""
-        return [file for file in self.files if suffix(file) == kind]
+    def with_suffix(self, ending: str) -> list[str]:
+        """Files with a given suffix, such as ".parquet"."""
+        return [file for file in self.files if suffix(file) == ending]
 
     def metadata(self) -> list[str]:
-        """The files that describe images, as `imagefolder` knows them."""
-        found = [file for file in self.files if os.path.basename(file) in _METADATA]
-        return [file for file in found if _has_file_names(self.root / file)]
+        """Metadata files of `imagefolder` that name images."""
+        files = [file for file in self.files if os.path.basename(file) in _METADATA]
+        return [file for file in files if _has_file_names(self.root / file)]
 
     def leave_out(self, files: Iterable[str]) -> None:
-        """Count files that are not used by what they are."""
+        """Count unused files by kind."""
         self.left_out.update(map(_kind, files))
 
     def _walk(self) -> Iterator[str]:
         outside = []
-        for place, subfolders, names in os.walk(self.root, onerror=_raise):
+        for parent, subfolders, names in os.walk(self.root, onerror=_raise):
             names = [name for name in names if not name.startswith(".")]
-            if _is_output({*subfolders, *names}) and place != str(self.root):
-                self.left_out[IN_RUNS] += _count_images(place)
+            is_output = _is_output({*subfolders, *names})
+            if is_output and parent != str(self.root):
+                self._leave_out_images(parent)
                 subfolders.clear()
                 continue
-            if _is_output({*subfolders, *names}):
+            if is_output:
                 names = [name for name in names if name not in _RUN_FILES]
-                for name in {*subfolders} & {*_RUN_FOLDERS}:
-                    self.left_out[IN_RUNS] += _count_images(os.path.join(place, name))
+                for name in _RUN_FOLDERS.intersection(subfolders):
+                    self._leave_out_images(os.path.join(parent, name))
                     subfolders.remove(name)
             subfolders[:] = [name for name in subfolders if not name.startswith((".", "__"))]
-            paths = [os.path.join(place, name) for name in (*subfolders, *names)]
-            outside += [path for path in paths if _leaves(path, self.root)]
-            yield from (
-                path.removeprefix(f"{self.root}{os.sep}") for path in paths[len(subfolders) :]
-            )
+            files = [os.path.join(parent, name) for name in names]
+            paths = [*(os.path.join(parent, name) for name in subfolders), *files]
+            outside += [path for path in paths if _leads_outside(path, self.root)]
+            yield from (file.removeprefix(f"{self.root}{os.sep}") for file in files)
         if outside:
             raise DataError(
-                f"{len(outside)} links leave the folder {str(self.root)!r}, such as "
-                f"{outside[0]!r}: copy the files or give the folder that holds them"
+                f"{len(outside)} links lead out of the folder {str(self.root)!r}, such as"
+                f" {outside[0]!r}: copy the files, or pass the folder that contains them"
             )
 
+    def _leave_out_images(self, folder: str) -> None:
+        names = (name for _, _, names in os.walk(folder) for name in names)
+        self.left_out[IN_RUNS] += sum(suffix(name) in EXTENSIONS for name in names)
 
-def _leaves(path: str, root: Path) -> bool:
+
+def _leads_outside(path: str, root: Path) -> bool:
     return os.path.islink(path) and not Path(os.path.realpath(path)).is_relative_to(root)
 
 
@@ -101,16 +109,12 @@ def _raise(error: OSError) -> None:
 
 
 def _is_output(names: set[str]) -> bool:
-    """Whether a folder with these entries was written by a training run, or is a model."""
-    return _MODEL_INDEX in names or {*_RUN_FILES} <= names
-
-
-def _count_images(place: str) -> int:
-    return sum(suffix(name) in EXTENSIONS for _, _, names in os.walk(place) for name in names)
+    """Whether a folder with these entries is a model or was written by a training run."""
+    return _MODEL_INDEX in names or names >= _RUN_FILES
 
 
 def suffix(file: str) -> str:
-    """How a file's name ends, in small letters."""
+    """Suffix of a file name in lower case."""
     return os.path.splitext(file)[1].lower()
 
 
@@ -120,35 +124,35 @@ def _kind(file: str) -> str:
 
 
 def by_split(root: Path, files: list[str]) -> dict[str, list[str]]:
-    """Files by the split that a word of their path names; all are "train" where none does."""
-    found: dict[str, list[str]] = {}
+    """Glob patterns of files by the split named in their path; all "train" if none is named."""
+    groups: dict[str, list[str]] = {}
     for file in files:
         words = re.split("[^a-z]+", file.lower())
         for name in [name for name in SPLITS if name in words][:1]:
-            found.setdefault(name, []).append(file)
-    groups = found or {"train": files}
-    return {name: [glob.escape(str(root / f)) for f in group] for name, group in groups.items()}
+            groups.setdefault(name, []).append(file)
+    return {
+        name: [glob.escape(str(root / file)) for file in group]
+        for name, group in (groups or {"train": files}).items()
+    }
 
 
-def image_splits(folder: Folder, check: Callable[[Iterable[str]], list[str]]) -> Splits:
-    """The wanted splits of a folder of images, by path, with labels or metadata where there are.
-
-    Listed here: `imagefolder` takes a folder "my test shots" for the split "test".
+def image_splits(folder: Folder, wanted: Callable[[Iterable[str]], list[str]]) -> Splits:
+    """The wanted splits of an image folder: rows of paths, with labels or metadata if present.
 
     Args:
-        folder: what lies in it; gets the count of what is left out.
-        check: gives the wanted ones of the names of all splits, or raises DataError.
+        folder: the folder; its count of unused files is updated.
+        wanted: selects splits from the names of all splits, or raises DataError.
     """
     images, metadata = folder.images(), folder.metadata()
     folder.leave_out({*folder.files} - {*images, *metadata})
-    groups = _split_by_top_folder(list(map(PurePath, images)))
-    wanted = check(groups)
+    groups = _split_by_top_folder(images)
+    names = wanted(groups)
     num_grouped = sum(map(len, groups.values()))
     folder.left_out["outside of the split folders"] += len(images) - num_grouped
     if not metadata:
-        return {name: _labelled_rows(folder.root, groups[name]) for name in wanted}
-    splits = _described_rows(folder.root, metadata, list(groups))
-    for name in wanted:
+        return {name: _rows_with_labels(folder.root, groups[name]) for name in names}
+    splits = _rows_with_metadata(folder.root, metadata, list(groups))
+    for name in names:
         rows = splits[name]
         listed = {path for column in _image_columns(rows) for path in _paths(rows, column)}
         present = {str(folder.root / file) for file in groups[name]}
@@ -156,29 +160,30 @@ def image_splits(folder: Folder, check: Callable[[Iterable[str]], list[str]]) ->
     return splits
 
 
-def _split_by_top_folder(files: list[PurePath]) -> Groups:
-    by_top: Groups = {}
-    for file in files:
+def _split_by_top_folder(files: Sequence[str]) -> dict[str, list[PurePath]]:
+    """Files by split; all "train" unless the top folders are splits."""
+    by_top: dict[str, list[PurePath]] = {}
+    for file in map(PurePath, files):
         by_top.setdefault(file.parts[0] if len(file.parts) > 1 else "", []).append(file)
-    folders = by_top.keys() & SPLITS
-    if len(folders) > 1 or folders == by_top.keys():
-        return {name: by_top[name] for name in folders}
-    return {"train": files}
+    splits = by_top.keys() & SPLITS
+    if len(splits) > 1 or splits == by_top.keys():
+        return {name: by_top[name] for name in splits}
+    return {"train": [PurePath(file) for file in files]}
 
 
-def _labelled_rows(root: Path, files: list[PurePath]) -> datasets.Dataset:
-    """Rows by path; the parent folder is the label where two or more lie at the same depth."""
-    columns: dict[str, Any] = {"image": [printable(str(root / file)) for file in files]}
-    features = {"image": datasets.Image()}
+def _rows_with_labels(root: Path, files: Sequence[PurePath]) -> datasets.Dataset:
+    """Rows of paths; the parent folders are labels if there are several of them at one depth."""
+    columns = {"image": [printable(str(root / file)) for file in files]}
+    features = datasets.Features({"image": datasets.Image()})
     labels = [printable(file.parent.name) for file in files]
     if len(set(labels)) > 1 and len({len(file.parts) for file in files}) == 1:
         features["label"] = datasets.ClassLabel(names=sorted(set(labels)))
         columns["label"] = labels
-    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    return datasets.Dataset.from_dict(columns, features=features)
 
 
 def _has_file_names(file: Path) -> bool:
-    """Whether a metadata file names images; an album's own metadata does not."""
+    """Whether a metadata file names images, as opposed to the metadata of a photo album."""
     try:
         if file.suffix == ".parquet":
             names = pq.read_schema(file).names
@@ -188,12 +193,11 @@ def _has_file_names(file: Path) -> bool:
                 names = next(csv.reader(lines)) if is_csv else list(json.loads(next(lines)))
     except (OSError, ValueError, TypeError, StopIteration, csv.Error, pa.ArrowException):
         return False
-    ends = ("file_name", "file_names")
-    return any(name in ends or str(name).endswith(("_file_name", "_file_names")) for name in names)
+    return any(re.search("(^|_)file_names?$", str(name)) for name in names)
 
 
-def _described_rows(root: Path, metadata: list[str], names: list[str]) -> Splits:
-    """The rows of the metadata; `imagefolder` sees to it that their file names stay inside."""
+def _rows_with_metadata(root: Path, metadata: Sequence[str], names: Sequence[str]) -> Splits:
+    """Rows of the metadata by split; `imagefolder` rejects file names outside the folder."""
     files = [glob.escape(str(root / file)) for file in metadata]
     rows = datasets.load_dataset("imagefolder", data_files={"train": files}, split="train")
     columns = _image_columns(rows)
@@ -210,6 +214,6 @@ def _image_columns(rows: datasets.Dataset) -> list[str]:
 
 
 def _paths(rows: datasets.Dataset, column: str) -> list[str]:
-    """The paths in an image column; None where a cell holds none."""
+    """Paths in an image column; None for a cell without path."""
     chunks = rows.with_format("arrow")[:].column(column).chunks
     return [path for chunk in chunks for path in chunk.field("path").to_pylist()]

@@ -1,15 +1,15 @@
-"""Class labels beside the images: numbers and names, and a rule for each odd case.
+"""Class labels of images: numbers and names from a column.
 
 | the column                                     | becomes                                         |
 |------------------------------------------------|-------------------------------------------------|
-| `ClassLabel` (sub-folders of a folder are one) | its numbers and names                           |
-| text, whole numbers, true or false             | classes in sorted order, named as they are      |
-| null, "" or a negative number                  | no label: -1, counted and warned about          |
-| no label at all, as in many a test split       | refused: nothing to condition on                |
-| one class                                      | refused likewise                                |
-| hundreds of classes                            | as they are                                     |
-| nearly as many values as rows: no classes      | refused, unless a `ClassLabel` declares them    |
-| floating point and others                      | refused                                         |
+| `ClassLabel` (also the sub-folders of a folder)| its numbers and names                           |
+| text, integers, booleans                       | classes in sorted order, named by their value   |
+| null, "" or a negative number                  | no label: -1, with a warning and a count        |
+| no label at all, as in many test splits        | error: nothing to condition on                  |
+| a single class                                 | error: nothing to condition on                  |
+| hundreds of classes                            | unchanged                                       |
+| nearly as many values as rows                  | error, unless a `ClassLabel` declares them      |
+| floating point and other types                 | error                                           |
 """
 
 from typing import Any, Literal
@@ -24,20 +24,20 @@ from ddpm_hf.text import did_you_mean
 NO_LABEL = -1
 
 Labels = NDArray[np.int64]
-"""The class of each row, (N,), from 0; `NO_LABEL` where there is none."""
+"""Class of each row, (N,), from 0; `NO_LABEL` for a row without label."""
 
-# Text of which each value occurs once or twice is a caption or a name.
+# Text with more distinct values is a caption or a name.
 _MANY_CLASSES, _ROWS_PER_CLASS = 10, 2
 
 
 def class_columns(dataset: datasets.Dataset) -> list[str]:
-    """The columns that say of themselves that they hold classes."""
+    """Names of the `ClassLabel` columns."""
     features = dataset.features
     return [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
 
 
 def known_class_names(dataset: datasets.Dataset) -> tuple[str, ...] | None:
-    """The names in the column "label", or in the only column of classes, if any."""
+    """Class names of the `ClassLabel` column "label", or of the only `ClassLabel` column."""
     columns = class_columns(dataset)
     name = "label" if "label" in columns else columns[0] if len(columns) == 1 else None
     return tuple(dataset.features[name].names) if name else None
@@ -46,13 +46,13 @@ def known_class_names(dataset: datasets.Dataset) -> tuple[str, ...] | None:
 def read_labels(
     dataset: datasets.Dataset, label_column: str | Literal[True]
 ) -> tuple[Labels, tuple[str, ...]]:
-    """The class of each row, and the names of the classes.
+    """Class of each row, and names of the classes.
 
     Args:
-        dataset: its rows.
-        label_column: holds the classes; True finds the only column that is declared to.
+        dataset: rows with a label column.
+        label_column: name of the column; True for the only `ClassLabel` column.
     Raises:
-        DataError: where the table above says so.
+        DataError: if the column is missing or unusable; see the table above.
     """
     column = _only_class_column(dataset) if label_column is True else label_column
     if column not in dataset.features:
@@ -62,14 +62,14 @@ def read_labels(
     if isinstance(kind, datasets.ClassLabel):
         numbers, names = values.fill_null(NO_LABEL).to_numpy().astype(np.int64), tuple(kind.names)
     else:
-        _check_kind(column, kind)
-        numbers, names = _numbered(column, values.to_pylist())
+        _check_type(column, kind)
+        numbers, names = _number_classes(column, values.to_pylist())
     present = np.unique(numbers[numbers >= 0])
     if len(present) < 2:
-        found = f"only the class {names[present[0]]!r}" if len(present) else "no label at all"
+        content = f"only the class {names[present[0]]!r}" if len(present) else "no label"
         raise DataError(
-            f"the column {column!r} holds {found} in these rows: there is nothing to condition on; "
-            "train without labels, or take another split or column"
+            f"column {column!r} must contain at least two classes in these rows, got {content};"
+            " train without labels, or choose another split or column"
         )
     return np.maximum(numbers, NO_LABEL), names
 
@@ -78,35 +78,36 @@ def _only_class_column(dataset: datasets.Dataset) -> str:
     columns = class_columns(dataset)
     if "label" in columns or len(columns) == 1:
         return "label" if "label" in columns else columns[0]
-    what = f"several columns of classes ({', '.join(columns)})" if columns else "no class labels"
+    choices = f"name the label column, one of {', '.join(dataset.features)}"
+    if columns:
+        raise DataError(f"the dataset has several class columns, {', '.join(columns)}; {choices}")
     raise DataError(
-        f"the data set has {what}: name the column that holds them, one of "
-        f"{', '.join(dataset.features)}"
-        + "; of a folder, put the images of each class into a sub-folder of its own"
-        * (not columns)
+        f"the dataset has no class labels; {choices}; in a folder, put the images of each class"
+        " into a sub-folder"
     )
 
 
-def _check_kind(column: str, kind: Any) -> None:
+def _check_type(column: str, kind: Any) -> None:
     dtype = str(getattr(kind, "dtype", kind))
     if not isinstance(kind, datasets.Value) or not dtype.startswith(
         ("string", "large_string", "int", "uint", "bool")
     ):
         raise DataError(
-            f"the column {column!r} holds {dtype}: classes are a ClassLabel, text or whole numbers"
+            f"column {column!r} must be a ClassLabel, text or integers to be used as labels, got"
+            f" {dtype}"
         )
 
 
-def _numbered(column: str, values: list[Any]) -> tuple[Labels, tuple[str, ...]]:
-    """Classes in sorted order."""
+def _number_classes(column: str, values: list[Any]) -> tuple[Labels, tuple[str, ...]]:
+    """Class numbers in the sorted order of the values, and the names."""
     classes = sorted({value for value in values if _is_label(value)})
     if len(classes) > max(_MANY_CLASSES, len(values) // _ROWS_PER_CLASS):
         raise DataError(
-            f"the column {column!r} holds {len(classes):,} different values in {len(values):,} "
-            "rows: they are no classes"
+            f"column {column!r} has {len(classes):,} distinct values in {len(values):,} rows: too"
+            " many to be class labels"
         )
-    places = {value: place for place, value in enumerate(classes)}
-    numbers = [places.get(value, NO_LABEL) for value in values]
+    number_of = {value: number for number, value in enumerate(classes)}
+    numbers = [number_of.get(value, NO_LABEL) for value in values]
     return np.array(numbers, np.int64), tuple(map(str, classes))
 
 

@@ -1,8 +1,9 @@
-"""Decoding a data set once: what every image becomes is decided by the headers of all."""
+"""Preparation of a dataset: read all headers, choose the target format, decode all images."""
 
 import json
 import os
 import shutil
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,40 +14,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm_hf.data.decoding import (
-    MAX_ASPECT,
-    Target,
+    DecodedImage,
+    ImageHeader,
     cell_name,
     decode_images,
     read_headers,
-    shorter_side_to,
 )
 from ddpm_hf.data.errors import DataError
+from ddpm_hf.data.image_conversion import Target, resize_shorter_side
+from ddpm_hf.data.image_reports import bad_images_error, quality_remarks
 from ddpm_hf.diffusion.image_processor import MAX_SIZE, ImageFacts
 
 NATIVE_SIZE_LIMIT = 256
-"""Images that all have one size keep it up to this side; larger ones get a proposed resolution."""
+"""Images of one size keep it up to this side length; larger ones get a proposed resolution."""
 
-_MAX_LISTED = 200
-# Fewer are decoded before a further process has started.
+# Below this, decoding is finished before another process has started.
 _ROWS_PER_WORKER = 1000
 _PIXELS_PER_WORKER = 20_000_000
+_ARROW_TYPES = {int: "int32", bool: "bool", bytes: "binary", str | None: "string"}
 
-_HEADER_COLUMNS = {
-    **dict.fromkeys(("height", "width"), "int32"),
-    **dict.fromkeys(("colour", "alpha", "deep"), "bool"),
-    "problem": "string",
-}
-_IMAGE_COLUMNS = {
-    "pixels": "binary",
-    **dict.fromkeys(("height", "width", "source_height", "source_width", "peak"), "int32"),
-    **dict.fromkeys(("colour", "alpha", "animated", "narrowed"), "bool"),
-    "problem": "string",
-}
+Columns = dict[str, NDArray[Any]]
+"""Columns of `ImageHeader` or `DecodedImage`, without the pixels."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What the caller wants; None stands for what the images suggest."""
+    """Requested format of the images; None for what the images suggest."""
 
     resolution: int | None
     image_mode: str | None
@@ -56,59 +49,72 @@ class Plan:
 
 @dataclass(frozen=True)
 class Source:
-    """Undecoded images: a one-column data set, and the folder from which paths may be read."""
+    """Undecoded images.
 
-    cells: Any
+    Attributes:
+        cells: dataset with one column.
+        column: its name.
+        root: real path of the folder from which paths in cells may be read, or None.
+    """
+
+    cells: datasets.Dataset
     column: str
     root: str | None
 
 
 def prepare_into(source: Source, plan: Plan, on_bad_image: str, folder: Path) -> None:
-    """Headers first, because the sizes and modes of all decide what each one becomes."""
-    file = folder / "headers.arrow"
-    headers = _map(source, read_headers, _HEADER_COLUMNS, file, "Reading image headers")
+    """Decode all images into Arrow files in `folder`.
+
+    Raises:
+        DataError: if an image cannot be used and `on_bad_image` is "error", or none can be used.
+    """
+    num_rows = len(source.cells)
+    headers = _map(
+        source, read_headers, ImageHeader, folder / "headers.arrow", "Reading image headers"
+    )
     unreadable = _problems(source, headers)
-    if unreadable and (on_bad_image == "error" or len(unreadable) == len(source.cells)):
-        raise bad_images(unreadable, len(source.cells))
+    if unreadable and (on_bad_image == "error" or len(unreadable) == num_rows):
+        raise bad_images_error(unreadable, num_rows)
     target = _choose_target(headers, plan)
     num_pixels = int(headers["height"].astype(np.int64) @ headers["width"])
     notes = _decode_all(source, target, folder, num_pixels)
     skipped = _problems(source, notes)
-    if len(skipped) == len(source.cells):
-        raise bad_images(skipped, len(source.cells))
-    # A damaged image may have had a good header: what is left out has no say. A mode that only it
-    # needed costs no second pass: `ImageDataset` leaves planes out.
+    if len(skipped) == num_rows:
+        raise bad_images_error(skipped, num_rows)
+    # Damaged images with a good header must not affect the format. A mode that only they needed
+    # costs no second pass, because `ImageDataset` ignores unused planes.
     headers["height"] = np.where(notes["height"] > 0, headers["height"], 0)
-    better = replace(_choose_target(headers, plan), mode=target.mode)
-    if better != target:
-        target, notes = better, _decode_all(source, better, folder, num_pixels)
+    without_skipped = replace(_choose_target(headers, plan), mode=target.mode)
+    if without_skipped != target:
+        target = without_skipped
+        notes = _decode_all(source, target, folder, num_pixels)
     mode = plan.image_mode or _smallest_mode(notes["colour"], notes["alpha"])
-    facts = ImageFacts(mode, target.height, target.width, target.bit_depth)
     summary = {
-        "facts": facts.to_config(),
+        "facts": ImageFacts(mode, target.height, target.width, target.bit_depth).to_config(),
         "stored_mode": target.mode,
         "skipped": skipped,
-        "remarks": _remarks(notes, target),
+        "remarks": quality_remarks(notes, target),
     }
     (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
-    for leftover in folder.glob("headers*.arrow"):
-        leftover.unlink()
+    for file in folder.glob("headers*.arrow"):
+        file.unlink()
 
 
 def _map(
     source: Source,
     function: Callable[..., Any],
-    types: dict[str, str],
+    row: type[ImageHeader] | type[DecodedImage],
     file: Path,
     desc: str,
     num_pixels: int = 0,
-    batch_size: int = 64,  # of undecoded files, which may be photos of some MB each
+    batch_size: int = 64,  # encoded files, each up to some MB
     **options: Any,
-) -> dict[str, NDArray[Any]]:
-    """`function` of all cells, written to an arrow file; gives its columns back, without pixels."""
+) -> Columns:
+    """Apply `function` to all cells, write the result to an Arrow file and return its columns."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     work = max(len(source.cells) // _ROWS_PER_WORKER, num_pixels // _PIXELS_PER_WORKER)
     workers = min(cpus, work, len(source.cells))
+    types = {name: _ARROW_TYPES[hint] for name, hint in typing.get_type_hints(row).items()}
     rows = source.cells.map(
         function,
         batched=True,
@@ -126,48 +132,34 @@ def _map(
     return {name: rows.data.column(name).to_numpy() for name in types if name != "pixels"}
 
 
-def _decode_all(
-    source: Source, target: Target, folder: Path, num_pixels: int
-) -> dict[str, NDArray[Any]]:
+def _decode_all(source: Source, target: Target, folder: Path, num_pixels: int) -> Columns:
     num_bytes = target.height * target.width * len(target.mode) * target.bit_depth // 8
     _check_free_space(folder, num_bytes * len(source.cells))
-    batch_size = max(1, min(64, 2**26 // num_bytes))  # Arrow holds up to 2 GiB in a batch
     return _map(
         source,
         decode_images,
-        _IMAGE_COLUMNS,
+        DecodedImage,
         folder / "images.arrow",
         f"Preparing {target.width}x{target.height} {target.mode} images",
         num_pixels,
-        batch_size,
+        batch_size=max(1, min(64, 2**26 // num_bytes)),  # Arrow holds up to 2 GiB in a batch
         target=target,
     )
 
 
-def _problems(source: Source, notes: dict[str, NDArray[Any]]) -> list[str]:
-    bad_rows = np.flatnonzero(notes["height"] == 0).tolist()
+def _problems(source: Source, columns: Columns) -> list[str]:
+    """One line for each unusable row."""
+    bad_rows = np.flatnonzero(columns["height"] == 0).tolist()
     cells = source.cells.select(bad_rows)[source.column]
-    lines = zip(bad_rows, cells, notes["problem"][bad_rows], strict=True)
+    lines = zip(bad_rows, cells, columns["problem"][bad_rows], strict=True)
     return [f"row {row}{cell_name(cell)}: {reason}" for row, cell, reason in lines]
-
-
-def bad_images(problems: list[str], total: int) -> DataError:
-    """The error that lists images which cannot be used, as far as a person would read."""
-    head = f"{len(problems)} of {total} images cannot be used; on_bad_image='skip' leaves them out:"
-    return DataError("\n  ".join([head, *listed(problems)]))
-
-
-def listed(problems: list[str], most: int = _MAX_LISTED) -> list[str]:
-    """As many of the lines as a person would read, and how many there are besides."""
-    more = len(problems) - most
-    return problems[:most] + ([f"and {more} more"] if more > 0 else [])
 
 
 def _smallest_mode(colour: NDArray[np.bool_], alpha: NDArray[np.bool_]) -> str:
     return ("RGB" if colour.any() else "L") + ("A" if alpha.any() else "")
 
 
-def _choose_target(headers: dict[str, NDArray[Any]], plan: Plan) -> Target:
+def _choose_target(headers: Columns, plan: Plan) -> Target:
     headers = {name: column[headers["height"] > 0] for name, column in headers.items()}
     sizes = sorted(set(zip(headers["height"].tolist(), headers["width"].tolist(), strict=True)))
     is_native = plan.resolution is None and len(sizes) == 1 and max(sizes[0]) <= NATIVE_SIZE_LIMIT
@@ -184,8 +176,8 @@ def _choose_target(headers: dict[str, NDArray[Any]], plan: Plan) -> Target:
     )
 
 
-def _proposed_resolution(headers: dict[str, NDArray[Any]]) -> int:
-    """64, which one GPU learns overnight, or what most images fill; a UNet halves it some times."""
+def _proposed_resolution(headers: Columns) -> int:
+    """Median shorter side, at most 64 (a GPU night), in steps of 8 for the UNet's downsampling."""
     median = np.median(np.minimum(headers["height"], headers["width"]))
     return int(np.clip(median // 8 * 8, 8, 64))
 
@@ -193,48 +185,27 @@ def _proposed_resolution(headers: dict[str, NDArray[Any]]) -> int:
 def _output_size(sizes: list[tuple[int, int]], resolution: int, crop: str) -> tuple[int, int]:
     if crop != "none":
         return resolution, resolution
-    outputs = sorted({shorter_side_to(width, height, resolution) for height, width in sizes})
+    outputs = sorted({resize_shorter_side(width, height, resolution) for height, width in sizes})
     if len(outputs) > 1:
         shapes = ", ".join(f"{width}x{height}" for width, height in outputs[:3])
         raise DataError(
-            f"crop='none' needs images of one shape, but at resolution {resolution} they have "
-            f"{len(outputs)}, such as {shapes}: use crop='center' or 'random'"
+            f"`crop` 'none' needs images of one shape, got {len(outputs)} at `resolution`"
+            f" {resolution}, such as {shapes}; set `crop` to 'center' or 'random'"
         )
     width, height = outputs[0]
     if max(width, height) > MAX_SIZE:
-        raise DataError(f"at resolution {resolution} images get {width}x{height}, over {MAX_SIZE}")
+        raise DataError(
+            f"images must have at most {MAX_SIZE} pixels per side, got {width}x{height} at"
+            f" `resolution` {resolution}; lower it"
+        )
     return height, width
 
 
-def _check_free_space(folder: Path, need: int) -> None:
+def _check_free_space(folder: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
-    if need > free:
+    if num_bytes > free:
         raise DataError(
-            f"the prepared images need {need / 1e9:.1f} GB, but {str(folder.parent)!r} has "
-            f"{free / 1e9:.1f} GB free: set HF_DATASETS_CACHE to another place, or lower the "
-            "resolution"
+            f"the prepared images need {num_bytes / 1e9:.1f} GB, but {str(folder.parent)!r} has"
+            f" {free / 1e9:.1f} GB free: set HF_DATASETS_CACHE to another folder, or lower"
+            " `resolution`"
         )
-
-
-def _remarks(notes: dict[str, NDArray[Any]], target: Target) -> list[str]:
-    """What a user should know although every image could be used."""
-    height, width = notes["source_height"], notes["source_width"]
-    shorter, longer = np.minimum(height, width), np.maximum(height, width)
-    output = min(target.height, target.width)
-    peak = int(notes["peak"].max())
-    is_square = target.height == target.width
-    counts = {
-        "animated or of several pages, of which the first is used": notes["animated"],
-        "16 bits per channel, of which 8 are used (of colour Pillow reads no more)": (
-            notes["narrowed"]
-        ),
-        f"enlarged more than twice to {output} pixels, which looks soft": 2 * shorter < output,
-        f"over {MAX_ASPECT} times longer than wide and mostly cut off": (
-            is_square & (longer > MAX_ASPECT * shorter)
-        ),
-    }
-    hits = {text: int((hit & (shorter > 0)).sum()) for text, hit in counts.items()}
-    remarks = [f"{count} of {len(shorter)} images: {text}" for text, count in hits.items() if count]
-    if target.bit_depth == 16 and peak < 4096:  # 12 bits of a camera or scanner in a 16-bit file
-        remarks.append(f"the 16-bit images use only 0..{peak} of 0..65535: they are nearly black")
-    return remarks

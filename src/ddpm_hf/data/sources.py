@@ -1,4 +1,4 @@
-"""Where images come from: a folder, parquet or arrow files, a `save_to_disk` folder, or the Hub."""
+"""Loading of image datasets: folders, parquet and arrow files, `save_to_disk`, the Hub."""
 
 import glob
 import json
@@ -15,13 +15,13 @@ import datasets
 from huggingface_hub import constants as hub_constants
 from huggingface_hub.file_download import repo_folder_name
 
-from ddpm_hf.data.decoding import EXTENSIONS, how_to_read
+from ddpm_hf.data.decoding import EXTENSIONS, install_hint
 from ddpm_hf.data.errors import DataError
 from ddpm_hf.data.image_folder import Folder, by_split, image_splits, suffix
 from ddpm_hf.text import close_paths, did_you_mean
 
 _ORIGIN_ATTRIBUTE = "_ddpm_hf_origin"
-# ImportError: fsspec misses a library for a protocol that a repository asks for.
+# ImportError: fsspec lacks a library for a protocol in a repository.
 _LOADING_ERRORS = (
     OSError,
     ValueError,
@@ -33,11 +33,11 @@ _LOADING_ERRORS = (
 
 @dataclass(frozen=True)
 class Origin:
-    """What `load_images` knows of the rows that it gave.
+    """Origin of the rows of a dataset.
 
     Attributes:
-        root: the folder from which rows that hold only a path may be read, if any.
-        left_out: number of files of a folder that are not among the rows, by kind or reason.
+        root: folder from which images may be read for rows that contain only a path, if any.
+        left_out: number of files of a folder that are not in the rows, by kind or reason.
     """
 
     root: Path | None = None
@@ -51,32 +51,32 @@ def load_images(
     split: str = "train",
     revision: str | None = None,
 ) -> datasets.Dataset:
-    """The rows of an image data set, not yet decoded.
+    """Load the rows of an image dataset, without decoding the images.
 
     Args:
-        source: a folder of images (its class folders become labels), a parquet or arrow file, a
-            glob or a folder of such files, a `save_to_disk` folder, or a data set on the Hub. An
-            existing path comes before the Hub.
-        config_name: configuration of a Hub data set.
-        split: name or slice as in `datasets`: "train", "test[:500]", "train+test". In a folder of
-            images, sub-folders named train, test, validation, valid or val are splits if there
-            are two of them or nothing else; otherwise the whole folder is "train". In a folder
-            of parquet files those words in their names are. Files given by path or glob are
-            "train".
-        revision: branch, tag or commit of a Hub data set.
+        source: a folder of images (class folders become labels), a parquet or arrow file, a glob or
+            folder of such files, a `save_to_disk` folder, or a dataset on the Hub. An existing
+            path takes precedence over the Hub.
+        config_name: configuration of a Hub dataset.
+        split: name or slice as in `datasets`: "train", "test[:500]", "train+test". In an image
+            folder, sub-folders named train, test, validation, valid or val are splits if there are
+            at least two of them or nothing else; otherwise the whole folder is "train". Parquet and
+            arrow files in a folder belong to the split named in their path. Files given by path or
+            glob are "train".
+        revision: branch, tag or commit of a Hub dataset.
 
     Raises:
-        DataError: if the source, configuration or split does not exist, holds no images or no
-            rows, or reaches outside itself (links, paths, URLs).
+        DataError: if the source, configuration or split does not exist, contains no images or rows,
+            or refers to something outside itself (links, paths, URLs).
     """
     text = os.fspath(source)
     if not text:
-        raise DataError("the data set has no name: give a folder, a file or a data set of the Hub")
+        raise DataError("the dataset has no name; pass a folder, a file or a dataset on the Hub")
     path = Path(text).expanduser()
     is_local = path.exists() or any(char in text for char in "*?[")
     if is_local and (config_name or revision):
         name = "config_name" if config_name else "revision"
-        raise DataError(f"{name} is for data sets on the Hub, but {text!r} is a local path")
+        raise DataError(f"`{name}` applies to datasets on the Hub, but {text!r} is a local path")
     with _as_data_error(text):
         if path.is_dir():
             dataset, origin = _from_folder(path.resolve(), split)
@@ -91,12 +91,12 @@ def load_images(
 
 
 def origin_of(dataset: datasets.Dataset, column: str) -> Origin:
-    """Where rows come from, as far as it is known.
+    """Origin of rows; without root if unknown.
 
-    What `load_images` knows belongs to that very object and does not survive `select` and the like:
-    a row of somebody's parquet file may name any file of this machine, so that not knowing has to
-    mean refusing. Rows that `datasets.load_dataset("imagefolder", ...)` wrote into its own cache
-    name what it had listed: the folder that holds them all.
+    `load_images` records the origin on its result; `select` and similar methods lose it. A foreign
+    parquet file may name any file on this machine, so that an unknown origin must not be trusted.
+    For rows in the cache of `datasets.load_dataset("imagefolder", ...)`, which names only files
+    that it listed, the root is the common folder of the files.
     """
     origin: Origin | None = getattr(dataset, _ORIGIN_ATTRIBUTE, None)
     if origin is not None:
@@ -110,7 +110,7 @@ def origin_of(dataset: datasets.Dataset, column: str) -> Origin:
 
 
 def _is_cached_imagefolder(dataset: datasets.Dataset) -> bool:
-    """Whether every row lies in a file that `imagefolder` wrote into the cache of `datasets`."""
+    """Whether all rows are in files that `imagefolder` wrote into the cache of `datasets`."""
     table = dataset.data
     is_joined = isinstance(table, datasets.table.ConcatenationTable)
     blocks = [block for row in table.blocks for block in row] if is_joined else [table]
@@ -124,13 +124,13 @@ def _is_cached_imagefolder(dataset: datasets.Dataset) -> bool:
 
 @contextmanager
 def _as_data_error(source: str) -> Iterator[None]:
-    """The many errors of `datasets` and the Hub client as one line that names the source."""
+    """Convert errors of `datasets` and the Hub client to a DataError that names the source."""
     try:
         yield
     except DataError:
         raise
     except _LOADING_ERRORS as error:
-        # "An error occurred while generating the dataset" says nothing; its cause does.
+        # The message of DatasetGenerationError is uninformative; that of its cause is not.
         is_wrapper = isinstance(error, datasets.exceptions.DatasetGenerationError)
         cause = (error.__cause__ if is_wrapper else None) or error
         raise DataError(f"{source!r} cannot be loaded: {cause}") from error
@@ -145,14 +145,14 @@ def _from_folder(root: Path, split: str) -> tuple[datasets.Dataset, Origin]:
         return _take(splits, split), Origin(root, +folder.left_out)
     suffixes = Counter(map(suffix, folder.files))
     for kind in ("parquet", "arrow"):
-        if tables := folder.of_kind(f".{kind}"):
-            return _from_builder(kind, split, data_files=by_split(root, tables)), Origin()
-    found = [f"{count} {name or 'other'}" for name, count in suffixes.most_common(5)]
-    found += [f"{count} {reason}" for reason, count in folder.left_out.items()]
+        if tables := folder.with_suffix(f".{kind}"):
+            return _from_builder(kind, split, by_split(root, tables)), Origin()
+    content = [f"{count} {name or 'other'}" for name, count in suffixes.most_common(5)]
+    content += [f"{count} {reason}" for reason, count in folder.left_out.items()]
     raise DataError(
-        f"{str(root)!r} holds no images, parquet or arrow files, but "
-        f"{', '.join(found) or 'nothing'}; images may be {' '.join(sorted(EXTENSIONS))}"
-        f"{how_to_read(suffixes)}"
+        f"{str(root)!r} contains no images, parquet or arrow files, but "
+        f"{', '.join(content) or 'nothing'}; supported images are {' '.join(sorted(EXTENSIONS))}"
+        f"{install_hint(suffixes)}"
     )
 
 
@@ -162,7 +162,7 @@ def _from_saved(root: Path, split: str) -> datasets.Dataset:
         files = [data_file["filename"] for data_file in content.get("_data_files", [])]
         for name in [*files, *content.get("splits", [])]:
             if not (index.parent / name).resolve().is_relative_to(root):
-                raise DataError(f"{str(index)!r} names {name!r}, outside of {str(root)!r}")
+                raise DataError(f"{str(index)!r} names {name!r}, which is outside {str(root)!r}")
     saved = datasets.load_from_disk(str(root))
     is_dict = isinstance(saved, datasets.DatasetDict)
     return _take(dict(saved) if is_dict else {"train": saved, str(saved.split): saved}, split)
@@ -176,15 +176,15 @@ def _from_files(pattern: str, split: str) -> datasets.Dataset:
     kinds = {suffix(file) for file in files}
     if kinds not in ({".parquet"}, {".arrow"}):
         raise DataError(
-            f"{pattern!r} is {', '.join(sorted(kinds)) or 'no known file'}: give a folder of "
-            "images, or parquet or arrow files of one kind"
+            f"the files of {pattern!r} must be all parquet or all arrow, got"
+            f" {', '.join(sorted(kinds)) or 'no suffix'}; pass a folder for image files"
         )
     data_files = {"train": [glob.escape(os.path.abspath(file)) for file in files]}
-    return _from_builder(kinds.pop()[1:], split, data_files=data_files)
+    return _from_builder(kinds.pop()[1:], split, data_files)
 
 
-def _from_builder(kind: str, split: str, **where: Any) -> datasets.Dataset:
-    builder = datasets.load_dataset_builder(kind, **where)
+def _from_builder(kind: str, split: str, data_files: dict[str, list[str]]) -> datasets.Dataset:
+    builder = datasets.load_dataset_builder(kind, data_files=data_files)
     _check_split(split, builder.config.data_files)
     builder.download_and_prepare()
     return builder.as_dataset(split=split)
@@ -198,8 +198,9 @@ def _from_hub(
     try:
         builder = datasets.load_dataset_builder(name, config_name, revision=revision)
     except _LOADING_ERRORS as error:
-        hint = close_paths(name)
-        raise DataError(f"{name!r} is no path here{hint}; as a Hub data set: {error}") from error
+        raise DataError(
+            f"{name!r} is not a local path{close_paths(name)}; as a Hub dataset: {error}"
+        ) from error
     _check_split(split, builder.info.splits or builder.config.data_files or ())
     builder.download_and_prepare()
     folder = repo_folder_name(repo_id=builder.repo_id or name, repo_type="dataset")
@@ -208,13 +209,13 @@ def _from_hub(
 
 
 def _check_split(split: str, known: Iterable[Any]) -> list[str]:
-    """The names in a split expression. All must be known, unless nothing is known yet."""
+    """The names in a split expression; raises DataError for an unknown one, if any is known."""
     names = [part.split("[")[0].strip() for part in split.split("+")]
     choices = sorted(map(str, known))
     for name in names:
         if choices and name not in choices:
             hint = did_you_mean(name, choices)
-            raise DataError(f"split {name!r} does not exist{hint}; choices: {', '.join(choices)}")
+            raise DataError(f"`split` must be one of {', '.join(choices)}, got {name!r}{hint}")
     return names
 
 

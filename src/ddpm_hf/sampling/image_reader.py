@@ -158,7 +158,7 @@ def _open_pictures(path: Path) -> DrawnImages:
     import datasets
 
     from ddpm_hf.data import load_images, prepare_images
-    from ddpm_hf.data.image_dataset import find_image_column
+    from ddpm_hf.data.image_column import find_image_column
     from ddpm_hf.data.labels import known_class_names
 
     rows = load_images(path)

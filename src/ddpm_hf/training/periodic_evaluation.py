@@ -155,12 +155,13 @@ def build_evaluation(run: Run) -> PeriodicEvaluation | None:
 def as_pixels(images: HeldOut, facts: ImageFacts) -> DrawnImages:
     """The images of a run as prepared: center-cropped, without flips and padding."""
     indices = images.indices if isinstance(images, Selection) else range(len(images))
-    source = images.images.images if isinstance(images, Selection) else images.images
+    training = images.images if isinstance(images, Selection) else images
 
     def pixels(index: int) -> Pixels:
-        if isinstance(source, ImageDataset):
-            return source.window(index).transpose(1, 2, 0)
-        x_0 = source[index].float().permute(1, 2, 0).numpy(force=True)
+        if isinstance(training.images, ImageDataset):
+            return training.images.window(index).transpose(1, 2, 0)
+        centre = np.full((1, 2), 0.5, np.float32)
+        x_0 = training.source.read([index], centre)[0].permute(1, 2, 0).numpy(force=True)
         return quantised((x_0.clip(-1, 1) + 1) / 2, facts.bit_depth)
 
     shape = (len(indices), facts.height, facts.width, facts.num_channels)
