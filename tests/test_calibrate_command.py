@@ -115,7 +115,7 @@ def test_what_was_interrupted_goes_on(model, photos, tmp_path, monkeypatch, caps
     monkeypatch.setattr(dataset_likelihood, "bits_per_dim", stopping)
     arguments = command(model, photos, tmp_path / "out", "--seed", "3", "--batch-size", "2")
     assert main(arguments) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "repeat the command to resume" in capsys.readouterr().err
     assert main(arguments) == 0
     assert len(calls) == 4 + 3
     assert torch.equal(load(model).scheduler.x_0_mse, want)
@@ -164,7 +164,7 @@ def test_what_cannot_be_calibrated_is_one_line(model, photos, tmp_path, capsys):
     for more, said in (
         (["--sweep-images", "5"], "--sweep-images needs --sweep"),
         (["--features", "pixels"], "--features needs --sweep"),
-        (["--reference-split", "train"], "--reference-split needs --sweep"),
+        (["--reference-split", "test"], "--reference-split needs --sweep"),
         (["--split", "valid"], "must be one of t"),
     ):
         assert main(command(model, photos, tmp_path / "out", *more)) == 2

@@ -135,7 +135,7 @@ def test_what_is_done_is_not_done_again(models, photos, tmp_path, monkeypatch, c
     arguments = command(models[:1], photos, tmp_path / "out", *options)
     stop_at = 3  # in the second of two settings, of two batches each
     assert main(arguments) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "repeat the command to resume" in capsys.readouterr().err
     stop_at = None
     assert main(arguments) == 0
     assert (len(batches), len(measured)) == (4, 2)
@@ -213,8 +213,8 @@ def test_the_name_of_a_sampler_says_all_of_it(text, want):
     [
         ("DDMI", "did you mean 'DDPM' or 'DDIM'"),
         ("nothing", "choices: DDPM, DDIM"),
-        ("DDPM:eta", "must be NAME:option=value"),
-        ("DDPM:eta=2", r"eta must be a number in \[0, 1\], got 2"),
+        ("DDPM:eta", "must have the form NAME:option=value"),
+        ("DDPM:eta=2", r"must be a number in \[0, 1\], got 2"),
     ],
 )
 def test_a_name_of_no_sampler_is_refused_with_the_choices(text, said, models, photos):
@@ -227,7 +227,7 @@ def test_where_nothing_can_be_measured_the_reason_is_the_error(models, photos, t
     assert main(arguments) == 2
     assert "none of the settings can be measured" in capsys.readouterr().err
     assert main([*arguments, "--card"]) == 2
-    assert "--card is for one model with one scheduler" in capsys.readouterr().err
+    assert "--card needs one model with one scheduler" in capsys.readouterr().err
 
 
 def test_karras_sigmas_are_refused_where_they_would_be_of_almost_pure_noise():

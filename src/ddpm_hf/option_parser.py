@@ -8,6 +8,7 @@ import argparse
 import copy
 import dataclasses
 import inspect
+import textwrap
 import typing
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
@@ -109,10 +110,11 @@ class _Declaration:
 
     @property
     def flags(self) -> list[str]:
-        """The flags with underscores and with dashes; the latter are shown in the help."""
+        """All flags; the last one is shown in the help."""
+        flag = flag_of(self.field)
         underscored = [] if self.field.metadata.get("flag") else [f"--{self.field.name}"]
-        flags = [*underscored, *self.field.metadata.get("aliases", ()), flag_of(self.field)]
-        return list(dict.fromkeys(flags))
+        others = [*underscored, *self.field.metadata.get("aliases", ())]
+        return [*(other for other in others if other != flag), flag]
 
     @property
     def help(self) -> str:
@@ -186,7 +188,10 @@ def _without_switch_values(words: list[str], switches: Mapping[str, argparse.Act
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Shows each option once, by its dashed flag."""
+    """Shows each option once, by its dashed flag; lines break at spaces only."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         flags = [flag for flag in action.option_strings if "_" not in flag]

@@ -1,232 +1,204 @@
 """`ddpm-hf evaluate`."""
 
-import argparse
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ddpm_hf.commands.messages import command_messages, say
-from ddpm_hf.commands.options import (
-    add_comparison,
-    add_data,
-    add_dataset,
-    add_work,
-    command_parser,
-    given,
-    model_name,
-    path,
-    positive_int,
-    sampler,
-)
-from ddpm_hf.scheduler_spec import NAMES_HELP
+from ddpm_hf.evaluation.options import METRIC_NAMES, ComparisonOptions
+from ddpm_hf.hub.options import LoadOptions
+from ddpm_hf.options import REQUIRED, OptionError, option
+from ddpm_hf.scheduler_spec import NAMES_HELP, scheduler_name
 
 if TYPE_CHECKING:
     from ddpm_hf.evaluation.results import Evaluation
 
 HELP = "measure a model or images: bits/dim, FD, KID, precision, recall, copies"
-EXAMPLES = """
-measure a model on images that it was not trained on, or images beside real ones
+DESCRIPTION = """
+measure a model on held-out images, or compare images with real ones
 
-  ddpm-hf evaluate runs/photos/model ./photos    bits/dim, every step of the chain
+  ddpm-hf evaluate runs/photos/model ./photos    bits/dim in all training timesteps
   ddpm-hf evaluate runs/photos/model ./photos --num-images 1000 --num-timesteps 32
                                                  an unbiased estimate, 30 times as fast
   ddpm-hf evaluate runs/photos/model ./photos --num-inference-steps 50
-                                                 of the model as it samples in 50 steps
+                                                 bits/dim of the model that samples in 50 steps
   ddpm-hf evaluate runs/photos/model ./photos --metrics fd kid precision-recall memorisation
-                                                 draws images, and compares them with real ones
+                                                 draw images and compare them with real ones
   ddpm-hf evaluate ./drawn ./photos --metrics fd --features efficientnet-lite0
-                                                 images that are there, by a network from PyPI
+                                                 existing images, with a network from PyPI
   ddpm-hf evaluate runs/a/model runs/b/model ./drawn ./photos --metrics fd precision-recall
-                                                 models and images, side by side
+                                                 a table of models and images
   ddpm-hf evaluate runs/photos/model ./photos --schedulers DDPM DDPM:eta=0 DPMSolverMultistep
-      --num-inference-steps 5 10 25 50 1000 --metrics fd    every sampler in every number of steps
+      --num-inference-steps 5 10 25 50 1000 --metrics fd    each sampler in each number of steps
   ddpm-hf evaluate runs/photos/model ./photos --verify
-                                                 measures again what the model's card claims
+                                                 measure the figures of the model card again
   accelerate launch --num-processes 4 -m ddpm_hf evaluate runs/photos/model ./photos
 
-bits-per-dim is the variational bound on -log2 p(x) per value: what a lossless code made of the
-model would need, and how well the model explains images that it has not seen. Lower is better. It
-comes with its standard error over the images.
+bits-per-dim is the variational bound on -log2 p(x) per pixel value: the length of a lossless code
+based on the model, and a measure of how well the model explains held-out images. Lower is better.
+It is printed with its standard error over the images.
 
-The other metrics compare drawn images with those of --reference-split by what a network sees in
-them: fd, the Frechet distance of its features (what FID is with Inception's), and kid, the kernel
-distance: lower is better; precision-recall, the share of drawn images that look real, and of real
-ones that could be drawn; coverage, with density, the same less sensitive to outliers; memorisation,
-the share of drawn images that are copies of training images. Each has an interval of 95 %, and
-stands beside what real images get at the same number: no difference within chance is a tie. FD
-depends on the number of images, so only values at one number are comparable.
+The other metrics compare drawn images with those of --reference-split by the features of a network:
+fd, the Frechet distance (called FID with the features of Inception), and kid, the kernel distance:
+lower is better; precision-recall, the share of drawn images that look real, and of real images that
+the model could draw; coverage, with density, the same with less influence of outliers;
+memorisation, the share of drawn images that are copies of training images. Each is printed with a
+95 % confidence interval and with the value that real images get at the same sample size; a
+difference within the interval is a tie. FD depends on the number of images: compare values at one
+number only.
 
-Of several subjects, schedulers or numbers of steps, each setting is an evaluation in a folder of
-its own, by the same seed; a table, curves and rows of samples show them side by side, with those
-that are too close to the best to tell. What cannot be measured is left out, with the reason.
+With several subjects, schedulers or numbers of steps, each setting is an evaluation in its own
+folder with the same seed. A table, curves and rows of samples compare them, and mark those that are
+not distinguishable from the best. Settings that cannot be measured are listed with the reason.
 
-What is interrupted goes on by the same command.
+Repeat an interrupted command to resume it.
 """
-METRICS = ("bits-per-dim", "fd", "kid", "precision-recall", "coverage", "memorisation")
-DECODERS = ("exact", "tanh")
-_NOT_REPRODUCED = 1
+NOT_REPRODUCED = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateCommand(ComparisonOptions):
+    """Options of `ddpm-hf evaluate`.
+
+    Raises:
+        OptionError: without a data set, or for options that need a single setting.
+    """
+
+    subjects: list[str] = option(
+        REQUIRED,
+        "Hub repository or folder of a model; or images: a folder, .npz, .npy or parquet file",
+        metavar="MODEL_OR_IMAGES",
+        is_path=True,
+        is_positional=True,
+    )
+    dataset: str | None = option(
+        None,
+        "folder of images, parquet or arrow files, or a data set on the Hub; images are converted"
+        " to the model's size and mode",
+        metavar="DATASET",
+        is_path=True,
+        is_positional=True,
+    )
+    metrics: list[str] | None = option(
+        None,
+        f"metrics: {', '.join(METRIC_NAMES)} (default: bits-per-dim for a model, the other ones for"
+        " images and with `schedulers`)",
+        choices=METRIC_NAMES,
+        metavar="NAME",
+    )
+    num_inference_steps: list[int] | None = option(
+        None,
+        "numbers of steps K of the sampler and of the bound (default: the scheduler's usual number;"
+        " for DDPM, the number of training timesteps)",
+        minimum=1,
+        metavar="K",
+    )
+    schedulers: list[str] | None = option(
+        None,
+        f"schedulers that replace the model's own: {NAMES_HELP}",
+        aliases=("--scheduler",),
+        convert=scheduler_name,
+    )
+    output: Path = option(
+        Path("evaluation"),
+        "folder for evaluation.json and the pictures",
+        metavar="FOLDER",
+        is_path=True,
+    )
+    card: bool = option(False, "write the result into the card of the model's folder")
+    verify: bool = option(
+        False,
+        "measure the figures of the model card again; the exit status is 1 if one is not reproduced"
+        " within its interval",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dataset is None and len(self.subjects) > 1:  # argparse gives all words to subjects
+            object.__setattr__(self, "dataset", self.subjects.pop())
+        if self.dataset is None and not self.verify:
+            raise OptionError("`dataset` is missing: it is optional with `verify` only")
+        if (self.card or self.verify) and not self.is_single:
+            name = "card" if self.card else "verify"
+            raise OptionError(
+                f"`{name}` needs one model with one scheduler and one number of steps"
+            )
+        if self.card and not Path(self.subjects[0]).is_dir():
+            raise OptionError(
+                f"`card` needs the folder of a model, got {self.subjects[0]!r}: evaluate a local"
+                " copy, then `ddpm-hf push` it"
+            )
+
+    @property
+    def is_single(self) -> bool:
+        """Whether there is only one setting to measure."""
+        lists = (self.subjects, self.schedulers, self.num_inference_steps)
+        return all(len(values or ()) <= 1 for values in lists)
 
 
 def run(argv: list[str]) -> int:
-    """Measure as `argv` says."""
-    command = parser()
-    options = command.parse_intermixed_args(argv)
-    subjects = options.subjects
-    if len(subjects) > 1:
-        options.dataset = subjects.pop()
-    elif not options.verify:
-        command.error("the following arguments are required: DATASET")
-    steps, schedulers = options.num_inference_steps, options.schedulers
-    is_one = max(len(subjects), len(steps), len(schedulers)) == 1
-    with command_messages(None):
-        if (options.card or options.verify) and not is_one:
-            raise ValueError(
-                f"{'card' if options.card else 'verify'} is for one model with one scheduler and"
-                " one number of steps"
-            )
-        if options.card and not Path(subjects[0]).is_dir():
-            raise ValueError(
-                f"card is for the folder of a model, and {subjects[0]!r} is none: evaluate your"
-                " copy of it, then `ddpm-hf push` it"
-            )
+    """Evaluate models or images."""
+    with command_messages(EvaluateCommand):
+        from ddpm_hf.option_parser import parse_options
+
+        options = parse_options(
+            EvaluateCommand,
+            argv,
+            prog="ddpm-hf evaluate",
+            usage="MODEL_OR_IMAGES [MODEL_OR_IMAGES ...] DATASET [--option VALUE ...]",
+            description=DESCRIPTION,
+        )
         try:
             if options.verify:
                 return verify(options)
-            return evaluate(options) if is_one else compare(options)
+            (evaluate if options.is_single else compare)(options)
         except KeyboardInterrupt:
-            say("ddpm-hf: what is measured so far is kept; the same command goes on")
+            say("ddpm-hf: finished measurements are kept; repeat the command to resume")
             raise
+    return 0
 
 
-def parser() -> argparse.ArgumentParser:
-    """What `ddpm-hf evaluate` understands."""
-    usage = "MODEL_OR_IMAGES [MODEL_OR_IMAGES ...] DATASET [--option VALUE ...]"
-    parser = command_parser("evaluate", usage, EXAMPLES)
-    parser.add_argument(
-        "subjects",
-        nargs="+",
-        type=model_name,
-        metavar="MODEL_OR_IMAGES",
-        help="Hub repository or folder of a model; or images: a folder, .npz, .npy or parquet file",
-    )
-    add_dataset(parser, "?")
-    parser.add_argument(
-        "--metrics",
-        nargs="+",
-        choices=METRICS,
-        metavar="NAME",
-        help=f"what to measure: {', '.join(METRICS)} (default: bits-per-dim of models, the others "
-        "of images, and where --schedulers is given)",
-    )
-    parser.add_argument(
-        "--verify",
-        action="store_true",
-        help="measure again what the card of the model claims; the exit status is 1 if a figure is "
-        "not reproduced within its interval",
-    )
-    add_data(parser.add_argument_group("which images"))
-    _add_drawing(parser.add_argument_group("how a model draws"))
-    comparison = parser.add_argument_group("the comparison with real images")
-    add_comparison(comparison)
-    comparison.add_argument(
-        "--per-class",
-        action="store_true",
-        help="compare the images of each class, too: for models and images with classes",
-    )
-    _add_bound(parser.add_argument_group("the bound"))
-    _add_rest(parser.add_argument_group("where it goes, and how"))
-    return parser
-
-
-def _add_drawing(group: Any) -> None:
-    group.add_argument(
-        "--num-inference-steps",
-        nargs="+",
-        type=positive_int,
-        default=[None],
-        metavar="K",
-        help="steps, of the bound too (default: as many as are usual for the scheduler; of DDPM "
-        "those that it was trained with)",
-    )
-    group.add_argument(
-        "--schedulers",
-        "--scheduler",
-        nargs="+",
-        type=sampler,
-        default=[None],
-        metavar="NAME",
-        help=f"in place of the model's own: {NAMES_HELP}",
-    )
-
-
-def _add_bound(group: Any) -> None:
-    group.add_argument(
-        "--num-timesteps",
-        type=positive_int,
-        metavar="M",
-        help="measure M of the K terms of each image, drawn so that the result is unbiased: 32 are "
-        "nearly as precise as 1,000 (default: all)",
-    )
-    group.add_argument(
-        "--decoder",
-        choices=DECODERS,
-        default="exact",
-        help="of the last step: exact; or tanh, the papers' approximation, to compare with their "
-        "numbers (default: %(default)s)",
-    )
-
-
-def _add_rest(group: Any) -> None:
-    group.add_argument(
-        "--output",
-        type=path,
-        default=Path("evaluation"),
-        metavar="FOLDER",
-        help="folder for evaluation.json and the pictures (default: %(default)s)",
-    )
-    group.add_argument(
-        "--card", action="store_true", help="put the result into the card of the model's folder"
-    )
-    add_work(group)
-
-
-def evaluate(options: argparse.Namespace) -> int:
-    """Measure, and show what was found.
+def evaluate(options: EvaluateCommand) -> None:
+    """Measure one setting and print the result.
 
     Raises:
-        ValueError, OSError: if something cannot be loaded or measured.
+        ValueError, OSError: see `ddpm_hf.evaluate`.
     """
     from ddpm_hf.evaluation.evaluate import evaluate
     from ddpm_hf.evaluation.result_files import EVALUATION_FILE, known_results
     from ddpm_hf.evaluation.result_pictures import save_bound_plots
     from ddpm_hf.shared_work import distributed_state
 
-    (subject,), (K,), (scheduler,) = (
-        options.subjects, options.num_inference_steps, options.schedulers
-    )  # fmt: skip
-    how = {"scheduler": scheduler, "num_inference_steps": K, **_how(options)}
     known = known_results(options.output)
-    evaluation = evaluate(subject, options.dataset, **how, **_loading(options))
-    is_main = distributed_state().is_main_process
-    distributed_state().destroy_process_group()
-    if not is_main:
-        return 0
+    evaluation = evaluate(
+        options.subjects[0],
+        options.dataset,
+        metrics=options.metrics,
+        output=options.output,
+        scheduler=options.schedulers[0] if options.schedulers else None,
+        num_inference_steps=options.num_inference_steps[0] if options.num_inference_steps else None,
+        **options.keywords(ComparisonOptions),
+    )
+    state = distributed_state()
+    state.destroy_process_group()
+    if not state.is_main_process:
+        return
     if evaluation.results == known:
         say(f"ddpm-hf: measured before, in {options.output}")
     print(evaluation)
     if evaluation.bound is not None:
         save_bound_plots(evaluation.bound, options.output)
     if options.card:
-        write_card(Path(subject), evaluation)
+        write_card(Path(options.subjects[0]), evaluation)
     print(f"\nin {options.output / EVALUATION_FILE}")
-    return 0
 
 
-def compare(options: argparse.Namespace) -> int:
-    """Measure all settings, and show them side by side.
+def compare(options: EvaluateCommand) -> None:
+    """Measure all settings and print the comparison.
 
     Raises:
-        ValueError, OSError: if the data or a model cannot be loaded, or no setting be measured.
+        ValueError, OSError: see `ddpm_hf.compare`.
     """
     from ddpm_hf.evaluation.compare import compare
     from ddpm_hf.evaluation.result_files import COMPARISON_FILE
@@ -235,63 +207,49 @@ def compare(options: argparse.Namespace) -> int:
     comparison = compare(
         options.subjects,
         options.dataset,
-        schedulers=[name for name in options.schedulers if name],
-        num_inference_steps=[K for K in options.num_inference_steps if K],
-        **_how(options),
-        **_loading(options),
+        schedulers=options.schedulers or [],
+        num_inference_steps=options.num_inference_steps or [],
+        metrics=options.metrics,
+        output=options.output,
+        **options.keywords(ComparisonOptions),
     )
-    is_main = distributed_state().is_main_process
-    distributed_state().destroy_process_group()
-    if is_main:
+    state = distributed_state()
+    state.destroy_process_group()
+    if state.is_main_process:
         print(comparison)
         print(f"\nin {options.output / COMPARISON_FILE}")
-    return 0
 
 
-def verify(options: argparse.Namespace) -> int:
-    """Measure again what the card claims; 0 if all of that is reproduced.
+def verify(options: EvaluateCommand) -> int:
+    """Measure the figures of the model card again; 0 if all are reproduced.
 
     Raises:
-        ValueError, OSError: if there is nothing to verify, or it cannot be measured.
+        ValueError, OSError: see `evaluation.verify.verify`.
     """
     from ddpm_hf.evaluation.verify import verify
     from ddpm_hf.shared_work import distributed_state
 
-    how = {"features": options.features, **_loading(options)}
-    claims = verify(options.subjects[0], options.dataset, **how)
-    is_main = distributed_state().is_main_process
-    distributed_state().destroy_process_group()
-    is_reproduced = all(claim.is_reproduced is not False for claim in claims)
-    if not is_main:
-        return 0 if is_reproduced else _NOT_REPRODUCED
-    words = {True: "reproduced", False: "NOT reproduced", None: "not checked"}
-    for claim in claims:
-        said = f"{claim.name}: {claim.claimed:.6g} in the card"
+    claims = verify(
+        options.subjects[0],
+        options.dataset,
+        features=options.features,
+        output=options.output,
+        **options.keywords(LoadOptions),
+    )
+    state = distributed_state()
+    state.destroy_process_group()
+    verdicts = {True: "reproduced", False: "NOT reproduced", None: "not checked"}
+    for claim in claims if state.is_main_process else []:
+        figures = f"{claim.name}: {claim.claimed:.6g} in the card"
         if claim.measured is not None:
-            said += f", {claim.measured:.6g} measured"
+            figures += f", {claim.measured:.6g} measured"
         remark = f" ({claim.remark})" if claim.remark else ""
-        print(f"{words[claim.is_reproduced]:15} {said}{remark}")
-    return 0 if is_reproduced else _NOT_REPRODUCED
-
-
-def _how(options: argparse.Namespace) -> dict[str, Any]:
-    names = ("metrics", "features", "num_images", "seed", "split", "reference_split",
-             "dataset_config", "dataset_revision", "image_column", "class_column", "per_class",
-             "on_bad_image", "num_timesteps", "decoder", "batch_size")  # fmt: skip
-    return given(options, names)
-
-
-def _loading(options: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "output": options.output,
-        "revision": options.revision,
-        "variant": options.variant,
-        "use_safetensors": not options.allow_pickle,
-    }
+        print(f"{verdicts[claim.is_reproduced]:15} {figures}{remark}")
+    return NOT_REPRODUCED if any(claim.is_reproduced is False for claim in claims) else 0
 
 
 def write_card(folder: Path, evaluation: "Evaluation") -> None:
-    """Put results into the model's card; without that they are no worse."""
+    """Write the results into the model card; a failure is a warning."""
     from ddpm_hf.evaluation.card_metrics import card_metrics
     from ddpm_hf.hub.card import write_results
 

@@ -6,37 +6,16 @@ follow the reversed order of its bases.
 
 import os
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
+from ddpm_hf.hub.options import LoadOptions
 from ddpm_hf.options import Options, option
-from ddpm_hf.scheduler_spec import NAMES_HELP, SchedulerSpec
+from ddpm_hf.scheduler_spec import NAMES_HELP, scheduler_name
 from ddpm_hf.text import public_name
 
 BITS = "bits-per-dim"
 METRIC_NAMES = (BITS, "fd", "kid", "precision-recall", "coverage", "memorisation")
 DEFAULT_FEATURES = "facebook/dinov2-base"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSource(Options):
-    """Files of the model."""
-
-    revision: str | None = option(
-        None,
-        "branch, tag or commit of the model on the Hub (default: main)",
-        metavar="NAME",
-        is_recorded=False,
-    )
-    variant: str | None = option(
-        None, "variant of the weights, such as fp16", metavar="NAME", is_recorded=False
-    )
-    use_safetensors: bool = option(
-        True,
-        "load pickled .bin weights of an old repository; they can run code, so only for authors"
-        " you trust",
-        flag="--allow-pickle",
-        is_recorded=False,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +29,12 @@ class BatchOptions(Options):
 class LikelihoodOptions(Options):
     """Estimator of the variational bound."""
 
+    _argument_group_name: ClassVar[str] = "variational bound"
+
     num_timesteps: int | None = option(
         None,
-        "importance-sample M of the K terms per image, without bias: 32 are nearly as precise as"
-        " 1,000 (default: all K)",
+        "number of network calls M per image: importance-samples M of the K terms of the bound,"
+        " without bias; 32 are nearly as precise as 1,000 (default: all K)",
         minimum=1,
         metavar="M",
     )
@@ -65,11 +46,11 @@ class LikelihoodOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplerOptions(Options):
+class SchedulerOptions(Options):
     """Scheduler and number of inference steps."""
 
     scheduler: str | None = option(
-        None, f"scheduler that replaces the model's own: {NAMES_HELP}", metavar="NAME"
+        None, f"scheduler that replaces the model's own: {NAMES_HELP}", convert=scheduler_name
     )
     num_inference_steps: int | None = option(
         None,
@@ -79,15 +60,12 @@ class SamplerOptions(Options):
         metavar="K",
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.scheduler is not None:
-            object.__setattr__(self, "scheduler", str(SchedulerSpec.parse(self.scheduler)))
-
 
 @dataclass(frozen=True, kw_only=True)
 class UnreadableImages(Options):
     """Policy for images that cannot be read."""
+
+    _argument_group_name: ClassVar[str] = "real images"
 
     on_bad_image: Literal["error", "skip"] = option("error", "what to do with unreadable images")
 
@@ -95,6 +73,8 @@ class UnreadableImages(Options):
 @dataclass(frozen=True, kw_only=True)
 class PerClassOptions(Options):
     """Comparison of each class."""
+
+    _argument_group_name: ClassVar[str] = "comparison of images"
 
     per_class: bool = option(
         False, "also compare the images of each class; needs a model or images with classes"
@@ -104,6 +84,8 @@ class PerClassOptions(Options):
 @dataclass(frozen=True, kw_only=True)
 class DataSelection(Options):
     """Selection of the real images."""
+
+    _argument_group_name: ClassVar[str] = "real images"
 
     num_images: int | None = option(
         None,
@@ -149,6 +131,8 @@ class DataOptions(UnreadableImages, DataSelection):
 class FeatureOptions(Options):
     """Feature network that images are compared by."""
 
+    _argument_group_name: ClassVar[str] = "comparison of images"
+
     features: Any = option(
         DEFAULT_FEATURES,
         "feature network: a vision model of transformers by name or folder; efficientnet-lite0,"
@@ -172,7 +156,7 @@ def public_name_of(source: Any) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonOptions(
-    ModelSource,
+    LoadOptions,
     BatchOptions,
     LikelihoodOptions,
     DataOptions,
@@ -185,10 +169,10 @@ class ComparisonOptions(
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions(
-    ModelSource,
+    LoadOptions,
     BatchOptions,
     LikelihoodOptions,
-    SamplerOptions,
+    SchedulerOptions,
     DataOptions,
     PerClassOptions,
     DataSelection,
@@ -198,7 +182,7 @@ class EvaluationOptions(
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrationOptions(ModelSource, BatchOptions, DataOptions, FeatureOptions):
+class CalibrationOptions(LoadOptions, BatchOptions, DataOptions, FeatureOptions):
     """Options of `calibrate_checkpoint`."""
 
     num_images: int | None = option(

@@ -16,13 +16,13 @@ from ddpm_hf.evaluation.options import (
     BITS,
     DEFAULT_FEATURES,
     EvaluationOptions,
-    ModelSource,
     public_name_of,
 )
+from ddpm_hf.hub.options import LoadOptions
 
 # Options that a card may set: none that loads pickled weights or writes files.
 CARD_OPTIONS = {field.name for field in fields(EvaluationOptions)} - {
-    field.name for field in fields(ModelSource)
+    field.name for field in fields(LoadOptions)
 }
 # Digests in a card that identify what a figure was measured on.
 _IDENTITY = {"weights": "weights", "features": "features", "held_out": "held-out images"}
