@@ -39,15 +39,10 @@ class Components:
     """Everything that a run trains or trains on.
 
     Attributes:
-        images: training images, augmented and padded.
-        held_out: validation images, if any.
-        facts: mode, size, bit depth and class names of the images.
+        images, held_out: training and validation images, augmented and padded.
         num_skipped: number of unreadable images.
         left_out: number of files and rows that are not used, by kind or reason.
         digest: identifies the images when a run is resumed.
-        unet: network to train.
-        scheduler: diffusion process.
-        objective: loss and timestep sampling.
         base: training.json of the pretrained model; empty without one.
         notes: remarks for the plan.
     """
@@ -113,18 +108,16 @@ def assemble(
     if options.unet_config is not None:
         unet_arguments(options.unet_config)  # an invalid file fails before images are prepared
     loaded = main_first(
-        accelerator,
-        lambda: open_images(options, dataset, pretrained.unet if pretrained else None),
-        options.ddp_timeout,
+        accelerator, lambda: open_images(options, dataset, pretrained.unet), options.ddp_timeout
     )
     facts, notes = _select_classes(options, loaded.facts)
-    scheduler, scheduler_notes = _create_scheduler(options, scheduler, pretrained)
-    if pretrained is not None:
-        unet, unet_notes = pretrained.unet, _adapt(pretrained, scheduler, facts)
-    elif unet is None:
-        unet, unet_notes = _new_unet(options, accelerator, scheduler, facts), []
-    else:
-        unet_notes = []
+    if scheduler is None:
+        scheduler = build_scheduler(options, pretrained.scheduler)
+    scheduler, scheduler_notes = _without_calibration(check_scheduler(scheduler))
+    unet_notes: list[str] = []
+    if unet is None:
+        device = accelerator.device.type
+        unet, unet_notes = _create_unet(options, pretrained, scheduler, facts, device)
     check_trainable(unet, scheduler, facts)
     config = resolve(
         options,
@@ -138,26 +131,25 @@ def assemble(
     unet.register_to_config(sample_size=sample_size(facts, size_multiple(unet)))
     with accelerator.autocast():
         check_runs(unet.to(accelerator.device))
-    loaded = dataclasses.replace(loaded, facts=facts)
-    training, held_out = split_off_validation(config, loaded, unet, dataset is None)
+    training, held_out = split_off_validation(config, loaded.images, facts, unet, dataset is None)
     return config, Components(
         images=training,
         held_out=held_out,
         facts=facts,
-        num_skipped=loaded.num_skipped,
-        left_out=loaded.left_out,
+        num_skipped=len(getattr(loaded.images, "skipped", ())),
+        left_out=dict(getattr(loaded.images, "left_out", {})),
         digest=loaded.digest,
         unet=unet,
         scheduler=scheduler,
         objective=build_objective(config, scheduler, facts.bit_depth, loss),
-        base=pretrained.record if pretrained else {},
+        base=pretrained.record,
         notes=(*notes, *scheduler_notes, *unet_notes),
     )
 
 
-def _load_pretrained(options: TrainingConfig, unet: UNet2DModel | None) -> PretrainedModel | None:
+def _load_pretrained(options: TrainingConfig, unet: UNet2DModel | None) -> PretrainedModel:
     if options.pretrained is None:
-        return None
+        return PretrainedModel()
     if unet is not None:
         raise ConfigError("`pretrained` and `unet` exclude each other: leave one of them out")
     return load_pretrained(options.pretrained, options.use_safetensors)
@@ -174,46 +166,34 @@ def _select_classes(options: TrainingConfig, facts: ImageFacts) -> tuple[ImageFa
     ]
 
 
-def _create_scheduler(
-    options: TrainingConfig,
-    scheduler: GaussianDDPMScheduler | None,
-    pretrained: PretrainedModel | None,
+def _without_calibration(
+    scheduler: GaussianDDPMScheduler,
 ) -> tuple[GaussianDDPMScheduler, list[str]]:
-    """The scheduler without the calibration of pretrained weights, and notes for the plan."""
-    if scheduler is not None:
-        scheduler = check_scheduler(scheduler)
-    else:
-        scheduler = build_scheduler(options, pretrained.scheduler if pretrained else None)
-    if not (
-        scheduler.x_0_mse is not None or scheduler.calibrated_timesteps or scheduler.recommended
-    ):
+    """The scheduler without the calibration of other weights, and notes for the plan.
+
+    The loss uses the published variances, too.
+    """
+    if scheduler.x_0_mse is None and not (scheduler.calibrated_timesteps or scheduler.recommended):
         return scheduler, []
-    # It was measured on other weights; and the loss uses the published variances.
-    uncalibrated = GaussianDDPMScheduler.from_config(
+    scheduler = GaussianDDPMScheduler.from_config(
         scheduler.config, x_0_mse=None, calibrated_timesteps=None, recommended=None
     )
-    return uncalibrated, [
-        "the calibration of the pretrained model was removed; run `ddpm-hf calibrate` after "
-        "training"
-    ]
+    removed = "the calibration of the pretrained model was removed; run `ddpm-hf calibrate` after"
+    return scheduler, [f"{removed} training"]
 
 
-def _adapt(
-    pretrained: PretrainedModel, scheduler: GaussianDDPMScheduler, facts: ImageFacts
-) -> list[str]:
-    """Adapt the pretrained network to variance and classes; notes for the plan."""
-    unet, names = pretrained.unet, facts.class_names
-    notes = adapt_to_variance(unet, scheduler, pretrained.scheduler)
-    return notes + (adapt_to_classes(unet, names) if names else [])
-
-
-def _new_unet(
+def _create_unet(
     options: TrainingConfig,
-    accelerator: Accelerator,
+    pretrained: PretrainedModel,
     scheduler: GaussianDDPMScheduler,
     facts: ImageFacts,
-) -> UNet2DModel:
-    torch.manual_seed(options.seed)  # the same initial weights on every process
-    num_classes = len(facts.class_names) if facts.class_names else None
-    device = accelerator.device.type
-    return build_unet(facts, device, options.unet_config, scheduler, num_classes)
+    device: str,
+) -> tuple[UNet2DModel, list[str]]:
+    """The pretrained network, adapted to variance and classes, or a new one; notes for the plan."""
+    unet, names = pretrained.unet, facts.class_names or ()
+    if unet is None:
+        torch.manual_seed(options.seed)  # the same initial weights on every process
+        num_classes = len(names) or None
+        return build_unet(facts, device, options.unet_config, scheduler, num_classes), []
+    notes = adapt_to_variance(unet, scheduler, pretrained.scheduler)
+    return unet, notes + (adapt_to_classes(unet, names) if names else [])

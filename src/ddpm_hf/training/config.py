@@ -35,6 +35,8 @@ class TrainingConfig(
             choices.
     """
 
+    _error = ConfigError
+
     def __post_init__(self) -> None:
         super().__post_init__()
         is_conditional = self.class_conditional or self.class_column is not None

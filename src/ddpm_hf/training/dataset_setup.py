@@ -80,30 +80,11 @@ class LoadedImages:
     facts: ImageFacts
     digest: str
 
-    @property
-    def num_skipped(self) -> int:
-        """Number of unreadable images that were skipped."""
-        return len(self.images.skipped) if isinstance(self.images, ImageDataset) else 0
-
-    @property
-    def left_out(self) -> dict[str, int]:
-        """Number of files and rows that are not used, by kind or reason."""
-        return dict(self.images.left_out) if isinstance(self.images, ImageDataset) else {}
-
 
 def open_images(
     config: TrainingConfig, dataset: Any, pretrained: UNet2DModel | None
 ) -> LoadedImages:
-    """The images of the options, or those passed in Python.
-
-    Args:
-        config: the options.
-        dataset: a `datasets.Dataset`, the result of `prepare_images`, or a map-style dataset of
-            float tensors (C, H, W) in [-1, 1]; None for the dataset named in `config`.
-        pretrained: network whose image size and mode are used where the options leave them open.
-    Raises:
-        ConfigError, DataError: if the images cannot be used.
-    """
+    """Like `build_images`; `dataset` may also be prepared or a map-style dataset of tensors."""
     if dataset is None or isinstance(dataset, (datasets.Dataset, datasets.DatasetDict)):
         dataset = build_images(config, dataset, pretrained)
     if isinstance(dataset, ImageDataset):
@@ -183,20 +164,24 @@ def hold_out(images: TrainingImages, fraction: float, seed: int) -> tuple[Select
 
 
 def split_off_validation(
-    config: TrainingConfig, loaded: LoadedImages, unet: UNet2DModel, has_splits: bool
+    config: TrainingConfig,
+    images: ImageDataset | Images,
+    facts: ImageFacts,
+    unet: UNet2DModel,
+    has_splits: bool,
 ) -> tuple[TrainingImages | Selection, HeldOut | None]:
-    """Training images and validation images, padded and augmented for the network.
+    """Training images and validation images, padded for the network.
 
     Args:
         config: the options.
-        loaded: images to train on.
+        images, facts: images to train on; without class names for an unconditional model.
         unet: sets the padding.
         has_splits: whether `validation_split` may name a split of the dataset.
     Raises:
         ConfigError: if `validation_split` is neither a valid fraction nor a usable split.
     """
     training = TrainingImages(
-        loaded.images,
+        images,
         seed=config.seed,
         random_flip=config.random_flip,
         size_multiple=size_multiple(unet),
@@ -210,7 +195,7 @@ def split_off_validation(
             f"{config.validation_split!r}"
         )
     if fraction is None:
-        return training, _validation_images(config, config.validation_split, loaded.facts, unet)
+        return training, _validation_images(config, config.validation_split, facts, unet)
     if not 0 < fraction < 1 or len(training) < 2:
         raise ConfigError(
             "`validation_split` must be a split or a fraction in (0, 1) of at least two images, "

@@ -44,8 +44,7 @@ def build_unet(
         facts: mode and size of the images.
         device: "cpu" gets a quarter of the channels, so that an update takes a fraction of a
             second.
-        config_file: JSON file with arguments of `UNet2DModel`; missing numbers of channels and
-            classes follow the images.
+        config_file: JSON file with arguments of `UNet2DModel`; missing ones follow the images.
         scheduler: if its variance is learned, the network has output channels for it.
         num_classes: for a class-conditional network; it gets one more embedding, the null class.
     Raises:
@@ -128,15 +127,14 @@ def build_scheduler(
 
 @dataclass(frozen=True)
 class PretrainedModel:
-    """A model to fine-tune.
+    """A model to fine-tune; empty for a new model.
 
     Attributes:
-        unet: network with its weights.
-        scheduler: None for a bare network.
-        record: its training.json; empty without one.
+        scheduler: None for a bare network, too.
+        record: its training.json, if any.
     """
 
-    unet: UNet2DModel
+    unet: UNet2DModel | None = None
     scheduler: GaussianDDPMScheduler | None = None
     record: Mapping[str, object] = field(default_factory=dict)
 
@@ -173,10 +171,10 @@ def adapt_to_variance(
     Returns:
         notes for the plan.
     """
-    channels, variance_type = unet.config.in_channels, scheduler.config.variance_type
-    if variance_type != "learned_range" or unet.config.out_channels != channels:
+    channels, before = unet.config.in_channels, pretrained_scheduler
+    is_learned = scheduler.config.variance_type == "learned_range"
+    if not is_learned or unet.config.out_channels != channels:
         return []
-    before = pretrained_scheduler
     fixed = before.config.variance_type if before is not None else "fixed_small"
     widen_for_learned_variance(unet, fixed)
     return [

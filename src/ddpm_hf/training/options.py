@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ddpm_hf.options import Options, option
-from ddpm_hf.training.errors import ConfigError
 
 MIN_SIZE = 3
 """Smallest image side in pixels: a smaller image cannot be downsampled."""
@@ -18,7 +17,6 @@ MIN_SIZE = 3
 class DataOptions(Options):
     """Training images and their preprocessing."""
 
-    _error = ConfigError
     _argument_group_name: ClassVar[str] = "images"
 
     dataset: str | None = option(
@@ -73,7 +71,6 @@ class DataOptions(Options):
 class ModelOptions(Options):
     """Network and diffusion process."""
 
-    _error = ConfigError
     _argument_group_name: ClassVar[str] = "network and diffusion"
 
     pretrained: str | None = option(
@@ -113,7 +110,6 @@ class ModelOptions(Options):
 class OptimizationOptions(Options):
     """Loss, optimizer, schedule and precision."""
 
-    _error = ConfigError
     _argument_group_name: ClassVar[str] = "optimization"
 
     objective: Literal["simple", "hybrid", "vlb"] | None = option(
@@ -198,7 +194,6 @@ class OptimizationOptions(Options):
 class ValidationOptions(Options):
     """Bits/dim of held-out images during training; `ddpm-hf evaluate` has the full bound."""
 
-    _error = ConfigError
     _argument_group_name: ClassVar[str] = "validation"
 
     validation_split: str | None = option(
@@ -222,7 +217,6 @@ class ValidationOptions(Options):
 class PeriodicEvaluationOptions(Options):
     """Frechet distance during training; `ddpm-hf evaluate` has more metrics."""
 
-    _error = ConfigError
     _argument_group_name: ClassVar[str] = "evaluation"
 
     evaluate_steps: int | None = option(
@@ -246,7 +240,6 @@ class PeriodicEvaluationOptions(Options):
 class OutputOptions(Options):
     """Logs, samples, checkpoints and exported model."""
 
-    _error = ConfigError
     _argument_group_name: ClassVar[str] = "output"
 
     output_dir: str | None = option(

@@ -4,7 +4,10 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from diffusers import UNet2DModel
+
 from ddpm_hf.diffusion.config_extension import beta_schedule_of
+from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.text import counted, duration
 from ddpm_hf.training.accelerator import available_trackers
 from ddpm_hf.training.final_calibration import describe_calibration
@@ -20,28 +23,21 @@ class TrainingPlan:
     """What a run will do, every proposed value included; `str()` gives the printed lines.
 
     Attributes:
-        images: number, size, mode and classes.
-        network: class, parameters and channels.
-        diffusion: steps, noise schedule, prediction type and variance type.
-        training: updates, batch size, epochs, learning rate and objective.
-        machine: devices and how updates are computed.
-        output: folder of the run and where losses are logged.
-        resumed_from: checkpoint and its update, and a changed length; empty for a new run.
+        resumed_from: complete lines about the checkpoint; empty for a new run.
         measurements: complete lines about validation, evaluation and calibration.
-        notes: remarks.
         time: expected duration; empty if unknown.
     """
 
+    resumed_from: tuple[str, ...]
     images: str
     network: str
     diffusion: str
     training: str
     machine: str
     output: str
-    resumed_from: tuple[str, ...] = ()
-    measurements: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    time: str = ""
+    measurements: tuple[str, ...]
+    notes: tuple[str, ...]
+    time: str
 
     def __str__(self) -> str:
         labels = ("images", "network", "diffusion", "training", "machine", "output")
@@ -61,15 +57,16 @@ def plan_training(
         measurements: what is measured during training.
         update_s: seconds per update; None if unknown.
     """
+    losses = "logs/ for TensorBoard" if available_trackers() else run.paths.metrics.name
     calibration = [describe_calibration(run)] if run.config.calibrate else []
     return TrainingPlan(
+        resumed_from=_describe_resume(run),
         images=_describe_images(run),
-        network=_describe_network(run),
-        diffusion=_describe_diffusion(run),
+        network=_describe_network(run.components.unet),
+        diffusion=_describe_diffusion(run.components.scheduler),
         training=_describe_training(run),
         machine=_describe_machine(run),
-        output=_describe_output(run),
-        resumed_from=_describe_resume(run),
+        output=f"{run.paths.root}, losses in {losses}",
         measurements=(*(measurement.describe() for measurement in measurements), *calibration),
         notes=run.components.notes,
         time=_describe_time(run, update_s) if update_s is not None else "",
@@ -84,15 +81,14 @@ def _describe_images(run: Run) -> str:
     return f"{len(run.components.images):,} of {size}{depth}{classes}"
 
 
-def _describe_network(run: Run) -> str:
-    unet = run.components.unet
+def _describe_network(unet: UNet2DModel) -> str:
     channels = "-".join(map(str, unet.config.block_out_channels))
     count = sum(p.numel() for p in unet.parameters())
     return f"{type(unet).__name__}, {count:,} parameters, channels {channels}"
 
 
-def _describe_diffusion(run: Run) -> str:
-    config = run.components.scheduler.config
+def _describe_diffusion(scheduler: GaussianDDPMScheduler) -> str:
+    config = scheduler.config
     schedule, params = beta_schedule_of(config)
     schedule += f" ({', '.join(f'{k} {v:g}' for k, v in params.items())})" * bool(params)
     return (
@@ -130,11 +126,6 @@ def _describe_machine(run: Run) -> str:
             *(text for text, holds in details.items() if holds),
         ]
     )
-
-
-def _describe_output(run: Run) -> str:
-    losses = "logs/ for TensorBoard" if available_trackers() else run.paths.metrics.name
-    return f"{run.paths.root}, losses in {losses}"
 
 
 def _describe_resume(run: Run) -> tuple[str, ...]:

@@ -31,13 +31,7 @@ CHANGEABLE_ON_RESUME = frozenset(
 
 @dataclass(frozen=True)
 class Machine:
-    """Hardware and processes of a run.
-
-    Attributes:
-        device: "cpu" or the type of the accelerator, such as "cuda".
-        num_processes: number of processes.
-        mixed_precision: precision that accelerate uses.
-    """
+    """Device type, such as "cpu" or "cuda", number of processes, and precision of accelerate."""
 
     device: str
     num_processes: int = 1
