@@ -126,7 +126,7 @@ def test_an_invalid_validation_split_raises(tmp_path, split):
 
 def test_the_finished_model_is_calibrated(tmp_path, capsys):
     straight = run(tmp_path / "one", calibrate=True)
-    assert "6 held-out images, 21 network calls each, in the end" in capsys.readouterr().out
+    assert "6 held-out images, 21 network calls each, at the end" in capsys.readouterr().out
     curve = load(straight.model_dir).scheduler.x_0_mse
     assert curve.shape == (20,)
     assert (curve > 0).all()
