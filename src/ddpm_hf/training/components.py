@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -17,7 +16,13 @@ from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.losses import Loss
 from ddpm_hf.training.component_checks import check_runs, check_scheduler, check_trainable
 from ddpm_hf.training.config import ResolvedConfig, TrainingConfig
-from ddpm_hf.training.dataset_setup import HeldOut, Selection, open_images, split_off_validation
+from ddpm_hf.training.dataset_setup import (
+    HeldOut,
+    Selection,
+    TrainingData,
+    open_images,
+    split_off_validation,
+)
 from ddpm_hf.training.errors import ConfigError
 from ddpm_hf.training.network import (
     PretrainedModel,
@@ -91,7 +96,7 @@ def assemble(
     accelerator: Accelerator,
     unet: UNet2DModel | None,
     scheduler: GaussianDDPMScheduler | None,
-    dataset: Any,
+    dataset: TrainingData | None,
     loss: Loss | None,
 ) -> tuple[ResolvedConfig, Components]:
     """The complete configuration and the components of a run.

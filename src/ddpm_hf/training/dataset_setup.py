@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 import numpy as np
@@ -20,9 +20,14 @@ from ddpm_hf.training.component_checks import mode_of_channels
 from ddpm_hf.training.config import TrainingConfig
 from ddpm_hf.training.errors import ConfigError
 
+TrainingData: TypeAlias = datasets.Dataset | datasets.DatasetDict | ImageDataset | MapStyleImages
+"""What `train(dataset=...)` takes."""
+
 
 def build_images(
-    config: TrainingConfig, dataset: Any = None, pretrained: UNet2DModel | None = None
+    config: TrainingConfig,
+    dataset: datasets.Dataset | datasets.DatasetDict | None = None,
+    pretrained: UNet2DModel | None = None,
 ) -> ImageDataset:
     """Load, decode and resize the images of the options.
 
@@ -82,7 +87,7 @@ class LoadedImages:
 
 
 def open_images(
-    config: TrainingConfig, dataset: Any, pretrained: UNet2DModel | None
+    config: TrainingConfig, dataset: TrainingData | None, pretrained: UNet2DModel | None
 ) -> LoadedImages:
     """Like `build_images`; `dataset` may also be prepared or a map-style dataset of tensors."""
     if dataset is None or isinstance(dataset, (datasets.Dataset, datasets.DatasetDict)):
@@ -104,7 +109,7 @@ def _open_prepared(images: ImageDataset, needs_labels: bool) -> LoadedImages:
     return LoadedImages(images, images.facts, digest)
 
 
-def _open_tensors(images: Any, needs_labels: bool) -> LoadedImages:
+def _open_tensors(images: MapStyleImages, needs_labels: bool) -> LoadedImages:
     if needs_labels:
         raise ConfigError(
             "`class_conditional` needs the labels of a dataset: pass a datasets.Dataset with a "
@@ -165,7 +170,7 @@ def hold_out(images: TrainingImages, fraction: float, seed: int) -> tuple[Select
 
 def split_off_validation(
     config: TrainingConfig,
-    images: ImageDataset | Images,
+    images: ImageDataset | MapStyleImages,
     facts: ImageFacts,
     unet: UNet2DModel,
     has_splits: bool,

@@ -25,6 +25,7 @@ from ddpm_hf.training.accelerator import (
 from ddpm_hf.training.artifacts import Artifacts
 from ddpm_hf.training.components import assemble
 from ddpm_hf.training.config import TrainingConfig
+from ddpm_hf.training.dataset_setup import TrainingData
 from ddpm_hf.training.errors import ConfigError, TrainingError
 from ddpm_hf.training.learning_rate import learning_rate
 from ddpm_hf.training.periodic_evaluation import build_evaluation
@@ -85,7 +86,7 @@ def train(
     *,
     unet: UNet2DModel | None = None,
     scheduler: GaussianDDPMScheduler | None = None,
-    dataset: Any = None,
+    dataset: TrainingData | None = None,
     loss: Loss | None = None,
 ) -> TrainingResult:
     """Train a DDPM, or resume an interrupted run.
