@@ -240,6 +240,38 @@ def test_ranks_wait_for_a_slow_main_process_but_not_for_a_hanging_one(tmp_path):
     )
 
 
+LOSE_A_RANK = """
+import os, signal, sys
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from ddpm_hf.training import ProcessError
+from ddpm_hf.training.rank_coordination import name_missing_ranks
+state = PartialState(cpu=True, timeout=timedelta(seconds=3))
+lost, number = map(int, sys.argv[1:])
+if state.process_index == lost:
+    os.kill(os.getpid(), number)
+try:
+    with name_missing_ranks(state, timeout_s=3):
+        dist.all_reduce(torch.ones(1))
+except ProcessError as error:
+    print(error.is_reporting_rank, error, flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("lost", "number"), [(0, signal.SIGSTOP), (2, signal.SIGKILL)])
+def test_every_remaining_rank_names_the_lost_one_and_the_lowest_reports_it(tmp_path, lost, number):
+    command = [sys.executable, "-c", LOSE_A_RANK, str(lost), str(int(number))]
+    with started_ranks(command, 3, env=dict(os.environ), cwd=tmp_path) as processes:
+        remaining = [process for rank, process in enumerate(processes) if rank != lost]
+        outputs = [process.communicate(timeout=LIMIT_S)[0] for process in remaining]
+    for output, reports in zip(outputs, ("True", "False"), strict=True):
+        assert f"{reports} rank {lost} of 3 processes has ended or hangs" in output
+
+
 # Prints, when the process group is destroyed, whether a gradient reducer is left: it would hold the
 # last reference to the group, and the process would never end.
 REDUCERS = """
