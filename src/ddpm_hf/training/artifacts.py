@@ -58,24 +58,20 @@ class Artifacts:
         self.evaluated: dict[str, float] = {}
 
     def save_checkpoint(self, must_succeed: bool) -> None:
-        """Save the state of the run; a full disk is a warning unless it `must_succeed`."""
+        """Save the state of the run; a full disk is a warning, or an error if `must_succeed`."""
         run = self.run
         if run.accelerator.is_main_process:
-            with self.warn_on_disk_error("save", unless=must_succeed):
+            with self.warn_on_disk_error("save", must_succeed):
                 keep = run.config.checkpoints_total_limit
                 save_checkpoint(run.paths.checkpoints, run.state, run.checkpoint_record(), keep)
 
     def due_measurements(self, ending: bool) -> list[Callable[[], dict[str, float]]]:
-        """The measurements to make after this update; all ranks call them, for the log."""
-        config, is_due = self.run.config, self.run.is_due
-        measurements = [
-            (self.validate, self.validation, config.validation_steps),
-            (self.evaluate, self.evaluation, config.evaluate_steps),
-        ]
+        """The measurements that are due after this update; all ranks call them, for the log."""
+        measurements = ((self.validation, self.validate), (self.evaluation, self.evaluate))
         return [
             call
-            for call, wanted, every in measurements
-            if wanted and every and (ending or is_due(every))
+            for measurement, call in measurements
+            if measurement and (ending or self.run.is_due(measurement.every))
         ]
 
     def validate(self) -> dict[str, float]:
@@ -116,9 +112,9 @@ class Artifacts:
                 self._save_grid(images[:count], labels)
 
     def export_model(self, must_succeed: bool) -> None:
-        """Export the model and push it; a full disk is a warning unless it `must_succeed`."""
+        """Export and push the model; a full disk is a warning, or an error if `must_succeed`."""
         if self.run.accelerator.is_main_process:
-            with self.warn_on_disk_error("export the model", unless=must_succeed):
+            with self.warn_on_disk_error("export the model", must_succeed):
                 self._export_to(self.run.paths.model)
                 self._push()
 
@@ -171,13 +167,13 @@ class Artifacts:
         self.log.show(self.run.state.step, grid)
 
     @contextmanager
-    def warn_on_disk_error(self, action: str, unless: bool = False) -> Iterator[None]:
-        """Turn a failure to write files into a warning; `unless`: raise OSError instead."""
+    def warn_on_disk_error(self, action: str, must_succeed: bool = False) -> Iterator[None]:
+        """Turn a failure to write files into a warning, or into an OSError if `must_succeed`."""
         try:
             yield
         except (OSError, SafetensorError) as error:
             failure = f"could not {action} at update {self.run.state.step}: {error}"
-            if unless:
+            if must_succeed:
                 raise OSError(failure) from error
             logger.warning("%s; training continues", failure)
 

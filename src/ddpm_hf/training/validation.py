@@ -57,6 +57,7 @@ class Validation:
     def __init__(self, run: Run, images: HeldOut) -> None:
         self.run, self.images = run, images
         self.num_images = min(len(images), run.config.validation_images)
+        self.every = run.config.validation_steps
         self.num_timesteps = min(run.config.validation_timesteps, len(run.components.scheduler))
 
     def measure(self) -> ValidationResult:
@@ -94,11 +95,10 @@ class Validation:
 
     def describe(self) -> str:
         """A line of the plan: what is measured, and its cost relative to training."""
-        every = self.run.config.validation_steps
-        cost = self.run.relative_cost(self.num_images * self.num_timesteps, every)
+        cost = self.run.relative_cost(self.num_images * self.num_timesteps, self.every)
         return (
             f"validation {counted(self.num_images, 'image')}, {self.num_timesteps} network calls "
-            f"each, every {counted(every, 'update')}: adds about {cost:.0%} of the time"
+            f"each, every {counted(self.every, 'update')}: adds about {cost:.0%} of the time"
         )
 
     def _generator(self, index: int) -> torch.Generator:
