@@ -1,7 +1,7 @@
-"""What the scheduler must agree with, by other routes; nothing here imports from `src`.
+"""Independent references for the scheduler; nothing here imports from `src`.
 
-Betas stand here as their sources write them, in 40-digit arithmetic; the posterior is had by
-conditioning a joint normal; the network is the exact one for normal data.
+Betas follow the formulas of their papers in 40-digit arithmetic; the posterior is computed by
+conditioning a joint normal distribution; the network is exact for normal data.
 """
 
 from collections.abc import Callable
@@ -15,9 +15,9 @@ from torch import Tensor
 
 mpmath.mp.dps = 40
 
-# Standard deviation of samples of N(0, 0.25 I) with the exact network, linear T=1000, evenly spaced
-# K steps, the last one without noise: small variance, large variance, DDIM. Found in another
-# implementation by propagating the variance.
+# Standard deviation of samples of N(0, 0.25 I) with the exact network, linear betas, T = 1000, K
+# evenly spaced timesteps, no noise in the last step: fixed_small, fixed_large, DDIM. Computed by
+# another implementation, which propagates the variance.
 STD_OF_SAMPLES = {
     10: (0.3228, 0.5988, 0.3616),
     25: (0.4042, 0.5365, 0.4442),
@@ -34,13 +34,13 @@ def linear_betas(T: int, start: float = 1e-4, end: float = 0.02) -> list[mpf]:
 
 
 def scaled_linear_betas(T: int, start: float = 1e-4, end: float = 0.02) -> list[mpf]:
-    """Square roots on a line; "quad" of Ho et al."""
+    """Linearly spaced square roots; "quad" of Ho et al."""
     low, high = mpmath.sqrt(mpf(start)), mpmath.sqrt(mpf(end))
     return [(low + (high - low) * i / max(T - 1, 1)) ** 2 for i in range(T)]
 
 
 def betas_of_alpha_bar(alpha_bar: Callable[[mpf], mpf], T: int, cap: float = 0.999) -> list[mpf]:
-    """1 - alpha_bar((i + 1)/T) / alpha_bar(i/T), capped, as Improved DDPM's code has it."""
+    """1 - alpha_bar((i + 1)/T) / alpha_bar(i/T), capped as in the code of Improved DDPM."""
     return [min(1 - alpha_bar(mpf(i + 1) / T) / alpha_bar(mpf(i) / T), mpf(cap)) for i in range(T)]
 
 
@@ -63,13 +63,13 @@ def chen_sigmoid_betas(T: int, start: float = -3, end: float = 3, tau: float = 1
 
 
 def geodiff_sigmoid_betas(T: int, start: float = 1e-4, end: float = 0.02) -> list[mpf]:
-    """2203.02923's code: a logistic curve from -6 to 6."""
+    """Code of 2203.02923: a logistic curve from -6 to 6."""
     line = [mpf(-6) + mpf(12) * i / max(T - 1, 1) for i in range(T)]
     return [mpf(start) + (mpf(end) - mpf(start)) / (1 + mpmath.exp(-x)) for x in line]
 
 
 def alpha_bars(betas: list[mpf]) -> list[mpf]:
-    """Products of 1 - beta, as eq. 4 defines alpha_bar."""
+    """alpha_bar as cumulative products of 1 - beta (eq. 4)."""
     products, product = [], mpf(1)
     for beta in betas:
         product *= 1 - beta
@@ -82,7 +82,7 @@ def to_float64(values: list[mpf]) -> np.ndarray:
 
 
 def relative_error(got: np.ndarray, want: list[mpf]) -> float:
-    """Largest |got/want - 1|, the difference taken in 40 digits."""
+    """Largest |got/want - 1|, computed in 40 digits."""
     return max(float(abs(mpf(float(g)) / w - 1)) for g, w in zip(got, want, strict=True))
 
 
@@ -96,10 +96,10 @@ class Posterior:
 
 
 def posterior_by_conditioning(alpha_bar_t: mpf, alpha_bar_prev: mpf) -> Posterior:
-    """Condition the joint normal of (x_prev, x_t) given x_0 on x_t.
+    """Condition the joint normal distribution of (x_prev, x_t) given x_0 on x_t.
 
-    x_t = sqrt(a) x_prev + noise, a = alpha_bar_t / alpha_bar_prev, so that cov(x_prev, x_t) is
-    sqrt(a) var(x_prev); mean and variance by the textbook rule, no equation of DDPM.
+    x_t = sqrt(a) x_prev + noise with a = alpha_bar_t / alpha_bar_prev, so cov(x_prev, x_t) is
+    sqrt(a) var(x_prev). Mean and variance follow the textbook rule, not an equation of DDPM.
     """
     root_a = mpmath.sqrt(alpha_bar_t / alpha_bar_prev)
     var_prev, var_t = 1 - alpha_bar_prev, 1 - alpha_bar_t
@@ -113,7 +113,7 @@ def posterior_by_conditioning(alpha_bar_t: mpf, alpha_bar_prev: mpf) -> Posterio
 
 
 def target(prediction_type: str, x_0: Tensor, eps: Tensor, alpha_bar: float) -> Tensor:
-    """What a perfect network would say, by the definitions of the three parameterisations."""
+    """Output of a perfect network, by the definitions of the three prediction types."""
     signal, sigma = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
     return {"sample": x_0, "epsilon": eps, "v_prediction": signal * eps - sigma * x_0}[
         prediction_type
@@ -121,7 +121,7 @@ def target(prediction_type: str, x_0: Tensor, eps: Tensor, alpha_bar: float) -> 
 
 
 def exact_output(prediction_type: str, x_t: Tensor, alpha_bar: float, data_var: float) -> Tensor:
-    """The optimal network for data N(0, data_var I): conditional expectations given x_t."""
+    """Output of the optimal network for N(0, data_var I): conditional expectations given x_t."""
     signal, sigma = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
     per_x_t = 1 / (alpha_bar * data_var + 1 - alpha_bar)
     x_0, eps = signal * data_var * per_x_t * x_t, sigma * per_x_t * x_t
@@ -129,7 +129,7 @@ def exact_output(prediction_type: str, x_t: Tensor, alpha_bar: float, data_var: 
 
 
 def iddpm_sections(T: int, sections: str) -> list[int]:
-    """Improved DDPM's `space_timesteps`, as its code accumulates it, ascending."""
+    """`space_timesteps` of Improved DDPM, accumulated as in its code, ascending."""
     counts = [int(count) for count in sections.split(",")]
     size, extra = divmod(T, len(counts))
     start, steps = 0, []
@@ -148,9 +148,9 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Ten
     return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
-# The bound of N(0, 0.25 I) less the data's entropy, in bits/dim: exact network, linear T=1000,
-# evenly spaced K steps, the decoder's variance at its best; small and large variance. Found in
-# another implementation.
+# Bound of N(0, 0.25 I) minus the entropy of the data, in bits/dim: exact network, linear betas,
+# T = 1000, K evenly spaced timesteps, optimal decoder variance; fixed_small and fixed_large. Computed
+# by another implementation.
 GAP_OF_BOUND = {
     10: (655.87, 0.1475),
     25: (145.48, 0.0620),
@@ -162,21 +162,21 @@ GAP_OF_BOUND = {
 
 
 def kl_of_step(q: Posterior, reverse_variance: mpf, x_0_error: mpf) -> mpf:
-    """KL of two normals, in nats, whose means are coef_x_0 times two estimates of x_0 apart.
+    """KL in nats of two normal distributions whose means differ by coef_x_0 times an error of x_0.
 
     Args:
-        q: the posterior, whose variance is the first normal's.
-        reverse_variance: the second's.
-        x_0_error: squared distance of the estimates.
+        q: the posterior, with the variance of the first distribution.
+        reverse_variance: variance of the second distribution.
+        x_0_error: squared error of the estimate of x_0.
     """
     ratio = q.variance / reverse_variance
     return (ratio - 1 - mpmath.log(ratio) + q.coef_x_0**2 * x_0_error / reverse_variance) / 2
 
 
 def bin_nll(x_0: float, mean: float, log_variance: float, bit_depth: int) -> mpf:
-    """-log of the normal's mass in the bin of a pixel in [-1, 1], to 40 digits.
+    """-log of the normal probability of the bin of a pixel in [-1, 1], to 40 digits.
 
-    From the smaller tail, for a difference of numbers near 1 has no digits.
+    Computed from the smaller tail: a difference of numbers near 1 would lose all digits.
     """
     half = 1 / mpf(2**bit_depth - 1)
     std = mpmath.exp(mpf(log_variance) / 2)
@@ -192,9 +192,10 @@ def bin_nll(x_0: float, mean: float, log_variance: float, bit_depth: int) -> mpf
 
 
 def papers_nll(x: np.ndarray, mean: np.ndarray, log_variance: np.ndarray) -> np.ndarray:
-    """-log p of Ho et al.'s decoder for 8-bit x in [-1, 1]: 2006.11239's code, in NumPy.
+    """-log p of the decoder of Ho et al. for 8-bit x in [-1, 1]: code of 2006.11239 in NumPy.
 
-    Phi by tanh, the first and last bin by abs(x) > 0.999, no probability below 1e-12.
+    Phi is approximated by tanh, abs(x) > 0.999 is the first or last bin, and probabilities are at
+    least 1e-12.
     """
 
     def phi(z: np.ndarray) -> np.ndarray:
@@ -208,7 +209,7 @@ def papers_nll(x: np.ndarray, mean: np.ndarray, log_variance: np.ndarray) -> np.
 
 
 def mean_of_mixture(x_t: Tensor, alpha_bar: float, means: list[float], data_std: float) -> Tensor:
-    """E[x_0 | x_t] for values from an even mixture of normals: responsibilities times means."""
+    """E[x_0 | x_t] for values from an equally weighted mixture of normal distributions."""
     variance = alpha_bar * data_std**2 + 1 - alpha_bar
     gain = alpha_bar**0.5 * data_std**2 / variance
     each = torch.tensor(means, dtype=x_t.dtype)

@@ -1,4 +1,4 @@
-"""The name and parameters of a beta schedule, as the plan of a run, a card and `repr` give them."""
+"""Name and parameters of the beta schedule of a configuration, as shown by plan, card and repr."""
 
 import json
 
@@ -29,9 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*signal amplitude at the last")
 
 
 @pytest.mark.parametrize(("config", "named"), NAMED)
-def test_a_configuration_tells_its_true_schedule_through_every_way_of_saving(
-    config, named, tmp_path
-):
+def test_a_schedule_keeps_its_name_in_every_saved_form(config, named, tmp_path):
     scheduler = GaussianDDPMScheduler(**V, **config)
     scheduler.save_pretrained(tmp_path / "ours")
     DDPMScheduler.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "stock")
@@ -63,13 +61,13 @@ def test_a_schedule_rescaled_to_zero_snr_keeps_its_name():
         {"_ddpm_hf": "chen_sigmoid"},
     ],
 )
-def test_a_name_that_belongs_to_other_betas_is_not_believed(change):
+def test_the_name_of_other_betas_is_ignored(change):
     scheduler = GaussianDDPMScheduler(beta_schedule="chen_sigmoid", **V)
     assert beta_schedule_of(dict(scheduler.config) | change) == ("trained_betas", {})
 
 
 @pytest.mark.parametrize("name", BETA_SCHEDULES)
-def test_the_ends_are_named_where_the_betas_depend_on_them(name):
+def test_beta_range_lists_the_parameters_that_affect_the_betas(name):
     moved = {}
     for key, value in (("beta_start", 0.001), ("beta_end", 0.1)):
         betas = [
@@ -79,7 +77,7 @@ def test_the_ends_are_named_where_the_betas_depend_on_them(name):
     assert BETA_RANGE.get(name, ()) == tuple(key for key, does in moved.items() if does)
 
 
-def test_the_card_of_a_checkpoint_names_its_schedule(tmp_path):
+def test_the_model_card_names_the_schedule(tmp_path):
     scheduler = GaussianDDPMScheduler(
         beta_schedule="chen_sigmoid", beta_schedule_params={"tau": 0.7}, **V
     )

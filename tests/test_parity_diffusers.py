@@ -1,16 +1,16 @@
-"""Beside `diffusers.DDPMScheduler`: equal where it is right, and every difference has its reason.
+"""Parity with `diffusers.DDPMScheduler`, and the intended differences.
 
-Intended differences, each held by a test that stock fails:
+Each intended difference has a test that stock diffusers fails:
 - fixed_large_log: stock takes the root of a log and samples NaN (huggingface/diffusers#14569).
-- learned: stock takes the root of what the network says, which the papers mean as a log-variance.
-- an unknown variance_type: stock samples as fixed_small.
+- learned: stock takes the root of the network output, which the papers define as a log-variance.
+- an unknown variance_type: stock samples as with fixed_small.
 - trailing: at 62 numbers of steps stock visits t = -1, which wraps to the noisiest alpha_bar.
-- last step: stock adds noise wherever the last timestep is not 0.
-- leading with an offset: stock leaves the range (huggingface/diffusers#10003).
-- half precision: stock rounds alpha_bar to the sample's dtype, and keeps x_t in it.
+- last step: stock adds noise if the last timestep is not 0.
+- leading with an offset: stock exceeds the range (huggingface/diffusers#10003).
+- half precision: stock rounds alpha_bar to the dtype of the sample, and keeps x_t in that dtype.
 - zero terminal SNR with epsilon: stock divides by zero.
-- tables: stock derives 1 - alpha_bar and beta in float32, which loses up to 1e-3 of them.
-- one generator per image: the same here and there, but stock takes a list of any length.
+- tables: stock computes 1 - alpha_bar and beta in float32, with relative errors of up to 1e-3.
+- one generator per image: equal results, but stock accepts a list of any length.
 """
 
 import itertools
@@ -56,7 +56,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 def stock_laplace_betas(T):
-    """diffusers' own formula, with its square root, in 40 digits."""
+    """Formula of diffusers, with its square root, in 40 digits."""
     from mpmath import exp, log, mpf, sqrt
 
     def alpha_bar(t):
@@ -78,12 +78,12 @@ EXACT_BETAS = {
 
 
 def relative(ours, stock):
-    """Largest difference, relative to the largest value: both round, and may cancel, per pixel."""
+    """Largest difference relative to the largest value, because single pixels may cancel."""
     return ((ours - stock).abs().max() / stock.abs().max()).item()
 
 
 def worst_step(ours, stock, steps=(0, 1, 3, 8)):
-    """Along a trajectory of ten, same generator; the last step only where stock adds no noise."""
+    """Largest error along ten steps with equal generators; the last only if stock adds no noise."""
     for scheduler in (ours, stock):
         scheduler.set_timesteps(10)
     assert torch.equal(ours.timesteps, stock.timesteps)
@@ -95,7 +95,7 @@ def worst_step(ours, stock, steps=(0, 1, 3, 8)):
         output = randn(2, channels, 8, 8, seed=99, dtype=torch.float32)
         a, b = (s.step(output, t, x, torch.Generator().manual_seed(i)) for s in (ours, stock))
         errors.append(relative(a.prev_sample, b.prev_sample))
-        # For epsilon x_0 is a difference of terms so large, whatever is left of it after clipping.
+        # For epsilon, x_0 is a difference of terms of this size, before clipping.
         terms = (
             x / stock.alphas_cumprod[t] ** 0.5 if stock.config.prediction_type == "epsilon" else x
         )
@@ -119,20 +119,20 @@ def config_of(schedule, prediction, variance, spacing, clip):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_steps_equal_stocks_arithmetic_on_exact_tables_and_are_near_stock_as_it_is(schedule):
+def test_steps_equal_stock_on_exact_tables_and_are_close_to_stock_on_its_tables(schedule):
     exact = torch.from_numpy(to_float64(alpha_bars(EXACT_BETAS[schedule](T))))
     for values in MATRIX:
         config = config_of(schedule, *values)
         ours, stock = GaussianDDPMScheduler(**config), DDPMScheduler(**config)
-        assert worst_step(ours, stock) < 1e-3, config  # what its float32 tables lose at T = 1000
+        assert worst_step(ours, stock) < 1e-3, config  # precision of its float32 tables
         stock.alphas_cumprod = exact
-        # Both round some ten times; stock subtracts before it divides, we after.
+        # Both round about ten times; stock subtracts before dividing, ours after.
         assert worst_step(ours, stock) < 2e-6, config
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_steps_equal_stocks_arithmetic_in_a_sample_of_the_matrix(schedule, prediction):
+def test_steps_equal_stock_on_exact_tables_in_a_sample_of_the_matrix(schedule, prediction):
     exact = torch.from_numpy(to_float64(alpha_bars(EXACT_BETAS[schedule](T))))
     for variance, spacing, clip in zip(
         VARIANCES, [*SPACINGS, "leading"], [*CLIPS, {}], strict=True
@@ -144,7 +144,7 @@ def test_steps_equal_stocks_arithmetic_in_a_sample_of_the_matrix(schedule, predi
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_noising_and_velocity_equal_stocks(schedule):
+def test_noising_and_velocity_equal_stock(schedule):
     ours = GaussianDDPMScheduler(beta_schedule=schedule)
     stock = DDPMScheduler(beta_schedule=schedule)
     stock.alphas_cumprod = torch.from_numpy(
@@ -154,13 +154,13 @@ def test_noising_and_velocity_equal_stocks(schedule):
     t = torch.arange(0, T, 2)
     for method in ("add_noise", "get_velocity"):
         got, want = getattr(ours, method)(x, noise, t), getattr(stock, method)(x, noise, t)
-        # 1 - alpha_bar of a float32 alpha_bar: 6e-8 absolute, under a root at 4e-5.
+        # The root of 1 - alpha_bar with a float32 alpha_bar, an error of 6e-8 at 4e-5.
         assert_close(got, want, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("zero_snr", [False, True])
-def test_public_tables_equal_stocks(schedule, zero_snr):
+def test_float32_tables_equal_stock(schedule, zero_snr):
     config = {
         "beta_schedule": schedule,
         "prediction_type": "sample",
@@ -171,11 +171,11 @@ def test_public_tables_equal_stocks(schedule, zero_snr):
     for table in ("betas", "alphas", "alphas_cumprod"):
         got, want = getattr(ours, table), getattr(stock, table)
         assert got.dtype == want.dtype == torch.float32
-        assert_close(got, want, rtol=1e-4, atol=3e-6)  # stock's differences of float32 products
+        assert_close(got, want, rtol=1e-4, atol=3e-6)  # stock subtracts float32 products
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
-def test_timesteps_equal_stocks_where_stock_is_right(spacing):
+def test_timesteps_equal_stock_except_at_its_errors(spacing):
     ours = GaussianDDPMScheduler(timestep_spacing=spacing, steps_offset=1)
     stock = DDPMScheduler(timestep_spacing=spacing, steps_offset=1)
     wrong = []
@@ -195,7 +195,7 @@ def test_timesteps_equal_stocks_where_stock_is_right(spacing):
         assert wrong == []
 
 
-def test_a_whole_chain_equals_stocks_with_the_same_generator():
+def test_samples_equal_stock_with_the_same_generator():
     ours, stock = GaussianDDPMScheduler(), DDPMScheduler()
     stock.alphas_cumprod = torch.from_numpy(to_float64(alpha_bars(linear_betas(T))))
     samples = []
@@ -208,10 +208,7 @@ def test_a_whole_chain_equals_stocks_with_the_same_generator():
     assert relative(*samples) < 1e-5  # fifty steps of 2e-7
 
 
-# Differences --------------------------------------------------------------------------------------
-
-
-def test_fixed_large_log_is_a_number():
+def test_fixed_large_log_is_not_nan():
     x, results = randn(1, 1, 8, 8, dtype=torch.float32), {}
     for name, kind in (("ours", GaussianDDPMScheduler), ("stock", DDPMScheduler)):
         scheduler = kind(variance_type="fixed_large_log")
@@ -222,7 +219,7 @@ def test_fixed_large_log_is_a_number():
     assert results["stock"].isnan().all()
 
 
-def test_learned_takes_a_log_variance():
+def test_learned_reads_a_log_variance():
     x, log_var = torch.zeros(1, 1, 4, 4), torch.full((1, 1, 4, 4), -6.0)
     noise = randn(1, 1, 4, 4, dtype=torch.float32)
     ours = GaussianDDPMScheduler(variance_type="learned")
@@ -241,13 +238,13 @@ def test_noise_reaches_half_precision_images_at_every_timestep(dtype, schedule):
     sigma = ours.add_noise(zeros, ones, t)
     assert sigma.dtype == dtype
     exact = torch.from_numpy(1 - to_float64(alpha_bars(EXACT_BETAS[schedule](T)))).sqrt()
-    # One rounding to the dtype.
+    # A single rounding to the dtype.
     assert_close(sigma[:, 0].double(), exact, rtol=torch.finfo(dtype).eps / 2 * 1.01, atol=0)
     stock = DDPMScheduler(beta_schedule=schedule).add_noise(zeros, ones, t)
     assert (stock == 0).any()
 
 
-def test_half_precision_is_rounded_to_once_at_the_end_of_a_step():
+def test_a_step_rounds_to_half_precision_once_at_the_end():
     x = randn(1, 1, 8, 8, dtype=torch.float32).bfloat16()
     output = randn(1, 1, 8, 8, seed=1, dtype=torch.float32).bfloat16()
     noise = randn(1, 1, 8, 8, seed=2, dtype=torch.float32)
@@ -263,7 +260,7 @@ def test_half_precision_is_rounded_to_once_at_the_end_of_a_step():
     assert not torch.equal(half, full.bfloat16())
 
 
-def test_stock_adds_noise_on_a_last_step_that_is_not_0_and_we_do_not():
+def test_a_last_step_above_zero_adds_noise_only_in_stock():
     x = torch.zeros(1, 1, 8, 8)
     for kind, has_noise in ((GaussianDDPMScheduler, False), (DDPMScheduler, True)):
         scheduler = kind(timestep_spacing="trailing", variance_type="fixed_large")
@@ -271,14 +268,14 @@ def test_stock_adds_noise_on_a_last_step_that_is_not_0_and_we_do_not():
         assert bool(scheduler.step(x, 99, x).prev_sample.any()) == has_noise
 
 
-def test_stocks_tables_lose_digits_where_ours_do_not():
+def test_tables_are_more_precise_than_in_stock():
     exact = [1 - bar for bar in alpha_bars(linear_betas(T))]
     ours = GaussianDDPMScheduler().q_mean_variance(torch.ones(T, 1), torch.arange(T)).variance
     assert relative_error(ours.reshape(-1).numpy(), exact) < 1e-7
     assert relative_error(1 - DDPMScheduler().alphas_cumprod.numpy(), exact) > 1e-4
 
 
-def test_an_exact_network_survives_fp16_without_clipping():
+def test_a_float16_output_without_clipping_does_not_overflow():
     ours = GaussianDDPMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=False)
     x = randn(1, 1, 32, 32, dtype=torch.float32)
     step = ours.step(torch.zeros(1, 1, 32, 32, dtype=torch.float16), 999, x)
@@ -286,9 +283,7 @@ def test_an_exact_network_survives_fp16_without_clipping():
     assert step.pred_original_sample.abs().max() > 65504  # beyond fp16
 
 
-# Configurations that travel -----------------------------------------------------------------------
-
-# DPMSolverSDEScheduler needs a library that nothing else here needs.
+# DPMSolverSDEScheduler needs a library that is not a dependency.
 COMPATIBLE = sorted(
     {kind.__name__ for kind in GaussianDDPMScheduler().compatibles}
     - {"DDPMScheduler", "DPMSolverSDEScheduler"}
@@ -319,7 +314,7 @@ def of_stock(config):
     return {key: config[key] for key in STOCK_KEYS}
 
 
-def test_the_compatible_schedulers_are_stocks():
+def test_the_compatible_schedulers_are_those_of_stock():
     assert len(COMPATIBLE) >= 10
     stocks = {kind.__name__ for kind in DDPMScheduler().compatibles}
     assert {*COMPATIBLE, "DDPMScheduler"} == stocks - {"DPMSolverSDEScheduler"}
@@ -331,7 +326,9 @@ def test_the_compatible_schedulers_are_stocks():
     "through_disk", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["memory", "disk"]
 )
 @pytest.mark.filterwarnings("error::UserWarning")
-def test_a_swap_there_and_back_drops_no_value(name, values, through_disk, tmp_path, capfd):
+def test_conversion_to_another_scheduler_and_back_keeps_all_values(
+    name, values, through_disk, tmp_path, capfd
+):
     kind = getattr(diffusers, name)
 
     def carry(scheduler, target, folder):
@@ -351,8 +348,8 @@ def test_a_swap_there_and_back_drops_no_value(name, values, through_disk, tmp_pa
     assert of_stock(stock.config) == of_stock(ours.config)
 
 
-def test_values_given_by_position_are_not_dropped():
-    """Stock takes an argument given by position for a default and loses it in a swap."""
+def test_positional_arguments_are_kept_in_a_conversion():
+    """Stock treats a positional argument as a default and drops it."""
     ours = GaussianDDPMScheduler(50, 1e-3, 0.2, "squaredcos_cap_v2")
     assert DDIMScheduler.from_config(ours.config).config.beta_schedule == "squaredcos_cap_v2"
     stock = DDPMScheduler(50, 1e-3, 0.2, "squaredcos_cap_v2")
@@ -360,14 +357,14 @@ def test_values_given_by_position_are_not_dropped():
     assert of_stock(GaussianDDPMScheduler.from_config(stock.config).config) == of_stock(ours.config)
 
 
-def test_keys_and_defaults_are_stocks():
+def test_keys_and_defaults_equal_stock():
     stock, ours = DDPMScheduler(), GaussianDDPMScheduler()
     assert set(of_stock(stock.config)) == STOCK_KEYS
     assert of_stock(ours.config) == of_stock(stock.config)
     assert {k for k in ours.config if not k.startswith("_")} == STOCK_KEYS
 
 
-def test_a_legacy_configuration_with_missing_fields_means_what_it_meant():
+def test_a_legacy_configuration_with_missing_keys_gets_the_defaults_of_stock():
     legacy = {
         "_class_name": "DDPMScheduler", "_diffusers_version": "0.1.1", "beta_end": 0.02,
         "beta_schedule": "linear", "beta_start": 0.0001, "clip_sample": True,
@@ -392,7 +389,7 @@ OWN = [
 
 @pytest.mark.parametrize(("name", "params"), OWN)
 @pytest.mark.filterwarnings("error::UserWarning")
-def test_stock_reads_schedules_that_it_does_not_know(name, params, tmp_path, capfd):
+def test_stock_loads_schedules_that_it_lacks(name, params, tmp_path, capfd):
     ours = GaussianDDPMScheduler(
         100, beta_schedule=name, beta_schedule_params=params, prediction_type="v_prediction"
     )
@@ -415,7 +412,7 @@ def test_stock_reads_schedules_that_it_does_not_know(name, params, tmp_path, cap
 
 @pytest.mark.parametrize("name", COMPATIBLE)
 @pytest.mark.filterwarnings("error::UserWarning")
-def test_a_swap_there_and_back_keeps_the_extension(name, capfd):
+def test_conversion_to_another_scheduler_and_back_keeps_the_extension(name, capfd):
     ours = GaussianDDPMScheduler(100, beta_schedule="chen_sigmoid")
     other = getattr(diffusers, name).from_config(ours.config)
     back = GaussianDDPMScheduler.from_config(other.config)
@@ -433,7 +430,7 @@ def test_a_swap_there_and_back_keeps_the_extension(name, capfd):
         {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
     ],
 )
-def test_an_override_never_leaves_a_stale_extension(override):
+def test_an_override_of_the_diffusion_drops_the_extension(override):
     ours = GaussianDDPMScheduler(100, beta_schedule="const", prediction_type="v_prediction")
     with pytest.warns(UserWarning, match=r"`_ddpm_hf` was made for other betas .* ignored"):
         changed = GaussianDDPMScheduler.from_config(ours.config, **override)
@@ -453,7 +450,7 @@ def test_an_override_never_leaves_a_stale_extension(override):
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*_ddpm_hf")
-def test_an_override_of_a_schedule_of_ours_does_what_it_says(name, override):
+def test_an_override_of_an_extension_schedule_takes_effect(name, override):
     ours = GaussianDDPMScheduler(100, beta_schedule=name, prediction_type="v_prediction")
     changed = GaussianDDPMScheduler.from_config(ours.config, **override)
     given = {"num_train_timesteps": 100, "beta_schedule": name, "prediction_type": "v_prediction"}
@@ -464,7 +461,7 @@ def test_an_override_of_a_schedule_of_ours_does_what_it_says(name, override):
 
 
 @pytest.mark.parametrize("name", COMPATIBLE)
-def test_another_schedulers_own_configuration_is_taken_over(name, tmp_path):
+def test_the_configuration_of_another_scheduler_is_used(name, tmp_path):
     other = getattr(diffusers, name)()
     other.save_pretrained(tmp_path)
     for ours in (
@@ -473,12 +470,12 @@ def test_another_schedulers_own_configuration_is_taken_over(name, tmp_path):
     ):
         for key in STOCK_KEYS & other.config.keys() - {"variance_type", "trained_betas"}:
             assert ours.config[key] == other.config[key], key
-        # DPMSolver's None says that the network learned none.
+        # None means "not learned" in DPMSolverMultistepScheduler.
         assert ours.config.variance_type == (other.config.get("variance_type") or "fixed_small")
 
 
 @pytest.mark.filterwarnings("ignore:.*_ddpm_hf")
-def test_an_override_by_another_schedule_of_ours_replaces_the_extension():
+def test_an_override_by_another_extension_schedule_replaces_the_extension():
     ours = GaussianDDPMScheduler(100, beta_schedule="const")
     changed = GaussianDDPMScheduler.from_config(
         ours.config,
@@ -491,7 +488,7 @@ def test_an_override_by_another_schedule_of_ours_replaces_the_extension():
 
 
 @pytest.mark.filterwarnings("error::UserWarning")
-def test_an_override_of_another_key_keeps_the_extension_and_what_newer_versions_put_there():
+def test_an_override_of_another_key_keeps_the_extension_and_its_unknown_keys():
     ours = GaussianDDPMScheduler(100, beta_schedule="const")
     newer = dict(ours.config, _ddpm_hf={**ours.config["_ddpm_hf"], "format_version": 2, "new": [1]})
     changed = GaussianDDPMScheduler.from_config(newer, variance_type="fixed_large")
@@ -501,7 +498,7 @@ def test_an_override_of_another_key_keeps_the_extension_and_what_newer_versions_
 @pytest.mark.parametrize(
     ("key", "hint"), [("num_train_timestep", "num_train_timesteps"), ("betas_start", "beta_start")]
 )
-def test_a_misspelt_key_is_named_with_its_neighbour(key, hint):
+def test_a_misspelt_key_causes_a_warning_with_a_suggestion(key, hint):
     with pytest.warns(
         UserWarning, match=f"'{key}' is not a configuration key.*did you mean '{hint}'"
     ):
@@ -511,7 +508,7 @@ def test_a_misspelt_key_is_named_with_its_neighbour(key, hint):
 
 
 @pytest.mark.slow
-def test_a_saved_scheduler_loads_in_stock_where_our_package_cannot_be_imported(tmp_path):
+def test_a_saved_scheduler_loads_in_stock_without_this_package(tmp_path):
     ours = GaussianDDPMScheduler(50, beta_schedule="chen_sigmoid", variance_type="fixed_large")
     ours.save_pretrained(tmp_path)
     script = (

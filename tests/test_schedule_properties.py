@@ -1,4 +1,4 @@
-"""What must hold for every schedule and every trajectory."""
+"""Properties of all schedules and trajectories."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ quick = settings(max_examples=25, deadline=None, derandomize=True)
 
 @st.composite
 def schedulers(draw, **fixed):
-    """Any schedule, T, prediction and trajectory; zero terminal SNR only where it is allowed."""
+    """Any schedule, T, prediction type and trajectory; no "epsilon" with zero terminal SNR."""
     name = draw(st.sampled_from(sorted(BETA_SCHEDULES)))
     T = draw(st.integers(25, 300))
     prediction = "v_prediction" if name == "jsd" else draw(st.sampled_from(PREDICTIONS))
@@ -55,7 +55,7 @@ def test_alpha_bar_and_log_snr_strictly_fall(scheduler):
 
 @quick
 @given(schedulers())
-def test_signal_and_noise_share_a_variance_of_one(scheduler):
+def test_the_variances_of_signal_and_noise_sum_to_one(scheduler):
     t, ones = torch.arange(len(scheduler)), torch.ones(len(scheduler), 1, dtype=F64)
     q = scheduler.q_mean_variance(ones, t)
     assert_close(q.mean**2 + q.variance, ones, rtol=1e-14, atol=0)
@@ -63,7 +63,7 @@ def test_signal_and_noise_share_a_variance_of_one(scheduler):
 
 @quick
 @given(schedulers())
-def test_kernels_along_any_trajectory_compose_to_the_jump(scheduler):
+def test_one_step_kernels_along_any_trajectory_compose_to_the_marginal(scheduler):
     zero, one = torch.zeros(1, dtype=F64), torch.ones(1, dtype=F64)
     mean, variance = one, zero
     for t in scheduler.timesteps.flip(0).tolist():
@@ -71,14 +71,14 @@ def test_kernels_along_any_trajectory_compose_to_the_jump(scheduler):
         a = scheduler.diffuse_one_step(one, t, zero)
         variance = a**2 * variance + scheduler.diffuse_one_step(zero, t, one) ** 2
         jump = scheduler.q_mean_variance(one, t)
-        assert_close(mean, jump.mean, rtol=1e-12, atol=0)  # up to twenty products
+        assert_close(mean, jump.mean, rtol=1e-12, atol=0)  # up to 20 products
         assert_close(variance, jump.variance, rtol=1e-12, atol=0)
 
 
 @quick
 @given(schedulers())
-def test_the_posterior_marginalises_to_the_level_before(scheduler):
-    """Averaged over x_t given x_0, q(x_prev | x_t, x_0) is q(x_prev | x_0)."""
+def test_the_posterior_marginalises_to_the_previous_marginal(scheduler):
+    """The mean of q(x_prev | x_t, x_0) over x_t given x_0 is q(x_prev | x_0)."""
     one, zero = torch.ones(1, dtype=F64), torch.zeros(1, dtype=F64)
     for t in scheduler.timesteps.tolist():
         prev = scheduler.previous_timestep(t)
@@ -88,13 +88,13 @@ def test_the_posterior_marginalises_to_the_level_before(scheduler):
         variance = coef_x_t**2 * q_t.variance + posterior.variance
         want = scheduler.q_mean_variance(one, prev) if prev >= 0 else None
         assert_close(posterior.mean, want.mean if want else one, rtol=1e-12, atol=0)
-        # Two terms of at most the sum's size.
+        # Both terms are at most as large as their sum.
         assert_close(variance, want.variance if want else zero, rtol=1e-12, atol=1e-30)
 
 
 @quick
 @given(schedulers(), st.floats(0, 1))
-def test_noising_then_predicting_gives_x_0_back(scheduler, eta):
+def test_prediction_from_the_true_target_recovers_x_0(scheduler, eta):
     t = torch.tensor(scheduler.timesteps.tolist())
     x_0, eps = pixels(len(t), 2, 3), pixels(len(t), 2, 3, seed=1)
     x_t = scheduler.add_noise(x_0, eps, t)
@@ -102,7 +102,7 @@ def test_noising_then_predicting_gives_x_0_back(scheduler, eta):
     v = scheduler.get_velocity(x_0, eps, t)
     output = {"epsilon": eps, "sample": x_0, "v_prediction": v}[kind]
     got = scheduler.step(output, t, x_t, eta=eta).pred_original_sample
-    # Dividing by sqrt(alpha_bar) magnifies the roundings of epsilon.
+    # Division by sqrt(alpha_bar) amplifies the rounding errors of epsilon.
     growth = (1 + (-scheduler.log_snr(t) / 2).exp()).double().reshape(-1, 1, 1)
     slack = 1e-14 * (growth if kind == "epsilon" else torch.ones_like(growth)) * 10
     assert ((got - x_0).abs() <= slack).all()
@@ -110,8 +110,8 @@ def test_noising_then_predicting_gives_x_0_back(scheduler, eta):
 
 @quick
 @given(schedulers(), st.floats(0, 1))
-def test_every_eta_keeps_the_marginal_of_the_level_before(scheduler, eta):
-    """2010.02502, lemma 1: with the true x_0, x_prev has the variance 1 - alpha_bar_prev."""
+def test_every_eta_keeps_the_previous_marginal(scheduler, eta):
+    """2010.02502, lemma 1: given the true x_0, x_prev has the variance 1 - alpha_bar_prev."""
     kind = scheduler.config.prediction_type
     one, zero = torch.ones(1, dtype=F64), torch.zeros(1, dtype=F64)
     for t in scheduler.timesteps.tolist()[:-1]:
@@ -127,7 +127,7 @@ def test_every_eta_keeps_the_marginal_of_the_level_before(scheduler, eta):
 
 @quick
 @given(schedulers(), st.integers(1, 4), st.sampled_from([(), (3,), (2, 5), (1, 4, 4)]))
-def test_a_batch_equals_its_images_one_by_one(scheduler, batch, trailing):
+def test_a_batch_gives_the_same_bits_as_single_images(scheduler, batch, trailing):
     steps = scheduler.timesteps.tolist()
     t = torch.tensor([steps[i % len(steps)] for i in range(batch)])
     x, output, noise = (pixels(batch, *trailing, seed=s).float() for s in range(3))
@@ -142,7 +142,7 @@ def test_a_batch_equals_its_images_one_by_one(scheduler, batch, trailing):
 
 @quick
 @given(schedulers())
-def test_a_saved_scheduler_is_the_same_scheduler(scheduler):
+def test_from_config_reproduces_the_scheduler(scheduler):
     again = GaussianDDPMScheduler.from_config(dict(scheduler.config))
     t = torch.arange(len(scheduler))
     ones = torch.ones(len(t), 1, dtype=F64)
@@ -154,7 +154,7 @@ def test_a_saved_scheduler_is_the_same_scheduler(scheduler):
 def test_any_valid_betas_are_kept_to_the_last_bit(data):
     T = data.draw(st.integers(1, 40))
     betas = data.draw(st.lists(st.floats(1e-8, 0.9999), min_size=T, max_size=T))
-    for given_as in (betas, np.array(betas), torch.tensor(betas, dtype=F64)):
-        scheduler = GaussianDDPMScheduler(T, trained_betas=given_as)
+    for sequence in (betas, np.array(betas), torch.tensor(betas, dtype=F64)):
+        scheduler = GaussianDDPMScheduler(T, trained_betas=sequence)
         assert scheduler.config.trained_betas == betas
         assert_close(scheduler.betas.double(), torch.tensor(betas, dtype=F64), rtol=6e-8, atol=0)

@@ -1,4 +1,4 @@
-"""The scheduler against independent routes: 40-digit tables, conditioning, exact networks."""
+"""The scheduler against independent references: 40-digit tables, conditioning, exact networks."""
 
 import copy
 import pickle
@@ -51,7 +51,7 @@ REFERENCES = {
     "cosine 1000": ("squaredcos_cap_v2", cosine_betas, (1000,)),
     "cosine 4000": ("squaredcos_cap_v2", cosine_betas, (4000,)),
 }
-# One long schedule is enough for the inner loop.
+# The quick tests include a single long schedule.
 SLOW = {"linear 4000", "cosine 4000"}
 reference = pytest.mark.parametrize(
     "case",
@@ -75,11 +75,8 @@ def column(values: torch.Tensor) -> np.ndarray:
     return values.reshape(-1).numpy()
 
 
-# Tables -------------------------------------------------------------------------------------------
-
-
 @reference
-def test_tables_agree_with_forty_digits(case):
+def test_tables_match_forty_digit_references(case):
     scheduler, betas, bars = scheduler_and_reference(case)
     T, half_ulp = len(betas), 6e-8  # float32 rounds by at most 2^-24
     assert relative_error(scheduler.betas.numpy(), betas) < half_ulp
@@ -87,7 +84,7 @@ def test_tables_agree_with_forty_digits(case):
     t, ones, zeros = torch.arange(T), torch.ones(T, 1, dtype=F64), torch.zeros(T, 1, dtype=F64)
     marginal = scheduler.q_mean_variance(ones, t)
     want_sigma = [1 - bar for bar in bars]
-    # Required: 1e-13. The mean is the square root of a sum of 4000 logarithms.
+    # 1e-13, because the mean is the square root of a sum of 4000 logarithms.
     assert relative_error(column(marginal.mean), [mpmath.sqrt(bar) for bar in bars]) < 1e-13
     assert relative_error(column(marginal.variance), want_sigma) < 1e-13
     beta = scheduler.diffuse_one_step(zeros, t, ones) ** 2
@@ -101,7 +98,7 @@ def test_tables_agree_with_forty_digits(case):
 
 
 @reference
-def test_posterior_agrees_with_forty_digit_conditioning(case):
+def test_posterior_matches_forty_digit_conditioning(case):
     scheduler, betas, bars = scheduler_and_reference(case)
     bars, T = [mpf(1), *bars], len(betas)
     want = [posterior_by_conditioning(bars[i + 1], bars[i]) for i in range(T)]
@@ -118,7 +115,7 @@ def test_posterior_agrees_with_forty_digit_conditioning(case):
 
 
 @pytest.mark.parametrize("steps", [[999, 500, 3], [700, 699, 1, 0], [123]])
-def test_posterior_of_a_strided_trajectory_is_conditioning_over_the_stride(steps):
+def test_posterior_of_a_strided_trajectory_matches_conditioning(steps):
     scheduler = GaussianDDPMScheduler()
     scheduler.set_timesteps(timesteps=steps)
     bars = betas_and_bars("linear 1000")[1]
@@ -133,7 +130,7 @@ def test_posterior_of_a_strided_trajectory_is_conditioning_over_the_stride(steps
 
 
 @pytest.mark.parametrize("steps", [None, [999, 700, 20, 0], [1]])
-def test_one_step_kernels_compose_to_the_jump(steps):
+def test_one_step_kernels_compose_to_the_marginal(steps):
     scheduler = GaussianDDPMScheduler(beta_schedule="squaredcos_cap_v2")
     if steps:
         scheduler.set_timesteps(timesteps=steps)
@@ -144,12 +141,12 @@ def test_one_step_kernels_compose_to_the_jump(steps):
         shrink = scheduler.diffuse_one_step(one, t, zero)
         variance = shrink**2 * variance + scheduler.diffuse_one_step(zero, t, one) ** 2
         jump = scheduler.q_mean_variance(one, t)
-        # A thousand roundings, none amplified.
+        # At most a thousand roundings, without amplification.
         assert_close(mean, jump.mean, rtol=1e-12, atol=0)
         assert_close(variance, jump.variance, rtol=1e-12, atol=0)
 
 
-# alpha_bar at the last step, from the sources' constants (computed outside of this project).
+# alpha_bar at the last step for the constants of the papers, computed outside of this project.
 CONSTANTS = {
     ("linear", 1000): 4.03583e-05,
     ("squaredcos_cap_v2", 1000): 2.42877e-09,
@@ -163,13 +160,13 @@ CONSTANTS = {
 
 
 @pytest.mark.parametrize(("name", "T"), CONSTANTS)
-def test_schedules_end_where_their_sources_say(name, T):
+def test_schedules_end_at_the_alpha_bar_of_their_sources(name, T):
     scheduler = GaussianDDPMScheduler(T, beta_schedule=name, prediction_type="v_prediction")
     # The constants are given to four digits or more.
     assert scheduler.alphas_cumprod[-1].item() == pytest.approx(CONSTANTS[name, T], rel=2e-4)
 
 
-def test_stable_diffusions_schedule_ends_where_it_should():
+def test_stable_diffusion_schedule_ends_at_its_alpha_bar():
     scheduler = GaussianDDPMScheduler(1000, 0.00085, 0.012, beta_schedule="scaled_linear")
     assert scheduler.alphas_cumprod[-1].item() == pytest.approx(4.6601e-03, rel=1e-5)
 
@@ -188,7 +185,7 @@ def test_stable_diffusions_schedule_ends_where_it_should():
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*signal amplitude at the last")
-def test_schedules_agree_with_their_sources_in_forty_digits(name, params, source, T):
+def test_schedules_match_their_sources_in_forty_digits(name, params, source, T):
     scheduler = GaussianDDPMScheduler(
         T, beta_schedule=name, **({"beta_schedule_params": params} if params else {})
     )
@@ -198,7 +195,7 @@ def test_schedules_agree_with_their_sources_in_forty_digits(name, params, source
 
 
 @pytest.mark.parametrize(("name", "share"), [("warmup10", 10), ("warmup50", 2)])
-def test_warmup_rises_on_a_line_and_then_stays(name, share):
+def test_warmup_is_linear_and_then_constant(name, share):
     betas = GaussianDDPMScheduler(200, 1e-3, 0.05, beta_schedule=name).betas.double()
     num_warmup = 200 // share
     assert_close(
@@ -208,7 +205,7 @@ def test_warmup_rises_on_a_line_and_then_stays(name, share):
     assert betas[-1].item() == pytest.approx(0.05, rel=1e-7)
 
 
-def test_jsd_puts_alpha_bar_on_a_line_to_zero():
+def test_alpha_bar_of_jsd_falls_linearly_to_zero():
     scheduler = GaussianDDPMScheduler(50, beta_schedule="jsd", prediction_type="sample")
     assert_close(scheduler.alphas_cumprod, 1 - torch.arange(1, 51) / 50, rtol=1e-5, atol=1e-8)
     assert scheduler.alphas_cumprod[-1] == 0
@@ -224,26 +221,24 @@ def test_laplace_log_snr_has_laplace_quantiles(mu, b):
     log_snr = scheduler.log_snr(torch.arange(1000)).double()
     share_above = torch.arange(1, 1001, dtype=F64) / 1000
     quantile = torch.distributions.Laplace(torch.tensor(mu, dtype=F64), b).icdf(1 - share_above)
-    # The source adds 1e-6 to a probability of at least 2e-3; the end, where it counts, is left out.
+    # The source adds 1e-6 to a probability of at least 2e-3; the last value, where it matters, is
+    # excluded.
     assert_close(log_snr[:-1], quantile[:-1], rtol=0, atol=1e-3 * b)
     assert log_snr[499].item() == pytest.approx(mu, abs=1e-5)
 
 
-def test_zero_terminal_snr_keeps_the_first_beta_and_ends_in_zero():
+def test_zero_terminal_snr_keeps_the_first_beta_and_ends_at_zero():
     config = {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}
     scheduler = GaussianDDPMScheduler(rescale_betas_zero_snr=True, **config)
     roots = [mpmath.sqrt(bar) for bar in betas_and_bars("linear 1000")[1]]
     scale = roots[0] / (roots[0] - roots[-1])
     want = [(root - roots[-1]) * scale for root in roots]
     got = column(scheduler.q_mean_variance(torch.ones(1000, 1, dtype=F64), torch.arange(1000)).mean)
-    assert relative_error(got[:-1], want[:-1]) < 1e-11  # near the end the shift itself cancels
+    assert relative_error(got[:-1], want[:-1]) < 1e-11  # the reference cancels near the end
     assert got[-1] == 0
     assert scheduler.betas[-1] == 1
     assert scheduler.betas[0].item() == pytest.approx(1e-4, rel=1e-7)
     assert scheduler.log_snr(999) == -torch.inf
-
-
-# Sampling with networks whose answer is known -----------------------------------------------------
 
 
 def chain(scheduler, network, x, **step_options):
@@ -259,42 +254,42 @@ SPACINGS = ["leading", "linspace", "trailing", "quadratic", "10", "5,3,2", "ddim
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.filterwarnings("ignore:`timestep_spacing`")
-def test_a_network_that_knows_x_0_gives_the_data_back(spacing, prediction, eta):
+def test_a_network_that_predicts_x_0_exactly_samples_the_data(spacing, prediction, eta):
     scheduler = GaussianDDPMScheduler(prediction_type=prediction, clip_sample=False)
     scheduler.set_timesteps(timestep_spacing=spacing) if spacing[0] in "d15" else None
     if spacing[0] not in "d15":
         scheduler.set_timesteps(10, timestep_spacing=spacing)
     bars, x_0 = to_float64(betas_and_bars("linear 1000")[1]), randn(2, 3, 4)
 
-    def knows_x_0(x_t, t):
+    def network(x_t, t):
         eps = (x_t - bars[t] ** 0.5 * x_0) / (1 - bars[t]) ** 0.5
         return target(prediction, x_0, eps, bars[t])
 
     generator = torch.Generator().manual_seed(0)
-    got = chain(scheduler, knows_x_0, randn(2, 3, 4, seed=1), eta=eta, generator=generator)
+    got = chain(scheduler, network, randn(2, 3, 4, seed=1), eta=eta, generator=generator)
     assert_close(got, x_0, rtol=0, atol=1e-12)  # eps of 1e-16 times 1/sqrt(alpha_bar) = 160
 
 
 @pytest.mark.parametrize("prediction", ["sample", "v_prediction"])
-def test_a_chain_that_starts_without_any_signal_gives_the_data_back(prediction):
+def test_a_trajectory_from_zero_terminal_snr_samples_the_data(prediction):
     scheduler = GaussianDDPMScheduler(
         prediction_type=prediction, rescale_betas_zero_snr=True, timestep_spacing="trailing"
     )
     scheduler.set_timesteps(10)
     x_0 = randn(2, 3, 4).clamp(-1, 1)
 
-    def knows_x_0(x_t, t):
+    def network(x_t, t):
         signal = scheduler.q_mean_variance(torch.ones(1, dtype=F64), t).mean.item()
         eps = (x_t - signal * x_0) / (1 - signal**2) ** 0.5
         return target(prediction, x_0, eps, signal**2)
 
-    assert_close(chain(scheduler, knows_x_0, randn(2, 3, 4, seed=1)), x_0, rtol=0, atol=1e-13)
+    assert_close(chain(scheduler, network, randn(2, 3, 4, seed=1)), x_0, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("K", STD_OF_SAMPLES)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_normal_data_come_out_with_the_known_standard_deviation(K, prediction):
-    """x_prev = a x_t + s z: both read off `step`, and the variance followed through the chain."""
+def test_samples_of_normal_data_have_the_known_standard_deviation(K, prediction):
+    """x_prev = a x_t + s z, with a and s measured from `step`; the variance is propagated."""
     bars = to_float64(betas_and_bars("linear 1000")[1])
     zero, one = torch.zeros(1, dtype=F64), torch.ones(1, dtype=F64)
     got = []
@@ -302,7 +297,7 @@ def test_normal_data_come_out_with_the_known_standard_deviation(K, prediction):
         scheduler = GaussianDDPMScheduler(
             variance_type=variance_type, prediction_type=prediction, clip_sample=False
         )
-        # The table was made with ties rounded up; Python and our spacings round them to even.
+        # The reference rounds ties up; Python and our spacings round ties to even.
         scheduler.set_timesteps(timesteps=np.floor(np.linspace(999, 0, K) + 0.5).astype(int))
         variance = 1.0
         for t in scheduler.timesteps.tolist():
@@ -315,8 +310,8 @@ def test_normal_data_come_out_with_the_known_standard_deviation(K, prediction):
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 0.9, 1.0])
-def test_a_step_of_any_eta_is_that_of_ddim(eta):
-    """2010.02502, eq. 12 with the sigma of eq. 16, as the paper writes them."""
+def test_a_step_with_any_eta_matches_ddim(eta):
+    """2010.02502, eq. 12 with the sigma of eq. 16."""
     scheduler = GaussianDDPMScheduler(prediction_type="epsilon", clip_sample=False)
     scheduler.set_timesteps(20)
     bars = to_float64(betas_and_bars("linear 1000")[1])
@@ -329,7 +324,7 @@ def test_a_step_of_any_eta_is_that_of_ddim(eta):
     assert_close(got, want, rtol=0, atol=1e-12)  # differences of numbers near 1
 
 
-def test_samples_of_the_float32_chain_have_the_known_standard_deviation():
+def test_float32_samples_have_the_known_standard_deviation():
     scheduler = GaussianDDPMScheduler(clip_sample=False)
     scheduler.set_timesteps(timestep_spacing="50")
     bars = to_float64(betas_and_bars("linear 1000")[1])
@@ -340,7 +335,7 @@ def test_samples_of_the_float32_chain_have_the_known_standard_deviation():
         generator=torch.Generator().manual_seed(1),
     )
     num = x.numel()
-    # Standard error of a standard deviation is std / sqrt(2 n); four of them.
+    # Four standard errors; the standard error of a standard deviation is std / sqrt(2 n).
     assert x.std().item() == pytest.approx(0.4432, abs=4 * 0.4432 / (2 * num) ** 0.5 + 6e-5)
 
 
@@ -359,7 +354,7 @@ CHAINS = [
 
 
 def error_of_whole_chain(case: str, model_dtype: torch.dtype) -> float:
-    """Largest difference of final samples from the float64 chain, same noise, K = T."""
+    """Largest difference of the samples from those in float64, with the same noise and K = T."""
     scheduler, _, bars = scheduler_and_reference(case)
     bars = to_float64(bars)
 
@@ -377,12 +372,12 @@ def error_of_whole_chain(case: str, model_dtype: torch.dtype) -> float:
 
 
 @pytest.mark.parametrize(("case", "model_dtype", "bound"), CHAINS)
-def test_a_whole_chain_stays_near_its_float64_twin(case, model_dtype, bound):
+def test_samples_in_low_precision_stay_close_to_float64(case, model_dtype, bound):
     assert error_of_whole_chain(case, model_dtype) <= bound
 
 
 def inversion_psnr(prediction: str, K: int) -> float:
-    """Decibels of an image (range 2) that went to x_T and back by the exact network's ODE."""
+    """PSNR in dB of an image (range 2) after inversion and sampling with an exact network."""
     bars = to_float64(betas_and_bars("linear 1000")[1])
     image = randn(1, 1, 16, 16).clamp(-1, 1) / 2
     scheduler = GaussianDDPMScheduler(prediction_type=prediction, clip_sample=False)
@@ -394,20 +389,17 @@ def inversion_psnr(prediction: str, K: int) -> float:
     x = image
     for t in scheduler.timesteps.flip(0)[:-1].tolist():
         x = scheduler.inverse_step(network(x, t), t, x)
-    assert 0.5 < x.std() < 1.5  # noise, where data of standard deviation 0.5 would be 1
+    assert 0.5 < x.std() < 1.5  # noise has 1, the data 0.5
     x = chain(scheduler, network, x, eta=0.0)
     return 10 * torch.log10(4 / (x - image).square().mean()).item()
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_inversion_and_sampling_without_noise_give_the_image_back(prediction):
+def test_sampling_without_noise_reconstructs_an_inverted_image(prediction):
     few, many = inversion_psnr(prediction, 50), inversion_psnr(prediction, 1000)
     assert few > 30
-    # An ODE solver of first order: a twentieth of the step, a twentieth of the error, 26 dB.
+    # First-order ODE solver: a step 20 times smaller has an error 20 times smaller, 26 dB.
     assert many > few + 15
-
-
-# p_mean_variance ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -431,7 +423,7 @@ def test_step_is_mean_plus_noise(prediction, variance_type, K):
             assert_close(p.log_variance, p.variance.log(), rtol=1e-12, atol=1e-12)
 
 
-def test_variance_types_mean_what_their_papers_say():
+def test_variance_types_match_their_papers():
     def variance(variance_type, output, t):
         scheduler = GaussianDDPMScheduler(variance_type=variance_type)
         return scheduler.p_mean_variance(output, t, torch.zeros(1, 1, 3, dtype=F64)).variance
@@ -449,7 +441,7 @@ def test_variance_types_mean_what_their_papers_say():
 
 
 @pytest.mark.parametrize("K", [1, 2])
-def test_the_last_step_has_a_clipped_log_variance(K):
+def test_the_log_variance_of_the_last_step_is_clipped(K):
     x = torch.zeros(1, 1, dtype=F64)
 
     def last(variance_type):
@@ -468,13 +460,13 @@ def test_the_last_step_has_a_clipped_log_variance(K):
         assert p.log_variance.item() == pytest.approx(float(mpmath.log(neighbour)), rel=1e-12)
 
 
-def test_a_trajectory_of_one_step_ends_in_the_estimate_of_x_0():
+def test_a_trajectory_of_one_step_returns_the_estimate_of_x_0():
     scheduler = GaussianDDPMScheduler()
     scheduler.set_timesteps(1, timestep_spacing="trailing")
     x, output = randn(2, 3), randn(2, 3, seed=1)
     step = scheduler.step(output, 999, x)
     assert_close(step.prev_sample, step.pred_original_sample, **EXACT)
-    with pytest.raises(ValueError, match="timestep"):
+    with pytest.raises(ValueError, match=r"`timestep` must be in scheduler\.timesteps\[1:\], got"):
         scheduler.inverse_step(output, 999, x)
 
 
@@ -486,18 +478,18 @@ def test_a_trajectory_of_one_step_ends_in_the_estimate_of_x_0():
         {"timestep_spacing": "trailing", "variance_type": "learned_range"},
     ],
 )
-def test_no_noise_falls_on_the_last_step_wherever_it_is(config):
+def test_the_last_step_adds_no_noise_at_any_timestep(config):
     scheduler = GaussianDDPMScheduler(**config)
     scheduler.set_timesteps(10)
     last = scheduler.timesteps[-1]
-    assert last > 0  # stock adds noise here, because it asks for t > 0
+    assert last > 0  # stock diffusers adds noise at every t > 0
     x = torch.zeros(2, 1, 8, 8)
     channels = 2 if config.get("variance_type") == "learned_range" else 1
     for t in (int(last), last, last.expand(2)):
         assert (scheduler.step(torch.zeros(2, channels, 8, 8), t, x).prev_sample == 0).all()
 
 
-def test_thresholding_scales_each_image_by_its_own_quantile():
+def test_thresholding_uses_the_quantile_of_each_image():
     scheduler = GaussianDDPMScheduler(
         prediction_type="sample",
         thresholding=True,
@@ -506,30 +498,27 @@ def test_thresholding_scales_each_image_by_its_own_quantile():
     )
     output = torch.linspace(-1, 1, 11, dtype=F64).repeat(3, 1) * torch.tensor([[0.5], [2.0], [9.0]])
     x_0 = scheduler.step(output, 0, torch.zeros(3, 11, dtype=F64)).pred_original_sample
-    assert_close(x_0[0], output[0], **EXACT)  # below 1 nothing happens
+    assert_close(x_0[0], output[0], **EXACT)  # the quantile is below 1
     s = torch.quantile(output[1].abs(), 0.9)
     assert_close(x_0[1], output[1].clamp(-s, s) / s, **EXACT)
     assert_close(x_0[2], output[2].clamp(-3, 3) / 3, **EXACT)  # sample_max_value bounds s
 
 
 @pytest.mark.parametrize(("clip", "limit"), [(True, 0.5), (False, None)])
-def test_clipping_happens_when_asked_for(clip, limit):
+def test_clip_sample_clamps_the_estimate_of_x_0(clip, limit):
     scheduler = GaussianDDPMScheduler(
         prediction_type="sample", clip_sample=clip, clip_sample_range=limit or 1.0
     )
     output = randn(4, 5) * 3
     got = scheduler.step(output, 3, randn(4, 5)).pred_original_sample
     assert_close(got, output.clamp(-limit, limit) if clip else output, **EXACT)
-    assert output.abs().max() > 3  # the caller's tensor stays as it was
-
-
-# Timesteps ----------------------------------------------------------------------------------------
+    assert output.abs().max() > 3  # the caller's tensor is unchanged
 
 
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing", "quadratic"])
 @pytest.mark.parametrize(("T", "offset"), [(1, 0), (2, 1), (7, 3), (50, 1), (60, 0)])
 @pytest.mark.filterwarnings("ignore")
-def test_every_number_of_steps_gives_exactly_so_many(spacing, T, offset):
+def test_every_number_of_steps_gives_that_many_distinct_timesteps(spacing, T, offset):
     scheduler = GaussianDDPMScheduler(T, beta_schedule="squaredcos_cap_v2", steps_offset=offset)
     for K in range(1, T + 1):
         scheduler.set_timesteps(K, timestep_spacing=spacing)
@@ -540,7 +529,7 @@ def test_every_number_of_steps_gives_exactly_so_many(spacing, T, offset):
         assert steps[0] < T
 
 
-def test_trailing_has_no_step_too_many_where_stock_has():
+def test_trailing_has_no_extra_timestep():
     scheduler = GaussianDDPMScheduler(timestep_spacing="trailing")
     for K in (61, 103, 121, 122, 201, 206):
         scheduler.set_timesteps(K)
@@ -551,25 +540,24 @@ def test_trailing_has_no_step_too_many_where_stock_has():
 
 @pytest.mark.parametrize("sections", ["10,10,20", "50", "1", "7,1,30,2", "1000", "334,333,333"])
 @pytest.mark.filterwarnings("ignore:`timestep_spacing` '1'")
-def test_sections_are_those_of_improved_ddpm(sections):
+def test_sections_match_improved_ddpm(sections):
     scheduler = GaussianDDPMScheduler()
     scheduler.set_timesteps(timestep_spacing=sections)
     assert scheduler.timesteps.tolist() == iddpm_sections(1000, sections)[::-1]
 
 
 @pytest.mark.parametrize("T", [100, 1000])
-def test_a_section_of_any_length_rounds_as_improved_ddpm_does(T):
+def test_sections_of_any_length_round_as_in_improved_ddpm(T):
     for K in range(1, T + 1):
         assert section_timesteps(str(K), T).tolist() == iddpm_sections(T, str(K)), K
 
 
-def test_sections_that_start_in_the_signal_warn():
+def test_sections_that_start_with_signal_cause_a_warning():
     with pytest.warns(UserWarning, match="starts at t=500"):
         GaussianDDPMScheduler().set_timesteps(timestep_spacing="ddim2")
 
 
-def test_assigned_timesteps_are_followed():
-    """Stock takes them so, too."""
+def test_assigned_timesteps_become_the_trajectory():
     scheduler, stock = GaussianDDPMScheduler(), DDPMScheduler()
     x, output = randn(2, 3, dtype=torch.float32), randn(2, 3, seed=1, dtype=torch.float32)
     for s in (scheduler, stock):
@@ -579,18 +567,20 @@ def test_assigned_timesteps_are_followed():
     assert [scheduler.previous_timestep(t) for t in (900, 500, 100)] == [500, 100, -1]
     for t in (900, 500):
         a, b = (s.step(output, t, x, torch.Generator().manual_seed(0)) for s in (scheduler, stock))
-        assert_close(a.prev_sample, b.prev_sample, rtol=1e-3, atol=1e-4)  # its float32 tables
+        assert_close(
+            a.prev_sample, b.prev_sample, rtol=1e-3, atol=1e-4
+        )  # float32 tables of stock diffusers
     with pytest.raises(ValueError, match="strictly descending"):
         scheduler.timesteps = torch.tensor([1, 2])
 
 
-def test_ddim_sections_take_a_whole_stride():
+def test_ddim_sections_have_a_constant_stride():
     scheduler = GaussianDDPMScheduler()
     scheduler.set_timesteps(50, timestep_spacing="ddim50")
     assert scheduler.timesteps.tolist() == list(range(980, -1, -20))
 
 
-def test_quadratic_is_denser_near_the_image_and_starts_at_the_noise():
+def test_quadratic_timesteps_are_denser_near_zero_and_start_at_the_last():
     scheduler = GaussianDDPMScheduler()
     scheduler.set_timesteps(20, timestep_spacing="quadratic")
     steps = scheduler.timesteps
@@ -599,25 +589,22 @@ def test_quadratic_is_denser_near_the_image_and_starts_at_the_noise():
     assert (gaps[:-1] >= gaps[1:]).all()
 
 
-def test_an_offset_that_would_leave_the_range_is_cut():
+def test_an_offset_never_exceeds_the_last_timestep():
     scheduler = GaussianDDPMScheduler(steps_offset=1)
-    scheduler.set_timesteps(1000)  # stock: t = 1000 and an IndexError (huggingface/diffusers#10003)
+    scheduler.set_timesteps(1000)  # stock: t = 1000, IndexError (huggingface/diffusers#10003)
     assert scheduler.timesteps.tolist() == list(range(999, -1, -1))
     scheduler.set_timesteps(10)
     assert scheduler.timesteps.tolist() == list(range(901, 0, -100))
 
 
 @pytest.mark.parametrize(
-    "given", [[5, 3, 1], (5, 3, 1), np.array([5, 3, 1]), torch.tensor([5, 3, 1])]
+    "sequence", [[5, 3, 1], (5, 3, 1), np.array([5, 3, 1]), torch.tensor([5, 3, 1])]
 )
-def test_custom_timesteps_come_in_any_sequence(given):
+def test_custom_timesteps_can_be_any_sequence(sequence):
     scheduler = GaussianDDPMScheduler()
-    scheduler.set_timesteps(timesteps=given)
+    scheduler.set_timesteps(timesteps=sequence)
     assert scheduler.timesteps.tolist() == [5, 3, 1]
     assert scheduler.timesteps.dtype == torch.int64
-
-
-# Warnings -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -633,14 +620,14 @@ def test_custom_timesteps_come_in_any_sequence(given):
         ),
     ],
 )
-def test_a_configuration_that_hurts_samples_warns_at_the_users_line(config, match):
+def test_poor_settings_cause_a_warning_at_the_users_line(config, match):
     with pytest.warns(UserWarning, match=match) as caught:
         GaussianDDPMScheduler(**config)
     assert [w.filename for w in caught] == [__file__]
 
 
 @pytest.mark.parametrize("K", [1, 2, 334, 501, 600])
-def test_leading_timesteps_that_start_in_the_signal_warn(K):
+def test_leading_timesteps_that_start_with_signal_cause_a_warning(K):
     scheduler = GaussianDDPMScheduler()
     with pytest.warns(UserWarning, match="signal amplitude of .* use 'trailing'") as caught:
         scheduler.set_timesteps(K)
@@ -648,7 +635,7 @@ def test_leading_timesteps_that_start_in_the_signal_warn(K):
 
 
 @pytest.mark.filterwarnings("error")
-def test_stocks_own_settings_do_not_warn():
+def test_common_settings_of_diffusers_cause_no_warning():
     for config in (
         {},
         {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
@@ -660,11 +647,8 @@ def test_stocks_own_settings_do_not_warn():
     scheduler.set_timesteps(1, timestep_spacing="trailing")
 
 
-# How it runs --------------------------------------------------------------------------------------
-
-
 class Operations(TorchDispatchMode):
-    """Names of the operations that torch is asked for."""
+    """Records the names of dispatched torch operations."""
 
     def __enter__(self):
         self.names = []
@@ -687,7 +671,7 @@ def prepared(variance_type="fixed_small", device="cpu", **config):
 @pytest.mark.parametrize("variance_type", VARIANCE_TYPES)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("eta", [1.0, 0.5])
-def test_int_and_tensor_timesteps_give_the_same_bits(variance_type, prediction, eta):
+def test_int_and_tensor_timesteps_give_equal_bits(variance_type, prediction, eta):
     scheduler, output, x = prepared(variance_type, prediction_type=prediction)
     for t in scheduler.timesteps[::16]:
         step = [
@@ -699,7 +683,7 @@ def test_int_and_tensor_timesteps_give_the_same_bits(variance_type, prediction, 
             assert torch.equal(step[0].pred_original_sample, other.pred_original_sample)
 
 
-def test_timesteps_of_tiny_samples_give_the_same_bits_too():
+def test_int_and_tensor_timesteps_give_equal_bits_for_tiny_samples():
     """Below 16 values torch draws normal numbers by another routine, in float64."""
     scheduler, x = GaussianDDPMScheduler(), randn(2, 3, dtype=torch.float32)
     for t in range(1, 1000, 111):
@@ -709,7 +693,7 @@ def test_timesteps_of_tiny_samples_give_the_same_bits_too():
         assert torch.equal(steps[0].prev_sample, steps[2].prev_sample)
 
 
-def test_given_noise_of_half_precision_is_computed_with_in_float32():
+def test_half_precision_variance_noise_is_converted_to_float32():
     scheduler, output, x = prepared()
     noise = randn(*x.shape, seed=2, dtype=torch.float32).bfloat16()
     want = scheduler.step(output, 500, x, variance_noise=noise.float()).prev_sample
@@ -718,7 +702,7 @@ def test_given_noise_of_half_precision_is_computed_with_in_float32():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_noise_drawn_or_given_makes_the_same_bits(dtype):
+def test_drawn_noise_and_equal_variance_noise_give_equal_bits(dtype):
     scheduler, output, x = prepared()
     x, output = x.to(dtype), output.to(dtype)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(3), dtype=dtype)
@@ -727,7 +711,7 @@ def test_noise_drawn_or_given_makes_the_same_bits(dtype):
     assert drawn.dtype == dtype
 
 
-def test_a_generator_per_image_gives_it_the_same_noise_in_any_batch():
+def test_a_generator_per_image_makes_noise_independent_of_the_batch():
     scheduler, output, x = prepared()
     generators = [torch.Generator().manual_seed(seed) for seed in (7, 8)]
     together = scheduler.step(output, 500, x, generators).prev_sample
@@ -754,11 +738,11 @@ def test_noise_does_not_depend_on_the_memory_format(is_global):
 @pytest.mark.parametrize(
     "variance_type", ["fixed_small", "fixed_large", "learned", "learned_range"]
 )
-def test_a_step_asks_for_few_operations_and_moves_no_table(variance_type):
+def test_a_step_dispatches_few_operations_and_transfers_no_table(variance_type):
     scheduler, output, x = prepared(variance_type)
     scheduler.add_noise(x, x, scheduler.timesteps[:2])
     for t in (500, scheduler.timesteps[25], scheduler.timesteps[:2]):
-        scheduler.step(output, t, x)  # rows are made at the first
+        scheduler.step(output, t, x)  # the first call caches coefficients
         with Operations() as operations:
             scheduler.step(output, t, x)
         on_host = not isinstance(t, torch.Tensor) or t.ndim == 0
@@ -774,8 +758,8 @@ def test_a_step_asks_for_few_operations_and_moves_no_table(variance_type):
 
 @pytest.mark.parametrize("variance_type", VARIANCE_TYPES)
 @pytest.mark.parametrize("thresholding", [{}, {"thresholding": True, "sample_max_value": 2.0}])
-def test_nothing_waits_for_a_device(variance_type, thresholding):
-    """A tensor on "meta" has no values: whatever asked for one, as a sync does, would raise."""
+def test_no_method_synchronizes_with_a_device(variance_type, thresholding):
+    """Tensors on the meta device have no values: reading one, as a synchronization does, raises."""
     scheduler, output, x = prepared(variance_type, device="meta", **thresholding)
     assert scheduler.timesteps.device.type == "meta"
     for t in (scheduler.timesteps[3], scheduler.timesteps[:2], 500):
@@ -792,9 +776,11 @@ def test_nothing_waits_for_a_device(variance_type, thresholding):
     assert scheduler.snr(scheduler.timesteps[:2]).device.type == "meta"
 
 
-def test_a_timestep_per_image_off_the_trajectory_is_refused():
+def test_a_timestep_per_image_outside_of_the_trajectory_is_an_error():
     scheduler, output, x = prepared()
-    with pytest.raises(ValueError, match=r"scheduler\.timesteps"):
+    with pytest.raises(
+        ValueError, match=r"`timestep` must be in scheduler\.timesteps .*, got \[1\]"
+    ):
         scheduler.step(output, torch.tensor([980, 1]), x)
 
 
@@ -813,7 +799,7 @@ def test_a_timestep_per_image_off_the_trajectory_is_refused():
         ),
     ],
 )
-def test_step_compiles_as_one_graph_and_only_once(config, options):
+def test_step_compiles_to_a_single_graph_once(config, options):
     scheduler, output, x = prepared(**config)
     noise = randn(*x.shape, seed=2, dtype=torch.float32)
     counter = CompileCounter()
@@ -827,14 +813,14 @@ def test_step_compiles_as_one_graph_and_only_once(config, options):
         got = compiled(output, t, x).prev_sample
         want = scheduler.step(output, int(t), x, variance_noise=noise, **options).prev_sample
         assert_close(got, want, rtol=1e-6, atol=1e-6)  # the graph runs eagerly: same kernels
-    # Values of tensors are not looked at in a graph, as on a device: a wrong one gives NaN.
+    # A graph does not read values of tensors: an invalid timestep gives NaN.
     assert compiled(output, torch.tensor(1), x).prev_sample.isnan().all()
     assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_sampling_first_does_not_break_training_later(dtype):
-    """Tables made under inference mode could not be saved for a backward pass."""
+def test_tables_made_in_inference_mode_can_be_used_in_training(dtype):
+    """A tensor made in inference mode cannot be saved for a backward pass."""
     with torch.inference_mode():
         scheduler, output, x = prepared()
         output, x = output.to(dtype), x.to(dtype)
@@ -852,7 +838,7 @@ def test_sampling_first_does_not_break_training_later(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_results_have_the_dtype_of_the_sample_and_at_least_float32_inside(dtype):
+def test_results_have_the_dtype_of_the_sample_and_arithmetic_is_float32(dtype):
     scheduler, output, x = prepared()
     step = scheduler.step(output.bfloat16(), 500, x.to(dtype))
     assert step.prev_sample.dtype == step.pred_original_sample.dtype == dtype
@@ -870,7 +856,7 @@ def test_results_have_the_dtype_of_the_sample_and_at_least_float32_inside(dtype)
 
 
 @pytest.mark.parametrize("shape", [(2,), (2, 3), (2, 3, 4), (2, 3, 4, 5), (2, 3, 4, 5, 6)])
-def test_any_trailing_shape_will_do(shape):
+def test_samples_can_have_any_number_of_dimensions(shape):
     scheduler, x = GaussianDDPMScheduler(), randn(*shape)
     t = torch.tensor([900, 3])
     for form in (7, t):
@@ -884,7 +870,7 @@ def test_any_trailing_shape_will_do(shape):
     assert scheduler.snr(7).shape == scheduler.log_snr(torch.tensor(7)).shape == ()
 
 
-def test_the_callers_tensors_stay_as_they_are():
+def test_methods_do_not_modify_their_arguments():
     scheduler, output, x = prepared()
     noise = randn(2, 3, 8, 8, seed=5).float()
     copies = [tensor.clone() for tensor in (output, x, noise)]
@@ -896,7 +882,7 @@ def test_the_callers_tensors_stay_as_they_are():
         assert torch.equal(tensor, before)
 
 
-def test_step_keeps_no_state():
+def test_step_is_stateless():
     scheduler, output, x = prepared()
     forward = [scheduler.step(output, t, x, eta=0.0).prev_sample for t in (980, 500, 0)]
     backward = [scheduler.step(output, t, x, eta=0.0).prev_sample for t in (0, 500, 980)]
@@ -916,16 +902,16 @@ def test_copies_are_independent():
         assert torch.equal(got, want)
 
 
-def test_a_used_scheduler_is_as_light_to_copy_as_a_new_one():
+def test_a_used_scheduler_pickles_without_cached_rows():
     scheduler, output, x = prepared()
     new = len(pickle.dumps(scheduler))
     scheduler.step(output, 500, x)
     scheduler.add_noise(x, x, 5)
-    # The table of noising, 1000 timesteps of six float32, and that of the trajectory's rows.
+    # The float32 tables of the marginal, 1000 timesteps of six values, and of the trajectory.
     assert len(pickle.dumps(scheduler)) < new + 2 * 1000 * 6 * 4 + 1000
 
 
-def test_a_generator_is_drawn_from_alike_whatever_the_form_of_t_without_noise():
+def test_a_step_without_noise_does_not_advance_the_generator():
     scheduler, output, x = prepared()
     states = []
     for t in (500, torch.tensor([500, 500])):
@@ -936,7 +922,7 @@ def test_a_generator_is_drawn_from_alike_whatever_the_form_of_t_without_noise():
     assert torch.equal(states[0], states[1])
 
 
-def test_an_empty_batch_passes_through():
+def test_an_empty_batch_gives_an_empty_result():
     scheduler, x, t = (
         GaussianDDPMScheduler(),
         torch.zeros(0, 3, 4),
@@ -953,7 +939,7 @@ def test_the_variance_of_the_last_step_is_a_positive_zero():
     assert 1 / GaussianDDPMScheduler().q_posterior_mean_variance(x, x, 0).variance == torch.inf
 
 
-def test_the_ratio_of_signal_and_noise_is_float32_whatever_torchs_default():
+def test_snr_is_float32_with_any_default_dtype():
     scheduler = GaussianDDPMScheduler()
     torch.set_default_dtype(F64)
     try:
@@ -971,7 +957,7 @@ def test_the_ratio_of_signal_and_noise_is_float32_whatever_torchs_default():
         {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
     ],
 )
-def test_epsilon_is_refused_where_the_signal_is_below_float32(config):
+def test_epsilon_is_an_error_where_the_signal_underflows_float32(config):
     with pytest.raises(ValueError, match=r"`prediction_type` must be .*, got 'epsilon'"):
         GaussianDDPMScheduler(**config)
     scheduler = GaussianDDPMScheduler(**config, prediction_type="v_prediction")
@@ -979,8 +965,8 @@ def test_epsilon_is_refused_where_the_signal_is_below_float32(config):
     assert scheduler.step(x, t, x).prev_sample.isfinite().all()
 
 
-def test_a_warning_reaches_a_script_whose_path_begins_like_the_packages(tmp_path):
-    """The line to warn at is the first that is not of the package, which the last one may be."""
+def test_a_warning_names_a_script_whose_path_starts_like_the_package(tmp_path):
+    """The warning names the first line outside of the package, here the outermost frame."""
     import ddpm_hf.diffusion.checks as checks
 
     script = f"{Path(checks.__file__).parent}_train.py"
@@ -990,7 +976,7 @@ def test_a_warning_reaches_a_script_whose_path_begins_like_the_packages(tmp_path
     assert caught[0].filename == script
 
 
-def test_what_a_caller_does_to_a_variance_stays_there():
+def test_returned_variances_are_copies():
     scheduler, output, x = prepared()
     for get in (
         lambda: scheduler.q_mean_variance(x, 500),
@@ -1006,7 +992,7 @@ def test_what_a_caller_does_to_a_variance_stays_there():
     assert scheduler.snr(500) > 0
 
 
-def test_the_output_is_stocks_output():
+def test_the_output_is_a_ddpm_scheduler_output():
     scheduler, output, x = prepared()
     step = scheduler.step(output, 0, x)
     assert isinstance(step, DDPMSchedulerOutput)
@@ -1017,7 +1003,7 @@ def test_the_output_is_stocks_output():
         assert torch.equal(a, b)
 
 
-def test_a_scheduler_is_usable_before_set_timesteps():
+def test_a_new_scheduler_visits_the_training_chain():
     scheduler = GaussianDDPMScheduler(100, beta_schedule="squaredcos_cap_v2")
     assert scheduler.timesteps.tolist() == list(range(99, -1, -1))
     assert len(scheduler) == 100
@@ -1028,7 +1014,7 @@ def test_a_scheduler_is_usable_before_set_timesteps():
         scheduler.previous_timestep(100)
 
 
-def test_an_eta_that_changes_with_every_step_is_served():
+def test_eta_can_change_at_every_step():
     scheduler, output, x = prepared()
     steps = scheduler.timesteps[:20].tolist()
     first = [

@@ -1,4 +1,4 @@
-"""What code written for diffusers relies on beside the numbers, and what people see."""
+"""Interface that code for diffusers relies on: tables, configuration files, repr and help."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 
 TABLES = ("betas", "alphas", "alphas_cumprod")
 STOCK_KEYS = {key for key in DDPMScheduler().config if key[0] != "_"}
-# DPMSolverSDEScheduler needs a library that nothing else here needs.
+# DPMSolverSDEScheduler needs a library that is not a dependency.
 FOREIGN = sorted(
     {kind.__name__ for kind in DDPMScheduler().compatibles}
     - {"DDPMScheduler", "DPMSolverSDEScheduler"}
@@ -39,15 +39,17 @@ def test_the_previous_timestep_is_a_tensor(timesteps):
     "kind", ["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned_range"]
 )
 @pytest.mark.parametrize("t", [1, 487, 999])
-def test_the_variance_is_given_as_stock_gives_it(kind, t):
+def test_get_variance_matches_diffusers(kind, t):
     predicted = randn(2, 1, 3, 3, dtype=torch.float32) if kind == "learned_range" else None
     ours = GaussianDDPMScheduler()._get_variance(t, predicted, kind)
     stock = DDPMScheduler()._get_variance(t, predicted, kind)
-    assert_close(ours, stock, rtol=2e-3, atol=1e-7)  # what stock's float32 tables lose at t = 1
+    assert_close(
+        ours, stock, rtol=2e-3, atol=1e-7
+    )  # precision of diffusers' float32 tables at t = 1
     assert_close(GaussianDDPMScheduler(variance_type=kind)._get_variance(t, predicted), ours)
 
 
-def test_a_variance_that_the_network_gave_comes_back():
+def test_get_variance_returns_a_learned_variance_unchanged():
     predicted = torch.zeros(1)
     assert GaussianDDPMScheduler()._get_variance(5, predicted, "learned") is predicted
     assert GaussianDDPMScheduler()._get_variance(0) == 0
@@ -55,9 +57,6 @@ def test_a_variance_that_the_network_gave_comes_back():
         GaussianDDPMScheduler()._get_variance(5, None, "learned_range")
     with pytest.raises(ValueError, match=r"`variance_type` must be one of .* got 'other'"):
         GaussianDDPMScheduler()._get_variance(5, None, "other")
-
-
-# Tables that can be moved -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -83,7 +82,7 @@ def test_a_table_can_be_moved_and_cast(name):
         lambda table: None,
     ],
 )
-def test_a_table_cannot_be_changed(name, change):
+def test_the_values_of_a_table_cannot_be_changed(name, change):
     scheduler = GaussianDDPMScheduler()
     before = getattr(scheduler, name)
     with pytest.raises(ValueError, match=rf"`{name}` must keep its values.*pass `trained_betas`"):
@@ -91,22 +90,19 @@ def test_a_table_cannot_be_changed(name, change):
     assert getattr(scheduler, name) is before
 
 
-# What people see ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
-    ("config", "told"),
+    ("config", "expected"),
     [
         ({}, {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}),
         ({"beta_schedule": "chen_sigmoid"}, {"beta_schedule": "chen_sigmoid", "tau": 1.0}),
         ({"trained_betas": np.linspace(1e-4, 0.02, 1000)}, {"beta_schedule": "trained_betas"}),
     ],
 )
-def test_a_scheduler_shows_its_settings_and_not_its_betas(config, told):
+def test_repr_has_the_settings_without_the_betas(config, expected):
     text = repr(GaussianDDPMScheduler(**config, variance_type="fixed_large"))
     name, _, settings = text.partition(" ")
     assert name == "GaussianDDPMScheduler"
-    assert told.items() <= json.loads(settings).items()
+    assert expected.items() <= json.loads(settings).items()
     assert json.loads(settings)["variance_type"] == "fixed_large"
     assert len(text) < 1000
     assert 'trained_betas": ' not in text
@@ -118,11 +114,8 @@ def test_help_lists_every_schedule():
     assert "beta_schedule_params: dict[str, float] | None = None" in text
 
 
-# Configurations from elsewhere --------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", FOREIGN)
-def test_what_means_nothing_to_ddpm_is_left_out_of_another_schedulers_configuration(name, tmp_path):
+def test_keys_of_other_schedulers_are_dropped(name, tmp_path):
     other = getattr(diffusers, name)()
     other.save_pretrained(tmp_path / "other")
     for ours in (
@@ -135,16 +128,16 @@ def test_what_means_nothing_to_ddpm_is_left_out_of_another_schedulers_configurat
         again = GaussianDDPMScheduler.from_pretrained(tmp_path / "ours")
         assert torch.equal(again.betas, ours.betas)
         stock = DDPMScheduler.from_pretrained(tmp_path / "ours")
-        assert_close(stock.betas, ours.betas, rtol=1e-4, atol=0)  # it rounds in float32
+        assert_close(stock.betas, ours.betas, rtol=1e-4, atol=0)  # diffusers rounds in float32
 
 
-def test_the_one_infinity_in_diffusers_configurations_is_left_out():
+def test_an_infinite_value_of_another_scheduler_is_dropped():
     config = diffusers.DPMSolverMultistepScheduler().config
     assert config["lambda_min_clipped"] == -math.inf
     assert "lambda_min_clipped" not in GaussianDDPMScheduler.from_config(config).config
 
 
-def test_keywords_that_nobody_used_are_given_back():
+def test_unused_keywords_are_returned():
     with pytest.warns(UserWarning, match="'revision' is not a configuration key"):
         ours, unused = GaussianDDPMScheduler.from_config(
             DDIMScheduler().config, return_unused_kwargs=True, revision="main"
@@ -205,7 +198,7 @@ MALFORMED = [
 
 
 @pytest.mark.parametrize("content", MALFORMED, ids=lambda content: content[:30].decode("latin1"))
-def test_a_malformed_configuration_is_one_value_error(content, tmp_path):
+def test_a_malformed_configuration_is_a_value_error(content, tmp_path):
     (tmp_path / "scheduler_config.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"."):
         GaussianDDPMScheduler.from_pretrained(tmp_path)
@@ -227,7 +220,7 @@ def test_a_malformed_configuration_is_one_value_error(content, tmp_path):
         GOOD["_ddpm_hf"] | {"beta_schedule_params": {"tau": "1"}},
     ],
 )
-def test_a_malformed_extension_harms_no_betas(extension, tmp_path):
+def test_a_malformed_extension_does_not_affect_the_betas(extension, tmp_path):
     (tmp_path / "scheduler_config.json").write_text(json.dumps(GOOD | {"_ddpm_hf": extension}))
     loaded = GaussianDDPMScheduler.from_pretrained(tmp_path)
     assert loaded.config.trained_betas == GOOD["trained_betas"]

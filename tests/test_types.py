@@ -1,4 +1,4 @@
-"""What a type checker sees of the package, as the person who calls it: `mypy --strict`."""
+"""The public types, checked by `mypy --strict` on calls and on the README."""
 
 import re
 import subprocess
@@ -42,17 +42,17 @@ scheduler.step(x, 5)  # type: ignore[call-overload]
 
 
 def snippets() -> list[str]:
-    """The Python blocks of the README; one may use what an earlier one defined."""
+    """Python blocks of the README; a block may use names of earlier ones."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     return re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
 
 
 @pytest.mark.slow
-def test_the_readmes_snippets_and_calls_of_every_kind_pass_a_strict_type_checker(tmp_path):
+def test_readme_snippets_and_typical_calls_pass_mypy_strict(tmp_path):
     assert len(snippets()) > 0
     (tmp_path / "readme.py").write_text("\n".join(snippets()), encoding="utf-8")
     (tmp_path / "calls.py").write_text(CALLS, encoding="utf-8")
-    # The project's configuration is strict, and skips the libraries that it reads no hints of.
+    # The project's configuration is strict, and ignores libraries without type hints.
     command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml")]
     done = subprocess.run(
         [*command, str(tmp_path / "readme.py"), str(tmp_path / "calls.py")],
