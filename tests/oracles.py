@@ -149,8 +149,8 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Ten
 
 
 # Bound of N(0, 0.25 I) minus the entropy of the data, in bits/dim: exact network, linear betas,
-# T = 1000, K evenly spaced timesteps, optimal decoder variance; fixed_small and fixed_large. Computed
-# by another implementation.
+# T = 1000, K evenly spaced timesteps, optimal decoder variance; fixed_small and fixed_large.
+# Computed by another implementation.
 GAP_OF_BOUND = {
     10: (655.87, 0.1475),
     25: (145.48, 0.0620),
