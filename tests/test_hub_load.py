@@ -1,4 +1,4 @@
-"""Loading over the real protocol: the three ways in, old repositories, private ones, bad ones."""
+"""Loading over HTTP: stock code, travelling code and package; old, private and bad checkpoints."""
 
 import json
 import re
@@ -28,10 +28,10 @@ from ddpm_hf.hub.card import card_facts, render_model_card
 from ddpm_hf.hub.push import push
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-# The same file gives sums that differ in the last bits where it is mapped at another address.
+# Weights mapped at another address change the last bits of sums.
 ATOL = 1e-5
 
-# Run in other processes: what a pipeline is and draws.
+# Runs in other processes: classes and samples of a pipeline.
 SHOW = """
 import torch
 def show(pipe):
@@ -62,7 +62,7 @@ def hub(server):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """Ours, with a card and an extension that stock diffusers does not know."""
+    """A checkpoint of this package, with a card and our extension of the configuration."""
     folder = save_ours(tmp_path_factory.mktemp("made") / "model")
     text = render_model_card(card_facts(folder), "user/digits")
     (folder / "README.md").write_text(text)
@@ -71,7 +71,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def process(server, tmp_path_factory):
-    """A process with the package, whose cache lasts as long as this file."""
+    """A process with the package and one cache for all tests of this file."""
     with HubClient(server, tmp_path_factory.mktemp("client")) as client:
         client.run(SHOW + "from ddpm_hf import GaussianDDPMPipeline, load\nfrom diffusers import *")
         yield client
@@ -83,7 +83,7 @@ def client(hub, process):
 
 
 def snippets(folder):
-    """The Python blocks of the card: stock, travelling code, package."""
+    """The Python blocks of the card: stock diffusers, travelling code, package."""
     return re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
 
 
@@ -92,11 +92,11 @@ def images_of(answer):
 
 
 # ----------------------------------------------------------------------------------------------
-# Three ways in, each in a fresh process with an empty cache, by the code in the card
+# Three ways to load, each by the code in the card, in a new process with an empty cache
 
 
 @pytest.mark.slow
-def test_stock_diffusers_alone_runs_no_code_and_says_what_to_do_for_more(hub, checkpoint, tmp_path):
+def test_stock_diffusers_runs_no_code_and_names_the_option_that_would(hub, checkpoint, tmp_path):
     hub.add_folder("user/digits", checkpoint)
     marker = tmp_path / "ran"
     hub.edit("user/digits", {"pipeline.py": f"open({str(marker)!r}, 'w')"})
@@ -109,19 +109,19 @@ def test_stock_diffusers_alone_runs_no_code_and_says_what_to_do_for_more(hub, ch
     assert sizes == [[8, 8]] * 4
     stock = DDPMPipeline.from_pretrained(checkpoint)
     np.testing.assert_allclose(images_of(answer), draw(stock), atol=ATOL)
-    assert "pipeline.py" in caught.value.message  # what to read before consenting
+    assert "pipeline.py" in caught.value.message  # the file to read before consent
     assert not marker.exists()
 
 
 @pytest.mark.slow
-def test_the_code_that_travels_gives_all_features_by_consent(hub, checkpoint, tmp_path):
+def test_travelling_code_gives_all_features_after_consent(hub, checkpoint, tmp_path):
     hub.add_folder("user/digits", checkpoint)
     with HubClient(hub, tmp_path, package=False) as client:
         answer = client.run(SHOW + snippets(checkpoint)[1] + "result = show(pipe)")
         ours = GaussianDDPMPipeline.from_pretrained(checkpoint)
         assert answer[:2] == ["GaussianDDPMPipeline", "GaussianDDPMScheduler"]
         np.testing.assert_allclose(images_of(answer), draw(ours), atol=ATOL)
-        # A copy of a copy is as good as the first, and the same files.
+        # A copy of a copy has the same files.
         client.run("pipe.push_to_hub('user/copy')")
         again = snippets(checkpoint)[1].replace("user/digits", "user/copy")
         client.run(again + "pipe.push_to_hub('user/copy-of-copy')")
@@ -129,13 +129,13 @@ def test_the_code_that_travels_gives_all_features_by_consent(hub, checkpoint, tm
         answer = client.run(last + "result = show(pipe)")
     np.testing.assert_allclose(images_of(answer), draw(ours), atol=ATOL)
     first, third = (hub.repo(f"user/{name}").files() for name in ("digits", "copy-of-copy"))
-    assert b"library_name: diffusers" in third["README.md"]  # a lesser card, without the package
+    assert b"library_name: diffusers" in third["README.md"]  # the plain card of diffusers
     same = [name for name in first if name not in ("README.md", "training.json")]
     assert {name: third[name] for name in same} == {name: first[name] for name in same}
 
 
 @pytest.mark.slow
-def test_the_package_loads_its_own_classes_and_later_offline(hub, checkpoint, tmp_path):
+def test_the_package_loads_its_own_classes_and_then_works_offline(hub, checkpoint, tmp_path):
     hub.add_folder("user/digits", checkpoint)
     block = snippets(checkpoint)[2]
     with HubClient(hub, tmp_path, token=None) as client:
@@ -155,11 +155,11 @@ def test_the_package_loads_its_own_classes_and_later_offline(hub, checkpoint, tm
 
 
 @pytest.mark.slow
-def test_two_repositories_with_code_in_one_process_keep_to_their_own(hub, checkpoint, tmp_path):
+def test_two_repositories_in_one_process_run_their_own_code(hub, checkpoint, tmp_path):
     hub.add_folder("user/digits", checkpoint)
     other = Path(shutil.copytree(checkpoint, tmp_path / "other"))
     code = next(other.glob("ddpm_hf_*"))
-    # Another version of the package: another name of the folder, another behaviour.
+    # Another version of the package has another folder name and other behaviour.
     changed = code.rename(other / "ddpm_hf_0123456789ab")
     for path in (other / "pipeline.py", *changed.glob("*.py")):
         path.write_text(path.read_text().replace(code.name, changed.name))
@@ -178,14 +178,14 @@ def test_two_repositories_with_code_in_one_process_keep_to_their_own(hub, checkp
 
 
 # ----------------------------------------------------------------------------------------------
-# Repositories as they lie on the Hub
+# Repositories of the Hub
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "bin"])
 @pytest.mark.parametrize("flat", [True, False], ids=["flat", "foldered"])
-def test_an_old_repository_loads_and_samples_like_stock(client, hub, tmp_path, flat, pickled):
-    # Names of their own: huggingface_hub keeps what it knows about a repository.
+def test_an_old_repository_samples_like_stock_diffusers(client, hub, tmp_path, flat, pickled):
+    # Unique names, because huggingface_hub caches information about a repository.
     repo = f"google/{'flat' if flat else 'foldered'}-{'bin' if pickled else 'safe'}"
     hub.add_folder(repo, save_legacy(tmp_path / "old", flat=flat, pickled=pickled))
     options = {"use_safetensors": not pickled}
@@ -201,7 +201,7 @@ def test_an_old_repository_loads_and_samples_like_stock(client, hub, tmp_path, f
 
 
 @pytest.mark.slow
-def test_a_stock_repository_loads_and_samples_like_stock(client, hub, tmp_path):
+def test_a_stock_repository_samples_like_stock_diffusers(client, hub, tmp_path):
     hub.add_folder("someone/stock", save_stock(tmp_path / "stock"))
     stock = client.run("result = show(DDPMPipeline.from_pretrained('someone/stock'))")
     ours = client.run("result = show(load('someone/stock'))")
@@ -209,16 +209,16 @@ def test_a_stock_repository_loads_and_samples_like_stock(client, hub, tmp_path):
 
 
 @pytest.mark.slow
-def test_pickled_weights_are_refused_with_the_reason(client, hub, tmp_path):
+def test_pickled_weights_are_refused_with_the_option_that_allows_them(client, hub, tmp_path):
     hub.add_folder("google/pickled", save_legacy(tmp_path / "old"))
-    with pytest.raises(ClientError, match=r"can carry code.*use_safetensors=False") as caught:
+    with pytest.raises(ClientError, match=r"can run code.*use_safetensors=False") as caught:
         client.run("load('google/pickled')")
     assert "ValueError" in caught.value.bases
     assert hub.count(r"\.bin") == 0
 
 
 @pytest.mark.slow
-def test_a_revision_is_loaded_as_it_was(client, hub, tmp_path):
+def test_a_revision_loads_its_own_weights(client, hub, tmp_path):
     first, second = (save_ours(tmp_path / n, unet=tiny_unet(seed=i)) for i, n in enumerate("ab"))
     repo = hub.add_folder("user/moving", first)
     old = repo.branches["main"]
@@ -234,7 +234,7 @@ def test_a_revision_is_loaded_as_it_was(client, hub, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_private_repository_opens_for_its_owner_alone(hub, checkpoint, tmp_path):
+def test_a_private_repository_loads_only_with_the_token_of_its_owner(hub, checkpoint, tmp_path):
     hub.add_folder("user/secret", checkpoint, private=True)
     with HubClient(hub, tmp_path, token=None) as client:
         client.run(SHOW + "from ddpm_hf import load")
@@ -260,17 +260,17 @@ DOWNLOAD_FAULTS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", DOWNLOAD_FAULTS)
-def test_a_passing_fault_of_the_download_is_survived(client, hub, checkpoint, fault):
+def test_a_transient_download_error_is_retried(client, hub, checkpoint, fault):
     repo = "user/" + fault.replace(" ", "_")
     hub.add_folder(repo, checkpoint)
     hub.fault(**DOWNLOAD_FAULTS[fault])
     answer = client.run("result = show(load(repo))", repo=repo)
-    assert not any(fault.times for fault in hub.faults), "the fault never struck"
+    assert not any(fault.times for fault in hub.faults), "the fault did not occur"
     np.testing.assert_allclose(images_of(answer), draw(load(checkpoint)), atol=ATOL)
 
 
 @pytest.mark.slow
-def test_a_hub_out_of_reach_gives_one_line(client, hub, checkpoint):
+def test_an_unreachable_hub_raises_an_error_of_one_line(client, hub, checkpoint):
     hub.fault("user/down", times=99, status=503)
     client.run("from ddpm_hf.hub import load as loading; loading.WAITS_S = (0.01, 0.01)")
     with pytest.raises(ClientError, match="the Hub failed for user/down") as caught:
@@ -281,10 +281,10 @@ def test_a_hub_out_of_reach_gives_one_line(client, hub, checkpoint):
 
 
 # ----------------------------------------------------------------------------------------------
-# What must not be loaded, from a folder or from the Hub
+# Invalid and malicious checkpoints
 
 
-def spoil_index(folder, **changes):
+def edit_index(folder, **changes):
     index = json.loads((folder / "model_index.json").read_text()) | changes
     (folder / "model_index.json").write_text(json.dumps(index))
 
@@ -316,7 +316,7 @@ def link_unet(folder):
     (folder / "unet").symlink_to(folder.parent / "elsewhere")
 
 
-def spoil_config(folder, part, **changes):
+def edit_config(folder, part, **changes):
     path = folder / part / ("config.json" if part == "unet" else "scheduler_config.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
@@ -330,7 +330,7 @@ def fill_config(folder):
 
 
 def unet_with(**changes):
-    return lambda folder: spoil_config(folder, "unet", **changes)
+    return lambda folder: edit_config(folder, "unet", **changes)
 
 
 def cut_weights(folder):
@@ -344,20 +344,20 @@ BAD = {
         "must hold a JSON object",
     ),
     "deep index": (lambda f: (f / "model_index.json").write_text("[" * 99_999), "not valid JSON"),
-    "another kind": (lambda f: spoil_index(f, _class_name="FluxPipeline"), "holds a FluxPipeline"),
-    "another unet": (lambda f: spoil_index(f, unet=["diffusers", "UNet1DModel"]), "UNet2DModel"),
-    "own pipeline": (lambda f: spoil_index(f, _class_name=["pipeline", "X"]), "code of its own"),
-    "own scheduler": (lambda f: spoil_index(f, scheduler=["evil", "X"]), "code of its own"),
-    "os.system": (lambda f: spoil_index(f, scheduler=["os", "system"]), "code of its own"),
-    "odd part": (lambda f: spoil_index(f, scheduler="DDPMScheduler"), "code of its own"),
-    "null part": (lambda f: spoil_index(f, scheduler=None), "code of its own"),
-    "empty part": (lambda f: spoil_index(f, scheduler=[]), "code of its own"),
+    "another kind": (lambda f: edit_index(f, _class_name="FluxPipeline"), "got a FluxPipeline"),
+    "another unet": (lambda f: edit_index(f, unet=["diffusers", "UNet1DModel"]), "UNet2DModel"),
+    "own pipeline": (lambda f: edit_index(f, _class_name=["pipeline", "X"]), "code of its own"),
+    "own scheduler": (lambda f: edit_index(f, scheduler=["evil", "X"]), "code of its own"),
+    "os.system": (lambda f: edit_index(f, scheduler=["os", "system"]), "code of its own"),
+    "odd part": (lambda f: edit_index(f, scheduler="DDPMScheduler"), "code of its own"),
+    "null part": (lambda f: edit_index(f, scheduler=None), "code of its own"),
+    "empty part": (lambda f: edit_index(f, scheduler=[]), "code of its own"),
     "other noise": (
-        lambda f: spoil_index(f, scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"]),
-        "does not sample DDPMs",
+        lambda f: edit_index(f, scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"]),
+        "does not sample from a DDPM",
     ),
     "number as text": (
-        lambda f: spoil_config(f, "scheduler", num_train_timesteps="1000"),
+        lambda f: edit_config(f, "scheduler", num_train_timesteps="1000"),
         "`num_train_timesteps` must be an int",
     ),
     "channels as text": (unet_with(in_channels="1"), "invalid for UNet2DModel: TypeError"),
@@ -389,15 +389,15 @@ BAD = {
     "nested config": (nest_config, "not valid JSON"),
     "five megabytes of config": (fill_config, "at most 4,194,304 are read"),
     "many steps": (
-        lambda f: spoil_config(f, "scheduler", num_train_timesteps=10**12),
+        lambda f: edit_config(f, "scheduler", num_train_timesteps=10**12),
         "`num_train_timesteps` must be an int",
     ),
     "bad facts": (
-        lambda f: spoil_config(f, "unet", _ddpm_hf={**image_facts_of("L", 8, 8), "class_names": 3}),
-        "`class_names` must be",
+        lambda f: edit_config(f, "unet", _ddpm_hf={**image_facts_of("L", 8, 8), "class_names": 3}),
+        "`class_names` must be a list of strings, got 3",
     ),
-    "no scheduler": (lambda f: shutil.rmtree(f / "scheduler"), "cannot be opened"),
-    "cut weights": (cut_weights, "cannot be opened"),
+    "no scheduler": (lambda f: shutil.rmtree(f / "scheduler"), "cannot be loaded"),
+    "cut weights": (cut_weights, "cannot be loaded"),
     "missing weight": (drop_weight, "do not fit"),
     "not finite": (plant_inf, "not finite"),
     "linked weights": (link_weights, "is a link"),
@@ -406,25 +406,25 @@ BAD = {
 
 
 @pytest.mark.parametrize("fault", BAD)
-def test_a_bad_folder_is_refused_in_one_line(checkpoint, tmp_path, fault):
+def test_an_invalid_checkpoint_raises_an_error_of_one_line(checkpoint, tmp_path, fault):
     folder = Path(shutil.copytree(checkpoint, tmp_path / "model"))
-    spoil, expected = BAD[fault]
-    spoil(folder)
+    damage, expected = BAD[fault]
+    damage(folder)
     with pytest.raises(ValueError, match=re.escape(expected)) as caught:
         load(folder)
     assert "\n" not in str(caught.value)
 
 
-def test_what_no_model_can_be_is_refused_by_the_pipelines_own_loader_too(checkpoint, tmp_path):
+def test_from_pretrained_refuses_an_oversized_network_too(checkpoint, tmp_path):
     folder = Path(shutil.copytree(checkpoint, tmp_path / "model"))
-    spoil_config(folder, "unet", layers_per_block=1_000_000)
+    edit_config(folder, "unet", layers_per_block=1_000_000)
     with pytest.raises(ValueError, match="`layers_per_block` must be an int in"):
         GaussianDDPMPipeline.from_pretrained(folder)
 
 
 @pytest.mark.slow
-def test_refusing_what_no_model_can_be_takes_neither_time_nor_memory(checkpoint, tmp_path):
-    """In a process of its own, whose peak is what the refusals took; CPU time, not the clock's."""
+def test_oversized_networks_are_refused_without_time_or_memory(checkpoint, tmp_path):
+    """In a process of its own, so that its peak memory is that of the refusals; CPU time."""
     code = """
 import json, resource, sys, time
 from pathlib import Path
@@ -456,7 +456,7 @@ print(time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_m
     assert kilobytes < 50_000
 
 
-def test_a_network_that_fits_is_not_refused_for_being_large(monkeypatch):
+def test_a_large_network_that_fits_into_memory_is_accepted(monkeypatch):
     config = {"block_out_channels": [512, 1024], "layers_per_block": 4}
     blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
     with torch.device("meta"):
@@ -470,13 +470,13 @@ def test_a_network_that_fits_is_not_refused_for_being_large(monkeypatch):
 
 
 @pytest.mark.parametrize("use_safetensors", [True, False])
-def test_pickles_are_not_opened_where_there_are_safetensors(tmp_path, use_safetensors):
+def test_pickled_weights_are_ignored_if_there_are_safetensors(tmp_path, use_safetensors):
     folder = save_ours(tmp_path / "model")
     (folder / "unet/diffusion_pytorch_model.bin").write_bytes(b"not a pickle")
     assert load(folder, use_safetensors=use_safetensors).unet.config.sample_size == 8
 
 
-def test_home_is_found_in_a_path(checkpoint, tmp_path, monkeypatch):
+def test_a_tilde_in_a_path_is_expanded(checkpoint, tmp_path, monkeypatch):
     shutil.copytree(checkpoint, tmp_path / "model")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert load("~/model").unet.config.sample_size == 8
@@ -484,7 +484,7 @@ def test_home_is_found_in_a_path(checkpoint, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("why", ["no token", "no answer", "offline"])
-def test_a_part_of_a_repository_in_the_cache_is_as_good_as_none(hub, checkpoint, tmp_path, why):
+def test_an_incomplete_copy_in_the_cache_is_not_loaded(hub, checkpoint, tmp_path, why):
     hub.add_folder("user/secret", checkpoint, private=True)
     get_card = "from huggingface_hub import hf_hub_download\nhf_hub_download(repo, 'README.md')"
     with HubClient(hub, tmp_path / why) as client:
@@ -504,7 +504,7 @@ def test_a_part_of_a_repository_in_the_cache_is_as_good_as_none(hub, checkpoint,
             client.run("loading.load('user/secret')")
 
 
-def test_our_scheduler_saved_by_a_stock_pipeline_loads_and_is_not_shared_as_it_is(tmp_path):
+def test_our_scheduler_saved_by_a_stock_pipeline_loads_but_must_be_saved_again_to_push(tmp_path):
     scheduler = tiny_scheduler(variance_type="fixed_large")
     DDPMPipeline(tiny_unet(), scheduler).save_pretrained(tmp_path / "stock")
     with pytest.raises(ValueError, match=r"ddpm_hf\.load.*save_pretrained"):
@@ -516,16 +516,16 @@ def test_our_scheduler_saved_by_a_stock_pipeline_loads_and_is_not_shared_as_it_i
     assert push(tmp_path / "ours", "user/x", dry_run=True).files
 
 
-def test_a_file_is_no_checkpoint(checkpoint):
+def test_a_file_or_an_empty_name_is_refused(checkpoint):
     with pytest.raises(ValueError, match="is a file"):
         load(checkpoint / "model_index.json")
-    with pytest.raises(ValueError, match="neither a folder"):
+    with pytest.raises(ValueError, match="neither a local folder"):
         load("")
 
 
 @pytest.mark.parametrize("name", ["no/such/folder", "./nowhere", "/no/folder", "a b/c", "x" * 200])
-def test_what_is_neither_a_folder_nor_a_name_is_refused(name):
-    with pytest.raises(ValueError, match="neither a folder here nor a name on the Hub"):
+def test_a_name_that_is_neither_a_folder_nor_a_repository_is_refused(name):
+    with pytest.raises(ValueError, match="neither a local folder nor the name of a repository"):
         load(name)
 
 
@@ -540,7 +540,7 @@ def evil_pickle(path):
 
 
 @pytest.mark.slow
-def test_planted_code_is_never_run_without_consent(client, hub, checkpoint, tmp_path):
+def test_malicious_code_never_runs_without_consent(client, hub, checkpoint, tmp_path):
     marker = tmp_path / "ran"
     code = f"open({str(marker)!r}, 'w').write('ran')\n"
     files = {
@@ -582,7 +582,7 @@ def test_planted_code_is_never_run_without_consent(client, hub, checkpoint, tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["../../outside.json", "unet/../../../../outside.json"])
-def test_file_names_that_climb_out_of_the_cache_write_nothing_there(client, hub, checkpoint, name):
+def test_file_names_with_parent_folders_write_only_in_the_cache(client, hub, checkpoint, name):
     repo = hub.add_folder(f"evil/climb{len(name)}", checkpoint)
     repo.commit("main", "climb", {name: Blob(b"{}"), f"unet/{name}": Blob(b"{}")})
     client.run("load(repo)", repo=repo.id)

@@ -39,9 +39,6 @@ FLOORS = (
     {"cli"},
     {"__main__"},
 )
-# The one arrow upwards: where the package is installed, a pipeline's own push writes the package's
-# model card; a copy that travelled without it makes do with that of diffusers.
-UPWARD = {"diffusion.portable_checkpoint -> hub.card"}
 # What travels with the weights may rely on nothing that a reader with stock diffusers lacks.
 TRAVELLERS = sorted((SOURCE / "diffusion").glob("*"))
 TRAVEL_WITH = {"torch", "numpy", "PIL", "diffusers", "huggingface_hub", "safetensors", "tqdm"}
@@ -95,7 +92,7 @@ def test_imports_point_from_the_command_line_down_to_the_mathematics():
         for other in our_imports(NAMES[name])
         if floor(other) > floor(name)
     }
-    assert upward == UPWARD
+    assert upward == set()
 
 
 def test_no_module_imports_itself_through_others():
@@ -115,7 +112,7 @@ def test_the_folder_that_travels_needs_only_what_its_reader_has():
         for name in imported_names(path)
         if name.split(".")[0] not in reliable and not name.startswith("ddpm_hf.diffusion.")
     }
-    assert foreign == {"portable_checkpoint.py: ddpm_hf.hub.card.card_to_share"}
+    assert foreign == set()
     absolute = {
         f"{path.name}: {node.module}"
         for path in modules
@@ -123,7 +120,7 @@ def test_the_folder_that_travels_needs_only_what_its_reader_has():
         if isinstance(node, ast.ImportFrom) and not node.level
         if (node.module or "").startswith("ddpm_hf")
     }
-    assert absolute == {"portable_checkpoint.py: ddpm_hf.hub.card"}
+    assert absolute == set()
 
 
 def test_a_check_of_input_is_no_assert():

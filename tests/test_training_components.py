@@ -299,7 +299,7 @@ def with_nan(folder):
 
 @pytest.mark.parametrize(
     ("damage", "message"),
-    [(only_pickles, "can carry code"), (lacking, "do not fit"), (with_nan, "not finite")],
+    [(only_pickles, "can run code"), (lacking, "do not fit"), (with_nan, "not finite")],
 )
 def test_a_bare_network_is_checked_like_a_pipeline(tmp_path, damage, message):
     tiny_unet().save_pretrained(tmp_path / "bare")

@@ -51,7 +51,11 @@ class ImageFacts:
             ("height", is_size(self.height), f"an int in 1..{MAX_SIZE}"),
             ("width", is_size(self.width), f"an int in 1..{MAX_SIZE}"),
             ("bit_depth", self.bit_depth in BIT_DEPTHS, "8 or 16"),
-            ("class_names", self.class_names is None or is_names(self.class_names), "names"),
+            (
+                "class_names",
+                self.class_names is None or is_names(self.class_names),
+                "a list of strings",
+            ),
         ):
             if not is_valid:
                 raise ValueError(f"`{name}` must be {expected}, got {getattr(self, name)!r}")

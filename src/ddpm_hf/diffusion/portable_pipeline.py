@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a pipeline of a `UNet2DModel` and a scheduler is loaded, saved and pushed.
-
-Travels with the weights, beside `pipeline.py`.
-"""
+"""Loading, saving and pushing of a pipeline with a `UNet2DModel` and a scheduler."""
 
 import json
 import os
@@ -16,7 +13,7 @@ from . import checkpoint_limits, config_extension, portable_checkpoint
 
 
 class PortablePipeline(DiffusionPipeline):  # type: ignore[misc]
-    """A pipeline whose checkpoints open in plain diffusers, with the code beside them, and here."""
+    """Pipeline whose checkpoints open in stock diffusers, with their own code, and here."""
 
     unet: UNet2DModel
 
@@ -24,15 +21,15 @@ class PortablePipeline(DiffusionPipeline):  # type: ignore[misc]
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> Self:
-        """The pipeline from a folder or a repository of the Hub: its own, or any `DDPMPipeline`'s.
+        """Pipeline of a checkpoint of this class or of `DDPMPipeline`.
 
         Args:
-            pretrained_model_name_or_path: a local folder or "user/name".
-            **kwargs: as in `DiffusionPipeline.from_pretrained`. `use_safetensors` is True unless
-                given: pickled weights (`.bin`) are opened only with `use_safetensors=False`.
+            pretrained_model_name_or_path: a local folder, or "user/name" on the Hub.
+            **kwargs: as in `DiffusionPipeline.from_pretrained`. `use_safetensors` is True by
+                default: pickled weights (`.bin`) are opened only with `use_safetensors=False`.
         Raises:
-            OSError: if there is no such checkpoint, it holds only pickled weights, or lacks some.
-            ValueError: if a configuration is of nothing that can be loaded here.
+            OSError: if the checkpoint does not exist, has only pickled weights, or lacks weights.
+            ValueError: for a configuration that cannot be loaded here.
         """
         if kwargs.get("use_safetensors") is None:
             kwargs["use_safetensors"] = True
@@ -41,12 +38,12 @@ class PortablePipeline(DiffusionPipeline):  # type: ignore[misc]
         try:
             pipeline: Self = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         except OSError as error:
-            if not portable_checkpoint.holds_only_pickles(pretrained_model_name_or_path, error):
+            if not portable_checkpoint.has_only_pickles(pretrained_model_name_or_path, error):
                 raise
             raise OSError(
-                f"{pretrained_model_name_or_path} holds its weights only as pickled .bin files, "
-                "a format that can carry code and is therefore not opened by itself; if you trust "
-                "the author, pass use_safetensors=False, then save_pretrained() writes safetensors"
+                f"{pretrained_model_name_or_path} has only pickled weights (.bin), a format that "
+                "can run code; if you trust the author, pass `use_safetensors=False` and save the "
+                "pipeline, which writes safetensors"
             ) from error
         absent = [name for name, p in pipeline.unet.named_parameters() if p.is_meta]
         if absent and kwargs.get("device_map") is None:  # a device map may leave weights on disk
@@ -56,7 +53,7 @@ class PortablePipeline(DiffusionPipeline):  # type: ignore[misc]
 
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs: Any) -> str | os.PathLike[str]:
-        """As in diffusers; refuses configurations of nothing that can be loaded here."""
+        """As in diffusers, with a check of the configurations."""
         try:
             folder: str | os.PathLike[str] = super().download(pretrained_model_name, **kwargs)
         except RecursionError as error:
@@ -65,9 +62,9 @@ class PortablePipeline(DiffusionPipeline):  # type: ignore[misc]
         return folder
 
     def to_json_string(self) -> str:
-        """`model_index.json` as stock diffusers reads it, whatever way this pipeline was loaded."""
+        """`model_index.json` for stock diffusers, however this pipeline was loaded."""
         index = json.loads(super().to_json_string())
-        index.pop("_name_or_path", None)  # a path of this machine, as a rule
+        index.pop("_name_or_path", None)  # usually a path of this machine
         index["_class_name"] = "DDPMPipeline"
         if index["scheduler"][1] == config_extension.GAUSSIAN_SCHEDULER:
             index["scheduler"] = ["diffusers", "DDPMScheduler"]
@@ -84,31 +81,36 @@ class PortablePipeline(DiffusionPipeline):  # type: ignore[misc]
     ) -> None:
         """Write the portable checkpoint: stock index, safetensors, configurations and source files.
 
-        All of it is on disk before the first file takes its place: a new folder appears at once, in
-        an existing one file after file is replaced, the index last. So a full disk or a crash while
-        writing leaves the folder as it was. Other files there stay, and links are not followed.
+        All files are written to a staging folder first. A new folder then appears at once; in an
+        existing one, files are replaced one by one, the index last. A full disk or a crash while
+        writing changes nothing. Other files in the folder are kept; links are not followed.
 
         Args:
-            save_directory: the folder to write; made where it is missing.
+            save_directory: folder to write, created if missing.
             safe_serialization: must be True: pickled weights are not written.
-            variant: as in diffusers, a suffix of the weight file, such as "fp16".
-            max_shard_size: as in diffusers, the size above which weights are split.
-            push_to_hub: push it afterwards, see `push_to_hub`.
-            **kwargs: for the push: `repo_id` (the folder's name by default), `private`, `token`,
-                `commit_message`, `create_pr`.
+            variant: suffix of the weight file, such as "fp16", as in diffusers.
+            max_shard_size: size above which weights are split, as in diffusers.
+            push_to_hub: whether to push the checkpoint afterwards, see `push_to_hub`.
+            **kwargs: arguments of the push: `repo_id` (by default the name of the folder),
+                `private`, `token`, `commit_message`, `create_pr`.
         Raises:
-            ValueError: for an unusable `save_directory`, and if a weight is not finite.
+            ValueError: for an invalid `save_directory`, and for non-finite weights.
+            TypeError: for an unknown argument.
         """
         if not safe_serialization:
-            raise ValueError("safe_serialization must be True: only safetensors are written")
+            raise ValueError(
+                f"`safe_serialization` must be True (only safetensors are written), got "
+                f"{safe_serialization}"
+            )
         unknown = set(kwargs) - {"repo_id", "private", "token", "commit_message", "create_pr"}
         if unknown:
-            raise TypeError(f"save_pretrained() knows no {', '.join(sorted(unknown))}")
+            names = ", ".join(f"`{name}`" for name in sorted(unknown))
+            raise TypeError(f"save_pretrained() got unknown arguments: {names}")
         folder = portable_checkpoint.checked_folder(save_directory)
-        portable_checkpoint.check_finite(self.unet.state_dict(), "unet (nothing was written)")
+        portable_checkpoint.check_finite(self.unet.state_dict(), "the unet (nothing was written)")
         with portable_checkpoint.saving(folder, variant) as staging:
             super().save_pretrained(staging, variant=variant, max_shard_size=max_shard_size)
-            portable_checkpoint.forget_origin(staging / "unet" / "config.json")
+            portable_checkpoint.remove_origin(staging / "unet" / "config.json")
             portable_checkpoint.write_source(staging)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", folder.name), variant=variant, **kwargs)
@@ -122,7 +124,7 @@ class PortablePipeline(DiffusionPipeline):  # type: ignore[misc]
         create_pr: bool = False,
         subfolder: str | None = None,
     ) -> Any:
-        """What `push_to_hub` uploads by, in one commit."""
+        """Upload of `push_to_hub`, in one commit."""
         return portable_checkpoint.upload(
             Path(working_dir),
             repo_id,

@@ -1,4 +1,4 @@
-"""Opening checkpoints, of the Hub or in a folder, without ever running their code."""
+"""Loading of checkpoints from the Hub or a folder, without running their code."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -33,21 +33,21 @@ def load(
     variant: str | None = None,
     use_safetensors: bool = True,
 ) -> "GaussianDDPMPipeline":
-    """A pipeline from the Hub or from a folder: ours, or any other `DDPMPipeline`'s.
+    """Pipeline of a checkpoint of this package or of any `DDPMPipeline`.
 
-    Never runs code from the repository. Offline it loads what an earlier call left in the cache.
+    Never runs code from the repository. Offline, it loads the copy in the cache.
 
     Args:
         repo_or_path: a folder, or "user/name" on the Hub.
         revision: branch, tag or commit on the Hub.
-        token: for a private repository; by default that of `hf auth login` or HF_TOKEN.
-        dtype: of the weights; torch.float32 by default, whatever they were saved in.
-        variant: of the weights, such as "fp16", where a checkpoint has several.
-        use_safetensors: False opens weights in pickled `.bin` files, which could carry code, where
-            there are no others.
+        token: token for a private repository; by default that of `hf auth login` or HF_TOKEN.
+        dtype: dtype of the weights; by default torch.float32, whatever they were saved in.
+        variant: variant of the weights, such as "fp16", if a checkpoint has several.
+        use_safetensors: False also opens pickled `.bin` weights, which can run code, if there are
+            no safetensors.
     Raises:
-        ValueError: if there is no such checkpoint or revision, the token may not read it, it is of
-            another kind, or its weights are incomplete or not finite.
+        ValueError: if the checkpoint or revision does not exist or may not be read, has another
+            kind of pipeline, or its weights are incomplete or not finite.
         HubError: if the Hub fails and the cache has no copy.
     """
     name = os.fspath(repo_or_path)
@@ -64,10 +64,10 @@ def fetch(
     token: str | None = None,
     use_safetensors: bool = True,
 ) -> Path:
-    """The folder of a checkpoint: the one of that name, or the cache's copy of a repository.
+    """Folder of a checkpoint: the local folder `name`, or the copy of a repository in the cache.
 
     Raises:
-        ValueError: if there is neither, or the folder holds links to other places.
+        ValueError: if neither exists, or the folder contains links to files outside.
         HubError: if the Hub fails and the cache has no copy.
     """
     folder = Path(name).expanduser()
@@ -76,17 +76,17 @@ def fetch(
         refuse_links(folder, (path for pattern in patterns for path in folder.glob(pattern)))
         return folder
     if folder.is_file():
-        raise ValueError(f"{name} is a file: give the folder of the checkpoint")
+        raise ValueError(f"{name} is a file; pass the folder of the checkpoint")
     check_repo_id(name, may_be_folder=True)
 
     def download(weights: str) -> Path:
         patterns = _loaded_files(weights)
-        found = snapshot_download(name, revision=revision, token=token, allow_patterns=patterns)
-        if not _has_weights(Path(found), weights):
-            # Without an answer from the Hub, the client returns whatever part of the repository is
-            # in the cache (a README, say). Asking again raises the reason.
+        copy = snapshot_download(name, revision=revision, token=token, allow_patterns=patterns)
+        if not _has_weights(Path(copy), weights):
+            # If the Hub does not answer, the client returns an incomplete copy from the cache (only
+            # a README, for example). A second request raises the reason.
             HfApi(token=token).model_info(name, revision=revision)
-        return Path(found)
+        return Path(copy)
 
     folder = retry(lambda: download("safetensors"), name, WAITS_S)
     if not use_safetensors and not _has_weights(folder, "safetensors"):
@@ -95,9 +95,9 @@ def fetch(
 
 
 def _loaded_files(weights: str) -> list[str]:
-    """The files that a pipeline is made of, with weights of one kind, and no code."""
+    """Patterns of the files to load, with one file type of weights and without code."""
     names = ["*config.json", "diffusion_pytorch_model*.json", f"diffusion_pytorch_model*.{weights}"]
-    folders = ("", "unet/", "scheduler/")  # early repositories are flat
+    folders = ("", "unet/", "scheduler/")  # old repositories have no folders
     return [
         "model_index.json",
         "training.json",
@@ -110,27 +110,32 @@ def _has_weights(folder: Path, weights: str) -> bool:
 
 
 def scheduler_class(folder: Path, name: str) -> str:
-    """The scheduler's class; ValueError unless the index is of a pipeline of our kind.
+    """Class name of the scheduler in `model_index.json`.
 
-    All parts must be of diffusers, but for our scheduler, which a stock `DDPMPipeline` that was
-    given one saves under its own name.
+    A stock `DDPMPipeline` saves a `GaussianDDPMScheduler` under the name of our module; all other
+    components must be classes of diffusers.
+
+    Raises:
+        ValueError: if the index is missing or describes another kind of pipeline.
     """
     index = read_json(ModelPaths(folder).index)
     if not index:
         inner = folder / "model"
         hint = f"; did you mean {inner}?" if ModelPaths(inner).index.is_file() else ""
-        raise ValueError(f"{name} is not a checkpoint of a pipeline: no model_index.json{hint}")
+        raise ValueError(f"{name} is not a pipeline checkpoint: it has no model_index.json{hint}")
     kind, parts = index.get("_class_name"), {k: v for k, v in index.items() if k[0] != "_"}
     if parts.get("scheduler") == ["ddpm_hf.diffusion.scheduling", GAUSSIAN_SCHEDULER]:
         parts["scheduler"] = ["diffusers", GAUSSIAN_SCHEDULER]
     known = (isinstance(part, list) and part[:1] == ["diffusers"] for part in parts.values())
     if isinstance(kind, list) or not all(known):
         raise ValueError(
-            f"{name} needs code of its own, which is never run here: read it, then use "
-            "DiffusionPipeline.from_pretrained(..., trust_remote_code=True)"
+            f"{name} requires code of its own, which this function never runs: read the code, then "
+            "use DiffusionPipeline.from_pretrained(..., trust_remote_code=True)"
         )
     if kind not in PIPELINES or parts.get("unet") != ["diffusers", "UNet2DModel"]:
-        raise ValueError(f"{name} holds a {kind}; only {PIPELINES} with a UNet2DModel work here")
+        raise ValueError(
+            f"{name} must contain a UNet2DModel and one of {', '.join(PIPELINES)}, got a {kind}"
+        )
     return str(parts.get("scheduler", [None, None])[-1])
 
 
@@ -142,14 +147,14 @@ def open_pipeline(
     variant: str | None = None,
     use_safetensors: bool = True,
 ) -> "GaussianDDPMPipeline":
-    """The pipeline in a folder that `fetch` gave.
+    """Pipeline of a checkpoint folder.
 
     Args:
-        folder: holds the checkpoint.
-        name: what errors call it.
+        folder: result of `fetch`.
+        name: name of the checkpoint in messages.
         dtype, variant, use_safetensors: as for `load`.
     Raises:
-        ValueError: if it cannot be opened, or its weights are incomplete or not finite.
+        ValueError: if it cannot be loaded, or its weights are incomplete or not finite.
     """
     import diffusers
 
@@ -157,12 +162,15 @@ def open_pipeline(
     from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline, image_facts
     from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 
-    with _one_line_about(name):
+    with _one_line_errors(name):
         kind = scheduler_class(folder, name)
         check_scheduler_config(component_folder(folder, "scheduler") / "scheduler_config.json")
         ours = kind in ("DDPMScheduler", GAUSSIAN_SCHEDULER)
         if not ours and kind not in GaussianDDPMScheduler._compatibles:
-            raise ValueError(f"{name} has a {kind}, which does not sample DDPMs")
+            raise ValueError(
+                f"{name} has a {kind}, which does not sample from a DDPM; use a checkpoint with a "
+                "scheduler compatible with DDPMScheduler"
+            )
         scheduler = GaussianDDPMScheduler if ours else getattr(diffusers, kind)
         unet = open_unet(
             component_folder(folder, "unet"),
@@ -184,10 +192,13 @@ def open_unet(
     variant: str | None = None,
     use_safetensors: bool = True,
 ) -> "UNet2DModel":
-    """The network whose configuration and weights lie in a folder; arguments and errors as above.
+    """Network of a folder with its configuration and weights.
 
+    Args:
+        folder: folder of the network.
+        name, dtype, variant, use_safetensors: as for `open_pipeline`.
     Raises:
-        ValueError: if it cannot be opened, or its weights are incomplete or not finite.
+        ValueError: if it cannot be loaded, or its weights are incomplete or not finite.
     """
     import torch
     from diffusers import UNet2DModel
@@ -202,18 +213,18 @@ def open_unet(
     is_safe = any(folder.glob("*.safetensors"))
     if use_safetensors and not is_safe:
         raise ValueError(
-            f"{name} has no safetensors weights. Old repositories hold them in pickled .bin files, "
-            "a format that can carry code; if you trust the author, load it once with "
-            "use_safetensors=False and save_pretrained() it: that writes safetensors"
+            f"{name} has no safetensors weights. Old repositories have pickled weights (.bin), a "
+            "format that can run code; if you trust the author, pass `use_safetensors=False` and "
+            "save the pipeline, which writes safetensors"
         )
     variants = weight_variants(folder)
     if variant is None and variants and None not in variants:
-        found = " or ".join(f"variant={v!r}" for v in sorted(filter(None, variants)))
-        raise ValueError(f"{name} has no weights without a variant: pass {found}")
-    with _one_line_about(name):
+        known = " or ".join(repr(v) for v in sorted(filter(None, variants)))
+        raise ValueError(f"{name} has only variants of its weights; pass `variant` {known}")
+    with _one_line_errors(name):
         config = folder / "config.json"
         check_unet_config(read_json(config), f"config.json of {name}", dtype or torch.float32)
-        # Where a file lacks weights, diffusers makes up random ones and only logs it.
+        # diffusers initialises missing weights at random and only logs it.
         unet, report = UNet2DModel.from_pretrained(
             folder,
             dtype=dtype,
@@ -221,41 +232,48 @@ def open_unet(
             use_safetensors=is_safe,
             output_loading_info=True,
         )
-    if wrong := {kind: keys for kind, keys in report.items() if keys}:
-        raise ValueError(f"the weights of {name} do not fit its config.json: {shorten(str(wrong))}")
+    if mismatches := {kind: keys for kind, keys in report.items() if keys}:
+        raise ValueError(
+            f"the weights of {name} do not fit its config.json: {shorten(str(mismatches))}"
+        )
     check_finite(unet.state_dict(), name)
     move_into_memory(unet)
     return unet
 
 
 @contextmanager
-def _one_line_about(name: str) -> Iterator[None]:
-    """Whatever the libraries raise about a damaged or foreign checkpoint, as one ValueError."""
+def _one_line_errors(name: str) -> Iterator[None]:
+    """Turn errors of the libraries about a damaged or foreign checkpoint into one ValueError."""
     try:
         yield
     except ValueError:
         raise
     except (OSError, TypeError, AttributeError, LookupError, NotImplementedError) as error:
-        raise ValueError(f"{name} cannot be opened: {shorten(str(error))}") from error
+        raise ValueError(f"{name} cannot be loaded: {shorten(str(error))}") from error
 
 
 def check_repo_id(repo_id: str, *, may_be_folder: bool = False) -> None:
-    """Raise ValueError unless it can be the name of a repository; to push, with its owner."""
-    wrong = "neither a folder here nor" if may_be_folder else "not"
+    """Raise ValueError for an invalid repository name.
+
+    Args:
+        repo_id: the name; must have an owner unless `may_be_folder`.
+        may_be_folder: whether the user may have meant a local folder.
+    """
+    problem = "neither a local folder nor" if may_be_folder else "not"
     try:
         validate_repo_id(repo_id)
         if may_be_folder or "/" in repo_id:
             return
     except HFValidationError:
         pass
-    raise ValueError(f"{repo_id!r} is {wrong} a name on the Hub (user/name)")
+    raise ValueError(f"{repo_id!r} is {problem} the name of a repository on the Hub (user/name)")
 
 
 def refuse_links(folder: Path, paths: Iterable[Path]) -> None:
-    """Refuse links, except those of huggingface_hub's cache, where every file is one."""
+    """Raise ValueError for a link to a file outside, except in the cache of huggingface_hub."""
     root = folder.resolve()
     blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
     for path in paths:
         real = path.resolve()
         if real != root / path.relative_to(folder) and real.parent != blobs:
-            raise ValueError(f"{path} is a link to another place: put the file itself there")
+            raise ValueError(f"{path} is a link to a file outside the folder; copy the file there")

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import RepositoryNotFoundError
@@ -280,7 +279,7 @@ class Target:
     ) -> PushResult:
         card = Merged("")
 
-        def write(remote: str | None, head: Any) -> str:
+        def write(remote: str | None) -> str:
             nonlocal card
             card = _checked_card(folder, self.repo_id, remote, self.license)
             return card.text
