@@ -736,8 +736,16 @@ BAD_CALLS = [
     ({"generator": 42}, TypeError, "generator.*42"),
     ({"generator": "g"}, TypeError, "generator.*g"),
     ({"generator": [42]}, TypeError, "generator.*42"),
-    ({"generator": seeded(1, 2, 3)}, ValueError, "generator.*3.*batch_size=1"),
-    ({"batch_size": 4, "generator": seeded(1, 2)}, ValueError, "generator.*2.*batch_size=4"),
+    (
+        {"generator": seeded(1, 2, 3)},
+        ValueError,
+        "generator.*list of 1, one per image, got a list of 3",
+    ),
+    (
+        {"batch_size": 4, "generator": seeded(1, 2)},
+        ValueError,
+        "generator.*list of 4, one per image, got a list of 2",
+    ),
     ({"eta": -0.1}, ValueError, "eta.*-0.1"),
     ({"eta": 2}, ValueError, "eta.*2"),
     ({"eta": "1"}, TypeError, "eta.*'1'"),
