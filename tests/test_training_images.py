@@ -170,6 +170,26 @@ def test_images_in_0_to_1_warn():
     TrainingImages(images)  # one bright image among others does not warn
 
 
+class Stream:
+    """A source of unknown length: the image at position i has the value i / 100."""
+
+    num_images = labels = None
+
+    def read(self, positions, offsets):
+        assert offsets.shape == (len(positions), 2)
+        return torch.stack([torch.full((1, 3, 4), position / 100) for position in positions])
+
+
+def test_a_source_of_unknown_length_is_read_by_position():
+    training = TrainingImages(Stream(), seed=1, random_flip=True, size_multiple=2)
+    assert training.shape == (1, 4, 4)
+    batch = training.__getitems__([(0, 50), (0, 7)])
+    assert [image.mean().item() for image in batch] == pytest.approx([0.5, 0.07])
+    assert torch.equal(training[0, 7], batch[1])
+    with pytest.raises(TypeError, match="no length"):
+        len(training)
+
+
 class Failing:
     """Images where reading index 7 calls `action`."""
 
