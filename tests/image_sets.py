@@ -1,4 +1,4 @@
-"""Data sets of small images, as rows and as files, and their preparation without a progress bar."""
+"""Datasets of small images, as rows and as files, prepared without progress bars."""
 
 from functools import partial
 
@@ -18,7 +18,7 @@ prepare = partial(prepare_images, progress=False)
 
 
 def rows(*files, names=None):
-    """A data set that holds the bytes of files; None is a null cell."""
+    """A dataset with the bytes of files; None is a null cell."""
     names = names or [f"{i}.png" for i in range(len(files))]
     cells = [
         None if data is None else {"bytes": data, "path": name}
@@ -28,12 +28,12 @@ def rows(*files, names=None):
 
 
 def greys(*shapes):
-    """A data set of grey images of these heights and widths."""
+    """A dataset of grey images with these heights and widths."""
     return rows(*(zoo.encode(zoo.grey(h, w)) for h, w in shapes))
 
 
 def folder_of(root, files):
-    """`root` with these files, names relative to it and their bytes."""
+    """`root`, filled with these files: bytes by relative name."""
     for name, data in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(data)
@@ -41,12 +41,12 @@ def folder_of(root, files):
 
 
 def as_numpy(images):
-    """All images of a data set, (N, C, H, W)."""
+    """All images of a dataset, (N, C, H, W)."""
     return np.stack([image.numpy() for image in images])
 
 
 def naming(path):
-    """An Arrow table of two rows: an image, and nothing but a path."""
+    """An Arrow table of two rows: an encoded image, and only a path."""
     cells = [{"bytes": zoo.encode(zoo.GREY), "path": "good.png"}, {"bytes": None, "path": path}]
     table = pa.table({"image": pa.array(cells, type=datasets.Image().pa_type)})
     return table.replace_schema_metadata(IMAGE.arrow_schema.metadata)

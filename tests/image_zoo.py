@@ -1,6 +1,6 @@
-"""Image files of every odd kind as bytes, each with the pixels or the refusal that it must give.
+"""Image files in unusual formats, as bytes, with the expected pixels or the expected problem.
 
-The expected pixels are built by hand from the numbers that went in, not by Pillow's conversions.
+The expected pixels are computed from the encoded arrays, not by Pillow's conversions.
 """
 
 import struct
@@ -16,14 +16,14 @@ WHITE = 255
 
 
 @dataclass(frozen=True)
-class Animal:
-    """A file, and either its mode and pixels (C, H, W) or a part of the reason for refusing it."""
+class ImageCase:
+    """A file, and either its mode and pixels (C, H, W) or part of the message about its problem."""
 
     name: str
     data: bytes | None
     mode: str = ""
     pixels: NDArray[np.generic] | None = None
-    refusal: str = ""
+    problem: str = ""
 
 
 def encode(
@@ -44,7 +44,7 @@ def save(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 def png(
     width: int, height: int, depth: int, colour_type: int, rows: bytes, extra: bytes = b""
 ) -> bytes:
-    """A PNG by hand, for what Pillow does not write; `rows` have their filter bytes."""
+    """A PNG that Pillow cannot write; `rows` include the filter bytes."""
     header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
     pixels = chunk(b"IDAT", zlib.compress(rows, 1))
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra + pixels + chunk(b"IEND", b"")
@@ -56,7 +56,7 @@ def chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def grey(height: int, width: int, top: int = 251) -> NDArray[np.uint8]:
-    """No two neighbours alike, no symmetry."""
+    """Grey pixels without equal neighbours or symmetry."""
     return (np.arange(height * width) * 37 % top).reshape(height, width).astype(np.uint8)
 
 
@@ -92,8 +92,8 @@ def _palette(indices: NDArray[np.uint8], colours: list[tuple[int, int, int]]) ->
     return image
 
 
-def modes() -> list[Animal]:
-    """Every mode that the table of `decoding.py` names."""
+def modes() -> list[ImageCase]:
+    """All modes in the table of `decoding.py`."""
     bits = GREY > 100
     indices = (GREY % 3).astype(np.uint8)
     three = [(10, 20, 30), (200, 100, 0), (255, 255, 255)]
@@ -106,69 +106,71 @@ def modes() -> list[Animal]:
     rows_16 = b"".join(b"\0" + row.tobytes() for row in rgb_16)
     pgm = b"P5 9 6 65535\n" + DEEP.astype(">u2").tobytes()
     return [
-        Animal("1.png", save(Image.fromarray(bits)), "L", _planes(bits * np.uint8(255))),
-        Animal("L.png", encode(GREY, "L"), "L", _planes(GREY)),
-        Animal("LA_opaque.png", encode(_with_alpha(GREY, OPAQUE), "LA"), "L", _planes(GREY)),
-        Animal("LA.png", encode(_with_alpha(GREY, ALPHA)), "LA", _hidden_in_white(GREY, ALPHA)),
-        Animal(
+        ImageCase("1.png", save(Image.fromarray(bits)), "L", _planes(bits * np.uint8(255))),
+        ImageCase("L.png", encode(GREY, "L"), "L", _planes(GREY)),
+        ImageCase("LA_opaque.png", encode(_with_alpha(GREY, OPAQUE), "LA"), "L", _planes(GREY)),
+        ImageCase("LA.png", encode(_with_alpha(GREY, ALPHA)), "LA", _hidden_in_white(GREY, ALPHA)),
+        ImageCase(
             "L_marked.png",
             encode(GREY, transparency=int(GREY[2, 3])),
             "LA",
             _hidden_in_white(GREY, (GREY[2, 3] != GREY) * np.uint8(255)),
         ),
-        Animal("P.png", save(_palette(indices, three)), "RGB", np.array(three).T[:, indices]),
-        Animal("P_grey.png", save(_palette(indices, greys)), "L", np.array(greys).T[:1, indices]),
-        Animal(
+        ImageCase("P.png", save(_palette(indices, three)), "RGB", np.array(three).T[:, indices]),
+        ImageCase(
+            "P_grey.png", save(_palette(indices, greys)), "L", np.array(greys).T[:1, indices]
+        ),
+        ImageCase(
             "P_marked.png",
             save(_palette(indices, three), transparency=1),
             "RGBA",
             _hidden_in_white(np.array(three, np.uint8)[indices], see_through),
         ),
-        Animal(
+        ImageCase(
             "P_grey_marked.png",
             save(_palette(indices, greys), transparency=1),
             "LA",
             _hidden_in_white(np.array(greys, np.uint8)[indices][..., 0], see_through),
         ),
-        Animal("RGB.png", encode(COLOUR, "RGB"), "RGB", _planes(COLOUR)),
-        Animal("RGB.bmp", encode(COLOUR, kind="BMP"), "RGB", _planes(COLOUR)),
-        Animal("RGB.webp", encode(COLOUR, kind="WEBP", lossless=True), "RGB", _planes(COLOUR)),
-        Animal(
+        ImageCase("RGB.png", encode(COLOUR, "RGB"), "RGB", _planes(COLOUR)),
+        ImageCase("RGB.bmp", encode(COLOUR, kind="BMP"), "RGB", _planes(COLOUR)),
+        ImageCase("RGB.webp", encode(COLOUR, kind="WEBP", lossless=True), "RGB", _planes(COLOUR)),
+        ImageCase(
             "RGB_marked.png",
             encode(COLOUR, transparency=tuple(map(int, COLOUR[2, 3]))),
             "RGBA",
             _hidden_in_white(COLOUR, ~is_marked * np.uint8(255)),
         ),
-        Animal("RGBA_opaque.png", encode(_with_alpha(COLOUR, OPAQUE)), "RGB", _planes(COLOUR)),
-        Animal(
+        ImageCase("RGBA_opaque.png", encode(_with_alpha(COLOUR, OPAQUE)), "RGB", _planes(COLOUR)),
+        ImageCase(
             "RGBA.png", encode(_with_alpha(COLOUR, ALPHA)), "RGBA", _hidden_in_white(COLOUR, ALPHA)
         ),
-        Animal(
+        ImageCase(
             "RGBA_hidden_red.png",
             encode(_with_alpha(red, np.zeros((6, 9), np.uint8))),
             "RGBA",
             np.stack([np.full((6, 9), WHITE)] * 3 + [np.zeros((6, 9))]),
         ),
-        # With no black, CMYK is the complement of RGB.
-        Animal(
+        # CMYK without black is the complement of RGB.
+        ImageCase(
             "CMYK.tif",
             save(Image.frombytes("CMYK", (9, 6), cmyk.tobytes()), "TIFF"),
             "RGB",
             255 - _planes(COLOUR),
         ),
-        Animal("I16.png", encode(DEEP, "I;16"), "L", _planes(DEEP)),
-        Animal("I16.tif", encode(DEEP, kind="TIFF"), "L", _planes(DEEP)),
-        Animal("I16_big_endian.tif", _big_endian_tiff(DEEP), "L", _planes(DEEP)),
-        Animal("I16_marked.png", *_deep_with_transparent_colour()),
-        Animal("I.pgm", pgm, "L", _planes(DEEP)),
-        Animal("I.tif", encode(DEEP.astype(np.int32), "I", "TIFF"), "L", _planes(DEEP)),
-        Animal("RGB_16.png", png(9, 6, 16, 2, rows_16), "RGB", _planes(COLOUR)),
-        Animal(
+        ImageCase("I16.png", encode(DEEP, "I;16"), "L", _planes(DEEP)),
+        ImageCase("I16.tif", encode(DEEP, kind="TIFF"), "L", _planes(DEEP)),
+        ImageCase("I16_big_endian.tif", _big_endian_tiff(DEEP), "L", _planes(DEEP)),
+        ImageCase("I16_marked.png", *_deep_with_transparent_colour()),
+        ImageCase("I.pgm", pgm, "L", _planes(DEEP)),
+        ImageCase("I.tif", encode(DEEP.astype(np.int32), "I", "TIFF"), "L", _planes(DEEP)),
+        ImageCase("RGB_16.png", png(9, 6, 16, 2, rows_16), "RGB", _planes(COLOUR)),
+        ImageCase(
             "I_negative.tif",
             encode(DEEP.astype(np.int32) - 1024, kind="TIFF"),
-            refusal="-1024..64511 are outside 0..65535",
+            problem="-1024..64511 are outside 0..65535",
         ),
-        Animal("F.tif", encode(DEEP.astype(np.float32), "F", "TIFF"), refusal="mode F"),
+        ImageCase("F.tif", encode(DEEP.astype(np.float32), "F", "TIFF"), problem="mode F"),
     ]
 
 
@@ -195,7 +197,7 @@ def _deep_with_transparent_colour() -> tuple[bytes, str, NDArray[np.uint16]]:
     return data, "LA", np.stack([np.where(is_marked, 65535, DEEP), alpha])
 
 
-# EXIF orientation: what has to be done to the stored rows so that the picture stands upright.
+# EXIF orientation: transformation of the stored rows that gives the upright image.
 TURNS = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -208,55 +210,55 @@ TURNS = {
 }
 
 
-def turned() -> list[Animal]:
+def turned() -> list[ImageCase]:
     """The eight EXIF orientations."""
-    animals = []
+    cases = []
     for orientation, turn in TURNS.items():
         exif = Image.Exif()
         exif[0x0112] = orientation
         data = encode(GREY, exif=exif)
-        animals.append(Animal(f"exif_{orientation}.png", data, "L", _planes(turn(GREY))))
-    return animals
+        cases.append(ImageCase(f"exif_{orientation}.png", data, "L", _planes(turn(GREY))))
+    return cases
 
 
-def animated() -> list[Animal]:
+def animated() -> list[ImageCase]:
     frames = [Image.fromarray(np.full((6, 9), 50 * i, np.uint8)) for i in range(5)]
     pages = {"save_all": True, "append_images": frames[1:]}
     first = np.zeros((1, 6, 9), np.uint8)
     return [
-        Animal("frames.gif", save(frames[0], "GIF", **pages), "L", first),
-        Animal("pages.tif", save(frames[0], "TIFF", **pages), "L", first),
-        Animal("frames.png", save(frames[0], "PNG", **pages), "L", first),
+        ImageCase("frames.gif", save(frames[0], "GIF", **pages), "L", first),
+        ImageCase("pages.tif", save(frames[0], "TIFF", **pages), "L", first),
+        ImageCase("frames.png", save(frames[0], "PNG", **pages), "L", first),
     ]
 
 
-def damaged() -> list[Animal]:
+def damaged() -> list[ImageCase]:
     whole, photo = encode(colour(40, 40)), encode(colour(64, 64), kind="JPEG")
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1
     return [
-        Animal("null", None, refusal="contains no image"),
-        Animal("empty.png", b"", refusal="empty"),
-        Animal("text.png", b"<html>404 not found</html>", refusal="not an image"),
-        Animal("zeros.png", bytes(1000), refusal="not an image"),
-        Animal("cut.png", whole[: len(whole) // 2], refusal="truncated"),
-        Animal("cut.jpg", photo[: len(photo) // 2], refusal="truncated"),
-        Animal("header.png", whole[:40], refusal="not an image"),
-        Animal("flipped.png", bytes(flipped), refusal="Error"),
-        Animal(
-            "script.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 6\n", refusal="not an"
+        ImageCase("null", None, problem="contains no image"),
+        ImageCase("empty.png", b"", problem="empty"),
+        ImageCase("text.png", b"<html>404 not found</html>", problem="not an image"),
+        ImageCase("zeros.png", bytes(1000), problem="not an image"),
+        ImageCase("cut.png", whole[: len(whole) // 2], problem="truncated"),
+        ImageCase("cut.jpg", photo[: len(photo) // 2], problem="truncated"),
+        ImageCase("header.png", whole[:40], problem="not an image"),
+        ImageCase("flipped.png", bytes(flipped), problem="Error"),
+        ImageCase(
+            "script.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 6\n", problem="not an"
         ),
-        Animal("bomb.png", bomb(12_000), refusal="more than 64,000,000 pixels: 12000x12000"),
-        Animal("big_bomb.png", bomb(20_000), refusal="more than 64,000,000 pixels"),
+        ImageCase("bomb.png", bomb(12_000), problem="more than 64,000,000 pixels: 12000x12000"),
+        ImageCase("big_bomb.png", bomb(20_000), problem="more than 64,000,000 pixels"),
     ]
 
 
 def bomb(side: int) -> bytes:
-    """A PNG of some kB that decodes to side * side pixels of one bit."""
+    """A PNG of a few kB that decodes to side * side pixels of one bit."""
     return png(side, side, 1, 0, bytes(side * (1 + side // 8)))
 
 
-def sizes() -> list[Animal]:
-    """Images of odd sizes, kept as they are."""
+def sizes() -> list[ImageCase]:
+    """Images of unusual sizes."""
     shapes = [(1, 1), (1, 256), (256, 1), (3, 5), (129, 64)]
-    return [Animal(f"{h}x{w}.png", encode(grey(h, w)), "L", grey(h, w)[None]) for h, w in shapes]
+    return [ImageCase(f"{h}x{w}.png", encode(grey(h, w)), "L", grey(h, w)[None]) for h, w in shapes]

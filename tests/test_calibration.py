@@ -1,4 +1,4 @@
-"""Calibration: the variances, bounds and timesteps that follow from a measured error m_t."""
+"""Calibration: variances, bounds and timesteps from a measured error curve m_t."""
 
 import copy
 import itertools
@@ -19,7 +19,7 @@ from ddpm_hf.trajectory_timesteps import SAMPLERS, trajectory_matching_timesteps
 
 T, DATA_VAR = 1000, 0.25
 ALPHA_BAR = to_float64(alpha_bars(linear_betas(T)))
-# Of the exact network on N(0, DATA_VAR I): the variance of x_0 given x_t.
+# m_t of the exact network on N(0, DATA_VAR I): the variance of x_0 given x_t.
 EXACT_MSE = DATA_VAR * (1 - ALPHA_BAR) / (ALPHA_BAR * DATA_VAR + 1 - ALPHA_BAR)
 
 
@@ -39,8 +39,8 @@ def outputs_for(prediction_type, x_t, timesteps):
 
 @pytest.mark.parametrize("eta", [1.0, 0.5, 1e-6])
 @pytest.mark.parametrize("num_steps", [2, 3, 10, 25, 100, 1000])
-def test_samples_of_normal_data_have_the_spread_of_the_data(num_steps, eta):
-    """x_t = 1 and x_t = 0 give the gain of a step, no noise and unit noise its std."""
+def test_samples_of_normal_data_have_the_standard_deviation_of_the_data(num_steps, eta):
+    """The gain of a step from x_t = 1 without noise, its std from x_t = 0 with unit noise."""
     scheduler = calibrated()
     scheduler.set_timesteps(num_steps, timestep_spacing="linspace")
     variance = 1.0
@@ -50,16 +50,16 @@ def test_samples_of_normal_data_have_the_spread_of_the_data(num_steps, eta):
         noise = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
         gain, std = scheduler.step(output, t, x_t, variance_noise=noise, eta=eta).prev_sample
         variance = (gain**2 * variance + std**2).item()
-    # The last step ends in a mean, which lacks the variance m_0; x_T is not quite N(0, I).
+    # The last step returns the mean, without the variance m_0; x_T is not exactly N(0, I).
     assert math.sqrt(variance) == pytest.approx(0.49990, abs=2e-5)
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 10, 25, 100, 1000])
-def test_the_bound_of_normal_data_loses_nothing_at_any_number_of_steps(num_steps):
+def test_the_bound_of_normal_data_is_tight_at_any_number_of_steps(num_steps):
     scheduler = calibrated()
     scheduler.set_timesteps(num_steps, timestep_spacing="trailing")
     t = scheduler.timesteps
-    # Squares and products have the mean that they have in expectation.
+    # Squares and products average to their expectations.
     x_0 = torch.tensor([0.5, 0.5, -0.5, -0.5], dtype=torch.float64).expand(len(t), 1, 4)
     noise = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64).expand(len(t), 1, 4)
     x_t = scheduler.add_noise(x_0, noise, t)
@@ -79,15 +79,15 @@ MIXTURE = {"means": [0.5, -0.3], "data_std": 0.1}
 
 
 def density_of_mixture(x, alpha_bar):
-    """Of x_t, an even mixture of normals too."""
+    """Density of x_t, also an even mixture of normals."""
     std = (alpha_bar * MIXTURE["data_std"] ** 2 + 1 - alpha_bar) ** 0.5
     each = [(x - alpha_bar**0.5 * mean) / std for mean in MIXTURE["means"]]
     return sum(np.exp(-(z**2) / 2) for z in each) / (2 * std * math.sqrt(2 * math.pi))
 
 
 @pytest.mark.parametrize(("prev", "t"), [(199, 399), (39, 79), (0, 999), (499, 500)])
-def test_the_variance_of_a_mixture_is_the_one_by_quadrature(prev, t):
-    """E (x_prev - mean(x_t))^2 over q(x_prev, x_t) itself, where no x_0 appears."""
+def test_the_variance_of_a_mixture_equals_quadrature(prev, t):
+    """E (x_prev - mean(x_t))^2 over q(x_prev, x_t), without x_0."""
     a_prev, a_t = ALPHA_BAR[prev], ALPHA_BAR[t]
     # m_t by quadrature: E x_0^2 - E x_0_hat^2.
     x = np.linspace(-9, 9, 20001)
@@ -115,8 +115,8 @@ def test_the_variance_of_a_mixture_is_the_one_by_quadrature(prev, t):
 
 
 @pytest.mark.parametrize("eta", [1.0, 0.4, 1e-5])
-def test_an_exact_network_has_the_variance_of_analytic_dpm(eta):
-    """2201.06503, eq. 8: by the second moment of eps, as that paper measures it."""
+def test_the_variance_of_an_exact_network_equals_analytic_dpm(eta):
+    """2201.06503, eq. 8, from the second moment of eps."""
     scheduler = calibrated()
     scheduler.set_timesteps(20)
     steps = scheduler.timesteps.tolist()
@@ -128,16 +128,16 @@ def test_an_exact_network_has_the_variance_of_analytic_dpm(eta):
         factor = np.sqrt((1 - a_t) * a_prev / a_t) - np.sqrt(1 - a_prev - lam2)
         want = lam2 + factor**2 * (1 - eps_second_moment)
         std = scheduler.step(zero, t, zero, variance_noise=one, eta=eta).prev_sample
-        # The paper's factor is a difference of neighbours; 1e-11 is what it has left.
+        # The paper's factor is a difference of close numbers, accurate to 1e-11.
         assert std.item() ** 2 == pytest.approx(want, rel=1e-11)
-        # With the variance of the squared error the KL is that of the entropies.
+        # If the variance equals the squared error, the KL is the difference of the entropies.
         error = torch.full((1, 1), EXACT_MSE[t] ** 0.5, dtype=torch.float64)
         output = -error * (a_t / (1 - a_t)) ** 0.5  # x_0_hat = error at x_t = 0
         kl = scheduler.step_kl(output, zero, zero, t, eta=eta).kl.item()
         assert kl == pytest.approx(math.log(want / lam2) / 2, rel=1e-10)
 
 
-def test_eta_0_stays_deterministic_and_every_trajectory_ends_in_the_mean():
+def test_eta_0_is_deterministic_and_the_last_step_returns_the_mean():
     scheduler, plain = calibrated(), GaussianDDPMScheduler(clip_sample=False)
     output, x_t = randn(2, 3), randn(2, 3, seed=1)
     for s in (scheduler, plain):
@@ -169,7 +169,7 @@ def test_a_network_without_error_has_a_finite_bound(variance_type):
 
 
 def log_sigma_of(cov, t, variance_type):
-    """What a network would say at the training spacing, by DDPM's eq. 7 as it stands."""
+    """Network output for a variance at the training spacing, from DDPM's eq. 7."""
     a_t, a_prev = ALPHA_BAR[t], ALPHA_BAR[t - 1]
     beta = 1 - a_t / a_prev
     small = (1 - a_prev) / (1 - a_t) * beta
@@ -180,7 +180,7 @@ def log_sigma_of(cov, t, variance_type):
 
 
 @pytest.mark.parametrize("variance_type", ["learned", "learned_range"])
-def test_a_learned_variance_is_shared_out_as_v_says_at_the_level_that_was_measured(variance_type):
+def test_a_learned_variance_is_scaled_to_the_measured_level(variance_type):
     t, prev, mse = 400, 200, 0.03
     curve = np.full(T, mse)
     scheduler = calibrated(curve, prediction_type="sample", variance_type=variance_type)
@@ -194,7 +194,7 @@ def test_a_learned_variance_is_shared_out_as_v_says_at_the_level_that_was_measur
     small, coef = (1 - a_prev) / (1 - a_t) * beta, a_prev**0.5 * beta / (1 - a_t)
     want = small + coef**2 * mse * (0.9 * share + 0.1)
     p = scheduler.p_mean_variance(output, t, x_t)
-    # sigma^2 is all but beta~, 1 - a_t / a_prev: 9 digits of cov are left in what is said of it.
+    # sigma^2 is dominated by beta~, 1 - a_t / a_prev, which leaves 9 digits of cov.
     assert_close(p.variance, want, rtol=1e-8, atol=0)
     noise = torch.ones_like(x_t)
     for where in (t, torch.tensor([t, t])):
@@ -212,7 +212,7 @@ def test_a_learned_variance_is_shared_out_as_v_says_at_the_level_that_was_measur
 # The curve in a configuration ----------------------------------------------------------------
 
 
-def test_the_curve_survives_every_way_of_saving_bit_for_bit(tmp_path):
+def test_the_curve_is_saved_and_loaded_bit_for_bit(tmp_path):
     scheduler = calibrated(np.random.default_rng(0).random(T), timestep_spacing="trailing")
     scheduler.save_pretrained(tmp_path / "ours")
     stock = DDPMScheduler.from_pretrained(tmp_path / "ours")
@@ -243,13 +243,13 @@ def test_the_curve_survives_every_way_of_saving_bit_for_bit(tmp_path):
     "change", [{"beta_end": 0.03}, {"prediction_type": "sample"}, {"num_train_timesteps": 500}]
 )
 @pytest.mark.parametrize("schedule", ["linear", "iddpm_linear"])
-def test_what_changes_betas_or_prediction_drops_the_curve_and_says_so(schedule, change):
+def test_changing_betas_or_prediction_type_drops_the_curve_with_a_warning(schedule, change):
     config = calibrated(beta_schedule=schedule).config
     with pytest.warns(UserWarning, match="made for other betas or another prediction type"):
         assert GaussianDDPMScheduler.from_config(config, **change).x_0_mse is None
 
 
-def test_what_is_given_wins_over_the_curve_of_a_configuration():
+def test_an_explicit_curve_overrides_that_of_the_configuration():
     config = calibrated(beta_schedule="iddpm_linear").config
     other = GaussianDDPMScheduler.from_config(config, x_0_mse=np.ones(T))
     assert torch.equal(other.x_0_mse, torch.ones(T).double())
@@ -269,7 +269,7 @@ BAD_CURVES = {
 
 
 @pytest.mark.parametrize("case", BAD_CURVES)
-def test_a_curve_that_cannot_be_is_refused_and_in_a_file_left_out_with_a_warning(case):
+def test_an_invalid_curve_is_rejected_and_in_a_file_ignored_with_a_warning(case):
     curve, error, message = BAD_CURVES[case]
     with pytest.raises(error, match=f"`x_0_mse` must .*{message}"):
         GaussianDDPMScheduler(x_0_mse=curve)
@@ -294,7 +294,7 @@ def levels(number, seed=0):
 
 
 def halve(x_t, t):
-    """A network like any other, of both kinds of variance."""
+    """A network for fixed variances."""
     return x_t / 2
 
 
@@ -311,49 +311,49 @@ def short_chain(**config):
 
 
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
-def test_the_curve_predicts_the_bound_exactly_where_the_noise_is_the_same(variance_type):
+def test_the_curve_predicts_the_bound_exactly_for_the_same_noise(variance_type):
     scheduler, images = short_chain(variance_type=variance_type), levels(30)
     result = calibrate(halve, scheduler, images, generator=generators(30))
     assert scheduler.x_0_mse is None
-    # Published variances: the chain that was met on the way.
-    chain, told = result.measured, result.bits_per_dim(published=True)
-    assert torch.equal(told.timesteps, chain.timesteps)
-    assert_close(told.terms[:-1], chain.terms[:, :-1].mean(0), rtol=1e-12, atol=0)
-    assert told.prior == pytest.approx(chain.prior.mean().item(), rel=1e-12)
+    # Published variances: the bound measured for the curve.
+    chain, predicted = result.measured, result.bits_per_dim(published=True)
+    assert torch.equal(predicted.timesteps, chain.timesteps)
+    assert_close(predicted.terms[:-1], chain.terms[:, :-1].mean(0), rtol=1e-12, atol=0)
+    assert predicted.prior == pytest.approx(chain.prior.mean().item(), rel=1e-12)
     each = chain.prior + chain.terms[:, :-1].sum(1) + result.decoder
-    constant = told.terms.sum() + told.prior - each.mean()
+    constant = predicted.terms.sum() + predicted.prior - each.mean()
     assert constant.item() == pytest.approx(0, abs=1e-12)
-    # The standard error is that of the images' bounds.
-    assert told.standard_error == pytest.approx(each.std().item() / 30**0.5, rel=1e-12)
-    # Calibrated: the chain once more, with the same noise.
+    # The standard error is over the bounds of the images.
+    assert predicted.standard_error == pytest.approx(each.std().item() / 30**0.5, rel=1e-12)
+    # Calibrated variances: the bound of all steps with the same noise.
     again = bits_per_dim(halve, result.scheduler, images, generator=generators(30))
-    told = result.bits_per_dim()
-    assert_close(told.terms[:-1], again.terms[:, :-1].mean(0), rtol=1e-12, atol=0)
+    predicted = result.bits_per_dim()
+    assert_close(predicted.terms[:-1], again.terms[:, :-1].mean(0), rtol=1e-12, atol=0)
     gain = again.snr[1:] - again.snr[:-1]
-    of_paper = (gain * again.x_0_mse[:-1]).log1p() / 2 / math.log(2)
-    assert_close(told.terms[:-1], of_paper, rtol=1e-12, atol=0)
-    assert told.value < result.bits_per_dim(published=True).value
+    expected = (gain * again.x_0_mse[:-1]).log1p() / 2 / math.log(2)
+    assert_close(predicted.terms[:-1], expected, rtol=1e-12, atol=0)
+    assert predicted.value < result.bits_per_dim(published=True).value
 
 
-def test_the_curve_predicts_the_bound_of_other_noise_within_the_standard_errors():
+def test_the_curve_predicts_the_bound_of_other_noise_within_standard_errors():
     images = levels(400)
     result = calibrate(halve, short_chain(), images, generator=torch.Generator().manual_seed(1))
     other = bits_per_dim(
         halve, result.scheduler, images, num_inference_steps=5, generator=generators(400)
     )
-    told = result.bits_per_dim(5)
-    assert told.timesteps.tolist() == other.timesteps.tolist() == [19, 14, 10, 5, 0]
-    # The images are the same, so that this is wider than it need be: 3 of both.
-    error = math.hypot(told.standard_error, other.standard_error)
-    assert abs(told.value - other.mean) < 3 * error
-    # Half of the images: an error as the standard error of the curve says, at every t.
+    predicted = result.bits_per_dim(5)
+    assert predicted.timesteps.tolist() == other.timesteps.tolist() == [19, 14, 10, 5, 0]
+    # 3 standard errors; conservative, because the images are the same.
+    error = math.hypot(predicted.standard_error, other.standard_error)
+    assert abs(predicted.value - other.mean) < 3 * error
+    # The curve of half of the images differs as its standard error predicts, at every t.
     part = calibrate(halve, short_chain(), images[:200], generator=generators(200))
     z = (part.x_0_mse - result.x_0_mse) / part.standard_error
     assert z.abs().max() < 4
 
 
 @pytest.mark.parametrize("network", [halve, halve_and_guess])
-def test_calibration_is_the_same_in_any_batches(network):
+def test_calibration_does_not_depend_on_batches(network):
     kind = "fixed_small" if network is halve else "learned_range"
     scheduler, images = short_chain(variance_type=kind), levels(5)
     whole = calibrate(network, scheduler, images, generator=generators(5))
@@ -367,7 +367,7 @@ def test_calibration_is_the_same_in_any_batches(network):
         assert torch.equal(other.scheduler.x_0_mse, other.x_0_mse)
 
 
-def test_what_a_curve_cannot_tell_is_refused():
+def test_bounds_that_the_curve_does_not_determine_are_rejected():
     images = levels(3)
     with pytest.raises(TypeError, match=r"`images` must be .* read twice, .* got generator"):
         calibrate(halve, short_chain(), (batch for batch in images.split(1)))
@@ -401,9 +401,9 @@ def test_apply_gives_a_pipeline_the_calibrated_scheduler():
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("num_steps", [2, 3, 4, 6, 9])
-def test_the_timesteps_of_the_least_bound_are_those_by_brute_force(num_steps, seed):
+def test_the_timesteps_with_the_lowest_bound_equal_brute_force(num_steps, seed):
     rng = np.random.default_rng(seed)
-    mse = np.sort(rng.random(9)) if seed else np.zeros(9)  # at 0 all paths are equal
+    mse = np.sort(rng.random(9)) if seed else np.zeros(9)  # with mse 0 all paths are equal
     scheduler = GaussianDDPMScheduler(9, beta_end=0.8, x_0_mse=mse, clip_sample=False)
     bar = (1 - np.linspace(1e-4, 0.8, 9)).cumprod()
     snr = bar / (1 - bar)
@@ -415,7 +415,7 @@ def test_the_timesteps_of_the_least_bound_are_those_by_brute_force(num_steps, se
     assert scheduler.timesteps.flip(0).tolist() == list(min(paths, key=cost))
 
 
-def test_the_timesteps_of_the_least_bound_need_a_curve_and_both_ends():
+def test_the_timesteps_with_the_lowest_bound_need_a_curve_and_two_steps():
     plain = GaussianDDPMScheduler()
     scheduler = GaussianDDPMScheduler(50, beta_schedule="iddpm_linear", x_0_mse=np.ones(50))
     with pytest.raises(ValueError, match="'likelihood' needs a calibrated scheduler"):
@@ -429,7 +429,7 @@ def test_the_timesteps_of_the_least_bound_need_a_curve_and_both_ends():
 
 
 def mixture_network(scheduler):
-    """The exact one for an even mixture of two normals, as it predicts eps."""
+    """The exact eps network for an even mixture of two normals."""
 
     def predict(x_t, t):
         a = scheduler.snr(int(t[0]), torch.float64)
@@ -441,7 +441,7 @@ def mixture_network(scheduler):
 
 
 def sampled(network, sampler, noise):
-    """Where a sampler of diffusers, or ours, arrives from this noise."""
+    """Sample from this noise with a sampler of diffusers or ours."""
     x = noise
     options = {"eta": 0.0} if isinstance(sampler, GaussianDDPMScheduler) else {}
     for t in sampler.timesteps:
@@ -450,14 +450,15 @@ def sampled(network, sampler, noise):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_the_timesteps_found_for_a_sampler_end_nearer_to_its_fine_trajectory(sampler):
+def test_matching_timesteps_end_nearer_to_the_fine_trajectory_than_even_ones(sampler):
     ours = GaussianDDPMScheduler(100, beta_schedule="iddpm_linear", clip_sample=False)
     network, noise = mixture_network(ours), randn(64, 1, 2, 2)
-    found = trajectory_matching_timesteps(network, ours, noise, sampler=sampler, max_num_steps=20,
-                           num_fine_steps=20)  # fmt: skip
-    assert list(found) == list(range(5, 21))
-    assert found[20] == list(range(99, 0, -5))
-    assert all(steps[0] == 99 and len(steps) == K for K, steps in found.items())
+    timesteps = trajectory_matching_timesteps(
+        network, ours, noise, sampler=sampler, max_num_steps=20, num_fine_steps=20
+    )
+    assert list(timesteps) == list(range(5, 21))
+    assert timesteps[20] == list(range(99, 0, -5))
+    assert all(steps[0] == 99 and len(steps) == K for K, steps in timesteps.items())
     if sampler == "DDIM":
         other = GaussianDDPMScheduler.from_config(ours.config)
     else:
@@ -467,10 +468,10 @@ def test_the_timesteps_found_for_a_sampler_end_nearer_to_its_fine_trajectory(sam
         other.set_timesteps(timesteps=steps)
         return sampled(network, other, randn(64, 1, 2, 2, seed=1))
 
-    fine = ends_at(found[20])
+    fine = ends_at(timesteps[20])
     for K in (5, 7, 10):
         even = schedules.trailing(K, 100)[::-1].tolist()
-        errors = [(ends_at(steps) - fine).square().mean() for steps in (found[K], even)]
+        errors = [(ends_at(steps) - fine).square().mean() for steps in (timesteps[K], even)]
         assert errors[0] < 0.8 * errors[1]
 
 
@@ -487,12 +488,12 @@ RECOMMENDED = {"scheduler": "DDIM:timestep_spacing=trailing", "num_inference_ste
         ("DDIM", TypeError),
     ],
 )
-def test_a_recommendation_that_cannot_be_is_refused(given, error):
+def test_an_invalid_recommendation_is_rejected(given, error):
     with pytest.raises(error, match=r"recommended|num_inference_steps"):
         GaussianDDPMScheduler(100, beta_schedule="iddpm_linear", recommended=given)
 
 
-def test_found_timesteps_travel_with_the_scheduler(tmp_path):
+def test_calibrated_timesteps_are_saved_with_the_scheduler(tmp_path):
     found = {"DDIM": {5: [99, 60, 30, 10, 2]}, "DPM-Solver++ 2M": {6: [99, 60, 30, 10, 5, 2]}}
     scheduler = GaussianDDPMScheduler(
         100,
@@ -530,6 +531,6 @@ def test_found_timesteps_travel_with_the_scheduler(tmp_path):
         ({"DDIM": {"2": [100, 5]}}, ValueError, r"\[0, 99\]"),
     ],
 )
-def test_timesteps_that_cannot_be_are_refused(given, error, message):
+def test_invalid_calibrated_timesteps_are_rejected(given, error, message):
     with pytest.raises(error, match=message):
         GaussianDDPMScheduler(100, beta_schedule="iddpm_linear", calibrated_timesteps=given)

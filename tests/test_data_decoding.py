@@ -10,41 +10,41 @@ from image_sets import as_numpy, greys, prepare, rows
 
 from ddpm_hf.data import DataError
 
-ANIMALS = [*zoo.modes(), *zoo.turned(), *zoo.animated(), *zoo.damaged(), *zoo.sizes()]
-GOOD = [animal for animal in ANIMALS if not animal.refusal]
-BAD = [animal for animal in ANIMALS if animal.refusal]
+CASES = [*zoo.modes(), *zoo.turned(), *zoo.animated(), *zoo.damaged(), *zoo.sizes()]
+GOOD = [case for case in CASES if not case.problem]
+BAD = [case for case in CASES if case.problem]
 
 
-def by_name(animals):
-    return pytest.mark.parametrize("animal", animals, ids=lambda animal: animal.name)
+def by_name(cases):
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @by_name(GOOD)
-def test_every_kind_of_file_decodes_to_its_pixels(animal):
-    images = prepare(rows(animal.data))
+def test_every_kind_of_file_decodes_to_its_pixels(case):
+    images = prepare(rows(case.data))
     (pixels,) = as_numpy(images)
-    np.testing.assert_array_equal(pixels, animal.pixels)
-    assert images.facts.mode == animal.mode
+    np.testing.assert_array_equal(pixels, case.pixels)
+    assert images.facts.mode == case.mode
     assert images.facts.num_channels == len(pixels)
     assert (images.facts.height, images.facts.width) == pixels.shape[1:]
     assert pixels.dtype == (np.uint16 if images.facts.bit_depth == 16 else np.uint8)
 
 
 @by_name(BAD)
-def test_an_unusable_file_is_reported_with_row_and_path(animal):
-    cells = rows(zoo.encode(zoo.GREY), animal.data, names=["good.png", animal.name])
+def test_an_unusable_file_is_reported_with_row_and_path(case):
+    cells = rows(zoo.encode(zoo.GREY), case.data, names=["good.png", case.name])
     with pytest.raises(DataError) as caught:
         prepare(cells)
     first, line = str(caught.value).splitlines()
     assert "1 of 2 images" in first
     assert line.strip().startswith("row 1")
-    assert animal.data is None or repr(animal.name) in line
-    assert animal.refusal in line
+    assert case.data is None or repr(case.name) in line
+    assert case.problem in line
 
 
 def test_unreadable_files_are_listed_before_any_image_is_decoded(tmp_path):
-    bad = [a.data for a in zoo.damaged() if a.refusal not in ("truncated", "Error")]
+    bad = [a.data for a in zoo.damaged() if a.problem not in ("truncated", "Error")]
     cells = rows(zoo.encode(zoo.GREY), *bad)
     with pytest.raises(DataError) as caught:
         prepare(cells, cache_dir=tmp_path)
@@ -54,7 +54,7 @@ def test_unreadable_files_are_listed_before_any_image_is_decoded(tmp_path):
 
 def test_bad_images_can_be_skipped():
     good = [zoo.encode(zoo.grey(6, 9) + i) for i in range(4)]
-    bad = [animal.data for animal in zoo.damaged()]
+    bad = [case.data for case in zoo.damaged()]
     cells = rows(good[0], *bad[:5], good[1], *bad[5:], *good[2:])
     with pytest.warns(UserWarning, match=f"4 images used, {len(bad)} left out") as said:
         images = prepare(cells, on_bad_image="skip")
@@ -110,19 +110,19 @@ def test_skipping_all_images_is_an_error():
     ],
 )
 def test_mixed_modes_get_the_smallest_lossless_mode(kinds, mode, bit_depth):
-    animals = [next(a for a in GOOD if a.name == f"{kind}.png") for kind in kinds]
-    images = prepare(rows(*(animal.data for animal in animals)))
+    cases = [next(a for a in GOOD if a.name == f"{kind}.png") for kind in kinds]
+    images = prepare(rows(*(case.data for case in cases)))
     assert (images.facts.mode, images.facts.bit_depth) == (mode, bit_depth)
-    for image, animal in zip(as_numpy(images), animals, strict=True):
-        own = animal.pixels.astype(int)
-        if bit_depth == 16 and animal.pixels.max() <= 255:
+    for image, case in zip(as_numpy(images), cases, strict=True):
+        own = case.pixels.astype(int)
+        if bit_depth == 16 and case.pixels.max() <= 255:
             own = own * 257
-        colour = own[: len(animal.mode.rstrip("A"))]
+        colour = own[: len(case.mode.rstrip("A"))]
         colours = image[: len(mode.rstrip("A"))]
         np.testing.assert_array_equal(colours, np.broadcast_to(colour, colours.shape))
         if mode.endswith("A"):
             opaque = np.full((6, 9), 257 * 255 if bit_depth == 16 else 255)
-            alpha = own[-1] if animal.mode.endswith("A") else opaque
+            alpha = own[-1] if case.mode.endswith("A") else opaque
             np.testing.assert_array_equal(image[-1], alpha)
 
 
@@ -141,7 +141,7 @@ def test_colour_has_8_bits_unless_16_are_requested():
 
 
 def test_16_bit_grey_keeps_its_transparent_colour_in_8_bits():
-    marked = next(animal for animal in GOOD if animal.name == "I16_marked.png")
+    marked = next(case for case in GOOD if case.name == "I16_marked.png")
     with pytest.warns(UserWarning, match="1 of 1 images: 16 bits"):
         images = prepare(rows(marked.data), bit_depth=8)
     assert (images.facts.mode, images.facts.bit_depth) == ("LA", 8)
@@ -186,10 +186,10 @@ def test_loss_of_quality_is_warned_about_with_a_count():
         ([a for a in GOOD if a.name == "RGB_16.png"], {}, "1 of 1 images: 16 bits"),
         ([a for a in GOOD if a.name == "L.png"], {"resolution": 32}, "1 of 1 images: enlarged"),
     ]
-    for animals, options, message in cases:
+    for cases, options, message in cases:
         for _ in range(2):  # also when read from the cache
             with pytest.warns(UserWarning, match=message):
-                prepare(rows(*(animal.data for animal in animals)), **options)
+                prepare(rows(*(case.data for case in cases)), **options)
     dark = zoo.encode((zoo.DEEP % 4096).astype(np.uint16))
     with pytest.warns(UserWarning, match="nearly black"):
         prepare(rows(dark))

@@ -1,4 +1,4 @@
-"""The variational bound: its terms, its decoder and bits/dim, against other routes to each."""
+"""The variational bound: terms, decoders and bits/dim, against independent derivations."""
 
 import itertools
 import math
@@ -42,7 +42,7 @@ def kl_of_normals(mean_q, log_var_q, mean_p, log_var_p):
 @pytest.mark.parametrize("variance_type", VARIANCE_TYPES)
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("num_inference_steps", [1000, 10])
-def test_step_kl_is_the_kl_of_posterior_and_reverse_process(
+def test_step_kl_equals_the_kl_of_posterior_and_reverse_process(
     num_inference_steps, prediction_type, variance_type
 ):
     scheduler = GaussianDDPMScheduler(prediction_type=prediction_type, variance_type=variance_type)
@@ -65,7 +65,7 @@ def test_step_kl_is_the_kl_of_posterior_and_reverse_process(
     assert got.is_last.flatten().tolist() == [0, 0, 0, 0, 1]
 
 
-def test_without_the_clip_step_kl_has_the_estimate_as_the_network_gave_it():
+def test_step_kl_without_clipping_uses_the_unclipped_estimate():
     scheduler = GaussianDDPMScheduler(prediction_type="sample", clip_sample_range=1.5)
     x_0, x_t, output = torch.zeros(1, 1, 2), randn(1, 1, 2), torch.tensor([[[3.0, -2.0]]])
     clipped = scheduler.step_kl(output.double(), x_0.double(), x_t, 500)
@@ -84,7 +84,7 @@ def normal_posterior_of_ddim(scheduler, x_0, x_t, t, eta):
     return a_prev.sqrt() * x_0 + (1 - a_prev - sigma**2).sqrt() * direction, 2 * sigma.log()
 
 
-def test_at_smaller_eta_step_kl_compares_the_processes_of_ddim():
+def test_step_kl_at_smaller_eta_is_the_kl_of_the_ddim_processes():
     scheduler = GaussianDDPMScheduler(prediction_type="sample", clip_sample=False)
     scheduler.set_timesteps(20)
     x_0, x_t, x_0_hat = (randn(2, 3, seed=seed) for seed in range(3))
@@ -101,9 +101,9 @@ def test_at_smaller_eta_step_kl_compares_the_processes_of_ddim():
 
 
 def chain(num_inference_steps):
-    """Timesteps evenly spaced as Improved DDPM's code has them, and 40-digit coefficients at each.
+    """Timesteps spaced as in Improved DDPM's code, with 40-digit coefficients.
 
-    Descending; (alpha_bar, posterior) of each.
+    Returns descending timesteps and (alpha_bar, posterior) at each.
     """
     steps = iddpm_sections(1000, str(num_inference_steps))
     bars = alpha_bars(linear_betas(1000))
@@ -116,7 +116,7 @@ def chain(num_inference_steps):
 
 
 def reverse_variances(rows, variance_type):
-    """Of each step but the last, whose decoder has the posterior's of the step before."""
+    """Reverse variance of each step; the last has the posterior variance of the step before."""
     betas = [
         1 - bar / prev
         for (bar, _), (prev, _) in zip(rows, [*rows[1:], (mpf(1), None)], strict=True)
@@ -126,17 +126,17 @@ def reverse_variances(rows, variance_type):
 
 
 class ExactDenoiser:
-    """The best network for a given E[x_0 | x_t]; it keeps the x_t that it was asked about."""
+    """The optimal network for a given E[x_0 | x_t]; records the x_t of its calls."""
 
     def __init__(self, mean_of_x_0, prediction_type="epsilon", log_variances=None):
         self.mean_of_x_0, self.prediction_type = mean_of_x_0, prediction_type
-        self.log_variances, self.seen = log_variances, {}
+        self.log_variances, self.recorded = log_variances, {}
         self.alpha_bar = to_float64(alpha_bars(linear_betas(1000)))
 
     def __call__(self, x_t, t):
         outputs = []
         for x, step in zip(x_t, t.tolist(), strict=True):
-            self.seen.setdefault(step, []).append(x)
+            self.recorded.setdefault(step, []).append(x)
             a = float(self.alpha_bar[step])
             x_0 = self.mean_of_x_0(x, a)
             output = target(self.prediction_type, x_0, (x - a**0.5 * x_0) / (1 - a) ** 0.5, a)
@@ -163,8 +163,10 @@ DATA = {
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
 @pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize("num_inference_steps", [1000, 10])
-def test_the_bound_of_an_exact_network_is_its_closed_form(num_inference_steps, data, variance_type):
-    """Every term from 40-digit coefficients and the network's errors on the x_t that it saw."""
+def test_the_bound_of_an_exact_network_equals_its_closed_form(
+    num_inference_steps, data, variance_type
+):
+    """Terms from 40-digit coefficients and the network's errors on the recorded x_t."""
     make_images, mean_of_x_0 = DATA[data]
     images = make_images(3)
     steps, rows = chain(num_inference_steps)
@@ -173,7 +175,7 @@ def test_the_bound_of_an_exact_network_is_its_closed_form(num_inference_steps, d
     errors = lambda t, a: torch.stack(  # noqa: E731
         [
             (x_0 - mean_of_x_0(x, a)).square().mean()
-            for x_0, x in zip(images, denoiser.seen[t], strict=True)
+            for x_0, x in zip(images, denoiser.recorded[t], strict=True)
         ]
     )
 
@@ -196,7 +198,7 @@ def test_the_bound_of_an_exact_network_is_its_closed_form(num_inference_steps, d
     square = images.square().flatten(1).mean(1)
     prior = (float(bar) * square + float(-bar - mpmath.log1p(-bar))) / (2 * math.log(2))
     assert_close(result.terms, want, rtol=1e-10, atol=0)
-    # The part of the prior that no image changes is 1e-9 of float64's 1.
+    # The constant part of the prior is 1e-9, computed as a difference from 1.
     assert_close(result.prior, prior, rtol=1e-10, atol=1e-16)
     assert_close(result.total, prior + want.sum(1), rtol=1e-10, atol=0)
     assert_close(result.x_0_mse, mse, rtol=1e-10, atol=0)
@@ -208,15 +210,15 @@ def test_the_bound_of_an_exact_network_is_its_closed_form(num_inference_steps, d
 
 
 def best_variances(rows, data_var):
-    """Of p where the network is exact: posterior's plus what x_0's own uncertainty adds."""
+    """Optimal reverse variance of an exact network: the posterior's plus the uncertainty of x_0."""
     uncertainty = [data_var * (1 - bar) / (bar * data_var + 1 - bar) for bar, _ in rows]
     return [q.variance + q.coef_x_0**2 * m for (_, q), m in zip(rows, uncertainty, strict=True)]
 
 
 @pytest.mark.parametrize("kind", ["fixed_small", "fixed_large", "best"])
 @pytest.mark.parametrize("num_inference_steps", sorted(GAP_OF_BOUND))
-def test_the_gap_of_the_bound_on_normal_data_is_that_of_the_table(num_inference_steps, kind):
-    """x_0 and noise whose squares and products have the mean that they have in expectation."""
+def test_the_gap_of_the_bound_on_normal_data_equals_the_table(num_inference_steps, kind):
+    """x_0 and noise whose squares and products average to their expectations."""
     steps, rows = chain(num_inference_steps)
     best = best_variances(rows, mpf("0.25"))
     variances = best if kind == "best" else [*reverse_variances(rows, kind)[:-1], best[-1]]
@@ -232,7 +234,7 @@ def test_the_gap_of_the_bound_on_normal_data_is_that_of_the_table(num_inference_
     bar = float(rows[0][0])
     prior = (0.25 * bar - bar - math.log1p(-bar)) / (2 * math.log(2))
     gap = prior + terms.sum().item() - math.log2(2 * math.pi * math.e * 0.25) / 2
-    if kind == "best":  # nothing is lost at any K but by x_T, whose variance is not quite 1
+    if kind == "best":  # the only loss at any K is from x_T, whose variance is not exactly 1
         assert gap == pytest.approx(
             (-0.75 * bar - math.log1p(-0.75 * bar)) / math.log(4), abs=1e-10
         )
@@ -262,7 +264,7 @@ def scheduler():
     return GaussianDDPMScheduler(num_train_timesteps=20, beta_end=0.5, timestep_spacing="trailing")
 
 
-def test_the_scheduler_is_not_changed_and_its_short_trajectory_not_taken_over(scheduler):
+def test_the_scheduler_is_not_modified_and_its_timesteps_are_ignored(scheduler):
     images, rows = levels(2, 1, 2, 2), torch.arange(20).flip(0)
     whole = bits_per_dim(halve, scheduler, images, generator=generators(1, 2))
     scheduler.set_timesteps(4)
@@ -281,7 +283,9 @@ def test_the_scheduler_is_not_changed_and_its_short_trajectory_not_taken_over(sc
 
 
 @pytest.mark.parametrize("num_timesteps", [None, 5])
-def test_an_image_with_its_own_generator_has_one_bound_in_any_batch(scheduler, num_timesteps):
+def test_the_bound_of_an_image_with_its_own_generator_does_not_depend_on_the_batch(
+    scheduler, num_timesteps
+):
     images = levels(5, 1, 2, 2)
     options = {"num_timesteps": num_timesteps}
     whole = bits_per_dim(halve, scheduler, images, generator=generators(*range(5)), **options)
@@ -293,52 +297,52 @@ def test_an_image_with_its_own_generator_has_one_bound_in_any_batch(scheduler, n
     for other in (split, streamed):
         for name in ("total", "prior", "terms", "num_measured"):
             assert torch.equal(getattr(other, name), getattr(whole, name))
-        # Sums in another order.
+        # The order of summation differs.
         assert_close(other.x_0_mse, whole.x_0_mse, rtol=1e-14, atol=0, equal_nan=True)
 
 
-def test_sampled_timesteps_give_the_whole_bound_within_their_standard_error():
+def test_importance_sampled_terms_are_unbiased():
     scheduler = GaussianDDPMScheduler(clip_sample=False)
     images, denoiser = levels(200, 1, 4, 4), ExactDenoiser(normal_mean(1 / 3))
-    draw = torch.Generator().manual_seed(1)  # not the images' own seed
+    draw = torch.Generator().manual_seed(1)  # differs from the seed of the images
     whole = bits_per_dim(denoiser, scheduler, images, num_inference_steps=100, generator=draw)
     few = bits_per_dim(
         denoiser, scheduler, images, num_inference_steps=100, num_timesteps=6, generator=draw
     )
     assert few.num_measured.sum() == 6 * 200
     assert few.num_measured[-1] == 200
-    # Counts of 200 draws each, no more spread than independent ones: 5 standard errors.
+    # Counts of 200 draws, within 5 standard errors of independent draws.
     excess = few.num_measured - 200 * few.num_expected
     assert (excess.abs() < 5 * (200 * few.num_expected).sqrt() + 1).all()
     assert_close(few.total, few.prior + few.terms.sum(1))
     distance = few.total - whole.total  # paired: the images are the same
     assert abs(distance.mean().item()) < 3 * (distance.std() / 200**0.5).item()
-    # Drawn as the noise's log-variance falls, 6 calls are hardly worse than 100.
+    # 6 importance-sampled calls are nearly as accurate as 100.
     assert few.standard_error < 2 * whole.standard_error
 
 
-def test_the_standard_error_of_sampled_timesteps_is_how_far_estimates_scatter(scheduler):
+def test_the_standard_error_of_sampled_terms_matches_the_spread_of_estimates(scheduler):
     images, draw = levels(50, 1, 2, 2), torch.Generator().manual_seed(1)
     runs = [
         bits_per_dim(halve, scheduler, images, num_timesteps=3, generator=draw) for _ in range(60)
     ]
     scatter = torch.tensor([run.mean for run in runs]).std().item()
-    # The images are the same in all runs, so that theirs is no part of the scatter.
+    # The images are the same in all runs and do not contribute to the spread.
     per_image = torch.stack([run.total for run in runs])
     within = per_image.var(0).mean().sqrt().item() / 50**0.5
     assert scatter == pytest.approx(within, rel=0.3)  # 60 runs: 9 % standard error
     assert torch.tensor([run.standard_error for run in runs]).mean() > 0.9 * within
 
 
-def test_all_timesteps_sampled_is_the_whole_bound(scheduler):
+def test_sampling_all_timesteps_gives_the_full_bound(scheduler):
     images = levels(2, 1, 2, 2)
     whole = bits_per_dim(halve, scheduler, images, generator=generators(1, 2))
     every = bits_per_dim(halve, scheduler, images, generator=generators(1, 2), num_timesteps=20)
     assert torch.equal(every.terms, whole.terms)
 
 
-def test_float32_has_the_terms_to_1e_4_and_their_sum_to_2e_5():
-    """Where differences of means would have no digit left: linear schedule, T = 1000."""
+def test_float32_terms_are_accurate_to_1e_4_and_their_sum_to_2e_5():
+    """Differences of means would lose all digits: linear schedule, T = 1000."""
     scheduler = GaussianDDPMScheduler(clip_sample=False, variance_type="learned_range")
     t = torch.arange(1000)
     x_0 = levels(1, 3, 8, 8, dtype=torch.float32).expand(1000, 3, 8, 8)
@@ -356,20 +360,20 @@ def test_float32_has_the_terms_to_1e_4_and_their_sum_to_2e_5():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_variances_part_of_the_kl_has_its_digits_and_its_gradient_at_any_ratio(dtype):
+def test_expm1_minus_and_its_gradient_are_accurate_at_any_ratio(dtype):
     ratios = [s * 10.0**n for n in range(-7, 2) for s in (-1, -0.49, 0.51, 1)]
     r = torch.tensor(ratios, dtype=dtype, requires_grad=True)
     value = expm1_minus(r)
     value.sum().backward()
     exact = [mpf(x) for x in r.tolist()]
-    digits = 1e-5 if dtype == torch.float32 else 1e-12  # the worst is where the series ends
+    digits = 1e-5 if dtype == torch.float32 else 1e-12  # worst where the series ends
     want = [float(mpmath.expm1(x) - x) for x in exact]
     assert_close(value, torch.tensor(want, dtype=dtype), rtol=digits, atol=0)
     want = [float(mpmath.expm1(x)) for x in exact]
     assert_close(r.grad, torch.tensor(want, dtype=dtype), rtol=digits, atol=0)
 
 
-def test_ddpms_own_scheduler_will_do_and_a_deterministic_one_has_no_bound(scheduler):
+def test_the_ddpm_scheduler_of_diffusers_is_accepted_and_ddim_is_rejected(scheduler):
     images = levels(2, 1, 2, 2)
     stock = DDPMScheduler.from_config(scheduler.config)
     want = bits_per_dim(halve, scheduler, images, generator=generators(1, 2))
@@ -396,7 +400,7 @@ def small_unet(**config):
     )
 
 
-def test_a_model_is_evaluated_in_its_own_dtype_and_left_as_it_was(scheduler):
+def test_a_model_is_evaluated_in_its_dtype_and_not_modified(scheduler):
     unet, images = small_unet(), levels(3, 1, 8, 8, dtype=torch.float32)
     unet.train()
     first = bits_per_dim(unet, scheduler, images, generator=generators(1, 2, 3))
@@ -407,19 +411,21 @@ def test_a_model_is_evaluated_in_its_own_dtype_and_left_as_it_was(scheduler):
     assert first.total.dtype == torch.float64
     half = bits_per_dim(unet.to(torch.bfloat16), scheduler, images, generator=generators(1, 2, 3))
     assert_close(half.total, first.total, rtol=0.05, atol=0)  # bfloat16 has 3 digits
-    scheduler.step(images, 3, images)  # what was made in inference mode can be trained with
+    scheduler.step(images, 3, images)  # tensors cached during the call support autograd
 
 
-def test_the_bit_depth_is_what_the_model_was_trained_on(scheduler):
+def test_the_bit_depth_defaults_to_that_of_the_model(scheduler):
     unet, images = small_unet(), levels(3, 1, 8, 8, bit_depth=16, dtype=torch.float32)
     with pytest.raises(ValueError, match="on the 8-bit grid"):
         bits_per_dim(unet, scheduler, images)
     image = {"mode": "L", "height": 8, "width": 8, "bit_depth": 16}
     unet.register_to_config(_ddpm_hf={"format_version": 1, "image": image})
-    told = bits_per_dim(unet, scheduler, images, generator=generators(1, 2, 3))
+    recorded = bits_per_dim(unet, scheduler, images, generator=generators(1, 2, 3))
     function = unet.eval().forward
-    asked = bits_per_dim(function, scheduler, images, generator=generators(1, 2, 3), bit_depth=16)
-    assert torch.equal(told.total, asked.total)
+    explicit = bits_per_dim(
+        function, scheduler, images, generator=generators(1, 2, 3), bit_depth=16
+    )
+    assert torch.equal(recorded.total, explicit.total)
 
 
 images = levels(2, 1, 2, 2)
@@ -459,7 +465,7 @@ BAD_ARGUMENTS = {
 
 
 @pytest.mark.parametrize("case", BAD_ARGUMENTS)
-def test_bad_input_is_refused_with_its_value_and_the_way_out(scheduler, case):
+def test_invalid_arguments_are_reported_with_value_and_fix(scheduler, case):
     arguments, message = BAD_ARGUMENTS[case]
     call = {"denoiser": halve, "scheduler": scheduler, "images": images, **arguments}
     with pytest.raises((TypeError, ValueError), match=message):
@@ -473,7 +479,7 @@ MEANS = [-1.3, -1.0, -0.31, -0.18, 0.0, 0.4, 0.998, 1.0, 2.0]
 
 
 def grid_of_cases(bit_depth):
-    """x_0, mean and log-variance: both edges, their neighbours and the middle, near and far off."""
+    """x_0, mean and log-variance: edge and middle bins, near and far means."""
     top = 2**bit_depth - 1
     pixels = [k * 2 / top - 1 for k in (0, 1, top // 3, top // 2, top - 1, top)]
     cases = itertools.product(pixels, MEANS, [2 * s for s in LOG_STDS])
@@ -481,7 +487,7 @@ def grid_of_cases(bit_depth):
 
 
 @pytest.mark.parametrize("bit_depth", [8, 16])
-def test_the_exact_decoder_has_the_mass_of_the_bin_to_12_digits(bit_depth):
+def test_the_exact_decoder_is_accurate_to_12_digits(bit_depth):
     x_0, mean, log_variance = grid_of_cases(bit_depth)
     want = [
         bin_nll(*case, bit_depth) for case in torch.stack([x_0, mean, log_variance], 1).tolist()
@@ -493,7 +499,7 @@ def test_the_exact_decoder_has_the_mass_of_the_bin_to_12_digits(bit_depth):
 
 
 @pytest.mark.parametrize("bit_depth", [8, 16])
-def test_the_masses_of_all_bins_sum_to_1(bit_depth):
+def test_the_probabilities_of_all_bins_sum_to_1(bit_depth):
     top = 2**bit_depth - 1
     x_0 = torch.arange(top + 1, dtype=torch.float64) * 2 / top - 1
     for mean, log_std in itertools.product(MEANS, LOG_STDS):
@@ -503,17 +509,17 @@ def test_the_masses_of_all_bins_sum_to_1(bit_depth):
         assert (-nll).exp().sum().item() == pytest.approx(1, abs=1e-12)
 
 
-def test_the_papers_decoder_is_theirs_with_its_floor():
+def test_the_tanh_decoder_equals_that_of_the_papers():
     x_0, mean, log_variance = grid_of_cases(8)
     want = papers_nll(x_0.numpy(), mean.numpy(), log_variance.numpy())
     got = decoder_of("tanh")(x_0, mean, log_variance)
-    # As masses, for their difference of two numbers near 1 has 4 digits where it is 1e-12.
+    # Compared as probabilities: at 1e-12 their difference of numbers near 1 has 4 digits.
     assert_close((-got).exp(), torch.from_numpy(np.exp(-want)), rtol=1e-12, atol=1e-15)
     assert got.max().item() == pytest.approx(-math.log(1e-12))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_gradient_reaches_where_the_papers_floor_stops_it(dtype):
+def test_the_exact_decoder_has_a_gradient_below_the_floor_of_the_tanh_decoder(dtype):
     x_0, log_variance = torch.ones(1, dtype=dtype), torch.full((1,), -9.8, dtype=dtype)
     gradients = {}
     for name in ("exact", "tanh"):
@@ -527,7 +533,7 @@ def test_the_gradient_reaches_where_the_papers_floor_stops_it(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("bit_depth", [8, 16])
-def test_no_mean_or_variance_gives_a_gradient_that_is_not_finite(bit_depth, dtype):
+def test_gradients_of_the_decoder_are_finite_for_any_mean_and_variance(bit_depth, dtype):
     x_0, mean, log_variance = (x.to(dtype) for x in grid_of_cases(bit_depth))
     mean = torch.cat([mean, mean * 300]).requires_grad_()
     log_variance = log_variance.repeat(2).requires_grad_()
@@ -538,9 +544,9 @@ def test_no_mean_or_variance_gives_a_gradient_that_is_not_finite(bit_depth, dtyp
     assert log_variance.grad.isfinite().all()
 
 
-def test_the_gradient_of_the_decoder_is_that_of_its_value():
+def test_gradients_of_the_decoder_match_finite_differences():
     x_0, mean, log_variance = grid_of_cases(8)
-    # Finite differences see nothing where the value is 1e9 or its curvature 1e8.
+    # Finite differences fail where the value is 1e9 or its curvature 1e8.
     near = ((x_0 - mean).abs() * (-log_variance / 2).exp() < 100) & (log_variance > -11)
     args = (x_0[near], mean[near].requires_grad_(), log_variance[near].requires_grad_())
     assert near.sum() > 50

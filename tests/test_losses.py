@@ -1,4 +1,4 @@
-"""Losses, their weights and their timesteps, against formulas written out in float64."""
+"""Losses, weightings and timestep samplers, against formulas written out in float64."""
 
 import functools
 import math
@@ -32,9 +32,7 @@ def batch():
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
-def test_loss_is_the_mean_squared_error_of_what_is_predicted_with_weight_one(
-    batch, prediction_type
-):
+def test_simple_loss_is_the_unweighted_mean_squared_error_of_the_prediction(batch, prediction_type):
     x_0, noise = batch
     scheduler = GaussianDDPMScheduler(prediction_type=prediction_type)
     betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
@@ -54,7 +52,7 @@ def test_loss_is_the_mean_squared_error_of_what_is_predicted_with_weight_one(
     assert_close(got, want, rtol=1e-10, atol=0)
 
 
-def test_a_denoiser_may_return_an_object_with_sample(batch):
+def test_a_denoiser_may_return_an_object_with_a_sample_attribute(batch):
     x_0, noise = batch
 
     class Output:
@@ -77,7 +75,7 @@ def test_a_half_precision_prediction_is_compared_in_float32(batch):
     assert torch.equal(got, want)
 
 
-def test_a_prediction_of_another_shape_is_refused_instead_of_broadcast(batch):
+def test_a_prediction_of_another_shape_is_rejected_instead_of_broadcast(batch):
     x_0, noise = batch
     with pytest.raises(ValueError, match=r"must return .* \(4, 2, 3\).* got \(4, 1, 3\)"):
         simple_loss(lambda x, t: x[:, :1], GaussianDDPMScheduler(), x_0, STEPS, noise)
@@ -100,7 +98,7 @@ def levels(*shape):
 
 
 def make_output(scheduler, x_0, seed=3):
-    """An output of the right number of channels; a log-variance that is not far off."""
+    """An output with the right number of channels and a realistic log-variance."""
     prediction = randn(*x_0.shape, seed=seed)
     if not scheduler.config.variance_type.startswith("learned"):
         return prediction
@@ -109,7 +107,7 @@ def make_output(scheduler, x_0, seed=3):
 
 
 @pytest.mark.parametrize("variance_type", ["learned", "learned_range"])
-def test_the_simple_loss_of_a_learned_variance_is_that_of_the_first_half(variance_type):
+def test_simple_loss_with_learned_variance_uses_the_first_half_of_the_channels(variance_type):
     x_0, noise, t = levels(2, 3, 2), randn(2, 3, 2), torch.tensor([4, 40])
     scheduler = make_scheduler(variance_type=variance_type)
     output = make_output(scheduler, x_0)
@@ -128,7 +126,7 @@ LOSSES = {
 @pytest.mark.parametrize("variance_type", VARIANCE_TYPES)
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_the_gradient_of_a_loss_is_that_of_its_value(loss, prediction_type, variance_type):
+def test_gradients_of_losses_match_finite_differences(loss, prediction_type, variance_type):
     scheduler = make_scheduler(prediction_type, variance_type)
     x_0, noise, t = levels(3, 2, 2), randn(3, 2, 2), torch.tensor([0, 1, 49])
     output = make_output(scheduler, x_0)
@@ -141,7 +139,7 @@ def test_the_gradient_of_a_loss_is_that_of_its_value(loss, prediction_type, vari
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("variance_type", VARIANCE_TYPES)
-def test_the_hybrid_loss_trains_the_mean_by_l_simple_and_the_variance_by_the_bound(
+def test_hybrid_loss_trains_the_mean_with_l_simple_and_the_variance_with_the_bound(
     variance_type, prediction_type
 ):
     scheduler = make_scheduler(prediction_type, variance_type)
@@ -170,7 +168,7 @@ def test_the_hybrid_loss_trains_the_mean_by_l_simple_and_the_variance_by_the_bou
 
 
 @pytest.mark.parametrize("variance_type", VARIANCE_TYPES)
-def test_the_terms_of_all_t_are_the_bound(variance_type):
+def test_vlb_terms_equal_the_terms_of_bits_per_dim(variance_type):
     scheduler = make_scheduler(variance_type=variance_type, clip_sample=True)
     scheduler.set_timesteps(timesteps=[49, 30, 12, 3])
     x_0 = levels(1, 2, 2)
@@ -188,7 +186,7 @@ def test_the_terms_of_all_t_are_the_bound(variance_type):
     args = (call, scheduler, x_0.expand(4, 2, 2), scheduler.timesteps, noise)
     assert_close(vlb_term(*args), bound.terms[0], rtol=1e-12, atol=0)
     assert_close(vlb_loss(*args).mean(), bound.terms.sum(), rtol=1e-12, atol=0)
-    # The clip is active at the large t; without it the mean has a gradient there too.
+    # Clipping is active at large t and stops the gradient of the mean there.
     free = vlb_term(*args, clip=False)
     assert (free[:2] > bound.terms[0, :2]).all()
     reaches = {}
@@ -200,8 +198,8 @@ def test_the_terms_of_all_t_are_the_bound(variance_type):
     assert reaches[True] < reaches[False] == 4
 
 
-def test_no_t_gives_a_gradient_that_is_not_finite():
-    """The decoder is computed for every row, and counts for few: what it would be must not show."""
+def test_gradients_are_finite_at_every_t():
+    """The decoder is computed for all rows, also those where its result is not used."""
     scheduler = GaussianDDPMScheduler(variance_type="learned", clip_sample=False)
     x_0 = levels(1000, 1, 2).float()
     output = torch.cat([x_0 * 1e3, torch.full_like(x_0, -40.0)], 1).requires_grad_()
@@ -215,8 +213,8 @@ def test_no_t_gives_a_gradient_that_is_not_finite():
 
 
 @pytest.mark.parametrize("weighting", [MinSNR(5), MinSNR(0.5), P2(0.7, 2), TruncatedSNR()])
-def test_a_weighted_loss_is_the_same_whatever_the_network_predicts(weighting):
-    """One wrong x_0, told as eps, as x_0 and as v."""
+def test_a_weighted_loss_does_not_depend_on_the_prediction_type(weighting):
+    """The same wrong x_0, expressed as eps, x_0 and v."""
     x_0, noise, t = levels(4, 2, 2), randn(4, 2, 2), torch.tensor([0, 10, 30, 49])
     x_0_hat = x_0 + randn(4, 2, 2, seed=5) / 3
     losses = []
@@ -249,7 +247,7 @@ def test_a_weighted_loss_is_the_same_whatever_the_network_predicts(weighting):
         (TruncatedSNR(), lambda snr: max(1, snr) / snr),  # 2202.00512
     ],
 )
-def test_weights_of_an_eps_network_are_the_papers(weighting, of_eps):
+def test_weights_for_eps_equal_those_of_the_papers(weighting, of_eps):
     t = torch.arange(0, 1000, 111)
     got = weighting(GaussianDDPMScheduler(), t, torch.float64)
     alpha_bar = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)[t]
@@ -257,7 +255,7 @@ def test_weights_of_an_eps_network_are_the_papers(weighting, of_eps):
     assert_close(got, torch.tensor(want, dtype=torch.float64), rtol=1e-12, atol=0)
 
 
-def test_weights_without_signal_are_finite():
+def test_weights_are_finite_at_zero_snr():
     scheduler = make_scheduler(
         "v_prediction", "fixed_small", rescale_betas_zero_snr=True, timestep_spacing="trailing"
     )
@@ -267,7 +265,7 @@ def test_weights_without_signal_are_finite():
 
 
 @pytest.mark.parametrize("make", [lambda: MinSNR(0), lambda: P2(k=0), lambda: P2(gamma=-1)])
-def test_weights_that_make_no_sense_are_refused(make):
+def test_invalid_parameters_of_weightings_are_rejected(make):
     with pytest.raises(ValueError, match="must be"):
         make()
 
@@ -275,7 +273,7 @@ def test_weights_that_make_no_sense_are_refused(make):
 # Timesteps -------------------------------------------------------------------------------------
 
 
-def test_uniform_timesteps_are_those_that_runs_begun_before_samplers_drew():
+def test_uniform_timesteps_equal_those_of_earlier_releases():
     generator = timestep_generator(3, 7, torch.device("cpu"))
     t, weights = UniformTimesteps(1000).sample(8, generator)
     before = torch.Generator().manual_seed(seed_of(3, "timesteps", 7))
@@ -284,11 +282,11 @@ def test_uniform_timesteps_are_those_that_runs_begun_before_samplers_drew():
 
 
 @pytest.mark.parametrize("num_train_timesteps", [7, 1000])
-def test_low_discrepancy_timesteps_are_evenly_spaced_and_each_uniform(num_train_timesteps):
+def test_low_discrepancy_timesteps_are_evenly_spaced_and_uniform(num_train_timesteps):
     T, generator = num_train_timesteps, torch.Generator().manual_seed(0)
     sampler = LowDiscrepancyTimesteps(T)
     drawn = torch.stack([sampler.sample(16, generator)[0] for _ in range(1000)])
-    # In every batch each sixteenth of [0, T) has one; a step on its edge may go to either side.
+    # One timestep in each sixteenth of [0, T), with rounding at the edges.
     gaps = drawn.sort(1).values.diff(dim=1)
     assert (gaps - T / 16).abs().max() <= 1
     # Row by row: mean of 1,000 uniform numbers, 4 standard errors.
@@ -298,8 +296,8 @@ def test_low_discrepancy_timesteps_are_evenly_spaced_and_each_uniform(num_train_
     assert drawn.min() == 0
 
 
-def filled(T=20, history_size=3):
-    """An importance sampler that knows losses of 1, 2, ..., T for t = 0, 1, ..."""
+def importance_sampler(T=20, history_size=3):
+    """An importance sampler with a history of losses 1, 2, ..., T for t = 0, 1, ..."""
     sampler = LossSecondMomentTimesteps(T, history_size=history_size, uniform_probability=0.1)
     for _ in range(history_size):
         sampler.update(torch.arange(T), torch.arange(T) + 1.0)
@@ -314,9 +312,9 @@ def test_importance_sampling_is_uniform_until_every_t_has_a_history():
     assert sampler.probabilities()[3] > 0.25
 
 
-def test_importance_sampling_goes_by_the_second_moment_and_forgets_the_oldest():
+def test_importance_sampling_uses_the_second_moment_of_the_latest_losses():
     sampler = LossSecondMomentTimesteps(2, history_size=2, uniform_probability=0.1)
-    # Of three losses of t = 0 in one batch the first is forgotten; one that is no number is none.
+    # The first of three losses at t = 0 is dropped, and NaN is ignored.
     sampler.update(
         torch.tensor([0, 0, 1, 0, 1, 1]), torch.tensor([99.0, 3.0, 1.0, 4.0, math.nan, 1.0])
     )
@@ -325,21 +323,21 @@ def test_importance_sampling_goes_by_the_second_moment_and_forgets_the_oldest():
     assert sampler.probabilities().tolist() == pytest.approx([want, 1 - want])
 
 
-def test_importance_sampling_draws_by_its_probabilities_and_its_weights_undo_it():
-    sampler, generator = filled(), torch.Generator().manual_seed(0)
+def test_importance_sampling_with_its_weights_is_unbiased():
+    sampler, generator = importance_sampler(), torch.Generator().manual_seed(0)
     p = sampler.probabilities()
     assert_close(p, 0.9 * (torch.arange(20) + 1).double() / 210 + 0.005)
     t, weights = sampler.sample(20_000, generator)
     counts = t.bincount(minlength=20)
     assert ((counts - 20_000 * p).abs() < 4 * (20_000 * p).sqrt()).all()
     assert torch.equal(weights, (1 / (20 * p[t])).float())
-    # A mean of anything over uniform t: here of t.
+    # Estimates the mean of any function over uniform t, here of t itself.
     estimate = weights.double() * t
     assert abs(estimate.mean() - 9.5) < 4 * estimate.std() / 20_000**0.5
 
 
-def test_a_sampler_goes_on_from_its_state():
-    sampler, other = filled(), LossSecondMomentTimesteps(20, 3, 0.1)
+def test_a_sampler_resumes_from_its_state():
+    sampler, other = importance_sampler(), LossSecondMomentTimesteps(20, 3, 0.1)
     other.load_state_dict({name: x.clone() for name, x in sampler.state_dict().items()})
     draws = [s.sample(50, torch.Generator().manual_seed(1))[0] for s in (sampler, other)]
     assert torch.equal(*draws)
@@ -351,7 +349,7 @@ def test_a_sampler_goes_on_from_its_state():
 
 
 @pytest.mark.parametrize("name", TIMESTEP_SAMPLERS)
-def test_every_sampler_stays_in_range_and_says_whether_it_learns(name):
+def test_samplers_stay_in_range_and_declare_whether_they_need_losses(name):
     sampler = TIMESTEP_SAMPLERS[name](3)
     t, weights = sampler.sample(500, torch.Generator().manual_seed(0))
     assert t.dtype == torch.int64
@@ -364,6 +362,6 @@ def test_every_sampler_stays_in_range_and_says_whether_it_learns(name):
 
 
 @pytest.mark.parametrize("arguments", [(20, 0), (20, 10, 0.0)])
-def test_importance_sampling_without_history_or_floor_is_refused(arguments):
+def test_importance_sampling_needs_a_history_and_a_uniform_share(arguments):
     with pytest.raises(ValueError, match="`history_size` must be at least 1"):
         LossSecondMomentTimesteps(*arguments)

@@ -9,7 +9,6 @@ pipeline(timesteps=timesteps[10], eta=0.0)
 """
 
 from contextlib import nullcontext
-from typing import Any
 
 import numpy as np
 import torch
@@ -86,11 +85,11 @@ class _TrajectorySearch:
         num_fine_steps: int,
         is_second_order: bool,
     ) -> None:
-        changes: dict[str, Any] = {"x_0_mse": None}
-        if is_second_order:
-            changes |= {"clip_sample": False, "thresholding": False}
         self.denoiser, self.is_second_order = denoiser, is_second_order
-        self.scheduler = GaussianDDPMScheduler.from_config(scheduler.config, **changes)
+        config = dict(scheduler.config)
+        if is_second_order:
+            config |= {"clip_sample": False, "thresholding": False}
+        self.scheduler = GaussianDDPMScheduler.from_config(config, x_0_mse=None)
         fine = GaussianDDPMScheduler.from_config(self.scheduler.config)
         fine.set_timesteps(num_fine_steps, timestep_spacing="trailing")
         self.timesteps: list[int] = fine.timesteps.tolist()
