@@ -181,12 +181,12 @@ def test_image_mode_has_precedence_and_composites_on_white():
 
 
 def test_loss_of_quality_is_warned_about_with_a_count():
-    cases = [
+    losses = [
         (zoo.animated(), {}, "3 of 3 images: animated"),
         ([a for a in GOOD if a.name == "RGB_16.png"], {}, "1 of 1 images: 16 bits"),
         ([a for a in GOOD if a.name == "L.png"], {"resolution": 32}, "1 of 1 images: enlarged"),
     ]
-    for cases, options, message in cases:
+    for cases, options, message in losses:
         for _ in range(2):  # also when read from the cache
             with pytest.warns(UserWarning, match=message):
                 prepare(rows(*(case.data for case in cases)), **options)
