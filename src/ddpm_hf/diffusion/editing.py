@@ -13,20 +13,24 @@ the tests compare with samples.
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any, TypeVar
 
 import torch
 from diffusers.schedulers import DDIMScheduler
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from . import checks, scheduling, tensor_ops
+from . import checks, sampling_loop, scheduling, tensor_ops
 
+SamplingStep = sampling_loop.SamplingStep
 Denoiser = tensor_ops.Denoiser
 Generators = tensor_ops.Generators
 GaussianDDPMScheduler = scheduling.GaussianDDPMScheduler
 Product = Callable[[Tensor], Tensor]
+T = TypeVar("T")
 
 METHODS = ("covariance", "repaint")
 # Conjugate gradients and Lanczos steps of one denoising step. The covariance of x_0 given x_t is
@@ -85,19 +89,16 @@ def inpaint(
 
     Source: RePaint (2201.09865), algorithm 1; covariance: 2402.02149, eq. 7 and 16.
     """
-    checks.check_choice("method", method, METHODS)
     checks.check_tensor("x_0", x_0)
     is_known = ~checked_mask(mask, x_0)
-    scheduler = _with_timesteps(scheduler, num_inference_steps, timesteps)
+    ours = with_timesteps(scheduler, num_inference_steps, timesteps)
     clean = tensor_ops.at_least_float32(x_0)
-    x_T = tensor_ops.draw_noise(clean, generator)
-    if method == "repaint":
-        x = _repaint(
-            denoiser, scheduler, clean, is_known, x_T, jump_length, jump_n_sample, eta, generator,
-            progress,
-        )  # fmt: skip
-    else:
-        x = _condition(denoiser, scheduler, clean, is_known, x_T, eta, generator, progress)
+    steps = inpaint_steps(
+        denoiser, ours, clean, is_known, tensor_ops.draw_noise(clean, generator), method=method,
+        jump_length=jump_length, jump_n_sample=jump_n_sample, eta=eta, generator=generator,
+    )  # fmt: skip
+    total = num_inpaint_steps(len(ours.timesteps), method, jump_length, jump_n_sample)
+    x = last_sample(steps, total, progress)
     return torch.where(is_known, clean, x).to(x_0.dtype)
 
 
@@ -115,14 +116,56 @@ def checked_mask(mask: Tensor, x_0: Tensor) -> Tensor:
         raise ValueError(
             f"`mask` of shape {tuple(mask.shape)} does not broadcast to `x_0`, {tuple(x_0.shape)}"
         ) from None
-    chosen = full != 0
     if not ((full == 0) | (full == 1)).all():
         raise ValueError("`mask` must hold 0 (known) and 1 (drawn) only; threshold it first")
-    share = chosen.float().mean().item()
-    if share in (0, 1):
-        kind = "empty: nothing would be drawn" if share == 0 else "full: nothing is known"
-        raise ValueError(f"`mask` is {kind}; it must be 1 where values are drawn, 0 elsewhere")
-    return chosen
+    is_drawn = full == 1
+    if not is_drawn.any():
+        raise ValueError("`mask` is empty: it must be 1 where values are drawn")
+    if is_drawn.all():
+        raise ValueError("`mask` is full: it must be 0 where values are known")
+    return is_drawn
+
+
+def inpaint_steps(
+    denoiser: Denoiser | Sequence[Denoiser],
+    scheduler: GaussianDDPMScheduler,
+    x_0: Tensor,
+    is_known: Tensor,
+    x_T: Tensor,
+    *,
+    method: str,
+    jump_length: int,
+    jump_n_sample: int,
+    eta: float,
+    generator: Generators,
+) -> Generator[SamplingStep]:
+    """The denoising steps of `inpaint`.
+
+    Args:
+        denoiser: callable (x_t, t), or one for each timestep.
+        scheduler: with its trajectory.
+        x_0: (B, ...), at least float32.
+        is_known: booleans, same shape.
+        x_T: standard normal noise, same shape.
+        method, jump_length, jump_n_sample, eta, generator: as for `inpaint`.
+    """
+    checks.check_choice("method", method, METHODS)
+    num_steps = len(scheduler.timesteps)
+    denoisers = [denoiser] * num_steps if callable(denoiser) else list(denoiser)
+    if method == "covariance":
+        return _conditioned(denoisers, scheduler, x_0, is_known, x_T, eta, generator)
+    jump_length = checks.to_int("jump_length", jump_length, 1, len(scheduler))
+    jump_n_sample = checks.to_int("jump_n_sample", jump_n_sample, 1, MAX_COUNT)
+    visited = repaint_schedule(num_steps, jump_length, jump_n_sample)
+    return _repainted(denoisers, scheduler, x_0, is_known, x_T, visited, eta, generator)
+
+
+def num_inpaint_steps(num_steps: int, method: str, jump_length: int, jump_n_sample: int) -> int:
+    """Denoising steps of `inpaint`: network calls of each image, without Jacobian products."""
+    if method == "covariance":
+        return num_steps
+    visited = [num_steps, *repaint_schedule(num_steps, jump_length, jump_n_sample)]
+    return sum(after < before for before, after in pairwise(visited))
 
 
 def repaint_schedule(num_steps: int, jump_length: int, jump_n_sample: int) -> list[int]:
@@ -145,63 +188,78 @@ def repaint_schedule(num_steps: int, jump_length: int, jump_n_sample: int) -> li
     return visited
 
 
-def _repaint(
-    denoiser: Denoiser,
+@torch.no_grad()
+def _repainted(
+    denoisers: Sequence[Denoiser],
     scheduler: GaussianDDPMScheduler,
     x_0: Tensor,
     is_known: Tensor,
     x_t: Tensor,
-    jump_length: int,
-    jump_n_sample: int,
+    visited: Sequence[int],
     eta: float,
     generator: Generators,
-    progress: bool,
-) -> Tensor:
-    timesteps = scheduler.timesteps.flip(0).tolist()  # ascending
-    jump_length = checks.to_int("jump_length", jump_length, 1, len(scheduler))
-    jump_n_sample = checks.to_int("jump_n_sample", jump_n_sample, 1, MAX_COUNT)
-    schedule = repaint_schedule(len(timesteps), jump_length, jump_n_sample)
-    last = len(timesteps)
-    for position in _with_progress(schedule, progress):
-        if position > last:  # x_t from q(x_t | x_prev)
+) -> Generator[SamplingStep]:
+    """2201.09865, algorithm 1. Its own loop, because it also goes up the trajectory."""
+    timesteps = scheduler.timesteps.flip(0)  # ascending
+    level = len(timesteps)
+    for i, position in enumerate(visited):
+        if position > level:  # x_t from q(x_t | x_prev)
             noise = tensor_ops.draw_noise(x_t, generator)
-            x_t = scheduler.diffuse_one_step(x_t, timesteps[last], noise)
+            x_t = scheduler.diffuse_one_step(x_t, int(timesteps[level]), noise)
         else:
-            t = timesteps[position]
-            output = _prediction(denoiser, x_t, t)
-            x_t = scheduler.step(output, t, x_t, generator, eta=eta).prev_sample
+            t = int(timesteps[position])
+            output = _prediction(denoisers[-1 - position], x_t, t)
+            result = scheduler.step(output, t, x_t, generator, eta=eta)
+            x_prev = result.prev_sample
             if position > 0:
                 noise = tensor_ops.draw_noise(x_0, generator)
-                known = scheduler.add_noise(x_0, noise, timesteps[position - 1])
-                x_t = torch.where(is_known, known, x_t)
-        last = position
-    return x_t
+                known = scheduler.add_noise(x_0, noise, int(timesteps[position - 1]))
+                x_prev = torch.where(is_known, known, x_prev)
+            is_last = i == len(visited) - 1
+            x_0_hat = result.pred_original_sample
+            step = SamplingStep(i, timesteps[position], x_t, output, x_prev, x_0_hat, is_last)
+            yield step
+            if step.is_last:
+                return
+            x_t = step.prev_sample
+        level = position
 
 
-def _condition(
-    denoiser: Denoiser,
+def _conditioned(
+    denoisers: Sequence[Denoiser],
     scheduler: GaussianDDPMScheduler,
     x_0: Tensor,
     is_known: Tensor,
-    x_t: Tensor,
+    x_T: Tensor,
     eta: float,
     generator: Generators,
-    progress: bool,
-) -> Tensor:
+) -> Generator[SamplingStep]:
+    """Steps q(x_prev | x_t, x_0) with x_0 drawn from p(x_0 | x_t, known values)."""
     unclipped = _changed(scheduler, clip_sample=False, thresholding=False)
     clipping = _changed(scheduler, prediction_type="sample", variance_type="fixed_small")
     posterior = _changed(clipping, clip_sample=False, thresholding=False)
-    timesteps = scheduler.timesteps.tolist()
-    for t in _with_progress(timesteps, progress):
+    last = int(scheduler.timesteps[-1])
+
+    def draw(denoiser: Denoiser, x_t: Tensor, t: int) -> Tensor:
         estimate = LinearisedEstimate(denoiser, unclipped, x_t, t)
-        gap = x_0 - estimate.x_0_hat
-        mean = estimate.x_0_hat + estimate.regress(gap, is_known)
-        drawn = clipping.p_mean_variance(mean, t, x_t).pred_original_sample
-        if t != timesteps[-1]:
-            noise = estimate.scaled_noise(tensor_ops.draw_noise(x_t, generator))
-            drawn = drawn + noise - estimate.regress(noise, is_known)  # Matheron's rule
-        x_t = posterior.step(drawn, t, x_t, generator, eta=eta).prev_sample
-    return x_t
+        mean = estimate.x_0_hat + estimate.regress(x_0 - estimate.x_0_hat, is_known)
+        mean = clipping.p_mean_variance(mean, t, x_t).pred_original_sample
+        if t == last:
+            return mean
+        noise = estimate.scaled_noise(tensor_ops.draw_noise(x_t, generator))
+        return mean + noise - estimate.regress(noise, is_known)  # Matheron's rule
+
+    conditional = [
+        partial(_at_host_timestep, partial(draw, denoiser), t)
+        for denoiser, t in zip(denoisers, scheduler.timesteps.tolist(), strict=True)
+    ]
+    return sampling_loop.sampling_steps(conditional, posterior, x_T, generator=generator, eta=eta)
+
+
+def _at_host_timestep(
+    draw: Callable[[Tensor, int], Tensor], host_t: int, x_t: Tensor, t: Tensor
+) -> Tensor:
+    return draw(x_t, host_t)
 
 
 class LinearisedEstimate:
@@ -364,13 +422,13 @@ def image_to_image(
     Source: SDEdit (2108.01073), algorithm 1.
     """
     checks.check_tensor("x_0", x_0)
-    ours = _with_timesteps(scheduler, num_inference_steps, None)
+    ours = with_timesteps(scheduler, num_inference_steps, None)
     timesteps = ours.timesteps[start_index(ours, strength, log_snr) :].tolist()
     clean = tensor_ops.at_least_float32(x_0)
     x_t = ours.add_noise(clean, tensor_ops.draw_noise(clean, generator), timesteps[0])
-    for t in _with_progress(timesteps, progress):
-        x_t = ours.step(_prediction(denoiser, x_t, t), t, x_t, generator, eta=eta).prev_sample
-    return x_t.to(x_0.dtype)
+    ours.set_timesteps(timesteps=timesteps)
+    steps = sampling_loop.sampling_steps(denoiser, ours, x_t, generator=generator, eta=eta)
+    return last_sample(steps, len(timesteps), progress).to(x_0.dtype)
 
 
 def start_index(scheduler: Any, strength: float | None, log_snr: float | None) -> int:
@@ -410,7 +468,7 @@ def expected_gain(
         scheduler, strength, log_snr, num_inference_steps, eta: as for `image_to_image`.
         data_std: standard deviation of the data; 0.5 is usual for images in [-1, 1] (2206.00364).
     """
-    scheduler = _with_timesteps(scheduler, num_inference_steps, None)
+    scheduler = with_timesteps(scheduler, num_inference_steps, None)
     start = start_index(scheduler, strength, log_snr)
     timesteps = scheduler.timesteps[start:]
     alpha_bar = torch.sigmoid(scheduler.log_snr(timesteps, torch.float64))
@@ -453,11 +511,11 @@ def invert(
     Source: 2010.02502, section 4.3.
     """
     checks.check_tensor("x_0", x_0)
-    scheduler = _with_timesteps(scheduler, num_inference_steps, timesteps)
+    ours = with_timesteps(scheduler, num_inference_steps, timesteps)
     x_t = tensor_ops.at_least_float32(x_0)
-    ascending = scheduler.timesteps.flip(0).tolist()
-    for t in _with_progress(ascending[:-1], progress):
-        x_t = scheduler.inverse_step(_prediction(denoiser, x_t, t), t, x_t)
+    ascending = ours.timesteps.flip(0).tolist()
+    for t in _with_progress(ascending[:-1], len(ascending) - 1, progress):
+        x_t = ours.inverse_step(_prediction(denoiser, x_t, t), t, x_t)
     return x_t
 
 
@@ -489,16 +547,15 @@ def interpolate(
     """
     num_images = checks.to_int("num_images", num_images, 2, MAX_COUNT)
     checks.check_tensor("b", b, a)
-    scheduler = _with_timesteps(scheduler, num_inference_steps, None)
-    visited = scheduler.timesteps.tolist()
+    ours = with_timesteps(scheduler, num_inference_steps, None)
+    visited = ours.timesteps.tolist()
     ends = torch.stack([a, b])
-    noise = invert(denoiser, scheduler, ends, timesteps=visited, progress=progress)
+    noise = invert(denoiser, ours, ends, timesteps=visited, progress=progress)
     weights = torch.linspace(0, 1, num_images, dtype=noise.dtype, device=noise.device)
     first, last = (end.expand(num_images, *a.shape) for end in noise)
     x_t = slerp(first, last, weights)
-    for t in _with_progress(visited, progress):
-        x_t = scheduler.step(_prediction(denoiser, x_t, t), t, x_t, eta=0.0).prev_sample
-    return x_t.to(a.dtype)
+    steps = sampling_loop.sampling_steps(denoiser, ours, x_t, eta=0.0)
+    return last_sample(steps, len(visited), progress).to(a.dtype)
 
 
 def slerp(a: Tensor, b: Tensor, weight: Tensor | float) -> Tensor:
@@ -526,7 +583,7 @@ def slerp(a: Tensor, b: Tensor, weight: Tensor | float) -> Tensor:
 # Schedulers and calls -------------------------------------------------------------------------
 
 
-def _with_timesteps(
+def with_timesteps(
     scheduler: Any, num_inference_steps: int | None, timesteps: Sequence[int] | None
 ) -> GaussianDDPMScheduler:
     """A copy of the scheduler, with its trajectory."""
@@ -551,6 +608,12 @@ def _prediction(denoiser: Denoiser, x_t: Tensor, t: int) -> Tensor:
     return tensor_ops.prediction_of(denoiser(x_t, torch.full((len(x_t),), t, device=x_t.device)))
 
 
-def _with_progress(steps: Sequence[int], progress: bool) -> Iterable[int]:
-    bar: Iterable[int] = tqdm(steps, disable=not progress, leave=False)
-    return bar
+def last_sample(steps: Iterable[SamplingStep], total: int, progress: bool) -> Tensor:
+    """The result of a loop over steps, with a progress bar."""
+    for step in _with_progress(steps, total, progress):
+        x = step.prev_sample
+    return x
+
+
+def _with_progress(steps: Iterable[T], total: int, progress: bool) -> Iterator[T]:
+    yield from tqdm(steps, total=total, disable=not progress, leave=False)
