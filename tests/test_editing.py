@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from ddpm_hf import GaussianDDPMScheduler
 from ddpm_hf.diffusion.editing import (
+    combine,
     conjugate_gradients,
     expected_gain,
     image_to_image,
@@ -245,8 +246,8 @@ def test_other_bad_arguments_are_refused_with_the_choices():
     x_0, mask = problem(2)
     with pytest.raises(ValueError, match=r"covariance.*repaint.*'patch'"):
         inpaint(lambda x_t, t: x_t, scheduler(), x_0, mask, method="patch")
-    with pytest.raises(TypeError, match="DPMSolverMultistepScheduler"):
-        inpaint(lambda x_t, t: x_t, DPMSolverMultistepScheduler(), x_0, mask)
+    with pytest.raises(TypeError, match="FlowMatchEulerDiscreteScheduler"):
+        inpaint(lambda x_t, t: x_t, FlowMatchEulerDiscreteScheduler(), x_0, mask)
     with pytest.raises(ValueError, match=r"`denoiser` returned a tensor without gradient"):
         inpaint(lambda x_t, t: x_t.detach(), scheduler(), x_0, mask, num_inference_steps=3)
 
@@ -367,10 +368,28 @@ def test_interpolation_ends_at_both_images(generator):
     torch.testing.assert_close(images[-1], b, rtol=0.035, atol=0)
 
 
-def test_a_stock_ddim_scheduler_edits_too():
-    stock = DDIMScheduler(prediction_type="sample", clip_sample=False)
+def test_a_scheduler_of_diffusers_gives_its_betas():
+    stock = DPMSolverMultistepScheduler(prediction_type="sample", beta_end=0.01)
     x_0 = torch.zeros(2, 1, dtype=torch.float64)
-    images = image_to_image(
-        gaussian_denoiser(0.5), stock, x_0, num_inference_steps=10, eta=0.0, progress=False
-    )
-    assert images.isfinite().all()
+    ours = scheduler(beta_end=0.01)
+    images = [
+        image_to_image(
+            gaussian_denoiser(0.5), s, x_0, num_inference_steps=10, progress=False,
+            generator=torch.Generator().manual_seed(0),
+        )
+        for s in (stock, ours)
+    ]  # fmt: skip
+    assert torch.equal(*images)
+
+
+def test_combinations_of_noise_are_standard_normal(generator):
+    noise = torch.randn(3, 50_000, generator=generator)
+    weights = torch.tensor([[1.0, 1.0, 1.0], [2.0, -1.0, 0.5], [0.0, 3.0, 0.0]])
+    combined = combine(noise, weights)
+    assert combined.std(1) == pytest.approx([1.0] * 3, abs=0.02)
+    torch.testing.assert_close(combined[2], noise[1])
+    torch.testing.assert_close(combined[0], noise.sum(0) / 3**0.5)
+    with pytest.raises(ValueError, match=r"`weights` must have shape \(M, 3\)"):
+        combine(noise, weights[:, :2])
+    with pytest.raises(ValueError, match="must not all be 0"):
+        combine(noise, torch.zeros(1, 3))

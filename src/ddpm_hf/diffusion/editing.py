@@ -19,11 +19,10 @@ from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
-from diffusers.schedulers import DDIMScheduler
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from . import checks, sampling_loop, scheduling, tensor_ops
+from . import checks, sampling_loop, scheduler_interface, scheduling, tensor_ops
 
 SamplingStep = sampling_loop.SamplingStep
 Denoiser = tensor_ops.Denoiser
@@ -68,7 +67,8 @@ def inpaint(
 
     Args:
         denoiser: callable (x_t, t); differentiable for "covariance".
-        scheduler: a `GaussianDDPMScheduler`, or a `DDPMScheduler` or `DDIMScheduler` of diffusers.
+        scheduler: a `GaussianDDPMScheduler`; another scheduler of diffusers gives its betas and its
+            prediction type.
         x_0: (B, ...), in the range of the training data.
         mask: 1 where values are drawn, 0 where they are known; broadcasts to `x_0`.
         num_inference_steps: K; None for all training timesteps.
@@ -423,12 +423,14 @@ def image_to_image(
     """
     checks.check_tensor("x_0", x_0)
     ours = with_timesteps(scheduler, num_inference_steps, None)
-    timesteps = ours.timesteps[start_index(ours, strength, log_snr) :].tolist()
+    start = start_index(ours, strength, log_snr)
     clean = tensor_ops.at_least_float32(x_0)
-    x_t = ours.add_noise(clean, tensor_ops.draw_noise(clean, generator), timesteps[0])
-    ours.set_timesteps(timesteps=timesteps)
-    steps = sampling_loop.sampling_steps(denoiser, ours, x_t, generator=generator, eta=eta)
-    return last_sample(steps, len(timesteps), progress).to(x_0.dtype)
+    noise = tensor_ops.draw_noise(clean, generator)
+    x_t = ours.add_noise(clean, noise, int(ours.timesteps[start]))
+    steps = sampling_loop.sampling_steps(
+        denoiser, ours, x_t, begin_index=start, generator=generator, eta=eta
+    )
+    return last_sample(steps, len(ours.timesteps) - start, progress).to(x_0.dtype)
 
 
 def start_index(scheduler: Any, strength: float | None, log_snr: float | None) -> int:
@@ -442,8 +444,8 @@ def start_index(scheduler: Any, strength: float | None, log_snr: float | None) -
     num_steps = len(scheduler.timesteps)
     if log_snr is not None:
         checks.check_float("log_snr", log_snr, "that is finite", -checks.FINITE, checks.FINITE)
-        distances = (scheduler.log_snr(scheduler.timesteps, torch.float64) - log_snr).abs()
-        return int(distances.argmin())
+        alpha_bar = scheduler.alphas_cumprod.double()[scheduler.timesteps.long().cpu()]
+        return int((alpha_bar.logit() - log_snr).abs().argmin())
     strength = 0.5 if strength is None else strength
     checks.check_float("strength", strength, "in (0, 1]", checks.ABOVE_0, 1.0)
     num_taken = int(num_steps * strength)
@@ -558,6 +560,32 @@ def interpolate(
     return last_sample(steps, len(visited), progress).to(a.dtype)
 
 
+def combine(noise: Tensor, weights: Tensor) -> Tensor:
+    """Weighted combinations of independent standard normal noise that are standard normal again.
+
+    Args:
+        noise: (N, ...).
+        weights: (M, N), any real numbers; the result depends on their ratios only.
+
+    Returns:
+        (M, ...).
+
+    Raises:
+        ValueError: for weights of another shape, or all 0.
+
+    Source: 2408.08558, eq. 4.
+    """
+    if weights.ndim != 2 or weights.shape[1] != len(noise):
+        raise ValueError(
+            f"`weights` must have shape (M, {len(noise)}), one weight for each noise, got"
+            f" {tuple(weights.shape)}"
+        )
+    length = weights.square().sum(1, keepdim=True).sqrt()
+    if (length == 0).any():
+        raise ValueError("`weights` of a combination must not all be 0")
+    return torch.einsum("mn,n...->m...", (weights / length).to(noise), noise)
+
+
 def slerp(a: Tensor, b: Tensor, weight: Tensor | float) -> Tensor:
     """Points on the great circle from `a` to `b`, for each element of the batch.
 
@@ -587,9 +615,11 @@ def with_timesteps(
     scheduler: Any, num_inference_steps: int | None, timesteps: Sequence[int] | None
 ) -> GaussianDDPMScheduler:
     """A copy of the scheduler, with its trajectory."""
-    if isinstance(scheduler, DDIMScheduler):
-        scheduler = GaussianDDPMScheduler.from_config(scheduler.config)
-    ours: GaussianDDPMScheduler = copy.deepcopy(scheduling.as_gaussian_scheduler(scheduler))
+    scheduler_interface.check_scheduler(scheduler)
+    is_ours = isinstance(scheduler, GaussianDDPMScheduler)
+    ours: GaussianDDPMScheduler = (
+        copy.deepcopy(scheduler) if is_ours else GaussianDDPMScheduler.from_config(scheduler.config)
+    )
     if num_inference_steps is None and timesteps is None:
         timesteps = range(len(ours) - 1, -1, -1)
     ours.set_timesteps(num_inference_steps, timesteps=timesteps)

@@ -40,7 +40,12 @@ class SamplingStep:
 
 @torch.no_grad()
 def sampling_steps(
-    denoiser: Denoiser | Sequence[Denoiser], scheduler: Any, x_T: Tensor, **step_options: Any
+    denoiser: Denoiser | Sequence[Denoiser],
+    scheduler: Any,
+    x_T: Tensor,
+    *,
+    begin_index: int = 0,
+    **step_options: Any,
 ) -> Generator[SamplingStep]:
     """Steps of the reverse process from x_T, each computed when it is asked for.
 
@@ -57,15 +62,19 @@ def sampling_steps(
             gradients.
         scheduler: any diffusers scheduler after `set_timesteps` on the CPU. It keeps the state of
             the loop: run one loop at a time.
-        x_T: initial noise times `scheduler.init_noise_sigma`, (B, C, ...).
+        x_T: initial noise times `scheduler.init_noise_sigma`, (B, C, ...); x_t at the first of the
+            remaining timesteps where `begin_index` is given.
+        begin_index: number of timesteps to skip, as in image to image.
         **step_options: keyword arguments of `scheduler.step`, such as `generator` and `eta`.
     Raises:
         ValueError: after the last step, if a value is not finite; names the step.
     Source: DDPM (2006.11239), algorithm 2.
     """
-    timesteps, x_t = scheduler.timesteps, x_T
+    if begin_index and hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(begin_index)
+    timesteps, x_t = scheduler.timesteps[begin_index:], x_T
     on_device = timesteps.to(x_T.device)
-    denoisers = [denoiser] * len(timesteps) if callable(denoiser) else denoiser
+    denoisers = [denoiser] * len(timesteps) if callable(denoiser) else denoiser[begin_index:]
     is_finite = torch.ones(len(timesteps), dtype=torch.bool, device=x_T.device)
     for i, t in enumerate(timesteps):
         model_input = scheduler.scale_model_input(x_t, t)
