@@ -458,33 +458,49 @@ def start_index(scheduler: Any, strength: float | None, log_snr: float | None) -
 
 
 def expected_gain(
-    scheduler: Any, *, strength: float | None = None, log_snr: float | None = None,
-    num_inference_steps: int | None = None, eta: float = 1.0, data_std: float = 0.5,
-) -> float:  # fmt: skip
-    """Share of the contrast of a guide that `image_to_image` keeps, for Gaussian data.
+    scheduler: Any,
+    *,
+    strength: float | None = None,
+    log_snr: float | None = None,
+    num_inference_steps: int | None = None,
+    eta: float = 1.0,
+    data_std: float = 0.5,
+) -> float:
+    """Share of the contrast of an image that `image_to_image` keeps, for Gaussian data.
 
-    The derivative of the result's mean with respect to `x_0`, for data N(0, data_std^2) and their
-    exact denoiser: 1 keeps the guide, 0 forgets it.
+    The derivative of the mean of the result with respect to `x_0`, for data N(0, data_std^2) and
+    their exact denoiser: 1 keeps the image, 0 forgets it.
 
     Args:
         scheduler, strength, log_snr, num_inference_steps, eta: as for `image_to_image`.
         data_std: standard deviation of the data; 0.5 is usual for images in [-1, 1] (2206.00364).
     """
-    scheduler = with_timesteps(scheduler, num_inference_steps, None)
-    start = start_index(scheduler, strength, log_snr)
-    timesteps = scheduler.timesteps[start:]
-    alpha_bar = torch.sigmoid(scheduler.log_snr(timesteps, torch.float64))
-    # x_0_hat = wiener x_t, the mean of x_0 given x_t
+    ours = with_timesteps(scheduler, num_inference_steps, None)
+    start = start_index(ours, strength, log_snr)
+    ours.set_timesteps(timesteps=ours.timesteps[start:].tolist())
+    return gain_along(ours, eta=eta, data_std=data_std)
+
+
+def gain_along(
+    scheduler: GaussianDDPMScheduler, *, eta: float = 1.0, data_std: float = 0.5
+) -> float:
+    """`expected_gain` of a trajectory that starts at the noised image."""
+    timesteps = scheduler.timesteps
+    alpha_bar = scheduler.log_snr(timesteps, torch.float64).sigmoid()
+    # E[x_0 | x_t] = wiener x_t
     wiener = alpha_bar.sqrt() * data_std**2 / (alpha_bar * data_std**2 + 1 - alpha_bar)
-    gain = alpha_bar[0].sqrt()
-    one, zero = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
-    posterior = _changed(scheduler, prediction_type="sample", variance_type="fixed_small",
-                         clip_sample=False, thresholding=False)  # fmt: skip
+    posterior = _changed(
+        scheduler,
+        prediction_type="sample",
+        variance_type="fixed_small",
+        clip_sample=False,
+        thresholding=False,
+    )
+    gain = alpha_bar[:1].sqrt()
     for t, w in zip(timesteps.tolist(), wiener, strict=True):
-        from_x_0 = posterior.step(one, t, zero, variance_noise=zero, eta=eta).prev_sample
-        from_x_t = posterior.step(zero, t, one, variance_noise=zero, eta=eta).prev_sample
-        gain = gain * (from_x_0 * w + from_x_t).squeeze()
-    return float(gain)
+        zero = torch.zeros_like(gain)
+        gain = posterior.step(w * gain, t, gain, variance_noise=zero, eta=eta).prev_sample
+    return gain.item()
 
 
 @torch.no_grad()
@@ -514,11 +530,35 @@ def invert(
     """
     checks.check_tensor("x_0", x_0)
     ours = with_timesteps(scheduler, num_inference_steps, timesteps)
-    x_t = tensor_ops.at_least_float32(x_0)
-    ascending = ours.timesteps.flip(0).tolist()
-    for t in _with_progress(ascending[:-1], len(ascending) - 1, progress):
-        x_t = ours.inverse_step(_prediction(denoiser, x_t, t), t, x_t)
-    return x_t
+    steps = inversion_steps(denoiser, ours, tensor_ops.at_least_float32(x_0))
+    return last_sample(steps, len(ours.timesteps) - 1, progress)
+
+
+@torch.no_grad()
+def inversion_steps(
+    denoiser: Denoiser | Sequence[Denoiser], scheduler: GaussianDDPMScheduler, x_0: Tensor
+) -> Generator[SamplingStep]:
+    """The steps of `invert`; `prev_sample` is x at the next noisier timestep.
+
+    Args:
+        denoiser: callable (x_t, t), or one for each timestep.
+        scheduler: with its trajectory.
+        x_0: (B, ...), at least float32.
+    """
+    timesteps = scheduler.timesteps.flip(0)  # ascending
+    last = len(timesteps) - 1
+    if last == 0:
+        raise ValueError("`num_inference_steps` must be at least 2 to invert, got 1")
+    denoisers = [denoiser] * len(timesteps) if callable(denoiser) else list(denoiser)[::-1]
+    x_t = x_0
+    for i, t in enumerate(timesteps[:-1]):
+        output = _prediction(denoisers[i], x_t, int(t))
+        x_next = scheduler.inverse_step(output, int(t), x_t)
+        step = SamplingStep(i, t, x_t, output, x_next, None, i == last - 1)
+        yield step
+        if step.is_last:
+            return
+        x_t = step.prev_sample
 
 
 @torch.no_grad()

@@ -6,8 +6,8 @@ This file and the modules that it imports travel with the weights. They import e
 at the root of the repository.
 """
 
-from collections.abc import Generator, Sequence
-from contextlib import closing
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import ExitStack, closing
 from typing import Any, Literal, TypeAlias, overload
 
 import torch
@@ -24,7 +24,8 @@ from . import (
     conditioning,
     eval_mode,
     image_processor,
-    portable_pipeline,
+    likelihood_guidance,
+    pipeline_editing,
     sampling_loop,
     scheduler_interface,
     scheduling,
@@ -35,6 +36,7 @@ Callback = callbacks.Callback
 ClassLabels = conditioning.ClassLabels
 Denoiser = tensor_ops.Denoiser
 Generators = tensor_ops.Generators
+Guidance = likelihood_guidance.Guidance
 Guide: TypeAlias = conditioning.Guide
 SamplingStep = sampling_loop.SamplingStep
 image_facts = image_processor.image_facts
@@ -52,7 +54,7 @@ def _check_unet(unet: Any) -> None:
     raise TypeError(f"`unet` must be a diffusers UNet2DModel, got {kind}{hint}")
 
 
-class GaussianDDPMPipeline(portable_pipeline.PortablePipeline):
+class GaussianDDPMPipeline(pipeline_editing.EditingMethods):
     """Unconditional or class-conditional image generation with a `UNet2DModel`.
 
     Drop-in for diffusers' `DDPMPipeline`. `save_pretrained` and `push_to_hub` write a checkpoint
@@ -95,6 +97,8 @@ class GaussianDDPMPipeline(portable_pipeline.PortablePipeline):
         eta: float | None = ...,
         guidance_interval: tuple[float, float] | None = ...,
         guide: Guide = ...,
+        guidance: Guidance | None = ...,
+        guidance_weight: float = ...,
     ) -> ImagePipelineOutput: ...
 
     @overload
@@ -115,6 +119,8 @@ class GaussianDDPMPipeline(portable_pipeline.PortablePipeline):
         eta: float | None = ...,
         guidance_interval: tuple[float, float] | None = ...,
         guide: Guide = ...,
+        guidance: Guidance | None = ...,
+        guidance_weight: float = ...,
     ) -> tuple[Any]: ...
 
     @torch.no_grad()
@@ -134,6 +140,8 @@ class GaussianDDPMPipeline(portable_pipeline.PortablePipeline):
         eta: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
         guide: Guide = None,
+        guidance: Guidance | None = None,
+        guidance_weight: float = 1.0,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Images sampled from noise by the reverse process.
 
@@ -170,6 +178,9 @@ class GaussianDDPMPipeline(portable_pipeline.PortablePipeline):
                 all. Steps without guidance take one network evaluation per image.
             guide: weaker model of the same data and diffusion, such as an early checkpoint, to be
                 guided away from (2406.02507) instead of the null class.
+            guidance: log-likelihood to guide by, a differentiable callable (x_t, x_0_hat, t) ->
+                log p(y | x_t), (B,), such as `MeasurementGuidance`. Gradients are taken here.
+            guidance_weight: factor of its gradient; 1 is Bayes' rule.
         Returns:
             `ImagePipelineOutput` with `.images`, or `(images,)`.
         Raises:
@@ -196,6 +207,8 @@ class GaussianDDPMPipeline(portable_pipeline.PortablePipeline):
             eta=eta,
             guidance_interval=guidance_interval,
             guide=guide,
+            guidance=guidance,
+            guidance_weight=guidance_weight,
         )
         with closing(steps), self.progress_bar(total=self.num_timesteps) as progress:
             for step in steps:
@@ -218,6 +231,8 @@ class GaussianDDPMPipeline(portable_pipeline.PortablePipeline):
         eta: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
         guide: Guide = None,
+        guidance: Guidance | None = None,
+        guidance_weight: float = 1.0,
     ) -> Generator[SamplingStep]:
         """Steps of sampling, each computed when it is asked for; `__call__` runs on the same steps.
 
@@ -230,7 +245,7 @@ class GaussianDDPMPipeline(portable_pipeline.PortablePipeline):
 
         Args:
             batch_size, generator, num_inference_steps, class_labels, guidance_scale, latents,
-            timesteps, eta, guidance_interval, guide: as for `__call__`.
+            timesteps, eta, guidance_interval, guide, guidance, guidance_weight: as for `__call__`.
         Returns:
             iterator of `SamplingStep` with `timestep`, `sample` (x_t), `prev_sample` (x_prev) and
             `pred_original_sample` (estimate of x_0). Assign to `prev_sample` to edit the image, or
@@ -243,27 +258,32 @@ class GaussianDDPMPipeline(portable_pipeline.PortablePipeline):
         batch_size = checks.to_int("batch_size", batch_size, 1, MAX_BATCH_SIZE)
         checks.check_generators(generator, batch_size)
         generator = list(generator) if isinstance(generator, tuple) else generator
-        facts = image_facts(self.unet)
-        size, _ = image_processor.size_and_window(self.unet, facts)
-        class_names = facts.class_names if facts else None
-        labels = conditioning.label_tensor(self.unet, class_labels, batch_size, class_names)
-        weak = self._guide_network(guide, guidance_scale)
-        plain, guided = self._denoisers(labels, guidance_scale, weak, class_names)
         options = scheduler_interface.step_options(self.scheduler, generator, eta)
         scheduler_interface.set_timesteps(self.scheduler, num_inference_steps, timesteps)
-        is_guided = conditioning.is_guided_at(
-            self.scheduler.timesteps, self.scheduler.alphas_cumprod, guidance_interval
+        denoisers, networks = self._denoisers(
+            batch_size,
+            self.scheduler,
+            class_labels=class_labels,
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            guide=guide,
+            guidance=guidance,
+            guidance_weight=guidance_weight,
         )
-        denoisers = [guided if here else plain for here in is_guided]
+        size, _ = image_processor.size_and_window(self.unet, image_facts(self.unet))
         shape = (batch_size, self.unet.config.in_channels, *size)
         x_T = self._initial_noise(shape, generator, latents)
+        steps = sampling_loop.sampling_steps(denoisers, self.scheduler, x_T, **options)
+        return self._in_eval_mode(steps, networks)
 
-        def steps() -> Generator[SamplingStep]:
-            with eval_mode.evaluating(self.unet), eval_mode.evaluating(weak or self.unet):
-                yield from sampling_loop.sampling_steps(denoisers, self.scheduler, x_T, **options)
-            self.maybe_free_model_hooks()
-
-        return steps()
+    def _in_eval_mode(
+        self, steps: Iterable[SamplingStep], networks: Iterable[UNet2DModel]
+    ) -> Generator[SamplingStep]:
+        with ExitStack() as stack:
+            for network in networks:
+                stack.enter_context(eval_mode.evaluating(network))
+            yield from steps
+        self.maybe_free_model_hooks()
 
     @property
     def num_timesteps(self) -> int:
@@ -301,24 +321,39 @@ class GaussianDDPMPipeline(portable_pipeline.PortablePipeline):
 
     def _denoisers(
         self,
-        labels: Tensor | None,
-        guidance_scale: float,
-        weak: UNet2DModel | None,
-        class_names: Sequence[str] | None,
-    ) -> tuple[Denoiser, Denoiser]:
-        """Denoisers `(x_t, t)` for steps without and with guidance."""
+        batch_size: int,
+        scheduler: Any,
+        *,
+        class_labels: ClassLabels = None,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+        guide: Guide = None,
+        guidance: Guidance | None = None,
+        guidance_weight: float = 1.0,
+    ) -> tuple[list[Denoiser], list[UNet2DModel]]:
+        """A denoiser `(x_t, t)` for each timestep of `scheduler`, and the networks they call."""
+        facts = image_facts(self.unet)
+        class_names = facts.class_names if facts else None
+        labels = conditioning.label_tensor(self.unet, class_labels, batch_size, class_names)
         labels = None if labels is None else labels.to(self._execution_device)
-        num_outputs = scheduler_interface.num_outputs(self.unet.config, self.scheduler)
-        plain = conditioning.denoiser_of(self.unet, labels, num_outputs)
+        weak = self._guide_network(guide, guidance_scale)
+        num_outputs = scheduler_interface.num_outputs(self.unet.config, scheduler)
+        plain = guided = conditioning.denoiser_of(self.unet, labels, num_outputs)
         if weak is not None:
-            return plain, conditioning.autoguided(
-                self.unet, weak, labels, guidance_scale, num_outputs
+            guided = conditioning.autoguided(self.unet, weak, labels, guidance_scale, num_outputs)
+        elif guidance_scale != 1:
+            guided = conditioning.classifier_free(
+                self.unet, labels, guidance_scale, class_names, num_outputs
             )
-        if guidance_scale == 1:
-            return plain, plain
-        return plain, conditioning.classifier_free(
-            self.unet, labels, guidance_scale, class_names, num_outputs
+        if guidance is not None:
+            plain, guided = (
+                likelihood_guidance.guided_denoiser(d, scheduler, guidance, guidance_weight)
+                for d in (plain, guided)
+            )
+        is_guided = conditioning.is_guided_at(
+            scheduler.timesteps, scheduler.alphas_cumprod, guidance_interval
         )
+        return [guided if here else plain for here in is_guided], [self.unet, weak or self.unet]
 
     def _guide_network(self, guide: Guide, guidance_scale: float) -> UNet2DModel | None:
         checks.check_float(

@@ -1,0 +1,382 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Editing methods of the pipeline: images in, images out, on the functions of `editing`."""
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, TypedDict, Unpack
+
+import numpy as np
+import torch
+from diffusers.utils import BaseOutput
+from PIL import Image
+from torch import Tensor
+
+from . import (
+    callbacks,
+    checks,
+    conditioning,
+    editing,
+    image_processor,
+    likelihood_guidance,
+    portable_pipeline,
+    sampling_loop,
+    scheduler_interface,
+    tensor_ops,
+)
+
+Array = np.ndarray[Any, Any]
+Generators = tensor_ops.Generators
+SamplingStep = sampling_loop.SamplingStep
+
+MAX_IMAGES = 2**16
+
+
+class Conditioning(TypedDict, total=False):
+    """Arguments of `GaussianDDPMPipeline.__call__` that the editing methods share with it."""
+
+    class_labels: conditioning.ClassLabels
+    guidance_scale: float
+    guidance_interval: tuple[float, float] | None
+    guide: conditioning.Guide
+    guidance: likelihood_guidance.Guidance | None
+    guidance_weight: float
+
+
+@dataclass
+class EditingOutput(BaseOutput):  # type: ignore[misc]
+    """Result of an editing method.
+
+    Attributes:
+        images: list of PIL images, or an array or tensor; the draws of one image are neighbours.
+        std: standard deviation over the draws of each image, float32 in units of [0, 1],
+            (B, H, W, C); None unless `return_std`.
+        expected_gain: share of the contrast of the image that is kept, for Gaussian data with a
+            standard deviation of 0.5; None but for `image_to_image`.
+    """
+
+    images: Any
+    std: Array | None = None
+    expected_gain: float | None = None
+
+
+class EditingMethods(portable_pipeline.PortablePipeline):
+    """Inpainting, image to image, inversion and interpolation of images.
+
+    Base of `GaussianDDPMPipeline`, which has the denoisers, `encode_images` and `decode_images`.
+    Images are PIL images, arrays or tensors of the model's size, as `encode_images` takes them.
+    """
+
+    @torch.no_grad()
+    def inpaint(
+        self,
+        image: Any,
+        mask_image: Any,
+        *,
+        num_images: int = 1,
+        generator: Generators = None,
+        num_inference_steps: int | None = None,
+        method: str = "covariance",
+        jump_length: int = 10,
+        jump_n_sample: int = 10,
+        eta: float = 1.0,
+        output_type: str = "pil",
+        return_std: bool = False,
+        callback_on_step_end: callbacks.Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
+        **conditioning: Unpack[Conditioning],
+    ) -> EditingOutput:
+        """Draw the white part of a mask anew; the rest comes back bit by bit.
+
+        Args:
+            image: one image or a batch.
+            mask_image: of the same size, one or a batch: white (above half) where the image is
+                drawn. A PIL image, a boolean or uint8 array or tensor, or floats in [0, 1].
+            num_images: draws of each image: samples of the posterior, whose spread is the
+                uncertainty.
+            generator: one generator, or a list with one for each draw.
+            num_inference_steps: K; None for all training timesteps.
+            method, jump_length, jump_n_sample, eta: see `editing.inpaint`.
+            output_type: "pil", "np" or "pt", as for `__call__`.
+            return_std: also return the standard deviation over the draws of each image.
+            callback_on_step_end, callback_on_step_end_tensor_inputs: as for `__call__`.
+            **conditioning: class_labels, guidance_scale, guidance_interval, guide, guidance,
+                guidance_weight, as for `__call__`.
+        Returns:
+            `EditingOutput` with B * num_images images.
+        Raises:
+            ValueError, TypeError: for an image or mask of another size or mode, an empty or full
+                mask, and as `__call__`.
+        """
+        x_0 = _repeated(self.encode_images(image), num_images)
+        mask = _repeated(self._encode_mask(mask_image), num_images, total=len(x_0))
+        is_known = ~editing.checked_mask(mask, x_0)
+        scheduler = editing.with_timesteps(self.scheduler, num_inference_steps, None)
+        denoisers, networks = self._denoisers(len(x_0), scheduler, **conditioning)
+        checks.check_generators(generator, len(x_0))
+        steps = editing.inpaint_steps(
+            denoisers, scheduler, x_0, is_known, tensor_ops.draw_noise(x_0, generator),
+            method=method, jump_length=jump_length, jump_n_sample=jump_n_sample, eta=eta,
+            generator=generator,
+        )  # fmt: skip
+        total = editing.num_inpaint_steps(
+            len(scheduler.timesteps), method, jump_length, jump_n_sample
+        )
+        on_step_end = callbacks.step_end_function(
+            self, callback_on_step_end, callback_on_step_end_tensor_inputs
+        )
+        drawn = self._run(self._in_eval_mode(steps, networks), total, on_step_end)
+        images = torch.where(is_known, x_0, drawn)
+        return self._edited(images, output_type, num_images if return_std else None)
+
+    @torch.no_grad()
+    def image_to_image(
+        self,
+        image: Any,
+        *,
+        strength: float | None = None,
+        log_snr: float | None = None,
+        num_images: int = 1,
+        generator: Generators = None,
+        num_inference_steps: int | None = None,
+        eta: float | None = None,
+        output_type: str = "pil",
+        return_std: bool = False,
+        callback_on_step_end: callbacks.Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
+        **conditioning: Unpack[Conditioning],
+    ) -> EditingOutput:
+        """Images like the given one: noised to a timestep, then denoised by the scheduler.
+
+        Args:
+            image: one image or a batch.
+            strength: share of the K steps that are taken, in (0, 1], as in diffusers (default 0.5).
+            log_snr: log of the signal-to-noise ratio to start at, in place of `strength`.
+            num_images: draws of each image.
+            generator: one generator, or a list with one for each draw.
+            num_inference_steps: K; by default as for `__call__`.
+            eta: as for `__call__`.
+            output_type, return_std, callback_on_step_end, callback_on_step_end_tensor_inputs,
+            **conditioning: as for `inpaint`.
+        Returns:
+            `EditingOutput` with B * num_images images and `expected_gain`, the share of the image's
+            contrast that is kept.
+        Raises:
+            ValueError, TypeError: for an argument out of range, and as `__call__`.
+        """
+        x_0 = _repeated(self.encode_images(image), num_images)
+        scheduler = self.scheduler
+        scheduler_interface.set_timesteps(scheduler, num_inference_steps, None)
+        options = scheduler_interface.step_options(scheduler, generator, eta)
+        start = editing.start_index(scheduler, strength, log_snr)
+        denoisers, networks = self._denoisers(len(x_0), scheduler, **conditioning)
+        checks.check_generators(generator, len(x_0))
+        x_t = _noised(scheduler, x_0, tensor_ops.draw_noise(x_0, generator), start)
+        steps = sampling_loop.sampling_steps(
+            denoisers, scheduler, x_t, begin_index=start, **options
+        )
+        on_step_end = callbacks.step_end_function(
+            self, callback_on_step_end, callback_on_step_end_tensor_inputs
+        )
+        total = len(scheduler.timesteps) - start
+        images = self._run(self._in_eval_mode(steps, networks), total, on_step_end)
+        output = self._edited(images, output_type, num_images if return_std else None)
+        visited = scheduler.timesteps[start:].long().unique().flip(0).tolist()
+        is_ancestral = "eta" not in options and "DDPM" in type(scheduler).__name__
+        output.expected_gain = editing.gain_along(
+            editing.with_timesteps(scheduler, None, visited),
+            eta=options.get("eta", float(is_ancestral)),
+        )
+        return output
+
+    @torch.no_grad()
+    def invert(
+        self,
+        image: Any,
+        *,
+        num_inference_steps: int | None = None,
+        **conditioning: Unpack[Conditioning],
+    ) -> Tensor:
+        """The noise that the pipeline turns into the image with `eta=0` and the same steps.
+
+        To change the class of an image, invert it with its class and draw with another one:
+
+            latents = pipe.invert(image, class_labels="cat", num_inference_steps=100)
+            pipe(latents=latents, class_labels="dog", num_inference_steps=100, eta=0.0)
+
+        Args:
+            image: one image or a batch.
+            num_inference_steps: K; None for all training timesteps. The error falls with K.
+            **conditioning: as for `inpaint`.
+        Returns:
+            latents for `__call__`, (B, C, H, W) float32, in the padded size.
+        Source: 2010.02502, section 4.3.
+        """
+        return self._inverted(self.encode_images(image), num_inference_steps, conditioning)
+
+    @torch.no_grad()
+    def interpolate(
+        self,
+        a: Any,
+        b: Any,
+        num_images: int = 7,
+        *,
+        num_inference_steps: int | None = None,
+        output_type: str = "pil",
+        **conditioning: Unpack[Conditioning],
+    ) -> EditingOutput:
+        """Images from `a` to `b` along the sphere between their noise, by DDIM.
+
+        Args:
+            a, b: one image each, or noise (1, C, H, W) as `invert` returns it or drawn from a
+                standard normal: tensors with negative values are noise.
+            num_images: N, with both ends.
+            num_inference_steps: K of inversion and sampling; None for all training timesteps.
+            output_type: as for `inpaint`.
+            **conditioning: as for `inpaint`.
+        Returns:
+            `EditingOutput` with N images.
+        Source: 2010.02502, section 5.3.
+        """
+        num_images = checks.to_int("num_images", num_images, 2, MAX_IMAGES)
+        first, last = (self._noise_of(x, num_inference_steps, conditioning) for x in (a, b))
+        weights = torch.linspace(0, 1, num_images, device=first.device)
+        shape = (num_images, *first.shape[1:])
+        latents = editing.slerp(first.expand(shape), last.expand(shape), weights)
+        return self._decoded(latents, num_inference_steps, output_type, conditioning)
+
+    @torch.no_grad()
+    def combine(
+        self,
+        images: Sequence[Any],
+        weights: Any,
+        *,
+        num_inference_steps: int | None = None,
+        output_type: str = "pil",
+        **conditioning: Unpack[Conditioning],
+    ) -> EditingOutput:
+        """Images of weighted combinations of the noise of several images.
+
+        Args:
+            images: N images or noises, as for `interpolate`.
+            weights: (N,) or (M, N), any real numbers: the noise keeps its law.
+            num_inference_steps, output_type, **conditioning: as for `interpolate`.
+        Returns:
+            `EditingOutput` with M images.
+        Source: 2408.08558.
+        """
+        noise = [self._noise_of(image, num_inference_steps, conditioning) for image in images]
+        weights = torch.as_tensor(weights, dtype=torch.float32)
+        weights = weights[None] if weights.ndim == 1 else weights
+        latents = editing.combine(torch.cat(noise), weights)
+        return self._decoded(latents, num_inference_steps, output_type, conditioning)
+
+    def _noise_of(
+        self, image: Any, num_inference_steps: int | None, conditioning: Conditioning
+    ) -> Tensor:
+        if isinstance(image, Tensor) and image.is_floating_point() and (image < 0).any():
+            return image.to(self._execution_device)
+        return self._inverted(self.encode_images(image), num_inference_steps, conditioning)
+
+    def _inverted(
+        self, x_0: Tensor, num_inference_steps: int | None, conditioning: Conditioning
+    ) -> Tensor:
+        scheduler = editing.with_timesteps(self.scheduler, num_inference_steps, None)
+        denoisers, networks = self._denoisers(len(x_0), scheduler, **conditioning)
+        steps = editing.inversion_steps(denoisers, scheduler, x_0)
+        return self._run(
+            self._in_eval_mode(steps, networks), len(scheduler.timesteps) - 1, lambda step: None
+        )
+
+    def _decoded(
+        self,
+        latents: Tensor,
+        num_inference_steps: int | None,
+        output_type: str,
+        conditioning: Conditioning,
+    ) -> EditingOutput:
+        scheduler = editing.with_timesteps(self.scheduler, num_inference_steps, None)
+        denoisers, networks = self._denoisers(len(latents), scheduler, **conditioning)
+        steps = sampling_loop.sampling_steps(denoisers, scheduler, latents, eta=0.0)
+        x_0 = self._run(
+            self._in_eval_mode(steps, networks), len(scheduler.timesteps), lambda step: None
+        )
+        return self._edited(x_0, output_type, None)
+
+    def _run(
+        self,
+        steps: Generator[SamplingStep],
+        total: int,
+        on_step_end: Callable[[SamplingStep], None],
+    ) -> Tensor:
+        self._interrupt = False
+        with closing(steps), self.progress_bar(total=total) as progress:
+            for step in steps:
+                on_step_end(step)
+                step.is_last |= self._interrupt
+                progress.update()
+        x_0: Tensor = step.prev_sample
+        return x_0
+
+    def _edited(self, x_0: Tensor, output_type: str, num_draws: int | None) -> EditingOutput:
+        std = None
+        if num_draws is not None:
+            draws = self.decode_images(x_0, "np")
+            draws = draws.reshape(-1, num_draws, *draws.shape[1:])
+            std = draws.std(axis=1, ddof=1 if num_draws > 1 else 0)
+        return EditingOutput(images=self.decode_images(x_0, output_type), std=std)
+
+    def _encode_mask(self, mask_image: Any) -> Tensor:
+        """1 where a mask is white, (B, 1, H, W), padded like the images."""
+        facts = image_processor.image_facts(self.unet)
+        padded, window = image_processor.size_and_window(self.unet, facts)
+        size = tuple(side.stop - side.start for side in window)
+        masks = mask_image if isinstance(mask_image, (list, tuple)) else [mask_image]
+        white = torch.cat([_white(mask) for mask in masks])
+        if tuple(white.shape[-2:]) != size:
+            raise ValueError(
+                f"`mask_image` must have the size of the image, (height, width) {size}, got"
+                f" {tuple(white.shape[-2:])}"
+            )
+        white = image_processor.pad_edges(white.float(), padded)
+        return white.to(self._execution_device)
+
+
+def _white(mask: Any) -> Tensor:
+    """Where a mask is above half, (B, 1, H, W)."""
+    if isinstance(mask, Image.Image):
+        mask = np.asarray(mask.convert("L"))
+    values = torch.as_tensor(mask)
+    if values.ndim == 2:
+        values = values[None, None]
+    elif values.ndim == 3:
+        values = values[:, None]
+    if values.ndim != 4 or values.shape[1] != 1:
+        raise ValueError(
+            "`mask_image` must be a PIL image or (H, W), (B, H, W) or (B, 1, H, W), got shape"
+            f" {tuple(values.shape)}"
+        )
+    half = 0.5 if values.is_floating_point() or values.dtype == torch.bool else 127
+    return values > half
+
+
+def _repeated(x: Tensor, num_images: int, total: int | None = None) -> Tensor:
+    """Each element `num_images` times, or one element `total` times."""
+    num_images = checks.to_int("num_images", num_images, 1, MAX_IMAGES)
+    if total is not None and len(x) == 1:
+        return x.expand(total, *x.shape[1:])
+    if total is not None and len(x) * num_images != total:
+        raise ValueError(
+            f"`mask_image` must be one mask or one for each image, got {len(x)} masks for"
+            f" {total // num_images} images"
+        )
+    return x.repeat_interleave(num_images, dim=0)
+
+
+def _noised(scheduler: Any, x_0: Tensor, noise: Tensor, start: int) -> Tensor:
+    """x_t at a position of the trajectory, in the scheduler's own scale."""
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(start)
+    t = scheduler.timesteps[start : start + 1].expand(len(x_0)).to(x_0.device)
+    x_t: Tensor = scheduler.add_noise(x_0, noise, t)
+    return x_t
