@@ -10,11 +10,13 @@ so that guidance works with every scheduler and every eta.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import checks, tensor_ops
 
@@ -46,13 +48,16 @@ def guided_denoiser(
     kind = scheduler.config.get("prediction_type", "epsilon")
 
     def guided(x_t: Tensor, t: Tensor) -> Tensor:
+        is_differentiated = torch.is_grad_enabled() and x_t.requires_grad
         with torch.enable_grad():
-            x_t = x_t.detach().requires_grad_()
-            output = tensor_ops.prediction_of(denoiser(x_t, t))
+            x_t = x_t if is_differentiated else x_t.detach().requires_grad_()
+            # Fused attention has no second derivative.
+            with sdpa_kernel(SDPBackend.MATH) if is_differentiated else nullcontext():
+                output = tensor_ops.prediction_of(denoiser(x_t, t))
             mean_part = output[:, : x_t.shape[1]].to(x_t.dtype)
             signal, sigma = _signal_and_sigma(scheduler, t, x_t)
             log_likelihood = guidance(x_t, _x_0_hat(kind, mean_part, x_t, signal, sigma), t)
-            gradient = _gradient(log_likelihood, x_t)
+            gradient = _gradient(log_likelihood, x_t, create_graph=is_differentiated)
         # The change of x_0_hat, sigma^2 / signal * gradient, in terms of the output; 0 where x_t
         # holds no signal.
         change = {
@@ -60,9 +65,9 @@ def guided_denoiser(
             "sample": torch.where(signal > 0, sigma.square() / signal, 0),
             "v_prediction": torch.where(signal > 0, -sigma / signal, 0),
         }[kind]
-        output = output.detach().clone()
-        output[:, : x_t.shape[1]] += (weight * change * gradient).to(output.dtype)
-        return output
+        output = output if is_differentiated else output.detach()
+        mean_part = output[:, : x_t.shape[1]] + (weight * change * gradient).to(output.dtype)
+        return torch.cat([mean_part, output[:, x_t.shape[1] :]], dim=1)
 
     return guided
 
@@ -85,7 +90,7 @@ def _x_0_hat(kind: str, output: Tensor, x_t: Tensor, signal: Tensor, sigma: Tens
     return output
 
 
-def _gradient(log_likelihood: Any, x_t: Tensor) -> Tensor:
+def _gradient(log_likelihood: Any, x_t: Tensor, create_graph: bool) -> Tensor:
     if not isinstance(log_likelihood, Tensor) or log_likelihood.shape != (len(x_t),):
         shape = getattr(log_likelihood, "shape", None)
         got = tuple(shape) if shape is not None else type(log_likelihood).__name__
@@ -95,7 +100,9 @@ def _gradient(log_likelihood: Any, x_t: Tensor) -> Tensor:
         )
     gradient = None
     if log_likelihood.requires_grad:
-        (gradient,) = torch.autograd.grad(log_likelihood.sum(), x_t, allow_unused=True)
+        (gradient,) = torch.autograd.grad(
+            log_likelihood.sum(), x_t, allow_unused=True, create_graph=create_graph
+        )
     if gradient is None:
         raise ValueError(
             "`guidance` returned a tensor without gradient with respect to x_t; compute it from"

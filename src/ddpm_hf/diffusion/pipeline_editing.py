@@ -345,8 +345,8 @@ class EditingMethods(portable_pipeline.PortablePipeline):
 def _white(mask: Any) -> Tensor:
     """Where a mask is above half, (B, 1, H, W)."""
     if isinstance(mask, Image.Image):
-        mask = np.asarray(mask.convert("L"))
-    values = torch.as_tensor(mask)
+        mask = mask.convert("L")
+    values = mask if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask))
     if values.ndim == 2:
         values = values[None, None]
     elif values.ndim == 3:

@@ -1,0 +1,222 @@
+"""Editing methods of the pipeline: images in and out, batches, classes, schedulers, bad input."""
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import image_facts_of, tiny_scheduler, tiny_unet
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from PIL import Image
+
+from ddpm_hf import GaussianDDPMPipeline
+from ddpm_hf.diffusion.editing import expected_gain, invert
+
+NAMES = ("cat", "dog")
+
+
+def pipeline_of(mode="RGB", size=(8, 8), class_names=None, **scheduler) -> GaussianDDPMPipeline:
+    channels = {"L": 1, "RGB": 3}[mode]
+    classes = None if class_names is None else len(class_names) + 1
+    unet = tiny_unet(in_channels=channels, num_class_embeds=classes)
+    unet.register_to_config(_ddpm_hf=image_facts_of(mode, *size, class_names=class_names))
+    pipeline = GaussianDDPMPipeline(unet, tiny_scheduler(**scheduler))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return pipeline_of()
+
+
+def picture(mode="RGB", size=(8, 8), seed=0) -> Image.Image:
+    shape = (*size, 3) if mode == "RGB" else size
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, np.uint8))
+
+
+def half_mask(size=(8, 8)) -> Image.Image:
+    mask = np.zeros(size, np.uint8)
+    mask[:, size[1] // 2 :] = 255
+    return Image.fromarray(mask)
+
+
+def seeded(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+@pytest.mark.parametrize("method", ["covariance", "repaint"])
+@pytest.mark.parametrize(("mode", "size"), [("RGB", (8, 8)), ("L", (7, 6))])
+def test_the_known_half_comes_back_bit_by_bit_and_the_white_half_is_drawn(method, mode, size):
+    pipeline, image = pipeline_of(mode, size), picture(mode, size)
+    output = pipeline.inpaint(
+        image, half_mask(size), num_images=2, num_inference_steps=4, method=method,
+        jump_length=2, jump_n_sample=2, generator=seeded(0, 1), return_std=True,
+    )  # fmt: skip
+    before, first, second = (np.asarray(x) for x in (image, *output.images))
+    known = size[1] // 2
+    for drawn in (first, second):
+        assert (drawn[:, :known] == before[:, :known]).all()
+        assert (drawn[:, known:] != before[:, known:]).any()
+    assert output.std.shape == (1, *size, 3 if mode == "RGB" else 1)
+    assert (output.std[:, :, :known] == 0).all()
+    gap = first.astype(float) - second
+    spread = np.abs(gap).reshape(output.std.shape[1:]) / 255 / np.sqrt(2)
+    assert np.allclose(output.std[0], spread, atol=1 / 255)  # of images rounded to 8 bits
+
+
+@pytest.mark.parametrize("call", ["inpaint", "image_to_image"])
+def test_an_edited_image_depends_on_its_generator_and_not_on_its_batch(pipeline, call):
+    def edit(images, seeds):
+        masks = {"mask_image": half_mask()} if call == "inpaint" else {"strength": 0.6}
+        return getattr(pipeline, call)(
+            images, **masks, generator=seeded(*seeds), num_inference_steps=5, output_type="pt"
+        ).images
+
+    images = [picture(seed=i) for i in range(3)]
+    # Convolutions over another batch size round differently.
+    torch.testing.assert_close(edit(images[1:2], [7]), edit(images, [5, 7, 9])[1:2])
+
+
+def test_image_to_image_keeps_more_at_a_lower_strength(pipeline):
+    image = picture()
+
+    def edited(strength):
+        return pipeline.image_to_image(
+            image, strength=strength, generator=seeded(0), num_inference_steps=20, output_type="np"
+        )
+
+    weak, strong = edited(0.1), edited(0.9)
+    before = np.asarray(image) / 255
+    assert np.abs(weak.images[0] - before).mean() < np.abs(strong.images[0] - before).mean() / 2
+    gain = expected_gain(pipeline.scheduler, strength=0.1, num_inference_steps=20)
+    assert weak.expected_gain == pytest.approx(gain)
+    assert 1 > weak.expected_gain > 0.8 > 0.1 > strong.expected_gain >= 0
+
+
+@pytest.mark.parametrize("kind", [DDIMScheduler, DPMSolverMultistepScheduler])
+def test_image_to_image_runs_on_any_scheduler_of_the_pipeline(kind):
+    pipeline = pipeline_of()
+    pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
+    output = pipeline.image_to_image(
+        picture(), log_snr=0.0, generator=seeded(0), num_inference_steps=10
+    )
+    assert output.images[0].size == (8, 8)
+    assert 0 < output.expected_gain < 1
+
+
+def test_at_full_strength_image_to_image_samples_from_the_noisiest_timestep(pipeline):
+    output = pipeline.image_to_image(
+        picture(), strength=1.0, generator=seeded(3), num_inference_steps=6, output_type="pt"
+    )
+    x_0 = pipeline.encode_images(picture())
+    generator = torch.Generator().manual_seed(3)
+    t = pipeline.scheduler.timesteps[0]
+    x_t = pipeline.scheduler.add_noise(x_0, torch.randn(x_0.shape, generator=generator), t)
+    plain = pipeline(1, [generator], 6, output_type="pt", latents=x_t).images
+    torch.testing.assert_close(output.images, plain)
+
+
+def test_inversion_is_that_of_the_network_and_the_padded_image():
+    pipeline, image = pipeline_of("L", (7, 6)), picture("L", (7, 6))
+    noise = pipeline.invert([image, picture("L", (7, 6), 1)], num_inference_steps=5)
+    assert noise.shape == (2, 1, 8, 8)
+    x_0 = pipeline.encode_images(image)
+    want = invert(pipeline.unet, pipeline.scheduler, x_0, num_inference_steps=5, progress=False)
+    torch.testing.assert_close(noise[:1], want)
+    with pytest.raises(ValueError, match="`num_inference_steps` must be at least 2"):
+        pipeline.invert(image, num_inference_steps=1)
+
+
+def test_interpolation_takes_images_or_noise_and_ends_at_both(pipeline):
+    noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    output = pipeline.interpolate(
+        noise[:1], noise[1:], 5, num_inference_steps=6, output_type="pt"
+    ).images
+    ends = pipeline(2, latents=noise, num_inference_steps=6, eta=0.0, output_type="pt").images
+    assert output.shape == (5, 3, 8, 8)
+    torch.testing.assert_close(output[[0, -1]], ends)
+    of_images = pipeline.interpolate(picture(), picture(seed=1), 3, num_inference_steps=6)
+    assert [image.size for image in of_images.images] == [(8, 8)] * 3
+
+
+def test_a_combination_of_three_noises_with_one_weight_is_that_noise(pipeline):
+    noise = list(torch.randn(3, 1, 3, 8, 8, generator=torch.Generator().manual_seed(1)))
+    output = pipeline.combine(
+        noise, [[0.0, 2.0, 0.0], [1.0, 1.0, 1.0]], num_inference_steps=4, output_type="pt"
+    ).images
+    alone = pipeline(1, latents=noise[1], num_inference_steps=4, eta=0.0, output_type="pt").images
+    torch.testing.assert_close(output[:1], alone, rtol=0, atol=1e-4)  # rounding of the batch
+
+
+def test_classes_and_guidance_reach_the_network():
+    pipeline = pipeline_of(class_names=NAMES)
+    call = {"num_inference_steps": 4, "generator": seeded(0)[0], "output_type": "pt"}
+
+    def edited(**conditioning):
+        call["generator"].manual_seed(0)
+        return pipeline.inpaint(picture(), half_mask(), **call, **conditioning).images
+
+    cat, dog = edited(class_labels="cat"), edited(class_labels="dog")
+    assert not torch.equal(cat, dog)
+    assert not torch.equal(cat, edited(class_labels="cat", guidance_scale=3.0))
+    towards_white = {"guidance": lambda x_t, x_0, t: x_t.sum((1, 2, 3)), "guidance_weight": 5.0}
+    assert edited(class_labels="cat", **towards_white).mean() > cat.mean()
+    with pytest.raises(ValueError, match="`class_labels` is required"):
+        edited()
+
+
+def test_the_call_itself_is_guided_by_a_likelihood_with_any_scheduler():
+    for scheduler in (tiny_scheduler(), DDIMScheduler.from_config(tiny_scheduler().config)):
+        pipeline = pipeline_of()
+        pipeline.scheduler = scheduler
+        images = [
+            pipeline(
+                2, seeded(0, 1), 1, output_type="pt", guidance_weight=0.1,
+                guidance=None if sign == 0 else lambda x_t, x_0, t, s=sign: s * x_t.sum((1, 2, 3)),
+            ).images.mean()
+            for sign in (-1, 0, 1)
+        ]  # fmt: skip
+        assert images[0] < images[1] < images[2]
+
+
+def test_callbacks_see_every_step_and_can_end_the_edit(pipeline):
+    steps = []
+
+    def stop_at_2(pipe, i, t, tensors):
+        steps.append((i, int(t)))
+        pipe._interrupt = i == 2
+
+    pipeline.inpaint(picture(), half_mask(), num_inference_steps=6, callback_on_step_end=stop_at_2)
+    assert [i for i, _ in steps] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (Image.new("L", (8, 8)), "`mask` is empty"),
+        (Image.new("L", (8, 8), 255), "`mask` is full"),
+        (Image.new("L", (9, 8), 255), r"`mask_image` must have the size.*\(8, 8\), got \(8, 9\)"),
+        (np.zeros((8, 8, 3, 1)), r"`mask_image` must be .* got shape \(8, 8, 3, 1\)"),
+    ],
+)
+def test_a_mask_that_does_not_fit_is_refused(pipeline, mask, message):
+    with pytest.raises(ValueError, match=message):
+        pipeline.inpaint(picture(), mask)
+
+
+def test_images_of_another_size_or_mode_are_refused(pipeline):
+    with pytest.raises(ValueError, match=r"\(3, 8, 8\).*got \(3, 9, 8\)"):
+        pipeline.image_to_image(picture(size=(9, 8)))
+    with pytest.raises(ValueError, match=r"mode RGB.*got L.*convert"):
+        pipeline.image_to_image(picture("L"))
+
+
+def test_masks_are_read_from_arrays_and_tensors_alike(pipeline):
+    mask = np.asarray(half_mask())
+    forms = [half_mask(), mask, mask > 127, mask / 255.0, torch.from_numpy(mask > 127)[None]]
+    images = [
+        pipeline.inpaint(
+            picture(), form, num_inference_steps=3, generator=seeded(0), output_type="pt"
+        ).images
+        for form in forms
+    ]
+    assert all(torch.equal(image, images[0]) for image in images)
