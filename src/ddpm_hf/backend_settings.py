@@ -35,7 +35,7 @@ def is_channels_last(unet: UNet2DModel) -> bool:
 
 def tf32_operations() -> list[str]:
     """Float32 operations that a CUDA device computes in TF32, with 10 bits of each factor."""
-    backends: dict[str, Any] = {
+    backends: Any = {
         "convolutions": torch.backends.cudnn.conv,  # type: ignore[attr-defined]
         "matrix products": torch.backends.cuda.matmul,
     }

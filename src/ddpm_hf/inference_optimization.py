@@ -65,16 +65,14 @@ class InferenceSettings:
         """Settings from the JSON values of `settings_dict`."""
         return cls(**{field.name: values[field.name] for field in fields(cls)})
 
-    def settings_dict(self) -> dict[str, Any]:
+    def settings_dict(self) -> dict[str, str | bool | int]:
         """The settings as JSON values."""
         return {field.name: getattr(self, field.name) for field in fields(InferenceSettings)}
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of `optimize` that request these settings."""
-        return self.settings_dict() | {
-            "memory_format": _MEMORY_FORMATS[self.memory_format],
-            "dtype": getattr(torch, self.dtype),
-        }
+        memory_format, dtype = _MEMORY_FORMATS[self.memory_format], getattr(torch, self.dtype)
+        return {**self.settings_dict(), "memory_format": memory_format, "dtype": dtype}
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ class OptimizedInference(InferenceSettings):
     def to_dict(self) -> dict[str, Any]:
         """Settings and measurements of the network, without its guide, as JSON values."""
         measured = {"speed_up": self.speed_up, "deviation": self.deviation}
-        return self.settings_dict() | measured | {"notes": list(self.notes)}
+        return {**self.settings_dict(), **measured, "notes": list(self.notes)}
 
     def __str__(self) -> str:
         parts = [

@@ -9,10 +9,10 @@ The docstring of `decoding` lists the supported file modes.
 
 from ddpm_hf.data.errors import DataError
 from ddpm_hf.data.image_dataset import ImageDataset, prepare_images
-from ddpm_hf.data.image_source import ImageSource, to_unit_range
+from ddpm_hf.data.image_source import ImageSource
 from ddpm_hf.data.sources import load_images
 from ddpm_hf.data.training_dataset import TrainingImages, read_batches
-from ddpm_hf.diffusion.image_processor import ImageFacts
+from ddpm_hf.diffusion.image_processor import ImageFacts, to_unit_range
 
 __all__ = [
     "DataError",

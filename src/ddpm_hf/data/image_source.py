@@ -11,6 +11,7 @@ from torch import Tensor
 from ddpm_hf.data.errors import DataError
 from ddpm_hf.data.image_dataset import ImageDataset
 from ddpm_hf.data.labels import Labels
+from ddpm_hf.diffusion.image_processor import to_unit_range
 
 _MAX_VALUE = 1.001  # tolerates rounding errors
 _NUM_RANGE_SAMPLES = 16
@@ -58,15 +59,6 @@ def image_source(images: ImageDataset | MapStyleImages | ImageSource) -> ImageSo
     if isinstance(images, ImageDataset):
         return PreparedSource(images)
     return images if isinstance(images, ImageSource) else TensorSource(images)
-
-
-def to_unit_range(pixels: Tensor) -> Tensor:
-    """uint8 or uint16 pixels as float32 in [-1, 1]: 0 becomes -1, and 255 or 65535 becomes 1."""
-    if pixels.dtype == torch.uint8:
-        return pixels.to(torch.float32).div_(127.5).sub_(1)
-    if pixels.dtype == torch.uint16:
-        return pixels.to(torch.float32).div_(32767.5).sub_(1)
-    raise TypeError(f"`pixels` must be uint8 or uint16, got {pixels.dtype}")
 
 
 class PreparedSource:

@@ -11,13 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from ddpm_hf.data.errors import DataError
 from ddpm_hf.data.image_dataset import ImageDataset
 from ddpm_hf.data.image_source import ImageSource, MapStyleImages, TensorSource, image_source
-from ddpm_hf.diffusion.image_processor import centred_window, padded_size
+from ddpm_hf.diffusion.image_processor import pad_edges, padded_size
 
 
 class TrainingImages(torch.utils.data.Dataset[Any]):
@@ -159,10 +158,4 @@ def _rows(positions: Sequence[tuple[int, int]]) -> str:
 
 
 def _pad_to_multiple(x_0: Tensor, multiple: int) -> Tensor:
-    """(B, C, H, W) with replicated edges."""
-    height, width = padded_size(x_0.shape[-2:], multiple)
-    rows, columns = centred_window(x_0.shape[-2:], (height, width))
-    if (height, width) == x_0.shape[-2:]:
-        return x_0
-    padding = (columns.start, width - columns.stop, rows.start, height - rows.stop)
-    return F.pad(x_0, padding, mode="replicate")
+    return pad_edges(x_0, padded_size(x_0.shape[-2:], multiple))

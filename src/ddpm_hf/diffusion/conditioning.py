@@ -65,7 +65,7 @@ def class_numbers(labels: Any, num_classes: int, class_names: Sequence[str] | No
         if not image_processor.is_int(number) or not 0 <= number < num_classes:
             names = f" or one of {list(by_name)}" if by_name else ""
             raise ValueError(
-                f"`class_labels` must be in 0..{num_classes - 1}{names}, got {number!r}"
+                f"`class_labels` must be in [0, {num_classes - 1}]{names}, got {number!r}"
             )
     return numbers
 

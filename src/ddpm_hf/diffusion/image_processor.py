@@ -31,8 +31,8 @@ class ImageFacts:
 
     Attributes:
         mode: "L", "LA", "RGB" or "RGBA": 1, 2, 3 or 4 channels.
-        height: height in pixels without padding, in 1..8192.
-        width: width in pixels without padding, in 1..8192.
+        height: height in pixels without padding, in [1, 8192].
+        width: width in pixels without padding, in [1, 8192].
         bit_depth: bits per channel, 8 or 16.
         class_names: names of the classes in the order of their numbers, or None.
     Raises:
@@ -48,8 +48,8 @@ class ImageFacts:
     def __post_init__(self) -> None:
         for name, is_valid, expected in (
             ("mode", self.mode in IMAGE_MODES, f"one of {', '.join(IMAGE_MODES)}"),
-            ("height", is_size(self.height), f"an int in 1..{MAX_SIZE}"),
-            ("width", is_size(self.width), f"an int in 1..{MAX_SIZE}"),
+            ("height", is_size(self.height), f"an int in [1, {MAX_SIZE}]"),
+            ("width", is_size(self.width), f"an int in [1, {MAX_SIZE}]"),
             ("bit_depth", self.bit_depth in BIT_DEPTHS, "8 or 16"),
             (
                 "class_names",
@@ -194,7 +194,7 @@ def size_and_window(
     pair = (size, size) if isinstance(size, int) else size
     if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(map(is_size, pair)):
         raise ValueError(
-            f"unet.config.sample_size must be an int in 1..{MAX_SIZE} or a pair (height, width), "
+            f"unet.config.sample_size must be an int in [1, {MAX_SIZE}] or a pair (height, width), "
             f"got {size!r}; set it with unet.register_to_config(sample_size=...)"
         )
     padded = padded_size(pair, size_multiple(unet))
@@ -268,40 +268,38 @@ def encode_images(images: Any, unet: UNet2DModel) -> Tensor:
     facts, num_channels = image_facts(unet), unet.config.in_channels
     padded, window = size_and_window(unet, facts)
     mode, bit_depth = mode_and_bit_depth("np", num_channels, facts)
-    expected = (num_channels, *(n.stop - n.start for n in window))
+    shape = (num_channels, *(n.stop - n.start for n in window))
     parts = images if isinstance(images, (list, tuple)) else [images]
-    x_0 = []
-    for part in parts:
-        pixels = _channels_first(part, mode, bit_depth)
-        if tuple(pixels.shape[1:]) != expected:
-            raise ValueError(
-                f"`images` must have (channels, height, width) {expected} for this model, got "
-                f"{tuple(pixels.shape[1:])}"
-            )
-        if pixels.dtype == torch.uint16 and bit_depth == 8:
-            raise ValueError(
-                "`images` must have 8 bits per channel for this model, got uint16; divide by 257 "
-                "and round to uint8"
-            )
-        x_0 += [to_unit_range(pixels)] if len(pixels) else []
+    batches = [_channels_first(part, mode, bit_depth) for part in parts]
+    x_0 = [_checked_x_0(batch, shape, bit_depth) for batch in batches if len(batch)]
     if not x_0:
         raise ValueError("`images` must hold at least one image, got none")
     return pad_edges(torch.cat(x_0), padded)
 
 
 def to_unit_range(pixels: Tensor) -> Tensor:
-    """Pixels as float32 in [-1, 1]: 0 becomes -1; 255, 65535 or 1.0 becomes 1.
-
-    Args:
-        pixels: uint8, uint16, or floating point in [0, 1].
-    Raises:
-        TypeError: for another dtype.
-        ValueError: for floating-point values outside [0, 1].
-    """
+    """uint8 or uint16 pixels as float32 in [-1, 1]: 0 becomes -1, and 255 or 65535 becomes 1."""
     if pixels.dtype == torch.uint8:
         return pixels.to(torch.float32).div_(127.5).sub_(1)
     if pixels.dtype == torch.uint16:
         return pixels.to(torch.float32).div_(32767.5).sub_(1)
+    raise TypeError(f"`pixels` must be uint8 or uint16, got {pixels.dtype}")
+
+
+def _checked_x_0(pixels: Tensor, shape: tuple[int, ...], bit_depth: int) -> Tensor:
+    """Pixels (B, C, H, W) of this shape (C, H, W) as float32 in [-1, 1]."""
+    if tuple(pixels.shape[1:]) != shape:
+        raise ValueError(
+            f"`images` must have (channels, height, width) {shape} for this model, got "
+            f"{tuple(pixels.shape[1:])}"
+        )
+    if pixels.dtype == torch.uint16 and bit_depth == 8:
+        raise ValueError(
+            "`images` must have 8 bits per channel for this model, got uint16; divide by 257 and "
+            "round to uint8"
+        )
+    if pixels.dtype in (torch.uint8, torch.uint16):
+        return to_unit_range(pixels)
     if not pixels.is_floating_point():
         raise TypeError(f"`images` must be uint8, uint16 or floating point, got {pixels.dtype}")
     low, high = pixels.min().item(), pixels.max().item()
