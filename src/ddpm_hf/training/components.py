@@ -180,11 +180,11 @@ def _without_calibration(
     """
     if scheduler.x_0_mse is None and not (scheduler.calibrated_timesteps or scheduler.recommended):
         return scheduler, []
-    scheduler = GaussianDDPMScheduler.from_config(
+    uncalibrated = GaussianDDPMScheduler.from_config(
         scheduler.config, x_0_mse=None, calibrated_timesteps=None, recommended=None
     )
-    removed = "the calibration of the pretrained model was removed; run `ddpm-hf calibrate` after"
-    return scheduler, [f"{removed} training"]
+    note = "the pretrained calibration was removed; run `ddpm-hf calibrate` after training"
+    return uncalibrated, [note]
 
 
 def _create_unet(

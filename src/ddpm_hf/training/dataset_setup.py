@@ -19,13 +19,14 @@ from ddpm_hf.diffusion.image_processor import IMAGE_MODES, image_facts, size_mul
 from ddpm_hf.training.component_checks import mode_of_channels
 from ddpm_hf.training.config import TrainingConfig
 from ddpm_hf.training.errors import ConfigError
+from ddpm_hf.training.options import DataOptions
 
 TrainingData: TypeAlias = datasets.Dataset | datasets.DatasetDict | ImageDataset | MapStyleImages
 """What `train(dataset=...)` takes."""
 
 
 def build_images(
-    config: TrainingConfig,
+    config: DataOptions,
     dataset: datasets.Dataset | datasets.DatasetDict | None = None,
     pretrained: UNet2DModel | None = None,
 ) -> ImageDataset:
@@ -87,7 +88,7 @@ class LoadedImages:
 
 
 def open_images(
-    config: TrainingConfig, dataset: TrainingData | None, pretrained: UNet2DModel | None
+    config: DataOptions, dataset: TrainingData | None, pretrained: UNet2DModel | None
 ) -> LoadedImages:
     """Like `build_images`; `dataset` may also be prepared or a map-style dataset of tensors."""
     if dataset is None or isinstance(dataset, (datasets.Dataset, datasets.DatasetDict)):

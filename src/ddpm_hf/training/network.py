@@ -17,8 +17,8 @@ from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.hub.load import fetch, open_pipeline, open_unet
 from ddpm_hf.paths import ModelPaths
 from ddpm_hf.text import did_you_mean
-from ddpm_hf.training.config import TrainingConfig
 from ddpm_hf.training.errors import ConfigError
+from ddpm_hf.training.options import ModelOptions
 
 # Channel multipliers of the levels, by number of levels. 4 levels and 128 channels give the 35.7M
 # network of DDPM (2006.11239, appendix B) for CIFAR-10, 6 levels the 114M one for 256 pixels.
@@ -105,7 +105,7 @@ def sample_size(facts: ImageFacts, multiple: int) -> int | tuple[int, int]:
 
 
 def build_scheduler(
-    config: TrainingConfig, pretrained: GaussianDDPMScheduler | None = None
+    config: ModelOptions, pretrained: GaussianDDPMScheduler | None = None
 ) -> GaussianDDPMScheduler:
     """The scheduler: proposed or pretrained, with the given options applied.
 
