@@ -159,7 +159,7 @@ def test_the_flag_allow_pickle_turns_use_safetensors_off():
         ({"class_dropout": -0.1}, "`class_dropout` must be at least 0, got -0.1"),
         ({"max_grad_norm": 0}, "`max_grad_norm` must be positive, got 0.0"),
         ({"max_grad_norm": float("inf")}, "`max_grad_norm` must be finite, got inf"),
-        ({"seed": 2**32}, "`seed` must be at most 4294967295, got 4294967296"),
+        ({"seed": 2**32}, r"`seed` must be in \[0, 4294967295\], got 4294967296"),
         ({"pretrained": "a", "unet_config": "b"}, "`pretrained` and `unet_config` exclude"),
         (
             {"lr_warmup_steps": 9, "max_train_steps": 8},
