@@ -1,10 +1,11 @@
-"""`ddpm-hf calibrate`: what it measures, writes into the model, keeps and says."""
+"""`calibrate_checkpoint` and `ddpm-hf calibrate`: the curve, the files, and the output."""
 
 import json
 import sys
 import warnings
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from checkpoints import SHORT_CHAIN, tiny_unet
@@ -12,13 +13,15 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from PIL import Image
 from processes import run_process
 
+import ddpm_hf
 from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler, calibrate, load
 from ddpm_hf.cli import main
 from ddpm_hf.data import ImageFacts
-from ddpm_hf.evaluation import checkpoint_calibration, dataset_likelihood
+from ddpm_hf.evaluation import checkpoint_calibration, dataset_likelihood, error_curve
+from ddpm_hf.evaluation.calibration_results import CheckpointCalibration
 from ddpm_hf.randomness import seed_of
 
-# The images of the other split are left out, which is said.
+# A warning lists the images of the other split.
 pytestmark = pytest.mark.filterwarnings("ignore:.* left out .split")
 NUM_IMAGES = 5
 
@@ -48,8 +51,12 @@ def command(model, photos, output, *more):
     return ["calibrate", str(model), str(photos), "--output", str(output), *more]
 
 
+def read(folder):
+    return CheckpointCalibration.from_dict(json.loads((folder / "calibration.json").read_text()))
+
+
 def calibrated_by_hand(model, photos, batch_size):
-    """What the command should find, through the interface in Python."""
+    """The expected curve, from `ddpm_hf.calibrate`."""
     pipeline = load(model)
     pixels = [np.asarray(Image.open(path)) for path in sorted((photos / "test").iterdir())]
     images = torch.from_numpy(np.stack(pixels))[:, None].float() / 127.5 - 1
@@ -59,7 +66,7 @@ def calibrated_by_hand(model, photos, batch_size):
     )
 
 
-def test_it_measures_the_curve_writes_it_into_the_model_and_prints_what_few_steps_lose(
+def test_the_command_writes_the_curve_into_the_model_and_prints_the_loss_of_few_steps(
     model, photos, tmp_path, capsys
 ):
     want = calibrated_by_hand(model, photos, 2)
@@ -69,18 +76,19 @@ def test_it_measures_the_curve_writes_it_into_the_model_and_prints_what_few_step
     assert main(command(model, photos, tmp_path / "out", *options)) == 0
     printed = capsys.readouterr()
 
-    (result,) = json.loads((tmp_path / "out" / "calibration.json").read_text())["results"]
-    assert result["x_0_mse"] == want.x_0_mse.tolist()
-    assert result["standard_error"] == want.standard_error.tolist()
-    by_steps = {row["num_inference_steps"]: row for row in result["rows"]}
-    assert list(by_steps) == [5, 10, 20]
-    told = want.bits_per_dim(10, timestep_spacing="linspace")
-    assert by_steps[10]["at_best_timesteps"] <= by_steps[10]["bits_per_dim"]
-    assert by_steps[20]["at_best_timesteps"] == pytest.approx(by_steps[20]["bits_per_dim"])
-    # The noise of the decoder, which is measured last, is another.
-    loss = told.value - want.bits_per_dim().value
-    row = by_steps[10]["bits_per_dim"]
-    assert row - by_steps[20]["bits_per_dim"] == pytest.approx(loss, rel=1e-9)
+    calibration = read(tmp_path / "out")
+    assert list(calibration.curve.x_0_mse) == want.x_0_mse.tolist()
+    assert list(calibration.curve.standard_error) == want.standard_error.tolist()
+    of_5, of_10, of_20 = calibration.curve.steps
+    assert [row.num_inference_steps for row in (of_5, of_10, of_20)] == [5, 10, 20]
+    predicted = want.bits_per_dim(10, timestep_spacing="linspace")
+    assert of_10.at_best_timesteps <= of_10.bits_per_dim
+    assert of_20.at_best_timesteps == pytest.approx(of_20.bits_per_dim)
+    # The decoder is measured last and with other noise.
+    loss = predicted.value - want.bits_per_dim().value
+    row = of_10.bits_per_dim
+    assert row - of_20.bits_per_dim == pytest.approx(loss, rel=1e-9)
+    assert printed.out.startswith(str(calibration))
     assert f"{row:9.3f} {loss:+8.3f}" in printed.out
     assert "5 images are few" in printed.out
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
@@ -91,7 +99,7 @@ def test_it_measures_the_curve_writes_it_into_the_model_and_prints_what_few_step
     card = (model / "README.md").read_text()
     assert f"| 10 | {row:.3f} ({loss:+.3f}) |" in card
     assert "predicted from 5 images of photos, test" in card
-    # The model: the curve to the bit, and not another word changed.
+    # The configuration has the curve to the bit and no other change.
     after = json.loads(config.read_text())
     assert after.pop("_ddpm_hf")["x_0_mse"] == want.x_0_mse.tolist()
     assert after == before
@@ -102,12 +110,25 @@ def test_it_measures_the_curve_writes_it_into_the_model_and_prints_what_few_step
     assert stock.config.variance_type == "fixed_small"
 
 
-def test_what_was_interrupted_goes_on(model, photos, tmp_path, monkeypatch, capsys):
+def test_calibrate_checkpoint_returns_what_it_writes(model, photos, tmp_path):
+    calibration = ddpm_hf.calibrate_checkpoint(
+        model, photos, output=tmp_path / "out", num_images=3, progress=False
+    )
+    assert read(tmp_path / "out").to_dict() == calibration.to_dict()
+    assert calibration.file == tmp_path / "out" / "calibration.json"
+    assert calibration.scheduler_config == model / "scheduler" / "scheduler_config.json"
+    assert list(calibration.curve.x_0_mse) == load(model).scheduler.x_0_mse.tolist()
+    frame = pandas.DataFrame(calibration.rows())
+    assert frame["num_inference_steps"].tolist() == [5, 10, 20]
+    assert (frame["published"] > frame["bits_per_dim"]).all()
+
+
+def test_an_interrupted_calibration_resumes(model, photos, tmp_path, monkeypatch, capsys):
     real, calls = dataset_likelihood.bits_per_dim, []
 
     def stopping(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 4:  # three parts of the chain, then that of the decoder
+        if len(calls) == 4:  # three shards of the chain, then one of the decoder
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
@@ -121,8 +142,8 @@ def test_what_was_interrupted_goes_on(model, photos, tmp_path, monkeypatch, caps
     assert torch.equal(load(model).scheduler.x_0_mse, want)
 
 
-def test_a_model_with_another_sampler_keeps_it_and_gets_timesteps(photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint_calibration, "NUM_TRAJECTORIES", 2)
+def test_a_model_with_another_scheduler_keeps_it_and_gets_timesteps(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(error_curve, "NUM_TRAJECTORIES", 2)
     folder = tmp_path / "stock"
     tiny_unet().save_pretrained(folder / "unet")
     DDIMScheduler(num_train_timesteps=20, beta_end=0.5).save_pretrained(folder / "scheduler")
@@ -137,52 +158,57 @@ def test_a_model_with_another_sampler_keeps_it_and_gets_timesteps(photos, tmp_pa
     config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     assert config["_class_name"] == "DDIMScheduler"
     assert len(config["_ddpm_hf"]["x_0_mse"]) == 20
-    found = config["_ddpm_hf"]["calibrated_timesteps"]
-    assert list(found) == ["DDIM", "DPM-Solver++ 2M"]
-    assert found["DDIM"].keys() == {str(K) for K in range(5, 21)}
+    timesteps = config["_ddpm_hf"]["calibrated_timesteps"]
+    assert list(timesteps) == ["DDIM", "DPM-Solver++ 2M"]
+    assert timesteps["DDIM"].keys() == {str(K) for K in range(5, 21)}
     own = GaussianDDPMScheduler.from_pretrained(folder, subfolder="scheduler")
     own.set_timesteps(6, timestep_spacing="calibrated")
-    assert own.timesteps.tolist() == found["DDIM"]["6"]
+    assert own.timesteps.tolist() == timesteps["DDIM"]["6"]
     assert isinstance(load(folder).scheduler, DDIMScheduler)
 
 
-def test_a_model_of_the_hub_gets_a_configuration_beside_the_result(tmp_path, capsys):
+def test_the_configuration_for_a_hub_model_goes_to_the_output_folder(tmp_path, capsys):
     scheduler = GaussianDDPMScheduler(**SHORT_CHAIN, x_0_mse=[0.1] * 20)
-    path = checkpoint_calibration.keep_calibration(
+    path = checkpoint_calibration.write_scheduler_config(
         scheduler, tmp_path / "someone" / "model", tmp_path
     )
     assert torch.equal(
         GaussianDDPMScheduler.from_pretrained(path.parent).x_0_mse, scheduler.x_0_mse
     )
     assert main(command("someone/model", "photos", tmp_path / "out", "--card")) == 2
-    assert (
-        "card is for the folder of a model, and 'someone/model' is none" in capsys.readouterr().err
-    )
+    assert "'someone/model'" in capsys.readouterr().err
 
 
-def test_what_cannot_be_calibrated_is_one_line(model, photos, tmp_path, capsys):
-    for more, said in (
+@pytest.mark.parametrize(
+    "options", [{"sweep_images": 5}, {"features": "pixels"}, {"reference_split": "other"}]
+)
+def test_options_of_the_sweep_need_a_sweep(options, model, photos, tmp_path):
+    (name,) = options
+    with pytest.raises(ValueError, match=f"`{name}` needs `sweep`"):
+        ddpm_hf.calibrate_checkpoint(model, photos, output=tmp_path / "out", **options)
+
+
+def test_invalid_options_end_with_one_line_and_status_2(model, photos, tmp_path, capsys):
+    for more, message in (
         (["--sweep-images", "5"], "--sweep-images needs --sweep"),
-        (["--features", "pixels"], "--features needs --sweep"),
-        (["--reference-split", "test"], "--reference-split needs --sweep"),
         (["--split", "valid"], "must be one of t"),
     ):
         assert main(command(model, photos, tmp_path / "out", *more)) == 2
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert main(command(model, "./nothere", tmp_path / "out")) == 2
     errors = capsys.readouterr().err
     assert "'./nothere' does not exist" in errors
     assert "no split" not in errors
 
 
-def test_a_network_of_another_schedule_is_noticed():
-    """A network that takes the noise for less than it is, beside the best one of its kind."""
+def test_a_network_trained_on_another_schedule_is_detected():
+    """A network that underestimates the noise, and the best linear one."""
     scheduler = GaussianDDPMScheduler(50, beta_schedule="iddpm_linear", clip_sample=False)
     images = torch.randint(0, 256, (40, 16), generator=torch.Generator().manual_seed(0)) / 127.5 - 1
     images = images.double()
 
     def linear(x_t, t, factor=1.0):
-        """The best line for white noise of that variance, but for the sigma that it believes."""
+        """The best linear denoiser of white noise, except for the variance that it assumes."""
         snr = scheduler.snr(t, torch.float64)[:, None]
         signal = (snr / (1 + snr)).sqrt()
         square = 1 / 3
@@ -198,7 +224,7 @@ def test_a_network_of_another_schedule_is_noticed():
 
 
 @pytest.mark.slow
-def test_two_processes_measure_what_one_does(model, photos, tmp_path):
+def test_two_processes_match_one_process(model, photos, tmp_path):
     options = ["--seed", "3", "--batch-size", "1"]
     assert main(command(model, photos, tmp_path / "one", *options)) == 0
     want = load(model).scheduler.x_0_mse

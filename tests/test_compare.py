@@ -1,4 +1,4 @@
-"""`compare`, and `evaluate` with several subjects, schedulers or numbers of steps."""
+"""`compare`, and `ddpm-hf evaluate` with several subjects, schedulers or numbers of steps."""
 
 import json
 import math
@@ -6,6 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import numpy as np
+import pandas
 import pytest
 from checkpoints import SHORT_CHAIN, tiny_unet
 from image_sets import folder_of
@@ -16,7 +17,10 @@ import ddpm_hf
 from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler
 from ddpm_hf.cli import main
 from ddpm_hf.data import ImageFacts
-from ddpm_hf.evaluation import compare, measurement
+from ddpm_hf.evaluation import measurement
+from ddpm_hf.evaluation.compare import gap_of_chance, ranked_figure
+from ddpm_hf.evaluation.comparison_results import Comparison
+from ddpm_hf.evaluation.figures import FeatureNetwork, Floor, MeasurementSetup, MetricResult
 from ddpm_hf.sampling import open_drawn, sharded_sampling
 from ddpm_hf.sampling.sampler_choice import build_scheduler, sampled_by
 from ddpm_hf.scheduler_spec import SchedulerSpec
@@ -31,7 +35,7 @@ def _own_cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Grey images of two splits, and some that count as drawn."""
+    """Grey images of two splits, and some that serve as drawn ones."""
     rng = np.random.default_rng(0)
     splits = {"photos/train": 14, "photos/test": 12, "drawn": 12}
     files = {
@@ -44,7 +48,7 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Two models, whose folders have one name."""
+    """Two models in folders of the same name."""
     root = tmp_path_factory.mktemp("models")
     for seed, name in enumerate("ab"):
         unet = tiny_unet(seed)
@@ -54,7 +58,7 @@ def models(tmp_path_factory):
     return [root / name / "model" for name in "ab"]
 
 
-USUAL = {"features": "pixels", "num_images": 12, "batch_size": 6, "metrics": ["fd", "coverage"]}
+OPTIONS = {"features": "pixels", "num_images": 12, "batch_size": 6, "metrics": ["fd", "coverage"]}
 
 
 def command(subjects, photos, output, *more):
@@ -67,55 +71,97 @@ SWEEP = ["--schedulers", "DDPM:eta=0", "DPMSolverMultistep:algorithm_type=dpm", 
          "--num-inference-steps", "2", "4"]  # fmt: skip
 
 
-def test_each_setting_is_an_evaluation_of_its_own_and_stands_in_the_table(
-    models, photos, tmp_path, capsys
-):
-    output = tmp_path / "out"
-    assert main(command([*models, photos.parent / "drawn"], photos, output, *SWEEP)) == 0
-    printed = capsys.readouterr()
-    result = json.loads((output / "comparison.json").read_text())
-    rows = {row["setting"]: row for row in result["settings"]}
-    assert list(rows) == [
-        *(
-            f"{name}/model, {scheduler}, K = {K}"
-            for name in "ab"
-            for scheduler in ("DDPM:eta=0", "DDIM")
-            for K in (2, 4)
-        ),
+SWEPT = {
+    "schedulers": ["DDPM:eta=0", "DPMSolverMultistep:algorithm_type=dpm", "DDIM"],
+    "num_inference_steps": [2, 4],
+}
+
+
+@pytest.fixture(scope="module")
+def swept(models, photos, tmp_path_factory):
+    """Two models with every scheduler and number of steps, and images; with the output folder."""
+    output = tmp_path_factory.mktemp("swept")
+    subjects = [*models, photos.parent / "drawn"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield (
+            ddpm_hf.compare(subjects, photos, **OPTIONS, **SWEPT, output=output, progress=False),
+            output,
+        )
+
+
+def test_all_combinations_are_measured_or_left_out_with_the_reason(swept):
+    comparison, _ = swept
+    assert [row.setting for row in comparison.settings] == [
+        "a/model, DDPM:eta=0, K = 2",
+        "a/model, DDPM:eta=0, K = 4",
+        "a/model, DDIM, K = 2",
+        "a/model, DDIM, K = 4",
+        "b/model, DDPM:eta=0, K = 2",
+        "b/model, DDPM:eta=0, K = 4",
+        "b/model, DDIM, K = 2",
+        "b/model, DDIM, K = 4",
         "drawn",
     ]
-    for label, options in {
-        "b/model, DDPM:eta=0, K = 4": {"scheduler": "DDPM:eta=0", "num_inference_steps": 4},
-        "a/model, DDIM, K = 2": {"scheduler": "DDIM", "num_inference_steps": 2},
-    }.items():
-        model = models["ab".index(label[0])]
-        alone = ddpm_hf.evaluate(model, photos, progress=False, **USUAL, **options)
-        for figure in alone["results"]:
-            got = rows[label]["figures"][figure["name"]]
-            assert (got["value"], got["interval"]) == (figure["value"], figure["interval"])
-    row = rows["b/model, DDPM:eta=0, K = 4"]
-    assert (row["num_network_calls"], row["num_inference_steps"]) == (4, 4)
-    assert row["seconds_per_image"] > 0
-    assert rows["drawn"]["num_network_calls"] is None
-    assert (output / row["folder"] / "evaluation.json").is_file()
+    assert [(row.name, row.num_inference_steps) for row in comparison.left_out] == [
+        ("a/model", 2), ("a/model", 4), ("b/model", 2), ("b/model", 4)
+    ]  # fmt: skip
+    assert all("dpm is not implemented" in row.reason for row in comparison.left_out)
+
+
+@pytest.mark.parametrize(("row", "scheduler", "K"), [(5, "DDPM:eta=0", 4), (2, "DDIM", 2)])
+def test_each_row_matches_a_separate_evaluation(swept, models, photos, row, scheduler, K):
+    comparison, output = swept
+    measured = comparison.settings[row]
+    model = models[row // 4]
+    alone = ddpm_hf.evaluate(
+        model, photos, progress=False, **OPTIONS, scheduler=scheduler, num_inference_steps=K
+    )
+    for name, figure in measured.figures.items():
+        want = alone.figures[name]
+        assert (figure.value, figure.interval, figure.floor) == (
+            want.value, want.interval, want.floor
+        )  # fmt: skip
+    assert (measured.num_network_calls, measured.num_inference_steps) == (K, K)
+    assert measured.seconds_per_image > 0
+    assert (output / measured.folder / "evaluation.json").is_file()
+
+
+def test_a_comparison_prints_as_a_table_and_converts_to_json_and_pandas(swept):
+    comparison, output = swept
+    content = json.loads((output / "comparison.json").read_text())
+    assert comparison.to_dict() == content
+    assert Comparison.from_dict(content) == comparison
     assert {"comparison.png", "samples.png"} <= {path.name for path in output.iterdir()}
-    assert [left["setting"] for left in result["left_out"]] == [
-        f"{name}/model, DPMSolverMultistep:algorithm_type=dpm, K = {K}"
-        for name in "ab"
-        for K in (2, 4)
-    ]
-    for said in (
-        "left out: a/model, DPMSolver",
-        "dpm is not implemented",
-        "real images",
-        "s/image",
-    ):
-        assert said in printed.out
-    assert f"{row['figures']['fd']['value']:.4g} +- " in printed.out
-    assert "12 of 13: b/model, DDIM, K = 4" in printed.err
+    images = comparison.settings[-1]
+    assert (images.num_network_calls, images.scheduler) == (None, None)
+    lines = str(comparison).splitlines()
+    (line,) = (line for line in lines if line.startswith("b/model, DDIM, K = 4"))
+    fd = comparison.settings[7].figures["fd"]
+    assert f"{fd.value:.4g} +- {fd.half_width:.2g}" in line
+    assert any(line.startswith("  real images") for line in lines)
+    assert any(line.startswith("left out: a/model, DPMSolver") for line in lines)
+    frame = pandas.DataFrame(comparison.rows()).pivot(
+        index="setting", columns="figure", values="value"
+    )
+    assert frame.shape == (9, 3)
+    assert frame.loc["b/model, DDIM, K = 4", "fd"] == fd.value
+    assert "b/model, DDIM, K = 4" in comparison._repr_html_()
 
 
-def test_what_is_done_is_not_done_again(models, photos, tmp_path, monkeypatch, capsys):
+def test_the_command_prints_the_comparison_and_its_progress(models, photos, tmp_path, capsys):
+    options = ["--num-inference-steps", "2", "30"]
+    assert main(command(models[:1], photos, tmp_path, *options)) == 0
+    printed = capsys.readouterr()
+    comparison = Comparison.from_dict(json.loads((tmp_path / "comparison.json").read_text()))
+    assert len(comparison.settings) == len(comparison.left_out) == 1
+    assert printed.out.startswith(str(comparison))
+    assert "1 of 2: K = 2" in printed.err
+
+
+def test_finished_settings_are_reused_and_interrupted_ones_resume(
+    models, photos, tmp_path, monkeypatch, capsys
+):
     batches, measured = [], []
     draw, measure = sharded_sampling.draw_batch, measurement.measure
 
@@ -140,7 +186,7 @@ def test_what_is_done_is_not_done_again(models, photos, tmp_path, monkeypatch, c
     assert main(arguments) == 0
     assert (len(batches), len(measured)) == (4, 2)
     folder = tmp_path / "out" / "3"
-    assert open_drawn(folder / "drawn").seconds_per_image > 0  # of the batch that was left
+    assert open_drawn(folder / "drawn").seconds_per_image > 0  # of the remaining batch
     first = (tmp_path / "out" / "comparison.json").read_text()
     assert main(arguments) == 0
     assert (len(batches), len(measured)) == (4, 2)
@@ -153,38 +199,45 @@ def without_time(text):
     return {k: v for k, v in json.loads(text).items() if k not in ("created", "command")}
 
 
-def test_models_and_numbers_of_steps_are_compared_by_their_bound(models, photos, tmp_path, capsys):
-    options = ["--num-inference-steps", "5", "20", "--output", str(tmp_path)]
-    assert main(["evaluate", *map(str, models), str(photos), *options]) == 0
-    printed = capsys.readouterr().out
-    rows = json.loads((tmp_path / "comparison.json").read_text())["settings"]
-    bits = [row["figures"]["bits-per-dim"] for row in rows]
-    assert sum(one["rank"] == "best" for one in bits) == 1
+def test_models_and_numbers_of_steps_are_compared_by_their_bound(models, photos):
+    comparison = ddpm_hf.compare(models, photos, num_inference_steps=[5, 20], progress=False)
+    bounds = [row.figures["bits-per-dim"] for row in comparison.settings]
+    assert [bound.rank for bound in bounds].count("best") == 1
+    assert min(bounds, key=lambda bound: bound.value).rank == "best"
     want = ddpm_hf.evaluate(models[1], photos, num_inference_steps=5, progress=False)
-    assert bits[2]["value"] == want["results"][0]["value"]
-    assert f"{bits[2]['value']:.4g} +- " in printed
-    assert "12 images of photos, test" in printed
+    assert bounds[2].value == want.bound.value
+    assert f"{bounds[2].value:.4g} +- " in str(comparison)
+    assert "12 images of photos, test" in str(comparison)
 
 
-def test_a_tie_is_a_gap_that_the_same_halves_show_by_chance():
-    def row(value, halves):
-        figures = {"fd": {"value": value}, "precision": {"value": -value}}
-        return {"figures": figures, "draws": dict.fromkeys(figures, (halves, 2.0))}
+def figure(name, value, halves):
+    features = FeatureNetwork(name="pixels", size=None, mean=(), std=(), digest=None, dims=3)
+    setup = MeasurementSetup(
+        seed=0, num_inference_steps=None, scheduler=None, seconds_per_image=None,
+        reference_split="train", held_out_split=None, features=features, inputs="",
+    )  # fmt: skip
+    return MetricResult(
+        name=name, label=name, value=value, interval=(0.0, 9.0), standard_error=1.0,
+        floor=Floor(real=0.0, drawn=0.0), verdict="tie", note="", metric=name,
+        halves=tuple(halves), num_real=9, num_drawn=9, num_resamples=len(halves),
+        floor_between="halves", floor_num_images=(4, 4), setup=setup,
+    )  # fmt: skip
 
-    # Halves that vary together tell the settings apart, where each interval holds the other value.
-    together = row(1.0, [0.0, 4.0, 8.0]), row(1.5, [0.5, 4.5, 8.7])
-    compare._rank(rows := list(together))
-    fd = [one["figures"]["fd"] for one in rows]
-    assert [one["rank"] for one in fd] == ["best", ""]
-    assert fd[1]["gap_of_chance"] == pytest.approx(2 * np.std([0.5, 0.5, 0.7], ddof=1))
-    assert fd[1]["gap"] == 0.5
-    assert [one["figures"]["precision"]["rank"] for one in rows] == ["best", ""]
-    apart = row(1.0, [0.0, 4.0, 8.0]), row(1.5, [8.5, 4.5, 0.5])
-    compare._rank(rows := list(apart))
-    assert [one["figures"]["fd"]["rank"] for one in rows] == ["best", "tie"]
-    unequal = row(1.0, [0.0, 2.0]), row(1.5, [0.0, 2.0, 4.0])
-    compare._rank(rows := list(unequal))
-    assert rows[1]["figures"]["fd"]["gap_of_chance"] == pytest.approx(2 * math.sqrt(2 + 4))
+
+def test_a_tie_is_a_gap_within_the_paired_variation_of_the_halves():
+    best = figure("fd", 1.0, [0.0, 4.0, 8.0])
+    # Each interval contains the other value, but the halves vary together.
+    worse = ranked_figure(figure("fd", 1.5, [0.5, 4.5, 8.7]), best)
+    assert (worse.rank, worse.gap) == ("", 0.5)
+    # T_19 times the standard deviation of 0.5, 0.5, 0.7.
+    assert worse.gap_of_chance == pytest.approx(2.093 * 0.2 / math.sqrt(3))
+    assert ranked_figure(figure("fd", 1.5, [8.5, 4.5, 0.5]), best).rank == "tie"
+    assert ranked_figure(best, best).rank == "best"
+
+
+def test_halves_of_different_numbers_are_compared_without_pairing():
+    best, other = figure("fd", 1.0, [0.0, 2.0]), figure("fd", 1.5, [0.0, 2.0, 4.0])
+    assert gap_of_chance(other, best) == pytest.approx(2.093 * math.sqrt(2 + 4))
 
 
 @pytest.mark.parametrize(
@@ -203,13 +256,13 @@ def test_a_tie_is_a_gap_that_the_same_halves_show_by_chance():
         ("DDPM:x_0_mse=null,eta=0.5", SchedulerSpec("DDPM", {"x_0_mse": None}, 0.5)),
     ],
 )
-def test_the_name_of_a_sampler_says_all_of_it(text, want):
+def test_a_scheduler_spec_survives_a_round_trip_through_its_name(text, want):
     assert SchedulerSpec.parse(text) == want
     assert SchedulerSpec.parse(str(want)) == want
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("DDMI", "did you mean 'DDPM' or 'DDIM'"),
         ("nothing", "choices: DDPM, DDIM"),
@@ -217,12 +270,12 @@ def test_the_name_of_a_sampler_says_all_of_it(text, want):
         ("DDPM:eta=2", r"must be a number in \[0, 1\], got 2"),
     ],
 )
-def test_a_name_of_no_sampler_is_refused_with_the_choices(text, said, models, photos):
-    with pytest.raises(ValueError, match=said):
+def test_an_invalid_scheduler_name_is_rejected_with_the_choices(text, message, models, photos):
+    with pytest.raises(ValueError, match=message):
         ddpm_hf.compare(models, photos, schedulers=[text])
 
 
-def test_where_nothing_can_be_measured_the_reason_is_the_error(models, photos, tmp_path, capsys):
+def test_without_any_measurable_setting_the_reason_is_the_error(models, photos, tmp_path, capsys):
     arguments = command(models[:1], photos, tmp_path, "--num-inference-steps", "21", "30")
     assert main(arguments) == 2
     assert "none of the settings can be measured" in capsys.readouterr().err
@@ -230,7 +283,7 @@ def test_where_nothing_can_be_measured_the_reason_is_the_error(models, photos, t
     assert "--card needs one model with one scheduler" in capsys.readouterr().err
 
 
-def test_karras_sigmas_are_refused_where_they_would_be_of_almost_pure_noise():
+def test_karras_sigmas_are_rejected_for_schedules_that_end_in_almost_pure_noise():
     karras = SchedulerSpec.parse("DPMSolverMultistep:use_karras_sigmas=true")
     pipeline = SimpleNamespace(scheduler=GaussianDDPMScheduler(beta_schedule="squaredcos_cap_v2"))
     own = pipeline.scheduler
@@ -244,7 +297,7 @@ def test_karras_sigmas_are_refused_where_they_would_be_of_almost_pure_noise():
 
 
 @pytest.mark.slow
-def test_two_processes_compare_as_one_does(models, photos, tmp_path):
+def test_two_processes_match_one_process(models, photos, tmp_path):
     arguments = command(models[:1], photos, tmp_path / "one", *SWEEP)
     assert main(arguments) == 0
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
@@ -258,6 +311,6 @@ def test_two_processes_compare_as_one_does(models, photos, tmp_path):
     )
     assert one["left_out"] == two["left_out"]
     for first, second in zip(one["settings"], two["settings"], strict=True):
-        # Torch's kernels may round the network's float32 otherwise beside a process group.
+        # Kernels may round float32 differently with a process group.
         want, got = (row["figures"]["fd"]["value"] for row in (first, second))
         assert got == pytest.approx(want, rel=1e-3)

@@ -1,4 +1,4 @@
-"""`evaluate` with images: from a model, files and memory, into JSON and card, and verified."""
+"""`evaluate` on images from a model, from files and in memory; JSON, cards and `verify`."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import sys
 import time
 
 import numpy as np
+import pandas
 import pytest
 from checkpoints import SHORT_CHAIN, tiny_unet
 from image_sets import folder_of, rows
@@ -19,11 +20,13 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 import ddpm_hf
 from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler
 from ddpm_hf.cli import main
-from ddpm_hf.commands.evaluate import METRICS
 from ddpm_hf.data import ImageFacts
 from ddpm_hf.evaluation import frechet_distance, precision_recall
-from ddpm_hf.evaluation.measurement import ALL_METRICS
-from ddpm_hf.evaluation.verify import OPTIONS
+from ddpm_hf.evaluation.metrics import METRICS
+from ddpm_hf.evaluation.options import METRIC_NAMES
+from ddpm_hf.evaluation.result_files import known_results
+from ddpm_hf.evaluation.results import Evaluation
+from ddpm_hf.evaluation.verify import CARD_OPTIONS
 from ddpm_hf.sampling import open_drawn
 
 SIZE, NUM_TRAIN, NUM_TEST = 8, 24, 20
@@ -36,7 +39,7 @@ def _own_cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture(scope="module")
 def pixels():
-    """Smooth grey images: of each split, and drawn ones."""
+    """Smooth grey images of each split, and drawn ones."""
     rng, names = np.random.default_rng(0), {"train": NUM_TRAIN, "test": NUM_TEST, "drawn": 22}
     small = {name: rng.integers(0, 256, (num, 3, 3), dtype=np.uint8) for name, num in names.items()}
     return {
@@ -82,45 +85,76 @@ def evaluate(subject, dataset, **options):
     return ddpm_hf.evaluate(subject, dataset, **{"features": "pixels", "progress": False} | options)
 
 
-def by_name(report):
-    return {result["name"]: result for result in report["results"]}
-
-
 def flat(images):
     return np.repeat(images.reshape(len(images), 1, -1), 3, 1).reshape(len(images), -1) / 255
 
 
-def test_images_in_files_and_in_memory_measure_the_same(pixels, photos, tmp_path):
+def test_image_files_and_images_in_memory_give_the_same_results(pixels, photos, tmp_path):
     drawn, metrics = pixels["drawn"], ("fd", "precision-recall", "memorisation")
     folder_of(tmp_path, {f"d/{i:02d}.png": encode(x) for i, x in enumerate(drawn)})
     np.savez(tmp_path / "d.npz", drawn[..., None])
-    report = evaluate(drawn, photos, metrics=metrics)
-    found = by_name(report)
+    evaluation = evaluate(drawn, photos, metrics=metrics)
+    figures = evaluation.figures
     real, fake = flat(pixels["train"]), flat(drawn)
     # The features are float32.
-    assert found["fd"]["value"] == pytest.approx(frechet_distance(real, fake), rel=1e-5)
+    assert figures["fd"].value == pytest.approx(frechet_distance(real, fake), rel=1e-5)
     want = precision_recall(real, fake)
-    assert (found["precision"]["value"], found["recall"]["value"]) == want
-    assert found["fd"]["held_out_split"] == "test"
-    assert found["fd"]["features"]["dims"] == 3 * SIZE**2
-    json.dumps(report)
+    assert (figures["precision"].value, figures["recall"].value) == want
+    assert figures["fd"].setup.held_out_split == "test"
+    assert figures["fd"].setup.features.dims == 3 * SIZE**2
     as_rows = rows(*files(pixels).values())
     splits = {"train": as_rows.select(range(NUM_TRAIN)),
               "test": as_rows.select(range(NUM_TRAIN, NUM_TRAIN + NUM_TEST))}  # fmt: skip
     pil = [Image.fromarray(image) for image in drawn]
     for subject in (tmp_path / "d", tmp_path / "d.npz", pil):
-        assert evaluate(subject, photos, metrics=metrics)["results"] == report["results"]
-    assert evaluate(drawn, splits, metrics=metrics)["results"] == report["results"]
+        assert evaluate(subject, photos, metrics=metrics).results == evaluation.results
+    assert evaluate(drawn, splits, metrics=metrics).results == evaluation.results
 
 
-def test_without_held_out_images_the_floor_is_between_halves(pixels):
+def test_an_evaluation_prints_as_a_table_and_converts_to_json_html_and_pandas(pixels, photos):
+    metrics = ("fd", "precision-recall")
+    evaluation = evaluate(pixels["drawn"], photos, metrics=metrics, seed=3)
+    fd = evaluation.figures["fd"]
+    first = str(evaluation).splitlines()[1]
+    assert first.split()[:3] == ["Frechet", "distance", f"{fd.value:.4g}"]
+    assert f"22 drawn images against {NUM_TRAIN} of train; by pixels" in str(evaluation)
+    assert Evaluation.from_dict(json.loads(json.dumps(evaluation.to_dict()))) == evaluation
+    assert evaluation.to_dict()["options"].items() >= {"metrics": [*metrics], "seed": 3}.items()
+    frame = pandas.DataFrame(evaluation.rows()).set_index("name")
+    assert list(frame.index) == ["fd", "precision", "recall"]
+    assert frame.loc["fd", ["low", "high"]].tolist() == list(fd.interval)
+    assert frame.loc["fd", "floor_real"] == fd.floor.real
+    assert f"<td>{fd.value:.4g}</td>" in evaluation._repr_html_()
+
+
+def test_a_damaged_result_file_counts_as_no_known_results(pixels, photos, tmp_path):
+    evaluation = evaluate(pixels["drawn"], photos, metrics=["fd"], output=tmp_path)
+    assert known_results(tmp_path) == evaluation.results
+    file = tmp_path / "evaluation.json"
+    text = file.read_text()
+    for damaged in (
+        text[:-9], "[]", "null", text.replace('"value"', '"worth"'),
+        re.sub(r'"value": [^,]*', '"value": "much"', text), re.sub(r'"fd"', "7", text),
+        text.replace('"floor": {', '"floor": [{'), "[" * 10_000,
+    ):  # fmt: skip
+        assert damaged != text
+        file.write_text(damaged)
+        assert known_results(tmp_path) == ()
+        assert evaluate(pixels["drawn"], photos, metrics=["fd"]).results == evaluation.results
+
+
+def test_without_held_out_images_the_floor_compares_halves(pixels):
     real = rows(*files(pixels).values())
-    found = by_name(evaluate(pixels["drawn"], real, num_images=20))
-    assert set(found) == {"fd", "kid", "precision", "recall", "density", "coverage", "copies"}
-    assert all(figure["floor_between"] == "halves" for figure in found.values())
-    assert found["kid"]["num_drawn"] == 20
-    assert found["kid"]["num_real"] == NUM_TRAIN + NUM_TEST
-    assert found["kid"]["floor_num_images"] == [22, 10]
+    figures = evaluate(pixels["drawn"], real, num_images=20).figures
+    assert set(figures) == {"fd", "kid", "precision", "recall", "density", "coverage", "copies"}
+    assert all(figure.floor_between == "halves" for figure in figures.values())
+    assert figures["kid"].num_drawn == 20
+    assert figures["kid"].num_real == NUM_TRAIN + NUM_TEST
+    assert figures["kid"].floor_num_images == (22, 10)
+
+
+def read(folder):
+    return Evaluation.from_dict(json.loads((folder / "evaluation.json").read_text()))
 
 
 def command(model, photos, output, *more):
@@ -129,30 +163,24 @@ def command(model, photos, output, *more):
     return ["evaluate", str(model), str(photos), "--output", str(output), *options, *more]
 
 
-def test_a_model_is_measured_by_the_images_that_it_draws(model, photos, tmp_path, capsys):
+def test_a_model_is_measured_by_its_drawn_images(model, photos, tmp_path, capsys):
     output = tmp_path / "out"
     assert main(command(model, photos, output)) == 0
-    report = json.loads((output / "evaluation.json").read_text())
-    found = by_name(report)
+    evaluation = read(output)
     drawn = open_drawn(output / "drawn")
     assert (len(drawn), drawn.options["num_inference_steps"]) == (12, 4)
-    assert found["fd"]["num_inference_steps"] == 4
-    assert found["bits-per-dim"]["num_images"] == 12
-    assert report["model"]["weights"] == drawn.options["weights"]
-    printed = capsys.readouterr().out
-    for said in ("95 % interval", "Frechet distance", "share of copies", "bits/dim", "by pixels"):
-        assert said in printed
+    assert evaluation.figures["fd"].setup.num_inference_steps == 4
+    assert evaluation.bound.num_images == 12
+    assert evaluation.model.weights == drawn.options["weights"]
+    assert str(evaluation) in capsys.readouterr().out
     names = {path.name for path in output.iterdir()}
     assert {"samples.png", "closest-pairs.png", "evaluation.json"} <= names
-    assert set(report["options"]) == OPTIONS
-    # What is recorded measures the same again.
-    again = evaluate(model, photos, **report["options"] | {"output": output})
-    assert again["results"] == report["results"]
+    options = evaluation.to_dict()["options"]
+    assert set(options) == {"metrics", *CARD_OPTIONS}
+    assert evaluate(model, photos, **options | {"output": output}).results == evaluation.results
 
 
-def test_what_a_card_claims_is_verified_and_what_was_changed_is_found(
-    model, photos, tmp_path, capsys
-):
+def test_verify_reproduces_a_card_and_detects_a_changed_figure(model, photos, tmp_path, capsys):
     assert main([*command(model, photos, tmp_path / "out"), "--card"]) == 0
     card = model / "README.md"
     shown = re.sub(r"\\(.)", r"\1", card.read_text())
@@ -163,10 +191,10 @@ def test_what_a_card_claims_is_verified_and_what_was_changed_is_found(
     assert main(verify) == 0
     assert capsys.readouterr().out.count("\nreproduced ") + 1 == 3
     text = card.read_text()
-    value = by_name(json.loads((tmp_path / "out" / "evaluation.json").read_text()))["fd"]["value"]
+    value = read(tmp_path / "out").figures["fd"].value
     assert str(value) in text
     card.write_text(text.replace(f"value: {value}", f"value: {value / 2}"))
-    interval = r"(interval:\n *- )\S+(\n *- )\S+"  # a wide one does not help
+    interval = r"(interval:\n *- )\S+(\n *- )\S+"  # a wide interval does not help
     card.write_text(re.sub(interval, r"\g<1>0.0\g<2>1000000.0", card.read_text()))
     assert main(verify) == 1
     lines = capsys.readouterr().out.splitlines()
@@ -175,7 +203,7 @@ def test_what_a_card_claims_is_verified_and_what_was_changed_is_found(
     ]
 
 
-def test_figures_by_a_folder_of_a_network_are_verified_where_it_is_named(
+def test_figures_with_features_from_a_folder_need_that_folder_to_be_verified(
     model, photos, tmp_path, capsys, backbone
 ):
     how = ["--metrics", "fd", "--num-images", "12", "--num-inference-steps", "4"]
@@ -183,7 +211,7 @@ def test_figures_by_a_folder_of_a_network_are_verified_where_it_is_named(
     assert main(["evaluate", str(model), str(photos), *how, *given, "--card"]) == 0
     verify = ["evaluate", str(model), str(photos), "--verify", "--output", str(tmp_path / "new")]
     assert main(verify) == 2
-    assert f"pass --features PATH/{backbone.name}" in capsys.readouterr().err
+    assert "the card's features 'backbone' are a local folder" in capsys.readouterr().err
     assert main([*verify, "--features", str(backbone)]) == 0
     assert capsys.readouterr().out.startswith("reproduced ")
 
@@ -209,44 +237,50 @@ UNUSABLE = [
 
 
 @pytest.mark.parametrize("args", UNUSABLE)
-def test_a_card_that_does_not_say_how_as_evaluate_does_cannot_be_verified(
+def test_a_card_with_other_options_than_those_of_evaluate_cannot_be_verified(
     args, model, photos, capsys
 ):
-    """A card is anybody's: it does not decide what is opened and where files go."""
+    """A card is untrusted: it must not choose pickled weights or an output folder."""
     (model / "README.md").write_text(CARD.replace("ARGS", args))
     assert main(["evaluate", str(model), str(photos), "--verify"]) == 2
-    assert "has no figure that says how to measure it" in capsys.readouterr().err
+    assert "has no figure with options of `evaluate`" in capsys.readouterr().err
 
 
 REFUSED = [
-    ({"metrics": ["fid"]}, "metrics must be of bits-per-dim, fd, .*, got 'fid'"),
-    ({"metrics": ["bits-per-dim"]}, "is of a model"),
-    ({"scheduler": "DDIM"}, "scheduler is of a model"),
-    ({"num_images": 0}, "num_images must be at least 1"),
+    ({"metrics": ["fid"]}, "`metrics` must be of bits-per-dim, fd, .*, got 'fid'"),
+    ({"metrics": []}, "`metrics` is empty; choices: bits-per-dim, fd"),
+    ({"metrics": ["bits-per-dim"]}, "`metrics`: bits-per-dim needs a model; ndarray is a set"),
+    ({"scheduler": "DDIM"}, "`scheduler` applies to models; ndarray is a set of images"),
+    ({"scheduler": "DDMI"}, "did you mean 'DDPM' or 'DDIM'"),
+    ({"num_images": 0}, "`num_images` must be at least 1, got 0"),
+    ({"on_bad_image": "ignore"}, "`on_bad_image` must be one of .*, got 'ignore'"),
     ({"reference_split": "none", "split": "neither"}, "'none' does not exist"),
     ({"features": "./missing"}, "does not exist"),
 ]
 
 
-@pytest.mark.parametrize(("options", "said"), REFUSED)
-def test_what_cannot_be_measured_is_said_with_the_choices(options, said, pixels, photos):
-    with pytest.raises(ValueError, match=said):
+@pytest.mark.parametrize(("options", "message"), REFUSED)
+def test_invalid_options_are_rejected_with_the_choices(options, message, pixels, photos):
+    with pytest.raises(ValueError, match=message):
         evaluate(pixels["drawn"], photos, **options)
 
 
-def test_images_of_another_kind_than_the_data_are_no_set(photos):
+def test_an_unknown_option_is_rejected_with_close_names(pixels, photos):
+    with pytest.raises(TypeError, match="'num_image'; did you mean num_images"):
+        evaluate(pixels["drawn"], photos, num_image=3)
+
+
+def test_an_array_out_of_range_is_rejected(photos):
     with pytest.raises(ValueError, match=r"\(N, H, W, C\) of uint8, .*float64 of shape \(2, 8, 8"):
         evaluate(np.full((2, 8, 8), 2.0), photos)
 
 
-def test_the_command_knows_the_metrics_without_loading_them():
-    assert METRICS == ALL_METRICS
+def test_the_names_of_metrics_match_their_implementations():
+    assert ("bits-per-dim", *METRICS) == METRIC_NAMES
 
 
 @pytest.mark.slow
-def test_two_processes_that_are_killed_and_started_again_measure_what_one_does(
-    model, photos, tmp_path
-):
+def test_two_processes_that_are_killed_and_restarted_match_one_process(model, photos, tmp_path):
     """Draws, features and figures; more images than one file of features holds."""
     arguments = ["evaluate", str(model), str(photos), "--metrics", "fd", "memorisation",
                  "--features", "pixels", "--num-images", "600", "--num-inference-steps", "2",

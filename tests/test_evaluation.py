@@ -1,7 +1,8 @@
-"""`ddpm-hf evaluate`: what it measures, writes, keeps and refuses."""
+"""`ddpm-hf evaluate` with the bound: results, files, resumption and errors."""
 
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,12 +18,12 @@ from ddpm_hf.evaluation import dataset_likelihood
 from ddpm_hf.evaluation.plots import rate_distortion, terms_where_measured
 from ddpm_hf.randomness import seed_of
 
-# Of the two-process test too, whose processes must find the same model and images.
+# Also for the two-process test, whose processes read the same model and images.
 NUM_IMAGES, SIZE = 5, 7
 
 
 def save_model(folder, facts=None, variance_type="fixed_small", **config):
-    """A model of images of 7x7, which its network sees padded to 8x8."""
+    """A model of 7x7 images, which are padded to 8x8."""
     facts = facts or ImageFacts(mode="L", height=SIZE, width=SIZE)
     learned = 1 + variance_type.startswith("learned")
     unet = tiny_unet(
@@ -47,7 +48,7 @@ def save_images(folder, pixels):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """A split to train on and one to test."""
+    """A training and a test split."""
     folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
     for split, number in (("train", 2), ("test", NUM_IMAGES)):
         shape = (number, SIZE, SIZE)
@@ -57,7 +58,7 @@ def photos(tmp_path_factory):
 
 @pytest.fixture
 def evaluate(model, photos, tmp_path):
-    """Runs the command, and returns its result."""
+    """Runs the command and returns its first result as JSON."""
 
     def run(*more, model=model, photos=photos, output=tmp_path / "evaluation"):
         status = main(["evaluate", str(model), str(photos), "--output", str(output), *more])
@@ -68,14 +69,14 @@ def evaluate(model, photos, tmp_path):
 
 
 def padded(folder):
-    """Images as the network sees them: edges replicated, (N, 1, 8, 8)."""
+    """Images as network input: edges replicated, (N, 1, 8, 8)."""
     pixels = [np.asarray(Image.open(path)) for path in sorted(folder.iterdir())]
     images = torch.from_numpy(np.stack(pixels))[:, None].float() / 127.5 - 1
     return torch.nn.functional.pad(images, (0, 1, 0, 1), mode="replicate")
 
 
 @pytest.mark.parametrize("more", [(), ("--num-timesteps", "4"), ("--num-inference-steps", "5")])
-def test_it_measures_the_bound_of_each_image_with_noise_of_its_own(
+def test_the_bound_matches_bits_per_dim_with_fixed_noise_per_image(
     evaluate, model, photos, capsys, more, tmp_path
 ):
     result = evaluate("--batch-size", "2", "--seed", "3", *more)
@@ -86,7 +87,7 @@ def test_it_measures_the_bound_of_each_image_with_noise_of_its_own(
     want = bits_per_dim(
         pipeline.unet, pipeline.scheduler, images, generator=generators, batch_size=2, **options
     )
-    # Images of one batch are computed the same; another batch size may round differently.
+    # Equal batches give equal bits; another batch size may round differently.
     assert result["total"] == want.total.tolist()
     assert result["value"] == pytest.approx(want.mean)
     assert result["standard_error"] == pytest.approx(want.standard_error)
@@ -95,14 +96,14 @@ def test_it_measures_the_bound_of_each_image_with_noise_of_its_own(
     known = want.num_measured > 0
     assert np.array(result["x_0_mse"], float)[known] == pytest.approx(want.x_0_mse[known].tolist())
     assert f"{want.mean:.4f}   {want.standard_error:.4f}" in printed
-    for said in ("test: 5 images, 7x7, padded to 8x8, L, 8 bit", "decoder exact; seed 3"):
-        assert said in printed
+    assert "test: 5 images, 7x7, padded to 8x8, L, 8 bit" in printed
+    assert "decoder exact; seed 3" in printed
     left = sorted(path.name for path in (tmp_path / "evaluation").iterdir())
     assert left == ["bits-per-timestep.png", "evaluation.json", "rate-distortion.png"]
 
 
 class Stop:
-    """Interrupts the measurement of the part after the first `number`, and counts."""
+    """Interrupts the measurement after `number` shards, and counts."""
 
     def __init__(self, monkeypatch, number=10**9):
         self.number, self.count, self.real = number, 0, dataset_likelihood.bits_per_dim
@@ -115,7 +116,7 @@ class Stop:
         return self.real(*args, **kwargs)
 
 
-def test_what_was_interrupted_goes_on_and_what_is_done_is_not_done_again(
+def test_an_interrupted_evaluation_resumes_and_a_finished_one_is_reused(
     evaluate, model, photos, tmp_path, monkeypatch, capsys
 ):
     whole = evaluate("--batch-size", "2")
@@ -128,7 +129,7 @@ def test_what_was_interrupted_goes_on_and_what_is_done_is_not_done_again(
     with monkeypatch.context() as patch:
         rest = Stop(patch)
         assert evaluate("--batch-size", "2", output=output) == whole
-        assert rest.count == 1  # of three parts
+        assert rest.count == 1  # of three shards
         assert evaluate("--batch-size", "2", output=output) == whole
         assert rest.count == 1
         assert "measured before" in capsys.readouterr().err
@@ -137,7 +138,7 @@ def test_what_was_interrupted_goes_on_and_what_is_done_is_not_done_again(
 
 
 @pytest.mark.slow
-def test_two_processes_measure_what_one_does(evaluate, model, photos, tmp_path):
+def test_two_processes_match_one_process(evaluate, model, photos, tmp_path):
     one = evaluate("--batch-size", "1")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
               "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
@@ -156,9 +157,7 @@ def test_two_processes_measure_what_one_does(evaluate, model, photos, tmp_path):
     [(("train", "validation"), "validation"), (("train", "validation", "test"), "test"),
      (("train",), "train")],
 )  # fmt: skip
-def test_images_that_were_held_out_are_measured_where_there_are_some(
-    evaluate, tmp_path, capsys, splits, measured
-):
+def test_the_held_out_split_is_measured_if_one_exists(evaluate, tmp_path, capsys, splits, measured):
     rng = np.random.default_rng(0)
     for number, split in enumerate(splits, 2):
         pixels = rng.integers(0, 256, (number, SIZE, SIZE), dtype=np.uint8)
@@ -171,14 +170,14 @@ def test_images_that_were_held_out_are_measured_where_there_are_some(
     assert (trained_on in capsys.readouterr().err) == (measured == "train")
 
 
-def test_the_number_of_images_is_a_draw_by_the_seed(evaluate):
+def test_a_number_of_images_is_a_random_choice_by_the_seed(evaluate):
     draws = {tuple(evaluate("--num-images", "2", "--seed", str(s))["indices"]) for s in range(6)}
     assert len(draws) > 1
     assert all(len(set(draw)) == 2 for draw in draws)
     assert evaluate("--num-images", "1")["standard_error"] is None
 
 
-def test_the_result_goes_into_the_card_of_the_models_folder(evaluate, tmp_path):
+def test_the_result_is_written_into_the_card(evaluate, tmp_path):
     folder = save_model(tmp_path / "own")
     result = evaluate("--card", model=folder)
     metric = json.loads((folder / "training.json").read_text())["metrics"][0]
@@ -190,7 +189,7 @@ def test_the_result_goes_into_the_card_of_the_models_folder(evaluate, tmp_path):
     assert str(tmp_path) not in card
 
 
-def test_images_get_the_models_size_and_mode(evaluate, tmp_path):
+def test_images_are_converted_to_the_size_and_mode_of_the_model(evaluate, tmp_path):
     rng = np.random.default_rng(1)
     pixels = rng.integers(0, 256, (2, 20, 30, 3), dtype=np.uint8)
     save_images(tmp_path / "large", pixels)
@@ -203,7 +202,7 @@ def deep_facts(**changes):
 
 REFUSED = [
     ({}, ["--split", "validation"], "validation"),
-    ({}, ["--num-images", "6"], "--num-images is 6, but the data set has 5"),
+    ({}, ["--num-images", "6"], "--num-images is 6, but the dataset has 5"),
     ({}, ["--num-timesteps", "21"], "--num-timesteps must be an int in [2, 20], got 21"),
     ({}, ["--num-inference-steps", "21"], "must be an int in [1, 20], got 21"),
     ({"facts": deep_facts()}, [], "do not fit the model: bit_depth is 8 (the model's: 16)"),
@@ -212,19 +211,19 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "more", "said"), REFUSED)
-def test_what_does_not_fit_is_one_line_and_status_2(
-    changes, more, said, model, photos, tmp_path, capsys
+@pytest.mark.parametrize(("changes", "more", "message"), REFUSED)
+def test_images_or_options_that_do_not_fit_end_with_one_line_and_status_2(
+    changes, more, message, model, photos, tmp_path, capsys
 ):
     folder = save_model(tmp_path / "other", **changes) if changes else model
     command = ["evaluate", str(folder), str(photos), "--output", str(tmp_path / "out"), *more]
     assert main(command) == 2
-    assert said in capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_a_card_of_the_hub_is_refused_before_the_work(photos, capsys):
+def test_a_card_on_the_hub_is_rejected_before_the_work(photos, capsys):
     assert main(["evaluate", "user/model", str(photos), "--card"]) == 2
-    assert "--card is for the folder of a model" in capsys.readouterr().err
+    assert "'user/model'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("bad", [["--metrics", "fid"], ["--num-images", "0"], ["--decoder", "x"]])
@@ -233,7 +232,7 @@ def test_an_option_out_of_range_ends_with_status_2(bad, model, photos):
         main(["evaluate", str(model), str(photos), *bad])
 
 
-def test_classes_are_found_by_their_names(evaluate, tmp_path):
+def test_classes_are_matched_by_name(evaluate, tmp_path):
     rng = np.random.default_rng(1)
     for name in ("cat", "dog"):
         pixels = rng.integers(0, 256, (2, SIZE, SIZE), dtype=np.uint8)
@@ -258,27 +257,25 @@ def test_classes_are_found_by_their_names(evaluate, tmp_path):
     assert results[0]["total"] != results[1]["total"]
 
 
-def test_the_rate_is_what_was_sent_and_the_distortion_in_levels_of_the_image():
-    result = {
-        "bit_depth": 8,
-        "parts": {"prior": {"value": 0.5}},
-        "terms": [1.0, 2.0, 4.0],
-        "x_0_mse": [4.0, None, 0.01],
-    }
-    rate, distortion = rate_distortion(result)
+def test_rate_and_distortion_follow_from_terms_and_errors():
+    prior = SimpleNamespace(prior=SimpleNamespace(value=0.5))
+    bound = SimpleNamespace(
+        bit_depth=8, parts=prior, terms=(1.0, 2.0, 4.0), x_0_mse=(4.0, None, 0.01)
+    )
+    rate, distortion = rate_distortion(bound)
     assert rate.tolist() == [0.5, 3.5]
     assert distortion.tolist() == pytest.approx([255, 12.75])
 
 
-def test_terms_of_drawn_timesteps_are_shown_as_means_of_what_was_measured():
-    result = {
-        "num_images": 8,
-        "timesteps": [9, 4, 0],
-        "num_measured": [1, 0, 8],
-        "num_expected": [0.5, 0.5, 1.0],
-        "terms": [6.0 / 0.5 / 8, 0.0, 2.0],  # 6 on one image of 8; never; 2 on all
-    }
-    timesteps, terms, is_measured = terms_where_measured(result)
+def test_importance_sampled_terms_are_plotted_as_means_over_measured_images():
+    bound = SimpleNamespace(
+        num_images=8,
+        timesteps=(9, 4, 0),
+        num_measured=(1, 0, 8),
+        num_expected=(0.5, 0.5, 1.0),
+        terms=(6.0 / 0.5 / 8, 0.0, 2.0),  # 6 on one image of 8; never; 2 on all
+    )
+    timesteps, terms, is_measured = terms_where_measured(bound)
     assert timesteps.tolist() == [9, 4, 0]
     assert is_measured.tolist() == [True, False, True]
     assert terms[is_measured].tolist() == pytest.approx([6.0, 2.0])

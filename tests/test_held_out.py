@@ -1,4 +1,4 @@
-"""What a run held out itself: recorded, found again in its data, and measured instead of all."""
+"""The hold-out of a training run: recorded, identified in the data, and used for evaluation."""
 
 import json
 import shutil
@@ -16,6 +16,7 @@ from ddpm_hf.cli import main
 from ddpm_hf.data import TrainingImages, load_images
 from ddpm_hf.data.hold_out import HoldOut
 from ddpm_hf.evaluation import dataset_likelihood
+from ddpm_hf.evaluation.results import Evaluation
 from ddpm_hf.randomness import seed_of
 from ddpm_hf.training.dataset_setup import hold_out
 
@@ -34,7 +35,7 @@ def _own_cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def files():
-    """Grey images of several sizes, all larger than those of the model."""
+    """Grey images of several sizes, all larger than the model's."""
     rng = np.random.default_rng(0)
     shapes = [(9 + i % 3, 12) for i in range(NUM_IMAGES)]
     return [encode(rng.integers(0, 256, shape, dtype=np.uint8)) for shape in shapes]
@@ -48,7 +49,7 @@ def photos(files, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def result(photos, tmp_path_factory):
-    """Of a run that held a share out."""
+    """Result of a run that held out a share."""
     config = tiny_config(
         tmp_path_factory.mktemp("run"), dataset=str(photos), resolution=8, num_train_timesteps=20,
         validation_split="0.25", validation_timesteps=4, checkpointing_steps=100,
@@ -68,8 +69,8 @@ def evaluate(model, dataset, **options):
     return ddpm_hf.evaluate(model, dataset, **options)
 
 
-def bits(report):
-    return next(r for r in report["results"] if r["name"] == "bits-per-dim")
+def read(folder):
+    return Evaluation.from_dict(json.loads((folder / "evaluation.json").read_text()))
 
 
 def command(name, model, photos, output, *more):
@@ -77,17 +78,14 @@ def command(name, model, photos, output, *more):
 
 
 @pytest.mark.filterwarnings("default:there is no split")
-def test_the_bound_is_of_the_images_that_training_held_out_and_says_so(
-    model, photos, tmp_path, capsys
-):
+def test_the_bound_is_measured_on_the_recorded_hold_out(model, photos, tmp_path, capsys):
     assert main(command("evaluate", model, photos, tmp_path / "out", "--card")) == 0
     printed = capsys.readouterr()
     assert "train: 5 images that training held out, 8x8" in printed.out
     assert "there is no split" not in printed.err
-    report = json.loads((tmp_path / "out" / "evaluation.json").read_text())
-    drawn = {"num_held_out": 5, "num_images": 20, "seed": 0}
-    assert (report["dataset"]["split"], report["dataset"]["held_out"]) == ("train", drawn)
-    assert bits(report)["indices"] == HELD_OUT
+    evaluation = read(tmp_path / "out")
+    assert (evaluation.dataset.split, evaluation.dataset.held_out) == ("train", DRAWN)
+    assert list(evaluation.bound.indices) == HELD_OUT
 
     pipeline, images = load(model), TrainingImages(prepare(load_images(str(photos)), resolution=8))
     generators = [torch.Generator().manual_seed(seed_of(0, "bound", i)) for i in HELD_OUT]
@@ -95,7 +93,7 @@ def test_the_bound_is_of_the_images_that_training_held_out_and_says_so(
         pipeline.unet, pipeline.scheduler, torch.stack([images[0, i] for i in HELD_OUT]),
         generator=generators, batch_size=2,
     )  # fmt: skip
-    assert bits(report)["total"] == want.total.tolist()
+    assert list(evaluation.bound.total) == want.total.tolist()
 
     assert "5 images that training held out, standard error" in (model / "README.md").read_text()
     verify = command("evaluate", model, photos, tmp_path / "new", "--verify")
@@ -103,12 +101,12 @@ def test_the_bound_is_of_the_images_that_training_held_out_and_says_so(
     assert "reproduced" in capsys.readouterr().out
     (model / "training.json").unlink()
     main(verify)
-    said = capsys.readouterr()
-    assert "(the held-out images are others than the card's)" in said.out
-    assert "measured on 'train'" in said.err
+    printed = capsys.readouterr()
+    assert "(the held-out images differ from the card's)" in printed.out
+    assert "measured on 'train'" in printed.err
 
 
-def test_what_was_interrupted_goes_on_with_the_same_images(
+def test_an_interrupted_evaluation_resumes_with_the_same_hold_out(
     model, photos, tmp_path, monkeypatch, capsys
 ):
     calls, measure = [], dataset_likelihood.bits_per_dim
@@ -122,31 +120,31 @@ def test_what_was_interrupted_goes_on_with_the_same_images(
     monkeypatch.setattr(dataset_likelihood, "bits_per_dim", measuring)
     assert main(command("evaluate", model, photos, tmp_path)) == 130
     assert main(command("evaluate", model, photos, tmp_path)) == 0
-    assert len(calls) == 1 + 1 + 2  # of three parts
-    assert bits(json.loads((tmp_path / "evaluation.json").read_text()))["indices"] == HELD_OUT
+    assert len(calls) == 1 + 1 + 2  # three shards, one of them twice
+    assert list(read(tmp_path).bound.indices) == HELD_OUT
 
 
-def test_drawn_images_are_compared_as_in_training(result, photos):
-    report = evaluate(
+def test_evaluate_matches_the_periodic_evaluation_of_training(result, photos):
+    evaluation = evaluate(
         result.model_dir, photos, metrics=["fd"], num_images=6, batch_size=4,
         scheduler="DDPM:eta=0", num_inference_steps=3,
     )  # fmt: skip
-    (fd,) = report["results"]
-    assert (fd["num_real"], fd["reference_split"], fd["held_out_split"]) == (15, "train", "train")
+    (fd,) = evaluation.results
+    assert (fd.num_real, fd.setup.reference_split, fd.setup.held_out_split) == (
+        15, "train", "train"
+    )  # fmt: skip
     got = {
-        "evaluation_fd": fd["value"],
-        "evaluation_fd_standard_error": fd["standard_error"],
-        "evaluation_fd_half": fd["floor"]["drawn"],
-        "evaluation_fd_half_real": fd["floor"]["real"],
+        "evaluation_fd": fd.value,
+        "evaluation_fd_standard_error": fd.standard_error,
+        "evaluation_fd_half": fd.floor.drawn,
+        "evaluation_fd_half_real": fd.floor.real,
     }
     measured = next(m for m in metrics(result.model_dir) if m.items() >= {"step": 6}.items()
                     and "evaluation_fd" in m)  # fmt: skip
     assert got == pytest.approx({name: measured[name] for name in got}, rel=1e-5)  # of float32
 
 
-def test_an_image_that_was_held_out_is_no_copy_of_one_that_was_trained_on(
-    model, photos, tmp_path, capsys
-):
+def test_held_out_images_do_not_count_as_copies_of_training_images(model, photos, tmp_path, capsys):
     images = prepare(load_images(str(photos)), resolution=8)
     for name, indices in (("held-out", HELD_OUT), ("known", TRAINED_ON)):
         np.save(tmp_path / f"{name}.npy", np.stack([images[i].movedim(0, 2) for i in indices]))
@@ -164,47 +162,47 @@ def test_an_image_that_was_held_out_is_no_copy_of_one_that_was_trained_on(
         f"15 real ones of {photos.name} without the 5 that training held out"
         in capsys.readouterr().out
     )
-    assert main([*arguments, "--split", "train"]) == 0  # as if nothing were known
+    assert main([*arguments, "--split", "train"]) == 0  # ignores the hold-out
     assert copies() == [1, 1]
 
 
 def changed(files, row):
-    """The files, one of them with other pixels."""
+    """The files, with the pixels of one image replaced."""
     return [encode(np.zeros((9, 12), np.uint8)) if i == row else f for i, f in enumerate(files)]
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda files: files[:-1], "the run had 20 images, and here are 19"),
-        (lambda files: changed(files, HELD_OUT[2]), "images in their places are others"),
-        (lambda files: files[1:] + files[:1], "images in their places are others"),
+        (lambda files: changed(files, HELD_OUT[2]), "images differ from those of the run"),
+        (lambda files: files[1:] + files[:1], "images differ from those of the run"),
     ],
     ids=["fewer", "others", "in another order"],
 )
-def test_other_data_are_measured_as_a_whole_and_the_reason_is_said(change, said, model, files):
+def test_other_data_is_measured_completely_with_a_warning(change, message, model, files):
     data = {"train": rows(*change(files))}
-    with pytest.warns(UserWarning, match=f"training held out are not used: .*{said}"), \
+    with pytest.warns(UserWarning, match=f"recorded hold-out is not used: .*{message}"), \
             pytest.warns(UserWarning, match="measured on 'train'"):  # fmt: skip
-        report = evaluate(model, data)
-    assert bits(report)["num_images"] == len(data["train"])
-    assert "held_out" not in report["dataset"]
+        evaluation = evaluate(model, data)
+    assert evaluation.bound.num_images == len(data["train"])
+    assert evaluation.dataset.held_out is None
 
 
-def test_held_out_images_are_known_by_their_pixels_alone(model, files):
-    """Not by the name of the data, and whatever became of the others."""
+def test_the_hold_out_is_identified_by_its_pixels(model, files):
+    """Neither the name of the data nor the other images matter."""
     data = {"train": rows(*changed(files, TRAINED_ON[0]))}
-    assert bits(evaluate(model, data))["indices"] == HELD_OUT
-    assert bits(evaluate(model, data["train"]))["indices"] == HELD_OUT
-    assert bits(evaluate(model, data, num_images=2))["num_images"] == 2
-    with pytest.raises(ValueError, match="num_images is 6, but training held out 5"):
+    assert list(evaluate(model, data).bound.indices) == HELD_OUT
+    assert list(evaluate(model, data["train"]).bound.indices) == HELD_OUT
+    assert evaluate(model, data, num_images=2).bound.num_images == 2
+    with pytest.raises(ValueError, match="`num_images` is 6, but training held out 5"):
         evaluate(model, data, num_images=6)
 
 
-def test_a_split_that_is_there_or_asked_for_goes_first(model, files):
+def test_an_existing_or_requested_split_takes_precedence(model, files):
     data = {"train": rows(*files), "test": rows(*files[:3])}
-    assert bits(evaluate(model, data))["num_images"] == 3
-    assert bits(evaluate(model, {"train": data["train"]}, split="train"))["num_images"] == 20
+    assert evaluate(model, data).bound.num_images == 3
+    assert evaluate(model, {"train": data["train"]}, split="train").bound.num_images == 20
 
 
 def edited(folder, change):
@@ -215,57 +213,60 @@ def edited(folder, change):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
-        (lambda facts: facts["dataset"].update(held_out=7), "in another form"),
-        (lambda facts: facts["dataset"]["held_out"].pop("digest"), "in another form"),
+        (lambda facts: facts["dataset"].update(held_out=7), 'invalid "held_out" in training.json'),
+        (
+            lambda facts: facts["dataset"]["held_out"].pop("digest"),
+            'invalid "held_out" in training.json',
+        ),
         (lambda facts: facts["dataset"]["held_out"].update(num_held_out=20), "some left"),
         (lambda facts: facts["dataset"]["held_out"].update(seed="0"), "whole numbers"),
     ],
 )
-def test_a_training_json_that_is_not_understood_is_said_and_left_aside(change, said, model, files):
-    with pytest.warns(UserWarning, match=f"are not used: .*{said}"), \
+def test_an_invalid_record_is_ignored_with_a_warning(change, message, model, files):
+    with pytest.warns(UserWarning, match=f"is not used: .*{message}"), \
             pytest.warns(UserWarning, match="measured on 'train'"):  # fmt: skip
-        report = evaluate(edited(model, change), {"train": rows(*files)})
-    assert bits(report)["num_images"] == NUM_IMAGES
+        evaluation = evaluate(edited(model, change), {"train": rows(*files)})
+    assert evaluation.bound.num_images == NUM_IMAGES
 
 
-def test_a_base_model_that_may_know_the_images_is_named(model, files):
+def test_a_base_model_without_the_same_hold_out_gives_a_warning(model, files):
     def with_base(facts, **base):
         facts.update(base_model="user/base", base=base)
 
     data = {"train": rows(*files)}
     edited(model, lambda facts: with_base(facts, dataset=facts["dataset"]))
-    assert bits(evaluate(model, data))["indices"] == HELD_OUT  # which held out the same
+    assert list(evaluate(model, data).bound.indices) == HELD_OUT  # the same hold-out
     edited(model, with_base)
     with pytest.warns(UserWarning, match="base model user/base may have been trained on"):
-        assert bits(evaluate(model, data))["indices"] == HELD_OUT
+        assert list(evaluate(model, data).bound.indices) == HELD_OUT
 
 
-def test_models_are_compared_on_what_all_of_them_held_out(model, files, tmp_path, capsys):
+def test_models_are_compared_on_their_common_hold_out(model, files, tmp_path, capsys):
     data, another = {"train": rows(*files)}, shutil.copytree(model, tmp_path / "another")
 
     def numbers():
-        result = ddpm_hf.compare([model, another], data, num_timesteps=2, progress=False)
-        return {row["figures"]["bits-per-dim"]["num_images"] for row in result["settings"]}
+        comparison = ddpm_hf.compare([model, another], data, num_timesteps=2, progress=False)
+        return {row.figures["bits-per-dim"].num_images for row in comparison.settings}
 
     assert numbers() == {NUM_HELD_OUT}
     (another / "training.json").unlink()
-    with pytest.warns(UserWarning, match="not all of the models tell of the same ones"), \
+    with pytest.warns(UserWarning, match="the models record different hold-outs"), \
             pytest.warns(UserWarning, match="measured on 'train'"):  # fmt: skip
         assert numbers() == {NUM_IMAGES}
 
 
-def test_a_model_is_calibrated_on_what_its_training_held_out(model, photos, tmp_path, capsys):
+def test_a_model_is_calibrated_on_its_hold_out(model, photos, tmp_path, capsys):
     assert main(command("calibrate", model, photos, tmp_path, "--card")) == 0
-    found = json.loads((tmp_path / "calibration.json").read_text())
-    assert found["results"][0]["indices"] == HELD_OUT
-    said = f"5 images of {photos.name}, train that training held out"
-    assert f"measured on {said}" in capsys.readouterr().out
-    assert f"predicted from {said}" in (model / "README.md").read_text()
+    content = json.loads((tmp_path / "calibration.json").read_text())
+    assert content["results"][0]["indices"] == HELD_OUT
+    images = f"5 images of {photos.name}, train that training held out"
+    assert f"measured on {images}" in capsys.readouterr().out
+    assert f"predicted from {images}" in (model / "README.md").read_text()
 
 
-def test_only_what_can_be_found_again_is_recorded(result, tmp_path):
+def test_a_hold_out_of_tensors_is_not_recorded(result, tmp_path):
     dataset = json.loads((result.model_dir / "training.json").read_text())["dataset"]
     assert dataset["num_images"] == 15
     assert dataset["held_out"].items() >= {"num_held_out": 5, "num_images": 20, "seed": 0}.items()
@@ -278,6 +279,6 @@ def test_only_what_can_be_found_again_is_recorded(result, tmp_path):
     )
 
 
-def test_an_image_is_left_to_train_on():
+def test_at_least_one_image_is_left_for_training():
     images = TrainingImages(on_grid(2))
     assert [len(part) for part in hold_out(images, 0.9, seed=0)] == [1, 1]

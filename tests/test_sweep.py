@@ -1,4 +1,4 @@
-"""`ddpm-hf calibrate --sweep`: what it recommends, where that is kept, and who samples by it."""
+"""`ddpm-hf calibrate --sweep`: the choice, where it is stored, and sampling with it."""
 
 import json
 import re
@@ -15,6 +15,9 @@ from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler, load
 from ddpm_hf.cli import main
 from ddpm_hf.data import ImageFacts
 from ddpm_hf.evaluation import sweep
+from ddpm_hf.evaluation.calibration_results import CheckpointCalibration
+from ddpm_hf.evaluation.comparison_results import ComparisonRow, RankedFigure
+from ddpm_hf.evaluation.figures import ModelFacts
 from ddpm_hf.sampling import sharded_sampling, use_recommended
 from ddpm_hf.scheduler_spec import SCHEDULERS, SchedulerSpec, stock_scheduler
 
@@ -46,11 +49,11 @@ def save_model(folder, recommended=None, scheduler=GaussianDDPMScheduler):
     return folder
 
 
-def settings_by(folder):
-    return json.loads((folder / "calibration.json").read_text())["results"][1]
+def read(folder):
+    return CheckpointCalibration.from_dict(json.loads((folder / "calibration.json").read_text()))
 
 
-def test_the_cheapest_as_good_as_the_best_is_kept_in_the_model_and_shown_in_its_card(
+def test_the_recommended_setting_is_stored_in_the_model_and_shown_in_its_card(
     photos, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(sweep, "NUM_STEPS", (2, 4))
@@ -60,42 +63,44 @@ def test_the_cheapest_as_good_as_the_best_is_kept_in_the_model_and_shown_in_its_
                  "--sweep-images", "8", "--features", "pixels", "--batch-size", "8"]  # fmt: skip
     assert main(arguments) == 0
     printed = capsys.readouterr()
-    found = settings_by(output)
-    rows = {(row["scheduler"], row["num_inference_steps"]): row for row in found["settings"]}
-    assert set(rows) == {(name, K) for name in (sweep.PUBLISHED, SDE, UNIPC) for K in (2, 4)}
-    assert "all 20 steps cost more than all the others together" in printed.out
-    good = [row for row in rows.values() if row["figures"]["fd"]["rank"]]
-    chosen = min(good, key=lambda r: (r["num_network_calls"], r["figures"]["fd"]["value"]))
-    recommended = {key: chosen[key] for key in ("scheduler", "num_inference_steps")}
-    assert found["recommended"] == recommended
+    calibration = read(output)
+    swept = calibration.sweep
+    assert [(row.scheduler, row.num_inference_steps) for row in swept.settings] == [
+        (sweep.PUBLISHED, 2), (sweep.PUBLISHED, 4), (SDE, 2), (SDE, 4), (UNIPC, 2), (UNIPC, 4)
+    ]  # fmt: skip
+    assert swept.all_steps is None
+    assert "all 20 steps cost more than all other settings together" in printed.out
     assert "8 images by 192 features" in printed.out
-    assert f"recommended: {chosen['scheduler']}, K = {chosen['num_inference_steps']}" in printed.out
+    assert printed.out.startswith(str(calibration))
     assert {"comparison.png", "samples.png"} <= {p.name for p in (output / "sweep").iterdir()}
+    recommended = swept.recommended.to_dict()
+    chosen = f"{recommended['scheduler']}, K = {recommended['num_inference_steps']}"
+    assert f"recommended: {chosen}" in printed.out
     assert load(model).scheduler.recommended == recommended
     assert load(model).scheduler.x_0_mse is not None
     stock = DDPMScheduler.from_pretrained(model, subfolder="scheduler")  # without a warning
     assert stock.config.variance_type == "fixed_small"
 
     card = (model / "README.md").read_text()
-    assert f"| {rows[SDE, 4]['num_network_calls']} |" in card
-    assert f"Recommended: `{chosen['scheduler']}`, {chosen['num_inference_steps']} steps" in card
+    assert f"| {swept.settings[3].num_network_calls} |" in card
+    name, num_steps = recommended["scheduler"], recommended["num_inference_steps"]
+    assert f"Recommended: `{name}`, {num_steps} steps" in card
     images = [run(block, model) for block in re.findall(r"```python\n(.*?)```", card, re.DOTALL)]
-    for_stock = found["for_stock"]
     assert type(images[-1][0]) is DDPMPipeline
     for pipe, drawn, setting in zip(
-        *zip(*images[-2:], strict=True), (recommended, for_stock), strict=True
+        *zip(*images[-2:], strict=True), (swept.recommended, swept.for_stock), strict=True
     ):
-        assert len(pipe.scheduler.timesteps) == setting["num_inference_steps"]
+        assert len(pipe.scheduler.timesteps) == setting.num_inference_steps
         assert np.isfinite(np.stack(drawn)).all()
 
     draws = []
     monkeypatch.setattr(sharded_sampling, "draw_batch", lambda *args, **kwargs: draws.append(1))
     assert main(arguments) == 0
-    assert (draws, settings_by(output)["recommended"]) == ([], recommended)
+    assert (draws, read(output).sweep.recommended) == ([], swept.recommended)
 
 
 def run(code, model):
-    """The pipeline and the images of a block of a card."""
+    """Pipeline and images of a code block of a card."""
     space = {}
     torch.manual_seed(0)
     exec(code.replace('"."', repr(str(model))), space)
@@ -106,7 +111,7 @@ def run(code, model):
     ("name", "num_steps"),
     [(SDE, 4), ("DDIM:timestep_spacing=trailing", 4), (sweep.PUBLISHED, 20)],
 )
-def test_stock_diffusers_draws_by_the_snippet_what_our_pipeline_does(name, num_steps, tmp_path):
+def test_stock_diffusers_with_the_cards_snippet_matches_our_pipeline(name, num_steps, tmp_path):
     from ddpm_hf.hub.card import write_calibration
 
     setting = {"scheduler": name, "num_inference_steps": num_steps}
@@ -118,7 +123,7 @@ def test_stock_diffusers_draws_by_the_snippet_what_our_pipeline_does(name, num_s
     assert isinstance(ours[0], GaussianDDPMPipeline)
     assert type(stock[0]) is DDPMPipeline
     for a, b in zip(ours[1], stock[1], strict=True):
-        # Stock computes in float32 throughout: a pixel may be rounded to the next level.
+        # Stock computes in float32 only: a pixel may be rounded to the next level.
         assert np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 1
 
 
@@ -137,7 +142,7 @@ def drawn_by(folder):
         (["--scheduler", "DDPM:eta=0", "--num-inference-steps", "2"], ("GaussianDDPMScheduler", 2)),
     ],
 )
-def test_sample_takes_what_is_recommended_and_any_choice_overrides_it(
+def test_sample_uses_the_recommended_setting_unless_the_user_chooses(
     kind, options, want, tmp_path, capsys
 ):
     model = save_model(tmp_path / "m", {"scheduler": SDE, "num_inference_steps": 4}, kind)
@@ -148,13 +153,13 @@ def test_sample_takes_what_is_recommended_and_any_choice_overrides_it(
         not options
     )
     settings = drawn_by(tmp_path)
-    own = (kind.__name__, 20)  # the usual 50 of DDIM are more than there are
+    own = (kind.__name__, 20)  # fewer than the usual 50 of DDIM
     assert settings["scheduler"] == (want[0] or own[0])
     assert settings["num_inference_steps"] == (want[1] or own[1])
 
 
 @pytest.mark.filterwarnings("always:the recommended setting")
-def test_what_is_recommended_and_unknown_is_said_and_left_aside(tmp_path, capsys):
+def test_an_unknown_recommended_setting_is_ignored_with_a_warning(tmp_path, capsys):
     model = save_model(tmp_path / "m", {"scheduler": "Newer", "num_inference_steps": 4})
     arguments = ["sample", str(model), "--num-images", "1", "--output", str(tmp_path / "x.npz")]
     assert main(arguments) == 0
@@ -164,7 +169,7 @@ def test_what_is_recommended_and_unknown_is_said_and_left_aside(tmp_path, capsys
     assert "--thorough cannot be combined with --eta" in capsys.readouterr().err
 
 
-def test_a_pipeline_is_as_it_was_until_it_is_told(tmp_path):
+def test_a_pipeline_uses_the_recommended_setting_only_on_request(tmp_path):
     pipe = load(save_model(tmp_path / "m", {"scheduler": SDE, "num_inference_steps": 4}))
     assert isinstance(pipe.scheduler, GaussianDDPMScheduler)
     assert use_recommended(pipe) == {"num_inference_steps": 4}
@@ -173,22 +178,45 @@ def test_a_pipeline_is_as_it_was_until_it_is_told(tmp_path):
     assert use_recommended(load(save_model(tmp_path / "none"))) == {}
 
 
-def test_the_cheapest_of_the_good_ones_is_chosen_and_of_equal_cost_the_better():
-    def row(calls, value, rank):
-        return {"num_network_calls": calls, "figures": {"fd": {"value": value, "rank": rank}}}
+def row(num_calls, value, rank):
+    fd = RankedFigure(
+        name="fd", label="FD", value=value, interval=(0.0, 9.0), standard_error=1.0, rank=rank
+    )
+    return ComparisonRow(
+        setting=f"{num_calls}", name=None, scheduler="DDIM", num_inference_steps=num_calls,
+        model=ModelFacts(name="m", revision=None, weights=""), num_network_calls=num_calls,
+        seconds_per_image=None, folder="", figures={"fd": fd},
+    )  # fmt: skip
 
-    rows = [row(5, 9.0, ""), row(25, 2.0, "tie"), row(25, 1.9, "tie"), row(100, 1.8, "best")]
-    assert sweep.cheapest(rows) is rows[2]
-    assert sweep.cheapest(rows[:1]) is None
+
+@pytest.mark.parametrize(
+    ("rows", "want"),
+    [
+        ([(5, 9.0, ""), (25, 2.0, "tie"), (100, 1.8, "best")], 1),  # the cheapest tie
+        ([(25, 2.0, "tie"), (25, 1.9, "tie"), (100, 1.8, "best")], 1),  # of equal cost, the better
+        ([(5, 9.0, ""), (25, 3.0, ""), (100, 1.8, "best")], 2),  # only the best
+        ([(5, 1.8, "best"), (25, 1.9, "tie")], 0),
+    ],
+)
+def test_the_cheapest_setting_that_is_the_best_or_a_tie_is_chosen(rows, want):
+    rows = [row(*facts) for facts in rows]
+    assert sweep.cheapest(rows) is rows[want]
 
 
-@pytest.mark.parametrize(("T", "is_whole"), [(1000, True), (1330, True), (1331, False), (4, True)])
-def test_all_steps_are_swept_where_they_cost_no_more_than_the_rest(T, is_whole):
+def test_without_the_best_or_a_tie_nothing_is_chosen():
+    assert sweep.cheapest([row(5, 9.0, "")]) is None
+
+
+@pytest.mark.parametrize(
+    ("T", "num_settings", "has_all_steps"),
+    [(1000, 36, True), (1330, 36, True), (1331, 35, False), (60, 29, True), (4, 1, True)],
+)
+def test_all_steps_are_swept_if_they_cost_no_more_than_the_rest(T, num_settings, has_all_steps):
+    """Seven samplers in 5, 10, 25, 50 and 100 steps make 1,330 network calls."""
     choices = sweep.planned(T)
-    assert ((sweep.PUBLISHED, T) in choices) == is_whole
-    assert all(K < T for name, K in choices[:-1])
-    if T > 100:
-        assert sum(K for _, K in choices if K < T) == 7 * (5 + 10 + 25 + 50 + 100)
+    assert len(choices) == num_settings
+    assert ((sweep.PUBLISHED, T) in choices) == has_all_steps
+    assert ("DDPM:timestep_spacing=trailing", 5) in choices or T <= 5
 
 
 @pytest.mark.parametrize(
@@ -196,7 +224,7 @@ def test_all_steps_are_swept_where_they_cost_no_more_than_the_rest(T, is_whole):
     [
         (SDE, "DPMSolverMultistepScheduler"),
         ("DDIM", "DDIMScheduler"),
-        ("DDPM:x_0_mse=null,eta=0", None),  # clips, and takes eps from what is clipped
+        ("DDPM:x_0_mse=null,eta=0", None),  # clips x_0 and recomputes eps
         ("DDIM:eta=1", None),
         ("DDPM", None),  # its variances may be calibrated
         (sweep.PUBLISHED, "DDPMScheduler"),
@@ -204,13 +232,13 @@ def test_all_steps_are_swept_where_they_cost_no_more_than_the_rest(T, is_whole):
         ("EulerDiscrete", None),  # needs its input scaled, which that pipeline does not
     ],
 )
-def test_what_stock_diffusers_can_run_is_known(name, want):
+def test_the_samplers_that_stock_diffusers_can_run(name, want):
     found = stock_scheduler(name)
     assert (found and found[0]) == want
     assert found is None or "x_0_mse" not in found[1]
 
 
-def test_a_name_that_would_be_code_is_none():
+def test_a_name_that_contains_code_is_rejected():
     for bad in ("DDIM:a='x'", "DDIM:a=`x`", "DDIM:a=<b>", "DDIM:a=(1)", "DDIM\n"):
         with pytest.raises(ValueError, match="must have the form NAME"):
             SchedulerSpec.parse(bad)

@@ -113,8 +113,8 @@ def _features(recorded: Mapping[str, Any], metrics: list[str], features: Any) ->
         return features
     if metrics != [BITS] and name not in OFFLINE_FEATURES and "/" not in name:
         raise ValueError(
-            f"the card's features {name!r} are a local folder or a network in memory: pass"
-            f" features=PATH/{name}"
+            f"the card's features {name!r} are a local folder or a network in memory: pass it as"
+            " `features`"
         )
     return name
 
