@@ -17,10 +17,10 @@ import ddpm_hf
 from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler
 from ddpm_hf.cli import main
 from ddpm_hf.data import ImageFacts
-from ddpm_hf.evaluation import measurement
-from ddpm_hf.evaluation.compare import gap_of_chance, ranked_figure
+from ddpm_hf.evaluation import image_comparison
 from ddpm_hf.evaluation.comparison_results import Comparison
 from ddpm_hf.evaluation.figures import FeatureNetwork, Floor, MeasurementSetup, MetricResult
+from ddpm_hf.evaluation.ranking import gap_of_chance, ranked_figure
 from ddpm_hf.sampling import open_drawn, sharded_sampling
 from ddpm_hf.sampling.sampler_choice import build_scheduler, sampled_by
 from ddpm_hf.scheduler_spec import SchedulerSpec
@@ -163,7 +163,7 @@ def test_finished_settings_are_reused_and_interrupted_ones_resume(
     models, photos, tmp_path, monkeypatch, capsys
 ):
     batches, measured = [], []
-    draw, measure = sharded_sampling.draw_batch, measurement.measure
+    draw, measure = sharded_sampling.draw_batch, image_comparison.measure
 
     def drawing(*args, **kwargs):
         if len(batches) == stop_at:
@@ -176,7 +176,7 @@ def test_finished_settings_are_reused_and_interrupted_ones_resume(
         return measure(*args, **kwargs)
 
     monkeypatch.setattr(sharded_sampling, "draw_batch", drawing)
-    monkeypatch.setattr(measurement, "measure", measuring)
+    monkeypatch.setattr(image_comparison, "measure", measuring)
     options = ["--num-inference-steps", "2", "3", "--metrics", "coverage"]
     arguments = command(models[:1], photos, tmp_path / "out", *options)
     stop_at = 3  # in the second of two settings, of two batches each

@@ -96,7 +96,7 @@ def test_each_class_is_measured_separately_and_the_worst_comes_first(
 
 @pytest.mark.filterwarnings("ignore:`timestep_spacing`")
 def test_a_model_draws_its_classes_in_turn_and_they_are_matched_by_name(tmp_path, photos):
-    """Model and data set number the classes differently."""
+    """Model and dataset number the classes differently."""
     unet = tiny_unet(in_channels=1, out_channels=1, num_class_embeds=4)
     facts = ImageFacts(mode="L", height=8, width=8, class_names=NAMES[::-1])
     unet.register_to_config(_ddpm_hf=facts.to_config())

@@ -148,10 +148,8 @@ def test_sample_uses_the_recommended_setting_unless_the_user_chooses(
     model = save_model(tmp_path / "m", {"scheduler": SDE, "num_inference_steps": 4}, kind)
     arguments = ["sample", str(model), "--num-images", "1", "--output", str(tmp_path / "x.npz")]
     assert main([*arguments, *options]) == 0
-    said = capsys.readouterr().err
-    assert (f"{SDE} in 4 steps, as recommended by `ddpm-hf calibrate --sweep`" in said) == (
-        not options
-    )
+    is_reported = f"{SDE} in 4 steps, as recommended" in capsys.readouterr().err
+    assert is_reported == (not options)
     settings = drawn_by(tmp_path)
     own = (kind.__name__, 20)  # fewer than the usual 50 of DDIM
     assert settings["scheduler"] == (want[0] or own[0])
@@ -163,7 +161,8 @@ def test_an_unknown_recommended_setting_is_ignored_with_a_warning(tmp_path, caps
     model = save_model(tmp_path / "m", {"scheduler": "Newer", "num_inference_steps": 4})
     arguments = ["sample", str(model), "--num-images", "1", "--output", str(tmp_path / "x.npz")]
     assert main(arguments) == 0
-    assert "recommended setting is not used: unknown scheduler 'Newer'" in (capsys.readouterr().err)
+    warning = "recommended setting is not used: unknown scheduler 'Newer'"
+    assert warning in capsys.readouterr().err
     assert drawn_by(tmp_path)["num_inference_steps"] == 20
     assert main([*arguments, "--thorough", "--eta", "0"]) == 2
     assert "--thorough cannot be combined with --eta" in capsys.readouterr().err

@@ -7,9 +7,12 @@ Measuring
     checkpoint_calibration  error curve of a checkpoint; `calibrate_checkpoint`
     verify                  figures of a model card, measured again
     measurement             the `Evaluator` that these share
+    subjects                models and image sets that are measured
+    image_comparison        metrics of drawn images against real ones
+    ranking                 the best setting of a comparison, and ties
 
 Figures
-    dataset_likelihood      bits/dim of a data set
+    dataset_likelihood      bits/dim of a dataset
     distances               Frechet and kernel distance, precision, recall, density, coverage
     metrics                 these with confidence intervals and floors; memorisation
     per_class               the same for each class
@@ -19,13 +22,13 @@ Figures
     sharded_tensors         tensors computed in shards by all ranks
 
 Images
-    sets                    drawn images, image files, arrays, data sets
-    model_images            a data set in the format of a model
+    sets                    drawn images, image files, arrays, datasets
+    model_images            a dataset in the format of a model
     training_record         images that training held out
 
 Options and results
     options                 options of the functions above
-    figures                 measured figures, facts about model and data set
+    figures                 measured figures, facts about model and dataset
     results                 result of `evaluate`; also comparison_results, calibration_results
     records                 dataclasses as JSON objects
     result_files            folders and JSON files

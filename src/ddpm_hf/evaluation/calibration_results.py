@@ -1,13 +1,13 @@
 """Result of `calibrate_checkpoint`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from ddpm_hf.evaluation.comparison_results import Sweep
 from ddpm_hf.evaluation.figures import DatasetFacts, ModelSourceFacts
 from ddpm_hf.evaluation.records import Record, Row, excluded, optional, renamed
-from ddpm_hf.evaluation.results import Result
+from ddpm_hf.evaluation.results import Result, package_versions, utc_now
 from ddpm_hf.text import counted
 
 _STEPS_COLUMNS = {
@@ -91,10 +91,10 @@ class CheckpointCalibration(Result):
     model: ModelSourceFacts
     dataset: DatasetFacts
     results: tuple[CalibrationCurve | Sweep, ...]
-    options: dict[str, str]
+    options: dict[str, str] = field(default_factory=dict)
     command: str | None = None
-    versions: dict[str, str]
-    created: str
+    versions: dict[str, str] = field(default_factory=package_versions)
+    created: str = field(default_factory=utc_now)
     file: Path | None = excluded()
     scheduler_config: Path | None = excluded()
     card: Path | None = excluded()

@@ -19,7 +19,7 @@ class CardMetric(Record):
         type, name: of the metric in the model index.
         value: of the metric.
         how: one line about the measurement, with the command that repeats it.
-        dataset: "name", "split" and, for a Hub data set, "hub_id".
+        dataset: "name", "split" and, for a Hub dataset, "hub_id".
         args: "evaluate", the options of `evaluate`; "interval"; and digests of weights, features
             and held-out images that identify what was measured.
     """

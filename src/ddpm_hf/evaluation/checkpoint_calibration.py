@@ -35,12 +35,11 @@ from ddpm_hf.evaluation.options import CalibrationOptions
 from ddpm_hf.evaluation.records import JsonObject
 from ddpm_hf.evaluation.result_files import (
     CALIBRATION_FILE,
-    now,
     results_folder,
-    versions,
     write_result,
 )
 from ddpm_hf.evaluation.result_pictures import save_calibration_plot
+from ddpm_hf.evaluation.results import utc_now
 from ddpm_hf.evaluation.sets import DataSource
 from ddpm_hf.evaluation.sweep import FIGURE, sweep
 from ddpm_hf.evaluation.training_record import with_hold_out_of_training
@@ -137,9 +136,6 @@ def _calibrate(
             model=ModelSourceFacts(name=public_name(model), revision=options.revision),
             dataset=replace(data.facts(), image=ImageFormat.of(images.facts)),
             results=(curve,),
-            options={},
-            versions=versions(),
-            created=now(),
         )
         save_calibration_plot(curve, folder)
         return _written(result, scheduler, model, folder), scheduler
@@ -149,7 +145,7 @@ def _calibrate(
         pipeline.scheduler = scheduler
         swept = sweep(pipeline, evaluator, folder / "sweep")
         scheduler = scheduler.from_config(scheduler.config, recommended=swept.recommended.to_dict())
-        result = replace(result, results=(result.curve, swept), created=now())
+        result = replace(result, results=(result.curve, swept), created=utc_now())
         result = on_main_process(state, lambda: _written(result, scheduler, model, folder))
     return on_main_process(state, lambda: _finish(result, model, unfinished, options.card))
 

@@ -1,10 +1,8 @@
 """`compare`: models, image sets, samplers and numbers of steps side by side."""
 
 import copy
-import math
 import os
 import re
-import statistics
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -21,37 +19,29 @@ from ddpm_hf.evaluation.comparison_results import (
     Comparison,
     ComparisonRow,
     LeftOut,
-    RankedFigure,
 )
-from ddpm_hf.evaluation.figures import NORMAL_95, BoundResult, MetricResult
-from ddpm_hf.evaluation.measurement import Evaluator, Subject, is_model
-from ddpm_hf.evaluation.metrics import METRICS, T_19
+from ddpm_hf.evaluation.measurement import Evaluator
+from ddpm_hf.evaluation.metrics import METRICS
 from ddpm_hf.evaluation.options import (
     BITS,
     ComparisonOptions,
     EvaluationOptions,
     public_name_of,
 )
+from ddpm_hf.evaluation.ranking import ranked
 from ddpm_hf.evaluation.result_files import (
     COMPARISON_FILE,
     command_of,
-    now,
     results_folder,
-    versions,
     write_result,
 )
 from ddpm_hf.evaluation.result_pictures import save_comparison_pictures
 from ddpm_hf.evaluation.results import Evaluation
+from ddpm_hf.evaluation.subjects import Subject, is_model
 from ddpm_hf.options import takes_options
 from ddpm_hf.sampling.sampler_choice import sampled_by
 from ddpm_hf.scheduler_spec import SchedulerSpec
 from ddpm_hf.shared_work import on_main_process
-
-_LOWER_IS_BETTER = {BITS: True} | {
-    quantity.name: quantity.lower_is_better
-    for _, quantities in METRICS.values()
-    for quantity in quantities
-}
 
 
 @dataclass(frozen=True)
@@ -134,28 +124,21 @@ def compare(
     with results_folder(evaluator.state, output) as folder:
         evaluator.use_hold_out_of(models_or_images)
         rows, left_out = compare_settings(evaluator, settings, folder)
+        facts, names = evaluator.data.facts(), list(map(public_name_of, models_or_images))
+        comparison = Comparison(
+            dataset=facts,
+            settings=rows,
+            left_out=left_out,
+            metrics=tuple(metrics),
+            schedulers=tuple(schedulers),
+            num_inference_steps=tuple(num_inference_steps),
+            options=shared.recorded(),
+            command="",
+        )
+        recorded = {key: value for key, value in comparison.to_dict()["options"].items() if value}
+        comparison = replace(comparison, command=command_of(names, facts.name, recorded))
 
         def write() -> Comparison:
-            facts, recorded = evaluator.data.facts(), shared.recorded()
-            shown = {
-                "metrics": list(metrics),
-                "schedulers": list(schedulers),
-                "num_inference_steps": list(num_inference_steps),
-                **recorded.to_dict(),
-            }
-            names = [public_name_of(source) for source in models_or_images]
-            comparison = Comparison(
-                dataset=facts,
-                settings=rows,
-                left_out=left_out,
-                metrics=tuple(metrics),
-                schedulers=tuple(schedulers),
-                num_inference_steps=tuple(num_inference_steps),
-                options=recorded,
-                command=command_of(names, facts.name, {k: v for k, v in shown.items() if v}),
-                versions=versions(),
-                created=now(),
-            )
             if output is not None:
                 write_result(folder, comparison, COMPARISON_FILE)
                 save_comparison_pictures(comparison, folder)
@@ -202,7 +185,7 @@ def compare_settings(
         evaluations.append(evaluation)
     if not rows:
         raise ValueError(f"none of the settings can be measured: {left_out[0].reason}")
-    return tuple(_ranked(rows, evaluations)), tuple(left_out)
+    return tuple(ranked(rows, evaluations)), tuple(left_out)
 
 
 def _settings(
@@ -290,71 +273,3 @@ def _num_steps_and_calls(pipeline: Any, setting: Setting) -> tuple[int, int]:
         warnings.simplefilter("ignore")  # the measurement warns again
         set_timesteps(scheduler, K, None)
     return K, len(scheduler.timesteps)
-
-
-def _ranked(
-    rows: Sequence[ComparisonRow], evaluations: Sequence[Evaluation]
-) -> Iterator[ComparisonRow]:
-    """The rows with their figures, each ranked among all rows."""
-    best = {
-        name: min(
-            (e.figures[name] for e in evaluations if name in e.figures),
-            key=lambda figure: (1 if _LOWER_IS_BETTER[figure.name] else -1) * figure.value,
-        )
-        for name in dict.fromkeys(name for e in evaluations for name in e.figures)
-    }
-    for row, evaluation in zip(rows, evaluations, strict=True):
-        figures = {
-            name: ranked_figure(figure, best[name]) for name, figure in evaluation.figures.items()
-        }
-        yield replace(row, figures=figures)
-
-
-def ranked_figure(
-    figure: BoundResult | MetricResult, best: BoundResult | MetricResult
-) -> RankedFigure:
-    """A figure of one setting, ranked against that of the best setting."""
-    gap, of_chance = figure.value - best.value, gap_of_chance(figure, best)
-    is_tie = of_chance is None or abs(gap) <= of_chance
-    ranked = RankedFigure(
-        name=figure.name,
-        label=figure.label,
-        value=figure.value,
-        interval=figure.interval,
-        standard_error=figure.standard_error,
-        rank="best" if figure is best else "tie" if is_tie else "",
-        gap=gap,
-        gap_of_chance=of_chance,
-    )
-    if isinstance(figure, BoundResult):
-        return replace(ranked, num_images=figure.num_images)
-    return replace(
-        ranked,
-        floor=figure.floor,
-        floor_num_images=figure.floor_num_images,
-        verdict=figure.verdict,
-        note=figure.note,
-        num_drawn=figure.num_drawn,
-        num_real=figure.num_real,
-        num_features=figure.measured_with.features.dims,
-    )
-
-
-def gap_of_chance(a: BoundResult | MetricResult, b: BoundResult | MetricResult) -> float | None:
-    """Half-width of the 95 % interval of the difference of two figures; None for one image.
-
-    Paired if possible: the settings share the real images, their halves, and the noise of each
-    drawn image.
-    """
-    first, second = _samples(a), _samples(b)
-    if len(first) < 2:
-        return None
-    factor = NORMAL_95 / math.sqrt(len(first)) if isinstance(a, BoundResult) else T_19
-    if len(first) == len(second):
-        return factor * statistics.stdev(x - y for x, y in zip(first, second, strict=True))
-    return factor * math.hypot(statistics.stdev(first), statistics.stdev(second))
-
-
-def _samples(figure: BoundResult | MetricResult) -> tuple[float, ...]:
-    """Bounds of the images, or values of the halves."""
-    return figure.total if isinstance(figure, BoundResult) else figure.halves

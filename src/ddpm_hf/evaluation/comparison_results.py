@@ -1,12 +1,12 @@
 """Results of `compare` and `sweep`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from ddpm_hf.evaluation.figures import DatasetFacts, Floor, Interval, ModelFacts, Verdict
 from ddpm_hf.evaluation.options import ComparisonOptions, EvaluationOptions
 from ddpm_hf.evaluation.records import Record, Row, optional
-from ddpm_hf.evaluation.results import Report, Result
+from ddpm_hf.evaluation.results import Report, Result, package_versions, utc_now
 from ddpm_hf.text import counted
 
 Rank = Literal["best", "tie", ""]
@@ -135,8 +135,8 @@ class Comparison(SettingsResult, Report):
     num_inference_steps: tuple[int, ...]
     options: ComparisonOptions
     command: str
-    versions: dict[str, str]
-    created: str
+    versions: dict[str, str] = field(default_factory=package_versions)
+    created: str = field(default_factory=utc_now)
 
     def __str__(self) -> str:
         return _settings_text(self)

@@ -1,4 +1,4 @@
-"""Bits/dim of a model on a data set: the bound in shards, with the noise of each image fixed."""
+"""Bits/dim of a model on a dataset: the bound in shards, with the noise of each image fixed."""
 
 import dataclasses
 import hashlib

@@ -1,4 +1,4 @@
-"""Error curve of a network on a data set, and what follows from it."""
+"""Error curve of a network on a dataset, and what follows from it."""
 
 import dataclasses
 from pathlib import Path

@@ -1,14 +1,15 @@
-"""`evaluate`: metrics of a model or a set of images on a data set."""
+"""`evaluate`: metrics of a model or a set of images on a dataset."""
 
 import os
 from collections.abc import Sequence
 from typing import Any
 
-from ddpm_hf.evaluation.measurement import Evaluator, is_model
+from ddpm_hf.evaluation.measurement import Evaluator
 from ddpm_hf.evaluation.metrics import METRICS
 from ddpm_hf.evaluation.options import BITS, EvaluationOptions
 from ddpm_hf.evaluation.result_files import results_folder
 from ddpm_hf.evaluation.results import Evaluation
+from ddpm_hf.evaluation.subjects import is_model
 from ddpm_hf.options import takes_options
 
 

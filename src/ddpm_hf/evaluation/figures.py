@@ -1,4 +1,4 @@
-"""Measured figures, and the facts about model and data set that belong to them."""
+"""Measured figures, and the facts about model and dataset that belong to them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -172,7 +172,7 @@ class BoundParts(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class BoundResult(Record):
-    """Variational bound of a data set, bits/dim.
+    """Variational bound of a dataset, bits/dim.
 
     Attributes:
         key: digest of everything that determines the result.
@@ -260,14 +260,14 @@ class ImageFormat(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetFacts(Record):
-    """The data set of a measurement.
+    """The dataset of a measurement.
 
     Attributes:
         name: Hub id or the last part of a path.
         split: split of the held-out images, or the reference split if there are none.
         held_out: images of `split` that training held out, if these were used.
-        config_name, revision: of a Hub data set.
-        hub_id: of a Hub data set.
+        config_name, revision: of a Hub dataset.
+        hub_id: of a Hub dataset.
         image: format of the images.
     """
 

@@ -1,4 +1,4 @@
-"""A data set in the format of a model: size, mode, bit depth and classes."""
+"""A dataset in the format of a model: size, mode, bit depth and classes."""
 
 import hashlib
 from collections.abc import Sequence
@@ -70,7 +70,7 @@ def images_for(
     on_bad_image: str = "error",
     progress: bool = True,
 ) -> EvaluationImages:
-    """Images of a data set in the size, mode and bit depth of a model, padded as in training.
+    """Images of a dataset in the size, mode and bit depth of a model, padded as in training.
 
     Args:
         unet: network of the model.
@@ -100,7 +100,7 @@ def images_for(
     images = TrainingImages(prepared, size_multiple=size_multiple(unet))
     rows = range(len(images)) if rows is None else rows
     if num_images is not None and num_images > len(rows):
-        kind = "the data set has" if len(rows) == len(images) else "training held out"
+        kind = "the dataset has" if len(rows) == len(images) else "training held out"
         raise DataError(f"`num_images` is {num_images:,}, but {kind} {len(rows):,}")
     labels = _labels(prepared, facts.class_names) if is_conditional else None
     generator = torch.Generator().manual_seed(seed_of(seed, "evaluation images"))
@@ -110,7 +110,7 @@ def images_for(
 
 
 def prepared_like(facts: ImageFacts, dataset: Any, **options: Any) -> ImageDataset:
-    """The images of a data set in the size, mode and bit depth of `facts`, without padding.
+    """The images of a dataset in the size, mode and bit depth of `facts`, without padding.
 
     Args:
         facts: required format.
@@ -144,7 +144,7 @@ def facts_of(unet: UNet2DModel) -> ImageFacts:
     mode = next((mode for mode, number in MODE_CHANNELS.items() if number == channels), None)
     if mode is None or height is None:
         raise DataError(
-            f"the model takes {channels} channels of size {size}, which no image of a data set has;"
+            f"the model takes {channels} channels of size {size}, which no image of a dataset has;"
             " use ddpm_hf.bits_per_dim"
         )
     return ImageFacts(mode=mode, height=height, width=width)

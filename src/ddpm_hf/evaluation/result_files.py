@@ -6,8 +6,6 @@ import shlex
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -62,16 +60,6 @@ def write_result(folder: Path, result: Record, file_name: str) -> Path:
     path = folder / file_name
     write_text(path, json.dumps(result.to_dict(), indent=1, ensure_ascii=False) + "\n")
     return path
-
-
-def versions() -> dict[str, str]:
-    """Versions of this package, diffusers and torch."""
-    return {name: version(name) for name in ("ddpm-hf", "diffusers", "torch")}
-
-
-def now() -> str:
-    """Current time in UTC, ISO 8601."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def command_of(subjects: Sequence[str], dataset: str, options: Mapping[str, Any]) -> str:

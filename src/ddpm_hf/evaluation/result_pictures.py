@@ -1,4 +1,4 @@
-"""Pictures beside the result files; a failure to draw them is a warning, not an error."""
+"""Pictures next to the result files; a failure to draw them is a warning, not an error."""
 
 import warnings
 from collections.abc import Iterator

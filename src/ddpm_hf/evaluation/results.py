@@ -4,13 +4,25 @@ Each result prints as a text table, renders as HTML in a notebook, and converts 
 of its file (`to_dict`, `from_dict`) and to flat dictionaries for `pandas.DataFrame` (`rows`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
 from typing import ClassVar, Literal, Self
 
 from ddpm_hf.evaluation import tables
 from ddpm_hf.evaluation.figures import BoundResult, DatasetFacts, MetricResult, ModelFacts
 from ddpm_hf.evaluation.options import EvaluationOptions
 from ddpm_hf.evaluation.records import JsonObject, Record, Row
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of this package, diffusers and torch."""
+    return {name: version(name) for name in ("ddpm-hf", "diffusers", "torch")}
+
+
+def utc_now() -> str:
+    """Current time in UTC, ISO 8601."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 class Result(Record):
@@ -69,8 +81,8 @@ class Evaluation(Report):
     metrics: tuple[str, ...]
     options: EvaluationOptions
     command: str
-    versions: dict[str, str]
-    created: str
+    versions: dict[str, str] = field(default_factory=package_versions)
+    created: str = field(default_factory=utc_now)
 
     @property
     def figures(self) -> dict[str, BoundResult | MetricResult]:

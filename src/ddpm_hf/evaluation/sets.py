@@ -1,4 +1,4 @@
-"""Sets of images: drawn by a model, in files, in memory, and of a data set."""
+"""Sets of images: drawn by a model, in files, in memory, and of a dataset."""
 
 import os
 import warnings
@@ -38,13 +38,13 @@ class ImageSubset(NamedTuple):
 
 @dataclass(frozen=True)
 class DataSource:
-    """A data set and how to read it.
+    """A dataset and how to read it.
 
     Attributes:
         dataset: what `load_images` accepts, a `datasets.Dataset`, or those by split.
         split: held-out split; by default "test" or "validation" if one exists.
         reference_split: split of the training images.
-        config_name, revision: of a Hub data set.
+        config_name, revision: of a Hub dataset.
         image_column, on_bad_image: see `prepare_images`.
         hold_out: images of the reference split that training held out; see
             `with_hold_out_of_training`.
@@ -63,7 +63,7 @@ class DataSource:
 
     @classmethod
     def from_options(cls, dataset: Any, options: DataOptions) -> Self:
-        """The data set read with these options."""
+        """The dataset read with these options."""
         return cls(
             dataset,
             options.split,
@@ -145,7 +145,7 @@ class DataSource:
         return None
 
     def facts(self) -> DatasetFacts:
-        """Name and split of the data set, for reports."""
+        """Name and split of the dataset, for reports."""
         name, is_on_hub = "a data set in memory", False
         if isinstance(self.dataset, str | os.PathLike):
             name = public_name(os.fspath(self.dataset))
@@ -170,7 +170,7 @@ class DataSource:
         """The images of a subset in the size, mode and bit depth of `facts`.
 
         Args:
-            subset: of the data set.
+            subset: of the dataset.
             facts: format of the images.
             progress: show progress bars.
             label_column: column of the classes; True for the declared one, None for no classes.

@@ -1,4 +1,4 @@
-"""Images that training held out, identified in the data set of an evaluation."""
+"""Images that training held out, identified in the dataset of an evaluation."""
 
 import os
 import warnings

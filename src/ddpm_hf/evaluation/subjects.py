@@ -1,0 +1,66 @@
+"""Subjects of an evaluation: models and sets of images."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ddpm_hf.diffusion.image_processor import ImageFacts
+from ddpm_hf.digests import weights_digest
+from ddpm_hf.evaluation.model_images import facts_of
+from ddpm_hf.evaluation.options import ModelSource, public_name_of
+from ddpm_hf.evaluation.sets import facts_of_set, image_set
+from ddpm_hf.hub.load import load
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model or a set of images.
+
+    Attributes:
+        source: a pipeline on the device of this rank, or images.
+        name: shown in reports.
+        weights: digest of a model's weights; None for images.
+    """
+
+    source: Any
+    name: str
+    weights: str | None = None
+
+    @property
+    def is_model(self) -> bool:
+        """Whether this is a model."""
+        return self.weights is not None
+
+    @property
+    def image_facts(self) -> ImageFacts:
+        """Size, mode and bit depth of its images."""
+        return facts_of(self.source.unet) if self.is_model else facts_of_set(self.source)
+
+
+def is_model(source: Any) -> bool:
+    """Whether this is a pipeline, the folder of one, or a name that is not a local path."""
+    if not isinstance(source, str | os.PathLike):
+        return hasattr(source, "unet")
+    path = Path(source).expanduser()
+    return (path / "model_index.json").is_file() or not path.exists()
+
+
+def load_subject(source: Any, options: ModelSource, device: Any) -> Subject:
+    """A model on the device, or a set of images.
+
+    Raises:
+        ValueError, OSError: if it does not exist or cannot be loaded.
+    """
+    if not is_model(source):
+        return Subject(image_set(source), public_name_of(source))
+    pipeline = source
+    if not hasattr(source, "unet"):
+        pipeline = load(
+            os.fspath(source),
+            revision=options.revision,
+            variant=options.variant,
+            use_safetensors=options.use_safetensors,
+        )
+    pipeline = pipeline.to(device)
+    return Subject(pipeline, public_name_of(source), weights_digest(pipeline.unet))
