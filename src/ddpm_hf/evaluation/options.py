@@ -99,7 +99,7 @@ class DataSelection(Options):
     )
     split: str | None = option(
         None,
-        "held-out split of the data set, with images that the model was not trained on (default:"
+        "held-out split of the dataset, with images that the model was not trained on (default:"
         " test or validation if one exists, else the images that training held out)",
         metavar="NAME",
     )
@@ -108,9 +108,9 @@ class DataSelection(Options):
         "split that drawn images are compared with; the held-out split gives the floor",
         metavar="NAME",
     )
-    dataset_config: str | None = option(None, "configuration of a Hub data set", metavar="NAME")
+    dataset_config: str | None = option(None, "configuration of a Hub dataset", metavar="NAME")
     dataset_revision: str | None = option(
-        None, "branch, tag or commit of a Hub data set", metavar="NAME"
+        None, "branch, tag or commit of a Hub dataset", metavar="NAME"
     )
     image_column: str | None = option(
         None, "column with the images, if there are several", metavar="NAME"

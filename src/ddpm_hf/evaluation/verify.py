@@ -61,7 +61,7 @@ def verify(model: str | os.PathLike[str], dataset: Any = None, **options: Any) -
 
     Args:
         model: name or folder of a model with figures of `evaluate` in its card's model-index.
-        dataset: the real images; by default the Hub data set that the card names.
+        dataset: the real images; by default the Hub dataset that the card names.
         **options: of `evaluate`, in place of the card's; `features` applies to figures whose
             features have this name, such as the last part of a folder.
     Returns:
@@ -128,7 +128,7 @@ def _measured(
     if dataset is None:
         if "/" not in group[0].dataset_type:
             raise ValueError(
-                f"the card names the data set {group[0].dataset_name!r}, which is not on the Hub:"
+                f"the card names the dataset {group[0].dataset_name!r}, which is not on the Hub:"
                 " pass `dataset`"
             )
         dataset = group[0].dataset_type
