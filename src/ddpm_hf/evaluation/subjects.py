@@ -8,9 +8,10 @@ from typing import Any
 from ddpm_hf.diffusion.image_processor import ImageFacts
 from ddpm_hf.digests import weights_digest
 from ddpm_hf.evaluation.model_images import facts_of
-from ddpm_hf.evaluation.options import ModelSource, public_name_of
+from ddpm_hf.evaluation.options import public_name_of
 from ddpm_hf.evaluation.sets import facts_of_set, image_set
 from ddpm_hf.hub.load import load
+from ddpm_hf.hub.options import LoadOptions
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def is_model(source: Any) -> bool:
     return (path / "model_index.json").is_file() or not path.exists()
 
 
-def load_subject(source: Any, options: ModelSource, device: Any) -> Subject:
+def load_subject(source: Any, options: LoadOptions, device: Any) -> Subject:
     """A model on the device, or a set of images.
 
     Raises:
