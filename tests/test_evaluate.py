@@ -254,7 +254,10 @@ REFUSED = [
     ({"scheduler": "DDMI"}, "did you mean 'DDPM' or 'DDIM'"),
     ({"num_images": 0}, "`num_images` must be at least 1, got 0"),
     ({"on_bad_image": "ignore"}, "`on_bad_image` must be one of .*, got 'ignore'"),
-    ({"reference_split": "none", "split": "neither"}, "'none' does not exist"),
+    (
+        {"reference_split": "none", "split": "neither"},
+        "`split` must be one of test, train, got 'none'",
+    ),
     ({"features": "./missing"}, "does not exist"),
 ]
 

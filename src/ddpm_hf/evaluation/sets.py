@@ -84,9 +84,8 @@ class DataSource:
             return self.dataset
         if isinstance(self.dataset, Mapping):
             if split not in self.dataset:
-                raise DataError(
-                    f"split {split!r} does not exist; choices: {', '.join(self.dataset)}"
-                )
+                choices = ", ".join(self.dataset)
+                raise DataError(f"`split` must be one of {choices}, got {split!r}")
             return self.dataset[split]
         if split not in self._opened:
             self._opened[split] = load_images(
