@@ -29,11 +29,8 @@ class Batches:
     the others, and iteration can start at any update.
 
     Attributes:
-        num_images: images in an epoch.
-        seed: seed of the permutations.
-        batch_size: images in a global batch, divisible by `num_processes * accumulation`.
-        start, stop: first update, and end of the updates (exclusive).
-        rank, num_processes: this process, and the number of processes.
+        batch_size: images in a global batch, a multiple of `num_processes * accumulation`.
+        start, stop: range of the updates.
         accumulation: micro-batches per update.
     """
 
@@ -79,15 +76,7 @@ def timestep_generator(seed: int, step: int, device: torch.device) -> torch.Gene
 
 
 def dropped_labels(seed: int, step: int, batch_size: int, share: float, device: Any) -> Tensor:
-    """Class dropout: mask of the rows of update `step` without class label, (batch_size,) bool.
-
-    Args:
-        seed: the run's seed.
-        step: the update.
-        batch_size: rows of the global batch.
-        share: expected share of rows without class label.
-        device: device of the mask.
-    """
+    """Class dropout: mask of the rows of update `step` without label, (batch_size,) bool."""
     generator = torch.Generator(device).manual_seed(seed_of(seed, "class dropout", step))
     return torch.rand(batch_size, generator=generator, device=device) < share
 
@@ -96,12 +85,10 @@ def noise_of_rows(seed: int, step: int, rows: range, like: Tensor) -> Tensor:
     """Standard normal noise for some rows of the global batch of update `step`.
 
     Args:
-        seed: the run's seed.
+        seed: seed of the run.
         step: the update.
         rows: rows of the global batch, one per image of `like`.
-        like: images with the shape and device of the result, (B, C, H, W).
-    Returns:
-        noise, float32, (B, C, H, W).
+        like: images with the shape and device of the float32 result, (B, C, H, W).
     """
     generator = torch.Generator(like.device)
     noise = torch.empty(like.shape, device=like.device)

@@ -10,6 +10,9 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+Generator = torch.Generator | None
+Device = torch.device | str | None
+
 
 class TimestepSampler(ABC):
     """Distribution of the timesteps of a batch, over [0, T).
@@ -31,10 +34,7 @@ class TimestepSampler(ABC):
 
     @abstractmethod
     def sample(
-        self,
-        batch_size: int,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
+        self, batch_size: int, generator: Generator = None, device: Device = None
     ) -> tuple[Tensor, Tensor]:
         """Timesteps of a global batch, and the importance weights 1 / (T p(t)) of their losses.
 
@@ -80,10 +80,7 @@ class UniformTimesteps(TimestepSampler):
     """Uniform timesteps, independent between rows (2006.11239, algorithm 1)."""
 
     def sample(
-        self,
-        batch_size: int,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
+        self, batch_size: int, generator: Generator = None, device: Device = None
     ) -> tuple[Tensor, Tensor]:
         """t uniform in [0, T); weights 1."""
         T = self.num_train_timesteps
@@ -98,10 +95,7 @@ class LowDiscrepancyTimesteps(TimestepSampler):
     """
 
     def sample(
-        self,
-        batch_size: int,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
+        self, batch_size: int, generator: Generator = None, device: Device = None
     ) -> tuple[Tensor, Tensor]:
         """t = floor(T ((u + i / B) mod 1)), with one uniform u for all rows i; weights 1."""
         u = torch.rand((), generator=generator, device=device)
@@ -128,10 +122,7 @@ class LossSecondMomentTimesteps(TimestepSampler):
     needs_losses = True
 
     def __init__(
-        self,
-        num_train_timesteps: int,
-        history_size: int = 10,
-        uniform_probability: float = 1e-3,
+        self, num_train_timesteps: int, history_size: int = 10, uniform_probability: float = 1e-3
     ) -> None:
         super().__init__(num_train_timesteps)
         if history_size < 1 or not 0 < uniform_probability <= 1:
@@ -155,10 +146,7 @@ class LossSecondMomentTimesteps(TimestepSampler):
         return torch.lerp(magnitude / magnitude.sum(), uniform, self.uniform_probability)
 
     def sample(
-        self,
-        batch_size: int,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
+        self, batch_size: int, generator: Generator = None, device: Device = None
     ) -> tuple[Tensor, Tensor]:
         """t distributed as p(t); weights 1 / (T p(t))."""
         # Integers: not every device has float64, and float32 is too coarse for the rarest t.

@@ -72,51 +72,31 @@ class Cell(TypedDict):
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """Properties in the header of an image file, after EXIF rotation.
+    """Properties in the header of an image file, after EXIF rotation."""
 
-    Attributes:
-        height, width: in pixels; 0 for an unusable image.
-        colour: whether the mode has colour.
-        alpha: whether the image may have transparent pixels.
-        deep: whether the image is 16-bit grey.
-        problem: why the image is unusable, or None.
-    """
-
-    height: int = 0
+    height: int = 0  # 0 for an unusable image
     width: int = 0
     colour: bool = False
-    alpha: bool = False
-    deep: bool = False
-    problem: str | None = None
+    alpha: bool = False  # may have transparent pixels
+    deep: bool = False  # 16-bit grey
+    problem: str | None = None  # why the image is unusable
 
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """Decoded and resized image.
+    """Decoded and resized image."""
 
-    Attributes:
-        pixels: bytes of the array (C, height, width), uint8 or uint16.
-        height, width: of the result, in pixels; 0 for an unusable image.
-        source_height, source_width: of the file, in pixels.
-        peak: largest value.
-        colour: whether there are colours other than grey (palette images) or a colour mode.
-        alpha: whether some pixels are not opaque.
-        animated: whether the file has several frames or pages.
-        narrowed: whether 16 bits per channel were reduced to 8.
-        problem: why the image is unusable, or None.
-    """
-
-    pixels: bytes = b""
-    height: int = 0
+    pixels: bytes = b""  # array (C, height, width), uint8 or uint16
+    height: int = 0  # 0 for an unusable image
     width: int = 0
-    source_height: int = 0
+    source_height: int = 0  # of the file
     source_width: int = 0
-    peak: int = 0
+    peak: int = 0  # largest value
     colour: bool = False
-    alpha: bool = False
-    animated: bool = False
-    narrowed: bool = False
-    problem: str | None = None
+    alpha: bool = False  # has pixels that are not opaque
+    animated: bool = False  # several frames or pages
+    narrowed: bool = False  # from 16 to 8 bits per channel
+    problem: str | None = None  # why the image is unusable
 
 
 Row = TypeVar("Row", ImageHeader, DecodedImage)

@@ -3,7 +3,7 @@
 The files are listed here and not by the `imagefolder` builder of `datasets`, which reads the
 metadata. The builder (5.1) takes a folder "my test shots" for a split, fails on a file name that is
 not UTF-8, includes the images in folders of training runs, does not count what it ignores, and
-takes 12 s for 4,000 files that are listed here in 0.2 s.
+is 15 to 70 times slower for 4,000 files.
 """
 
 import csv

@@ -28,13 +28,8 @@ class ImageSource(Protocol):
         labels: class of each image, (N,), or None.
     """
 
-    @property
-    def num_images(self) -> int | None:
-        """Number of images, or None if unknown."""
-
-    @property
-    def labels(self) -> Labels | None:
-        """Class of each image, (N,), or None."""
+    num_images: int | None
+    labels: Labels | None
 
     def read(self, positions: Sequence[int], offsets: NDArray[np.float32]) -> Tensor:
         """Images at these positions, (B, C, H, W), float32 in [-1, 1], in new memory.
@@ -65,7 +60,8 @@ class PreparedSource:
     """Source of prepared images, with random crops where they were prepared for that."""
 
     def __init__(self, images: ImageDataset) -> None:
-        self.images, self.num_images, self.labels = images, len(images), images.labels
+        self.images, self.labels = images, images.labels
+        self.num_images: int | None = len(images)
 
     def read(self, positions: Sequence[int], offsets: NDArray[np.float32]) -> Tensor:
         """Images at these positions; see `ImageSource`."""
@@ -79,7 +75,8 @@ class TensorSource:
     labels: Labels | None = None
 
     def __init__(self, images: MapStyleImages) -> None:
-        self.images, self.num_images = images, len(images)
+        self.images = images
+        self.num_images: int | None = len(images)
         self._shape: torch.Size | None = None  # of image 0, once it is read
 
     def read(self, positions: Sequence[int], offsets: NDArray[np.float32]) -> Tensor:
@@ -99,8 +96,8 @@ class TensorSource:
         """Whether the first image, and then a sample of all images, has no negative value."""
         if first.min() < 0 or first.max() == 0:
             return False
-        step = -(-self.num_images // _NUM_RANGE_SAMPLES)
-        sample = range(0, self.num_images, step)
+        count = len(self.images)
+        sample = range(0, count, -(-count // _NUM_RANGE_SAMPLES))
         return bool(self.read(sample, np.zeros((len(sample), 2), np.float32)).min() >= 0)
 
     def _read(self, index: int) -> Tensor:
