@@ -120,7 +120,7 @@ CONSTRUCTOR = [
     (
         T3 | {"trained_betas": [0.1] * 3, "beta_schedule": "quad"},
         "beta_schedule",
-        "pass one of the two (`trained_betas`=None",
+        "left out if `trained_betas` are passed",
         "'quad'",
     ),
     (

@@ -510,7 +510,8 @@ def test_calibrated_timesteps_are_saved_with_the_scheduler(tmp_path):
     other.set_timesteps(5, timestep_spacing="calibrated")
     assert other.timesteps.tolist() == found["DDIM"][5]
     with pytest.raises(
-        ValueError, match=r"`num_inference_steps` must be in \[5, 5\] for .*calibrated.*, got 6"
+        ValueError,
+        match=r"`num_inference_steps` must be an int in \[5, 5\] for .*calibrated.*, got 6",
     ):
         other.set_timesteps(6, timestep_spacing="calibrated")
     without = GaussianDDPMScheduler.from_config(other.config, calibrated_timesteps=None)

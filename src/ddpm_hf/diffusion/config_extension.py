@@ -115,7 +115,7 @@ def with_schedule_by_name(config: Config, overrides: Config) -> Config:
 
     Args:
         config: configuration of a scheduler.
-        overrides: values that replace those of `config`; updated in place.
+        overrides: values that override the configuration; updated in place.
     """
     if "trained_betas" in overrides or not SCHEDULE_KEYS & overrides.keys():
         return config

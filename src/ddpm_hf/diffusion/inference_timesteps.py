@@ -117,7 +117,7 @@ class InferenceTimesteps(scheduler_config.PortableScheduler, forward_process.For
                     " has none; run `ddpm-hf calibrate --timesteps`"
                 )
             raise ValueError(
-                f"`num_inference_steps` must be in [{min(by_num_steps)}, {max(by_num_steps)}] for"
+                f"`num_inference_steps` must be an int in [{min(by_num_steps)}, {max(by_num_steps)}] for"
                 f" `timestep_spacing` 'calibrated', got {num_steps}"
             )
         return checks.check_timesteps(by_num_steps[num_steps], len(self))
@@ -154,7 +154,7 @@ class InferenceTimesteps(scheduler_config.PortableScheduler, forward_process.For
         """The timestep after `timestep` in sampling, 0-dim; -1, the clean image, after the last."""
         return torch.tensor(self._trajectory.previous(timestep), device=self._timesteps.device)
 
-    def _adopt_extension(self, own: Any) -> None:
-        super()._adopt_extension(own)
+    def _adopt_extension(self, extension: Any) -> None:
+        super()._adopt_extension(extension)
         if self.x_0_mse is not None:
             self._set_trajectory(np.arange(len(self)))  # with the calibrated variances

@@ -182,9 +182,9 @@ class PortableScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if trained is not None:
             if is_extension:
                 raise ValueError(
-                    f"`beta_schedule` must be one of diffusers' together with `trained_betas`, got"
-                    f" {name!r}; pass one of the two (`trained_betas`=None to from_config drops the"
-                    " betas of the configuration)"
+                    "`beta_schedule` must be left out if `trained_betas` are passed, got"
+                    f" {name!r}; from_config(..., trained_betas=None) drops the betas of a"
+                    " configuration"
                 )
             betas = checks.check_betas("`trained_betas`", trained, T)
             self.register_to_config(trained_betas=betas.tolist())

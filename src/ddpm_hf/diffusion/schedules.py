@@ -40,7 +40,7 @@ def sigmoid(num_steps: int, beta_start: float, beta_end: float) -> Array:
 
 
 def stock_laplace(num_steps: int, beta_start: float, beta_end: float) -> Array:
-    """The "laplace" schedule of diffusers, which uses sqrt(alpha_bar) in place of alpha_bar.
+    """The "laplace" schedule of diffusers, which uses sqrt(alpha_bar) for alpha_bar.
 
     `laplace_log_snr` is the correct one. Upstream: diffusers 0.42.1, scheduling_ddpm.py,
     `betas_for_alpha_bar`. The signal amplitude at the last step is 18%.

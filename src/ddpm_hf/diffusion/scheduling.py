@@ -1,8 +1,8 @@
 """Gaussian diffusion of DDPM (2006.11239) as a diffusers scheduler.
 
-Notation: timesteps start at 0, as in diffusers, so `t` in code is t + 1 in the paper, and the clean
-image precedes t = 0. "prev" is the next smaller timestep of the trajectory: t - 1 in the training
-chain, otherwise the next smaller one chosen by `set_timesteps`.
+Notation: timesteps start at 0, as in diffusers, so `t` in code is timestep t + 1 of the paper, and
+the clean image precedes t = 0. "prev" is the next smaller timestep of the trajectory: t - 1 in the
+training chain, otherwise the next smaller one chosen by `set_timesteps`.
 
     q(x_t | x_0)         = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I)              eq. 4
     q(x_prev | x_t, x_0) = N(coef_x_0 x_0 + coef_x_t x_t, posterior_var I)            eq. 6, 7
@@ -35,7 +35,6 @@ from . import (
 )
 
 Array = schedules.Array
-Steps = schedules.Steps
 Timestep = coefficient_tables.Timestep
 Generators = tensor_ops.Generators
 at_least_float32 = tensor_ops.at_least_float32
@@ -56,8 +55,8 @@ class GaussianDDPMScheduler(inference_timesteps.InferenceTimesteps):
 
     Args:
         num_train_timesteps: T, the length of the training chain, 1 to 100000.
-        beta_start: first beta of "linear" and its relatives, in (0, 1).
-        beta_end: last beta of "linear" and its relatives, in (0, 1).
+        beta_start: first beta, in (0, 1), of schedules with a range of betas, such as "linear".
+        beta_end: last beta, in (0, 1), of schedules with a range of betas.
         beta_schedule: "linear", "scaled_linear", "squaredcos_cap_v2" (cosine), "sigmoid" or
             "laplace" as in diffusers; "quad", "const", "jsd", "warmup10" and "warmup50" of the DDPM
             code; "cosine" (parameters "offset" and "cap"), "iddpm_linear" (linear for any T),
@@ -84,10 +83,10 @@ class GaussianDDPMScheduler(inference_timesteps.InferenceTimesteps):
             prediction type "sample" or "v_prediction", and "trailing" to visit the last step.
         beta_schedule_params: parameters of the schedule by name, such as {"tau": 0.7}.
         x_0_mse: mean squared error m_t of the network's estimate of x_0 at each t, T values, as
-            measured by `ddpm_hf.calibrate`. It replaces the fixed variances by beta~ + coef_x_0^2
-            m_t, which minimizes the bound for trajectories of any length (2201.06503); a learned
-            variance keeps only its distribution over the values of an image. None for the published
-            variances. Dropped when betas or prediction type change.
+            measured by `ddpm_hf.calibrate`. It replaces the published reverse variance by
+            beta~ + coef_x_0^2 m_t, which minimizes the bound for trajectories of any length
+            (2201.06503). A learned variance then only distributes it over the values of an image.
+            Dropped when betas or prediction type change.
         calibrated_timesteps: timesteps by sampler and number of steps, as found by
             `ddpm-hf calibrate --timesteps`: {"DDIM": {10: [999, ...]}}. Dropped like `x_0_mse`.
         recommended: the cheapest sampler as good as the best one, as found by
