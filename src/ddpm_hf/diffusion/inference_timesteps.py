@@ -116,9 +116,10 @@ class InferenceTimesteps(scheduler_config.PortableScheduler, forward_process.For
                     "`timestep_spacing` 'calibrated' needs calibrated timesteps, but this scheduler"
                     " has none; run `ddpm-hf calibrate --timesteps`"
                 )
+            low, high = min(by_num_steps), max(by_num_steps)
             raise ValueError(
-                f"`num_inference_steps` must be an int in [{min(by_num_steps)}, {max(by_num_steps)}] for"
-                f" `timestep_spacing` 'calibrated', got {num_steps}"
+                f"`num_inference_steps` must be an int in [{low}, {high}] for `timestep_spacing`"
+                f" 'calibrated', got {num_steps!r}"
             )
         return checks.check_timesteps(by_num_steps[num_steps], len(self))
 
