@@ -664,7 +664,7 @@ def test_the_right_to_write_is_proved_before_training(client, hub):
     assert hub.repo("user/digits").private
     with pytest.raises(ClientError, match="no right to write"):
         client.run("BackgroundPusher('other/x', waits_s=()).check()")
-    with pytest.raises(ClientError, match="not a name"):
+    with pytest.raises(ClientError, match="not the name of a repository"):
         client.run("BackgroundPusher('a/b/c')")
 
 
