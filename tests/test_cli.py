@@ -238,7 +238,7 @@ def test_counted_nouns_are_singular_or_plural(number, text):
         (["./photos"], False),
     ],
 )
-def test_a_switch_does_not_take_the_data_set_as_its_value(argv, flip):
+def test_a_switch_does_not_take_the_dataset_as_its_value(argv, flip):
     config = parse_config(argv)
     assert (config.dataset, config.random_flip) == ("./photos", flip)
 

@@ -171,7 +171,7 @@ def _parsed_type(annotation: Any) -> Any:
 def _without_switch_values(words: list[str], switches: Mapping[str, argparse.Action]) -> list[str]:
     """`--x` for `--x true` and `--x=true`, `--no-x` for `--x false`; other words stay.
 
-    So a switch does not take the word that follows it, which may be a data set.
+    So a switch does not take the word that follows it, which may be a dataset.
     """
     spelled: list[str] = []
     rest = iter(enumerate(words, 1))

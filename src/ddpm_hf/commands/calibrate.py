@@ -38,7 +38,7 @@ class CalibrateCommand(CalibrationOptions, ModelArgument):
 
     dataset: str = option(
         REQUIRED,
-        "folder of images, parquet or arrow files, or a data set on the Hub; images are converted"
+        "folder of images, parquet or arrow files, or a dataset on the Hub; images are converted"
         " to the model's size and mode",
         metavar="DATASET",
         is_path=True,

@@ -62,7 +62,7 @@ class EvaluateCommand(ComparisonOptions):
     """Options of `ddpm-hf evaluate`.
 
     Raises:
-        OptionError: without a data set, or for options that need a single setting.
+        OptionError: without a dataset, or for options that need a single setting.
     """
 
     subjects: list[str] = option(
@@ -74,7 +74,7 @@ class EvaluateCommand(ComparisonOptions):
     )
     dataset: str | None = option(
         None,
-        "folder of images, parquet or arrow files, or a data set on the Hub; images are converted"
+        "folder of images, parquet or arrow files, or a dataset on the Hub; images are converted"
         " to the model's size and mode",
         metavar="DATASET",
         is_path=True,

@@ -6,12 +6,12 @@ from itertools import pairwise
 from ddpm_hf.commands.messages import command_messages
 from ddpm_hf.text import check_local_path
 
-HELP = "train on a folder of images or any data set, or resume an interrupted run"
+HELP = "train on a folder of images or any dataset, or resume an interrupted run"
 
 
 def run(argv: list[str]) -> int:
     """Train a model; returns 0, or the status of a run that was stopped or could not be pushed."""
-    for text in _data_sets(argv):
+    for text in _dataset_names(argv):
         check_local_path(text)
     from ddpm_hf.training import TrainingConfig, parse_config
 
@@ -22,8 +22,8 @@ def run(argv: list[str]) -> int:
         return train(config).exit_status
 
 
-def _data_sets(argv: list[str]) -> Iterator[str]:
-    """The words that name a data set with certainty, before the options are parsed."""
+def _dataset_names(argv: list[str]) -> Iterator[str]:
+    """The words that name a dataset with certainty, before the options are parsed."""
     if argv and not argv[0].startswith("-"):
         yield argv[0]
     yield from (value for flag, value in pairwise(argv) if flag == "--dataset")
