@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from processes import LIMIT_S, run_process, started
 
 from ddpm_hf.cli import main
 from ddpm_hf.locks import FOLDER_LOCK, InUseError, exclusive_folder, hold_lock
@@ -53,19 +54,17 @@ def test_a_folder_that_was_created_for_the_lock_is_removed_if_it_stays_empty(tmp
 def test_a_lock_file_that_is_removed_while_waiting_is_created_again(tmp_path):
     """Its holder is a killed process whose child still has the lock."""
     lock = tmp_path / "lock"
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
+    with started([sys.executable, "-c", ""]) as dead:
+        dead.wait(LIMIT_S)
     lock.write_text(str(dead.pid))
     script = (
         "import fcntl, os, sys, time; f = open(sys.argv[1]); fcntl.flock(f, 2); print(flush=True);"
         "time.sleep(1); os.unlink(sys.argv[1])"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", script, str(lock)], stdout=subprocess.PIPE
-    ) as child:
+    with started([sys.executable, "-c", script, str(lock)], stdout=subprocess.PIPE) as child:
         child.stdout.readline()
         with hold_lock(lock, tmp_path, "output"):
-            assert child.wait() == 0
+            assert child.wait(LIMIT_S) == 0
             assert lock.read_text() == str(os.getpid())
 
 
@@ -75,7 +74,7 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path):
         "with hold_lock(pathlib.Path(sys.argv[1]), pathlib.Path(), 'output'):\n"
         "    os.kill(os.getpid(), 9)"
     )
-    subprocess.run([sys.executable, "-c", script, str(tmp_path / "lock")], check=False)
+    run_process([sys.executable, "-c", script, str(tmp_path / "lock")])
     assert (tmp_path / "lock").read_text() != str(os.getpid())
     with hold_lock(tmp_path / "lock", tmp_path, "output"):
         assert (tmp_path / "lock").read_text() == str(os.getpid())
