@@ -56,9 +56,9 @@ def test_bad_images_can_be_skipped():
     good = [zoo.encode(zoo.grey(6, 9) + i) for i in range(4)]
     bad = [case.data for case in zoo.damaged()]
     cells = rows(good[0], *bad[:5], good[1], *bad[5:], *good[2:])
-    with pytest.warns(UserWarning, match=f"4 images used, {len(bad)} left out") as said:
+    with pytest.warns(UserWarning, match=f"4 images used, {len(bad)} left out") as caught:
         images = prepare(cells, on_bad_image="skip")
-    assert str(said[0].message).count("; row ") == 10  # all are in `skipped`
+    assert str(caught[0].message).count("; row ") == 10  # all are in `skipped`
     assert images.left_out == {"bad images": len(bad)}
     assert len(images) == 4
     skipped = [int(re.match(r"row (\d+)", line)[1]) for line in images.skipped]

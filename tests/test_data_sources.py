@@ -53,9 +53,9 @@ HEIC_SCRIPT = """
 import sys, warnings
 sys.modules["pillow_heif"] = None  # as if it were not installed
 from ddpm_hf.data import load_images, prepare_images
-with warnings.catch_warnings(record=True) as said:
+with warnings.catch_warnings(record=True) as caught:
     prepare_images(load_images(sys.argv[1]), progress=False)
-print(said[0].message)
+print(caught[0].message)
 """
 
 

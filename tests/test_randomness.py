@@ -33,8 +33,8 @@ def shares(num_processes, accumulation, *, start=0, stop=5, num_images=10, batch
 
 
 def test_every_epoch_is_a_different_permutation_of_the_images():
-    seen = [place for batch in shares(1, 1) for place in batch]
-    epochs = [[index for e, index in seen if e == epoch] for epoch in range(6)]
+    positions = [position for batch in shares(1, 1) for position in batch]
+    epochs = [[index for e, index in positions if e == epoch] for epoch in range(6)]
     assert all(sorted(order) == list(range(10)) for order in epochs)
     assert len({tuple(order) for order in epochs}) == 6
 
