@@ -211,10 +211,10 @@ class CalibrationOptions(LoadOptions, BatchOptions, DataOptions, FeatureOptions)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        defaults = {"sweep_images": None, "features": DEFAULT_FEATURES, "reference_split": "train"}
-        for name, default in defaults.items():
-            if not self.sweep and getattr(self, name) != default:
-                raise ValueError(f"`{name}` needs `sweep`")
+        for field in fields(self):
+            is_of_sweep = field.name in ("sweep_images", "features", "reference_split")
+            if is_of_sweep and not self.sweep and getattr(self, field.name) != field.default:
+                raise ValueError(f"`{field.name}` needs `sweep`")
 
     def sweep_options(self) -> EvaluationOptions:
         """Options of the evaluations of the sweep."""

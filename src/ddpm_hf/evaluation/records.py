@@ -5,14 +5,12 @@ import math
 import types
 import typing
 from collections.abc import Iterator
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
 from ddpm_hf.options import Options
 
 JsonObject = dict[str, Any]
 Row = dict[str, str | int | float | None]
-
-T = TypeVar("T")
 
 
 def renamed(key: str) -> Any:

@@ -6,6 +6,7 @@ import shlex
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from accelerate import PartialState
 
 from ddpm_hf.diffusion.atomic_files import write_text
 from ddpm_hf.evaluation.figures import BoundResult, MetricResult
+from ddpm_hf.evaluation.options import EvaluationOptions
 from ddpm_hf.evaluation.records import Record
 from ddpm_hf.evaluation.results import Evaluation
 from ddpm_hf.locks import exclusive_folder
@@ -21,11 +23,9 @@ EVALUATION_FILE, COMPARISON_FILE, CALIBRATION_FILE = (
     "evaluation.json", "comparison.json", "calibration.json"
 )  # fmt: skip
 MAX_BYTES = 2**28  # a file lists every image
-# Omitted from recorded commands.
-_DEFAULTS = {
-    "reference_split": "train", "on_bad_image": "error", "decoder": "exact", "batch_size": 64,
-    "per_class": False,
-}  # fmt: skip
+# Options that a recorded command omits at their default.
+_OMITTED = ("reference_split", "on_bad_image", "decoder", "batch_size", "per_class")
+_DEFAULTS = {f.name: f.default for f in fields(EvaluationOptions) if f.name in _OMITTED}
 
 
 @contextmanager
@@ -63,7 +63,7 @@ def write_result(folder: Path, result: Record, file_name: str) -> Path:
 
 
 def command_of(subjects: Sequence[str], dataset: str, options: Mapping[str, Any]) -> str:
-    """Command line that measures the same; options with default values are omitted."""
+    """Command line that measures the same."""
     words = ["ddpm-hf", "evaluate", *subjects, dataset]
     for name, value in options.items():
         if value is not None and value != _DEFAULTS.get(name):
