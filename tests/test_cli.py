@@ -56,10 +56,10 @@ def sampled(model, output, *more):
 
 
 def test_an_image_does_not_depend_on_the_batch_size(model, tmp_path):
-    whole = sampled(model, tmp_path / "a", "--num-images", "5", "--batch-size", "5")
-    parts = sampled(model, tmp_path / "b", "--num-images", "3", "--batch-size", "2")
-    assert len(whole) == 5
-    for one, other in zip(whole[:3], parts, strict=True):
+    five = sampled(model, tmp_path / "a", "--num-images", "5", "--batch-size", "5")
+    three = sampled(model, tmp_path / "b", "--num-images", "3", "--batch-size", "2")
+    assert len(five) == 5
+    for one, other in zip(five[:3], three, strict=True):
         # Convolutions of another batch size may round to another 8-bit level.
         assert np.abs(one.astype(int) - other).max() <= 1
 

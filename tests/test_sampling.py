@@ -50,12 +50,12 @@ def test_an_image_does_not_depend_on_the_number_of_images():
 
 def test_resume_samples_missing_batches_only(tmp_path):
     pipeline = build_pipeline()
-    whole = all_of(draw_to(pipeline, tmp_path / "x", 10, **CALL))
+    complete = all_of(draw_to(pipeline, tmp_path / "x", 10, **CALL))
     (tmp_path / "x" / "part-000001.npy").unlink()
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "x").iterdir()}
     with pytest.raises(ValueError, match="1 of 3 batches are missing"):
         open_drawn(tmp_path / "x")
-    np.testing.assert_array_equal(all_of(draw_to(pipeline, tmp_path / "x", 10, **CALL)), whole)
+    np.testing.assert_array_equal(all_of(draw_to(pipeline, tmp_path / "x", 10, **CALL)), complete)
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
 
 

@@ -91,7 +91,7 @@ def test_other_programs_read_npz_parquet_and_image_files(model, pixels, tmp_path
 
 @pytest.mark.parametrize("name", [*NAMES, "grid.png"])
 def test_incomplete_images_are_resumed_and_complete_ones_kept(model, tmp_path, name, capsys):
-    sample(model, tmp_path / "whole" / name)
+    sample(model, tmp_path / "uninterrupted" / name)
     pipeline = GaussianDDPMPipeline.from_pretrained(model)
     parts = tmp_path / f"{name}.parts"
     dtype = "float32" if name in ("x.npy", "grid.png") else "uint8"
@@ -106,9 +106,9 @@ def test_incomplete_images_are_resumed_and_complete_ones_kept(model, tmp_path, n
     assert not parts.exists()
     if name == "grid.png":
         return
-    drawn, whole = open_drawn(tmp_path / name), open_drawn(tmp_path / "whole" / name)
+    drawn, full = open_drawn(tmp_path / name), open_drawn(tmp_path / "uninterrupted" / name)
     assert not drawn.read(range(4)).any()
-    np.testing.assert_array_equal(drawn.read(range(4, N)), whole.read(range(4, N)))
+    np.testing.assert_array_equal(drawn.read(range(4, N)), full.read(range(4, N)))
     before = (tmp_path / name).stat().st_mtime_ns
     capsys.readouterr()
     sample(model, tmp_path / name)

@@ -116,7 +116,8 @@ class EvaluateCommand(ComparisonOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.dataset is None and len(self.subjects) > 1:  # argparse gives all words to subjects
-            object.__setattr__(self, "dataset", self.subjects.pop())
+            object.__setattr__(self, "dataset", self.subjects[-1])
+            object.__setattr__(self, "subjects", self.subjects[:-1])
         if self.dataset is None and not self.verify:
             raise OptionError("`dataset` is missing: it is optional with `verify` only")
         if (self.card or self.verify) and not self.is_single:

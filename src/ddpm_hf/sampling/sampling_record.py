@@ -1,4 +1,4 @@
-"""Record of how images were sampled: kept beside them as JSON and compared on resume."""
+"""Record of the settings that images are sampled with: stored as JSON, compared on resume."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -83,7 +83,7 @@ class SamplingSettings:
 
 @dataclass(frozen=True)
 class SamplingRecord:
-    """Content of `options.json` in a folder of images and of NAME.json beside a file.
+    """Content of `options.json` in a folder of batches, and of NAME.json for an output NAME.
 
     Attributes:
         settings: everything that determines the images.
@@ -223,7 +223,7 @@ def _difference(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> str |
 
 
 def _json_values(value: Any) -> Any:
-    """`value` as it is after a round trip through JSON."""
+    """`value` after a round trip through JSON."""
     if isinstance(value, Mapping):
         return {str(name): _json_values(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
