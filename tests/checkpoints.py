@@ -1,4 +1,4 @@
-"""Tiny checkpoints of every kind that lies on the Hub: ours, stock, and as written in 2022."""
+"""Tiny checkpoints of this package, of stock diffusers, and of diffusers in 2022."""
 
 import json
 from pathlib import Path
@@ -11,13 +11,13 @@ from safetensors.torch import save_file
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 
-# However short it is, the cosine schedule ends at noise, and "trailing" starts there.
+# The cosine schedule ends at noise for any number of timesteps, and "trailing" starts there.
 SHORT_CHAIN = {
     "num_train_timesteps": 20,
     "beta_schedule": "squaredcos_cap_v2",
     "timestep_spacing": "trailing",
 }
-# What a scheduler_config.json of 2022 holds: no prediction_type, no spacing, no thresholding.
+# scheduler_config.json of 2022: no prediction_type, no timestep_spacing, no thresholding.
 LEGACY_SCHEDULER = {
     "_class_name": "DDPMScheduler",
     "_diffusers_version": "0.1.1",
@@ -44,7 +44,7 @@ OLD_ATTENTION_NAMES = {
 
 
 def tiny_unet(seed: int = 0, **config: Any) -> UNet2DModel:
-    """A UNet of two levels with attention, some 25,000 parameters, weights by the seed."""
+    """UNet of two levels with attention and about 25,000 parameters, initialised with the seed."""
     defaults = {
         "sample_size": 8,
         "in_channels": 1,
@@ -61,14 +61,14 @@ def tiny_unet(seed: int = 0, **config: Any) -> UNet2DModel:
 
 
 def tiny_scheduler(**config: Any) -> GaussianDDPMScheduler:
-    """A scheduler of 20 steps."""
+    """Scheduler of 20 timesteps."""
     return GaussianDDPMScheduler(**(SHORT_CHAIN | config))
 
 
 def image_facts_of(
     mode: str | None, height: int, width: int, bit_depth: int = 8, class_names: Any = None
 ) -> dict[str, Any]:
-    """What a trainer registers as `_ddpm_hf` in the UNet's configuration."""
+    """Image facts as training stores them in the configuration of the UNet."""
     image = {"height": height, "width": width, "bit_depth": bit_depth}
     facts: dict[str, Any] = {"format_version": 1, "image": image}
     if mode is not None:
@@ -81,7 +81,7 @@ def image_facts_of(
 def tiny_pipeline(
     unet: UNet2DModel | None = None, scheduler: Any = None, facts: dict[str, Any] | None = None
 ) -> GaussianDDPMPipeline:
-    """Our pipeline around a tiny UNet, without a progress bar."""
+    """Our pipeline with a tiny UNet, without progress bar."""
     unet = tiny_unet() if unet is None else unet
     if facts is not None:
         unet.register_to_config(_ddpm_hf=facts)
@@ -89,19 +89,19 @@ def tiny_pipeline(
 
 
 def quiet(pipeline: Any) -> Any:
-    """The pipeline, its progress bar turned off."""
+    """The pipeline with its progress bar turned off."""
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def save_ours(folder: Path, **parts: Any) -> Path:
-    """A portable checkpoint; `parts` as for `tiny_pipeline`."""
+    """Save a portable checkpoint; `parts` as for `tiny_pipeline`."""
     tiny_pipeline(**parts).save_pretrained(folder)
     return folder
 
 
 def save_stock(folder: Path, unet: UNet2DModel | None = None, **scheduler: Any) -> Path:
-    """What stock diffusers' `DDPMPipeline.save_pretrained` writes."""
+    """Save a checkpoint of the stock `DDPMPipeline`."""
     unet = tiny_unet() if unet is None else unet
     pipeline = DDPMPipeline(unet=unet, scheduler=DDPMScheduler(**(SHORT_CHAIN | scheduler)))
     pipeline.save_pretrained(folder)
@@ -109,12 +109,12 @@ def save_stock(folder: Path, unet: UNet2DModel | None = None, **scheduler: Any) 
 
 
 def save_legacy(folder: Path, flat: bool = True, pickled: bool = True) -> Path:
-    """A repository as `google/ddpm-cifar10-32` was first uploaded.
+    """Save a checkpoint like the first upload of `google/ddpm-cifar10-32`.
 
     Args:
-        folder: where to write it.
-        flat: all files at the root; else in unet/ and scheduler/.
-        pickled: weights as `.bin`; else as safetensors.
+        folder: folder to write.
+        flat: whether all files are at the root, or in unet/ and scheduler/.
+        pickled: whether weights are `.bin` or safetensors.
     """
     unet = tiny_unet()
     parts = {name: folder if flat else folder / name for name in ("unet", "scheduler")}
@@ -140,7 +140,7 @@ def save_legacy(folder: Path, flat: bool = True, pickled: bool = True) -> Path:
 
 
 def old_attention_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights under the names that attention blocks had until diffusers 0.15."""
+    """The weights with the names of attention weights until diffusers 0.15."""
     renamed = {}
     for name, weight in weights.items():
         for new, old in OLD_ATTENTION_NAMES.items():

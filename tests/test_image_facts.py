@@ -1,4 +1,4 @@
-"""What a model knows of its images."""
+"""ImageFacts: JSON form and validation."""
 
 import json
 
@@ -14,7 +14,7 @@ from ddpm_hf.data import ImageFacts
         ImageFacts("RGBA", 64, 48, 16, ("a", "b")),
     ],
 )
-def test_facts_survive_their_json_form(facts):
+def test_facts_survive_conversion_to_json(facts):
     config = json.loads(json.dumps(facts.to_config()))
     assert config["format_version"] == 1
     assert set(config["image"]) == {"mode", "height", "width", "bit_depth"}
@@ -30,7 +30,7 @@ def test_facts_survive_their_json_form(facts):
         {"bit_depth": 12},
     ],
 )
-def test_wrong_facts_are_refused(change):
+def test_invalid_facts_are_refused(change):
     config = ImageFacts("L", 28, 28).to_config()
     with pytest.raises(ValueError, match=next(iter(change))):
         ImageFacts.from_config({**config, "image": config["image"] | change})

@@ -1,4 +1,4 @@
-"""The portable checkpoint: its ways in, each in a fresh process, and how it is written."""
+"""The portable checkpoint: three ways to load it, each in a new process, and how it is saved."""
 
 import importlib
 import json
@@ -35,7 +35,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def draw(pipeline, **call):
-    """Two images by seed 0, (2, H, W, C)."""
+    """Two samples with seed 0, (2, H, W, C)."""
     generator = torch.Generator().manual_seed(0)
     return quiet(pipeline)(2, generator, 20, "np", **call).images
 
@@ -49,7 +49,7 @@ def files_of(folder):
 
 
 # ----------------------------------------------------------------------------------------------
-# The routes, each in a process of its own
+# Three ways to load, each in a process of its own
 
 PROLOGUE = """
 import json, logging, sys
@@ -139,7 +139,7 @@ facts["warnings"] = warned
 
 
 def run_fresh(name, script, root, with_package=False):
-    """Run `script` in a new process with an empty cache; its images, and what it noted."""
+    """Run `script` in a new process with an empty cache; returns its images and facts."""
     code = PROLOGUE.format(root=str(root), with_package=with_package) + script
     (root / f"{name}.py").write_text(code + EPILOGUE.format(name=name))
     environment = os.environ | {"HF_HOME": str(root / f"cache of {name}")}
@@ -149,7 +149,7 @@ def run_fresh(name, script, root, with_package=False):
 
 
 def save_by_another_version(folder, name, monkeypatch, root):
-    """A checkpoint as an older or newer release of the package would write it."""
+    """Save a checkpoint with the code of another release of the package."""
     package = root / f"release_{name}"
     package.mkdir()
     for source in PACKAGE.glob("*.py"):
@@ -166,9 +166,9 @@ def save_by_another_version(folder, name, monkeypatch, root):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Checkpoints, and what came of loading them: `{route: (images, notes)}`."""
+    """Folder of checkpoints, and the results of loading them: `{route: (images, facts)}`."""
     root = tmp_path_factory.mktemp("world")
-    # A schedule that stock does not know, images smaller than the network's square.
+    # A schedule that stock diffusers does not have, and images smaller than x_t.
     scheduler = tiny_scheduler(beta_schedule="chen_sigmoid")
     save_ours(root / "ours", scheduler=scheduler, facts=image_facts_of("L", 7, 6))
     names = image_facts_of("L", 8, 8, class_names=["a", "b"])
@@ -190,25 +190,25 @@ def close_to_stock(got, want):
 
 
 def same(got, want):
-    # 1e-5: weights at another address may be summed in another order.
+    # 1e-5: weights at another address change the order of sums.
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
-def test_plain_diffusers_samples_the_checkpoint_without_consent_and_without_a_warning(world):
+def test_stock_diffusers_samples_the_checkpoint_without_warnings(world):
     _, routes = world
     images, notes = routes["stock"]
     assert notes["classes"] == ["DDPMPipeline", "DDPMScheduler"]
     assert notes["warnings on loading"] == []
     ours, _ = routes["package"]
-    # Stock ignores the facts and gives the padded square: rows 0..6, columns 1..6 are the image.
+    # Stock ignores the facts and keeps the padding: the image is rows 0..6, columns 1..6.
     close_to_stock(images["stock"][:, 0:7, 1:7], ours["ours"])
     expected = tiny_scheduler(beta_schedule="chen_sigmoid").betas
     np.testing.assert_allclose(images["betas of DDIM"], expected, rtol=1e-6)
 
 
 @pytest.mark.slow
-def test_the_travelling_code_gives_our_classes_without_the_package(world):
+def test_travelling_code_gives_our_classes_without_the_package(world):
     _, routes = world
     images, notes = routes["travelling"]
     assert notes["classes"] == ["GaussianDDPMPipeline", "GaussianDDPMScheduler"]
@@ -217,7 +217,7 @@ def test_the_travelling_code_gives_our_classes_without_the_package(world):
 
 
 @pytest.mark.slow
-def test_the_package_loads_its_own_classes_from_every_kind_of_copy(world):
+def test_the_package_loads_its_own_classes_from_every_copy(world):
     _, routes = world
     images, notes = routes["package"]
     assert notes["warnings"] == []
@@ -227,7 +227,7 @@ def test_the_package_loads_its_own_classes_from_every_kind_of_copy(world):
 
 
 @pytest.mark.slow
-def test_a_swap_to_ddim_survives_saving_on_every_route(world):
+def test_a_ddim_scheduler_survives_saving_on_every_route(world):
     _, routes = world
     images, notes = routes["package"]
     assert notes["with DDIM"][1] == notes["saved by stock with DDIM"][1] == "DDIMScheduler"
@@ -237,7 +237,7 @@ def test_a_swap_to_ddim_survives_saving_on_every_route(world):
 
 
 @pytest.mark.slow
-def test_a_copy_of_a_copy_is_the_same_to_the_byte(world):
+def test_a_copy_of_a_copy_has_the_same_bytes(world):
     root, routes = world
     assert routes["travelling"][1]["warnings"] == []
     original = files_of(root / "ours")
@@ -248,28 +248,28 @@ def test_a_copy_of_a_copy_is_the_same_to_the_byte(world):
 
 
 @pytest.mark.slow
-def test_two_versions_of_the_code_live_in_one_process(world):
+def test_two_versions_of_the_code_run_in_one_process(world):
     _, routes = world
     assert routes["travelling"][1]["versions"] == [["1"] * 3, ["2"] * 3, ["1"] * 3]
 
 
 @pytest.mark.slow
-def test_code_in_the_checkpoint_runs_only_by_consent(world):
+def test_code_in_the_checkpoint_runs_only_with_consent(world):
     notes = world[1]["stock"][1]
     assert "trust_remote_code=True" in notes["without consent"]
     assert notes["code run without consent"] == []
 
 
 @pytest.mark.slow
-def test_stock_fails_loudly_where_it_cannot_sample(world):
+def test_stock_diffusers_raises_for_a_class_conditional_model(world):
     assert "class_labels" in world[1]["stock"][1]["stock on classes"]
 
 
 # ----------------------------------------------------------------------------------------------
-# What is written
+# Saving
 
 
-def test_the_index_is_the_stock_one_and_no_file_knows_this_machine(tmp_path):
+def test_the_index_is_that_of_stock_diffusers_and_no_file_has_a_local_path(tmp_path):
     save_ours(tmp_path / "a")
     loaded = GaussianDDPMPipeline.from_pretrained(tmp_path / "a")
     loaded.save_pretrained(tmp_path / "b")
@@ -283,26 +283,26 @@ def test_the_index_is_the_stock_one_and_no_file_knows_this_machine(tmp_path):
         assert str(tmp_path).encode() not in content, name
 
 
-def test_the_code_that_travels_is_the_package_s_own(tmp_path):
+def test_the_travelling_code_is_a_copy_of_the_source_folder(tmp_path):
     folder = save_ours(tmp_path / "model")
     (package,) = folder.glob("ddpm_hf_*")
     travelled = {path.name: path.read_bytes() for path in package.iterdir()}
     assert travelled == {path.name: path.read_bytes() for path in PACKAGE.glob("*.py")}
 
 
-def test_the_loader_sees_no_relative_import_in_a_file_that_travels():
-    """On the Hub it follows those that it sees, and looks for the file at the root."""
+def test_travelling_files_have_no_import_that_the_loader_follows():
+    """The loader looks for a relative import at the root of the repository."""
     for path in PACKAGE.glob("*.py"):
         assert get_relative_imports(path) == [], path.name
 
 
-def test_a_pipeline_of_stock_can_be_made_of_ours_and_back():
+def test_from_pipe_converts_to_the_stock_pipeline_and_back():
     ours = tiny_pipeline()
     stock = DDPMPipeline.from_pipe(ours)
     assert type(GaussianDDPMPipeline.from_pipe(stock).scheduler) is type(ours.scheduler)
 
 
-def test_saving_again_replaces_the_weights_and_keeps_the_files_of_others(tmp_path):
+def test_saving_again_replaces_the_weights_and_keeps_other_files(tmp_path):
     folder = save_ours(tmp_path / "model", unet=tiny_unet(seed=0))
     (folder / "README.md").write_text("by hand")
     (folder / "unet" / "notes.txt").write_text("by hand")
@@ -314,7 +314,7 @@ def test_saving_again_replaces_the_weights_and_keeps_the_files_of_others(tmp_pat
     torch.testing.assert_close(weights, dict(tiny_unet(seed=1).state_dict()), rtol=0, atol=0)
 
 
-def test_shards_and_variants_of_an_earlier_save_do_not_mix_with_a_later_one(tmp_path):
+def test_saving_replaces_shards_and_keeps_other_variants(tmp_path):
     pipeline = tiny_pipeline()
     pipeline.save_pretrained(tmp_path, max_shard_size="40KB")
     assert len([*tmp_path.glob("unet/*-of-*.safetensors")]) > 1
@@ -327,7 +327,7 @@ def test_shards_and_variants_of_an_earlier_save_do_not_mix_with_a_later_one(tmp_
         same(draw(again), draw(pipeline))
 
 
-def test_code_of_an_older_version_goes_when_a_newer_one_saves(tmp_path):
+def test_saving_replaces_the_code_of_another_version(tmp_path):
     save_ours(tmp_path)
     (package,) = tmp_path.glob("ddpm_hf_*")
     package.rename(tmp_path / "ddpm_hf_0123456789ab")
@@ -344,7 +344,7 @@ def test_non_finite_weights_are_not_written(tmp_path, value):
     assert [*tmp_path.iterdir()] == []
 
 
-def test_an_unusable_folder_is_named(tmp_path):
+def test_an_invalid_save_directory_is_refused(tmp_path):
     pipeline = tiny_pipeline()
     (tmp_path / "file").touch()
     (tmp_path / "real").mkdir()
@@ -363,17 +363,17 @@ def test_an_unusable_folder_is_named(tmp_path):
 
 
 def test_pickled_weights_are_not_written(tmp_path):
-    with pytest.raises(ValueError, match="safe_serialization"):
+    with pytest.raises(ValueError, match=r"`safe_serialization` must be True.*got False"):
         tiny_pipeline().save_pretrained(tmp_path / "model", safe_serialization=False)
     assert not (tmp_path / "model").exists()
 
 
-def test_a_misspelt_option_is_named(tmp_path):
-    with pytest.raises(TypeError, match="push_to_hubb"):
+def test_an_unknown_argument_of_save_pretrained_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="unknown arguments: `push_to_hubb`"):
         tiny_pipeline().save_pretrained(tmp_path / "model", push_to_hubb=True)
 
 
-def test_a_linked_file_is_replaced_and_not_written_through(tmp_path):
+def test_a_linked_file_is_replaced_and_its_target_is_kept(tmp_path):
     save_ours(tmp_path / "model")
     weights = tmp_path / "model" / "unet" / WEIGHTS
     weights.rename(tmp_path / "elsewhere")
@@ -385,7 +385,7 @@ def test_a_linked_file_is_replaced_and_not_written_through(tmp_path):
 
 
 @pytest.mark.parametrize("exists", [True, False])
-def test_a_full_disk_leaves_everything_as_it_was(tmp_path, exists):
+def test_a_full_disk_changes_nothing(tmp_path, exists):
     folder = tmp_path / "model"
     if exists:
         save_ours(folder)
@@ -401,10 +401,10 @@ def test_a_full_disk_leaves_everything_as_it_was(tmp_path, exists):
 
 
 def save_and_die(folder, at_event):
-    """Save other weights over `folder` in a child that is killed at its n-th file operation.
+    """Save other weights to `folder` in a child process that is killed at its n-th file operation.
 
     Returns:
-        whether the child came to its end before.
+        whether the child finished first.
     """
     child = os.fork()
     if child == 0:
@@ -423,8 +423,8 @@ def save_and_die(folder, at_event):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("exists", [True, False])
-def test_a_kill_at_any_moment_of_a_save_leaves_only_whole_files(tmp_path, exists):
-    """In an old folder each file is the old or the new one; a new folder is complete or absent."""
+def test_a_save_that_is_killed_leaves_only_complete_files(tmp_path, exists):
+    """Each file of an old folder is the old or the new one; a new folder is complete or absent."""
     new = files_of(
         save_ours(
             tmp_path / "new", unet=tiny_unet(seed=1), scheduler=tiny_scheduler(clip_sample=False)
@@ -450,7 +450,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_only_whole_files(tmp_path, exists
     assert finished
     assert found == new
     assert [*tmp_path.glob(".*")] == []
-    assert len(states) >= 2  # the kills came before, and after, the files took their places
+    assert len(states) >= 2  # some kills came before and some after files were replaced
     same(
         draw(GaussianDDPMPipeline.from_pretrained(folder)),
         draw(tiny_pipeline(tiny_unet(seed=1), tiny_scheduler(clip_sample=False))),
@@ -458,12 +458,12 @@ def test_a_kill_at_any_moment_of_a_save_leaves_only_whole_files(tmp_path, exists
 
 
 # ----------------------------------------------------------------------------------------------
-# What others wrote
+# Checkpoints of other versions and programs
 
 
 @pytest.mark.parametrize("flat", [True, False])
 @pytest.mark.parametrize("pickled", [True, False])
-def test_repositories_of_2022_give_the_samples_that_stock_gives(tmp_path, flat, pickled):
+def test_repositories_of_2022_sample_like_stock_diffusers(tmp_path, flat, pickled):
     """Old attention names, missing scheduler fields, files at the root or in folders."""
     folder = save_legacy(tmp_path, flat=flat, pickled=pickled)
     ours = GaussianDDPMPipeline.from_pretrained(folder, use_safetensors=not pickled)
@@ -472,7 +472,7 @@ def test_repositories_of_2022_give_the_samples_that_stock_gives(tmp_path, flat, 
     close_to_stock(draw(ours), draw(stock))
 
 
-def test_our_scheduler_saved_in_a_stock_pipeline_loads_in_ours_and_becomes_portable(tmp_path):
+def test_a_stock_pipeline_with_our_scheduler_becomes_portable_when_saved_by_ours(tmp_path):
     DDPMPipeline(unet=tiny_unet(), scheduler=tiny_scheduler()).save_pretrained(tmp_path / "a")
     loaded = GaussianDDPMPipeline.from_pretrained(tmp_path / "a")
     loaded.save_pretrained(tmp_path / "b")
@@ -480,13 +480,13 @@ def test_our_scheduler_saved_in_a_stock_pipeline_loads_in_ours_and_becomes_porta
 
 
 @pytest.mark.parametrize("unet", [{}, {"in_channels": 3}])
-def test_checkpoints_of_stock_diffusers_give_the_samples_that_stock_gives(tmp_path, unet):
+def test_checkpoints_of_stock_diffusers_sample_like_stock_diffusers(tmp_path, unet):
     folder = save_stock(tmp_path, tiny_unet(**unet))
     ours = GaussianDDPMPipeline.from_pretrained(folder)
     close_to_stock(draw(ours), draw(DiffusionPipeline.from_pretrained(folder)))
 
 
-def test_half_precision_loads_as_asked(tmp_path):
+def test_the_dtype_argument_is_applied(tmp_path):
     pipeline = GaussianDDPMPipeline.from_pretrained(
         save_ours(tmp_path / "model"), dtype=torch.bfloat16
     )
@@ -495,15 +495,13 @@ def test_half_precision_loads_as_asked(tmp_path):
 
 
 @pytest.mark.parametrize("opened", [GaussianDDPMPipeline.from_pretrained, ddpm_hf.load])
-def test_a_loaded_network_has_the_bits_of_the_saved_one_wherever_they_lie_in_the_file(
-    tmp_path, opened
-):
+def test_loading_gives_the_same_bits_for_any_alignment_of_weights_in_the_file(tmp_path, opened):
     pipeline = tiny_pipeline()
     pipeline.save_pretrained(tmp_path)
     want = draw(pipeline)
     file = tmp_path / "unet" / WEIGHTS
     weights = load_file(file)
-    for length in range(0, 64, 8):  # what moves the weights in the file
+    for length in range(0, 64, 8):  # shifts the weights in the file
         save_file(weights, file, {"format": "pt", "note": "." * length})
         loaded = opened(tmp_path)
         assert {p.data_ptr() % 64 for p in loaded.unet.parameters()} == {0}
@@ -511,20 +509,20 @@ def test_a_loaded_network_has_the_bits_of_the_saved_one_wherever_they_lie_in_the
 
 
 @pytest.mark.parametrize("options", [{}, {"use_safetensors": None}, {"use_safetensors": True}])
-def test_pickled_weights_are_opened_only_when_asked_for(tmp_path, options):
+def test_pickled_weights_are_refused_by_default(tmp_path, options):
     folder = save_legacy(tmp_path, pickled=True)
     with pytest.raises(OSError, match=r"\.bin.*code.*use_safetensors=False"):
         GaussianDDPMPipeline.from_pretrained(folder, **options)
 
 
-def test_a_damaged_safetensors_file_is_not_called_a_pickle(tmp_path):
+def test_a_damaged_safetensors_file_is_not_reported_as_pickled(tmp_path):
     folder = save_ours(tmp_path / "model")
     (folder / "unet" / WEIGHTS).write_bytes(b"damaged")
     with pytest.raises(OSError, match=WEIGHTS):
         GaussianDDPMPipeline.from_pretrained(folder)
 
 
-def test_a_checkpoint_that_lacks_a_weight_is_refused(tmp_path):
+def test_a_checkpoint_with_a_missing_weight_is_refused(tmp_path):
     weights = save_ours(tmp_path / "model") / "unet" / WEIGHTS
     tensors = load_file(weights)
     del tensors["conv_in.weight"]
@@ -533,7 +531,7 @@ def test_a_checkpoint_that_lacks_a_weight_is_refused(tmp_path):
         GaussianDDPMPipeline.from_pretrained(tmp_path / "model")
 
 
-def test_what_stock_does_not_know_about_the_schedule_survives_a_swap_to_ddim_and_back(tmp_path):
+def test_our_schedule_survives_conversion_to_ddim_and_back(tmp_path):
     scheduler = tiny_scheduler(beta_schedule="chen_sigmoid", beta_schedule_params={"tau": 0.7})
     pipeline = tiny_pipeline(scheduler=scheduler)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
