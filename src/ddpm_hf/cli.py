@@ -7,12 +7,13 @@ import sys
 from collections.abc import Callable, Sequence
 
 from ddpm_hf import __version__
-from ddpm_hf.commands import calibrate, evaluate, push, sample, train
+from ddpm_hf.commands import calibrate, edit, evaluate, push, sample, train
 from ddpm_hf.commands.messages import command_messages, say
 
 COMMANDS = {
     "train": train,
     "sample": sample,
+    "edit": edit,
     "calibrate": calibrate,
     "evaluate": evaluate,
     "push": push,

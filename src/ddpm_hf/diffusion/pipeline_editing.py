@@ -181,13 +181,20 @@ class EditingMethods(portable_pipeline.PortablePipeline):
         total = len(scheduler.timesteps) - start
         images = self._run(self._in_eval_mode(steps, networks), total, on_step_end)
         output = self._edited(images, output_type, num_images if return_std else None)
-        visited = scheduler.timesteps[start:].long().unique().flip(0).tolist()
-        is_ancestral = "eta" not in options and "DDPM" in type(scheduler).__name__
-        output.expected_gain = editing.gain_along(
-            editing.with_timesteps(scheduler, None, visited),
-            eta=options.get("eta", float(is_ancestral)),
-        )
+        output.expected_gain = _gain(scheduler, start, options.get("eta"))
         return output
+
+    def image_to_image_gain(
+        self,
+        *,
+        strength: float | None = None,
+        log_snr: float | None = None,
+        num_inference_steps: int | None = None,
+        eta: float | None = None,
+    ) -> float:
+        """`expected_gain` of `image_to_image` with these arguments, without sampling."""
+        scheduler_interface.set_timesteps(self.scheduler, num_inference_steps, None)
+        return _gain(self.scheduler, editing.start_index(self.scheduler, strength, log_snr), eta)
 
     @torch.no_grad()
     def invert(
@@ -380,3 +387,11 @@ def _noised(scheduler: Any, x_0: Tensor, noise: Tensor, start: int) -> Tensor:
     t = scheduler.timesteps[start : start + 1].expand(len(x_0)).to(x_0.device)
     x_t: Tensor = scheduler.add_noise(x_0, noise, t)
     return x_t
+
+
+def _gain(scheduler: Any, start: int, eta: float | None) -> float:
+    visited = scheduler.timesteps[start:].long().unique().flip(0).tolist()
+    is_ancestral = eta is None and "DDPM" in type(scheduler).__name__
+    return editing.gain_along(
+        editing.with_timesteps(scheduler, None, visited), eta=eta or float(is_ancestral)
+    )

@@ -1,0 +1,77 @@
+"""`ddpm-hf edit`."""
+
+from dataclasses import dataclass
+
+from ddpm_hf.commands.messages import command_messages, say
+from ddpm_hf.hub.options import LoadOptions, ModelArgument
+from ddpm_hf.sampling.edit_options import EditOptions, EditOutputOptions, PictureArgument
+from ddpm_hf.text import counted, public_name
+
+HELP = "edit a picture: inpaint, vary, interpolate, change its class"
+DESCRIPTION = """
+edit a picture with a model
+
+  ddpm-hf edit runs/photos/model photo.png --mask mask.png       draw the white part anew
+  ddpm-hf edit runs/photos/model photo.png --strength 0.4        variations of the picture
+  ddpm-hf edit runs/photos/model photo.png --between other.png   images from one to the other
+  ddpm-hf edit runs/pets/model rex.png --source-class dog --class-labels cat
+                                                                 the same picture as another class
+
+Several draws show what the model considers possible. std.png is their standard deviation: bright
+where they differ. The part of a picture outside the mask comes back bit by bit. Repeat the command
+to resume an interrupted edit.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditCommand(LoadOptions, EditOutputOptions, EditOptions, PictureArgument, ModelArgument):
+    """Options of `ddpm-hf edit`."""
+
+
+def run(argv: list[str]) -> int:
+    """Edit a picture."""
+    with command_messages(EditCommand):
+        from ddpm_hf.option_parser import parse_options
+
+        options = parse_options(
+            EditCommand,
+            argv,
+            prog="ddpm-hf edit",
+            usage="MODEL PICTURE [--option VALUE ...]",
+            description=DESCRIPTION,
+        )
+        try:
+            edit(options)
+        except KeyboardInterrupt:
+            say("ddpm-hf: finished batches are kept; repeat the command to resume")
+            raise
+    return 0
+
+
+def edit(options: EditCommand) -> None:
+    """Load the model, edit the picture and print what was written."""
+    from ddpm_hf.hub.load import load
+    from ddpm_hf.sampling.edited_images import edit_images
+    from ddpm_hf.shared_work import distributed_state
+
+    for path in (options.image, options.mask, options.between):
+        if path is not None and not path.is_file():
+            raise ValueError(f"{path} does not exist, or is not a file")
+    state = distributed_state()
+    pipeline = load(options.model, **options.keywords(LoadOptions)).to(state.device)
+    edited = edit_images(
+        pipeline,
+        options.image,
+        options.output,
+        EditOptions(**options.keywords(EditOptions)),
+        overwrite=options.overwrite,
+        model={"name": public_name(options.model), "revision": options.revision},
+    )
+    state.destroy_process_group()
+    if not state.is_main_process:
+        return
+    if edited.expected_gain is not None:
+        print(f"about {edited.expected_gain:.0%} of the picture's contrast is kept")
+    if edited.std is not None and len(edited.images) > 1:
+        print(f"mean standard deviation of a pixel: {edited.std.mean():.3f} of the range")
+    print(f"{counted(len(edited.images), 'image')} in {edited.folder}, all in grid.png")

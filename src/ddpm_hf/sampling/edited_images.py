@@ -1,0 +1,294 @@
+"""Edits of a picture file into a folder, drawn in batches and resumed after an interruption."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from PIL import Image, ImageOps
+
+from ddpm_hf.diffusion.atomic_files import read_json, remove_folder, replacing_file, write_text
+from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
+from ddpm_hf.digests import weights_digest
+from ddpm_hf.locks import exclusive_folder
+from ddpm_hf.pictures import Pixels, image_grid, to_pil
+from ddpm_hf.randomness import seed_of
+from ddpm_hf.sampling.edit_options import EditOptions
+from ddpm_hf.shared_work import compute_missing_files, distributed_state, on_main_process
+
+RECORD_NAME = "edit.json"
+DEFAULT_STEPS = 50
+_PARTS = ".batches"
+# Modes that a picture can be converted to without loss.
+_LOSSLESS = {"1": ("L", "RGB", "RGBA"), "L": ("RGB", "RGBA"), "P": ("RGBA",), "RGB": ("RGBA",)}
+
+
+@dataclass(frozen=True)
+class EditedImages:
+    """Result of `edit_images`.
+
+    Attributes:
+        folder: its folder, with 000.png, ..., grid.png, edit.json and, for draws, std.png.
+        images: (N, H, W, C), float32 in [0, 1].
+        std: standard deviation over the draws, (H, W, C); None for an interpolation.
+        expected_gain: share of the contrast of the picture that image to image keeps, for Gaussian
+            data; None for other edits.
+    """
+
+    folder: Path
+    images: Pixels
+    std: Pixels | None
+    expected_gain: float | None
+
+
+def edit_images(
+    pipeline: GaussianDDPMPipeline,
+    image: Path,
+    folder: Path,
+    options: EditOptions,
+    *,
+    overwrite: bool = False,
+    model: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> EditedImages:
+    """Edit a picture, or draw the images that are missing in `folder`.
+
+    All processes of `accelerate launch` call this function and share the draws.
+
+    Args:
+        pipeline: on the device of this process.
+        image: file of the picture.
+        folder: for the images, a grid and the record; created if missing.
+        options: kind of the edit and its sampler.
+        overwrite: replace images of other options.
+        model: name of the model and further JSON values for the record.
+        progress: show progress bars on the main process.
+    Returns:
+        the images, on all processes.
+    Raises:
+        ValueError: for pictures or options that do not fit the model or each other, a folder with
+            images of other options or other files, or one that another process uses.
+        OSError: if a file cannot be read or written.
+    """
+    state = distributed_state()
+    pictures = _Pictures.read(image, options)
+    record = _record(pipeline, pictures, options, model)
+    with exclusive_folder(state, folder, "output"):
+        on_main_process(state, lambda: _prepare_folder(folder, record, overwrite))
+        edit = _Edit(pipeline, pictures, options)
+        images = _draw(state, edit, folder / _PARTS, progress)
+        std = None
+        if options.kind in ("inpaint", "image to image"):
+            std = images.std(axis=0, ddof=1 if len(images) > 1 else 0)
+        on_main_process(state, lambda: _write(folder, images, std, pictures.image))
+    return EditedImages(folder, images, std, edit.expected_gain())
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    """The pictures of an edit, upright."""
+
+    image: Image.Image
+    mask: Image.Image | None
+    between: Image.Image | None
+
+    @classmethod
+    def read(cls, image: Path, options: EditOptions) -> "_Pictures":
+        return cls(_open(image), _open(options.mask), _open(options.between))
+
+    def digest(self) -> str:
+        pixels = hashlib.sha256()
+        for picture in (self.image, self.mask, self.between):
+            if picture is not None:
+                pixels.update(repr((picture.mode, picture.size)).encode() + picture.tobytes())
+        return pixels.hexdigest()
+
+
+def _open(path: Any) -> Any:
+    if path is None:
+        return None
+    try:
+        with Image.open(path) as picture:
+            return ImageOps.exif_transpose(picture).copy()
+    except OSError as error:
+        reason = error.strerror or "not a picture that Pillow can read"
+        raise ValueError(f"{path} cannot be read: {reason}") from error
+
+
+class _Edit:
+    """Draws batches of an edit."""
+
+    def __init__(
+        self, pipeline: GaussianDDPMPipeline, pictures: _Pictures, options: EditOptions
+    ) -> None:
+        self._pipeline, self._pictures, self._options = pipeline, pictures, options
+        self._steps = options.num_inference_steps or min(
+            DEFAULT_STEPS, pipeline.scheduler.config.num_train_timesteps
+        )
+        self._conditioning: dict[str, Any] = {"guidance_scale": options.guidance_scale}
+        if options.class_labels is not None:
+            self._conditioning["class_labels"] = options.class_labels[0]
+        self._image = _in_mode(pictures.image, pipeline)
+        self._gain: float | None = None
+
+    def batches(self) -> list[range]:
+        """Indices of the draws in each batch; one batch for edits without noise."""
+        number, size = self._options.num_images, self._options.batch_size
+        if self._options.kind in ("interpolate", "change class"):
+            return [range(number if self._options.kind == "interpolate" else 1)]
+        return [range(first, min(first + size, number)) for first in range(0, number, size)]
+
+    def draw(self, indices: range) -> Pixels:
+        """Images (B, H, W, C), float32 in [0, 1]."""
+        options, image = self._options, self._image
+        call: dict[str, Any] = {
+            **self._conditioning,
+            "num_inference_steps": self._steps,
+            "output_type": "np",
+        }
+        seeds = [seed_of(options.seed, "edit", i) for i in indices]
+        generators = [torch.Generator(self._pipeline.device).manual_seed(seed) for seed in seeds]
+        if options.kind == "interpolate":
+            other = _in_mode(self._pictures.between, self._pipeline)
+            output = self._pipeline.interpolate(image, other, len(indices), **call)
+        elif options.kind == "change class":
+            return self._change_class(call)
+        elif options.kind == "inpaint":
+            output = self._pipeline.inpaint(
+                image,
+                self._pictures.mask,
+                num_images=len(indices),
+                generator=generators,
+                method=options.method,
+                jump_length=options.jump_length,
+                jump_n_sample=options.jump_n_sample,
+                eta=1.0 if options.eta is None else options.eta,
+                **call,
+            )
+        else:
+            output = self._pipeline.image_to_image(
+                image,
+                strength=options.strength,
+                log_snr=options.log_snr,
+                num_images=len(indices),
+                generator=generators,
+                eta=options.eta,
+                **call,
+            )
+            self._gain = output.expected_gain
+        images: Pixels = output.images
+        return images
+
+    def _change_class(self, call: dict[str, Any]) -> Pixels:
+        """DDIM inversion with the class of the picture, DDIM with the new one."""
+        source = {**self._conditioning, "class_labels": self._options.source_class}
+        source["guidance_scale"] = 1.0
+        latents = self._pipeline.invert(self._image, num_inference_steps=self._steps, **source)
+        drawn: Any = self._pipeline(1, latents=latents, eta=0.0, **call)
+        images: Pixels = drawn.images
+        return images
+
+    def expected_gain(self) -> float | None:
+        """See `EditedImages`; computed without the network if nothing was drawn."""
+        if self._options.kind != "image to image" or self._gain is not None:
+            return self._gain
+        return self._pipeline.image_to_image_gain(
+            strength=self._options.strength,
+            log_snr=self._options.log_snr,
+            num_inference_steps=self._steps,
+            eta=self._options.eta,
+        )
+
+
+def _in_mode(picture: Any, pipeline: GaussianDDPMPipeline) -> Any:
+    """The picture in the model's mode, where the conversion loses nothing."""
+    mode = {1: "L", 3: "RGB", 4: "RGBA"}.get(pipeline.unet.config.in_channels)
+    is_lossless = mode in _LOSSLESS.get(picture.mode, ())
+    return picture.convert(mode) if is_lossless else picture
+
+
+def _draw(state: PartialState, edit: _Edit, folder: Path, progress: bool) -> Pixels:
+    batches = edit.batches()
+    paths = [folder / f"batch-{i:04}.npy" for i in range(len(batches))]
+
+    def write(number: int, path: Path) -> None:
+        np.save(path, edit.draw(batches[number]))
+
+    try:
+        compute_missing_files(state, paths, list(map(len, batches)), write, progress=progress)
+    except (ValueError, OSError):
+        if state.is_main_process and not any(path.exists() for path in paths):
+            (folder.parent / RECORD_NAME).unlink()  # nothing to resume
+            remove_folder(folder)
+        raise
+    return np.concatenate([np.load(path, allow_pickle=False) for path in paths])
+
+
+def _record(
+    pipeline: GaussianDDPMPipeline,
+    pictures: _Pictures,
+    options: EditOptions,
+    model: Mapping[str, Any] | None,
+) -> Mapping[str, Any]:
+    chosen = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in options.to_dict().items()
+        if value is not None
+    }
+    return {
+        "format_version": 1,
+        "kind": options.kind,
+        "model": dict(model or {}),
+        "settings": {
+            **{k: v for k, v in chosen.items() if k not in ("mask", "between")},
+            "pictures": pictures.digest(),
+            "weights": weights_digest(pipeline.unet),
+            "scheduler": json.loads(pipeline.scheduler.to_json_string()),
+        },
+    }
+
+
+def _prepare_folder(folder: Path, record: Mapping[str, Any], overwrite: bool) -> None:
+    """Write the record, unless an equal one is there.
+
+    Raises:
+        ValueError: if the folder has images of other options, or other files.
+    """
+    existing = read_json(folder / RECORD_NAME)
+    if existing.get("settings") == json.loads(json.dumps(record["settings"])):
+        return
+    others = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    if others and not existing:
+        raise ValueError(f"{folder} contains other files: choose another `output`")
+    if others and not overwrite:
+        before, now = existing.get("settings") or {}, record["settings"]
+        changed = next((k for k in {**before, **now} if before.get(k) != now.get(k)), "settings")
+        raise ValueError(
+            f"{folder} contains an edit with another `{changed}`: pass `overwrite=True` to replace"
+            " it, or choose another `output`"
+        )
+    for path in others:
+        path.unlink()
+    remove_folder(folder / _PARTS)
+    write_text(folder / RECORD_NAME, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+
+def _write(folder: Path, images: Pixels, std: Pixels | None, image: Image.Image) -> None:
+    """The pictures: each image, all of them in a grid after the original, and the spread."""
+    width = max(3, len(str(len(images) - 1)))
+    drawn = [to_pil(pixels) for pixels in images]
+    for i, picture in enumerate(drawn):
+        _save(picture, folder / f"{i:0{width}}.png")
+    _save(image_grid([image, *drawn]), folder / "grid.png")
+    if std is not None:
+        _save(image_grid([std.mean(-1, keepdims=True) / max(std.max(), 1e-6)]), folder / "std.png")
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    with replacing_file(path) as temporary:
+        picture.save(temporary, format="PNG")
