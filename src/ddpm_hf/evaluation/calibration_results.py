@@ -76,7 +76,7 @@ class CalibrationCurve(Record):
     calibrated_timesteps: Timesteps | None = optional()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class CheckpointCalibration(Result):
     """Result of `calibrate_checkpoint`.
 

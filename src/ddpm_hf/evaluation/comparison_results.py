@@ -120,7 +120,7 @@ class SettingsResult(Result):
         ]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Comparison(SettingsResult, Report):
     """Result of `compare`: the measured settings and those left out."""
 
@@ -150,7 +150,7 @@ class SamplerSetting(Record):
     num_inference_steps: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Sweep(SettingsResult):
     """Result of `sweep`.
 

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -112,19 +112,8 @@ def _too_few_images(metric: str, name: str, num_real: int, num_drawn: int) -> Cl
 
 
 def _class_result(name: str, figure: MetricResult) -> ClassResult:
-    return ClassResult(
-        class_name=name,
-        value=figure.value,
-        interval=figure.interval,
-        standard_error=figure.standard_error,
-        floor=figure.floor,
-        verdict=figure.verdict,
-        note=figure.note,
-        num_real=figure.num_real,
-        num_drawn=figure.num_drawn,
-        floor_between=figure.floor_between,
-        floor_num_images=figure.floor_num_images,
-    )
+    names = [field.name for field in fields(ClassResult) if field.name != "class_name"]
+    return ClassResult(class_name=name, **{name: getattr(figure, name) for name in names})
 
 
 def _worst_first(classes: list[ClassResult], lower_is_better: bool) -> tuple[ClassResult, ...]:

@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from ddpm_hf.evaluation.comparison_results import ComparisonRow, RankedFigure
 from ddpm_hf.evaluation.figures import NORMAL_95, BoundResult, MetricResult
@@ -42,27 +42,14 @@ def ranked_figure(
     """A figure of one setting, ranked against that of the best setting."""
     gap, of_chance = figure.value - best.value, gap_of_chance(figure, best)
     is_tie = of_chance is None or abs(gap) <= of_chance
-    ranked = RankedFigure(
-        name=figure.name,
-        label=figure.label,
-        value=figure.value,
-        interval=figure.interval,
-        standard_error=figure.standard_error,
+    names = [field.name for field in fields(RankedFigure) if hasattr(figure, field.name)]
+    dims = figure.measured_with.features.dims if isinstance(figure, MetricResult) else None
+    return RankedFigure(
+        **{name: getattr(figure, name) for name in names},
+        num_features=dims,
         rank="best" if figure is best else "tie" if is_tie else "",
         gap=gap,
         gap_of_chance=of_chance,
-    )
-    if isinstance(figure, BoundResult):
-        return replace(ranked, num_images=figure.num_images)
-    return replace(
-        ranked,
-        floor=figure.floor,
-        floor_num_images=figure.floor_num_images,
-        verdict=figure.verdict,
-        note=figure.note,
-        num_drawn=figure.num_drawn,
-        num_real=figure.num_real,
-        num_features=figure.measured_with.features.dims,
     )
 
 

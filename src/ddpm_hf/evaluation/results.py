@@ -32,11 +32,14 @@ class Result(Record):
         """Flat dictionaries, one per row of a data frame."""
         raise NotImplementedError
 
+    def __repr__(self) -> str:
+        return str(self)
+
     def _repr_html_(self) -> str:
         return tables.html_table(self.rows())
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Report(Result):
     """A result file whose "options" hold more than the options object.
 
@@ -70,7 +73,7 @@ class Report(Result):
         return super().from_dict({**content, **own, "options": options})
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Evaluation(Report):
     """Result of `evaluate`; `results` has one entry per figure. See `Report` for the rest."""
 
