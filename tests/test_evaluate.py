@@ -300,8 +300,8 @@ def test_two_processes_that_are_killed_and_restarted_match_one_process(model, ph
             time.sleep(0.01)
     assert 3 <= len(list(drawn.glob("part-*"))) < 30
     with started_ranks(two, env=environment) as processes:
-        said = [process.communicate(timeout=LIMIT_S)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
+        outputs = [process.communicate(timeout=LIMIT_S)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
     one, two = (
         json.loads((tmp_path / name / "evaluation.json").read_text())["results"]
         for name in ("one", "two")
@@ -309,3 +309,30 @@ def test_two_processes_that_are_killed_and_restarted_match_one_process(model, ph
     for figure in (*one, *two):
         figure.pop("seconds_per_image")
     assert two == one
+
+
+RANK_PROGRAM = """
+import sys
+from ddpm_hf import compare, evaluate
+model, photos, output = sys.argv[1:]
+options = {"metrics": ["fd", "bits-per-dim"], "features": "pixels", "num_images": 12}
+evaluation = evaluate(
+    model, photos, **options, num_inference_steps=2, output=output, progress=False
+)
+comparison = compare(
+    [model], photos, **options, num_inference_steps=[2, 99], output=output + "-2", progress=False
+)
+print("result", hash(repr(evaluation.to_dict())), hash(repr(comparison.to_dict())))
+"""
+
+
+@pytest.mark.slow
+def test_every_rank_returns_the_same_result(model, photos, tmp_path):
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "PYTHONHASHSEED": "0"}
+    command = [sys.executable, "-c", RANK_PROGRAM, str(model), str(photos), str(tmp_path / "out")]
+    with started_ranks(command, env=environment) as processes:
+        outputs = [process.communicate(timeout=LIMIT_S)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    first, second = (re.findall(r"^result .*", output, re.MULTILINE) for output in outputs)
+    assert first == second
+    assert len(first) == 1

@@ -232,9 +232,9 @@ def test_all_steps_are_swept_if_they_cost_no_more_than_the_rest(T, num_settings,
     ],
 )
 def test_the_samplers_that_stock_diffusers_can_run(name, want):
-    found = stock_scheduler(name)
-    assert (found and found[0]) == want
-    assert found is None or "x_0_mse" not in found[1]
+    stock = stock_scheduler(name)
+    assert (stock and stock[0]) == want
+    assert stock is None or "x_0_mse" not in stock[1]
 
 
 def test_a_name_that_contains_code_is_rejected():
