@@ -18,10 +18,11 @@ import difflib
 import functools
 import inspect
 import math
+import numbers
 import os
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, ParamSpec, Self, TypeVar
 
@@ -50,7 +51,8 @@ def option(
 
     Args:
         default: value when the option is not given; None means "chosen later".
-        help: one sentence for `--help`, with units and the meaning of None.
+        help: one sentence for `--help`, with units and the meaning of None; other options are named
+            in backticks.
         minimum, maximum: inclusive bounds of a number, or of each number in a list.
         choices: valid values, where the annotation is not a `Literal`.
         convert: returns the value to keep, or raises ValueError; for each item of a list.
@@ -154,16 +156,22 @@ class Options:
 
 def _converted(value: Any, kinds: tuple[Any, ...], is_path: bool) -> Any:
     """`value` in the annotated type, where the conversion loses nothing."""
-    if isinstance(value, list | tuple):
+    plain = [_plain(kind) for kind in kinds]
+    is_text = isinstance(value, str | bytes | Mapping)
+    if (list in plain or tuple in plain) and isinstance(value, Iterable) and not is_text:
         items = [_converted(item, (str,), is_path) if is_path else item for item in value]
-        return tuple(items) if any(_plain(kind) is tuple for kind in kinds) else items
+        return tuple(items) if tuple in plain else items
     if isinstance(value, os.PathLike) and (Path in kinds or str in kinds):
         value = str(value)
     if is_path and isinstance(value, str) and value.startswith("~"):
         value = os.path.expanduser(value)
     if Path in kinds and isinstance(value, str):
         return Path(value)
-    return float(value) if float in kinds and type(value) is int and int not in kinds else value
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, numbers.Integral) and int in kinds:  # also NumPy's integers
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) and float in kinds else value
 
 
 def kinds_of(annotation: Any) -> tuple[Any, ...]:
