@@ -12,7 +12,8 @@ from torch.testing import assert_close
 from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler, load, optimize
 from ddpm_hf.backend_settings import is_channels_last, supports_bfloat16, tf32_operations
 from ddpm_hf.cli import main
-from ddpm_hf.inference_optimization import MIN_CALLS_TO_MEASURE, InferenceSettings
+from ddpm_hf.inference_optimization import MIN_CALLS_TO_MEASURE
+from ddpm_hf.inference_settings import InferenceSettings
 from ddpm_hf.timing import fastest, fastest_num_threads
 
 

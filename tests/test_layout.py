@@ -20,6 +20,7 @@ FLOORS = (
         "diffusion",
         "digests",
         "inference_optimization",
+        "inference_settings",
         "locks",
         "option_parser",
         "options",

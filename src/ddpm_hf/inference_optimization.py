@@ -6,10 +6,9 @@ faster. Timing costs network calls itself, so nothing changes when only few call
 
 import copy
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any, Self
 
 import torch
 from diffusers.models import UNet2DModel
@@ -30,6 +29,7 @@ from ddpm_hf.diffusion.eval_mode import evaluating
 from ddpm_hf.diffusion.image_processor import image_facts, size_and_window
 from ddpm_hf.diffusion.pipeline import MAX_BATCH_SIZE, GaussianDDPMPipeline
 from ddpm_hf.diffusion.schedules import usual_num_steps
+from ddpm_hf.inference_settings import OptimizedInference
 from ddpm_hf.timing import fastest, fastest_num_threads, time_in_turns
 
 MIN_CALLS_TO_MEASURE = 200  # a comparison of two candidates takes 2 * (1 + NUM_ROUNDS) calls
@@ -39,73 +39,6 @@ MAX_DEVIATION = 0.02
 # to 1.3 times as fast.
 COMPILE_S_PER_WEIGHT = 0.5
 COMPILE_SAVING = 1 / 6
-_MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-
-
-@dataclass(frozen=True)
-class InferenceSettings:
-    """Settings that a network runs with. They affect speed and the last bits of its outputs.
-
-    Attributes:
-        memory_format: format of the weights, "contiguous" or "channels_last".
-        dtype: dtype of weights and arithmetic, such as "float32".
-        compile: whether the network is compiled by `torch.compile`.
-        tf32: whether float32 products on a CUDA device are computed in TF32.
-        num_threads: number of CPU threads per operation.
-    """
-
-    memory_format: str
-    dtype: str
-    compile: bool
-    tf32: bool
-    num_threads: int
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Settings from the JSON values of `settings_dict`."""
-        return cls(**{field.name: values[field.name] for field in fields(cls)})
-
-    def settings_dict(self) -> dict[str, str | bool | int]:
-        """The settings as JSON values."""
-        return {field.name: getattr(self, field.name) for field in fields(InferenceSettings)}
-
-    def arguments(self) -> dict[str, Any]:
-        """Arguments of `optimize` that request these settings."""
-        memory_format, dtype = _MEMORY_FORMATS[self.memory_format], getattr(torch, self.dtype)
-        return {**self.settings_dict(), "memory_format": memory_format, "dtype": dtype}
-
-
-@dataclass(frozen=True)
-class OptimizedInference(InferenceSettings):
-    """Settings that `optimize` applied, with their measured effect; prints as one line.
-
-    Attributes:
-        speed_up: time of a call before over time of a call now; None if it was not measured.
-        deviation: largest difference between outputs before and now, over the largest output.
-        notes: settings that were not applied, each with the reason.
-        guide: result for the network of a guide, if there is one.
-    """
-
-    speed_up: float | None
-    deviation: float
-    notes: tuple[str, ...] = ()
-    guide: "OptimizedInference | None" = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Settings and measurements of the network, without its guide, as JSON values."""
-        measured = {"speed_up": self.speed_up, "deviation": self.deviation}
-        return {**self.settings_dict(), **measured, "notes": list(self.notes)}
-
-    def __str__(self) -> str:
-        parts = [
-            self.dtype + " with TF32" * self.tf32,
-            self.memory_format,
-            "compiled" if self.compile else "not compiled",
-            f"{self.num_threads} thread" + "s" * (self.num_threads != 1),
-            *([f"{self.speed_up:.2f} times as fast"] if self.speed_up else []),
-            f"outputs within {self.deviation:.1g} of those before",
-        ]
-        return "; ".join([", ".join(parts), *self.notes])
 
 
 def optimize(

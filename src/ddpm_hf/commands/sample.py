@@ -10,7 +10,7 @@ from ddpm_hf.sampling.options import ImageOptions, SamplingOptions
 from ddpm_hf.text import counted, public_name
 
 if TYPE_CHECKING:
-    from ddpm_hf.inference_optimization import OptimizedInference
+    from ddpm_hf.inference_settings import OptimizedInference
     from ddpm_hf.sampling import SamplerSetting
 
 HELP = "draw images from a model on the Hub or in a folder"

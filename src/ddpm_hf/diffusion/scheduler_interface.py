@@ -48,7 +48,7 @@ def check_scheduler(scheduler: Any) -> None:
 
 
 def step_options(scheduler: Any, generator: Generators, eta: float | None) -> dict[str, Any]:
-    """Keyword arguments for `scheduler.step`: those of the given ones that it accepts.
+    """Keyword arguments for `scheduler.step`, without those that it does not accept.
 
     Raises:
         ValueError: for an `eta` outside [0, 1] or one that the scheduler does not accept.

@@ -10,7 +10,7 @@ from accelerate import PartialState
 
 from ddpm_hf.diffusion.atomic_files import remove_folder
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
-from ddpm_hf.inference_optimization import OptimizedInference
+from ddpm_hf.inference_settings import OptimizedInference
 from ddpm_hf.locks import exclusive_folder
 from ddpm_hf.options import takes_options
 from ddpm_hf.pictures import is_picture

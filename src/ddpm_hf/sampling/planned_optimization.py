@@ -6,7 +6,8 @@ from typing import Any
 
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 from ddpm_hf.diffusion.schedules import usual_num_steps
-from ddpm_hf.inference_optimization import InferenceSettings, OptimizedInference, optimize
+from ddpm_hf.inference_optimization import optimize
+from ddpm_hf.inference_settings import InferenceSettings, OptimizedInference
 from ddpm_hf.sampling.image_writer import recorded_settings
 from ddpm_hf.sampling.options import SamplingOptions
 from ddpm_hf.sampling.sampler_choice import SamplerSetting

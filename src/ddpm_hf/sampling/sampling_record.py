@@ -15,7 +15,7 @@ from ddpm_hf.diffusion.image_processor import image_facts
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 from ddpm_hf.diffusion.schedules import usual_num_steps
 from ddpm_hf.digests import weights_digest
-from ddpm_hf.inference_optimization import OptimizedInference
+from ddpm_hf.inference_settings import OptimizedInference
 from ddpm_hf.sampling.class_labels import class_names_of, label_cycle
 from ddpm_hf.sampling.options import DrawOptions
 

@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 
 from ddpm_hf.diffusion.atomic_files import write_text
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
-from ddpm_hf.inference_optimization import OptimizedInference
+from ddpm_hf.inference_settings import OptimizedInference
 from ddpm_hf.locks import FOLDER_LOCK, exclusive_folder
 from ddpm_hf.options import takes_options
 from ddpm_hf.pictures import quantised
