@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddpm_hf.commands.messages import command_messages, say
-from ddpm_hf.evaluation.options import CalibrationOptions
+from ddpm_hf.commands.messages import command_messages, resume_hint
+from ddpm_hf.evaluation.options import DATASET_HELP, CalibrationOptions
 from ddpm_hf.hub.options import ModelArgument
 from ddpm_hf.options import REQUIRED, option
 
@@ -38,8 +38,7 @@ class CalibrateCommand(CalibrationOptions, ModelArgument):
 
     dataset: str = option(
         REQUIRED,
-        "folder of images, parquet or arrow files, or a dataset on the Hub; images are converted"
-        " to the model's size and mode",
+        DATASET_HELP,
         metavar="DATASET",
         is_path=True,
         is_positional=True,
@@ -65,11 +64,8 @@ def run(argv: list[str]) -> int:
             usage="MODEL DATASET [--option VALUE ...]",
             description=DESCRIPTION,
         )
-        try:
+        with resume_hint("measurements"):
             calibrate(options)
-        except KeyboardInterrupt:
-            say("ddpm-hf: finished measurements are kept; repeat the command to resume")
-            raise
     return 0
 
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddpm_hf.commands.messages import command_messages, say
-from ddpm_hf.evaluation.options import METRIC_NAMES, ComparisonOptions
+from ddpm_hf.commands.messages import command_messages, resume_hint, say
+from ddpm_hf.evaluation.options import DATASET_HELP, METRIC_NAMES, ComparisonOptions
 from ddpm_hf.hub.options import LoadOptions
 from ddpm_hf.options import REQUIRED, OptionError, option
 from ddpm_hf.scheduler_spec import NAMES_HELP, scheduler_name
@@ -74,8 +74,7 @@ class EvaluateCommand(ComparisonOptions):
     )
     dataset: str | None = option(
         None,
-        "folder of images, parquet or arrow files, or a dataset on the Hub; images are converted"
-        " to the model's size and mode",
+        DATASET_HELP,
         metavar="DATASET",
         is_path=True,
         is_positional=True,
@@ -150,13 +149,10 @@ def run(argv: list[str]) -> int:
             usage="MODEL_OR_IMAGES [MODEL_OR_IMAGES ...] DATASET [--option VALUE ...]",
             description=DESCRIPTION,
         )
-        try:
+        with resume_hint("measurements"):
             if options.verify:
                 return verify(options)
             (evaluate if options.is_single else compare)(options)
-        except KeyboardInterrupt:
-            say("ddpm-hf: finished measurements are kept; repeat the command to resume")
-            raise
     return 0
 
 

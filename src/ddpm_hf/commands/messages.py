@@ -22,6 +22,16 @@ def say(text: str, for_all: bool = False) -> None:
 
 
 @contextmanager
+def resume_hint(finished: str) -> Iterator[None]:
+    """Inside, an interrupt prints that `finished` work is kept and how to resume."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(f"ddpm-hf: finished {finished} are kept; repeat the command to resume")
+        raise
+
+
+@contextmanager
 def command_messages(options: type | None = None) -> Iterator[None]:
     """Inside, warnings are one line without source location, and messages name flags.
 

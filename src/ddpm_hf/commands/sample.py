@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddpm_hf.commands.messages import command_messages, say
+from ddpm_hf.commands.messages import command_messages, resume_hint, say
 from ddpm_hf.hub.options import LoadOptions, ModelArgument
 from ddpm_hf.sampling.options import ImageOptions, SamplingOptions
 from ddpm_hf.text import counted, public_name
@@ -52,11 +52,8 @@ def run(argv: list[str]) -> int:
             usage="MODEL [--option VALUE ...]",
             description=DESCRIPTION,
         )
-        try:
+        with resume_hint("batches"):
             sample(options, options.output_path())
-        except KeyboardInterrupt:
-            say("ddpm-hf: finished batches are kept; repeat the command to resume")
-            raise
     return 0
 
 

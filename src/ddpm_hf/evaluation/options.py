@@ -16,6 +16,10 @@ from ddpm_hf.text import public_name
 BITS = "bits-per-dim"
 METRIC_NAMES = (BITS, "fd", "kid", "precision-recall", "coverage", "memorisation")
 DEFAULT_FEATURES = "facebook/dinov2-base"
+DATASET_HELP = (
+    "folder of images, parquet or arrow files, or a dataset on the Hub; images are converted to the"
+    " model's size and mode"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
