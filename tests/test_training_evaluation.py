@@ -109,7 +109,7 @@ def test_evaluation_does_not_change_the_weights_and_is_reproduced_by_a_resumed_r
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"evaluate_features": "user/none"}, "this run is not evaluated: features 'user/none'"),
+        ({"evaluate_features": "user/none"}, "this run is not evaluated: `features` 'user/none'"),
         ({"dataset": on_grid(3)}, "could not evaluate the model at update 6: "),
     ],
     ids=["no such features", "too few images"],
