@@ -8,7 +8,8 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from ddpm_hf.diffusion.config_extension import beta_schedule_of
 from ddpm_hf.diffusion.schedules import BETA_RANGE, BETA_SCHEDULES, named_betas
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
-from ddpm_hf.hub.card import card_facts, render_model_card
+from ddpm_hf.hub.card_facts import card_facts
+from ddpm_hf.hub.card_rendering import render_model_card
 
 ENDS = {"beta_start": 0.0001, "beta_end": 0.02}
 CHEN = {"start": -3.0, "end": 3.0, "tau": 0.7}

@@ -24,7 +24,8 @@ from hub_server import OWNER_TOKEN, STRANGER_TOKEN, Blob, ClientError, HubClient
 
 from ddpm_hf import GaussianDDPMPipeline, load
 from ddpm_hf.diffusion import checkpoint_limits
-from ddpm_hf.hub.card import card_facts, render_model_card
+from ddpm_hf.hub.card_facts import card_facts
+from ddpm_hf.hub.card_rendering import render_model_card
 from ddpm_hf.hub.push import push
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"

@@ -1,4 +1,4 @@
-"""Pushing over the real protocol: one commit, an allow-list, retries, and nobody's edits lost."""
+"""Pushes over HTTP: a single commit, an allow-list, retries, and edits of the card on the Hub."""
 
 import io
 import json
@@ -28,7 +28,7 @@ from ddpm_hf import load
 from ddpm_hf.hub.push import push
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-# Retries wait for almost nothing; huggingface_hub's own, inside, take a second or two each.
+# Our retries are immediate; those of huggingface_hub take one or two seconds each.
 SETUP = """
 import functools, time
 from pathlib import Path
@@ -85,8 +85,8 @@ def push_from(client, folder, repo_id="user/digits", **options):
     )
 
 
-def refused(client, folder, repo_id="user/digits", **options):
-    """The message of the ValueError, which must be one line."""
+def refusal_of(client, folder, repo_id="user/digits", **options):
+    """One-line message of the ValueError."""
     with pytest.raises(ClientError) as caught:
         push_from(client, folder, repo_id, **options)
     assert "ValueError" in caught.value.bases, caught.value
@@ -105,7 +105,7 @@ def without_cards(files):
 
 
 # ----------------------------------------------------------------------------------------------
-# Checks that need no connection
+# Checks without a connection
 
 
 def write_facts(folder, **facts):
@@ -160,7 +160,7 @@ BAD_FOLDERS = {
 
 
 @pytest.mark.parametrize("fault", BAD_FOLDERS)
-def test_a_folder_that_must_not_be_shared_is_refused_in_one_line(checkpoint, fault):
+def test_an_invalid_folder_is_refused_in_one_line(checkpoint, fault):
     spoil, expected = BAD_FOLDERS[fault]
     spoil(checkpoint)
     with pytest.raises(ValueError, match=re.escape(expected)) as caught:
@@ -169,7 +169,7 @@ def test_a_folder_that_must_not_be_shared_is_refused_in_one_line(checkpoint, fau
     assert OWNER_TOKEN not in str(caught.value)
 
 
-def test_the_folder_that_holds_the_checkpoint_is_proposed(checkpoint):
+def test_the_parent_of_a_checkpoint_is_refused_with_a_hint(checkpoint):
     with pytest.raises(ValueError, match=r"did you mean .*model\?"):
         push(checkpoint.parent, "user/digits", dry_run=True)
 
@@ -177,13 +177,13 @@ def test_the_folder_that_holds_the_checkpoint_is_proposed(checkpoint):
 @pytest.mark.parametrize(
     "name", ["", "digits", "a b/c", "a/b/c", "-user/x", "user/x.git", "user/" + "x" * 100]
 )
-def test_a_malformed_name_is_refused(checkpoint, name):
+def test_an_invalid_repository_name_is_refused(checkpoint, name):
     with pytest.raises(ValueError, match="not the name of a repository"):
         push(checkpoint, name, dry_run=True)
 
 
-def litter(folder):
-    """What lies about in real output folders and must stay at home."""
+def add_other_files(folder):
+    """Add files of real output folders that must not be uploaded."""
     for name in (
         ".env",
         ".git/config",
@@ -204,9 +204,9 @@ def litter(folder):
         (folder / name).write_text(f"API_KEY={OWNER_TOKEN}")
 
 
-def test_only_files_of_the_list_are_shared(checkpoint):
+def test_only_files_of_the_allow_list_are_uploaded(checkpoint):
     expected = set(local_files(checkpoint)) | {"README.md", "samples.png", "recipe.yaml"}
-    litter(checkpoint)
+    add_other_files(checkpoint)
     (checkpoint / "samples.png").write_bytes(b"png")
     (checkpoint / "recipe.yaml").write_text("max_train_steps: 3\n")
     result = push(checkpoint, "user/digits", dry_run=True)
@@ -215,7 +215,7 @@ def test_only_files_of_the_list_are_shared(checkpoint):
         assert name in str(result)
 
 
-def test_weights_in_several_files_are_all_shared(checkpoint):
+def test_all_shards_are_uploaded(checkpoint):
     load(checkpoint).save_pretrained(checkpoint, max_shard_size="50KB")
     shards = {p.relative_to(checkpoint).as_posix() for p in (checkpoint / "unet").iterdir()}
     assert len(shards) > 3
@@ -223,7 +223,7 @@ def test_weights_in_several_files_are_all_shared(checkpoint):
     load(checkpoint)
 
 
-def test_where_the_weights_were_loaded_from_is_not_shared(checkpoint):
+def test_the_origin_of_the_weights_is_not_uploaded(checkpoint):
     config = json.loads((checkpoint / "unet/config.json").read_text())
     config["_name_or_path"] = "/home/jane/secret-project"
     (checkpoint / "unet/config.json").write_text(json.dumps(config))
@@ -235,10 +235,10 @@ def test_where_the_weights_were_loaded_from_is_not_shared(checkpoint):
 
 
 @pytest.mark.slow
-def test_a_push_is_one_commit_of_exactly_the_listed_files(client, hub, checkpoint):
+def test_a_push_is_one_commit_of_the_listed_files(client, hub, checkpoint):
     checkpoint = checkpoint.rename(checkpoint.with_name("d \u00fc \u732b"))
     expected = local_files(checkpoint)
-    litter(checkpoint)
+    add_other_files(checkpoint)
     message = push_from(client, checkpoint)
     repo = hub.repo("user/digits")
     assert [commit.title for commit in repo.history()] == ["Upload checkpoint", "initial commit"]
@@ -247,11 +247,11 @@ def test_a_push_is_one_commit_of_exactly_the_listed_files(client, hub, checkpoin
     assert hub.create_calls[0]["visibility"] == "private"
     assert "(private)" in message
     assert hub.url in message
-    assert hub.tokens_at_storage == []  # large files go elsewhere, the token must not
+    assert hub.tokens_at_storage == []  # the token must not reach the storage server
 
 
 @pytest.mark.slow
-def test_pushing_again_changes_nothing_and_deletes_nothing_of_others(client, hub, checkpoint):
+def test_a_second_push_changes_nothing_and_keeps_other_files(client, hub, checkpoint):
     push_from(client, checkpoint)
     hub.edit("user/digits", {"notes/more.txt": "by hand"})
     head = hub.repo("user/digits").branches["main"]
@@ -260,7 +260,7 @@ def test_pushing_again_changes_nothing_and_deletes_nothing_of_others(client, hub
 
 
 @pytest.mark.slow
-def test_weights_and_code_that_are_gone_here_are_deleted_there(client, hub, checkpoint):
+def test_old_weights_and_code_are_deleted_on_the_hub(client, hub, checkpoint):
     push_from(client, checkpoint)
     hub.edit("user/digits", {"unet/diffusion_pytorch_model.safetensors.index.json": "{}"})
     hub.edit("user/digits", {"ddpm_hf_old/pipeline.py": "old", "unet/mine.txt": "keep"})
@@ -270,7 +270,7 @@ def test_weights_and_code_that_are_gone_here_are_deleted_there(client, hub, chec
 
 
 @pytest.mark.slow
-def test_options_choose_visibility_branch_and_pull_request(client, hub, checkpoint):
+def test_visibility_branch_and_pull_request_are_options(client, hub, checkpoint):
     assert "(public)" in push_from(client, checkpoint, public=True)
     repo = hub.repo("user/digits")
     main = repo.branches["main"]
@@ -318,18 +318,18 @@ FAULTS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_passing_fault_ends_in_one_whole_commit(client, hub, checkpoint, name):
+def test_a_temporary_fault_ends_in_one_complete_commit(client, hub, checkpoint, name):
     hub.fault(**FAULTS[name])
     push_from(client, checkpoint)
     repo = hub.repo("user/digits")
-    assert not any(fault.times for fault in hub.faults), "the fault never struck"
+    assert not any(fault.times for fault in hub.faults), "the fault did not occur"
     assert [commit.title for commit in repo.history()] == ["Upload checkpoint", "initial commit"]
     assert without_cards(repo.files()) == local_files(checkpoint)
     assert repo.private
 
 
 @pytest.mark.slow
-def test_a_hub_that_is_restarted_in_between_gets_it_all(client, hub, checkpoint):
+def test_a_push_survives_a_restart_of_the_hub(client, hub, checkpoint):
     hub.fault("PUT /objects", run=hub.restart)
     push_from(client, checkpoint)
     assert without_cards(hub.repo("user/digits").files()) == local_files(checkpoint)
@@ -348,31 +348,31 @@ REFUSALS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("status", REFUSALS)
-def test_a_refusal_is_one_clear_line_and_nothing_is_written(client, hub, checkpoint, status):
+def test_a_refusal_is_one_line_and_nothing_is_committed(client, hub, checkpoint, status):
     headers = {"X-Error-Code": "RepoNotFound"} if status == 404 else {}
     hub.fault("/commit/main", status=status, headers=headers)
-    assert REFUSALS[status] in refused(client, checkpoint)
+    assert REFUSALS[status] in refusal_of(client, checkpoint)
     assert len(hub.repo("user/digits").history()) == 1
     assert hub.count("/commit/main") == 1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", [{"status": 503}, {"kind": "reset"}])
-def test_a_hub_that_keeps_failing_is_reported_as_that(client, hub, checkpoint, fault):
+def test_a_permanent_failure_raises_a_hub_error(client, hub, checkpoint, fault):
     before = local_files(checkpoint)
     hub.fault("/commit/main", times=99, **fault)
     with pytest.raises(ClientError) as caught:
         push_from(client, checkpoint)
     assert caught.value.kind == "HubError"
     assert "\n" not in caught.value.message
-    assert hub.count("/commit/main") == 5  # the first and one after each of four waits
+    assert hub.count("/commit/main") == 5  # the first attempt and four retries
     assert len(hub.repo("user/digits").history()) == 1
     assert local_files(checkpoint) == before
 
 
 @pytest.mark.slow
-def test_a_failure_of_the_xet_client_is_one_line_too(client, hub, checkpoint):
-    """This Hub has no Xet storage; whether the client tries it is read at each upload."""
+def test_a_failure_of_the_xet_client_is_one_line(client, hub, checkpoint):
+    """The test server has no Xet storage. The client reads the constant at each upload."""
     client.run("import huggingface_hub.constants as c; c.HF_HUB_DISABLE_XET = False")
     try:
         with pytest.raises(ClientError, match="the Hub failed for user/digits") as caught:
@@ -385,7 +385,7 @@ def test_a_failure_of_the_xet_client_is_one_line_too(client, hub, checkpoint):
 
 
 @pytest.mark.slow
-def test_a_copy_in_the_cache_can_be_pushed_although_it_is_made_of_links(client, hub, checkpoint):
+def test_a_cached_copy_which_contains_links_can_be_pushed(client, hub, checkpoint):
     hub.add_folder("user/source", checkpoint)
     push_it = "pushed(huggingface_hub.snapshot_download('user/source'), 'user/mirror')"
     client.run(f"import huggingface_hub; {push_it}")
@@ -394,7 +394,7 @@ def test_a_copy_in_the_cache_can_be_pushed_although_it_is_made_of_links(client, 
 
 
 @pytest.mark.slow
-def test_a_pull_request_whose_answer_was_lost_is_not_opened_twice(client, hub, checkpoint):
+def test_a_pull_request_is_not_opened_again_after_a_lost_answer(client, hub, checkpoint):
     push_from(client, checkpoint)
     write_facts(checkpoint, steps=7)
     hub.fault("/commit/main", kind="lost")
@@ -405,22 +405,24 @@ def test_a_pull_request_whose_answer_was_lost_is_not_opened_twice(client, hub, c
 
 
 @pytest.mark.slow
-def test_a_bad_target_is_refused_before_anything_is_uploaded(client, hub, checkpoint):
+def test_an_invalid_target_is_refused_before_the_upload(client, hub, checkpoint):
     hub.add_repo("user/data", kind="dataset")
     hub.add_repo("user/bert", {"config.json": "{}", "model.safetensors": b"x"})
     hub.add_repo("other/theirs", {"README.md": "hello"})
-    assert "is a dataset" in refused(client, checkpoint, "user/data")
-    assert "holds something else" in refused(client, checkpoint, "user/bert")
-    assert "no right to write" in refused(client, checkpoint, "other/theirs")
-    assert "no right to write" in refused(client, checkpoint, "other/new")
-    assert "is not on the Hub" in refused(client, checkpoint, "user/none", create_pr=True)
-    assert "does not accept the token" in refused(client, checkpoint, token="hf_" + "wrong" * 6)
-    assert "no right to write" in refused(client, checkpoint, token=READER_TOKEN)
+    assert "is a dataset" in refusal_of(client, checkpoint, "user/data")
+    assert "contains other files (config.json, model.safetensors)" in refusal_of(
+        client, checkpoint, "user/bert"
+    )
+    assert "no right to write" in refusal_of(client, checkpoint, "other/theirs")
+    assert "no right to write" in refusal_of(client, checkpoint, "other/new")
+    assert "is not on the Hub" in refusal_of(client, checkpoint, "user/none", create_pr=True)
+    assert "does not accept the token" in refusal_of(client, checkpoint, token="hf_" + "wrong" * 6)
+    assert "no right to write" in refusal_of(client, checkpoint, token=READER_TOKEN)
     assert hub.count("PUT|/commit/") == 0
 
 
 @pytest.mark.slow
-def test_anyone_may_offer_a_pull_request(client, hub, checkpoint):
+def test_other_users_can_open_a_pull_request(client, hub, checkpoint):
     push_from(client, checkpoint, public=True)
     write_facts(checkpoint, steps=8)
     push_from(client, checkpoint, create_pr=True, token=STRANGER_TOKEN)
@@ -431,23 +433,27 @@ def test_anyone_may_offer_a_pull_request(client, hub, checkpoint):
 # The card on the Hub
 
 
+def card_on_hub(hub, repo_id="user/digits"):
+    return hub.repo(repo_id).files()["README.md"].decode()
+
+
 @pytest.mark.slow
-def test_a_generated_card_follows_the_facts(client, hub, checkpoint):
+def test_a_generated_card_is_updated(client, hub, checkpoint):
     push_from(client, checkpoint)
     write_facts(checkpoint, steps=1234)
-    push_from(client, checkpoint)
-    assert b"1,234" in hub.repo("user/digits").files()["README.md"]
+    assert "kept" not in push_from(client, checkpoint)
+    assert "| optimizer updates | 1,234 |" in card_on_hub(hub)
 
 
 @pytest.mark.slow
-def test_an_edit_of_the_card_on_the_hub_survives_ten_races_of_ten(client, hub, checkpoint):
+def test_a_card_without_markers_on_the_hub_survives_concurrent_edits(client, hub, checkpoint):
     push_from(client, checkpoint)
     for i in range(10):
         edited = f"---\nlicense: mit\n---\n# Mine, version {i}\n"
         write_facts(checkpoint, steps=i)
         if i % 2:  # before the push
             hub.edit("user/digits", {"README.md": edited})
-        else:  # after the push has read the card, before its commit arrives
+        else:  # between the download of the card and the commit
             hub.fault(
                 "/commit/main", run=lambda text=edited: hub.edit("user/digits", {"README.md": text})
             )
@@ -459,24 +465,31 @@ def test_an_edit_of_the_card_on_the_hub_survives_ten_races_of_ten(client, hub, c
 
 
 @pytest.mark.slow
-def test_words_in_a_generated_card_stay_on_the_hub_while_its_facts_are_renewed(
-    client, hub, checkpoint
-):
+def test_text_in_a_generated_card_on_the_hub_stays(client, hub, checkpoint):
     write_facts(checkpoint, steps=247)
     push_from(client, checkpoint)
-    hub.edit("user/digits", {"README.md": written_in(hub, "user/digits", "By Jane.")})
-    write_facts(checkpoint, steps=450)
-    message = push_from(client, checkpoint, license="mit")
-    card = hub.repo("user/digits").files()["README.md"].decode()
-    assert "By Jane." in card
-    assert "| optimizer updates | 450 |" in card
-    assert "license: mit" in card
-    assert "kept" in message
-    write_facts(checkpoint, steps=900)
-    push_from(client, checkpoint)
-    card = hub.repo("user/digits").files()["README.md"].decode()
-    assert "license: mit" in card
-    assert "| optimizer updates | 900 |" in card
+    edited = card_on_hub(hub).replace("<!-- ddpm-hf training", "By Jane.\n\n<!-- ddpm-hf training")
+    hub.edit("user/digits", {"README.md": edited})
+    for steps, options in ((450, {"license": "mit"}), (900, {})):
+        write_facts(checkpoint, steps=steps)
+        message = push_from(client, checkpoint, **options)
+        card = card_on_hub(hub)
+        assert "By Jane." in card
+        assert f"| optimizer updates | {steps} |" in card
+        assert "license: mit" in card
+        assert "kept" in message
+
+
+@pytest.mark.slow
+def test_the_local_card_is_uploaded_only_if_the_hub_has_none(client, hub, checkpoint):
+    (checkpoint / "README.md").write_text("# First\n")
+    assert "kept" not in push_from(client, checkpoint)
+    (checkpoint / "README.md").write_text("# Second\n")
+    assert "kept" in push_from(client, checkpoint)
+    assert card_on_hub(hub) == "# First\n"
+    hub.edit("user/digits", {"README.md": None})
+    assert "kept" not in push_from(client, checkpoint)
+    assert card_on_hub(hub) == "# Second\n"
 
 
 def test_a_dry_run_shows_the_card(checkpoint):
@@ -487,23 +500,12 @@ def test_a_dry_run_shows_the_card(checkpoint):
     assert 'load("user/digits")' in text
 
 
-@pytest.mark.slow
-def test_a_card_written_here_can_be_improved_here(client, hub, checkpoint):
-    for text in ("# First words\n", "# Better words\n"):
-        (checkpoint / "README.md").write_text(text)
-        push_from(client, checkpoint)
-        assert hub.repo("user/digits").files()["README.md"].decode().startswith(text)
-    (checkpoint / "README.md").unlink()
-    assert "kept" in push_from(client, checkpoint)
-    assert hub.repo("user/digits").files()["README.md"].decode().startswith("# Better words")
-
-
 # ----------------------------------------------------------------------------------------------
-# The pipeline's own push
+# `push_to_hub` of the pipeline
 
 
 @pytest.mark.slow
-def test_the_pipelines_own_push_uploads_the_portable_form_in_one_commit(client, hub, checkpoint):
+def test_push_to_hub_uploads_the_portable_form_in_one_commit(client, hub, checkpoint):
     load = "from ddpm_hf import GaussianDDPMPipeline as P; pipe = P.from_pretrained(folder)"
     client.run(load, folder=checkpoint)
     client.run("pipe.push_to_hub('user/own')")
@@ -513,13 +515,13 @@ def test_the_pipelines_own_push_uploads_the_portable_form_in_one_commit(client, 
     assert hidden.history()[0].title == "First"
     assert without_cards(repo.files()).keys() == local_files(checkpoint).keys()
     assert len(repo.history()) == len(hidden.history()) == 2
-    hub.edit("user/own", {"README.md": "# By a person\n"})
+    hub.edit("user/own", {"README.md": "# By hand\n"})
     client.run("pipe.push_to_hub('user/own')")
-    assert repo.files()["README.md"] == b"# By a person\n"
+    assert repo.files()["README.md"] == b"# By hand\n"
 
 
 @pytest.mark.slow
-def test_the_pipelines_own_push_writes_a_plain_card_and_keeps_an_existing_one(
+def test_push_to_hub_writes_the_card_of_diffusers_and_keeps_an_existing_one(
     client, hub, checkpoint
 ):
     load = "from ddpm_hf import GaussianDDPMPipeline as P; pipe = P.from_pretrained(folder)"
@@ -539,18 +541,10 @@ def test_the_pipelines_own_push_writes_a_plain_card_and_keeps_an_existing_one(
         assert hub.repo("user/card").files()["README.md"] == card, name
 
 
-def written_in(hub, repo, words):
-    """The card of a repository, with words of a person in it."""
-    card = hub.repo(repo).files()["README.md"].decode()
-    return card.replace("<!-- ddpm-hf training", f"{words}\n\n<!-- ddpm-hf training", 1)
-
-
 @pytest.mark.slow
-def test_the_pipelines_own_push_never_overwrites_an_edit_that_it_did_not_see(
-    client, hub, checkpoint
-):
+def test_push_to_hub_does_not_overwrite_a_concurrent_edit(client, hub, checkpoint):
     push_from(client, checkpoint, "user/own")
-    hub.fault("/commit/main", run=lambda: hub.edit("user/own", {"README.md": "# By a person\n"}))
+    hub.fault("/commit/main", run=lambda: hub.edit("user/own", {"README.md": "# By hand\n"}))
     client.run(
         "from ddpm_hf import GaussianDDPMPipeline as P\n"
         "pipe = P.from_pretrained(folder); pipe.unet.conv_in.bias.data += 1",
@@ -560,14 +554,14 @@ def test_the_pipelines_own_push_never_overwrites_an_edit_that_it_did_not_see(
         client.run("pipe.push_to_hub('user/own')")
     client.run("pipe.push_to_hub('user/own')")
     files = hub.repo("user/own").files()
-    assert files["README.md"] == b"# By a person\n"
+    assert files["README.md"] == b"# By hand\n"
     assert files[WEIGHTS] != (checkpoint / WEIGHTS).read_bytes()
 
 
 @pytest.mark.slow
-def test_saving_and_pushing_into_a_full_folder_shares_the_model_alone(client, hub, checkpoint):
+def test_save_pretrained_with_push_uploads_only_the_model(client, hub, checkpoint):
     expected = local_files(checkpoint).keys()
-    litter(checkpoint)
+    add_other_files(checkpoint)
     client.run(
         "from ddpm_hf import GaussianDDPMPipeline as P; pipe = P.from_pretrained(folder)\n"
         "pipe.save_pretrained(folder, push_to_hub=True, repo_id='user/saved')",
@@ -577,7 +571,7 @@ def test_saving_and_pushing_into_a_full_folder_shares_the_model_alone(client, hu
 
 
 # ----------------------------------------------------------------------------------------------
-# In the background of training
+# In the background during training
 
 PUSHER = """
 pusher = BackgroundPusher("user/digits", waits_s=WAITS)
@@ -594,7 +588,7 @@ def wait_for(hub, pattern, times):
 
 
 @pytest.mark.slow
-def test_training_pushes_go_one_at_a_time_and_the_newest_wins(client, hub, checkpoint):
+def test_background_pushes_are_serial_and_only_the_newest_waits(client, hub, checkpoint):
     client.run(PUSHER)
     gate = threading.Event()
     hub.fault("/commit/main", run=gate.wait)
@@ -603,7 +597,7 @@ def test_training_pushes_go_one_at_a_time_and_the_newest_wins(client, hub, check
         client.run("pusher.submit(folder, step)", folder=checkpoint, step=step)
         wait_for(hub, "/commit/main", 1)
     assert hub.repo("user/digits").history()[0].title == "initial commit"
-    gate.set()  # every submit returned while the first commit was still under way
+    gate.set()  # all calls of submit returned during the first commit
     assert client.run("result = pusher.finish(20)") is True
     titles = [commit.title for commit in hub.repo("user/digits").history()]
     assert titles == ["Step 40", "Step 10", "initial commit"]
@@ -612,9 +606,7 @@ def test_training_pushes_go_one_at_a_time_and_the_newest_wins(client, hub, check
 
 
 @pytest.mark.slow
-def test_what_was_submitted_is_pushed_although_the_folder_changes_meanwhile(
-    client, hub, checkpoint
-):
+def test_changes_of_the_folder_after_submit_are_not_pushed(client, hub, checkpoint):
     expected = local_files(checkpoint)
     client.run(PUSHER)
     gate = threading.Event()
@@ -627,7 +619,7 @@ def test_what_was_submitted_is_pushed_although_the_folder_changes_meanwhile(
 
 
 @pytest.mark.slow
-def test_a_failed_push_is_tried_again_at_the_end(client, hub, checkpoint):
+def test_finish_retries_a_failed_push(client, hub, checkpoint):
     client.run(PUSHER)
     hub.fault("/commit/main", status=503, times=5)
     client.run("pusher.submit(folder, 5)", folder=checkpoint)
@@ -638,7 +630,7 @@ def test_a_failed_push_is_tried_again_at_the_end(client, hub, checkpoint):
 
 
 @pytest.mark.slow
-def test_a_push_that_never_succeeds_ends_with_the_command_to_do_it_by_hand(client, hub, checkpoint):
+def test_the_message_of_a_failed_push_has_the_command_to_push(client, hub, checkpoint):
     client.run(PUSHER)
     hub.fault("/commit/main", status=503, times=999)
     client.run("pusher.submit(folder, 5)", folder=checkpoint)
@@ -650,7 +642,7 @@ def test_a_push_that_never_succeeds_ends_with_the_command_to_do_it_by_hand(clien
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_must_not_be_shared_does_not_stop_training(client, hub, checkpoint):
+def test_an_invalid_checkpoint_does_not_stop_training(client, hub, checkpoint):
     client.run(PUSHER)
     plant_nan(checkpoint)
     client.run("pusher.submit(folder, 5)\npusher.submit('/no/such/folder', 6)", folder=checkpoint)
@@ -659,7 +651,7 @@ def test_a_checkpoint_that_must_not_be_shared_does_not_stop_training(client, hub
 
 
 @pytest.mark.slow
-def test_the_right_to_write_is_proved_before_training(client, hub):
+def test_the_right_to_write_is_checked_before_training(client, hub):
     client.run(PUSHER)
     assert hub.repo("user/digits").private
     with pytest.raises(ClientError, match="no right to write"):
@@ -669,14 +661,14 @@ def test_the_right_to_write_is_proved_before_training(client, hub):
 
 
 @pytest.mark.slow
-def test_a_hub_that_hangs_does_not_hold_the_process(hub, checkpoint, tmp_path):
+def test_a_hub_without_answer_does_not_block_the_exit(hub, checkpoint, tmp_path):
     hub.fault("PUT /objects", kind="slow", seconds=30)
     code = SETUP + PUSHER + f"pusher.submit({str(checkpoint)!r}, 1)\nprint(pusher.finish(1))"
     env = client_environment(hub, tmp_path / "home", OWNER_TOKEN)
     start = time.monotonic()
     done = run_process([sys.executable, "-c", code], env=env)
     assert done.stdout.strip() == "False", done.stderr
-    assert time.monotonic() - start < 20  # imports, one second of waiting, and no more
+    assert time.monotonic() - start < 20  # imports and one second of waiting
 
 
 # ----------------------------------------------------------------------------------------------
@@ -696,7 +688,7 @@ result = [status, out.getvalue(), err.getvalue()]
 
 
 @pytest.mark.slow
-def test_the_command_line_pushes_privately_and_lists_first(client, hub, checkpoint):
+def test_the_command_has_a_dry_run_and_pushes_to_private_repositories(client, hub, checkpoint):
     status, out, _ = client.run(CLI, argv=["push", str(checkpoint), "user/cli", "--dry-run"])
     assert status == 0
     assert WEIGHTS in out
@@ -709,7 +701,7 @@ def test_the_command_line_pushes_privately_and_lists_first(client, hub, checkpoi
 
 
 @pytest.mark.slow
-def test_the_command_line_says_bad_input_in_one_line_and_exits_with_2(client, hub, checkpoint):
+def test_the_command_reports_invalid_input_in_one_line_with_exit_status_2(client, hub, checkpoint):
     for argv in (
         ["push", str(checkpoint), "a/b/c"],
         ["push", str(checkpoint / "unet"), "user/cli"],
@@ -723,7 +715,7 @@ def test_the_command_line_says_bad_input_in_one_line_and_exits_with_2(client, hu
 
 
 def train_on_the_hub(client, hub, folder, repo_id="user/trained", public=False):
-    """`ddpm-hf train` on 12 grey images of the same Hub; exit status, output, error output."""
+    """`ddpm-hf train` on 12 grey images of the test Hub; returns exit status, stdout and stderr."""
     hub.add_repo("user/data", {f"train/{i}.png": grey_png(i) for i in range(12)}, kind="dataset")
     config = {k: v for k, v in tiny_unet().config.items() if not k.startswith("_")}
     (folder / "unet.json").write_text(json.dumps(config))
@@ -753,7 +745,7 @@ def grey_png(value):
 
 
 @pytest.mark.slow
-def test_training_on_a_data_set_of_the_hub_pushes_what_it_made(client, hub, tmp_path):
+def test_training_on_a_hub_dataset_pushes_the_model(client, hub, tmp_path):
     status, out, err = train_on_the_hub(client, hub, tmp_path)
     assert status == 0, err
     repo = hub.repo("user/trained")
@@ -771,7 +763,7 @@ def test_training_on_a_data_set_of_the_hub_pushes_what_it_made(client, hub, tmp_
 
 
 @pytest.mark.slow
-def test_training_outlives_a_hub_that_fails_and_says_how_to_push(client, hub, tmp_path):
+def test_training_survives_a_failing_hub_and_prints_the_command_to_push(client, hub, tmp_path):
     hub.fault("/commit/main", status=503, times=999)
     status, out, _ = train_on_the_hub(client, hub, tmp_path, public=True)
     assert status == 3
@@ -786,7 +778,7 @@ def test_training_outlives_a_hub_that_fails_and_says_how_to_push(client, hub, tm
 
 
 @pytest.mark.slow
-def test_training_that_could_not_push_pushes_when_it_is_run_again(client, hub, tmp_path):
+def test_a_failed_push_is_repeated_by_the_next_run(client, hub, tmp_path):
     hub.fault("/commit/main", status=503, times=999)
     assert train_on_the_hub(client, hub, tmp_path)[0] == 3
     hub.faults.clear()
@@ -798,9 +790,7 @@ def test_training_that_could_not_push_pushes_when_it_is_run_again(client, hub, t
 
 
 @pytest.mark.slow
-def test_the_pipelines_own_push_leaves_no_weights_of_an_earlier_one_in_force(
-    client, hub, checkpoint
-):
+def test_push_to_hub_deletes_the_shards_of_an_earlier_upload(client, hub, checkpoint):
     load = "from ddpm_hf import GaussianDDPMPipeline as P; pipe = P.from_pretrained(folder)"
     client.run(load, folder=checkpoint)
     client.run("pipe.save_pretrained('shards', max_shard_size='20KB')")
@@ -818,7 +808,7 @@ def test_the_pipelines_own_push_leaves_no_weights_of_an_earlier_one_in_force(
 
 
 @pytest.mark.slow
-def test_training_that_may_not_push_does_not_start(client, hub, tmp_path):
+def test_training_does_not_start_without_the_right_to_push(client, hub, tmp_path):
     status, _, err = train_on_the_hub(client, hub, tmp_path, "other/trained")
     assert status == 2
     assert "no right to write to other/trained" in err
@@ -827,7 +817,7 @@ def test_training_that_may_not_push_does_not_start(client, hub, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_missing_token_is_bad_input(hub, checkpoint, tmp_path):
+def test_a_missing_token_is_invalid_input(hub, checkpoint, tmp_path):
     env = client_environment(hub, tmp_path / "home", None)
     command = [sys.executable, "-m", "ddpm_hf.cli", "push", str(checkpoint), "user/cli"]
     done = run_process(command, env=env)
@@ -838,7 +828,7 @@ def test_a_missing_token_is_bad_input(hub, checkpoint, tmp_path):
 
 
 @pytest.mark.slow
-def test_no_token_of_the_environment_is_found_in_any_file(client, hub, checkpoint):
+def test_no_file_contains_the_token(client, hub, checkpoint):
     push_from(client, checkpoint)
     client.run(PUSHER + "pusher.submit(folder, 1)\npusher.finish(20)", folder=checkpoint)
     client.run(CLI, argv=["push", str(checkpoint), "user/cli"])

@@ -1,4 +1,4 @@
-"""The model card says what was recorded, nothing else, and nothing that should stay at home."""
+"""Model cards: rendering of recorded facts, updates of existing cards, detection of secrets."""
 
 import html
 import json
@@ -19,15 +19,18 @@ from golden import make_card
 from huggingface_hub import ModelCard
 from processes import run_process
 
+from ddpm_hf.evaluation.calibration_results import StepsRow
+from ddpm_hf.evaluation.card_metrics import CardMetric
 from ddpm_hf.hub.card import (
-    card_facts,
+    SharedCard,
     card_to_share,
-    check_metadata,
-    render_model_card,
+    write_calibration,
     write_model_card,
     write_results,
 )
-from ddpm_hf.hub.card_merge import merged, renewed, with_metadata
+from ddpm_hf.hub.card_facts import CardFacts, card_facts, recorded_facts
+from ddpm_hf.hub.card_rendering import render_model_card
+from ddpm_hf.hub.card_update import metadata_of, updated_card, with_license
 from ddpm_hf.hub.retry import shorten
 from ddpm_hf.hub.secrets import find_leak
 
@@ -61,12 +64,16 @@ FULL = {
 }
 
 
+def rendered(facts, repo_id=None):
+    return render_model_card(CardFacts.from_dict(facts), repo_id)
+
+
 def metadata(text):
     return yaml.safe_load(text.split("---\n")[1])
 
 
-def test_the_metadata_is_what_the_hub_reads():
-    data = metadata(render_model_card(FULL, "user/butterflies-64"))
+def test_the_metadata_has_the_keys_of_the_hub():
+    data = metadata(rendered(FULL, "user/butterflies-64"))
     assert data["library_name"] == "diffusers"
     assert data["pipeline_tag"] == "unconditional-image-generation"
     assert data["license"] == "apache-2.0"
@@ -83,8 +90,8 @@ def test_the_metadata_is_what_the_hub_reads():
     assert result["metrics"] == [{"type": "fid", "value": 12.25, "name": "FID"}]
 
 
-def test_the_text_holds_every_fact():
-    text = render_model_card(FULL, "user/butterflies-64")
+def test_the_card_contains_all_facts():
+    text = rendered(FULL, "user/butterflies-64")
     for fact in (
         "![Samples of this model](samples.png)",
         "Fine-tuned from google/ddpm-cifar10-32",
@@ -105,20 +112,20 @@ def test_the_text_holds_every_fact():
         assert fact in text, fact
 
 
-def test_what_was_not_recorded_is_said_and_not_made_up():
-    text = render_model_card({})
+def test_missing_facts_are_not_recorded():
+    text = rendered({})
     data = metadata(text)
     assert set(data) == {"library_name", "pipeline_tag", "tags"}
     assert "Data: not recorded." in text
-    assert "No measure of quality was recorded." in text
-    assert "ask the owner before you reuse" in text
+    assert "No metrics were recorded." in text
+    assert "ask the owner before you use" in text
     assert text.count("not recorded |") == 6
     assert "samples.png" not in text
 
 
-def test_a_local_folder_is_no_name_for_the_hub():
+def test_names_of_local_folders_are_not_hub_ids():
     facts = {"dataset": {"name": "photos", "hub_id": "photos"}, "base_model": "model"}
-    data = metadata(render_model_card(facts))
+    data = metadata(rendered(facts))
     assert not {"datasets", "base_model"} & set(data)
 
 
@@ -139,15 +146,15 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_a_hostile_text_stays_text(kind):
+def test_hostile_text_is_escaped(kind):
     text = HOSTILE[kind]
-    harmless = render_model_card(FULL, "user/x")
+    harmless = rendered(FULL, "user/x")
     facts = json.loads(json.dumps(FULL)) | {"model_name": text, "hardware": text}
     facts["dataset"] |= {"name": text, "split": text}
     facts["config"] = {text: text}
     facts["versions"] = facts["computation"] = {text: text}
     facts["metrics"] = [{"name": text, "value": 1.0, "how": text}]
-    card = render_model_card(facts, "user/x")
+    card = rendered(facts, "user/x")
     data = ModelCard(card).data.to_dict()
     assert set(data) == set(metadata(harmless))
     (entry,) = data["model-index"]
@@ -164,15 +171,15 @@ def test_a_hostile_text_stays_text(kind):
 
 
 def visible(text):
-    """What a reader of the rendered Markdown sees, on one line."""
+    """Text of the rendered Markdown, on one line."""
     return " ".join(html.unescape(re.sub(r"\\(?=[\\`*_\[\]{}#|~!$])", "", text)).split())
 
 
-def test_the_facts_of_a_checkpoint_come_from_its_files(tmp_path):
+def test_facts_are_read_from_the_files_of_the_checkpoint(tmp_path):
     unet = tiny_unet(sample_size=8)
     folder = save_ours(tmp_path / "model", unet=unet, facts=image_facts_of("L", 7, 6))
     (folder / "training.json").write_text(json.dumps({"steps": 5}))
-    facts = card_facts(folder)
+    facts = recorded_facts(folder)
     assert facts["steps"] == 5
     assert facts["unet"]["num_parameters"] == sum(p.numel() for p in unet.parameters())
     assert facts["scheduler"]["num_train_timesteps"] == 20
@@ -181,7 +188,7 @@ def test_the_facts_of_a_checkpoint_come_from_its_files(tmp_path):
     json.dumps(facts, allow_nan=False)
 
 
-def test_the_card_of_a_conditional_model_shows_no_way_that_fails(tmp_path):
+def test_the_card_of_a_conditional_model_has_no_code_for_stock_diffusers(tmp_path):
     folder = save_ours(tmp_path / "model", unet=tiny_unet(num_class_embeds=3))
     text = render_model_card(card_facts(folder))
     assert "cannot sample from it" in text
@@ -207,143 +214,230 @@ def test_the_code_in_the_cards_runs_in_their_folders(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------
-# Whose card it is
+# Updates of an existing card
 
 
-def fresh_card(**facts):
-    return render_model_card(FULL | facts, "user/x")
+def card_with(**facts):
+    return rendered(FULL | facts, "user/x")
 
 
-def test_a_card_that_nobody_touched_becomes_the_new_one():
-    old, new = fresh_card(steps=247, metrics=[]), fresh_card(steps=450, metrics=[])
-    assert renewed(None, new) == renewed(new, new) == renewed(old, new) == new
-    assert renewed(old.replace("\n", "\r\n"), new) == new
+def as_older_version(card):
+    """The card with the marks of older versions: hashes, a comment, and a hidden last line."""
+    comment = (
+        "<!-- Text between these markers is generated and renewed; text outside them stays. -->"
+    )
+    old_comment = (
+        "<!-- What stands between marks such as the next is renewed with the model; what you write "
+        "elsewhere, or change, stays. -->"
+    )
+    assert f"<!-- ddpm-hf intro -->\n{comment}\n" in card
+    card = card.replace(f"\n{comment}", "").replace(
+        "<!-- ddpm-hf intro", f"{old_comment}\n<!-- ddpm-hf intro"
+    )
+    card = re.sub(r"<!-- ddpm-hf (\w+) -->", r"<!-- ddpm-hf \1 0123456789ab -->", card)
+    return f'{card}\n<!-- ddpm-hf-card 0123456789ab {{"license": "0123456789ab"}} -->\n'
 
 
-def test_a_licence_and_words_that_a_person_added_stay_while_the_training_goes_on():
-    card = fresh_card(steps=247, license=None)
-    card = card.replace("---\n", "---\nlicense: mit  # ours\nlanguage: de\n", 1)
+@pytest.mark.parametrize("version", [str, as_older_version])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_an_unedited_card_becomes_the_generated_one(version, line_end):
+    new = card_with(steps=450)
+    for old in (new, card_with(steps=247, metrics=[], base_model=None, license="mit")):
+        card = version(old).replace("\n", line_end)
+        assert updated_card(card, new) == new.replace("\n", line_end)
+    assert updated_card(None, new) == new
+
+
+@pytest.mark.parametrize("version", [str, as_older_version])
+def test_text_outside_the_markers_stays(version):
+    card = version(card_with(steps=247))
     card = card.replace("<!-- ddpm-hf training", "Trained at night.\n\n<!-- ddpm-hf training", 1)
     card += "\n## Thanks\n\nTo the butterflies.\n"
-    once = renewed(card, fresh_card(steps=450, license=None))
-    twice = renewed(once, fresh_card(steps=900, license=None))
-    for text, steps in ((once, 450), (twice, 900)):
-        assert f"| optimizer updates | {steps} |" in text
-        assert "247" not in text
-        assert "license: mit  # ours\nlanguage: de\n" in text
-        assert "Trained at night.\n" in text
-        assert text.count("To the butterflies.") == 1
-        assert metadata(text)["license"] == "mit"
-        assert metadata(text)["datasets"] == ["user/butterflies"]
+    for steps in (450, 900):
+        card = updated_card(card, card_with(steps=steps))
+        assert f"| optimizer updates | {steps} |" in card
+        assert card.count("optimizer updates") == 1
+        assert "Trained at night.\n\n<!-- ddpm-hf training -->\n" in card
+        assert card.endswith("<!-- /ddpm-hf -->\n\n## Thanks\n\nTo the butterflies.\n")
+        assert "0123456789ab" not in card
 
 
-def test_a_generated_part_that_a_person_changed_is_theirs_and_an_emptied_one_comes_back():
-    card = fresh_card(steps=247)
-    changed = card.replace("| optimizer updates | 247 |", "| optimizer updates | about 250 |")
-    text = renewed(changed, fresh_card(steps=450, model_name="moths"))
-    assert "about 250" in text
-    assert "# moths" in text
-    emptied = re.sub(r"(<!-- ddpm-hf training \w+ -->\n).*?(<!-- /)", r"\1\2", card, flags=re.S)
-    assert renewed(emptied, fresh_card(steps=450)) == fresh_card(steps=450)
+def test_text_between_the_markers_is_replaced():
+    card = card_with(steps=247)
+    edited = card.replace("| optimizer updates | 247 |", "| optimizer updates | about 250 |")
+    assert updated_card(edited, card_with(steps=450)) == card_with(steps=450)
 
 
-def test_what_a_person_removed_stays_away():
-    card = fresh_card(metrics=[])
-    without = re.sub(r"<!-- ddpm-hf limits.*?<!-- /ddpm-hf -->\n", "", card, flags=re.S)
-    without = without.replace("base_model: google/ddpm-cifar10-32\n", "")
-    text = renewed(without, fresh_card(steps=450))
-    assert "## Limits" not in text
-    assert "base_model" not in metadata(text)
-    assert "model-index" in metadata(text)  # new since then
+def test_a_deleted_section_stays_deleted():
+    card = re.sub(r"<!-- ddpm-hf limits.*?<!-- /ddpm-hf -->\n", "", card_with(), flags=re.DOTALL)
+    assert "## Limitations" not in updated_card(card, card_with(steps=450))
 
 
-def test_a_key_that_is_no_longer_true_goes_unless_a_person_changed_it():
-    card = fresh_card()
-    plain = fresh_card(metrics=[], base_model=None)
-    assert "model-index" not in metadata(renewed(card, plain))
-    changed = card.replace("name: butterflies-64", "name: my butterflies")
-    assert metadata(renewed(changed, plain))["model-index"][0]["name"] == "my butterflies"
+def test_text_after_a_deleted_end_marker_stays():
+    head, tail = card_with(steps=247).split("<!-- ddpm-hf training -->")
+    tail = tail.replace("<!-- /ddpm-hf -->", "By Jane.", 1)
+    card = updated_card(f"{head}<!-- ddpm-hf training -->{tail}", card_with(steps=450))
+    assert "By Jane." in card
+    assert "| optimizer updates | 247 |" in card
+    assert card.count("## Citation") == 1
 
 
-def test_a_card_that_is_all_a_persons_is_left_to_the_byte():
-    for card in ("# Mine\r\n", "---\na: [\n---\n# Broken\n", "", "---\nlicense: mit\n---\n"):
-        assert renewed(card, fresh_card()) == card
+def test_generated_metadata_is_renewed_or_removed():
+    card = card_with().replace("pipeline_tag: unconditional", "pipeline_tag: text")
+    data = metadata(updated_card(card, card_with(metrics=[], base_model=None, dataset={})))
+    assert set(data) == {"library_name", "license", "pipeline_tag", "tags"}
+    assert data["pipeline_tag"] == "unconditional-image-generation"
+    plain = card_with(metrics=[], base_model=None, dataset={})
+    assert metadata(updated_card(plain, card_with())) == metadata(card_with())
 
 
-def test_broken_metadata_of_a_person_is_not_lost():
-    card = fresh_card(steps=247).replace("license: apache-2.0", "license: [")
-    text = renewed(card, fresh_card(steps=450))
-    assert "license: [\n" in text
+def test_other_metadata_stays_and_tags_are_united():
+    front = (
+        "---\ntags:\n- butterflies\nlanguage: de\nwidget:\n- src: x.png\ndate: 2026-01-02\n---\n"
+    )
+    card = front + card_with().split("---\n", 2)[2]
+    data = metadata(updated_card(card, card_with()))
+    assert data["tags"] == ["butterflies", *metadata(card_with())["tags"]]
+    expected = metadata(front) | metadata(card_with())
+    assert data == expected | {"tags": data["tags"]}
+
+
+def test_a_licence_is_replaced_only_by_another_one():
+    edited = card_with(license=None).replace("---\n", "---\nlicense: mit\n", 1)
+    assert metadata(updated_card(edited, card_with(license=None)))["license"] == "mit"
+    assert metadata(updated_card(edited, card_with()))["license"] == "apache-2.0"
+
+
+@pytest.mark.parametrize("broken", ["license: [", "model-index: 5"])
+def test_invalid_metadata_stays_with_a_warning(broken):
+    front = f"---\n{broken}\n---\n"
+    card = front + card_with(steps=247).split("---\n", 2)[2]
+    with pytest.warns(UserWarning, match="metadata was left unchanged"):
+        text = updated_card(card, card_with(steps=450))
+    assert text.startswith(front)
     assert "| optimizer updates | 450 |" in text
 
 
-def test_words_on_the_hub_win_over_others_unless_they_came_from_here():
-    old, new = fresh_card(steps=1), fresh_card(steps=2)
-    here, there = "# By hand, here\n", "# By hand, there\n"
-    assert merged(None, None, new).text == merged(None, old, new).text == new
-    assert merged(old, there, new).text == merged(here, there, new).text == there
-    assert merged(here, there, new).is_theirs
-    first = merged(here, None, new).text
-    assert first.startswith(here)
-    better = merged("# Better, here\n", first, new)
-    assert better.text.startswith("# Better, here\n")
-    assert not better.is_theirs
-    assert merged(None, better.text, new).text == better.text
-    edited = better.text.replace("Better", "Best")
-    assert merged("# Other words\n", edited, new).text == edited
+def test_a_card_without_metadata_gets_it():
+    card = card_with().split("---\n", 2)[2]
+    assert updated_card(card, card_with()) == card_with()
 
 
-def test_words_on_the_hub_stay_and_the_facts_around_them_are_renewed():
-    remote = fresh_card(steps=247).replace("## Citation", "By Jane.\n\n## Citation")
-    card = merged(fresh_card(steps=450), remote, fresh_card(steps=450))
+@pytest.mark.parametrize(
+    "card", ["# Mine\r\n", "---\na: [\n---\n# Broken\n", "", "---\nlicense: mit  # ours\n---\n"]
+)
+def test_a_card_without_markers_stays_unchanged(card):
+    assert updated_card(card, card_with()) == card
+
+
+@pytest.mark.parametrize("card", [card_with(license=None), card_with(license="mit"), "# Mine\n"])
+def test_the_license_option_sets_the_licence(card):
+    text = with_license(card, "apache-2.0")
+    assert metadata(text)["license"] == "apache-2.0"
+    assert text.endswith(card[-100:])
+
+
+def test_the_card_on_the_hub_is_updated_if_there_is_one(tmp_path):
+    folder = save_ours(tmp_path / "model")
+    generated = card_to_share(folder, "user/x")
+    assert generated.text == render_model_card(card_facts(folder), "user/x")
+    assert card_to_share(folder, "user/x", generated.text) == generated
+
+    (folder / "README.md").write_text("# Local\n")
+    assert card_to_share(folder, "user/x") == SharedCard("# Local\n", is_from_hub=False)
+    theirs = SharedCard("# On the Hub\n", is_from_hub=True)
+    assert card_to_share(folder, "user/x", theirs.text) == theirs
+
+    edited = generated.text.replace("<!-- ddpm-hf usage", "By Jane.\n\n<!-- ddpm-hf usage")
+    (folder / "training.json").write_text(json.dumps({"steps": 450}))
+    card = card_to_share(folder, "user/x", edited)
+    assert card.is_from_hub
     assert "By Jane." in card.text
     assert "| optimizer updates | 450 |" in card.text
 
 
-def test_a_licence_that_is_given_is_set_and_stays():
-    for card in (fresh_card(license=None), fresh_card(license="mit"), "# Mine\n"):
-        text = with_metadata(card, "license", "apache-2.0")
-        assert metadata(text)["license"] == "apache-2.0"
-        assert metadata(renewed(text, fresh_card(license="mit")))["license"] == "apache-2.0"
-
-
-def test_writing_the_card_again_follows_the_facts_but_leaves_a_persons_card_alone(tmp_path):
+def test_writing_a_card_updates_a_generated_one_only(tmp_path):
     folder = save_ours(tmp_path / "model")
     write_model_card(folder, "user/x")
     (folder / "training.json").write_text(json.dumps({"steps": 777}))
     card = write_model_card(folder, "user/x").read_text()
     assert "| optimizer updates | 777 |" in card
     assert card == card_to_share(folder, "user/x").text
-    (folder / "README.md").write_text("# Mine\n")
+    (folder / "README.md").write_bytes(b"# Mine \xff\n")
     write_model_card(folder, "user/x")
-    assert (folder / "README.md").read_text() == "# Mine\n"
-    assert card_to_share(folder, "user/x").text.startswith("# Mine\n")
+    assert (folder / "README.md").read_bytes() == b"# Mine \xff\n"
 
 
 # ----------------------------------------------------------------------------------------------
-# What the facts are
+# Facts
 
 
-def test_settings_that_were_not_set_are_left_out():
-    text = render_model_card({"config": {"resolution": None, "seed": 0}})
+def test_an_option_without_a_value_is_not_listed():
+    text = rendered({"config": {"resolution": None, "seed": 0}})
     assert "| `seed` | 0 |" in text
     assert "resolution" not in text
 
 
-def test_what_was_left_out_of_the_images_is_counted_by_kind():
+def test_left_out_files_are_counted_by_reason():
     dataset = {"name": "photos", "num_images": 3, "left_out": {".heic": 40, ".mp4": 1}}
-    text = render_model_card({"dataset": dataset})
+    text = rendered({"dataset": dataset})
     assert "Data: photos (3 images; 41 left out: .heic 40, .mp4 1)." in text
 
 
-def test_a_fine_tuned_model_tells_what_its_base_was_trained_on_and_for_how_long():
+def test_the_training_of_the_base_model_is_described():
     base = {"dataset": FULL["dataset"], "steps": 247, "base_model": "user/first"}
-    text = render_model_card({"base_model": "user/second", "base": base})
+    text = rendered({"base_model": "user/second", "base": base})
     assert "Base: user/second, itself fine-tuned from user/first." in text
     assert "Smithsonian butterflies" in text
     assert "Its training: 247 optimizer updates." in text
-    unknown = render_model_card({"base_model": "user/second"})
+    unknown = rendered({"base_model": "user/second"})
     assert "Its data: not recorded. Its training: not recorded." in unknown
+
+
+SWEEP = {
+    "settings": [
+        {
+            "scheduler": "DDIM",
+            "num_inference_steps": 10,
+            "num_network_calls": 10,
+            "seconds_per_image": 0.25,
+            "figures": {"fd": {"value": 3.0, "interval": [2.0, 4.0], "rank": "best"}},
+        }
+    ],
+    "remarks": ["by 10 images"],
+    "for_stock": {"scheduler": "DDIM", "num_inference_steps": 10},
+}
+
+
+def replaced_at(depth, content, wrong):
+    """The JSON value with `wrong` in place of all values at this depth."""
+    if depth == 0 or not isinstance(content, dict | list):
+        return wrong if depth == 0 else content
+    if isinstance(content, list):
+        return [replaced_at(depth - 1, item, wrong) for item in content]
+    return {key: replaced_at(depth - 1, item, wrong) for key, item in content.items()}
+
+
+@pytest.mark.parametrize("depth", range(1, 7))
+@pytest.mark.parametrize("wrong", [True, -1.5, "x", [None, 3, {"a": 1}], {"a": {"b": [1]}}])
+def test_facts_of_the_wrong_type_are_not_recorded(wrong, depth):
+    facts = FULL | {
+        "base": {"dataset": FULL["dataset"], "steps": 3},
+        "class_names": ["cat"],
+        "calibration": make_card.facts()["calibration"] | {"sweep": SWEEP},
+    }
+    ModelCard(rendered(replaced_at(depth, facts, wrong)))
+
+
+def test_a_sweep_is_a_table_with_code_for_the_recommended_sampler():
+    scheduler = {"recommended": {"scheduler": "DDIM", "num_inference_steps": 10}}
+    text = rendered({"calibration": {"sweep": SWEEP}, "scheduler": scheduler})
+    assert "| DDIM | 10 | 10 | 0.25 | 3 +- 1 | best |" in text
+    assert "\nBy 10 images.\n" in text
+    assert "Recommended: `DDIM`, 10 steps" in text
+    assert "pipe.scheduler = DDIMScheduler.from_config(" in text
+    unknown = scheduler | {"recommended": {"scheduler": "Euler(); evil", "num_inference_steps": 10}}
+    assert "evil" not in rendered({"calibration": {"sweep": SWEEP}, "scheduler": unknown})
 
 
 def test_parameters_of_variants_and_shards_are_counted_once(tmp_path):
@@ -351,7 +445,7 @@ def test_parameters_of_variants_and_shards_are_counted_once(tmp_path):
     pipeline.save_pretrained(tmp_path, max_shard_size="40KB")
     pipeline.save_pretrained(tmp_path, variant="fp16")
     number = sum(p.numel() for p in pipeline.unet.parameters())
-    assert card_facts(tmp_path)["unet"]["num_parameters"] == number
+    assert card_facts(tmp_path).unet.num_parameters == number
 
 
 @pytest.mark.parametrize(
@@ -359,42 +453,55 @@ def test_parameters_of_variants_and_shards_are_counted_once(tmp_path):
     [(DDPMScheduler, 400), (DDIMScheduler, 50), (EulerDiscreteScheduler, 50),
      (DPMSolverMultistepScheduler, 25)],
 )  # fmt: skip
-def test_the_code_in_the_card_asks_for_as_many_steps_as_the_scheduler_can_make(
-    tmp_path, kind, steps
-):
+def test_the_code_in_the_card_uses_the_default_number_of_steps(tmp_path, kind, steps):
     folder = save_ours(tmp_path, scheduler=kind(400, beta_schedule="squaredcos_cap_v2"))
     assert f"num_inference_steps={steps})" in render_model_card(card_facts(folder))
 
 
-def test_results_of_an_evaluation_come_into_the_card_and_its_index(tmp_path):
+def metric(value, how="10,000 images", name="digits", **dataset):
+    return CardMetric(
+        type="fid", name="FID", value=value, how=how, dataset={"name": name, **dataset}, args={}
+    )
+
+
+def test_results_are_written_to_the_card_and_its_model_index(tmp_path):
     folder = save_ours(tmp_path / "model")
-    (folder / "training.json").write_text(json.dumps({"dataset": {"name": "digits"}}))
     card = write_model_card(folder)
     card.write_text("---\nlicense: mit\n" + card.read_text()[4:] + "\nBy Jane.\n")
-    write_results(folder, [{"name": "FID", "value": 13.0, "type": "fid", "how": "outdated"}])
-    other = {"name": "moths", "hub_id": "user/moths", "split": "test"}
-    write_results(
-        folder,
-        [
-            {"name": "FID", "value": 12.5, "type": "fid", "how": "10,000 images"},
-            {"name": "FID", "value": 40, "type": "fid", "dataset": other},
-        ],
-    )
+    write_results(folder, [metric(13.0, "outdated")])
+    other = metric(40, name="moths", hub_id="user/moths", split="test")
+    write_results(folder, [metric(12.5), other])
     loaded = ModelCard.load(card)
     results = {(r.dataset_name, r.metric_type): r.metric_value for r in loaded.data.eval_results}
     assert results == {("digits", "fid"): 12.5, ("moths", "fid"): 40}
     assert loaded.data.license == "mit"
-    assert "| FID | 12.5 | 10,000 images |" in loaded.text
-    assert "| FID | 40 | on moths |" in loaded.text
+    assert "| FID | 12.5 | 10,000 images; on digits |" in loaded.text
+    assert "| FID | 40 | 10,000 images; on moths |" in loaded.text
     assert "By Jane." in loaded.text
     assert "outdated" not in loaded.text
-    for bad in ({"name": "FID"}, {"name": "FID", "value": float("nan")}, {"value": 1.0}):
-        with pytest.raises(ValueError, match="a name and a finite value"):
-            write_results(folder, [bad])
+    stored = json.loads((folder / "training.json").read_text())["metrics"]
+    assert stored == [metric(12.5).to_dict(), other.to_dict()]
+    with pytest.raises(ValueError, match="FID must be finite, got nan"):
+        write_results(folder, [metric(float("nan"))])
+
+
+def test_a_calibration_without_a_sweep_keeps_the_earlier_sweep(tmp_path):
+    folder = save_ours(tmp_path / "model")
+    (folder / "training.json").write_text(json.dumps({"calibration": {"sweep": SWEEP}}))
+    rows = [
+        StepsRow(num_inference_steps=K, bits_per_dim=bits, standard_error=None, published=9.0)
+        for K, bits in ((5, 4.0), (1000, 3.0))
+    ]
+    text = write_calibration(folder, rows, "predicted from 3 images").read_text()
+    assert "| 5 | 4.000 (+1.000) | 9.000 (+6.000) |" in text
+    assert "predicted from 3 images" in text
+    stored = json.loads((folder / "training.json").read_text())["calibration"]
+    expected = {"rows": [row.to_dict() for row in rows], "how": "predicted from 3 images"}
+    assert stored == {"sweep": SWEEP, **expected}
 
 
 # ----------------------------------------------------------------------------------------------
-# What must not be shared
+# Secrets and local paths
 
 SECRETS = [
     "key hf_" + "a1B2" * 6,
@@ -428,32 +535,34 @@ def test_a_secret_or_local_path_is_found(text):
 
 
 @pytest.mark.parametrize("text", HARMLESS)
-def test_a_harmless_text_is_left_alone(text):
+def test_harmless_text_is_not_a_leak(text):
     assert find_leak(text) is None
 
 
 @pytest.mark.parametrize("text", SECRETS)
-def test_a_secret_is_not_repeated_in_the_message(text):
-    assert find_leak(text) == "what looks like a token or password"
+def test_messages_do_not_contain_the_secret(text):
+    assert find_leak(text) == "a string with the form of a token or password"
     secret = re.search(r"hf_\w+|github_pat_\w+|secret", text)[0]
     assert secret not in shorten(f"the server said: {text}")
 
 
-def test_the_token_in_use_is_found_whatever_it_looks_like(monkeypatch):
+def test_the_token_in_use_is_found_in_any_form(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "a-token-of-another-shape")
-    assert find_leak("x = a-token-of-another-shape") == "what looks like a token or password"
+    assert (
+        find_leak("x = a-token-of-another-shape") == "a string with the form of a token or password"
+    )
 
 
-def test_a_template_and_a_card_with_broken_metadata_are_told_apart():
-    check_metadata(render_model_card(FULL))
-    check_metadata("# No metadata at all\n")
+def test_invalid_metadata_is_refused():
+    metadata_of(rendered(FULL))
+    metadata_of("# No metadata\n")
     for broken in ("---\na: [\n---\n", "---\n- a\n- list\n---\n"):
         with pytest.raises(ValueError, match="metadata that the Hub would refuse"):
-            check_metadata(broken)
+            metadata_of(broken)
 
 
-def test_the_projects_model_card_is_rendered_from_what_was_measured():
-    """Refresh it with `python tests/golden/make_card.py FOLDER`."""
+def test_the_model_card_of_the_project_is_up_to_date():
+    """Update it with `python tests/golden/make_card.py [FOLDER]`."""
     assert make_card.render() == make_card.CARD.read_text()
     assert "(docs/samples.png)" in make_card.CARD.read_text()
     assert (PROJECT / "docs/samples.png").is_file()

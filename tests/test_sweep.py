@@ -112,11 +112,13 @@ def run(code, model):
     [(SDE, 4), ("DDIM:timestep_spacing=trailing", 4), (sweep.PUBLISHED, 20)],
 )
 def test_stock_diffusers_with_the_cards_snippet_matches_our_pipeline(name, num_steps, tmp_path):
-    from ddpm_hf.hub.card import write_calibration
+    from ddpm_hf.hub.card import write_model_card
 
     setting = {"scheduler": name, "num_inference_steps": num_steps}
     model = save_model(tmp_path / "model", setting)
-    write_calibration(model, {"sweep": {"for_stock": setting}})
+    facts = {"calibration": {"sweep": {"for_stock": setting}}}
+    (model / "training.json").write_text(json.dumps(facts))
+    write_model_card(model)
     blocks = re.findall(r"```python\n(.*?)```", (model / "README.md").read_text(), re.DOTALL)
     assert len(blocks) == 5
     ours, stock = run(blocks[3], model), run(blocks[4], model)

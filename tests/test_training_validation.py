@@ -21,7 +21,8 @@ from tiny_runs import (
 
 from ddpm_hf import ConfigError, GaussianDDPMPipeline, TrainingConfig, load, train
 from ddpm_hf.data import TrainingImages
-from ddpm_hf.hub.card import card_facts, render_model_card
+from ddpm_hf.hub.card_facts import card_facts
+from ddpm_hf.hub.card_rendering import render_model_card
 from ddpm_hf.training.dataset_setup import hold_out
 
 OPTIONS = {

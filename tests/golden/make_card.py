@@ -1,30 +1,37 @@
-"""Refresh demo_card.json and the project's model_card.md from the demo's model folder.
+"""Update model_card.md of the project, and demo_card.json from the model folder of the demo.
 
-Usage: python tests/golden/make_card.py FOLDER
+Usage: python tests/golden/make_card.py [FOLDER]
 """
 
 import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
-from ddpm_hf.hub.card import card_facts, render_model_card
+from ddpm_hf.hub.card_facts import CardFacts, recorded_facts
+from ddpm_hf.hub.card_rendering import render_model_card
 
 FACTS = Path(__file__).with_name("demo_card.json")
 CARD = Path(__file__).parents[2] / "model_card.md"
 
 
+def facts() -> dict[str, Any]:
+    """The recorded facts of the demo."""
+    content: dict[str, Any] = json.loads(FACTS.read_text(encoding="utf-8"))
+    return content
+
+
 def render() -> str:
-    """The card of the recorded demo, for a reader of this project: its paths are seen from here."""
-    facts = json.loads(FACTS.read_text(encoding="utf-8"))
-    card = re.sub(r"<!--.*?-->\n", "", render_model_card(facts))  # nobody renews this copy
+    """The card of the demo, with paths relative to the root of the project, without markers."""
+    card = re.sub(r"<!--.*?-->\n", "", render_model_card(CardFacts.from_dict(facts())))
     card = re.sub(r"\n{3,}", "\n\n", card).rstrip() + "\n"
     return card.replace("(samples.png)", "(docs/samples.png)").replace('"."', '"runs/demo/model"')
 
 
 def main() -> None:
     if len(sys.argv) > 1:
-        FACTS.write_text(json.dumps(card_facts(sys.argv[1]), indent=2) + "\n", encoding="utf-8")
+        FACTS.write_text(json.dumps(recorded_facts(sys.argv[1]), indent=2) + "\n", encoding="utf-8")
     CARD.write_text(render(), encoding="utf-8")
 
 

@@ -250,8 +250,7 @@ def write_card(folder: Path, evaluation: "Evaluation") -> None:
     from ddpm_hf.evaluation.card_metrics import card_metrics
     from ddpm_hf.hub.card import write_results
 
-    metrics = [metric.to_dict() for metric in card_metrics(evaluation)]
     try:
-        print(f"in {write_results(folder, metrics)}")
+        print(f"in {write_results(folder, card_metrics(evaluation))}")
     except (ValueError, OSError) as error:
         warnings.warn(f"the card was not written: {error}", stacklevel=2)

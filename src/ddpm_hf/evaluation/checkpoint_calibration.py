@@ -32,7 +32,6 @@ from ddpm_hf.evaluation.figures import ImageFormat, ModelSourceFacts
 from ddpm_hf.evaluation.measurement import Evaluator
 from ddpm_hf.evaluation.model_images import EvaluationImages, images_for
 from ddpm_hf.evaluation.options import CalibrationOptions
-from ddpm_hf.evaluation.records import JsonObject
 from ddpm_hf.evaluation.result_files import (
     CALIBRATION_FILE,
     results_folder,
@@ -199,12 +198,9 @@ def _finish(
     remove_folder(unfinished)
     if not has_card:
         return result
-    facts = card_calibration(result.curve.steps, f"predicted from {result.image_source}")
-    if result.sweep is not None:
-        swept = result.sweep.to_dict()
-        facts["sweep"] = {k: v for k, v in swept.items() if k not in ("options", "left_out")}
+    steps, how = result.curve.steps, f"predicted from {result.image_source}"
     try:
-        return replace(result, card=write_calibration(Path(model), facts))
+        return replace(result, card=write_calibration(model, steps, how, result.sweep))
     except (ValueError, OSError) as error:
         warnings.warn(f"the card was not written: {error}", stacklevel=2)
         return result
@@ -222,13 +218,8 @@ def save_calibration(calibration: Calibration, model: Path, how: str) -> tuple[S
     """
     write_scheduler_config(calibration.scheduler, model, model)
     rows = predicted_steps(calibration)
-    write_calibration(model, card_calibration(rows, how))
+    write_calibration(model, rows, how)
     return rows
-
-
-def card_calibration(rows: tuple[StepsRow, ...], how: str) -> JsonObject:
-    """The argument of `hub.card.write_calibration`."""
-    return {"rows": [row.to_dict() for row in rows], "how": how}
 
 
 def write_scheduler_config(scheduler: GaussianDDPMScheduler, model: Path, output: Path) -> Path:

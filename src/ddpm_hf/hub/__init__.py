@@ -1,1 +1,1 @@
-"""The Hub: loading models from it, pushing checkpoints to it, and their cards."""
+"""The Hugging Face Hub: loading and pushing of checkpoints, and model cards."""

@@ -1,4 +1,4 @@
-"""Pushing checkpoints while training goes on: nothing that happens here stops or fails the run."""
+"""Upload of checkpoints during training; failures do not stop the run."""
 
 import os
 import shutil
@@ -19,21 +19,20 @@ _PREFIX = ".pushing-"
 
 
 class BackgroundPusher:
-    """Uploads one checkpoint at a time; of those that wait meanwhile only the newest is kept.
+    """Uploads one checkpoint at a time in a thread; of those waiting, only the newest is kept.
 
-    To be used by one process of the run. The thread is a daemon, unlike that of
-    `HfApi.run_as_future`, which Python joins at exit: a Hub that hangs must not hold a run that was
-    told to end.
+    For the main process. The thread is a daemon: Python joins the thread of `HfApi.run_as_future`
+    at exit, where a Hub that does not answer would keep the process alive.
 
     Args:
         repo_id: "user/name".
         public: make a new repository public.
         revision: branch to push to.
         token: by default that of `hf auth login` or HF_TOKEN.
-        waits_s: seconds before each further attempt after a failure that may pass.
+        waits_s: seconds before each retry.
 
     Attributes:
-        message: the last outcome, in one line.
+        message: result of the last upload, in one line.
     """
 
     def __init__(
@@ -51,57 +50,58 @@ class BackgroundPusher:
         self._target = Target(repo_id, public, revision, False, token, tuple(waits_s), self._stop)
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._waiting: _Copy | None = None
-        self._newest: _Copy | None = None  # submitted
-        self._pushed: _Copy | None = None
+        self._waiting: _Snapshot | None = None
+        self._newest: _Snapshot | None = None  # submitted
+        self._pushed: _Snapshot | None = None
 
     def check(self) -> None:
-        """Make the repository and prove the right to write to it; call it before step 1.
+        """Create the repository and check the right to write to it; to call before training.
 
         Raises:
-            ValueError: without a token or that right, or if the repository holds something else.
-            HubError: if the Hub still failed at the last attempt.
+            ValueError: if the token is missing or may not write, or the repository contains
+                something else.
+            HubError: if the Hub fails after all retries.
         """
         self._target.check_access()
 
     def submit(self, folder: str | os.PathLike[str], step: int) -> None:
-        """Upload `folder` as it is now, in the background. Never raises, never waits for the Hub.
+        """Upload the current state of `folder` in the background. Never raises or blocks.
 
         Args:
-            folder: a checkpoint. Its files are copied first; weights by hard links, so they must be
-                replaced by others, not rewritten in place.
-            step: named in the commit.
+            folder: a checkpoint. Its files are copied first, weights by hard links: replace them
+                by new files, do not rewrite them in place.
+            step: number in the title of the commit.
         """
-        copy = _Copy(Path(folder), step)
+        snapshot = _Snapshot(Path(folder), step)
         with self._lock:
-            before, self._newest = self._newest, copy
+            is_first, self._newest = self._newest is None, snapshot
         try:
-            if before is None:
-                _remove_leftovers(copy.folder.parent)
-            copy.make()
+            if is_first:
+                _remove_leftovers(snapshot.folder.parent)
+            snapshot.copy()
         except Exception as error:
-            self._report(copy, error)
+            self._report(snapshot, error)
         else:
-            self._hand_over(copy)
+            self._enqueue(snapshot)
 
     def finish(self, timeout_s: float) -> bool:
-        """Wait for the uploads, trying once more the newest if it had failed. Never raises.
+        """Wait for the uploads, and retry the newest if it failed. Never raises.
 
         Args:
-            timeout_s: give up after so many seconds.
+            timeout_s: time limit in seconds.
         Returns:
-            whether the newest checkpoint is on the Hub, or none was submitted. If not, `message`
-            says why and how to push by hand.
+            whether the newest checkpoint is on the Hub, or none was submitted. If False, `message`
+            has the reason and the command to push it.
         """
         deadline = time.monotonic() + timeout_s
         self._wait(deadline)
         newest = self._newest
         if newest and newest is not self._pushed and newest.path and not self._thread:
-            self._hand_over(newest)
+            self._enqueue(newest)
             self._wait(deadline)
         self._stop.set()
         if self._thread and newest:
-            self._report(newest, TimeoutError(f"no end of the upload within {timeout_s:g} s"))
+            self._report(newest, TimeoutError(f"the upload took more than {timeout_s:g} s"))
         elif newest:
             newest.discard()
         return self._pushed is newest
@@ -110,59 +110,58 @@ class BackgroundPusher:
         if thread := self._thread:
             thread.join(max(0.0, deadline - time.monotonic()))
 
-    def _hand_over(self, copy: "_Copy") -> None:
+    def _enqueue(self, snapshot: "_Snapshot") -> None:
         with self._lock:
             if self._waiting:
                 self._waiting.discard()
-            self._waiting = copy
+            self._waiting = snapshot
             if self._thread is None:
-                disable_progress_bars()  # they would break into the trainer's own
+                disable_progress_bars()  # they would interrupt the bar of the trainer
                 self._thread = threading.Thread(target=self._work, name="hub-push", daemon=True)
                 self._thread.start()
 
     def _work(self) -> None:
-        while copy := self._take():
+        while snapshot := self._dequeue():
             try:
-                folder = copy.path or copy.folder
+                folder = snapshot.path or snapshot.folder
                 files = prepare(folder, self._target.repo_id)
-                result = self._target.upload(folder, files, f"Step {copy.step}")
+                result = self._target.upload(folder, files, f"Step {snapshot.step}")
             except Exception as error:
-                self._report(copy, error)
+                self._report(snapshot, error)
             else:
-                self._pushed = copy
-                self.message = f"step {copy.step}: {result}"
-            if copy is self._pushed or copy is not self._newest:
-                copy.discard()
+                self._pushed = snapshot
+                self.message = f"step {snapshot.step}: {result}"
+            if snapshot is self._pushed or snapshot is not self._newest:
+                snapshot.discard()
 
-    def _take(self) -> "_Copy | None":
-        """The next to upload; None ends the thread."""
+    def _dequeue(self) -> "_Snapshot | None":
+        """The next checkpoint; None ends the thread."""
         with self._lock:
-            copy, self._waiting = self._waiting, None
-            if copy is None:
+            snapshot, self._waiting = self._waiting, None
+            if snapshot is None:
                 self._thread = None
-            return copy
+            return snapshot
 
-    def _report(self, copy: "_Copy", error: Exception) -> None:
+    def _report(self, snapshot: "_Snapshot", error: Exception) -> None:
         target = self._target
         command = push_command(
-            copy.folder, target.repo_id, public=target.public, revision=target.revision
+            snapshot.folder, target.repo_id, public=target.public, revision=target.revision
         )
         reason = shorten(str(error)) or type(error).__name__
-        self.message = f"step {copy.step} is not on the Hub: {reason}. To push it: {command}"
+        self.message = f"step {snapshot.step} was not pushed: {reason}. To push it: {command}"
 
 
-class _Copy:
-    """A checkpoint as it was when it was submitted, beside it on the same disk."""
+class _Snapshot:
+    """Copy of a checkpoint next to it, on the same disk."""
 
     def __init__(self, folder: Path, step: int) -> None:
         self.folder, self.step = folder, step
         self.path: Path | None = None
 
-    def make(self) -> None:
-        path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=self.folder.parent))
-        self.path = path
+    def copy(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=self.folder.parent))
         for source in shared_files(self.folder):
-            target = path / source.relative_to(self.folder)
+            target = self.path / source.relative_to(self.folder)
             target.parent.mkdir(exist_ok=True)
             if source.suffix == ".safetensors":
                 with suppress(OSError):  # file systems without hard links
@@ -176,6 +175,6 @@ class _Copy:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove copies that a killed run left; only one run at a time has this folder."""
+    """Remove copies of a killed run; the lock of the run excludes other runs."""
     for path in folder.glob(_PREFIX + "*"):
         shutil.rmtree(path, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Pushing a checkpoint to the Hub: files of a fixed list and nothing else, in a single commit."""
+"""Upload of a checkpoint to the Hub: an allow-list of files, in one commit."""
 
 import json
 import os
@@ -15,8 +15,8 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from ddpm_hf.diffusion.atomic_files import read_json
 from ddpm_hf.diffusion.config_extension import GAUSSIAN_SCHEDULER
 from ddpm_hf.diffusion.portable_checkpoint import commit
-from ddpm_hf.hub.card import card_to_share, check_metadata
-from ddpm_hf.hub.card_merge import Merged
+from ddpm_hf.hub.card import SharedCard, card_to_share
+from ddpm_hf.hub.card_update import metadata_of
 from ddpm_hf.hub.load import check_repo_id, refuse_links, scheduler_class
 from ddpm_hf.hub.retry import TOKEN_HELP, WAITS_S, HubError, retry, shorten
 from ddpm_hf.hub.secrets import find_leak
@@ -25,114 +25,106 @@ from ddpm_hf.text import counted
 __all__ = ["HubError", "PushResult", "push", "push_command"]
 
 UNET_CONFIG, SCHEDULER_CONFIG = "unet/config.json", "scheduler/scheduler_config.json"
-
-# All that is ever uploaded, as glob patterns in a checkpoint's folder. The first group is replaced
-# as a whole: a weight file or a code folder that a push no longer brings is deleted on the Hub.
-REPLACED = (
+# A push deletes files on the Hub that match these patterns and that it does not upload.
+REPLACED_FILES = (
     "unet/diffusion_pytorch_model*.safetensors",
     "unet/diffusion_pytorch_model*.json",
     "ddpm_hf_*/*.py",
 )
-SHARED = (
-    *REPLACED,
+SHARED_FILES = (
+    *REPLACED_FILES,
     *("model_index.json", UNET_CONFIG, SCHEDULER_CONFIG, "pipeline.py"),
     *("README.md", "LICENSE*", "training.json", "recipe.yaml", "metrics.jsonl", "*.png"),
 )
+"""Patterns of the files that are uploaded; no other file is."""
+Files = dict[str, Path | bytes]
+"""Files to upload, by path in the repository."""
 
 
-# ----------------------------------------------------------------------------------------------
-# What is shared
-
-
-def prepare(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
-    """What to upload besides the card, by path there, after all checks that need no connection.
+def prepare(folder: Path, repo_id: str) -> Files:
+    """The files to upload without the card, after all checks that need no connection.
 
     Raises:
-        ValueError: if the folder is not a checkpoint, is incomplete, damaged or not finite, holds
-            links, or would give away a secret or a local path.
+        ValueError: if the folder is not a checkpoint, is incomplete or damaged, has weights that
+            are not finite, links, a secret or a local path.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
     if scheduler_class(folder, str(folder)) == GAUSSIAN_SCHEDULER:
         raise ValueError(
-            f"{folder} was saved by a stock pipeline, so that nobody without ddpm_hf could load it;"
-            " ddpm_hf.load(...).save_pretrained(...) writes the form for everyone"
+            f"{folder} was saved by a pipeline of diffusers and loads only where ddpm_hf is"
+            " installed: save it with ddpm_hf.load(...).save_pretrained(...)"
         )
-    files: dict[str, Path | bytes] = {
-        path.relative_to(folder).as_posix(): path for path in shared_files(folder)
-    }
+    files: Files = {path.relative_to(folder).as_posix(): path for path in shared_files(folder)}
     _check_weights(folder, list(files))
     files.pop("README.md", None)
     _checked_card(folder, repo_id)
     for name in (UNET_CONFIG, SCHEDULER_CONFIG):
         config = read_json(folder / name)
-        if config.pop("_name_or_path", None):  # where diffusers had loaded it from
+        if config.pop("_name_or_path", None):  # diffusers writes where it was loaded from
             files[name] = (json.dumps(config, indent=2) + "\n").encode()
-    for name, data in files.items():
-        _refuse_leaks(name, data)
+    for name, content in files.items():
+        _refuse_leaks(name, content)
     return files
+
+
+def shared_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint that may be uploaded; ValueError for a link."""
+    files = {path for pattern in SHARED_FILES for path in folder.glob(pattern) if path.is_file()}
+    refuse_links(folder, files)
+    return sorted(files)
 
 
 def _checked_card(
     folder: Path, repo_id: str, remote: str | None = None, license: str | None = None
-) -> Merged:
-    """The README.md to upload, checked; merged with the one on the Hub, if that is given."""
+) -> SharedCard:
+    """The card to upload; see `card_to_share`."""
     card = card_to_share(folder, repo_id, remote, license)
-    if not card.is_theirs:  # what is on the Hub already is no leak of this push
+    if not card.is_from_hub:  # that text is on the Hub already
         _refuse_leaks("README.md", card.text.encode())
-        check_metadata(card.text)
+        metadata_of(card.text)
     return card
-
-
-def shared_files(folder: Path) -> list[Path]:
-    """The files of a checkpoint that may be uploaded; ValueError if one is a link."""
-    found = {path for pattern in SHARED for path in folder.glob(pattern) if path.is_file()}
-    refuse_links(folder, found)
-    return sorted(found)
 
 
 def _check_weights(folder: Path, names: list[str]) -> None:
     from safetensors import SafetensorError, safe_open
 
     weights = [name for name in names if name.endswith(".safetensors")]
-    for needed in (UNET_CONFIG, SCHEDULER_CONFIG):
-        if needed not in names:
-            raise ValueError(f"{folder} is not a complete checkpoint: no {needed}")
+    for required in (UNET_CONFIG, SCHEDULER_CONFIG):
+        if required not in names:
+            raise ValueError(f"{folder} is not a complete checkpoint: no {required}")
     if not weights:
         raise ValueError(f"{folder} has no safetensors weights; save_pretrained(...) writes them")
     for name in weights:
         try:
             with safe_open(folder / name, framework="pt") as file:
-                tensors = {key: bool(file.get_tensor(key).isfinite().all()) for key in file.keys()}  # noqa: SIM118
+                finite = {key: bool(file.get_tensor(key).isfinite().all()) for key in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{folder / name} is damaged: {error}") from error
-        if broken := [key for key, finite in tensors.items() if not finite]:
-            raise ValueError(f"weight {broken[0]} in {folder / name} is not finite")
+        if not all(finite.values()):
+            weight = next(key for key, is_finite in finite.items() if not is_finite)
+            raise ValueError(f"weight {weight} in {folder / name} is not finite")
 
 
-def _refuse_leaks(name: str, data: Path | bytes) -> None:
+def _refuse_leaks(name: str, content: Path | bytes) -> None:
     if name.endswith((".safetensors", ".png")):
         return
-    text = (data if isinstance(data, bytes) else data.read_bytes()).decode(errors="replace")
-    if leak := find_leak(text, paths=not name.endswith(".py")):
-        raise ValueError(f"{name} holds {leak}: take it out before sharing")
-
-
-# ----------------------------------------------------------------------------------------------
-# Pushing
+    data = content if isinstance(content, bytes) else content.read_bytes()
+    if leak := find_leak(data.decode(errors="replace"), paths=not name.endswith(".py")):
+        raise ValueError(f"{name} contains {leak}: remove it before you share the model")
 
 
 @dataclass(frozen=True)
 class PushResult:
-    """What a push did, or in a dry run would do; `str()` of it is what a person wants to read.
+    """Result of a push or of a dry run; `str` describes it.
 
     Attributes:
         repo_id: "user/name".
-        files: bytes per path in the repository.
-        card: README.md as it is uploaded.
-        url: of the commit or pull request, None in a dry run.
-        private: whether the repository is, None in a dry run.
-        card_kept: whether a person's edits of the card on the Hub were kept.
+        files: size in bytes, by path in the repository.
+        card: the uploaded README.md.
+        url: of the commit or pull request; None in a dry run.
+        private: whether the repository is private; None in a dry run.
+        card_kept: whether the card on the Hub differed from the local one, and its text was kept.
     """
 
     repo_id: str
@@ -147,9 +139,10 @@ class PushResult:
             lines = [f"{size:>13,}  {path}" for path, size in sorted(self.files.items())]
             total = f"{sum(self.files.values()):>13,}  bytes in {counted(len(self.files), 'file')}"
             listing = [f"Would upload to {self.repo_id}:", *lines, total]
-            return "\n".join([*listing, "", "With this card, unless there is one:", "", self.card])
-        note = "; the card there has a person's edits, which were kept" if self.card_kept else ""
-        return f"Pushed to {self.url} ({'private' if self.private else 'public'}{note})"
+            title = "Model card, if there is none on the Hub:"
+            return "\n".join([*listing, "", title, "", self.card])
+        kept = "; the text of the card on the Hub was kept, edit it there" if self.card_kept else ""
+        return f"Pushed to {self.url} ({'private' if self.private else 'public'}{kept})"
 
 
 def push(
@@ -165,26 +158,26 @@ def push(
     license: str | None = None,
     waits_s: Sequence[float] = WAITS_S,
 ) -> PushResult:
-    """Upload a checkpoint to the Hub in one commit, with a model card.
+    """Upload a checkpoint and its model card to the Hub in one commit.
 
-    Only files that match `SHARED` leave the machine. Doing it again changes nothing. What a person
-    wrote in the card on the Hub stays; the generated parts of it are renewed.
+    Uploads only `SHARED_FILES`. A second push without changes makes no commit. If the Hub has a
+    card, only its generated sections and metadata are updated.
 
     Args:
-        folder: a checkpoint as `save_pretrained` or the trainer wrote it.
-        repo_id: "user/name"; made if it is missing.
-        public: make a new repository public. One that exists stays what it is.
-        revision: branch to commit to, made if it is missing; the default branch if None.
-        create_pr: open a pull request instead; the repository must exist.
-        dry_run: check and list only, without any connection.
+        folder: a checkpoint written by `save_pretrained` or by the trainer.
+        repo_id: "user/name"; created if it does not exist.
+        public: make a new repository public. Does not change an existing one.
+        revision: branch, created if it does not exist; None for the default branch.
+        create_pr: open a pull request; the repository must exist.
+        dry_run: check and list the files without a connection.
         token: by default that of `hf auth login` or HF_TOKEN.
         commit_message: title of the commit.
-        license: for the card: an identifier of the Hub, such as "apache-2.0".
-        waits_s: seconds before each further attempt after a failure that may pass.
+        license: licence in the card: an identifier of the Hub, such as "apache-2.0".
+        waits_s: seconds before each retry.
     Raises:
-        ValueError: if the folder is not a checkpoint, is not finite or would leak a secret or a
-            local path, if the name is bad, or if the token is missing or may not write there.
-        HubError: if the Hub still failed at the last attempt.
+        ValueError: if the checkpoint is invalid or contains a secret or a local path, the name is
+            invalid, or the token is missing or may not write to the repository.
+        HubError: if the Hub fails after all retries.
     """
     check_repo_id(repo_id)
     folder = Path(folder).expanduser()
@@ -204,22 +197,22 @@ def push_command(
     public: bool = False,
     revision: str | None = None,
 ) -> str:
-    """The command line that pushes `folder` by hand."""
+    """The command that pushes `folder`."""
     options = ["--public"] * public + (["--revision", revision] if revision else [])
     return shlex.join(["ddpm-hf", "push", os.fspath(folder), repo_id, *options])
 
 
-def _sizes(files: dict[str, Path | bytes], card: str) -> dict[str, int]:
+def _sizes(files: Files, card: str) -> dict[str, int]:
     contents = {**files, "README.md": card.encode(errors="surrogateescape")}
     return {
-        name: len(data) if isinstance(data, bytes) else data.stat().st_size
-        for name, data in contents.items()
+        name: len(content) if isinstance(content, bytes) else content.stat().st_size
+        for name, content in contents.items()
     }
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where to push, and how patiently; arguments as for `push`."""
+    """A repository to push to, and the retries; see `push`. `stop` ends the retries."""
 
     repo_id: str
     public: bool
@@ -232,25 +225,25 @@ class Target:
 
     @property
     def api(self) -> HfApi:
-        """The client, with our token."""
+        """Client with the token."""
         return HfApi(token=self.token, library_name="ddpm_hf")
 
     def check_access(self) -> None:
-        """Make the repository where it is missing, and prove the right to write to it."""
+        """Create the repository if it does not exist, and check the right to write to it."""
         if not (self.token or get_token()):
             raise ValueError(f"pushing to {self.repo_id} needs a token: {TOKEN_HELP}")
         retry(self._check_access, self.repo_id, self.waits_s, stop=self.stop)
 
     def _check_access(self) -> None:
         try:
-            present = self.api.list_repo_files(self.repo_id)
+            names = self.api.list_repo_files(self.repo_id)
         except RepositoryNotFoundError:
             if self.create_pr:
                 raise
             self._create()
         else:
-            _refuse_other_model(self.repo_id, present)
-        # The Hub tells who may write only when somebody tries: this asks how a file would go up.
+            _refuse_other_model(self.repo_id, names)
+        # The Hub has no query for the right to write; asking how to upload a file requires it.
         probe = [CommitOperationAdd("README.md", b"probe")]
         self.api.preupload_lfs_files(self.repo_id, probe, create_pr=self.create_pr)
         if self.revision and not self.create_pr and not self.revision.startswith("refs/"):
@@ -262,48 +255,43 @@ class Target:
                 raise ValueError(f"{self.repo_id} is a {kind} on the Hub: choose another name")
         self.api.create_repo(self.repo_id, private=not self.public, exist_ok=True)
 
-    def upload(
-        self, folder: Path, files: dict[str, Path | bytes], commit_message: str
-    ) -> PushResult:
+    def upload(self, folder: Path, files: Files, commit_message: str) -> PushResult:
         """Commit `files` and the card of `folder`; the repository must exist."""
         return retry(
             lambda: self._commit(folder, files, commit_message),
             self.repo_id,
             self.waits_s,
             stop=self.stop,
-            repeat_unanswered=not self.create_pr,  # it might open a second pull request
+            repeat_unanswered=not self.create_pr,  # it could open a second pull request
         )
 
-    def _commit(
-        self, folder: Path, files: dict[str, Path | bytes], commit_message: str
-    ) -> PushResult:
-        card = Merged("")
+    def _commit(self, folder: Path, files: Files, commit_message: str) -> PushResult:
+        cards = []
 
-        def write(remote: str | None) -> str:
-            nonlocal card
-            card = _checked_card(folder, self.repo_id, remote, self.license)
-            return card.text
+        def card_text(remote: str | None) -> str:
+            cards.append(_checked_card(folder, self.repo_id, remote, self.license))
+            return cards[-1].text
 
-        made, head = commit(
+        new_commit, head = commit(
             self.api,
             self.repo_id,
             files,
-            lambda name: any(fnmatchcase(name, pattern) for pattern in REPLACED),
-            write,
+            lambda name: any(fnmatchcase(name, pattern) for pattern in REPLACED_FILES),
+            card_text,
             commit_message=commit_message,
             revision=self.revision,
             create_pr=self.create_pr,
         )
-        sizes = _sizes(files, card.text)
-        url = made.pr_url or str(made.commit_url)
+        card = cards[-1]
+        sizes, url = _sizes(files, card.text), new_commit.pr_url or str(new_commit.commit_url)
         return PushResult(
-            self.repo_id, sizes, card.text, url, head.private, card_kept=card.is_theirs
+            self.repo_id, sizes, card.text, url, head.private, card_kept=card.is_from_hub
         )
 
 
-def _refuse_other_model(repo_id: str, present: list[str]) -> None:
-    """Refuse a repository with another kind of model in it; one with only texts is free."""
-    rest = [name for name in present if not name.startswith((".git", "README", "LICENSE"))]
-    if rest and "model_index.json" not in rest:
-        listing = shorten(", ".join(sorted(rest)), 100)
-        raise ValueError(f"{repo_id} holds something else ({listing}): choose another name")
+def _refuse_other_model(repo_id: str, names: list[str]) -> None:
+    """Raise ValueError if the repository contains another kind of model."""
+    others = [name for name in names if not name.startswith((".git", "README", "LICENSE"))]
+    if others and "model_index.json" not in others:
+        listing = shorten(", ".join(sorted(others)), 100)
+        raise ValueError(f"{repo_id} contains other files ({listing}): choose another name")

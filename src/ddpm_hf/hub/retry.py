@@ -1,8 +1,8 @@
-"""Failures of the Hub: which ones pass and are tried again, and what a person is told of the rest.
+"""Errors of the Hub: retries of temporary ones, and one-line messages for the others.
 
-huggingface_hub (2.4) retries the upload of large files by itself, but not the creation of a
-repository, the commit, or a download whose connection breaks. Repeating those is safe: a commit
-that had gone through, though its answer was lost, makes the next one a no-op.
+huggingface_hub (2.4) retries uploads of large files, but not the creation of a repository, the
+commit, or a download whose connection breaks. Repeating these is safe: if a commit succeeded but
+its answer was lost, the next one changes nothing.
 """
 
 import json
@@ -25,14 +25,14 @@ from ddpm_hf.hub.secrets import hide_tokens
 
 T = TypeVar("T")
 WAITS_S: Sequence[float] = (1.0, 2.0, 4.0, 8.0, 16.0)
-LONGEST_WAIT_S = 60.0  # whatever the server asks for
+MAX_RETRY_AFTER_S = 60.0
 TOKEN_HELP = "run `hf auth login` or set HF_TOKEN (https://huggingface.co/settings/tokens)"
 
 _logger = logging.getLogger(__name__)
 
 
 class HubError(OSError):
-    """The Hub could not be reached, or kept failing. Trying again later may help."""
+    """The Hub could not be reached or kept failing; a later attempt may succeed."""
 
 
 def retry(
@@ -43,17 +43,17 @@ def retry(
     stop: threading.Event | None = None,
     repeat_unanswered: bool = True,
 ) -> T:
-    """`action()`, repeated after failures that pass. What remains becomes one clear line.
+    """Result of `action()`, repeated after temporary errors.
 
     Args:
-        action: what to do; must be safe to repeat.
-        repo_id: named in errors.
-        waits_s: seconds before each further attempt, spread by a quarter.
-        stop: ends the waiting when it is set.
-        repeat_unanswered: False if a lost answer makes repeating unsafe.
+        action: a function that is safe to repeat.
+        repo_id: repository, for messages.
+        waits_s: seconds before each retry, randomised by 25 %.
+        stop: event that ends the retries.
+        repeat_unanswered: whether to retry after a lost answer.
     Raises:
-        ValueError: if what the user gave cannot work.
-        HubError: if the Hub, or the way to it, still failed at the last attempt.
+        ValueError: for a permanent error, with a one-line message.
+        HubError: if the last attempt failed with a temporary error.
     """
     stop = stop or threading.Event()
     waits = list(waits_s)
@@ -63,24 +63,24 @@ def retry(
         except Exception as error:
             if not is_temporary(error):
                 _raise_explained(error, repo_id)
-            unsafe = _status(error) is None and not repeat_unanswered
-            wait_s = None if unsafe or not waits else _delay_s(error, waits.pop(0))
+            is_unsafe = _status(error) is None and not repeat_unanswered
+            wait_s = None if is_unsafe or not waits else _delay_s(error, waits.pop(0))
             reason = _reason(error)
             if wait_s is None or stop.is_set():
                 raise HubError(f"the Hub failed for {repo_id}: {reason}") from error
-            _logger.warning("%s: %s; trying again in %.1f s", repo_id, reason, wait_s)
+            _logger.warning("%s: %s; next attempt in %.1f s", repo_id, reason, wait_s)
             stop.wait(wait_s)
 
 
 def is_temporary(error: BaseException) -> bool:
-    """Whether it is a broken connection, a busy server, or a commit in between (409, 412)."""
+    """Whether it is a broken connection, a busy server, or a concurrent commit (409, 412)."""
     status = _status(error)
     if status is not None:
         return (status >= 500 and status != 507) or status in (408, 409, 412, 429)
     if _is_offline(error):
         return False
-    # ConnectionError is what the Xet client raises; a proxy's page in place of JSON comes with no
-    # status from some calls.
+    # The Xet client raises ConnectionError. Some calls raise JSONDecodeError, without a status, for
+    # an HTML page of a proxy.
     kinds = (httpx.TransportError, ConnectionError, TimeoutError, json.JSONDecodeError)
     return any(isinstance(e, kinds) for e in _chain(error))
 
@@ -90,7 +90,7 @@ def _is_offline(error: BaseException) -> bool:
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:
-    """The error and its causes: the client wraps some."""
+    """The error and its causes."""
     chain: list[BaseException] = []
     while error is not None and error not in chain:
         chain.append(error)
@@ -108,21 +108,21 @@ def _status(error: BaseException) -> int | None:
 
 
 def _delay_s(error: BaseException, wait_s: float) -> float:
-    """At least what the server asks for; spread, so that many clients do not return together."""
+    """Random delay, so that clients do not return together; at least Retry-After of the server."""
     http_error = _http_error(error)
-    asked = http_error.response.headers.get("Retry-After", "") if http_error else ""
-    least = min(float(asked), LONGEST_WAIT_S) if asked.isdigit() else 0.0
-    return max(wait_s * random.uniform(0.75, 1.25), least)
+    header = http_error.response.headers.get("Retry-After", "") if http_error else ""
+    retry_after_s = min(float(header), MAX_RETRY_AFTER_S) if header.isdigit() else 0.0
+    return max(wait_s * random.uniform(0.75, 1.25), retry_after_s)
 
 
 def _reason(error: BaseException) -> str:
-    """The server's own words, or the root of the failure."""
+    """Message of the server, or the root cause."""
     http_error = _http_error(error)
     if http_error:
-        said = http_error.server_message or "no reason given"
-        return shorten(f"{said} (HTTP {http_error.response.status_code})")
-    root = _chain(error)[-1]
-    return shorten(f"{type(root).__name__}: {root}")
+        message = http_error.server_message or "no reason given"
+        return shorten(f"{message} (HTTP {http_error.response.status_code})")
+    cause = _chain(error)[-1]
+    return shorten(f"{type(cause).__name__}: {cause}")
 
 
 def shorten(text: str, length: int = 300) -> str:
@@ -132,12 +132,12 @@ def shorten(text: str, length: int = 300) -> str:
 
 
 def _raise_explained(error: Exception, repo_id: str) -> None:
-    """Raise what a person needs to know about a failure that repeating does not cure."""
+    """Raise ValueError with reason and fix for a known error of the Hub, else the error itself."""
     status, reason, cause = _status(error), _reason(error), _http_error(error)
     if _is_offline(error):
-        text = f"HF_HUB_OFFLINE is set and there is no whole copy of {repo_id} in the cache"
+        text = f"HF_HUB_OFFLINE is set and the cache has no complete copy of {repo_id}"
     elif isinstance(cause, GatedRepoError):
-        text = f"{repo_id} is gated: ask for access on its page, then {TOKEN_HELP}"
+        text = f"{repo_id} is gated: request access on its page, then {TOKEN_HELP}"
     elif isinstance(cause, RevisionNotFoundError):
         text = f"{repo_id} has no such revision: {reason}"
     elif isinstance(cause, RepositoryNotFoundError):
@@ -145,7 +145,7 @@ def _raise_explained(error: Exception, repo_id: str) -> None:
     elif status == 401:
         text = f"the Hub does not accept the token for {repo_id}: {TOKEN_HELP}"
     elif status == 403:
-        text = f"no right to write to {repo_id}: {reason}; use a token that may write there"
+        text = f"no right to write to {repo_id}: {reason}; use a token with write access"
     elif status in (402, 413, 507):
         text = f"{repo_id} is too large for the Hub: {reason}"
     elif status is not None:

@@ -1,4 +1,4 @@
-"""What must stay on this machine: tokens, passwords and the paths of people's folders."""
+"""Detection of tokens, passwords and local paths in files before an upload."""
 
 import re
 from pathlib import Path
@@ -14,23 +14,23 @@ _LOCAL_PATH = re.compile(
 
 
 def find_leak(text: str, *, paths: bool = True) -> str | None:
-    """What in `text` should stay on this machine, without repeating a secret; None if nothing.
+    """Description of a secret or local path in `text`, without the secret itself; None if clean.
 
     Args:
-        text: content of a file that is about to be shared.
-        paths: whether local paths count, as well as tokens and passwords.
+        text: content of a file.
+        paths: whether to search for local paths too.
     """
     if hide_tokens(text) != text:
-        return "what looks like a token or password"
-    places = [str(Path.home())] if len(str(Path.home())) > 1 else []
-    found = _LOCAL_PATH.search(text) if paths else None
-    if found:
-        return f"the local path {found[0]!r}"
-    return next((f"the local path {p!r}" for p in places if paths and p + "/" in text), None)
+        return "a string with the form of a token or password"
+    home, path = str(Path.home()), _LOCAL_PATH.search(text)
+    if paths and path:
+        return f"the local path {path[0]!r}"
+    is_in_home = len(home) > 1 and home + "/" in text
+    return f"the local path {home!r}" if paths and is_in_home else None
 
 
 def hide_tokens(text: str) -> str:
-    """`text`, with a placeholder for each token and password, that of this login included."""
+    """`text` with "[hidden]" in place of tokens, passwords, and the token in use."""
     text = TOKEN.sub("[hidden]", text)
     token = get_token()
     return text.replace(token, "[hidden]") if token else text

@@ -1,0 +1,204 @@
+"""Rendering of a model card, as Markdown with YAML metadata."""
+
+import json
+import re
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+from ddpm_hf.diffusion.schedules import usual_num_steps
+from ddpm_hf.hub.card_facts import CardFacts, DataFacts, MetricFacts
+from ddpm_hf.hub.card_few_steps import parsed_sampler, sampler_rows, steps_table, stock_code
+from ddpm_hf.hub.markdown import NOT_RECORDED, inline, number, setting_name
+from ddpm_hf.text import counted
+
+TASK = "unconditional-image-generation"
+TEMPLATE = Path(__file__).with_name("card_template.md")
+
+
+def render_model_card(facts: CardFacts, repo_id: str | None = None) -> str:
+    """A new card.
+
+    Args:
+        facts: see `card_facts`.
+        repo_id: name on the Hub, for the code in the card; None for the current folder.
+    """
+    scheduler, calibration = facts.scheduler, facts.calibration
+    chosen = parsed_sampler(scheduler.recommended)
+    for_stock = parsed_sampler(calibration.sweep.for_stock) if chosen else None
+    card = ModelCard.from_template(
+        _metadata(facts, repo_id),
+        template_path=str(TEMPLATE),
+        title=inline(_title(facts, repo_id)),
+        summary=_summary(facts),
+        samples=facts.samples,
+        repo=json.dumps(repo_id or "."),
+        num_classes=facts.unet.num_class_embeds,
+        labels=_label_argument(facts.class_names, facts.unet.num_class_embeds),
+        padded=_padded_size(facts),
+        num_steps=usual_num_steps(
+            scheduler.class_name or "DDPMScheduler", scheduler.num_train_timesteps or 1000
+        ),
+        data=f"Data: {_dataset(facts.dataset)}.",
+        base=_base_model(facts),
+        training=_training_rows(facts),
+        config=[(setting_name(key), inline(value)) for key, value in sorted(facts.config.items())],
+        metrics=[_metric_row(metric) for metric in facts.metrics],
+        few_steps=steps_table(calibration.rows),
+        few_steps_how=inline(calibration.how or NOT_RECORDED),
+        samplers=sampler_rows(calibration.sweep.settings),
+        remarks=[inline(f"{x[:1].upper()}{x[1:]}.") for x in calibration.sweep.remarks],
+        recommended=f"`{chosen[0]}`, {chosen[1]:,} steps" if chosen else None,
+        stock=stock_code(*for_stock) if for_stock else None,
+        is_stock_different=for_stock != chosen,
+        has_timesteps="DDIM" in scheduler.calibrated_timesteps,
+    )
+    return f"{card}\n"
+
+
+def _label_argument(names: tuple[str, ...], num_classes: int | None) -> str:
+    """Arguments of a call for class labels; guided if there is a null class."""
+    if not num_classes:
+        return ""
+    if names and len(names) < num_classes:
+        return f", class_labels={json.dumps(names[0])}, guidance_scale=2.0"
+    return f", class_labels={[i % num_classes for i in range(4)]}"
+
+
+def _title(facts: CardFacts, repo_id: str | None) -> str:
+    return facts.model_name or (repo_id.split("/")[-1] if repo_id else "Unconditional DDPM")
+
+
+def _metadata(facts: CardFacts, repo_id: str | None) -> ModelCardData:
+    results = [
+        result for metric in facts.metrics for result in _eval_results(metric, facts.dataset)
+    ]
+    hub_id = facts.dataset.hub_id
+    return ModelCardData(
+        library_name="diffusers",
+        pipeline_tag=TASK,
+        tags=["ddpm", "ddpm-hf", "diffusion", TASK],
+        license=facts.license,
+        datasets=[hub_id] if hub_id and _is_hub_id(hub_id) else None,
+        base_model=facts.base_model if _is_hub_id(facts.base_model) else None,
+        model_name=_title(facts, repo_id) if results else None,
+        eval_results=results or None,
+    )
+
+
+def _eval_results(metric: MetricFacts, training_data: DataFacts) -> list[EvalResult]:
+    """The entry of the model index, which requires a value and the name of a dataset."""
+    dataset = metric.dataset if metric.dataset.name else training_data
+    if metric.value is None or not dataset.name:
+        return []
+    name = metric.name or NOT_RECORDED
+    result = EvalResult(
+        task_type=TASK,
+        dataset_type=dataset.hub_id or _slug(dataset.name),
+        dataset_name=dataset.name,
+        dataset_split=dataset.split,
+        metric_type=metric.type or _slug(name),
+        metric_name=name,
+        metric_value=metric.value,
+        metric_args=metric.args or None,
+    )
+    return [result]
+
+
+def _is_hub_id(name: str | None) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name is not None and "/" in name
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:64] or "unnamed"
+
+
+def _summary(facts: CardFacts) -> str:
+    size, steps = facts.unet.num_parameters, facts.scheduler.num_train_timesteps
+    return (
+        "A denoising diffusion probabilistic model ([DDPM](https://arxiv.org/abs/2006.11239)): a "
+        "`UNet2DModel`"
+        + (f" of {size:,} parameters" if size else "")
+        + " that turns noise into images"
+        + (f" in {steps:,} steps." if steps is not None else ".")
+        + (f" Fine-tuned from {inline(facts.base_model)}." if facts.base_model else "")
+    )
+
+
+def _padded_size(facts: CardFacts) -> str:
+    """Size of the network's images if it differs from that of the training images."""
+    image, size = facts.image, facts.unet.sample_size
+    height, width = size * 2 if len(size) == 1 else size if len(size) == 2 else (None, None)
+    is_known = None not in (height, image.height, image.width)
+    is_padded = is_known and (height, width) != (image.height, image.width)
+    return f"{height}x{width}" if is_padded else ""
+
+
+def _dataset(dataset: DataFacts) -> str:
+    if dataset == DataFacts.from_dict({}):
+        return NOT_RECORDED
+    name, hub_id = inline(dataset.name or NOT_RECORDED), dataset.hub_id
+    link = f"[{name}](https://huggingface.co/datasets/{hub_id})" if _is_hub_id(hub_id) else name
+    details = [f"split {inline(dataset.split)}"] if dataset.split else []
+    count, image = dataset.num_images, dataset.image
+    details.append(f"{NOT_RECORDED} images" if count is None else counted(count, "image"))
+    if image.height and image.width:
+        mode, depth = image.mode or f"mode {NOT_RECORDED}", image.bit_depth or 8
+        details.append(inline(f"{image.height}x{image.width}, {mode}, {depth} bit"))
+    if dataset.num_classes:
+        details.append(f"{dataset.num_classes:,} classes")
+    return f"{link} ({'; '.join([*details, *_left_out(dataset)])})"
+
+
+def _left_out(dataset: DataFacts) -> list[str]:
+    """Number of files that were not used, by reason if recorded."""
+    if dataset.left_out:
+        reasons = ", ".join(f"{inline(why)} {count:,}" for why, count in dataset.left_out.items())
+        return [f"{sum(dataset.left_out.values()):,} left out: {reasons}"]
+    skipped = dataset.num_skipped
+    return [f"{skipped:,} unreadable images left out"] if skipped else []
+
+
+def _base_model(facts: CardFacts) -> str:
+    """Origin of a fine-tuned model."""
+    if not facts.base_model:
+        return ""
+    base = facts.base
+    updates = NOT_RECORDED if base.steps is None else counted(base.steps, "optimizer update")
+    origin = f", itself fine-tuned from {inline(base.base_model)}" if base.base_model else ""
+    return (
+        f"Base: {inline(facts.base_model)}{origin}. Its data: {_dataset(base.dataset)}."
+        f" Its training: {updates}."
+    )
+
+
+def _training_rows(facts: CardFacts) -> list[tuple[str, str]]:
+    seconds, computation = facts.duration_s, _listing(facts.computation)
+    rows: list[tuple[str, object]] = [
+        ("optimizer updates", facts.steps),
+        ("images seen", facts.num_images_seen),
+        ("training time", None if seconds is None else f"{seconds:,.0f} s"),
+        ("hardware", facts.hardware),
+        *([("computed with", computation)] if computation else []),
+        *((setting_name(key), value) for key, value in facts.scheduler.settings.items()),
+        ("versions", _listing(facts.versions) or None),
+        ("finished", facts.created),
+    ]
+    return [(name, NOT_RECORDED if value is None else number(value)) for name, value in rows]
+
+
+def _listing(facts: dict[str, object]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in facts.items())
+
+
+def _metric_row(metric: MetricFacts) -> tuple[str, str, str]:
+    value = "no finite value" if metric.value is None else f"{metric.value:.4g}"
+    dataset = f"on {metric.dataset.name}" if metric.dataset.name else None
+    how = "; ".join(filter(None, [metric.how, dataset]))
+    return inline(metric.name or NOT_RECORDED), value, inline(how or NOT_RECORDED)
