@@ -1,11 +1,12 @@
-"""A Hub on the loopback interface that the real huggingface_hub client pushes to and loads from.
+"""A Hub on the loopback interface, for the client of huggingface_hub.
 
-`HubServer` speaks the protocol over HTTP from memory: whoami, repository creation, preupload, LFS
+`HubServer` implements the HTTP protocol in memory: whoami, repository creation, preupload, LFS
 batch and upload, commits with a parent check, pull requests, branches, trees, and downloads with
-ETag and Range. Large files live on a second origin (another port), as on the real Hub: the server
-records every token that arrives there, where none must. `server.fault(...)` breaks chosen requests.
+ETag and Range. As on the Hub, large files are on a second origin (another port), which must not
+receive a token: the server records those that arrive. `server.fault(...)` injects faults.
 
-`HubClient` is a child process with its own empty cache: the client reads its environment on import.
+`HubClient` is a child process with an empty cache, because the client reads its environment on
+import.
 """
 
 import base64
@@ -30,7 +31,7 @@ import yaml
 from processes import started
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".parquet", ".zip")
-OWNER_TOKEN = "hf_" + "owner" * 6  # the shape of a real token, so that a search for leaks finds it
+OWNER_TOKEN = "hf_" + "owner" * 6  # the form of a real token, which leak detection finds
 READER_TOKEN = "hf_" + "reader" * 5
 STRANGER_TOKEN = "hf_" + "outside" * 4 + "ab"
 
@@ -41,7 +42,7 @@ def git_oid(data: bytes) -> str:
 
 @dataclass
 class Blob:
-    """A file in a commit; `lfs` holds the sha256 of one that lies on the second origin."""
+    """A file in a commit; `lfs` is its sha256 if it is on the second origin."""
 
     data: bytes
     lfs: str | None = None
@@ -75,7 +76,7 @@ class Commit:
 
 @dataclass
 class Repo:
-    """A repository: commits by sha, and branches that point at them."""
+    """A repository: commits by sha, and the head of each branch."""
 
     kind: str
     id: str
@@ -102,7 +103,7 @@ class Repo:
         return self.commits.get(self.branches.get(revision, revision))
 
     def history(self, branch: str = "main") -> list[Commit]:
-        """Newest first."""
+        """The commits of a branch, newest first."""
         chain, sha = [], self.branches.get(branch)
         while sha:
             chain.append(self.commits[sha])
@@ -122,12 +123,12 @@ class User:
 
 @dataclass
 class Fault:
-    """What to do to the next `times` requests whose "METHOD /path?query" matches `pattern`.
+    """A fault in the next `times` requests whose "METHOD /path?query" matches `pattern`.
 
-    status: answer with it instead of doing the work.
-    kind: "reset" drops the connection first; "cut" in the middle of a body, on the way up or down;
-        "lost" does the work, then drops the connection instead of answering; "slow" waits first.
-    run: called before the request is handled (a person who edits at the wrong moment).
+    status: answer with this status without handling the request.
+    kind: "reset" closes the connection at once; "cut" in the middle of an upload or download;
+        "lost" after handling the request, without an answer; "slow" waits first.
+    run: called before the request is handled, for concurrent edits.
     """
 
     pattern: str
@@ -140,13 +141,13 @@ class Fault:
 
 
 class HubServer:
-    """The state of the Hub and its two origins; a context manager.
+    """State and two origins of the Hub; a context manager.
 
     Attributes:
-        url: what HF_ENDPOINT must be.
-        requests: (method, path) of every request, in order, of both origins.
-        tokens_at_storage: authorization headers that reached the second origin.
-        create_calls: bodies of every repository creation.
+        url: value for HF_ENDPOINT.
+        requests: (method, path) of all requests to both origins, in order.
+        tokens_at_storage: authorization headers received by the second origin.
+        create_calls: bodies of the requests that create a repository.
     """
 
     def __init__(self) -> None:
@@ -172,7 +173,7 @@ class HubServer:
         self.stop()
 
     def start(self) -> None:
-        """Listen; after `stop`, on the same ports and with the same repositories."""
+        """Listen; after `stop` on the same ports, with the same repositories."""
         self._servers = [
             _listen(self, port, kind)
             for port, kind in zip(self._ports, (_Hub, _Storage), strict=True)
@@ -187,7 +188,7 @@ class HubServer:
             server.server_close()
 
     def restart(self, seconds: float = 0.5) -> None:
-        """Drop every connection; be back on the same ports, with the same repositories, later."""
+        """Close all connections, and start again after `seconds` with the same repositories."""
 
         def back() -> None:
             self.stop()
@@ -197,7 +198,7 @@ class HubServer:
         threading.Thread(target=back, daemon=True).start()
 
     def reset(self) -> None:
-        """Forget everything but the ports and the users."""
+        """Delete the state, except ports and users."""
         with self.lock:
             for store in (self.repos, self.objects, self.faults, self.requests):
                 store.clear()
@@ -218,7 +219,7 @@ class HubServer:
         kind: str = "model",
         private: bool = False,
     ) -> Repo:
-        """A repository as it lies on the Hub, made without the client."""
+        """Create a repository without the client."""
         repo = self.repos[kind, repo_id] = Repo(kind, repo_id, private)
         repo.commit(
             "main", "initial commit", {".gitattributes": Blob(b"*.safetensors filter=lfs\n")}
@@ -235,7 +236,7 @@ class HubServer:
         kind: str = "model",
         branch: str = "main",
     ) -> str:
-        """A commit by someone else; None deletes. Returns its sha."""
+        """Commit files of another user; None deletes a file. Returns the sha."""
         changes: dict[str, Blob | None] = {}
         for path, content in files.items():
             data = content.encode() if isinstance(content, str) else content
@@ -271,18 +272,18 @@ class HubServer:
 
 
 class _Dropped(Exception):
-    """The connection is to be reset without an answer."""
+    """Reset the connection without an answer."""
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    timeout = 60  # of every read and write, in seconds
+    timeout = 60  # seconds, of each read and write
     hub: HubServer
     fault: Fault | None
     body: bytes
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Silence: the requests are kept in `HubServer.requests`."""
+        """No output: `HubServer.requests` has the requests."""
 
     def _serve(self) -> None:
         split = urlsplit(self.path)
@@ -333,7 +334,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self.rfile.read(length)
 
     def _reset(self) -> None:
-        """Close with RST, as a broken line does, and not with an orderly FIN."""
+        """Close with RST, like a broken connection, instead of FIN."""
         linger = struct.pack("ii", 1, 0)
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         self.connection.close()
@@ -368,7 +369,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class _Storage(_Handler):
-    """The second origin: objects by sha256, no accounts."""
+    """The second origin: objects by sha256, without accounts."""
 
     def handle_request(self) -> None:
         if token := self.headers.get("Authorization"):
@@ -393,7 +394,7 @@ KINDS = {"models": "model", "datasets": "dataset", "spaces": "space"}
 
 
 class _Hub(_Handler):
-    """The first origin: the API, and small files."""
+    """The first origin: API and small files."""
 
     def handle_request(self) -> None:
         try:
@@ -542,7 +543,7 @@ class _Hub(_Handler):
         if line["key"] == "file":
             return value["path"], Blob(base64.b64decode(value["content"]))
         if value["oid"] not in self.hub.objects:
-            raise _Refused(400, f"{value['path']}: its content was never uploaded")
+            raise _Refused(400, f"{value['path']}: the content was not uploaded")
         return value["path"], Blob(self.hub.objects[value["oid"]], lfs=value["oid"])
 
     def create_branch(self, kind: str, repo_id: str, revision: str) -> None:
@@ -648,7 +649,7 @@ def _listen(hub: HubServer, port: int, kind: type[_Handler]) -> ThreadingHTTPSer
 
 
 class ClientError(Exception):
-    """What a `HubClient` raised: `kind` is the class's name, `bases` those of its bases."""
+    """Exception of a `HubClient`: `kind` is the name of its class, `bases` those of its bases."""
 
     def __init__(self, kind: str, bases: list[str], message: str, trace: str) -> None:
         super().__init__(f"{kind}: {message}\n{trace}")
@@ -674,14 +675,14 @@ for line in sys.stdin:
 
 
 class HubClient:
-    """A Python process that talks to `server`, with an empty cache of its own; a context manager.
+    """A Python process with its own cache that uses `server`; a context manager.
 
     Args:
-        server: whose `url` becomes HF_ENDPOINT.
-        home: folder for HF_HOME; keep it to keep the cache.
-        token: HF_TOKEN, None for nobody.
-        package: False hides ddpm_hf, as on a machine where it is not installed.
-        env: more environment variables.
+        server: its `url` becomes HF_ENDPOINT.
+        home: folder for HF_HOME, which contains the cache.
+        token: HF_TOKEN; None for an anonymous user.
+        package: False hides ddpm_hf, as if it were not installed.
+        env: additional environment variables.
     """
 
     def __init__(
@@ -720,7 +721,7 @@ class HubClient:
             self._running.__exit__(None, None, None)
 
     def run(self, code: str, **values: Any) -> Any:
-        """Execute `code` there; returns what it left in `result`, raises `ClientError`."""
+        """Execute `code` in the process; returns its variable `result`, raises `ClientError`."""
         assert self._process.stdin
         assert self._process.stdout
         call = {"code": code, "values": {k: _plain(v) for k, v in values.items()}}
@@ -740,7 +741,7 @@ def _plain(value: Any) -> Any:
 
 
 def client_environment(server: HubServer, home: Path, token: str | None) -> dict[str, str]:
-    """The environment of a process that knows no Hub but `server`."""
+    """Environment variables for a process that uses `server` as its Hub."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
     kept |= {
         "HF_ENDPOINT": server.url,

@@ -104,7 +104,6 @@ def without_cards(files):
     return {k: v for k, v in files.items() if k not in ("README.md", ".gitattributes")}
 
 
-# ----------------------------------------------------------------------------------------------
 # Checks without a connection
 
 
@@ -230,7 +229,6 @@ def test_the_origin_of_the_weights_is_not_uploaded(checkpoint):
     assert "unet/config.json" in push(checkpoint, "user/digits", dry_run=True).files
 
 
-# ----------------------------------------------------------------------------------------------
 # Over HTTP
 
 
@@ -429,7 +427,6 @@ def test_other_users_can_open_a_pull_request(client, hub, checkpoint):
     assert "refs/pr/1" in hub.repo("user/digits").branches
 
 
-# ----------------------------------------------------------------------------------------------
 # The card on the Hub
 
 
@@ -500,7 +497,6 @@ def test_a_dry_run_shows_the_card(checkpoint):
     assert 'load("user/digits")' in text
 
 
-# ----------------------------------------------------------------------------------------------
 # `push_to_hub` of the pipeline
 
 
@@ -570,7 +566,6 @@ def test_save_pretrained_with_push_uploads_only_the_model(client, hub, checkpoin
     assert without_cards(hub.repo("user/saved").files()).keys() == expected
 
 
-# ----------------------------------------------------------------------------------------------
 # In the background during training
 
 PUSHER = """
@@ -671,7 +666,6 @@ def test_a_hub_without_answer_does_not_block_the_exit(hub, checkpoint, tmp_path)
     assert time.monotonic() - start < 20  # imports and one second of waiting
 
 
-# ----------------------------------------------------------------------------------------------
 # The command line
 
 CLI = """

@@ -213,7 +213,6 @@ def test_the_code_in_the_cards_runs_in_their_folders(tmp_path):
     assert done.stdout.splitlines() == ["DDPMPipeline 4", ours, ours, ours, ours]
 
 
-# ----------------------------------------------------------------------------------------------
 # Updates of an existing card
 
 
@@ -368,7 +367,6 @@ def test_writing_a_card_updates_a_generated_one_only(tmp_path):
     assert (folder / "README.md").read_bytes() == b"# Mine \xff\n"
 
 
-# ----------------------------------------------------------------------------------------------
 # Facts
 
 
@@ -500,7 +498,6 @@ def test_a_calibration_without_a_sweep_keeps_the_earlier_sweep(tmp_path):
     assert stored == {"sweep": SWEEP, **expected}
 
 
-# ----------------------------------------------------------------------------------------------
 # Secrets and local paths
 
 SECRETS = [
