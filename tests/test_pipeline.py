@@ -365,6 +365,69 @@ def test_a_pipeline_callback_gets_its_own_tensor_inputs(pipeline, several):
     assert_close(recorder.seen["pred_original_sample"], images, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", SCHEDULERS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_callbacks_get_all_declared_tensors_with_any_scheduler(kind, prediction_type):
+    """With the exact network for images of 0.25, every estimate of x_0 is 0.25."""
+    scheduler = GaussianDDPMScheduler(prediction_type=prediction_type, clip_sample=False)
+    pipeline = tiny_pipeline(scheduler=kind.from_config(scheduler.config))
+    names, estimates = GaussianDDPMPipeline._callback_tensor_inputs, []
+    assert names == ["latents", "pred_original_sample"]
+    alpha_bar = scheduler.alphas_cumprod.double().numpy()
+
+    def exact(x_t, t, class_labels=None):
+        at_t = np.interp(t[0].item(), np.arange(1000), alpha_bar)
+        eps = (x_t - 0.25 * at_t**0.5) / (1 - at_t) ** 0.5
+        v = at_t**0.5 * eps - (1 - at_t) ** 0.5 * 0.25
+        return UNet2DOutput(sample=eps if prediction_type == "epsilon" else v)
+
+    pipeline.unet.forward = exact
+    pipeline(
+        num_inference_steps=10,
+        output_type="latent",
+        callback_on_step_end=lambda p, i, t, tensors: estimates.append(tensors[names[1]]),
+        callback_on_step_end_tensor_inputs=names,
+    )
+    # KDPM2 starts its second evaluations between timesteps: interpolation of alpha_bar.
+    for estimate in estimates:
+        assert_close(estimate, torch.full_like(estimate, 0.25), rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("name", ["guidance_scale", "_guidance_scale"])
+@pytest.mark.parametrize("scales", [(3.0, 1.0), (1.0, 3.0), (3.0, 0.0), (2.0, -1.5)])
+def test_a_guidance_scale_that_a_callback_changes_counts_from_the_next_step(
+    conditional, name, scales
+):
+    unet, scheduler, visited = conditional.unet, conditional.scheduler, []
+    x_T = torch.randn(2, 1, 8, 8, generator=(generator := seeded(5)))
+
+    def denoise(x, t):
+        of_class, of_null = (unet(x, t, class_labels=torch.tensor([n, n])).sample for n in (1, 3))
+        visited.append(t)
+        return of_null + scales[len(visited) > 2] * (of_class - of_null)
+
+    def change(pipe, i, t, tensors):
+        if i == 1:
+            setattr(pipe, name, scales[1])
+        return tensors
+
+    want = reverse_chain(unet, scheduler, x_T, generator, denoise)
+    call = {"class_labels": 1, "guidance_scale": scales[0], "output_type": "latent"}
+    got = conditional(2, seeded(5), callback_on_step_end=change, **call).images
+    assert_close(got, want, rtol=0, atol=1e-4)  # as without a change
+    assert conditional.guidance_scale == scales[1]
+    again = conditional(2, seeded(5), **call).images
+    assert not torch.allclose(again, got, atol=1e-3)
+
+
+def test_a_guidance_scale_that_a_callback_cannot_set_is_reported(pipeline):
+    def change(pipe, i, t, tensors):
+        pipe.guidance_scale = 2.0
+
+    with pytest.raises(ValueError, match="`guidance_scale` must be 1: this model has no numbered"):
+        pipeline(callback_on_step_end=change)
+
+
 def test_a_pipeline_callback_for_prompts_is_refused(pipeline):
     with pytest.raises(ValueError, match=r"tensor_inputs.*prompt_embeds"):
         pipeline(callback_on_step_end=SDCFGCutoffCallback())
@@ -910,15 +973,6 @@ def test_unsuitable_networks_and_schedulers_are_refused(unet, scheduler, message
         ),
         (EulerDiscreteScheduler, {"timesteps": [9, 5, 5]}, "timesteps.*strictly descending"),
         (EulerDiscreteScheduler, {"timesteps": [5, 9]}, "timesteps.*strictly descending"),
-        (
-            PNDMScheduler,
-            {
-                "num_inference_steps": 5,
-                "callback_on_step_end": lambda *_: None,
-                "callback_on_step_end_tensor_inputs": ["pred_original_sample"],
-            },
-            "pred_original_sample.*PNDMScheduler",
-        ),
     ],
 )
 def test_unsupported_arguments_of_other_schedulers_are_reported(kind, call, message):

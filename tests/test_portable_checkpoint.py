@@ -541,3 +541,19 @@ def test_our_schedule_survives_conversion_to_ddim_and_back(tmp_path):
     back = type(scheduler).from_config(loaded.config)
     assert back.config["_ddpm_hf"] == scheduler.config["_ddpm_hf"]
     torch.testing.assert_close(back.betas, scheduler.betas, rtol=0, atol=0)
+
+
+def test_weights_in_float8_are_saved_and_checked(tmp_path):
+    """Layerwise casting stores weights in float8, for which torch has no isfinite."""
+    pipeline = tiny_pipeline()
+    pipeline.unet.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    want = draw(pipeline)
+    pipeline.save_pretrained(tmp_path / "model")
+    stored = load_file(tmp_path / "model" / "unet" / WEIGHTS)
+    assert torch.float8_e4m3fn in {weight.dtype for weight in stored.values()}
+    loaded = GaussianDDPMPipeline.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    np.testing.assert_array_equal(draw(loaded), want)
+    convolution = pipeline.unet.mid_block.resnets[0].conv1
+    convolution.weight.data[0, 0] = torch.full((3, 3), float("nan")).to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match=r"weight mid_block\.resnets\.0\.conv1\.weight .*finite"):
+        pipeline.save_pretrained(tmp_path / "damaged")

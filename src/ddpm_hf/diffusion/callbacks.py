@@ -44,7 +44,7 @@ def step_end_function(
         if step.pred_original_sample is None and "pred_original_sample" in names:
             raise ValueError(
                 '`callback_on_step_end_tensor_inputs` contains "pred_original_sample", which '
-                f"{type(pipeline.scheduler).__name__} does not provide; leave it out"
+                f"{type(pipeline.scheduler).__name__} does not have; leave it out"
             )
         tensors: Any = {
             "latents": step.prev_sample,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Class labels, classifier-free guidance, autoguidance, and guidance intervals."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -153,6 +153,29 @@ def autoguided(
 
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
         return _extrapolated(weak(x_t, t), strong(x_t, t), guidance_scale, num_channels)
+
+    return denoise
+
+
+def with_current_scale(
+    with_scale: Callable[[float], Denoiser], current_scale: Callable[[], float]
+) -> Denoiser:
+    """Denoiser `(x_t, t)` that follows changes of the guidance scale between steps.
+
+    Args:
+        with_scale: function that returns the denoiser of a guidance scale; called at once, and
+            again after each change.
+        current_scale: function that returns the guidance scale of the next step.
+    """
+    scale = current_scale()
+    denoiser = with_scale(scale)
+
+    def denoise(x_t: Tensor, t: Tensor) -> Any:
+        nonlocal scale, denoiser
+        if current_scale() != scale:
+            scale = current_scale()
+            denoiser = with_scale(scale)
+        return denoiser(x_t, t)
 
     return denoise
 

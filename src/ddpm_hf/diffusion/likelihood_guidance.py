@@ -56,7 +56,8 @@ def guided_denoiser(
                 output = tensor_ops.prediction_of(denoiser(x_t, t))
             mean_part = output[:, : x_t.shape[1]].to(x_t.dtype)
             signal, sigma = _signal_and_sigma(scheduler, t, x_t)
-            log_likelihood = guidance(x_t, _x_0_hat(kind, mean_part, x_t, signal, sigma), t)
+            x_0_hat = tensor_ops.x_0_of_prediction(kind, mean_part, x_t, signal, sigma)
+            log_likelihood = guidance(x_t, x_0_hat, t)
             gradient = _gradient(log_likelihood, x_t, create_graph=is_differentiated)
         # The change of x_0_hat, sigma^2 / signal * gradient, in terms of the output; 0 where x_t
         # holds no signal.
@@ -80,14 +81,6 @@ def _signal_and_sigma(scheduler: Any, t: Tensor, x_t: Tensor) -> tuple[Tensor, T
         log_snr = scheduler.alphas_cumprod.to(t.device, x_t.dtype)[t].logit()
     log_snr = log_snr.reshape(-1, *(1,) * (x_t.ndim - 1)).to(x_t.device)
     return log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt()
-
-
-def _x_0_hat(kind: str, output: Tensor, x_t: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
-    if kind == "epsilon":
-        return (x_t - sigma * output) / signal
-    if kind == "v_prediction":
-        return signal * x_t - sigma * output
-    return output
 
 
 def _gradient(log_likelihood: Any, x_t: Tensor, create_graph: bool) -> Tensor:

@@ -41,6 +41,7 @@ Guide: TypeAlias = conditioning.Guide
 SamplingStep = sampling_loop.SamplingStep
 image_facts = image_processor.image_facts
 
+FINITE_RANGE = -checks.FINITE, checks.FINITE
 MAX_BATCH_SIZE = 2**20  # a larger number is a typing error
 
 
@@ -70,6 +71,7 @@ class GaussianDDPMPipeline(pipeline_editing.EditingMethods):
     """
 
     model_cpu_offload_seq = "unet"
+    _callback_tensor_inputs = list(callbacks.TENSOR_INPUTS)  # read by callbacks of diffusers
 
     def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin) -> None:
         super().__init__()
@@ -79,6 +81,7 @@ class GaussianDDPMPipeline(pipeline_editing.EditingMethods):
             scheduler = scheduling.as_gaussian_scheduler(scheduler)
         self.register_modules(unet=unet, scheduler=scheduler)
         self._interrupt = False
+        self._guidance_scale = 1.0
 
     @overload
     def __call__(
@@ -169,7 +172,8 @@ class GaussianDDPMPipeline(pipeline_editing.EditingMethods):
             callback_on_step_end: function `(pipeline, step, timestep, tensors)` to call after each
                 step, or a `PipelineCallback` of diffusers. "latents" in the dict that it returns
                 replace x_t. It runs without gradients; use `torch.enable_grad()` in it to guide by
-                one. `pipeline._interrupt = True` ends sampling with the current x_t.
+                one. `pipeline._interrupt = True` ends sampling with the current x_t, and
+                `pipeline.guidance_scale` may be changed for the next steps.
             callback_on_step_end_tensor_inputs: names of the tensors for the callback, among
                 "latents" (x_t, the default) and "pred_original_sample" (estimate of x_0).
             eta: noise scale in [0, 1]: 1 is DDPM, 0 is DDIM. By default the scheduler's own: 1 for
@@ -286,6 +290,15 @@ class GaussianDDPMPipeline(pipeline_editing.EditingMethods):
         self.maybe_free_model_hooks()
 
     @property
+    def guidance_scale(self) -> float:
+        """Guidance scale of the current sampling loop; a callback may change it between steps."""
+        return self._guidance_scale
+
+    @guidance_scale.setter
+    def guidance_scale(self, scale: float) -> None:
+        self._guidance_scale = scale
+
+    @property
     def num_timesteps(self) -> int:
         """Number of steps of the current sampling loop, which callbacks of diffusers read."""
         return len(self.scheduler.timesteps)
@@ -338,13 +351,18 @@ class GaussianDDPMPipeline(pipeline_editing.EditingMethods):
         labels = None if labels is None else labels.to(self._execution_device)
         weak = self._guide_network(guide, guidance_scale)
         num_outputs = scheduler_interface.num_outputs(self.unet.config, scheduler)
-        plain = guided = conditioning.denoiser_of(self.unet, labels, num_outputs)
-        if weak is not None:
-            guided = conditioning.autoguided(self.unet, weak, labels, guidance_scale, num_outputs)
-        elif guidance_scale != 1:
-            guided = conditioning.classifier_free(
-                self.unet, labels, guidance_scale, class_names, num_outputs
-            )
+
+        def with_scale(scale: float) -> Denoiser:
+            checks.check_float("guidance_scale", scale, "that is finite", *FINITE_RANGE)
+            if scale == 1:
+                return plain
+            if weak is not None:
+                return conditioning.autoguided(self.unet, weak, labels, scale, num_outputs)
+            return conditioning.classifier_free(self.unet, labels, scale, class_names, num_outputs)
+
+        self._guidance_scale = guidance_scale
+        plain = conditioning.denoiser_of(self.unet, labels, num_outputs)
+        guided = conditioning.with_current_scale(with_scale, lambda: self._guidance_scale)
         if guidance is not None:
             plain, guided = (
                 likelihood_guidance.guided_denoiser(d, scheduler, guidance, guidance_weight)
@@ -356,9 +374,6 @@ class GaussianDDPMPipeline(pipeline_editing.EditingMethods):
         return [guided if here else plain for here in is_guided], [self.unet, weak or self.unet]
 
     def _guide_network(self, guide: Guide, guidance_scale: float) -> UNet2DModel | None:
-        checks.check_float(
-            "guidance_scale", guidance_scale, "that is finite", -checks.FINITE, checks.FINITE
-        )
         if guide is None:
             return None
         if guidance_scale == 1:

@@ -49,6 +49,14 @@ def checked_folder(save_directory: str | os.PathLike[str]) -> Path:
     return folder.absolute()
 
 
+def is_finite(weight: torch.Tensor) -> bool:
+    """Whether all values are finite; true for integers and for weights without data."""
+    if weight.is_meta or not weight.is_floating_point():
+        return True
+    # torch has no isfinite for float8.
+    return bool((weight.float() if weight.itemsize == 1 else weight).isfinite().all())
+
+
 def check_finite(weights: Mapping[str, torch.Tensor], source: str) -> None:
     """Check that all weights are finite.
 
@@ -59,7 +67,7 @@ def check_finite(weights: Mapping[str, torch.Tensor], source: str) -> None:
         ValueError: naming the first weight that is not finite.
     """
     for name, weight in weights.items():
-        if weight.is_floating_point() and not weight.is_meta and not weight.isfinite().all():
+        if not is_finite(weight):
             raise ValueError(f"weight {name} of {source} is not finite")
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reverse process as a loop over steps, for any denoiser and scheduler."""
 
+import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,9 @@ class SamplingStep:
         sample: x_t before the step, (B, C, ...).
         model_output: output of the denoiser.
         prev_sample: x_prev, same shape as `sample`.
-        pred_original_sample: estimate of x_0, same shape; None if the scheduler has none.
+        pred_original_sample: estimate of x_0, same shape: the scheduler's, or for a scheduler that
+            returns none, such as DPM-Solver, that of the network, without clipping. None for a
+            scheduler without a beta schedule.
         is_last: whether sampling ends with this step.
     """
 
@@ -82,6 +85,8 @@ def sampling_steps(
         model_output = output if isinstance(output, Tensor) else output.sample
         result = scheduler.step(model_output, t, x_t, **step_options)
         x_0_hat = getattr(result, "pred_original_sample", None)
+        if x_0_hat is None:
+            x_0_hat = predicted_x_0(scheduler, model_output, t, model_input)
         is_last = i == len(timesteps) - 1
         step = SamplingStep(i, t, x_t, model_output, result.prev_sample, x_0_hat, is_last)
         yield step
@@ -90,6 +95,26 @@ def sampling_steps(
         if step.is_last:
             break
     _check_finite(is_finite, timesteps)
+
+
+def predicted_x_0(
+    scheduler: Any, model_output: Tensor, t: Tensor, model_input: Tensor
+) -> Tensor | None:
+    """Estimate of x_0 by the network; None if the scheduler has no alpha_bar at t.
+
+    Args:
+        scheduler: gives alpha_bar and the prediction type.
+        model_output: output of the network, (B, C, ...).
+        t: timestep, a 0-d tensor on the CPU.
+        model_input: x_t as the network gets it, sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise.
+    """
+    alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
+    if alphas_cumprod is None or t.is_floating_point():
+        return None
+    alpha_bar = float(alphas_cumprod[t])
+    signal, sigma = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
+    kind = scheduler.config.get("prediction_type", "epsilon")
+    return tensor_ops.x_0_of_prediction(kind, model_output, model_input, signal, sigma)
 
 
 def _check_finite(is_finite: Tensor, timesteps: Tensor) -> None:

@@ -109,6 +109,30 @@ def draw_noise(like: Tensor, generator: Generators) -> Tensor:
     return torch.stack([draw_noise(x, g) for x, g in zip(like, generator, strict=True)])
 
 
+def x_0_of_prediction(
+    prediction_type: str,
+    prediction: Tensor,
+    x_t: Tensor,
+    signal: Tensor | float,
+    sigma: Tensor | float,
+) -> Tensor:
+    """Estimate of x_0, without clipping.
+
+    Args:
+        prediction_type: "epsilon", "sample" or "v_prediction".
+        prediction: output of the network, (B, C, ...).
+        x_t: noisy images, same shape.
+        signal: sqrt(alpha_bar).
+        sigma: sqrt(1 - alpha_bar).
+    Source: DDPM (2006.11239), eq. 4; v: 2202.00512.
+    """
+    if prediction_type == "epsilon":
+        return (x_t - sigma * prediction) / signal
+    if prediction_type == "v_prediction":
+        return signal * x_t - sigma * prediction
+    return prediction
+
+
 def threshold(x_0_hat: Tensor, ratio: float, max_value: float) -> Tensor:
     """Clamp each image to [-s, s] and divide by s, a quantile of abs(x_0) in [1, max_value]."""
     magnitudes = x_0_hat.abs().reshape(len(x_0_hat), math.prod(x_0_hat.shape[1:]))

@@ -14,7 +14,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 from ddpm_hf.diffusion.atomic_files import read_json
 from ddpm_hf.diffusion.config_extension import GAUSSIAN_SCHEDULER
-from ddpm_hf.diffusion.portable_checkpoint import commit
+from ddpm_hf.diffusion.portable_checkpoint import commit, is_finite
 from ddpm_hf.hub.card import SharedCard, card_to_share
 from ddpm_hf.hub.card_update import metadata_of
 from ddpm_hf.hub.load import check_repo_id, refuse_links, scheduler_class
@@ -98,11 +98,11 @@ def _check_weights(folder: Path, names: list[str]) -> None:
     for name in weights:
         try:
             with safe_open(folder / name, framework="pt") as file:
-                finite = {key: bool(file.get_tensor(key).isfinite().all()) for key in file.keys()}  # noqa: SIM118
+                finite = {key: is_finite(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{folder / name} is damaged: {error}") from error
         if not all(finite.values()):
-            weight = next(key for key, is_finite in finite.items() if not is_finite)
+            weight = next(key for key in finite if not finite[key])
             raise ValueError(f"weight {weight} in {folder / name} is not finite")
 
 
