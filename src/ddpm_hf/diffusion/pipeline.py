@@ -8,7 +8,7 @@ at the root of the repository.
 
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import ExitStack, closing
-from typing import Any, Literal, TypeAlias, overload
+from typing import Any, ClassVar, Literal, TypeAlias, overload
 
 import torch
 from diffusers.models import UNet2DModel
@@ -71,7 +71,9 @@ class GaussianDDPMPipeline(pipeline_editing.EditingMethods):
     """
 
     model_cpu_offload_seq = "unet"
-    _callback_tensor_inputs = list(callbacks.TENSOR_INPUTS)  # read by callbacks of diffusers
+    _callback_tensor_inputs: ClassVar = list(
+        callbacks.TENSOR_INPUTS
+    )  # read by callbacks of diffusers
 
     def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin) -> None:
         super().__init__()
