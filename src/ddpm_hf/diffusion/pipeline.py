@@ -298,6 +298,7 @@ class GaussianDDPMPipeline(pipeline_editing.EditingMethods):
 
     @guidance_scale.setter
     def guidance_scale(self, scale: float) -> None:
+        """Set the guidance scale of the next steps."""
         self._guidance_scale = scale
 
     @property
