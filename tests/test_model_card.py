@@ -148,9 +148,10 @@ HOSTILE = {
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_hostile_text_is_escaped(kind):
     text = HOSTILE[kind]
-    harmless = rendered(FULL, "user/x")
+    harmless = rendered(FULL | {"base": {"base_model": "x"}}, "user/x")
     facts = json.loads(json.dumps(FULL)) | {"model_name": text, "hardware": text}
     facts["dataset"] |= {"name": text, "split": text}
+    facts["base"] = {"base_model": text, "dataset": {"name": text}}
     facts["config"] = {text: text}
     facts["versions"] = facts["computation"] = {text: text}
     facts["metrics"] = [{"name": text, "value": 1.0, "how": text}]

@@ -15,9 +15,6 @@ from ddpm_hf.diffusion.config_extension import Config, beta_schedule_of, extensi
 from ddpm_hf.evaluation.records import JsonObject, from_json
 from ddpm_hf.paths import ModelPaths
 
-_UNET_KEYS = ("sample_size", "in_channels", "num_class_embeds")
-_SCHEDULER_KEYS = ("prediction_type", "variance_type", "timestep_spacing")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
@@ -216,15 +213,17 @@ def recorded_facts(folder: str | Path) -> JsonObject:
     """
     folder = Path(folder)
     unet = read_json(folder / "unet" / "config.json")
-    facts = read_json(ModelPaths(folder).facts)
-    facts["unet"] = {key: unet[key] for key in _UNET_KEYS if unet.get(key) is not None}
-    facts["unet"]["num_parameters"] = _count_parameters(folder / "unet")
+    keys = ("sample_size", "in_channels", "num_class_embeds")
+    network = {key: unet[key] for key in keys if unet.get(key) is not None}
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    facts["scheduler"] = _scheduler_facts(scheduler) if scheduler else {}
-    extension = extension_of(unet)
-    facts["image"], facts["class_names"] = extension.get("image"), extension.get("class_names")
-    facts["samples"] = ModelPaths(folder).samples.is_file()
-    return facts
+    return {
+        **read_json(ModelPaths(folder).facts),
+        "unet": {**network, "num_parameters": _count_parameters(folder / "unet")},
+        "scheduler": _scheduler_facts(scheduler) if scheduler else {},
+        "image": extension_of(unet).get("image"),
+        "class_names": extension_of(unet).get("class_names"),
+        "samples": ModelPaths(folder).samples.is_file(),
+    }
 
 
 def card_facts(folder: str | Path) -> CardFacts:
@@ -234,12 +233,13 @@ def card_facts(folder: str | Path) -> CardFacts:
 
 def _scheduler_facts(config: Config) -> JsonObject:
     name, parameters = beta_schedule_of(config)
+    settings = ("prediction_type", "variance_type", "timestep_spacing")
     facts = {
         "class": config.get("_class_name"),
         "beta_schedule": name,
         "num_train_timesteps": config.get("num_train_timesteps"),
         **parameters,
-        **{key: config.get(key) for key in _SCHEDULER_KEYS},
+        **{key: config.get(key) for key in settings},
         **{key: extension_of(config).get(key) for key in ("calibrated_timesteps", "recommended")},
     }
     return {key: value for key, value in facts.items() if value is not None}

@@ -26,23 +26,24 @@ def render_model_card(facts: CardFacts, repo_id: str | None = None) -> str:
         repo_id: name on the Hub, for the code in the card; None for the current folder.
     """
     scheduler, calibration = facts.scheduler, facts.calibration
-    chosen = parsed_sampler(scheduler.recommended)
+    chosen, updates = parsed_sampler(scheduler.recommended), facts.base.steps
     for_stock = parsed_sampler(calibration.sweep.for_stock) if chosen else None
-    card = ModelCard.from_template(
+    card = ModelCard.from_template(  # the template applies `inline` to all text of the facts
         _metadata(facts, repo_id),
         template_path=str(TEMPLATE),
         title=inline(_title(facts, repo_id)),
-        summary=_summary(facts),
-        samples=facts.samples,
+        facts=facts,
+        inline=inline,
+        number=number,
         repo=json.dumps(repo_id or "."),
-        num_classes=facts.unet.num_class_embeds,
         labels=_label_argument(facts.class_names, facts.unet.num_class_embeds),
         padded=_padded_size(facts),
         num_steps=usual_num_steps(
             scheduler.class_name or "DDPMScheduler", scheduler.num_train_timesteps or 1000
         ),
-        data=f"Data: {_dataset(facts.dataset)}.",
-        base=_base_model(facts),
+        data=_dataset(facts.dataset),
+        base_data=_dataset(facts.base.dataset),
+        base_training=NOT_RECORDED if updates is None else counted(updates, "optimizer update"),
         training=_training_rows(facts),
         config=[(setting_name(key), inline(value)) for key, value in sorted(facts.config.items())],
         metrics=[_metric_row(metric) for metric in facts.metrics],
@@ -119,18 +120,6 @@ def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:64] or "unnamed"
 
 
-def _summary(facts: CardFacts) -> str:
-    size, steps = facts.unet.num_parameters, facts.scheduler.num_train_timesteps
-    return (
-        "A denoising diffusion probabilistic model ([DDPM](https://arxiv.org/abs/2006.11239)): a "
-        "`UNet2DModel`"
-        + (f" of {size:,} parameters" if size else "")
-        + " that turns noise into images"
-        + (f" in {steps:,} steps." if steps is not None else ".")
-        + (f" Fine-tuned from {inline(facts.base_model)}." if facts.base_model else "")
-    )
-
-
 def _padded_size(facts: CardFacts) -> str:
     """Size of the network's images if it differs from that of the training images."""
     image, size = facts.image, facts.unet.sample_size
@@ -163,19 +152,6 @@ def _left_out(dataset: DataFacts) -> list[str]:
         return [f"{sum(dataset.left_out.values()):,} left out: {reasons}"]
     skipped = dataset.num_skipped
     return [f"{skipped:,} unreadable images left out"] if skipped else []
-
-
-def _base_model(facts: CardFacts) -> str:
-    """Origin of a fine-tuned model."""
-    if not facts.base_model:
-        return ""
-    base = facts.base
-    updates = NOT_RECORDED if base.steps is None else counted(base.steps, "optimizer update")
-    origin = f", itself fine-tuned from {inline(base.base_model)}" if base.base_model else ""
-    return (
-        f"Base: {inline(facts.base_model)}{origin}. Its data: {_dataset(base.dataset)}."
-        f" Its training: {updates}."
-    )
 
 
 def _training_rows(facts: CardFacts) -> list[tuple[str, str]]:

@@ -24,6 +24,7 @@ from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 from ddpm_hf.hub.secrets import hide_tokens
 
 T = TypeVar("T")
+E = TypeVar("E", bound=BaseException)
 WAITS_S: Sequence[float] = (1.0, 2.0, 4.0, 8.0, 16.0)
 MAX_RETRY_AFTER_S = 60.0
 TOKEN_HELP = "run `hf auth login` or set HF_TOKEN (https://huggingface.co/settings/tokens)"
@@ -77,16 +78,12 @@ def is_temporary(error: BaseException) -> bool:
     status = _status(error)
     if status is not None:
         return (status >= 500 and status != 507) or status in (408, 409, 412, 429)
-    if _is_offline(error):
+    if _find(error, OfflineModeIsEnabled):
         return False
     # The Xet client raises ConnectionError. Some calls raise JSONDecodeError, without a status, for
     # an HTML page of a proxy.
     kinds = (httpx.TransportError, ConnectionError, TimeoutError, json.JSONDecodeError)
-    return any(isinstance(e, kinds) for e in _chain(error))
-
-
-def _is_offline(error: BaseException) -> bool:
-    return any(isinstance(e, OfflineModeIsEnabled) for e in _chain(error))
+    return _find(error, *kinds) is not None
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:
@@ -98,18 +95,19 @@ def _chain(error: BaseException | None) -> list[BaseException]:
     return chain
 
 
-def _http_error(error: BaseException) -> HfHubHTTPError | None:
-    return next((e for e in _chain(error) if isinstance(e, HfHubHTTPError)), None)
+def _find(error: BaseException, *kinds: type[E]) -> E | None:
+    """The first error of these kinds among the error and its causes."""
+    return next((e for e in _chain(error) if isinstance(e, kinds)), None)
 
 
 def _status(error: BaseException) -> int | None:
-    http_error = _http_error(error)
+    http_error = _find(error, HfHubHTTPError)
     return http_error.response.status_code if http_error else None
 
 
 def _delay_s(error: BaseException, wait_s: float) -> float:
     """Random delay, so that clients do not return together; at least Retry-After of the server."""
-    http_error = _http_error(error)
+    http_error = _find(error, HfHubHTTPError)
     header = http_error.response.headers.get("Retry-After", "") if http_error else ""
     retry_after_s = min(float(header), MAX_RETRY_AFTER_S) if header.isdigit() else 0.0
     return max(wait_s * random.uniform(0.75, 1.25), retry_after_s)
@@ -117,7 +115,7 @@ def _delay_s(error: BaseException, wait_s: float) -> float:
 
 def _reason(error: BaseException) -> str:
     """Message of the server, or the root cause."""
-    http_error = _http_error(error)
+    http_error = _find(error, HfHubHTTPError)
     if http_error:
         message = http_error.server_message or "no reason given"
         return shorten(f"{message} (HTTP {http_error.response.status_code})")
@@ -133,8 +131,8 @@ def shorten(text: str, length: int = 300) -> str:
 
 def _raise_explained(error: Exception, repo_id: str) -> None:
     """Raise ValueError with reason and fix for a known error of the Hub, else the error itself."""
-    status, reason, cause = _status(error), _reason(error), _http_error(error)
-    if _is_offline(error):
+    status, reason, cause = _status(error), _reason(error), _find(error, HfHubHTTPError)
+    if _find(error, OfflineModeIsEnabled):
         text = f"HF_HUB_OFFLINE is set and the cache has no complete copy of {repo_id}"
     elif isinstance(cause, GatedRepoError):
         text = f"{repo_id} is gated: request access on its page, then {TOKEN_HELP}"
