@@ -14,13 +14,13 @@ import pytest
 import torch
 from checkpoints import tiny_unet
 from PIL import Image
-from processes import LIMIT_S, started, started_ranks
+from processes import LIMIT_S, forked_ranks, started
 from tiny_runs import assert_equal_bits, checkpoint
 
 from ddpm_hf import ConfigError, TrainingConfig, train
 from ddpm_hf.training import TrainingError
 
-TRAIN = [sys.executable, "-m", "ddpm_hf", "train"]
+TRAIN = ["-m", "ddpm_hf", "train"]
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
 
 
@@ -171,11 +171,6 @@ def test_an_unreadable_first_image_leaves_no_checkpoint(tmp_path):
 # Several ranks without a launcher, as in `training/slurm.sh`.
 
 
-def ranks(command, tmp_path, **environment):
-    env = {**os.environ, "HF_HOME": str(tmp_path / "hf"), **environment}
-    return started_ranks(command, env=env, cwd=tmp_path)
-
-
 @pytest.fixture
 def photos(tmp_path):
     (tmp_path / "photos").mkdir()
@@ -207,7 +202,7 @@ def wait_until_training(output_dir, process):
 @pytest.mark.slow
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_a_hanging_rank_ends_the_run_with_one_line_that_names_it(photos, tmp_path, frozen):
-    with ranks([*TRAIN, *endless(photos, tmp_path / "run")], tmp_path) as processes:
+    with forked_ranks([*TRAIN, *endless(photos, tmp_path / "run")]) as processes:
         wait_until_training(tmp_path / "run", processes[0])
         processes[frozen].send_signal(signal.SIGSTOP)
         output = processes[1 - frozen].communicate(timeout=LIMIT_S)[0]
@@ -216,24 +211,26 @@ def test_a_hanging_rank_ends_the_run_with_one_line_that_names_it(photos, tmp_pat
         assert "Traceback" not in output
 
 
+# The main process stops while the other one waits for it: before that, connecting would time out.
 PREPARE_TOGETHER = """
-import os, signal, sys, time
+import os, signal, time
 from accelerate import PartialState
 from ddpm_hf.training import ProcessError, main_first
 state = PartialState(cpu=True)
-print(main_first(state, lambda: time.sleep(7) or "ready", timeout_s=5))
-if state.is_main_process:
-    print("stopping", flush=True)
+print(main_first(state, lambda: time.sleep(5) or "ready", timeout_s=3))
+def hang():
+    time.sleep(2)
+    os.kill(os.getpid(), signal.SIGSTOP)
 try:
-    main_first(state, lambda: os.kill(os.getpid(), signal.SIGSTOP), timeout_s=5)
+    main_first(state, hang, timeout_s=3)
 except ProcessError as error:
     print(error.is_reporting_rank, error)
 """
 
 
 @pytest.mark.slow
-def test_ranks_wait_for_a_slow_main_process_but_not_for_a_hanging_one(tmp_path):
-    with ranks([sys.executable, "-c", PREPARE_TOGETHER], tmp_path) as (_, other):
+def test_ranks_wait_for_a_slow_main_process_but_not_for_a_hanging_one():
+    with forked_ranks(["-c", PREPARE_TOGETHER]) as (_, other):
         output = other.communicate(timeout=LIMIT_S)[0]
     assert re.search(r"^ready$.*^True rank 0 of 2 processes", output, re.MULTILINE | re.DOTALL), (
         output
@@ -263,9 +260,8 @@ os._exit(0)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("lost", "number"), [(0, signal.SIGSTOP), (2, signal.SIGKILL)])
-def test_every_remaining_rank_names_the_lost_one_and_the_lowest_reports_it(tmp_path, lost, number):
-    command = [sys.executable, "-c", LOSE_A_RANK, str(lost), str(int(number))]
-    with started_ranks(command, 3, env=dict(os.environ), cwd=tmp_path) as processes:
+def test_every_remaining_rank_names_the_lost_one_and_the_lowest_reports_it(lost, number):
+    with forked_ranks(["-c", LOSE_A_RANK, str(lost), str(int(number))], 3) as processes:
         remaining = [process for rank, process in enumerate(processes) if rank != lost]
         outputs = [process.communicate(timeout=LIMIT_S)[0] for process in remaining]
     for output, reports in zip(outputs, ("True", "False"), strict=True):
@@ -306,9 +302,8 @@ for how, action in {"end": None, "stop": stop, "error": fail}.items():
 
 @pytest.mark.slow
 def test_no_gradient_reducer_outlives_the_process_group(tmp_path):
-    path = f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    command = [sys.executable, "-c", REDUCERS, str(tmp_path / "run")]
-    with ranks(command, tmp_path, PYTHONPATH=path) as processes:
+    arguments = ["-c", REDUCERS, str(tmp_path / "run")]
+    with forked_ranks(arguments, cwd=Path(__file__).parent) as processes:
         for process in processes:
             output = process.communicate(timeout=LIMIT_S)[0]
             assert process.returncode == 0, output
@@ -325,7 +320,7 @@ def test_a_clean_stop_of_a_launch_is_saved_and_prints_no_traceback(photos, tmp_p
               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
               "--main_process_port", "0", "-m", "ddpm_hf", "train"]  # fmt: skip
     command = [sys.executable, *launch, *endless(photos, tmp_path / "run")]
-    env = os.environ | {"ACCELERATE_USE_CPU": "true", "HF_HOME": str(tmp_path / "hf")}
+    env = os.environ | {"ACCELERATE_USE_CPU": "true"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with started(command, env=env, cwd=tmp_path, **pipes) as launcher:
         wait_until_training(tmp_path / "run", launcher)

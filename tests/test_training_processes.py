@@ -4,16 +4,16 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import LIMIT_S, run_process, started, started_ranks
+from processes import LIMIT_S, forked, forked_ranks, run_process
 from safetensors.torch import load_file
 from tiny_runs import metrics
 
@@ -33,16 +33,14 @@ NETWORK = {
     "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
 }
 STEPS = 30
-SILENT = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 OPTIONS = ["--max-train-steps", str(STEPS), "--batch-size", "4", "--checkpointing-steps", "5",
            "--num-samples", "2", "--sample-steps", "15", "--sample-inference-steps", "4",
            "--gradient-accumulation-steps", "2"]  # fmt: skip
-ONE = [sys.executable, "-m", "ddpm_hf.cli", "train"]
+COMMAND = ["-m", "ddpm_hf", "train"]
+SCRIPT = [str(Path(__file__).parents[1] / "training" / "train.py")]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
           "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
           "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
-TWO = [*LAUNCH, "-m", "ddpm_hf", "train"]
-SCRIPT = [*LAUNCH, str(Path(__file__).parents[1] / "training" / "train.py")]
 
 
 @pytest.fixture(scope="module")
@@ -55,15 +53,28 @@ def photos(tmp_path_factory):
     return folder
 
 
-def command(launcher, photos, output, *more):
+def arguments(program, photos, output, *more):
     config = ["--unet-config", str(photos.parent / "unet.json"), "--output-dir", str(output)]
-    return [*launcher, str(photos), *config, *OPTIONS, *more]
+    return [*program, str(photos), *config, *OPTIONS, *more]
 
 
-def environment(tmp_path):
-    # Without ACCELERATE_USE_CPU, two processes on a CPU are not connected.
-    variables = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    return {**os.environ, **variables, "HF_HOME": str(tmp_path / "hf")}
+@contextmanager
+def running(num_processes, *given):
+    """The processes of a run of `python ARGUMENTS`, on one or several ranks."""
+    if num_processes == 1:
+        with forked(arguments(*given)) as process:
+            yield [process]
+    else:
+        with forked_ranks(arguments(*given), num_processes) as processes:
+            yield processes
+
+
+def finish(num_processes, *given):
+    """Standard output of the first process of a run that ends with status 0."""
+    with running(num_processes, *given) as processes:
+        outputs = [process.communicate(timeout=LIMIT_S) for process in processes]
+        assert [process.returncode for process in processes] == [0] * num_processes, outputs
+    return outputs[0][0]
 
 
 def weights(output):
@@ -73,12 +84,6 @@ def weights(output):
         for file in folder.glob("*.safetensors")
         for name, value in load_file(file).items()
     }
-
-
-def finish(arguments, tmp_path):
-    done = run_process(arguments, env=environment(tmp_path))
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
 
 
 def wait_for_another_checkpoint(output, process):
@@ -93,17 +98,22 @@ def steps_logged(output):
     return max((int(p.name[5:]) for p in file.glob("step-*")), default=0)
 
 
-@pytest.mark.parametrize("launcher", [ONE, SCRIPT], ids=["one process", "two processes"])
-def test_a_run_killed_at_random_and_resumed_equals_an_uninterrupted_run(launcher, photos, tmp_path):
-    finish(command(launcher, photos, tmp_path / "straight"), tmp_path)
+@pytest.mark.parametrize(
+    ("program", "num_processes"),
+    [(COMMAND, 1), (SCRIPT, 2)],
+    ids=["one process", "two processes"],
+)
+def test_a_run_killed_at_random_and_resumed_equals_an_uninterrupted_run(
+    program, num_processes, photos, tmp_path
+):
+    finish(num_processes, program, photos, tmp_path / "straight")
     rng = random.Random(5)
-    for _ in range(2 if launcher is ONE else 1):
-        killed = command(launcher, photos, tmp_path / "killed")
-        with started(killed, env=environment(tmp_path), **SILENT) as process:
-            wait_for_another_checkpoint(tmp_path / "killed", process)
+    for _ in range(2 if num_processes == 1 else 1):
+        with running(num_processes, program, photos, tmp_path / "killed") as processes:
+            wait_for_another_checkpoint(tmp_path / "killed", processes[0])
             time.sleep(rng.uniform(0, 0.3))
-    again = finish(command(launcher, photos, tmp_path / "killed"), tmp_path)
-    assert "resuming after update" in again.stdout
+    output = finish(num_processes, program, photos, tmp_path / "killed")
+    assert "resuming after update" in output
 
     straight, killed = weights(tmp_path / "straight"), weights(tmp_path / "killed")
     assert straight.keys() == killed.keys()
@@ -115,14 +125,15 @@ def test_two_ranks_train_the_same_network_as_one_and_sigterm_stops_both(photos, 
     no_dropout.write_text(json.dumps({**NETWORK, "dropout": 0.0}))
     plain = ["--unet-config", str(no_dropout), "--evaluate-steps", "15", "--evaluate-num-images",
              "7", "--evaluate-features", "pixels"]  # fmt: skip
-    finish(command(ONE, photos, tmp_path / "one", *plain), tmp_path)
-    two = command(TWO, photos, tmp_path / "two", *plain)
-    with started(two, env=environment(tmp_path), **SILENT) as process:
-        wait_for_another_checkpoint(tmp_path / "two", process)
-        os.killpg(process.pid, signal.SIGTERM)
-        assert process.wait(LIMIT_S) != 0
+    finish(1, COMMAND, photos, tmp_path / "one", *plain)
+    two = (2, COMMAND, photos, tmp_path / "two", *plain)
+    with running(*two) as processes:
+        wait_for_another_checkpoint(tmp_path / "two", processes[0])
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
+        assert [process.wait(LIMIT_S) for process in processes] == [128 + signal.SIGTERM] * 2
     assert 0 < steps_logged(tmp_path / "two") < STEPS
-    finish(command(TWO, photos, tmp_path / "two", *plain), tmp_path)
+    finish(*two)
 
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name in (n for n in one if n.startswith("unet")):
@@ -161,25 +172,19 @@ def test_invalid_input_is_one_line_and_status_2_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("launcher", "arguments"),
-    [
-        (SCRIPT, ["PHOTOS", "--split", "trian"]),
-        ([sys.executable, "-m", "ddpm_hf", "train"], ["PHOTOS", "IN USE"]),
-    ],
-    ids=["no split", "no folder"],
-)
-def test_invalid_input_to_two_ranks_is_one_line_too(launcher, arguments, photos, tmp_path):
+@pytest.mark.parametrize("launched", [True, False], ids=["no split", "no folder"])
+def test_invalid_input_to_two_ranks_is_one_line_too(launched, photos, tmp_path):
     (tmp_path / "run" / "model").mkdir(parents=True)
-    folder = ["--output-dir", str(tmp_path / ("run" if "IN USE" in arguments else "other"))]
-    arguments = [a.replace("PHOTOS", str(photos)) for a in arguments if a != "IN USE"]
-    command = [*launcher, *arguments, *folder]
-    if launcher is SCRIPT:
-        done = run_process(command, env=environment(tmp_path))
+    if launched:
+        options = [str(photos), "--split", "trian", "--output-dir", str(tmp_path / "other")]
+        # Without the variable, two processes on a CPU are not connected.
+        env = os.environ | {"ACCELERATE_USE_CPU": "true"}
+        done = run_process([*LAUNCH, *SCRIPT, *options], env=env)
         output = done.stderr
         assert done.returncode != 0
     else:
-        with started_ranks(command, env=environment(tmp_path)) as processes:
+        options = [str(photos), "--output-dir", str(tmp_path / "run")]  # has a model
+        with forked_ranks([*COMMAND, *options]) as processes:
             output = "".join(process.communicate(timeout=LIMIT_S)[0] for process in processes)
             assert [process.returncode for process in processes] == [2, 2]
     ours = [line for line in output.splitlines() if line.startswith("ddpm-hf: error:")]
