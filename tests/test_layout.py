@@ -34,7 +34,7 @@ FLOORS = (
         "timing",
     },
     {"losses", "decoders", "timestep_samplers", "weightings", "data", "pictures", "sampling"},
-    {"likelihood", "calibration", "trajectory_timesteps", "evaluation", "hub"},
+    {"likelihood", "calibration", "convert", "trajectory_timesteps", "evaluation", "hub"},
     {"training"},
     {"commands"},
     {"cli"},

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ddpm_hf.inference_optimization import optimize
     from ddpm_hf.likelihood import BitsPerDim, bits_per_dim
     from ddpm_hf.losses import hybrid_loss, simple_loss, vlb_loss
+    from ddpm_hf.openai_conversion import convert
     from ddpm_hf.sampling import draw_to, save_drawn
     from ddpm_hf.training import (
         CheckpointError,
@@ -53,6 +54,7 @@ __all__ = [
     "calibrate",
     "calibrate_checkpoint",
     "compare",
+    "convert",
     "draw_to",
     "evaluate",
     "hybrid_loss",
@@ -81,6 +83,7 @@ _NAMES_BY_MODULE = {
     "hub.retry": "HubError",
     "inference_optimization": "optimize",
     "likelihood": "BitsPerDim bits_per_dim",
+    "openai_conversion": "convert",
     "losses": "hybrid_loss simple_loss vlb_loss",
     "sampling": "draw_to save_drawn",
     "training": "CheckpointError ConfigError TrainingConfig TrainingError TrainingResult train",

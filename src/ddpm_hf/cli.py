@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from ddpm_hf import __version__
-from ddpm_hf.commands import calibrate, edit, evaluate, push, sample, train
+from ddpm_hf.commands import calibrate, convert, edit, evaluate, push, sample, train
 from ddpm_hf.commands.messages import command_messages, say
 
 COMMANDS = {
@@ -17,6 +17,7 @@ COMMANDS = {
     "calibrate": calibrate,
     "evaluate": evaluate,
     "push": push,
+    "convert": convert,
 }
 # Exit statuses: 0; 2 for invalid input; 128 + N after signal N; 1 for other failures. A command may
 # define more.

@@ -151,6 +151,13 @@ class InferenceTimesteps(scheduler_config.PortableScheduler, forward_process.For
         device = getattr(timesteps, "device", None)
         self._set_trajectory(checks.check_timesteps(timesteps, len(self)), device)
 
+    def trajectory_betas(self) -> Tensor:
+        """beta of each step of the current trajectory, in the order of rising t, (K,) float64.
+
+        As `trained_betas` of another scheduler they give the same marginals in K timesteps.
+        """
+        return torch.from_numpy(self._trajectory.beta.copy())
+
     def previous_timestep(self, timestep: Timestep) -> Tensor:
         """The timestep after `timestep` in sampling, 0-dim; -1, the clean image, after the last."""
         return torch.tensor(self._trajectory.previous(timestep), device=self._timesteps.device)
