@@ -34,7 +34,7 @@ FLOORS = (
         "timing",
     },
     {"losses", "decoders", "timestep_samplers", "weightings", "data", "pictures", "sampling"},
-    {"likelihood", "calibration", "convert", "trajectory_timesteps", "evaluation", "hub"},
+    {"likelihood", "calibration", "trajectory_timesteps", "evaluation", "hub", "openai_conversion"},
     {"training"},
     {"commands"},
     {"cli"},
