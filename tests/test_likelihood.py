@@ -84,17 +84,26 @@ def normal_posterior_of_ddim(scheduler, x_0, x_t, t, eta):
     return a_prev.sqrt() * x_0 + (1 - a_prev - sigma**2).sqrt() * direction, 2 * sigma.log()
 
 
-def test_step_kl_at_smaller_eta_is_the_kl_of_the_ddim_processes():
-    scheduler = GaussianDDPMScheduler(prediction_type="sample", clip_sample=False)
+@pytest.mark.parametrize(
+    "variance_type", ["fixed_small", "fixed_large", "learned", "learned_range"]
+)
+def test_step_kl_at_smaller_eta_is_the_kl_of_the_ddim_processes(variance_type):
+    """Below 1 the variance of every type is that of eq. 16; the decoder keeps its own."""
+    scheduler = GaussianDDPMScheduler(
+        prediction_type="sample", clip_sample=False, variance_type=variance_type
+    )
     scheduler.set_timesteps(20)
-    x_0, x_t, x_0_hat = (randn(2, 3, seed=seed) for seed in range(3))
+    x_0, x_t, x_0_hat, v = (randn(2, 3, seed=seed) for seed in range(4))
     t, eta = scheduler.timesteps[7].item(), 0.3
+    output = torch.cat([x_0_hat, v], 1) if scheduler.learns_variance else x_0_hat
     mean_q, log_var = normal_posterior_of_ddim(scheduler, x_0, x_t, t, eta)
     mean_p, _ = normal_posterior_of_ddim(scheduler, x_0_hat, x_t, t, eta)
     want = kl_of_normals(mean_q, log_var, mean_p, log_var)
-    assert_close(scheduler.step_kl(x_0_hat, x_0, x_t, t, eta=eta).kl, want, rtol=1e-10, atol=0)
+    assert_close(scheduler.step_kl(output, x_0, x_t, t, eta=eta).kl, want, rtol=1e-10, atol=0)
+    decoder, of_ddpm = (scheduler.step_kl(output, x_0, x_t, 0, eta=eta) for eta in (0.3, 1.0))
+    assert torch.equal(decoder.log_variance, of_ddpm.log_variance)
     with pytest.raises(ValueError, match=r"`eta` must be .*0 has no bound.*, got 0"):
-        scheduler.step_kl(x_0_hat, x_0, x_t, t, eta=0)
+        scheduler.step_kl(output, x_0, x_t, t, eta=0)
 
 
 # The bound -------------------------------------------------------------------------------------

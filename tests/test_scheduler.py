@@ -1,6 +1,7 @@
 """The scheduler against independent references: 40-digit tables, conditioning, exact networks."""
 
 import copy
+import itertools
 import pickle
 from functools import cache
 from pathlib import Path
@@ -309,18 +310,22 @@ def test_samples_of_normal_data_have_the_known_standard_deviation(K, prediction)
     assert got == pytest.approx(STD_OF_SAMPLES[K], abs=6e-5)  # the table has four digits
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.3, 0.9, 1.0])
-def test_a_step_with_any_eta_matches_ddim(eta):
-    """2010.02502, eq. 12 with the sigma of eq. 16."""
-    scheduler = GaussianDDPMScheduler(prediction_type="epsilon", clip_sample=False)
+@pytest.mark.parametrize(
+    ("eta", "variance_type"),
+    [(1.0, "fixed_small"), *itertools.product([0.0, 0.3, 0.9], VARIANCE_TYPES)],
+)
+def test_a_step_with_any_eta_matches_ddim(eta, variance_type):
+    """2010.02502, eq. 12 with the sigma of eq. 16, below 1 for every variance type."""
+    scheduler = GaussianDDPMScheduler(variance_type=variance_type, clip_sample=False)
     scheduler.set_timesteps(20)
     bars = to_float64(betas_and_bars("linear 1000")[1])
-    x_t, eps, noise = (randn(2, 3, seed=seed) for seed in range(3))
+    x_t, eps, noise, v = (randn(2, 3, seed=seed) for seed in range(4))
     t, prev = scheduler.timesteps[7].item(), scheduler.timesteps[8].item()
     sigma = eta * (((1 - bars[prev]) / (1 - bars[t])) * (1 - bars[t] / bars[prev])) ** 0.5
     x_0 = (x_t - (1 - bars[t]) ** 0.5 * eps) / bars[t] ** 0.5
     want = bars[prev] ** 0.5 * x_0 + (1 - bars[prev] - sigma**2) ** 0.5 * eps + sigma * noise
-    got = scheduler.step(eps, t, x_t, variance_noise=noise, eta=eta).prev_sample
+    output = torch.cat([eps, v], 1) if variance_type.startswith("learned") else eps
+    got = scheduler.step(output, t, x_t, variance_noise=noise, eta=eta).prev_sample
     assert_close(got, want, rtol=0, atol=1e-12)  # differences of numbers near 1
 
 

@@ -134,7 +134,7 @@ def bits_per_dim(
             `decoders.decoder_of`.
         bit_depth: bits per channel of the images, 8 or 16; None for the bit depth recorded in the
             model, else 8.
-        eta: noise of the sampler, in (0, 1]; a deterministic sampler has no bound.
+        eta: noise of the sampler, in (0, 1], as in `step`; a deterministic sampler has no bound.
         batch_size: images per batch; None for 64, or for the given batches.
         progress: show a progress bar.
     Returns:

@@ -309,7 +309,9 @@ class Trajectory:
     def _reverse_variance(self, eta: float) -> tuple[Array, Array, Array]:
         """Variance, log-variance and slope of v, divided by eta^2.
 
-        At the last step of the trajectory, "fixed_large" also has the beta~ of the step before.
+        For eta < 1, a variance that is not calibrated is beta~ for every variance type (2010.02502,
+        eq. 16), except at the last step of the trajectory, whose variance serves the decoder.
+        At that step, "fixed_large" also has the beta~ of the step before.
         """
         (small, log_small), log_large = self._posterior_variance(), np.log(self.beta)
         zero, one = np.zeros_like(small), np.ones_like(small)
@@ -320,6 +322,10 @@ class Trajectory:
             return variance, log_var, zero
         if self.variance_type.startswith("fixed_small"):
             return small, log_small, zero
+        if eta < 1 and not self.has_pixel_variance:
+            _, log_var, slope = self._reverse_variance(1.0)
+            log_var = np.concatenate([log_var[:1], log_small[1:]])
+            return np.exp(log_var), log_var, np.concatenate([slope[:1], zero[1:]])
         if self.variance_type.startswith("fixed_large"):
             log_var = np.concatenate([log_small[:1], log_large[1:]])
             return np.exp(log_var), log_var, zero

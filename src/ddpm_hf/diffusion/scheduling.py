@@ -238,9 +238,11 @@ class GaussianDDPMScheduler(inference_timesteps.InferenceTimesteps):
                 image independent of its batch. A CPU generator works for every device.
             return_dict: return a `GaussianDDPMOutput`, else a tuple of its two fields.
             variance_noise: standard normal noise, shaped like `sample`, instead of drawing it.
-            eta: scale of the noise, in [0, 1]: 1 is DDPM, 0 is deterministic DDIM (2010.02502,
-                eq. 12 and 16). With `x_0_mse` the variance is eta^2 beta~ + coef_x_0^2 m_t: an
-                `eta` just above 0 is Analytic-DDIM (2201.06503), and 0 is still deterministic.
+            eta: scale of the noise, in [0, 1]: 1 is DDPM with the variance of `variance_type`;
+                below 1 the variance is eta^2 beta~ for every `variance_type`, and 0 is
+                deterministic DDIM (2010.02502, eq. 12 and 16). With `x_0_mse` the variance is
+                eta^2 beta~ + coef_x_0^2 m_t: an `eta` just above 0 is Analytic-DDIM (2201.06503),
+                and 0 is still deterministic.
 
         Returns:
             `prev_sample`, x_prev, and `pred_original_sample`, the estimate of x_0, both (B, ...) in

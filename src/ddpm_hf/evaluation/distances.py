@@ -8,11 +8,14 @@ precomputed statistics of a pair of sets.
 import math
 from typing import Any, NamedTuple, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ddpm_hf.evaluation.neighbour_statistics import (
+    Balls,
     FeatureSet,
+    NeighbourStatistics,
     PairStatistics,
     feature_sets,
     pair_statistics,
@@ -95,10 +98,10 @@ def kernel_distance(real: Any, drawn: Any) -> Estimate:
         real: features (N, d), N at least 3.
         drawn: features (M, d), M at least 3.
     Returns:
-        the value, with the standard error of the jackknife over the images of both sets.
+        the value and its standard error: the square root of the unbiased estimate of the variance.
     Raises:
         ValueError: for other shapes, or features that are not finite.
-    Source: KID (1801.01401), section 4.
+    Source: KID (1801.01401), section 4; variance of a U-statistic: Hoeffding (1948).
     """
     (pair,) = pair_statistics([_checked(real, drawn, at_least=3)])
     return kernel_distance_of(pair)
@@ -115,14 +118,49 @@ def kernel_distance_of(pair: PairStatistics) -> Estimate:
 
     without_x = mmd(s_xx - 2 * among_x, s_yy, s_xy - x_to_y, n - 1, m)
     without_y = mmd(s_xx, s_yy - 2 * among_y, s_xy - y_to_x, n, m - 1)
-    var = sum((len(v) - 1) * v.var(correction=0) for v in (without_x, without_y))
+    jackknife = sum((len(v) - 1) * v.var(correction=0).item() for v in (without_x, without_y))
+    var = _without_excess(jackknife, pair, n, m)
     return Estimate(mmd(s_xx, s_yy, s_xy, n, m).item(), math.sqrt(var))
+
+
+def _without_excess(jackknife: float, pair: PairStatistics, n: int, m: int) -> float:
+    """The jackknife variance of the kernel distance without its bias.
+
+    The jackknife counts twice the part of the variance that comes from pairs of images (second
+    order in the Hoeffding decomposition), which is all of it if both distributions are equal. The
+    estimate of the rest may be negative: the result is at least half of the part from pairs.
+    """
+    v_xx, v_yy = _centred_square(pair.among_real), _centred_square(pair.among_drawn)
+    v_xy = _centred_square_between(pair.real_to_drawn, pair.drawn_to_real)
+    of_pairs = 2 * v_xx / (n * (n - 1)) + 2 * v_yy / (m * (m - 1)) + 4 * v_xy / (n * m)
+    excess = 2 * v_xx / ((n - 1) * (n - 2)) + 2 * v_yy / ((m - 1) * (m - 2)) + 4 * v_xy / (n * m)
+    return max(jackknife - excess, of_pairs / 2)
+
+
+def _centred_square(among: NeighbourStatistics) -> float:
+    """Unbiased estimate of the mean square of the doubly centred kernel within a set; 0 for n = 3.
+
+    Source: partial distance correlation (1310.2926), eq. 3.1 and proposition 1.
+    """
+    n, sums = len(among.kernel_sums), among.kernel_sums
+    total = among.kernel_squares.sum() - 2 / (n - 2) * sums.square().sum()
+    total += sums.sum().square() / ((n - 1) * (n - 2))
+    return max(0.0, total.item()) / (n * (n - 3)) if n > 3 else 0.0
+
+
+def _centred_square_between(x_to_y: NeighbourStatistics, y_to_x: NeighbourStatistics) -> float:
+    """Unbiased estimate of the mean square of the doubly centred kernel between two sets."""
+    rows, columns = x_to_y.kernel_sums, y_to_x.kernel_sums
+    n, m = len(rows), len(columns)
+    total = x_to_y.kernel_squares.sum() - rows.square().sum() / m - columns.square().sum() / n
+    total += rows.sum().square() / (n * m)
+    return max(0.0, total.item()) / ((n - 1) * (m - 1))
 
 
 def precision_recall(real: Any, drawn: Any, k: int = 3) -> PrecisionRecall:
     """Shares of drawn images in the real manifold, and of real images in the drawn manifold.
 
-    The manifold of a set is the union of balls around its images; a ball reaches to the k-th
+    The manifold of a set is the union of closed balls around its images; a ball reaches to the k-th
     nearest neighbour in the set.
 
     Args:
@@ -133,22 +171,22 @@ def precision_recall(real: Any, drawn: Any, k: int = 3) -> PrecisionRecall:
         ValueError: for other shapes, or features that are not finite.
     Source: improved precision and recall (1904.06991), eq. 1 and 2.
     """
-    (pair,) = pair_statistics([_checked(real, drawn, at_least=k + 1)], [k])
+    (pair,) = pair_statistics([_checked(real, drawn, at_least=k + 1)], Balls(closed=[k]))
     return precision_recall_of(pair, k)
 
 
 def precision_recall_of(pair: PairStatistics, k: int = 3) -> PrecisionRecall:
     """See `precision_recall`."""
     return PrecisionRecall(
-        (pair.real_to_drawn.num_balls[k] > 0).double().mean().item(),
-        (pair.drawn_to_real.num_balls[k] > 0).double().mean().item(),
+        pair.real_to_drawn.is_covered[k].double().mean().item(),
+        pair.drawn_to_real.is_covered[k].double().mean().item(),
     )
 
 
 def density_coverage(real: Any, drawn: Any, k: int = 5) -> DensityCoverage:
     """Mean number of balls around a drawn image, over k; share of balls with a drawn image.
 
-    The ball of a real image reaches to its k-th nearest real neighbour.
+    The open ball of a real image reaches to its k-th nearest real neighbour, which is outside.
 
     Args:
         real: features (N, d), N greater than k.
@@ -158,7 +196,7 @@ def density_coverage(real: Any, drawn: Any, k: int = 5) -> DensityCoverage:
         ValueError: for other shapes, or features that are not finite.
     Source: density and coverage (2002.09797), eq. 3 and 4.
     """
-    (pair,) = pair_statistics([_checked(real, drawn, at_least=k + 1)], [k])
+    (pair,) = pair_statistics([_checked(real, drawn, at_least=k + 1)], Balls(open=[k]))
     return density_coverage_of(pair, k)
 
 
@@ -172,7 +210,7 @@ def density_coverage_of(pair: PairStatistics, k: int = 5) -> DensityCoverage:
 
 def _checked(real: Any, drawn: Any, at_least: int) -> tuple[FeatureSet, FeatureSet]:
     if not isinstance(real, FeatureSet):
-        real, drawn = torch.as_tensor(real), torch.as_tensor(drawn)
+        real, drawn = _as_tensor(real), _as_tensor(drawn)
         for name, x in (("real", real), ("drawn", drawn)):
             if x.ndim != 2 or x.shape[1] != real.shape[-1]:
                 raise ValueError(
@@ -190,3 +228,8 @@ def _checked(real: Any, drawn: Any, at_least: int) -> tuple[FeatureSet, FeatureS
                 f"`{name}` must be features of at least {at_least} images, got {len(x)}"
             )
     return real, drawn
+
+
+def _as_tensor(x: Any) -> Tensor:
+    # torch refuses negative strides, and warns about read-only memory.
+    return x if isinstance(x, Tensor) else torch.from_numpy(np.require(x, requirements="CW"))

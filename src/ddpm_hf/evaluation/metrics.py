@@ -28,6 +28,7 @@ from ddpm_hf.evaluation.distances import (
 )
 from ddpm_hf.evaluation.figures import Floor, MetricResult, Verdict
 from ddpm_hf.evaluation.neighbour_statistics import (
+    Balls,
     FeatureSet,
     PairStatistics,
     feature_sets,
@@ -40,7 +41,6 @@ NUM_RESAMPLES = 20
 T_19 = 2.093  # 97.5 % quantile of Student's t with 19 degrees of freedom
 _NUM_DIRECTIONS = 256
 _NEAR_QUANTILE, _DUPLICATE = 0.01, 1e-3
-_NEIGHBOURS = {"precision-recall": 3, "coverage": 5}  # rank of the neighbour at the ball's radius
 _BLOCK = 2**22  # pairs of images per block
 
 Pair = tuple[FeatureSet, FeatureSet]
@@ -217,8 +217,11 @@ def _values(
             continue
         if not statistics:
             pairs = list(dict.fromkeys([full, *chain(*resamples)]))
-            ks = [_NEIGHBOURS[name] for name in metrics if name in _NEIGHBOURS]
-            statistics = dict(zip(pairs, pair_statistics(pairs, ks), strict=True))
+            balls = Balls(
+                closed=[3] if "precision-recall" in metrics else [],
+                open=[5] if "coverage" in metrics else [],
+            )
+            statistics = dict(zip(pairs, pair_statistics(pairs, balls), strict=True))
         function = METRICS[metric][0]
         values[metric] = {pair: _vector(function(of)) for pair, of in statistics.items()}
     return values

@@ -43,36 +43,52 @@ class FeatureSet:
 class NeighbourStatistics:
     """Statistics of each image of a set x with respect to a set y, or to the rest of x.
 
-    The ball of an image reaches to its k-th nearest neighbour in its own set.
+    The ball of an image reaches to its k-th nearest neighbour in its own set. A closed ball
+    contains its boundary, an open ball does not.
 
     Attributes:
         kernel_sums: sum of (x.y / d + 1)^3 over the images of y, (n,).
+        kernel_squares: sum of its square, (n,).
         nearest: distance to the nearest image of y, (n,).
-        has_inside: by k, whether the ball contains an image of y, (n,).
-        num_balls: by k, number of balls that contain each image of y, (m,).
+        is_covered: by k, whether each image of y is in a closed ball, (m,).
+        has_inside: by k, whether the open ball contains an image of y, (n,).
+        num_balls: by k, number of open balls that contain each image of y, (m,).
     """
 
-    def __init__(self, x: FeatureSet, y: FeatureSet, ks: Sequence[int]) -> None:
+    def __init__(self, x: FeatureSet, y: FeatureSet, balls: "Balls") -> None:
         per_image = x.all_features.new_empty(len(x), dtype=torch.float64)
-        self.kernel_sums, self.nearest = per_image, per_image.clone()
-        self.has_inside = {k: per_image.bool() for k in ks}
-        self.num_balls = {k: torch.zeros_like(y.rows, dtype=torch.int32) for k in ks}
+        self.kernel_sums, self.kernel_squares = per_image, per_image.clone()
+        self.nearest = per_image.clone()
+        self.is_covered = {k: torch.zeros_like(y.rows, dtype=torch.bool) for k in balls.closed}
+        self.has_inside = {k: per_image.bool() for k in balls.open}
+        self.num_balls = {k: torch.zeros_like(y.rows, dtype=torch.int32) for k in balls.open}
 
-    def add(self, rows: slice, kernel_sums: Tensor, distances: Tensor, radii: Tensor) -> None:
-        """Add p images of x.
+    def add(self, rows: slice, distances: Tensor, radii: Tensor, open_radii: Tensor) -> None:
+        """Add the neighbours of p images of x.
 
         Args:
             rows: their positions among the n.
-            kernel_sums: (p,).
             distances: to all images of y, (p, m).
             radii: of their balls, (p, largest k).
+            open_radii: likewise, less the rounding error of a distance.
         """
-        self.kernel_sums[rows] = kernel_sums
         self.nearest[rows] = distances.amin(1)
+        for k, is_covered in self.is_covered.items():
+            is_covered |= (distances <= radii[:, k - 1 : k]).any(0)
         for k, num_balls in self.num_balls.items():
-            is_inside = distances <= radii[:, k - 1 : k]
+            is_inside = distances < open_radii[:, k - 1 : k]
             self.has_inside[k][rows] = is_inside.any(1)
             num_balls += is_inside.sum(0, dtype=torch.int32)
+
+
+class Balls(NamedTuple):
+    """Ranks k of the neighbours at the radii of closed and of open balls."""
+
+    closed: Sequence[int] = ()
+    open: Sequence[int] = ()
+
+
+_NO_BALLS = Balls()
 
 
 class PairStatistics(NamedTuple):
@@ -85,42 +101,47 @@ class PairStatistics(NamedTuple):
 
 
 def pair_statistics(
-    pairs: Sequence[tuple[FeatureSet, FeatureSet]], ks: Sequence[int] = ()
+    pairs: Sequence[tuple[FeatureSet, FeatureSet]], balls: Balls = _NO_BALLS
 ) -> list[PairStatistics]:
     """Statistics of each pair of real and drawn images.
 
     Args:
         pairs: subsets of the same features.
-        ks: ranks of the neighbours that balls reach to, smaller than the size of each set.
+        balls: ranks of neighbours, smaller than the size of each set.
     """
     features, sets = pairs[0][0].all_features, list(dict.fromkeys(chain(*pairs)))
-    statistics = {x: {x: NeighbourStatistics(x, x, ())} for x in sets}
+    statistics = {x: {x: NeighbourStatistics(x, x, _NO_BALLS)} for x in sets}
     for x, y in pairs:
-        statistics[x][y] = NeighbourStatistics(x, y, ks)
-        statistics[y][x] = NeighbourStatistics(y, x, ks)
+        statistics[x][y] = NeighbourStatistics(x, y, balls)
+        statistics[y][x] = NeighbourStatistics(y, x, balls)
+    largest_k = max((*balls.closed, *balls.open), default=1)
     columns = {x: column for column, x in enumerate(sets)}
     membership = torch.zeros(len(features), len(sets), dtype=torch.float64, device=features.device)
     for x, column in columns.items():
         membership[x.rows, column] = 1
-    for block, kernel, distances in _blocks(features):
+    for block, kernel, distances, rounding in _blocks(features):
         kernel_sums = kernel @ membership  # (B, sets)
+        kernel_squares = kernel.square_() @ membership
         for x, of_x in statistics.items():
             start, stop = torch.searchsorted(x.rows, block).tolist()
             rows = x.rows[start:stop] - block[0]
-            to_all, sums = distances[rows], kernel_sums[rows]
+            to_all, sums, squares = distances[rows], kernel_sums[rows], kernel_squares[rows]
             for y, x_to_y in of_x.items():  # x itself comes first and gives the radii
                 to_y = to_all.gather(1, y.rows.expand(len(rows), -1))
                 if y is x:
-                    radii = to_y.topk(max(ks, default=1), largest=False).values
-                x_to_y.add(slice(start, stop), sums[:, columns[y]], to_y, radii)
+                    radii = to_y.topk(largest_k, largest=False).values
+                    open_radii = (radii.square() - rounding).clamp(min=0).sqrt()
+                x_to_y.kernel_sums[start:stop] = sums[:, columns[y]]
+                x_to_y.kernel_squares[start:stop] = squares[:, columns[y]]
+                x_to_y.add(slice(start, stop), to_y, radii, open_radii)
     return [
         PairStatistics(statistics[x][x], statistics[y][y], statistics[x][y], statistics[y][x])
         for x, y in pairs
     ]
 
 
-def _blocks(features: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Blocks of rows: first and last row, kernel and distances to all images.
+def _blocks(features: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
+    """Blocks of rows: first and last row, kernel, distances, rounding error of squared distances.
 
     An image is not its own neighbour: there the kernel is 0 and the distance infinite.
     """
@@ -138,7 +159,7 @@ def _blocks(features: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         kernel = products.div_(x.shape[1]).add_(1).pow_(3)
         kernel[:, block].fill_diagonal_(0)
         distances[:, block].fill_diagonal_(math.inf)
-        yield torch.tensor([first, first + len(kernel)], device=x.device), kernel, distances
+        yield torch.tensor([first, first + len(kernel)], device=x.device), kernel, distances, zero
 
 
 def feature_sets(*sets: Tensor, device: Any = None) -> list[FeatureSet]:
