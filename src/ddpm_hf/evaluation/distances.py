@@ -232,4 +232,4 @@ def _checked(real: Any, drawn: Any, at_least: int) -> tuple[FeatureSet, FeatureS
 
 def _as_tensor(x: Any) -> Tensor:
     # torch refuses negative strides, and warns about read-only memory.
-    return x if isinstance(x, Tensor) else torch.from_numpy(np.require(x, requirements="CW"))
+    return x if isinstance(x, Tensor) else torch.from_numpy(np.require(x, requirements=["C", "W"]))
