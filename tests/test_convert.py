@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline
+from PIL import Image
 from torch import Tensor
 
-from ddpm_hf import load
+from ddpm_hf import TrainingConfig, calibrate, evaluate, load, train
 from ddpm_hf.cli import main
 from ddpm_hf.losses import vlb_term
-from ddpm_hf.openai_conversion import PRESETS, OpenAIFlags, convert
+from ddpm_hf.openai_conversion import PRESETS, OpenAIFlags, convert, flags_of_weights
 
 CASES = json.loads((Path(__file__).parent / "golden/openai_unets.json").read_text())
 CHAINS = [name for name, case in CASES.items() if "chain" in case]
@@ -196,7 +197,48 @@ def test_what_does_not_fit_is_refused_with_the_reason(folder, tmp_path, change, 
 def test_flags_of_training_and_sampling_are_ignored(tmp_path):
     flags = {"image_size": 32, "lr": 1e-4, "use_fp16": True, "timestep_respacing": "250"}
     (tmp_path / "flags.json").write_text(json.dumps(flags))
-    assert OpenAIFlags.read(tmp_path / "flags.json") == OpenAIFlags(image_size=32)
+    assert OpenAIFlags.read(tmp_path / "flags.json") == {"image_size": 32}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_flags_that_the_weights_determine_can_be_left_out(name, folder, tmp_path, converted):
+    state = random_weights(name)
+    flags = CASES[name]["flags"]
+    told = flags_of_weights(state, flags["image_size"])
+    assert {key: flags[key] for key in told if key in flags} == {
+        key: value for key, value in told.items() if key in flags
+    }
+    (tmp_path / "flags.json").write_text(
+        json.dumps({key: value for key, value in flags.items() if key not in told})
+    )
+    pipeline = convert(folder / f"{name}.pt", config=tmp_path / "flags.json")
+    assert dict(pipeline.unet.config) == dict(converted(name).unet.config)
+
+
+@pytest.mark.slow
+def test_a_converted_model_is_evaluated_calibrated_and_fine_tuned(folder, tmp_path):
+    output = tmp_path / "model"
+    words = [str(folder / "iddpm.pt"), "--config", str(folder / "iddpm.json")]
+    assert main(["convert", *words, "--output", str(output)]) == 0
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(8):
+        pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)
+        Image.fromarray(pixels).save(images / f"{i}.png")
+    bound = evaluate(output, images, split="train", num_images=4, num_timesteps=4)
+    assert math.isfinite(bound.rows()[0]["value"])
+    pipeline = load(output)
+    x_0 = pipeline.encode_images([Image.open(path) for path in sorted(images.glob("*.png"))[:2]])
+    pipeline.scheduler.set_timesteps(1000)
+    assert (
+        calibrate(pipeline.unet, pipeline.scheduler, x_0, progress=False).x_0_mse.isfinite().all()
+    )
+    config = TrainingConfig(
+        dataset=str(images), pretrained=str(output), max_train_steps=1, batch_size=2,
+        output_dir=str(tmp_path / "run"), num_samples=0,
+    )  # fmt: skip
+    result = train(config)
+    assert load(result.model_dir).scheduler.learns_variance
 
 
 EXPRESSIBLE = {

@@ -33,8 +33,8 @@ _CHANNEL_MULT = {32: "1,2,2,2", 64: "1,2,3,4", 128: "1,1,2,3,4", 256: "1,1,2,2,4
 class OpenAIFlags(Options):
     """Flags of the scripts of improved-diffusion and guided-diffusion that determine a model.
 
-    The defaults are those of improved-diffusion; guided-diffusion has `num_heads` 4 and
-    `rescale_timesteps` False.
+    The defaults are those of improved-diffusion. `flags_of_weights` tells those that the shapes of
+    the weights determine.
     """
 
     image_size: int = option(64, "pixels per side", minimum=1)
@@ -58,11 +58,16 @@ class OpenAIFlags(Options):
     rescale_timesteps: bool = option(True, "the network sees t * 1000 / T")
 
     @classmethod
-    def read(cls, path: Path) -> "OpenAIFlags":
-        """Flags of a JSON file; flags that do not affect the model are ignored.
+    def names(cls) -> list[str]:
+        """Names of the flags."""
+        return [field.name for field in dataclasses.fields(cls)]
+
+    @classmethod
+    def read(cls, path: Path) -> Mapping[str, Any]:
+        """Flags of a JSON file, without those that do not affect the model.
 
         Raises:
-            ValueError: if the file is not a JSON object, or a flag is unknown or invalid.
+            ValueError: if the file is not a JSON object, or a flag is unknown.
         """
         try:
             flags = json.loads(path.read_text(encoding="utf-8"))
@@ -70,13 +75,13 @@ class OpenAIFlags(Options):
             raise ValueError(f"`config` {path} cannot be read: {error}") from error
         if not isinstance(flags, dict):
             raise ValueError(f"`config` {path} must be a JSON object of flags")
-        known = [field.name for field in dataclasses.fields(cls)]
+        known = cls.names()
         for name in flags:
             if name not in known and name not in _IGNORED_FLAGS:
                 raise ValueError(
                     f"`config` {path} has the unknown flag {name!r}{did_you_mean(name, known)}"
                 )
-        return cls(**{name: value for name, value in flags.items() if name in known})
+        return {name: value for name, value in flags.items() if name in known}
 
 
 # Flags of training and sampling, and of losses.
@@ -138,7 +143,9 @@ def convert(
         weights: `.pt` file with the state dict of the network, or the folder of a training run,
             whose newest EMA weights are used. Read with `weights_only=True`.
         preset: name of a published model, one of `PRESETS`.
-        config: JSON file with the flags of the repositories' scripts, instead of `preset`.
+        config: JSON file with the flags of the repositories' scripts, instead of `preset`. Flags
+            that the shapes of the weights determine can be left out: `image_size`, the heads and
+            the diffusion remain.
         class_names: names of the classes, in the order of their numbers.
     Returns:
         the pipeline on the CPU, in float32.
@@ -155,8 +162,10 @@ def convert(
             f"`preset` must be one of {', '.join(PRESETS)}, got {preset!r}"
             f"{did_you_mean(preset, PRESETS)}"
         )
-    flags = OpenAIFlags(**PRESETS[preset]) if preset else OpenAIFlags.read(Path(str(config)))
+    given = PRESETS[preset] if preset else OpenAIFlags.read(Path(str(config)))
     state = _read_state(_weights_file(Path(weights).expanduser()))
+    size = OpenAIFlags(**given).image_size
+    flags = OpenAIFlags(**{**flags_of_weights(state, size), **given})
     num_classes = _num_classes(state, flags)
     unet_config = _unet_config(flags, num_classes)
     scheduler = _scheduler(flags)
@@ -164,7 +173,6 @@ def convert(
         unet = UNet2DModel(**unet_config)
     unet.load_state_dict(_converted(state, unet, flags), assign=True)
     names = _checked_names(class_names, num_classes)
-    size = flags.image_size
     set_image_facts(unet, ImageFacts("RGB", size, size, 8, names))
     return GaussianDDPMPipeline(unet.eval(), scheduler)
 
@@ -194,6 +202,42 @@ def _read_state(path: Path) -> dict[str, Tensor]:
             " input_blocks.0.0.weight"
         )
     return state
+
+
+def flags_of_weights(state: Mapping[str, Tensor], image_size: int) -> Mapping[str, Any]:
+    """The flags that the weights determine, read off the decoder; none if it is incomplete.
+
+    Args:
+        state: state dict of a `UNetModel`.
+        image_size: pixels per side, which no weight depends on.
+    """
+    changes = re.compile(r"output_blocks\.(\d+)\.[12]\.(conv|in_layers\.2)\.weight")
+    upsamplers = {int(m[1]): m[2] for m in map(changes.fullmatch, state) if m}
+    num_blocks = len({name.split(".")[1] for name in state if name.startswith("output_blocks.")})
+    per_level = min(upsamplers, default=num_blocks - 1) + 1
+    firsts = [f"output_blocks.{i}" for i in range(0, num_blocks, per_level)][::-1]
+    try:
+        widths = [len(state[f"{first}.0.out_layers.3.weight"]) for first in firsts]
+        num_channels = len(state["time_embed.0.weight"]) // 4
+        embedding = len(state[f"{firsts[-1]}.0.emb_layers.1.weight"])
+        num_outputs = len(state["out.2.weight"])
+    except KeyError:
+        return {}
+    attended = [
+        image_size // 2**level
+        for level, first in enumerate(firsts)
+        if f"{first}.1.qkv.weight" in state
+    ]
+    return {
+        "num_channels": num_channels,
+        "num_res_blocks": per_level - 1,
+        "channel_mult": ",".join(f"{width / num_channels:g}" for width in widths),
+        "attention_resolutions": ",".join(map(str, attended)) or "0",
+        "class_cond": "label_emb.weight" in state,
+        "learn_sigma": num_outputs == 6,
+        "use_scale_shift_norm": embedding == 2 * widths[-1],
+        "resblock_updown": "in_layers.2" in upsamplers.values(),
+    }
 
 
 def _num_classes(state: Mapping[str, Tensor], flags: OpenAIFlags) -> int | None:
