@@ -57,4 +57,4 @@ class PushOptions(Options):
     revision: str | None = option(None, "branch to push to (default: main)", metavar="BRANCH")
     create_pr: bool = option(False, "open a pull request instead of a commit")
     license: str | None = option(None, "licence for the card, such as apache-2.0")
-    dry_run: bool = option(False, "only list the files of the push and print the card")
+    dry_run: bool = option(False, "list the files and print the card, without a connection")
