@@ -21,6 +21,17 @@ def test_facts_survive_conversion_to_json(facts):
     assert ImageFacts.from_config(config) == facts
 
 
+def test_the_classes_that_were_trained_survive_conversion_to_json():
+    facts = ImageFacts("L", 8, 8, 8, ("a", "b", "c"), (3, 0, 1), has_null_class=False)
+    again = ImageFacts.from_config(json.loads(json.dumps(facts.to_config())))
+    assert (again.class_counts, again.has_null_class) == ((3, 0, 1), False)
+    assert again.trained_classes == [0, 2]
+    assert ImageFacts("L", 8, 8, 8, ("a", "b")).trained_classes == [0, 1]
+    for counts in ([3, 0], [3, 0, -1], [3, 0, "1"], "300"):
+        with pytest.raises(ValueError, match="`class_counts` must be one int for each"):
+            ImageFacts.from_config({**facts.to_config(), "class_counts": counts})
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -39,6 +39,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback, SDCFGC
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch.testing import assert_close
 
+from ddpm_hf.diffusion.conditioning import class_numbers
 from ddpm_hf.diffusion.image_processor import ImageFacts, image_facts
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 from ddpm_hf.diffusion.schedules import usual_num_steps
@@ -629,10 +630,12 @@ def conditional():
         ("b", [1, 1]),
         ([0, 2], [0, 2]),
         (("c", "a"), [2, 0]),
-        (torch.tensor([1, 3]), [1, 3]),
+        (torch.tensor([1, 2]), [1, 2]),
         (torch.tensor(2), [2, 2]),
         (np.int64(2), [2, 2]),
-        (np.array([1, 3]), [1, 3]),
+        (np.array([1, 2]), [1, 2]),
+        ("2", [2, 2]),
+        (["\uff42", "0"], [1, 0]),  # a full-width b
     ],
 )
 def test_classes_are_given_as_numbers_or_names(conditional, labels, numbers):
@@ -779,7 +782,8 @@ def test_other_class_embeddings_get_the_tensor_unchanged(embedding, labels):
 
 
 STEPS = "`num_inference_steps` must be an int in [1, 20]"
-CLASSES = "`class_labels` must be in [0, 3] or one of ['a', 'b', 'c']"
+CLASSES = "`class_labels` must be in [0, 2] or one of 'a', 'b', 'c'"
+NO_CLASS = "; for images of no class set `guidance_scale` to 0"
 BAD_CALLS = [
     ({"batch_size": 0}, ValueError, "`batch_size` must be an int in [1, 1048576], got 0"),
     ({"batch_size": -1}, ValueError, "`batch_size` must be an int in [1, 1048576], got -1"),
@@ -873,12 +877,12 @@ def test_an_invalid_argument_is_reported_with_value_and_valid_range(pipeline, ca
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ({}, "`class_labels` is required: this model is class-conditional"),
+        ({}, "`class_labels` is required: this model is class-conditional; name a class"),
         ({"class_labels": 4}, f"{CLASSES}, got 4"),
-        (
-            {"class_labels": -1},
-            f"{CLASSES}, got -1",
-        ),
+        ({"class_labels": 3}, f"{CLASSES}, got 3{NO_CLASS}"),
+        ({"class_labels": torch.tensor([3])}, f"{CLASSES}, got 3{NO_CLASS}"),
+        ({"class_labels": -1}, f"{CLASSES}, got -1{NO_CLASS}"),
+        ({"class_labels": [None]}, f"{CLASSES}, got None{NO_CLASS}"),
         (
             {"class_labels": "d"},
             f"{CLASSES}, got 'd'",
@@ -897,6 +901,51 @@ def test_an_invalid_argument_is_reported_with_value_and_valid_range(pipeline, ca
 def test_an_unknown_class_is_reported_with_the_known_ones(conditional, call, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         conditional(**call)
+
+
+@pytest.mark.parametrize(
+    ("labels", "numbers"),
+    [
+        ("007", 0), ("1", 1), ("2", 4), ("cafe\u0301", 3), (1, 1), ("3", 3), ("CAT", 2), ("4", 4)
+    ],
+)  # fmt: skip
+def test_a_class_is_found_by_its_exact_name_its_normalized_name_and_its_number(labels, numbers):
+    names = ("007", "1", "CAT", "caf\u00e9", "2")
+    assert class_numbers(labels, 6, names) == [numbers]
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (100, r'in \[0, 1\], got 100; the name of a class is text: "100"$'),
+        ("7", r"in \[0, 1\] or one of '007', '100', got '7'$"),
+    ],
+)
+def test_an_error_does_not_offer_the_label_that_was_asked_for(label, message):
+    with pytest.raises(ValueError, match=message):
+        class_numbers(label, 3, ("007", "100"))
+
+
+def test_guidance_scale_0_samples_without_a_class(conditional):
+    call = {"num_inference_steps": 3, "guidance_scale": 0, "output_type": "np"}
+    draws = [
+        conditional(1, torch.Generator().manual_seed(0), **call, **labels).images
+        for labels in ({}, {"class_labels": "a"}, {"class_labels": "b"})
+    ]
+    np.testing.assert_array_equal(draws[0], draws[1])
+    np.testing.assert_array_equal(draws[0], draws[2])
+
+
+@pytest.mark.parametrize(
+    "call", [{"guidance_scale": 2.0, "class_labels": 0}, {"guidance_scale": 0}]
+)
+def test_guidance_of_a_model_that_saw_every_label_is_refused(call):
+    unet = tiny_unet(num_class_embeds=3)
+    facts = {**image_facts_of("L", 8, 8, class_names=["a", "b"]), "has_null_class": False}
+    pipeline = tiny_pipeline(unet, facts=facts)
+    with pytest.raises(ValueError, match="trained with `class_dropout` 0"):
+        pipeline(**call)
+    assert len(pipeline(class_labels=0).images) == 1
 
 
 def test_guidance_without_a_null_class_is_refused():

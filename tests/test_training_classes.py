@@ -7,13 +7,24 @@ import signal
 import numpy as np
 import pytest
 import torch
+from datasets import ClassLabel, Dataset
 from PIL import Image
 from tiny_runs import assert_equal_bits, checkpoint, few_steps, tiny_config, tiny_images, tiny_unet
 
-from ddpm_hf import ConfigError, GaussianDDPMPipeline, GaussianDDPMScheduler, load, train
-from ddpm_hf.data import load_images, prepare_images
+from ddpm_hf import (
+    ConfigError,
+    GaussianDDPMPipeline,
+    GaussianDDPMScheduler,
+    evaluate,
+    load,
+    train,
+)
+from ddpm_hf.data import DataError, load_images, prepare_images
+from ddpm_hf.data.hold_out import HoldOut
+from ddpm_hf.diffusion.image_processor import image_facts
 from ddpm_hf.pictures import image_grid
 from ddpm_hf.randomness import dropped_labels
+from ddpm_hf.sampling.class_labels import label_cycle
 
 OPTIONS = {"class_conditional": True, "num_train_timesteps": 20, "checkpointing_steps": 100}
 
@@ -74,14 +85,82 @@ def test_sub_folders_are_classes(tmp_path, pets, capsys):
         sample_inference_steps=2,
     )
     result = train(config)
-    assert "12 of 8x8, L, 2 classes" in capsys.readouterr().out
+    assert "12 of 8x8, L\nclasses    2: cat (6), dog (6)\n" in capsys.readouterr().out
     config = json.loads((result.model_dir / "unet" / "config.json").read_text())
     assert config["num_class_embeds"] == 3
     assert config["_ddpm_hf"]["class_names"] == ["cat", "dog"]
+    assert config["_ddpm_hf"]["class_counts"] == [6, 6]
     assert "cat" in (result.model_dir / "README.md").read_text()
     with Image.open(next((tmp_path / "run" / "samples").glob("*.png"))) as grid:
         assert grid.height == 2 * 64 + 2  # a row for each class
         assert grid.width > 2 * 64 + 2  # and its name on the left
+
+
+def with_labels(numbers, names=("cat", "dog", "eel")):
+    """Grey images with these labels."""
+    images = [Image.new("L", (8, 8), 20 * i) for i in range(len(numbers))]
+    rows = Dataset.from_dict({"image": images, "label": numbers})
+    return rows.cast_column("label", ClassLabel(names=list(names)))
+
+
+@few_steps
+@pytest.mark.parametrize("validation_split", [None, "0.5"])
+def test_classes_without_a_training_image_are_named_and_not_sampled(
+    tmp_path, capsys, validation_split
+):
+    # Without a hold-out no image is an eel; with this seed and one, both eels are held out.
+    numbers = [0, 1] * 5 + [0, 2 if validation_split else 1]
+    held_out = lambda seed: 11 in HoldOut(6, 12, seed).rows()[1]  # noqa: E731
+    config = tiny_config(
+        tmp_path / "run",
+        **{**OPTIONS, "num_samples": 3, "sample_inference_steps": 2},
+        max_train_steps=1,
+        lr_warmup_steps=0,
+        validation_split=validation_split,
+        seed=next(filter(held_out, range(20))),
+    )
+    result = train(config, dataset=with_labels(numbers))
+    assert "note       no training image has the class 'eel'" in capsys.readouterr().out
+    unet = load(result.model_dir).unet
+    assert label_cycle(unet, None) == [0, 1]
+    assert label_cycle(unet, ["eel"]) == [2]
+    assert image_facts(unet).class_counts[2] == 0
+
+
+@few_steps
+def test_unbalanced_classes_are_mentioned_in_the_plan(tmp_path, capsys):
+    config = tiny_config(tmp_path / "run", **OPTIONS, max_train_steps=1, lr_warmup_steps=0)
+    train(config, dataset=with_labels([0] * 10 + [1, 2]))
+    text = capsys.readouterr().out
+    assert "classes    3: cat (10), dog (1), eel (1)\n" in text
+    assert "the classes are unbalanced: 1 image of 'dog', 10 of 'cat'" in text
+
+
+@few_steps
+@pytest.mark.parametrize(
+    ("dropout", "numbers", "is_trained"),
+    [(0.0, [0, 1] * 6, False), (0.1, [0, 1] * 6, True), (0.0, [0, 1, -1] * 4, True)],
+)
+@pytest.mark.filterwarnings("ignore:4 of 12 images have no label")
+def test_the_null_class_is_trained_by_dropped_or_missing_labels(
+    tmp_path, dropout, numbers, is_trained
+):
+    config = tiny_config(
+        tmp_path / "run", **OPTIONS, max_train_steps=1, lr_warmup_steps=0, class_dropout=dropout
+    )
+    pipeline = load(train(config, dataset=with_labels(numbers, ["cat", "dog"])).model_dir)
+    call = {"class_labels": "cat", "guidance_scale": 2.0, "num_inference_steps": 2}
+    if is_trained:
+        assert len(pipeline(**call).images) == 1
+    else:
+        with pytest.raises(ValueError, match="trained with `class_dropout` 0"):
+            pipeline(**call)
+
+
+def test_undeclared_labels_are_refused_before_the_first_update(tmp_path):
+    labels = with_labels([0, 1] * 5 + [2, 3], ["cat", "dog"])
+    with pytest.raises(DataError, match=r"2 of 12 rows have other labels \(2, 3\)"):
+        train(tiny_config(tmp_path / "run", **OPTIONS), dataset=labels)
 
 
 def test_unused_classes_are_mentioned_in_the_plan(tmp_path, pets, capsys):
@@ -183,3 +262,20 @@ def test_row_names_of_a_grid_do_not_change_its_images_and_are_truncated():
     assert plain.width < named.width < plain.width + 250
     right = named.crop((named.width - plain.width, 0, named.width, named.height))
     assert np.array_equal(np.asarray(right), np.asarray(plain))
+
+
+@few_steps
+@pytest.mark.filterwarnings("ignore:6 images used, 6 left out", "ignore:there is no split")
+def test_measurements_read_the_classes_from_the_column_of_training(tmp_path, pets):
+    rows = [f"cat/{i}.png,{'0' * (1 + i % 2)}" for i in range(6)]
+    (tmp_path / "pets" / "metadata.csv").write_text("\n".join(["file_name,code", *rows]))
+    config = tiny_config(
+        tmp_path / "run", dataset=pets, class_column="code", num_train_timesteps=20,
+        max_train_steps=1, lr_warmup_steps=0,
+    )  # fmt: skip
+    model = str(train(config).model_dir)
+    how = {"num_images": 4, "num_timesteps": 2, "progress": False}
+    assert evaluate(model, pets, metrics=["bits-per-dim"], **how).results
+    (tmp_path / "pets" / "metadata.csv").write_text("\n".join(["file_name,name", *rows]))
+    with pytest.raises(DataError, match=r"label column \(`class_column`\), one of image, name"):
+        evaluate(model, pets, metrics=["bits-per-dim"], **how)

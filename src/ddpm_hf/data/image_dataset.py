@@ -154,7 +154,7 @@ def prepare_images(
     source = Source(cells, column, os.path.realpath(root) if root else None)
     labels, class_names = None, known_class_names(dataset)
     if label_column is not None:
-        labels, class_names = read_labels(dataset, label_column)
+        labels, class_names = read_labels(dataset, label_column, origin.label_problem)
     plan = Plan(resolution, image_mode, bit_depth, crop)
     with _progress_bars(progress):
         folder = cached_folder(
@@ -163,7 +163,8 @@ def prepare_images(
     images = ImageDataset(folder, origin.left_out, class_names, labels)
     if images.skipped and on_bad_image == "error":
         raise bad_images_error(images.skipped, len(cells))
-    for remark in _remarks(images):
+    label_remarks = origin.label_remarks if label_column in (True, "label") else ()
+    for remark in [*_remarks(images), *label_remarks]:
         warnings.warn(remark, stacklevel=2)
     return images
 

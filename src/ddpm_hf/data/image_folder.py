@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 
 import datasets
@@ -21,6 +21,13 @@ import pyarrow.parquet as pq
 
 from ddpm_hf.data.decoding import EXTENSIONS
 from ddpm_hf.data.errors import DataError
+from ddpm_hf.data.folder_labels import (
+    LABEL_FILE,
+    FolderLabels,
+    labels_of_class_folders,
+    labels_of_file,
+)
+from ddpm_hf.data.metadata_csv import with_text_columns, with_types
 from ddpm_hf.paths import ModelPaths, RunPaths
 from ddpm_hf.text import printable
 
@@ -43,6 +50,8 @@ class Folder:
         root: the folder.
         files: paths relative to `root`, sorted.
         left_out: number of images that are not used, by reason.
+        label_problem: why there are no labels, if the folder suggests some.
+        label_remarks: lines about images without a class folder of their own.
 
     Raises:
         DataError: if a link leads out of the folder.
@@ -51,6 +60,8 @@ class Folder:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.left_out: Counter[str] = Counter()
+        self.label_problem = ""
+        self.label_remarks: list[str] = []
         self.files = sorted(self._walk())
 
     def images(self) -> list[str]:
@@ -140,17 +151,18 @@ def image_splits(folder: Folder, wanted: Callable[[Iterable[str]], list[str]]) -
     """The wanted splits of an image folder: rows of paths, with labels or metadata if present.
 
     Args:
-        folder: the folder; its count of unused files is updated.
+        folder: the folder; its count of unused files and its facts about labels are updated.
         wanted: selects splits from the names of all splits, or raises DataError.
     """
     images, metadata = folder.images(), folder.metadata()
-    folder.leave_out({*folder.files} - {*images, *metadata})
+    others = {*folder.files} - {*images, *metadata}
     groups = _split_by_top_folder(images)
     names = wanted(groups)
     num_grouped = sum(map(len, groups.values()))
     folder.left_out["outside of the split folders"] += len(images) - num_grouped
     if not metadata:
-        return {name: _rows_with_labels(folder.root, groups[name]) for name in names}
+        return _rows_with_labels(folder, {name: groups[name] for name in names}, others)
+    folder.leave_out(others)
     splits = _rows_with_metadata(folder.root, metadata, list(groups))
     for name in names:
         rows = splits[name]
@@ -171,14 +183,51 @@ def _split_by_top_folder(files: Sequence[str]) -> dict[str, list[PurePath]]:
     return {"train": [PurePath(file) for file in files]}
 
 
-def _rows_with_labels(root: Path, files: Sequence[PurePath]) -> datasets.Dataset:
-    """Rows of paths; the parent folders are labels if there are several of them at one depth."""
-    columns = {"image": [printable(str(root / file)) for file in files]}
+def _rows_with_labels(
+    folder: Folder, groups: Mapping[str, Sequence[PurePath]], others: Iterable[str]
+) -> Splits:
+    """Rows of paths by split, with labels from a dataset.json or from class folders.
+
+    Args:
+        folder: the folder; its facts about labels and unused files are updated.
+        groups: images by split.
+        others: files that are not images.
+    """
+    is_split = all(file.parts[0] == name for name, files in groups.items() for file in files)
+    labels: dict[str, FolderLabels] = {}
+    used = set()
+    for name, files in groups.items():
+        labels[name] = labels_of_class_folders(files, depth=int(is_split))
+        for parent in [PurePath(), PurePath(name)][: 1 + is_split]:
+            label_file = str(parent / LABEL_FILE)
+            of_file = label_file in others and labels_of_file(folder.root, parent, files)
+            if of_file:
+                labels[name] = of_file
+                used.add(label_file)
+        folder.label_problem = folder.label_problem or labels[name].problem
+        folder.label_remarks += labels[name].remarks
+    folder.leave_out({*others} - used)
+    present = {label for one in labels.values() for label in one.classes if label is not None}
+    names = [str(label) for label in sorted(present, key=lambda label: (str(type(label)), label))]
+    return {
+        name: _labelled_rows(folder.root, files, labels[name].classes, names)
+        for name, files in groups.items()
+    }
+
+
+def _labelled_rows(
+    root: Path,
+    files: Sequence[PurePath],
+    labels: Sequence[int | str | None],
+    names: Sequence[str],
+) -> datasets.Dataset:
+    columns: dict[str, list[str | None]] = {
+        "image": [printable(str(root / file)) for file in files]
+    }
     features = datasets.Features({"image": datasets.Image()})
-    labels = [printable(file.parent.name) for file in files]
-    if len(set(labels)) > 1 and len({len(file.parts) for file in files}) == 1:
-        features["label"] = datasets.ClassLabel(names=sorted(set(labels)))
-        columns["label"] = labels
+    if labels:
+        features["label"] = datasets.ClassLabel(names=list(names))
+        columns["label"] = [None if label is None else str(label) for label in labels]
     return datasets.Dataset.from_dict(columns, features=features)
 
 
@@ -198,15 +247,32 @@ def _has_file_names(file: Path) -> bool:
 
 def _rows_with_metadata(root: Path, metadata: Sequence[str], names: Sequence[str]) -> Splits:
     """Rows of the metadata by split; `imagefolder` rejects file names outside the folder."""
-    files = [glob.escape(str(root / file)) for file in metadata]
-    rows = datasets.load_dataset("imagefolder", data_files={"train": files}, split="train")
+    rows = _read_metadata(root, metadata)
     columns = _image_columns(rows)
     if len(names) == 1 or not columns:
         return dict.fromkeys(names, rows)
-    tops = [PurePath(path).relative_to(root).parts[0] for path in _paths(rows, columns[0])]
+    paths = _paths(rows, columns[0])
+    tops = [PurePath(path).relative_to(root).parts[0] for path in paths]
     return {
         name: rows.select([row for row, top in enumerate(tops) if top == name]) for name in names
     }
+
+
+def _read_metadata(root: Path, metadata: Sequence[str]) -> datasets.Dataset:
+    """The rows of all metadata files, in the order of the files.
+
+    Read one by one, because the builder takes several files in random order.
+    """
+    tables = []
+    for file in metadata:
+        pattern = glob.escape(str(root / file))
+        rows = datasets.load_dataset("imagefolder", data_files={"train": [pattern]}, split="train")
+        columns = _image_columns(rows)
+        if suffix(file) == ".csv" and columns:
+            rows = with_text_columns(rows, root / file, _paths(rows, columns[0]))
+        tables.append(rows)
+    rows = datasets.concatenate_datasets(tables)
+    return with_types(rows) if {suffix(file) for file in metadata} == {".csv"} else rows
 
 
 def _image_columns(rows: datasets.Dataset) -> list[str]:

@@ -5,6 +5,7 @@
 | `ClassLabel` (also the sub-folders of a folder)| its numbers and names                           |
 | text, integers, booleans                       | classes in sorted order, named by their value   |
 | null, "" or a negative number                  | no label: -1, with a warning and a count        |
+| a number that its `ClassLabel` does not declare| error; -1 is no label                           |
 | no label at all, as in many test splits        | error: nothing to condition on                  |
 | a single class                                 | error: nothing to condition on                  |
 | hundreds of classes                            | unchanged                                       |
@@ -12,6 +13,7 @@
 | floating point and other types                 | error                                           |
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import datasets
@@ -44,23 +46,27 @@ def known_class_names(dataset: datasets.Dataset) -> tuple[str, ...] | None:
 
 
 def read_labels(
-    dataset: datasets.Dataset, label_column: str | Literal[True]
+    dataset: datasets.Dataset, label_column: str | Literal[True], problem: str = ""
 ) -> tuple[Labels, tuple[str, ...]]:
     """Class of each row, and names of the classes.
 
     Args:
         dataset: rows with a label column.
         label_column: name of the column; True for the only `ClassLabel` column.
+        problem: why the source of the rows gave them no labels, if known, for the error.
     Raises:
         DataError: if the column is missing or unusable; see the table above.
     """
-    column = _only_class_column(dataset) if label_column is True else label_column
+    column = _only_class_column(dataset, problem) if label_column is True else label_column
     if column not in dataset.features:
-        raise DataError(f"there is no column {column!r}{did_you_mean(column, dataset.features)}")
+        reason = problem and f"; {problem}"
+        hint = did_you_mean(column, dataset.features)
+        raise DataError(f"there is no column {column!r}{hint}{reason}")
     kind = dataset.features[column]
     values = dataset.with_format("arrow").select_columns([column])[:].column(column)
     if isinstance(kind, datasets.ClassLabel):
         numbers, names = values.fill_null(NO_LABEL).to_numpy().astype(np.int64), tuple(kind.names)
+        _check_declared(column, numbers, names)
     else:
         _check_type(column, kind)
         numbers, names = _number_classes(column, values.to_pylist())
@@ -74,13 +80,26 @@ def read_labels(
     return np.maximum(numbers, NO_LABEL), names
 
 
-def _only_class_column(dataset: datasets.Dataset) -> str:
+def _check_declared(column: str, numbers: Labels, names: Sequence[str]) -> None:
+    rows = np.flatnonzero((numbers < NO_LABEL) | (numbers >= len(names)))
+    if len(rows):
+        values = ", ".join(map(str, np.unique(numbers[rows])[:10]))
+        raise DataError(
+            f"column {column!r} declares the {len(names)} classes 0..{len(names) - 1}, but"
+            f" {len(rows):,} of {len(numbers):,} rows have other labels ({values}), such as row"
+            f" {rows[0]}; correct the labels or the names of the ClassLabel"
+        )
+
+
+def _only_class_column(dataset: datasets.Dataset, problem: str) -> str:
     columns = class_columns(dataset)
     if "label" in columns or len(columns) == 1:
         return "label" if "label" in columns else columns[0]
-    choices = f"name the label column, one of {', '.join(dataset.features)}"
+    choices = f"name the label column (`class_column`), one of {', '.join(dataset.features)}"
     if columns:
         raise DataError(f"the dataset has several class columns, {', '.join(columns)}; {choices}")
+    if problem:
+        raise DataError(f"the dataset has no class labels: {problem}")
     raise DataError(
         f"the dataset has no class labels; {choices}; in a folder, put the images of each class"
         " into a sub-folder"

@@ -38,10 +38,14 @@ class Origin:
     Attributes:
         root: folder from which images may be read for rows that contain only a path, if any.
         left_out: number of files of a folder that are not in the rows, by kind or reason.
+        label_problem: why a folder gave no labels, if it suggests some.
+        label_remarks: lines about the labels of a folder, for a class-conditional model.
     """
 
     root: Path | None = None
     left_out: Mapping[str, int] = field(default_factory=dict)
+    label_problem: str = ""
+    label_remarks: tuple[str, ...] = ()
 
 
 def load_images(
@@ -54,7 +58,8 @@ def load_images(
     """Load the rows of an image dataset, without decoding the images.
 
     Args:
-        source: a folder of images (class folders become labels), a parquet or arrow file, a glob or
+        source: a folder of images (the first folders below the root or the split become labels, or
+            the labels in a dataset.json), a parquet or arrow file, a glob or
             folder of such files, a `save_to_disk` folder, or a dataset on the Hub. An existing
             path takes precedence over the Hub.
         config_name: configuration of a Hub dataset.
@@ -142,7 +147,8 @@ def _from_folder(root: Path, split: str) -> tuple[datasets.Dataset, Origin]:
         return _from_saved(root, split), Origin()
     if folder.images():
         splits = image_splits(folder, lambda known: _check_split(split, known))
-        return _take(splits, split), Origin(root, +folder.left_out)
+        origin = Origin(root, +folder.left_out, folder.label_problem, tuple(folder.label_remarks))
+        return _take(splits, split), origin
     suffixes = Counter(map(suffix, folder.files))
     for kind in ("parquet", "arrow"):
         if tables := folder.with_suffix(f".{kind}"):

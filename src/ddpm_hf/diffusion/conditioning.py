@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Class labels, classifier-free guidance, autoguidance, and guidance intervals."""
 
-from collections.abc import Callable, Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -10,9 +12,10 @@ from diffusers.models import UNet2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
-from . import image_processor, tensor_ops
+from . import config_extension, image_processor, tensor_ops
 
 ClassLabels = int | str | Sequence[int] | Sequence[str] | Tensor | None
+_MAX_NAMES = 20  # in a message
 Denoiser = tensor_ops.Denoiser
 Guide: TypeAlias = UNet2DModel | DiffusionPipeline | None
 
@@ -37,7 +40,10 @@ def label_tensor(
             f"`class_labels` must be None for this unconditional model, got {class_labels!r}"
         )
     if class_labels is None:
-        raise ValueError("`class_labels` is required: this model is class-conditional")
+        raise ValueError(
+            "`class_labels` is required: this model is class-conditional; name a class, or set "
+            "`guidance_scale` to 0 for images of no class"
+        )
     if unet.config.class_embed_type is None:
         numbers = class_numbers(class_labels, unet.config.num_class_embeds, class_names)
         class_labels = numbers * batch_size if len(numbers) == 1 else numbers
@@ -53,21 +59,61 @@ def label_tensor(
 def class_numbers(labels: Any, num_classes: int, class_names: Sequence[str] | None) -> list[int]:
     """Class numbers of labels that are given as numbers or names.
 
+    A text is the name of a class, else a name that is equal in the Unicode normalization NFKC, else
+    a number.
+
+    Args:
+        labels: one label or several.
+        num_classes: number of class embeddings.
+        class_names: names of the classes, without the null class.
     Raises:
         ValueError: for an unknown class.
     """
     labels = labels.tolist() if hasattr(labels, "tolist") else labels
     labels = list(labels) if isinstance(labels, (list, tuple)) else [labels]
-    by_name = {name: number for number, name in enumerate(class_names or ())}
-    numbers: list[Any] = [by_name.get(n, n) if isinstance(n, str) else n for n in labels]
-    numbers = [n.item() if isinstance(n, np.integer) else n for n in numbers]
-    for number in numbers:
-        if not image_processor.is_int(number) or not 0 <= number < num_classes:
-            names = f" or one of {list(by_name)}" if by_name else ""
-            raise ValueError(
-                f"`class_labels` must be in [0, {num_classes - 1}]{names}, got {number!r}"
-            )
-    return numbers
+    names = list(class_names or ())[:num_classes]
+    number_of = {**_normalized(names), **{name: number for number, name in enumerate(names)}}
+    return [_class_number(label, number_of, len(names) or num_classes, names) for label in labels]
+
+
+def _normalized(names: Sequence[str]) -> dict[str, int]:
+    """Class numbers by normalized name, where that is unique."""
+    plain = [unicodedata.normalize("NFKC", name) for name in names]
+    count = Counter(plain)
+    return {name: number for number, name in enumerate(plain) if count[name] == 1}
+
+
+def _class_number(
+    label: Any, number_of: Mapping[str, int], num_classes: int, names: Sequence[str]
+) -> int:
+    number = label.item() if isinstance(label, np.integer) else label
+    if isinstance(label, str):
+        plain = unicodedata.normalize("NFKC", label)
+        number = number_of.get(label, number_of.get(plain, plain))
+        number = int(number) if isinstance(number, str) and number.isdecimal() else number
+    if image_processor.is_int(number) and 0 <= number < num_classes:
+        return number
+    choices = hint = ""
+    if not isinstance(label, str) and str(number) in number_of:
+        hint = f'; the name of a class is text: "{number}"'
+    elif names:
+        shown = ", ".join(map(repr, names[:_MAX_NAMES])) + ", ..." * (len(names) > _MAX_NAMES)
+        choices = f" or one of {shown}"
+    if number in (None, -1, num_classes):
+        hint += "; for images of no class set `guidance_scale` to 0"
+    raise ValueError(
+        f"`class_labels` must be in [0, {num_classes - 1}]{choices}, got {label!r}{hint}"
+    )
+
+
+def null_labels(unet: UNet2DModel, batch_size: int, class_names: Sequence[str] | None) -> Tensor:
+    """The null class (the last embedding) for each image, (B,).
+
+    Raises:
+        ValueError: if the network has no null class.
+    """
+    label = torch.zeros(batch_size, dtype=torch.long)
+    return with_null_class(label, unet.config, class_names)[batch_size:]
 
 
 def with_null_class(
@@ -76,7 +122,7 @@ def with_null_class(
     """Labels followed by the same number of null classes (the last embedding), (2B,).
 
     Raises:
-        ValueError: if the network has no null class.
+        ValueError: if the network has no null class, or did not train it.
     """
     if labels is None or config.class_embed_type is not None:
         raise ValueError("`guidance_scale` must be 1: this model has no numbered classes")
@@ -84,6 +130,11 @@ def with_null_class(
         raise ValueError(
             "`guidance_scale` must be 1: this model was trained without a null class, all of its "
             f"{config.num_class_embeds} embeddings are classes"
+        )
+    if not config_extension.extension_of(config).get("has_null_class", True):
+        raise ValueError(
+            "`guidance_scale` must be 1: this model was trained with `class_dropout` 0, without the"
+            " null class; pass a weaker model as `guide`, or train with `class_dropout` 0.1"
         )
     return torch.cat([labels, torch.full_like(labels, config.num_class_embeds - 1)])
 

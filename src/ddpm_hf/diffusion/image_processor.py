@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image format of a model (mode, size, bit depth, padding), and conversion to x_0 and back."""
 
-import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -35,6 +34,8 @@ class ImageFacts:
         width: width in pixels without padding, in [1, 8192].
         bit_depth: bits per channel, 8 or 16.
         class_names: names of the classes in the order of their numbers, or None.
+        class_counts: number of training images of each class, or None if unknown.
+        has_null_class: whether training hid labels, so that the null class is trained.
     Raises:
         ValueError: for an invalid attribute.
     """
@@ -44,6 +45,8 @@ class ImageFacts:
     width: int
     bit_depth: int = 8
     class_names: tuple[str, ...] | None = None
+    class_counts: tuple[int, ...] | None = field(default=None, compare=False)
+    has_null_class: bool = field(default=True, compare=False)
 
     def __post_init__(self) -> None:
         for name, is_valid, expected in (
@@ -56,9 +59,21 @@ class ImageFacts:
                 self.class_names is None or is_names(self.class_names),
                 "a list of strings",
             ),
+            (
+                "class_counts",
+                self.class_counts is None or _are_counts(self.class_counts, self.class_names),
+                "one int for each of `class_names`",
+            ),
+            ("has_null_class", isinstance(self.has_null_class, bool), "true or false"),
         ):
             if not is_valid:
                 raise ValueError(f"`{name}` must be {expected}, got {getattr(self, name)!r}")
+
+    @property
+    def trained_classes(self) -> list[int]:
+        """Numbers of the classes with training images; all if the counts are unknown."""
+        counts = self.class_counts or [1] * len(self.class_names or ())
+        return [number for number, count in enumerate(counts) if count]
 
     @property
     def num_channels(self) -> int:
@@ -67,10 +82,15 @@ class ImageFacts:
 
     def to_config(self) -> dict[str, Any]:
         """JSON values for the key `_ddpm_hf` of `unet/config.json`."""
-        image = dataclasses.asdict(self)
-        names = image.pop("class_names")
-        class_names = {"class_names": list(names)} if names else {}
-        return {"format_version": FACTS_FORMAT, "image": image, **class_names}
+        image = {name: getattr(self, name) for name in ("mode", "height", "width", "bit_depth")}
+        classes: dict[str, Any] = {}
+        if self.class_names:
+            classes["class_names"] = list(self.class_names)
+            if self.class_counts is not None:
+                classes["class_counts"] = list(self.class_counts)
+            if not self.has_null_class:
+                classes["has_null_class"] = False
+        return {"format_version": FACTS_FORMAT, "image": image, **classes}
 
     @classmethod
     def from_config(cls, config: Any) -> "ImageFacts":
@@ -85,9 +105,12 @@ class ImageFacts:
             raise ValueError(f"`format_version` must be {FACTS_FORMAT}, got {version!r}")
         image: Any = config["image"] if isinstance(config.get("image"), dict) else {}
         mode, height, width, bit_depth = map(image.get, ("mode", "height", "width", "bit_depth"))
-        names = config.get("class_names")
-        names = tuple(names) if isinstance(names, list) else names
-        return cls(mode, height, width, bit_depth, names)
+        names, counts = (
+            tuple(values) if isinstance(values := config.get(key), list) else values
+            for key in ("class_names", "class_counts")
+        )
+        null = config.get("has_null_class", True)
+        return cls(mode, height, width, bit_depth, names, counts, null)
 
 
 def image_facts(unet: UNet2DModel) -> ImageFacts | None:
@@ -136,6 +159,11 @@ def is_int(value: Any) -> bool:
 def is_names(value: Any) -> bool:
     """Whether this is a list or tuple of strings."""
     return isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value)
+
+
+def _are_counts(value: Any, names: Any) -> bool:
+    is_list = isinstance(value, tuple) and len(value) == len(names or ())
+    return is_list and all(is_int(count) and count >= 0 for count in value)
 
 
 def is_size(value: Any) -> bool:

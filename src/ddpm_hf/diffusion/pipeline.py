@@ -163,12 +163,13 @@ class GaussianDDPMPipeline(pipeline_editing.EditingMethods):
                 float32 in [0, 1], or "latent" for the last x_t, uncropped. As "pil", 16-bit images
                 keep their depth if they are grey and get 8 bits otherwise.
             return_dict: whether to return an `ImagePipelineOutput` or a tuple.
-            class_labels: for class-conditional networks: one class or one per image, as numbers in
-                [0, num_class_embeds) or, if the model has class names, as names. Networks with
-                another `class_embed_type` get the tensor unchanged.
-            guidance_scale: s of classifier-free guidance, null + s (class - null); 1 turns it off.
-                The null class is the last embedding, which training must have used as such. With a
-                `guide`: guide + s (network - guide).
+            class_labels: for class-conditional networks: one class or one per image, as names or
+                as numbers, without the null class if the model has class names. Not needed at
+                `guidance_scale` 0. Networks with another `class_embed_type` get the tensor
+                unchanged.
+            guidance_scale: s of classifier-free guidance, null + s (class - null); 1 turns it off,
+                0 gives images of no class. The null class is the last embedding, which training
+                must have used as such. With a `guide`: guide + s (network - guide).
             latents: standard normal noise to start from, (B, C, H, W), in the padded size.
             timesteps: timesteps to visit, descending, instead of `num_inference_steps`.
             callback_on_step_end: function `(pipeline, step, timestep, tensors)` to call after each
@@ -348,9 +349,14 @@ class GaussianDDPMPipeline(pipeline_editing.EditingMethods):
         guidance_weight: float = 1.0,
     ) -> tuple[list[Denoiser], list[UNet2DModel]]:
         """A denoiser `(x_t, t)` for each timestep of `scheduler`, and the networks they call."""
+        labels: Tensor | None
         facts = image_facts(self.unet)
         class_names = facts.class_names if facts else None
-        labels = conditioning.label_tensor(self.unet, class_labels, batch_size, class_names)
+        is_conditional = self.unet.class_embedding is not None
+        if is_conditional and class_labels is None and guidance_scale == 0 and guide is None:
+            labels = conditioning.null_labels(self.unet, batch_size, class_names)
+        else:
+            labels = conditioning.label_tensor(self.unet, class_labels, batch_size, class_names)
         labels = None if labels is None else labels.to(self._execution_device)
         weak = self._guide_network(guide, guidance_scale)
         num_outputs = scheduler_interface.num_outputs(self.unet.config, scheduler)

@@ -41,7 +41,10 @@ from ddpm_hf.evaluation.result_pictures import save_calibration_plot
 from ddpm_hf.evaluation.results import utc_now
 from ddpm_hf.evaluation.sets import DataSource
 from ddpm_hf.evaluation.sweep import FIGURE, sweep
-from ddpm_hf.evaluation.training_record import with_hold_out_of_training
+from ddpm_hf.evaluation.training_record import (
+    with_class_column_of_training,
+    with_hold_out_of_training,
+)
 from ddpm_hf.hub.card import write_calibration
 from ddpm_hf.hub.load import load
 from ddpm_hf.options import takes_options
@@ -113,6 +116,9 @@ def _calibrate(
         use_safetensors=options.use_safetensors,
         progress=progress,
     )
+    data = with_class_column_of_training(
+        data, [model], revision=options.revision, use_safetensors=options.use_safetensors
+    )
     evaluator = None
     if options.sweep:
         evaluator = Evaluator(data, [FIGURE], options.sweep_options(), progress=progress)
@@ -161,7 +167,7 @@ def _images(
         at_most=NUM_IMAGES,
         seed=options.seed,
         image_column=options.image_column,
-        label_column=options.class_column or True,
+        label_column=data.label_column(subset.split),
         on_bad_image=options.on_bad_image,
         progress=progress,
     )

@@ -24,9 +24,12 @@ from ddpm_hf.evaluation.result_files import (
     write_result,
 )
 from ddpm_hf.evaluation.results import Evaluation
-from ddpm_hf.evaluation.sets import DataSource
+from ddpm_hf.evaluation.sets import DataSource, ImageSubset
 from ddpm_hf.evaluation.subjects import Subject, is_model, load_subject
-from ddpm_hf.evaluation.training_record import with_hold_out_of_training
+from ddpm_hf.evaluation.training_record import (
+    with_class_column_of_training,
+    with_hold_out_of_training,
+)
 from ddpm_hf.sampling import DrawnImages, draw_to
 from ddpm_hf.sampling.sampler_choice import sampled_by
 from ddpm_hf.scheduler_spec import SchedulerSpec
@@ -69,13 +72,20 @@ class Evaluator:
         self._real: dict[ImageFormat, RealImages] = {}
 
     def use_hold_out_of(self, sources: Sequence[Any]) -> None:
-        """Use the recorded hold-out of all models among `sources`, if they agree."""
-        self.data = with_hold_out_of_training(
-            self.data,
-            [source for source in sources if is_model(source)],
-            revision=self.options.revision,
-            use_safetensors=self.options.use_safetensors,
-            progress=self.progress,
+        """Use the hold-out and the class column that all models among `sources` record."""
+        models, options = [source for source in sources if is_model(source)], self.options
+        revision, use_safetensors = options.revision, options.use_safetensors
+        self.data = with_class_column_of_training(
+            with_hold_out_of_training(
+                self.data,
+                models,
+                revision=revision,
+                use_safetensors=use_safetensors,
+                progress=self.progress,
+            ),
+            models,
+            revision=revision,
+            use_safetensors=use_safetensors,
         )
 
     @cached_property
@@ -100,9 +110,8 @@ class Evaluator:
         hold_out = self.data.hold_out
         if hold_out and hold_out.num_held_out < max(MIN_IMAGES[m] for m in self.image_metrics):
             held_out = None  # too few: the floor compares halves of the training images
-        labels: Any = (self.options.class_column or True) if self.options.per_class else None
-        images = self.data.images(reference, facts, self.progress, labels)
-        others = self.data.images(held_out, facts, self.progress, labels) if held_out else None
+        images = self._images(reference, facts)
+        others = self._images(held_out, facts) if held_out else None
         return RealImages(
             reference.split,
             held_out.split if held_out else None,
@@ -111,6 +120,10 @@ class Evaluator:
             self._features(images),
             self._features(others) if others else None,
         )
+
+    def _images(self, subset: ImageSubset, facts: ImageFacts) -> DrawnImages:
+        labels = self.data.label_column(subset.split) if self.options.per_class else None
+        return self.data.images(subset, facts, self.progress, labels)
 
     def evaluate(
         self, subject: Subject, folder: Path, options: EvaluationOptions | None = None
@@ -201,7 +214,7 @@ class Evaluator:
             at_most=number,
             seed=options.seed,
             image_column=options.image_column,
-            label_column=options.class_column or True,
+            label_column=self.data.label_column(subset.split),
             on_bad_image=options.on_bad_image,
             progress=self.progress,
         )

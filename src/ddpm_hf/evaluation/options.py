@@ -121,7 +121,8 @@ class DataSelection(Options):
     )
     class_column: str | None = option(
         None,
-        "column with the classes, for a class-conditional model (default: the declared one)",
+        "column with the classes, for a class-conditional model (default: the one that training"
+        " used, else the declared one)",
         metavar="NAME",
     )
 

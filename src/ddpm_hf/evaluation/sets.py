@@ -48,6 +48,9 @@ class DataSource:
         image_column, on_bad_image: see `prepare_images`.
         hold_out: images of the reference split that training held out; see
             `with_hold_out_of_training`.
+        class_column: column of the classes, if requested.
+        trained_class_column: column that training read the classes from, if it was named; see
+            `with_class_column_of_training`.
     """
 
     dataset: Any
@@ -58,6 +61,8 @@ class DataSource:
     image_column: str | None = None
     on_bad_image: str = "error"
     hold_out: HoldOut | None = None
+    class_column: str | None = None
+    trained_class_column: str | None = None
     # By split: listing a large folder is slow.
     _opened: dict[str, datasets.Dataset] = field(default_factory=dict, repr=False, compare=False)
 
@@ -72,6 +77,7 @@ class DataSource:
             options.dataset_revision,
             options.image_column,
             options.on_bad_image,
+            class_column=options.class_column,
         )
 
     def rows(self, split: str) -> datasets.Dataset:
@@ -92,6 +98,13 @@ class DataSource:
                 self.dataset, config_name=self.config_name, split=split, revision=self.revision
             )
         return self._opened[split]
+
+    def label_column(self, split: str) -> str | Literal[True]:
+        """Column of the classes in a split; True for the declared one."""
+        if self.class_column is not None:
+            return self.class_column
+        trained = self.trained_class_column
+        return trained if trained and trained in self.rows(split).features else True
 
     @cached_property
     def held_out_split(self) -> str | None:

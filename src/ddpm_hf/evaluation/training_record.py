@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -108,3 +109,32 @@ def _check(data: DataSource, record: HoldOutRecord, progress: bool) -> None:
 def _has_other_base(facts: Mapping[str, Any]) -> bool:
     """Whether the base model does not record the same hold-out."""
     return "base_model" in facts and record_in(facts.get("base")) != record_in(facts)
+
+
+def with_class_column_of_training(
+    data: DataSource,
+    models: Sequence[Any],
+    *,
+    revision: str | None = None,
+    use_safetensors: bool = True,
+) -> DataSource:
+    """The data with the `class_column` that the models' training.json files record.
+
+    Unchanged if no model records one, or they record different ones.
+
+    Args:
+        data: what the models are measured on.
+        models: names or folders; pipelines have no record.
+        revision, use_safetensors: of the models; see `load`.
+    Raises:
+        ValueError, OSError: if a model does not exist.
+    """
+    columns = set()
+    for model in models:
+        if isinstance(model, str | os.PathLike):
+            folder = fetch(os.fspath(model), revision=revision, use_safetensors=use_safetensors)
+            with suppress(ValueError, AttributeError):
+                config = read_json(ModelPaths(folder).facts).get("config") or {}
+                columns.add(config.get("class_column"))
+    columns.discard(None)
+    return replace(data, trained_class_column=columns.pop()) if len(columns) == 1 else data

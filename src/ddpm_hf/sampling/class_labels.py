@@ -19,17 +19,16 @@ def label_cycle(unet: UNet2DModel, class_labels: Sequence[int | str] | None) -> 
 
     Args:
         unet: network of the model.
-        class_labels: class numbers, also as text, or class names; None for all classes.
+        class_labels: class names, or numbers, also as text; None for all classes that the model was
+            trained on.
     Raises:
         ValueError: for labels of an unconditional model, or an unknown class.
     """
-    num_classes, names = unet.config.num_class_embeds, class_names_of(unet)
+    num_classes, facts = unet.config.num_class_embeds, image_facts(unet)
     if num_classes is None:
         if class_labels is not None:
             raise ValueError("this model was not trained on classes: leave out `class_labels`")
         return None
     if class_labels is None:
-        return list(range(len(names) if names else num_classes))
-    is_number = [str(n).isdecimal() and n not in (names or ()) for n in class_labels]
-    labels = [int(n) if number else n for n, number in zip(class_labels, is_number, strict=True)]
-    return class_numbers(labels, num_classes, names)
+        return (facts and facts.trained_classes) or list(range(num_classes))
+    return class_numbers(list(class_labels), num_classes, class_names_of(unet))

@@ -182,11 +182,13 @@ def sampling_settings(
         K = usual_num_steps(kind, scheduler.config.num_train_timesteps)
     config = config_extension.without(scheduler.config, "recommended")
     scale, interval = options.guidance_scale, options.guidance_interval
+    without_class = scale == 0 and guide is None and options.class_labels is None
+    labels = None if without_class else label_cycle(pipeline.unet, options.class_labels)
     return SamplingSettings(
         num_images=options.num_images,
         seed=options.seed,
         batch_size=min(options.batch_size, options.num_images),
-        class_labels=label_cycle(pipeline.unet, options.class_labels),
+        class_labels=labels,
         scheduler=kind,
         scheduler_config=_json_values(
             {name: value for name, value in config.items() if name not in _NOT_CONFIGURATION}

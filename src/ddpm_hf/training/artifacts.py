@@ -148,11 +148,11 @@ class Artifacts:
 
     def _grid_labels(self) -> list[int] | None:
         """Class of each image of the grid: equally many of each class, or None without classes."""
-        names = self.run.components.facts.class_names
-        if not names:
+        classes = self.run.components.facts.trained_classes
+        if not classes:
             return None
-        each = max(1, self.run.config.num_samples // len(names))
-        return [label for label in range(min(len(names), _MAX_CLASSES_DRAWN)) for _ in range(each)]
+        each = max(1, self.run.config.num_samples // len(classes))
+        return [label for label in classes[:_MAX_CLASSES_DRAWN] for _ in range(each)]
 
     def _save_grid(self, images: list[Pixels], labels: list[int] | None) -> None:
         path = self.run.paths.sample_grid(self.run.state.step)

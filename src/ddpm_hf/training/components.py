@@ -1,19 +1,22 @@
 """Components of a run: images, network, scheduler and objective."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import UNet2DModel
 
 from ddpm_hf.data import ImageDataset, ImageFacts, TrainingImages
 from ddpm_hf.data.hold_out import HoldOut
+from ddpm_hf.data.labels import Labels
 from ddpm_hf.diffusion.image_processor import set_image_facts, size_multiple
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.losses import Loss
+from ddpm_hf.text import counted
 from ddpm_hf.training.component_checks import check_runs, check_scheduler, check_trainable
 from ddpm_hf.training.config import ResolvedConfig, TrainingConfig
 from ddpm_hf.training.dataset_setup import (
@@ -37,6 +40,8 @@ from ddpm_hf.training.network import (
 from ddpm_hf.training.objective import Objective, build_objective
 from ddpm_hf.training.rank_coordination import main_first
 from ddpm_hf.training.resolve import Machine, resolve
+
+_UNBALANCED = 5  # ratio of class counts that the plan mentions
 
 
 @dataclass(frozen=True)
@@ -137,6 +142,8 @@ def assemble(
     with accelerator.autocast():
         check_runs(unet.to(accelerator.device))
     training, held_out = split_off_validation(config, loaded.images, facts, unet, dataset is None)
+    facts, class_notes = _count_classes(facts, training.labels, config.class_dropout)
+    set_image_facts(unet, facts)
     return config, Components(
         images=training,
         held_out=held_out,
@@ -148,7 +155,7 @@ def assemble(
         scheduler=scheduler,
         objective=build_objective(config, scheduler, facts.bit_depth, loss),
         base=pretrained.record,
-        notes=(*notes, *scheduler_notes, *unet_notes),
+        notes=(*notes, *class_notes, *scheduler_notes, *unet_notes),
     )
 
 
@@ -169,6 +176,39 @@ def _select_classes(options: TrainingConfig, facts: ImageFacts) -> tuple[ImageFa
     return dataclasses.replace(facts, class_names=None), [
         f"the images have {len(names)} classes ({shown}); `class_conditional` trains on them"
     ]
+
+
+def _count_classes(
+    facts: ImageFacts, labels: Labels | None, class_dropout: float
+) -> tuple[ImageFacts, list[str]]:
+    """The facts with the number of training images of each class, and notes for the plan."""
+    names = facts.class_names
+    if labels is None or names is None:
+        return facts, []
+    counts = np.bincount(labels[labels >= 0], minlength=len(names)).tolist()
+    facts = dataclasses.replace(
+        facts,
+        class_counts=tuple(counts),
+        has_null_class=class_dropout > 0 or bool((labels < 0).any()),
+    )
+    notes = []
+    if untrained := [name for name, count in zip(names, counts, strict=True) if not count]:
+        notes.append(
+            f"no training image has the class {_shown(untrained)}: `ddpm-hf sample` draws the other"
+            " classes by default"
+        )
+    fewest, most = min(filter(None, counts), default=0), max(counts)
+    if most >= _UNBALANCED * fewest:
+        rare, common = names[counts.index(fewest)], names[counts.index(most)]
+        notes.append(
+            f"the classes are unbalanced: {counted(fewest, 'image')} of {rare!r}, {most:,} of "
+            f"{common!r}"
+        )
+    return facts, notes
+
+
+def _shown(names: Sequence[str], count: int = 10) -> str:
+    return ", ".join(map(repr, names[:count])) + ", ..." * (len(names) > count)
 
 
 def _without_calibration(

@@ -48,8 +48,8 @@ class DataOptions(Options):
     )
     class_column: str | None = option(
         None,
-        "column of the class labels (default: the declared label column, or the sub-folders of a "
-        "folder); implies `class_conditional`",
+        "column of the class labels (default: the declared label column; in a folder, the first "
+        "folders below the root or the labels in dataset.json); implies `class_conditional`",
     )
     crop: Literal["center", "random", "none"] = option(
         "center",

@@ -108,8 +108,7 @@ class PeriodicEvaluation:
 
     def _sample_features(self) -> Tensor:
         """Features of this rank's samples."""
-        run, names = self.run, self.run.components.facts.class_names
-        labels = list(range(len(names))) if names else None
+        run, labels = self.run, self.run.components.facts.trained_classes or None
         images = draw_share(run, run.config.evaluate_num_images, labels)
         pixels = quantised(np.stack(images), run.components.facts.bit_depth)
         batches = (pixels[i : i + _BATCH_SIZE] for i in range(0, len(pixels), _BATCH_SIZE))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from diffusers import UNet2DModel
 
 from ddpm_hf.diffusion.config_extension import beta_schedule_of
+from ddpm_hf.diffusion.image_processor import ImageFacts
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.text import counted, duration
 from ddpm_hf.training.accelerator import available_trackers
@@ -17,6 +18,8 @@ from ddpm_hf.training.run import Run
 from ddpm_hf.training.state import read_record
 from ddpm_hf.training.validation import Validation
 
+_MAX_CLASSES = 40
+
 
 @dataclass(frozen=True)
 class TrainingPlan:
@@ -24,12 +27,14 @@ class TrainingPlan:
 
     Attributes:
         resumed_from: complete lines about the checkpoint; empty for a new run.
+        classes: names of the classes and their numbers of images; empty without classes.
         measurements: complete lines about validation, evaluation and calibration.
         time: expected duration; empty if unknown.
     """
 
     resumed_from: tuple[str, ...]
     images: str
+    classes: str
     network: str
     diffusion: str
     training: str
@@ -40,8 +45,9 @@ class TrainingPlan:
     time: str
 
     def __str__(self) -> str:
-        labels = ("images", "network", "diffusion", "training", "machine", "output")
-        lines = [f"{label:<10} {getattr(self, label)}" for label in labels]
+        labels = ("images", "classes", "network", "diffusion", "training", "machine", "output")
+        values = {label: getattr(self, label) for label in labels}
+        lines = [f"{label:<10} {value}" for label, value in values.items() if value]
         notes = [f"note       {note}" for note in self.notes]
         time = [f"time       {self.time}"] if self.time else []
         return "\n".join([*self.resumed_from, *lines, *self.measurements, *notes, *time])
@@ -62,6 +68,7 @@ def plan_training(
     return TrainingPlan(
         resumed_from=_describe_resume(run),
         images=_describe_images(run),
+        classes=_describe_classes(run.components.facts),
         network=_describe_network(run.components.unet),
         diffusion=_describe_diffusion(run.components.scheduler),
         training=_describe_training(run),
@@ -76,9 +83,17 @@ def plan_training(
 def _describe_images(run: Run) -> str:
     facts = run.components.facts
     depth = f" {facts.bit_depth} bit" * (facts.bit_depth != 8)
-    classes = f", {len(facts.class_names)} classes" if facts.class_names else ""
     size = f"{facts.width}x{facts.height}, {facts.mode}"
-    return f"{len(run.components.images):,} of {size}{depth}{classes}"
+    return f"{len(run.components.images):,} of {size}{depth}"
+
+
+def _describe_classes(facts: ImageFacts) -> str:
+    """The classes with their numbers of training images."""
+    if not facts.class_names or facts.class_counts is None:
+        return ""
+    pairs = [*zip(facts.class_names, facts.class_counts, strict=True)]
+    shown = ", ".join(f"{name} ({count:,})" for name, count in pairs[:_MAX_CLASSES])
+    return f"{len(pairs)}: {shown}" + ", ..." * (len(pairs) > _MAX_CLASSES)
 
 
 def _describe_network(unet: UNet2DModel) -> str:
