@@ -1,5 +1,6 @@
 """The variational bound: terms, decoders and bits/dim, against independent derivations."""
 
+import functools
 import itertools
 import math
 
@@ -25,7 +26,7 @@ from oracles import (
 )
 from torch.testing import assert_close
 
-from ddpm_hf import GaussianDDPMScheduler, bits_per_dim
+from ddpm_hf import GaussianDDPMScheduler, bits_per_dim, calibrate
 from ddpm_hf.decoders import decoder_of
 from ddpm_hf.diffusion.tensor_ops import expm1_minus
 from ddpm_hf.losses import vlb_term
@@ -84,9 +85,7 @@ def normal_posterior_of_ddim(scheduler, x_0, x_t, t, eta):
     return a_prev.sqrt() * x_0 + (1 - a_prev - sigma**2).sqrt() * direction, 2 * sigma.log()
 
 
-@pytest.mark.parametrize(
-    "variance_type", ["fixed_small", "fixed_large", "learned", "learned_range"]
-)
+@pytest.mark.parametrize("variance_type", VARIANCE_TYPES)
 def test_step_kl_at_smaller_eta_is_the_kl_of_the_ddim_processes(variance_type):
     """Below 1 the variance of every type is that of eq. 16; the decoder keeps its own."""
     scheduler = GaussianDDPMScheduler(
@@ -396,16 +395,19 @@ def test_the_ddpm_scheduler_of_diffusers_is_accepted_and_ddim_is_rejected(schedu
 
 
 def small_unet(**config):
+    defaults = {
+        "in_channels": 1,
+        "out_channels": 1,
+        "block_out_channels": (8, 8),
+        "down_block_types": ("DownBlock2D",) * 2,
+        "up_block_types": ("UpBlock2D",) * 2,
+    }
     return UNet2DModel(
         sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 8),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
         layers_per_block=1,
         norm_num_groups=4,
         dropout=0.5,
+        **defaults | config,
     )
 
 
@@ -479,6 +481,33 @@ def test_invalid_arguments_are_reported_with_value_and_fix(scheduler, case):
     call = {"denoiser": halve, "scheduler": scheduler, "images": images, **arguments}
     with pytest.raises((TypeError, ValueError), match=message):
         bits_per_dim(**call)
+
+
+SHAPE = r"`images` must have shape \(N, 3, H, W\) with H and W multiples of 4 .*, got shape "
+BAD_SHAPES = {
+    "grey": (lambda x: x[:, :1], r"\(2, 1, 8, 8\)"),
+    "RGBA": (lambda x: torch.cat([x, x[:, :1]], 1), r"\(2, 4, 8, 8\)"),
+    "channels last": (lambda x: x.permute(0, 2, 3, 1), r"\(2, 8, 8, 3\); .*permute\(0, 3, 1, 2\)"),
+    "one image": (lambda x: x[0], r"\(3, 8, 8\); .*images\[None\]"),
+    "a list of images": (list, r"\(3, 8, 8\)"),
+    "odd height": (lambda x: x[:, :, :7], r"\(2, 3, 7, 8\)"),
+    "width not a multiple of 4": (lambda x: x[..., :6], r"\(2, 3, 8, 6\)"),
+    "a later batch": (lambda x: [x, x[..., :5]], r"\(2, 3, 8, 5\)"),
+    "five dimensions": (lambda x: x[None], r"\(1, 2, 3, 8, 8\)"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SHAPES)
+@pytest.mark.parametrize("wrap", [lambda unet: unet, torch.nn.DataParallel, functools.partial])
+@pytest.mark.parametrize("measure", [bits_per_dim, calibrate])
+def test_images_of_another_shape_than_the_models_are_a_value_error(scheduler, measure, wrap, case):
+    make, got = BAD_SHAPES[case]
+    unet = small_unet(
+        in_channels=3, out_channels=3, block_out_channels=(8,) * 3,
+        down_block_types=("DownBlock2D",) * 3, up_block_types=("UpBlock2D",) * 3,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=SHAPE + got):
+        measure(wrap(unet), scheduler, make(levels(2, 3, 8, 8, dtype=torch.float32)))
 
 
 # The decoder -----------------------------------------------------------------------------------

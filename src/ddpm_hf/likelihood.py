@@ -10,6 +10,7 @@ print(f"{result.mean:.3f} +- {result.standard_error:.3f} bits/dim")
 """
 
 import copy
+import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -24,7 +25,7 @@ from tqdm.auto import tqdm
 from ddpm_hf.decoders import check_images, decoder_of
 from ddpm_hf.diffusion.checks import check_tensor, to_int
 from ddpm_hf.diffusion.eval_mode import evaluating
-from ddpm_hf.diffusion.image_processor import image_facts
+from ddpm_hf.diffusion.image_processor import image_facts, size_multiple
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler, StepKL, as_gaussian_scheduler
 from ddpm_hf.diffusion.tensor_ops import Denoiser, Generators, at_least_float32, draw_noise
 from ddpm_hf.losses import denoise, nats_to_bits_per_dim
@@ -141,8 +142,9 @@ def bits_per_dim(
         bound per image and term; the only memory that grows with the number of images.
     Raises:
         TypeError: if `scheduler` is not a DDPM scheduler, or `images` does not contain tensors.
-        ValueError: if images are missing, not finite, out of range or off the decoder's grid, if
-            the output has the wrong shape or is not finite, or if an option is out of range.
+        ValueError: if images are missing, not finite, out of range, off the decoder's grid or of a
+            shape that a `UNet2DModel` does not accept, if the output has the wrong shape or is not
+            finite, or if an option is out of range.
     Source: 2006.11239, eq. 5 and 13; for eta below 1 2010.02502, eq. 11.
     """
     scheduler = _with_trajectory(scheduler, num_inference_steps, timesteps)
@@ -188,6 +190,7 @@ class _BoundEstimator:
     ) -> None:
         self.denoiser, self.scheduler, self.eta = denoiser, scheduler, eta
         self.device, self.dtype = (getattr(denoiser, name, None) for name in ("device", "dtype"))
+        self.unet = _unet_of(denoiser)
         self.decoder, self.bit_depth = decoder, bit_depth
         self.decoder_nll = decoder_of(decoder, bit_depth)
         self.timesteps = scheduler.timesteps.cpu()
@@ -204,7 +207,7 @@ class _BoundEstimator:
 
     def estimate(self, batch: Tensor, generator: Generators, bar: "tqdm[Any]") -> BitsPerDim:
         """The bound of images (B, C, ...)."""
-        _check_batch(batch)
+        _check_batch(batch, self.unet)
         check_images(batch, self.decoder, self.bit_depth)
         x_0 = at_least_float32(batch.to(self.device or batch.device))
         positions = self._positions(len(x_0), generator)
@@ -294,9 +297,19 @@ def _with_trajectory(
 
 def _recorded_bit_depth(denoiser: Any) -> int:
     """Bit depth in the configuration of a model; 8 for other callables."""
-    model = getattr(denoiser, "_orig_mod", denoiser)  # of torch.compile
-    facts = image_facts(model) if isinstance(model, UNet2DModel) else None
+    unet = _unet_of(denoiser)
+    facts = image_facts(unet) if unet else None
     return facts.bit_depth if facts else 8
+
+
+def _unet_of(denoiser: Any) -> UNet2DModel | None:
+    """The network inside torch.compile, DistributedDataParallel and `functools.partial`, if any."""
+    while isinstance(denoiser, torch.nn.Module | functools.partial):
+        if isinstance(denoiser, UNet2DModel):
+            return denoiser
+        inner = (getattr(denoiser, name, None) for name in ("_orig_mod", "module", "func"))
+        denoiser = next((value for value in inner if value is not None), None)
+    return None
 
 
 def _uniform(count: int, generator: Generators) -> Tensor:
@@ -327,7 +340,22 @@ def _num_batches(images: Any, batch_size: int | None) -> int | None:
     return len(images) if batch_size is None and hasattr(images, "__len__") else None
 
 
-def _check_batch(batch: Tensor) -> None:
+def _check_batch(batch: Tensor, unet: UNet2DModel | None) -> None:
     check_tensor("images", batch)
-    if batch.ndim < 2:
-        raise ValueError(f"`images` must have shape (N, C, ...), got {tuple(batch.shape)}")
+    if unet is None:
+        if batch.ndim < 2:
+            raise ValueError(f"`images` must have shape (N, C, ...), got {tuple(batch.shape)}")
+        return
+    channels, multiple, hint = unet.config.in_channels, size_multiple(unet), ""
+    is_multiple = not any(size % multiple for size in batch.shape[-2:])
+    if batch.ndim == 4 and batch.shape[1] == channels and is_multiple:
+        return
+    if batch.ndim == 3 and batch.shape[0] == channels:
+        hint = "; add the dimension N with images[None]"
+    elif batch.ndim == 4 and batch.shape[-1] == channels != batch.shape[1]:
+        hint = "; move the channels with images.permute(0, 3, 1, 2)"
+    of_sizes = f" with H and W multiples of {multiple}" if multiple > 1 else ""
+    raise ValueError(
+        f"`images` must have shape (N, {channels}, H, W){of_sizes} for this model, got shape"
+        f" {tuple(batch.shape)}{hint}"
+    )
