@@ -217,9 +217,11 @@ def test_flags_that_the_weights_determine_can_be_left_out(name, folder, tmp_path
 
 @pytest.mark.slow
 def test_a_converted_model_is_evaluated_calibrated_and_fine_tuned(folder, tmp_path):
-    output = tmp_path / "model"
-    words = [str(folder / "iddpm.pt"), "--config", str(folder / "iddpm.json")]
-    assert main(["convert", *words, "--output", str(output)]) == 0
+    output, flags = tmp_path / "model", tmp_path / "flags.json"
+    short = {"diffusion_steps": 40, "rescale_timesteps": False}
+    flags.write_text(json.dumps(CASES["iddpm"]["flags"] | short))
+    words = [str(folder / "iddpm.pt"), "--config", str(flags), "--output", str(output)]
+    assert main(["convert", *words]) == 0
     images = tmp_path / "images"
     images.mkdir()
     for i in range(8):
