@@ -21,6 +21,14 @@ SCHEDULERS = (
     "DEISMultistep", "SASolver", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete",
     "KDPM2Discrete", "KDPM2AncestralDiscrete", "LMSDiscrete",
 )  # fmt: skip
+# What a checkpoint or a card may choose. Other options change the betas, or cost time and memory.
+_FOREIGN_OPTIONS: Mapping[str, tuple[Any, ...]] = {
+    "timestep_spacing": ("leading", "linspace", "trailing", "quadratic"),
+    "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
+    "solver_order": (1, 2, 3),
+    "use_karras_sigmas": (False, True),
+    "x_0_mse": (None,),
+}
 NAMES_HELP = (
     f"{', '.join(SCHEDULERS)}; with options of the diffusers class as in "
     "DPMSolverMultistep:algorithm_type=sde-dpmsolver++,timestep_spacing=trailing, and with eta of "
@@ -67,6 +75,23 @@ class SchedulerSpec:
         if eta is not None and not (isinstance(eta, int | float) and 0 <= eta <= 1):
             raise ValueError(f"eta in {text!r} must be a number in [0, 1], got {eta!r}")
         return cls(name, options, eta)
+
+    @classmethod
+    def parse_foreign(cls, text: str) -> Self:
+        """Parse a specification of a checkpoint or card, which may only choose how to sample.
+
+        Raises:
+            ValueError: as `parse`, and for any other option or value.
+        """
+        spec = cls.parse(text)
+        for option, value in spec.options.items():
+            choices = _FOREIGN_OPTIONS.get(option, ())
+            if not any(type(value) is type(choice) and value == choice for choice in choices):
+                raise ValueError(
+                    f"`{option}`={_format_value(value):.100} is not an option of a sampler that a"
+                    " model may set; pass the scheduler yourself if you trust it"
+                )
+        return spec
 
     def with_options(self, **options: Any) -> Self:
         """A copy with changed configuration options; None leaves an option unchanged."""

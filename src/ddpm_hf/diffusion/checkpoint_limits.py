@@ -19,6 +19,9 @@ MAX_LEVELS = 10
 # The only keys whose cost a build on the meta device does not show: it takes 5 ms per layer, and
 # images and their padding are allocated in sampling.
 UNET_BOUNDS = {"layers_per_block": (1, 16), "downsample_padding": (0, 1)}
+# Schedulers of diffusers allocate a list of as many elements, or loop over them in every step.
+_MAX_SOLVER_ORDER = 10
+_SOLVER_ORDERS = ("solver_order", "predictor_order", "corrector_order")
 
 
 def check_checkpoint(folder: Path, dtype: torch.dtype = torch.float16) -> None:
@@ -43,14 +46,17 @@ def component_folder(folder: Path, name: str) -> Path:
 
 
 def check_scheduler_config(path: Path) -> None:
-    """Check the number of timesteps in a scheduler configuration.
+    """Check the number of timesteps and the orders of solvers in a scheduler configuration.
 
     Raises:
-        ValueError: if it is not an int in [1, 100000].
+        ValueError: if they are not ints in [1, 100000] and [1, 10].
     """
-    steps = atomic_files.read_json(path).get("num_train_timesteps", 1)
+    config = atomic_files.read_json(path)
+    steps = config.get("num_train_timesteps", 1)
     try:
         checks.check_int("num_train_timesteps", steps, 1, checks.MAX_TRAIN_TIMESTEPS)
+        for order in _SOLVER_ORDERS:
+            checks.check_int(order, config.get(order, 1), 1, _MAX_SOLVER_ORDER)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
 

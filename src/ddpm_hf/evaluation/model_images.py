@@ -1,21 +1,27 @@
 """A dataset in the format of a model: size, mode, bit depth and classes."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import datasets
 import numpy as np
 import torch
 from diffusers import UNet2DModel
 from torch import Tensor
 
 from ddpm_hf.data import DataError, ImageDataset, TrainingImages, prepare_images
+from ddpm_hf.data.decoding import read_headers
+from ddpm_hf.data.image_column import find_image_column
+from ddpm_hf.data.sources import origin_of
 from ddpm_hf.diffusion.image_processor import MODE_CHANNELS, ImageFacts, image_facts, size_multiple
 from ddpm_hf.randomness import seed_of
 
 # Must agree between images and model.
 _FACTS = ("mode", "height", "width", "bit_depth")
+_MAX_ENLARGEMENT = 8
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,7 @@ def prepared_like(facts: ImageFacts, dataset: Any, **options: Any) -> ImageDatas
     Raises:
         DataError: if the data cannot be used, or does not fit.
     """
+    _check_enlargement(facts, dataset, options.get("image_column"))
     images = prepare_images(
         dataset,
         resolution=min(facts.height, facts.width),
@@ -129,6 +136,24 @@ def prepared_like(facts: ImageFacts, dataset: Any, **options: Any) -> ImageDatas
     )
     _check_fit(images.facts, facts)
     return images
+
+
+def _check_enlargement(facts: ImageFacts, dataset: Any, image_column: str | None) -> None:
+    """Raise DataError if the images would be enlarged beyond use, which fills the disk."""
+    if not isinstance(dataset, datasets.Dataset):
+        return  # `prepare_images` reports it
+    column = find_image_column(dataset, image_column)
+    cells = dataset.with_format(None).select(range(min(len(dataset), 64))).select_columns([column])
+    cells = cells.cast_column(column, datasets.Image(decode=False))[column]
+    root = origin_of(dataset, column).root
+    headers = read_headers(cells, None if root is None else os.path.realpath(root))
+    largest = max(headers["height"] + headers["width"])
+    side = max(facts.height, facts.width)
+    if side > _MAX_ENLARGEMENT * largest > 0:
+        raise DataError(
+            f"the model has images of {facts.width}x{facts.height} pixels, but those of the dataset"
+            f" have at most {largest} per side: more than {_MAX_ENLARGEMENT} times smaller"
+        )
 
 
 def facts_of(unet: UNet2DModel) -> ImageFacts:

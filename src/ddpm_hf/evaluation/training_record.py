@@ -10,6 +10,8 @@ from typing import Any
 from ddpm_hf.data import DataError
 from ddpm_hf.data.hold_out import HoldOut
 from ddpm_hf.diffusion.atomic_files import read_json
+from ddpm_hf.diffusion.checkpoint_limits import component_folder
+from ddpm_hf.diffusion.config_extension import EXTENSION_KEY
 from ddpm_hf.diffusion.image_processor import ImageFacts
 from ddpm_hf.evaluation.model_images import prepared_like
 from ddpm_hf.evaluation.sets import DataSource
@@ -62,6 +64,8 @@ def with_hold_out_of_training(
             return data
         if len(records) < len(models) or len({record.hold_out for record in records}) > 1:
             raise DataError("the models record different hold-outs")
+        for path, record in zip(paths, records, strict=True):
+            _check_network(path, record.facts)
         for record in dict.fromkeys(records):
             _check(data, record, progress)
         bases = [facts["base_model"] for facts in training_facts if _has_other_base(facts)]
@@ -93,11 +97,26 @@ def record_in(facts: Any) -> HoldOutRecord | None:
         raise ValueError(f'invalid "held_out" in training.json: {error!r}') from error
 
 
+def _check_network(paths: ModelPaths, facts: ImageFacts) -> None:
+    """Raise ValueError unless the network was trained on images of this format."""
+    path = component_folder(paths.root, "unet") / "config.json"
+    trained_on = ImageFacts.from_config(read_json(path).get(EXTENSION_KEY))
+    if replace(trained_on, class_names=None) != replace(facts, class_names=None):
+        raise ValueError(
+            f"training.json has {facts.width}x{facts.height} {facts.mode} images, but the network"
+            f" {trained_on.width}x{trained_on.height} {trained_on.mode}"
+        )
+
+
 def _check(data: DataSource, record: HoldOutRecord, progress: bool) -> None:
     """Raise DataError unless the data holds the images of the run."""
+    rows = data.rows(data.reference_split)
+    expected = record.hold_out.num_images
+    if len(rows) < expected or (data.on_bad_image == "error" and len(rows) > expected):
+        raise DataError(f"the training run had {expected:,} images, got {len(rows):,}")
     images = prepared_like(
         record.facts,
-        data.rows(data.reference_split),
+        rows,
         image_column=data.image_column,
         on_bad_image=data.on_bad_image,
         progress=progress,

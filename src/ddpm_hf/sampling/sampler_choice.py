@@ -97,13 +97,16 @@ def recommended_setting(pipeline: GaussianDDPMPipeline) -> SamplerSetting | None
         scheduler = GaussianDDPMScheduler.from_config(scheduler.config)
     if (recommended := scheduler.recommended) is None:
         return None
-    spec = SchedulerSpec.parse(recommended["scheduler"])
-    return SamplerSetting(
-        build_scheduler(pipeline, spec),
+    spec, K = (
+        SchedulerSpec.parse_foreign(recommended["scheduler"]),
         recommended["num_inference_steps"],
-        eta=spec.eta,
-        recommended=recommended["scheduler"],
     )
+    chosen = build_scheduler(pipeline, spec)
+    try:
+        chosen.set_timesteps(K)
+    except Exception as error:  # schedulers of diffusers raise errors of every kind
+        raise ValueError(f"{spec} in {K} steps: {error}") from error
+    return SamplerSetting(chosen, K, eta=spec.eta, recommended=recommended["scheduler"])
 
 
 def use_recommended(pipeline: GaussianDDPMPipeline) -> Mapping[str, Any]:

@@ -1,0 +1,138 @@
+"""Models of strangers: what their files choose is bounded, and never costs time or memory."""
+
+import json
+import time
+
+import pytest
+from test_evaluation import save_images, save_model
+from test_held_out import (  # noqa: F401
+    _own_cache,
+    edited,
+    evaluate,
+    files,
+    model,
+    photos,
+    result,
+)
+from test_sweep import drawn_by
+from test_sweep import save_model as save_swept
+
+from ddpm_hf import load
+from ddpm_hf.cli import main
+
+pytestmark = pytest.mark.filterwarnings("ignore:`timestep_spacing`", "always:the recommended")
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        "DDIM:num_train_timesteps=1000000000",
+        "DDIM:num_train_timesteps=19",
+        "DPMSolverMultistep:solver_order=1000000000",
+        "DPMSolverMultistep:solver_order=true",
+        "UniPCMultistep:solver_order=0",
+        "SASolver:predictor_order=1000000000",
+        "SASolver:corrector_order=9",
+        "DDIM:trained_betas=null",
+        "DDPM:beta_start=0.5",
+        "DDPM:beta_schedule=linear",
+        "DDPM:x_0_mse=1",
+        "DDIM:rescale_betas_zero_snr=true",
+        "DDIM:prediction_type=sample",
+        "DDIM:steps_offset=1000000000",
+        "DDIM:timestep_spacing=unknown",
+        "EulerDiscrete:sigma_max=1e30",
+    ],
+)
+def test_a_recommended_setting_may_only_choose_the_options_of_a_sweep(scheduler, tmp_path, capsys):
+    model = save_swept(tmp_path / "m", {"scheduler": scheduler, "num_inference_steps": 4})
+    start = time.monotonic()
+    command = ["sample", str(model), "--num-images", "1", "--output", str(tmp_path / "x.npz")]
+    assert main(command) == 0
+    assert time.monotonic() - start < 20
+    assert "the recommended setting is not used" in capsys.readouterr().err
+    assert drawn_by(tmp_path)["num_inference_steps"] == 20
+
+
+def test_a_recommended_setting_that_its_scheduler_cannot_run_is_ignored(tmp_path):
+    model = save_swept(tmp_path / "m", {"scheduler": "PNDM", "num_inference_steps": 1})
+    (tmp_path / "m" / "scheduler").mkdir(exist_ok=True)
+    assert (
+        main(["sample", str(model), "--num-images", "1", "--output", str(tmp_path / "x.npz")]) == 0
+    )
+
+
+@pytest.mark.parametrize("order", ["solver_order", "predictor_order", "corrector_order"])
+@pytest.mark.parametrize("value", [10**9, 11, 0, -1, True, "2", None, 1e9])
+def test_the_order_of_a_models_own_solver_is_bounded(order, value, tmp_path):
+    folder = save_swept(tmp_path / "m")
+    path = folder / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text()) | {"_class_name": "SASolverScheduler", order: value}
+    path.write_text(json.dumps(config))
+    index = folder / "model_index.json"
+    names = json.loads(index.read_text())
+    index.write_text(json.dumps(names | {"scheduler": ["diffusers", "SASolverScheduler"]}))
+    with pytest.raises(ValueError, match=f"`{order}`"):
+        load(folder)
+
+
+def prepared_at_size(monkeypatch):
+    from ddpm_hf.evaluation import model_images
+
+    sizes, real = [], model_images.prepare_images
+
+    def prepare(*args, **kwargs):
+        sizes.append(kwargs["resolution"])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(model_images, "prepare_images", prepare)
+    return sizes
+
+
+@pytest.mark.filterwarnings("ignore:there is no split")
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"height": 8192, "width": 8192},
+        {"height": 8192},
+        {"width": 16},
+        {"bit_depth": 16},
+        {"mode": "RGBA"},
+    ],
+)
+def test_a_recorded_format_that_is_not_the_networks_prepares_no_images(
+    change,
+    model,
+    photos,
+    monkeypatch,  # noqa: F811
+):
+    edited(model, lambda facts: facts["dataset"]["image"].update(change))
+    sizes = prepared_at_size(monkeypatch)
+    with pytest.warns(UserWarning, match=r"hold-out is not used: training.json has .* images"):
+        evaluate(model, photos)
+    assert set(sizes) == {8}
+
+
+@pytest.mark.filterwarnings("ignore:there is no split")
+@pytest.mark.parametrize("number", [10**12, 21, 19])
+def test_a_recorded_hold_out_of_another_number_of_images_prepares_none(
+    number,
+    model,
+    photos,
+    monkeypatch,  # noqa: F811
+):
+    edited(model, lambda facts: facts["dataset"]["held_out"].update(num_images=number))
+    with pytest.warns(UserWarning, match=f"the training run had {number:,} images, got 20"):
+        assert evaluate(model, photos).bound.num_images == 20
+
+
+def test_images_are_not_enlarged_to_the_size_that_a_model_claims(tmp_path, capsys):
+    import numpy as np
+
+    from ddpm_hf.data import ImageFacts
+
+    model = save_model(tmp_path / "m", ImageFacts(mode="L", height=8192, width=8192))
+    save_images(tmp_path / "photos" / "test", np.zeros((2, 7, 7), np.uint8))
+    command = ["evaluate", str(model), str(tmp_path / "photos"), "--output", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert "8192x8192 pixels, but those of the dataset have at most 7" in capsys.readouterr().err
