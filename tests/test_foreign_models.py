@@ -3,22 +3,15 @@
 import json
 import time
 
+import numpy as np
 import pytest
 from test_evaluation import save_images, save_model
-from test_held_out import (  # noqa: F401
-    _own_cache,
-    edited,
-    evaluate,
-    files,
-    model,
-    photos,
-    result,
-)
 from test_sweep import drawn_by
 from test_sweep import save_model as save_swept
 
 from ddpm_hf import load
 from ddpm_hf.cli import main
+from ddpm_hf.data import ImageFacts
 
 pytestmark = pytest.mark.filterwarnings("ignore:`timestep_spacing`", "always:the recommended")
 
@@ -76,61 +69,7 @@ def test_the_order_of_a_models_own_solver_is_bounded(order, value, tmp_path):
         load(folder)
 
 
-def prepared_at_size(monkeypatch):
-    from ddpm_hf.evaluation import model_images
-
-    sizes, real = [], model_images.prepare_images
-
-    def prepare(*args, **kwargs):
-        sizes.append(kwargs["resolution"])
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(model_images, "prepare_images", prepare)
-    return sizes
-
-
-@pytest.mark.filterwarnings("ignore:there is no split")
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"height": 8192, "width": 8192},
-        {"height": 8192},
-        {"width": 16},
-        {"bit_depth": 16},
-        {"mode": "RGBA"},
-    ],
-)
-def test_a_recorded_format_that_is_not_the_networks_prepares_no_images(
-    change,
-    model,
-    photos,
-    monkeypatch,  # noqa: F811
-):
-    edited(model, lambda facts: facts["dataset"]["image"].update(change))
-    sizes = prepared_at_size(monkeypatch)
-    with pytest.warns(UserWarning, match=r"hold-out is not used: training.json has .* images"):
-        evaluate(model, photos)
-    assert set(sizes) == {8}
-
-
-@pytest.mark.filterwarnings("ignore:there is no split")
-@pytest.mark.parametrize("number", [10**12, 21, 19])
-def test_a_recorded_hold_out_of_another_number_of_images_prepares_none(
-    number,
-    model,
-    photos,
-    monkeypatch,  # noqa: F811
-):
-    edited(model, lambda facts: facts["dataset"]["held_out"].update(num_images=number))
-    with pytest.warns(UserWarning, match=f"the training run had {number:,} images, got 20"):
-        assert evaluate(model, photos).bound.num_images == 20
-
-
 def test_images_are_not_enlarged_to_the_size_that_a_model_claims(tmp_path, capsys):
-    import numpy as np
-
-    from ddpm_hf.data import ImageFacts
-
     model = save_model(tmp_path / "m", ImageFacts(mode="L", height=8192, width=8192))
     save_images(tmp_path / "photos" / "test", np.zeros((2, 7, 7), np.uint8))
     command = ["evaluate", str(model), str(tmp_path / "photos"), "--output", str(tmp_path / "out")]

@@ -15,7 +15,7 @@ from ddpm_hf import bits_per_dim, load, train
 from ddpm_hf.cli import main
 from ddpm_hf.data import TrainingImages, load_images
 from ddpm_hf.data.hold_out import HoldOut
-from ddpm_hf.evaluation import dataset_likelihood
+from ddpm_hf.evaluation import dataset_likelihood, model_images
 from ddpm_hf.evaluation.results import Evaluation
 from ddpm_hf.randomness import seed_of
 from ddpm_hf.training.dataset_setup import hold_out
@@ -232,6 +232,54 @@ def test_an_invalid_record_is_ignored_with_a_warning(change, message, model, fil
             pytest.warns(UserWarning, match="measured on 'train'"):  # fmt: skip
         evaluation = evaluate(edited(model, change), {"train": rows(*files)})
     assert evaluation.bound.num_images == NUM_IMAGES
+
+
+def prepared_at_size(monkeypatch):
+    sizes, real = [], model_images.prepare_images
+
+    def prepare(*args, **kwargs):
+        sizes.append(kwargs["resolution"])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(model_images, "prepare_images", prepare)
+    return sizes
+
+
+@pytest.mark.filterwarnings("ignore:there is no split")
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"height": 8192, "width": 8192},
+        {"height": 8192},
+        {"width": 16},
+        {"bit_depth": 16},
+        {"mode": "RGBA"},
+    ],
+)
+def test_a_recorded_format_that_is_not_the_networks_prepares_no_images(
+    change,
+    model,
+    photos,
+    monkeypatch,
+):
+    edited(model, lambda facts: facts["dataset"]["image"].update(change))
+    sizes = prepared_at_size(monkeypatch)
+    with pytest.warns(UserWarning, match=r"hold-out is not used: training.json has .* images"):
+        evaluate(model, photos)
+    assert set(sizes) == {8}
+
+
+@pytest.mark.filterwarnings("ignore:there is no split")
+@pytest.mark.parametrize("number", [10**12, 21, 19])
+def test_a_recorded_hold_out_of_another_number_of_images_prepares_none(
+    number,
+    model,
+    photos,
+    monkeypatch,
+):
+    edited(model, lambda facts: facts["dataset"]["held_out"].update(num_images=number))
+    with pytest.warns(UserWarning, match=f"the training run had {number:,} images, got 20"):
+        assert evaluate(model, photos).bound.num_images == 20
 
 
 def test_a_base_model_without_the_same_hold_out_gives_a_warning(model, files):

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 from accelerate.utils import broadcast_object_list, gather_object
@@ -65,14 +65,29 @@ class Artifacts:
                 keep = run.config.checkpoints_total_limit
                 save_checkpoint(run.paths.checkpoints, run.state, run.checkpoint_record(), keep)
 
-    def due_measurements(self, ending: bool) -> list[Callable[[], dict[str, float]]]:
-        """The measurements that are due after this update; all ranks call them, for the log."""
-        measurements = ((self.validation, self.validate), (self.evaluation, self.evaluate))
+    def due_measurements(
+        self, ending: bool, done: Collection[str] = ()
+    ) -> list[Callable[[], dict[str, float]]]:
+        """The measurements that are due after this update; all ranks call them, for the log.
+
+        Args:
+            ending: whether this is the last update.
+            done: keys of the log entry of this update.
+        """
+        measurements = (
+            ("validation_bits_per_dim", self.validation, self.validate),
+            ("evaluation_fd", self.evaluation, self.evaluate),
+        )
         return [
             call
-            for measurement, call in measurements
-            if measurement and (ending or self.run.is_due(measurement.every))
+            for key, measurement, call in measurements
+            if measurement and key not in done and (ending or self.run.is_due(measurement.every))
         ]
+
+    def is_grid_due(self, ending: bool) -> bool:
+        """Whether a grid of samples is due after this update."""
+        config = self.run.config
+        return config.num_samples > 0 and (ending or self.run.is_due(config.sample_steps))
 
     def validate(self) -> dict[str, float]:
         """Measure bits/dim of the held-out images; export the model to best/ if it is the best."""
@@ -101,8 +116,6 @@ class Artifacts:
         """Draw a grid of samples from the EMA weights on all ranks; a failure is a warning."""
         run, labels = self.run, self._grid_labels()
         count = len(labels) if labels else run.config.num_samples
-        if run.config.num_samples == 0:
-            return
         drawn: list[Pixels] = []
         with self._warn_on_any_error("draw samples"):
             drawn = draw_share(run, count, labels)
@@ -127,17 +140,38 @@ class Artifacts:
                 calibrate_model(run)
                 self._push()
 
-    def complete(self) -> None:
-        """Make what is missing after the last update of a run that was interrupted there."""
-        run = self.run
-        is_exported = read_json(run.paths.model.facts).get("steps") == run.state.step
-        if broadcast_object_list([is_exported])[0]:
-            self._push()
-        else:
+    def catch_up(self) -> bool:
+        """Make what is due at the checkpoint that the run resumed from, and is missing.
+
+        Returns:
+            False, on all ranks, if a stop signal left some of it for the next time.
+        """
+        run, step = self.run, self.run.state.step
+        ending = run.num_updates_left == 0
+        done, has_grid, is_exported = broadcast_object_list(
+            [
+                self.log.entry_at(step),
+                run.paths.sample_grid(step).exists(),
+                read_json(run.paths.model.facts).get("steps") == step,
+            ]
+        )
+        if self.validation is not None:
+            self.validated = self.validation.logged(done)
+        measurements = self.due_measurements(ending, done)
+        measured: dict[str, float] = {}
+        for measure in measurements:
+            measured |= measure()
+        if measured:
+            with self.warn_on_disk_error("log"):
+                self.log.amend(step, measured)
+        draws = self.is_grid_due(ending) and not has_grid and not run.stop.synchronize()
+        if draws:
             self.draw_samples()
-            self.validate()
-            self.export_model(must_succeed=True)
-        self.calibrate()
+        if not is_exported or measurements or draws:
+            self.export_model(must_succeed=ending)
+        elif ending:
+            self._push()
+        return not run.stop.synchronize()
 
     def _export_to(self, target: ModelPaths) -> None:
         export_model(self.run, target, [self.validated.record()] if self.validated else [])

@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,9 +145,10 @@ def train(
         log = MetricsLog(paths.metrics, accelerator, run.state.step, run.batches.batch_size)
         stack.callback(log.close)
         artifacts = Artifacts(run, log, pusher, validation, evaluation)
+        is_caught_up = checkpoint is None or artifacts.catch_up()
         if run.num_updates_left == 0:
-            artifacts.complete()
-        else:
+            artifacts.calibrate()
+        elif is_caught_up:
             reader = read_ahead(run)
             stack.callback(reader.close)
             # The bar is closed before any error is printed.
@@ -174,6 +175,14 @@ def _train_loop(
         with artifacts.warn_on_disk_error("log"):
             log.append(dataclasses.asdict(change))
     metrics = RunningMetrics(run.accelerator.device)
+
+    def write_log(measured: Mapping[str, float]) -> None:
+        values = metrics.read(run.accelerator)
+        values |= {"learning_rate": learning_rate(config, state.step - 1), **measured}
+        with artifacts.warn_on_disk_error("log"):
+            log.write(state.step, values, _describe_skipped(run, metrics))
+        bar.set_postfix(_progress_values(artifacts.evaluated | values), refresh=False)
+
     run.model.train()
     for step in range(state.step, last_step):
         loss, grad_norm, t = train_step(run, reader.micro_batches, step)
@@ -184,26 +193,32 @@ def _train_loop(
         # All ranks stop after the same update.
         reader.advance()
         stopping = run.stop.synchronize(failed=reader.failure is not None)
+
+        # Measure and log. What a stop leaves out is made up on resume, at the same update.
+        measured: dict[str, float] = {}
+        measurements = [] if stopping else artifacts.due_measurements(state.step == last_step)
+        for measure in measurements:
+            measured |= measure()
+        stopping = stopping or (bool(measurements) and run.stop.synchronize())
         ending = stopping or state.step == last_step
         saving = ending or run.is_due(config.checkpointing_steps)
-
-        # Measure and log.
-        measurements = [] if stopping else artifacts.due_measurements(ending)
-        if ending or measurements or run.is_due(config.logging_steps):
-            values = metrics.read(run.accelerator)
-            values["learning_rate"] = learning_rate(config, step)
-            for measure in measurements:
-                values |= measure()
-            with artifacts.warn_on_disk_error("log"):
-                log.write(state.step, values, _describe_skipped(run, metrics))
-            bar.set_postfix(_progress_values(artifacts.evaluated | values), refresh=False)
+        # Each checkpoint has an entry, so that the next one covers the updates since then.
+        logging = saving or bool(measurements) or run.is_due(config.logging_steps)
+        if logging:
+            write_log(measured)
             _check_gradients(metrics, state.step)
 
         # Save. The checkpoint comes first, because drawing may fail; the model includes the grid.
         if saving:
             artifacts.save_checkpoint(must_succeed=ending)
-        if not stopping and (ending or run.is_due(config.sample_steps)):
+        if not stopping and artifacts.is_grid_due(ending):
             artifacts.draw_samples()
+            stopping = run.stop.synchronize()
+            if stopping and not saving:
+                saving = True
+                if not logging:
+                    write_log({})
+                artifacts.save_checkpoint(must_succeed=True)
         if saving:
             artifacts.export_model(must_succeed=ending)
         if stopping:

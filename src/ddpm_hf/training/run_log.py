@@ -130,9 +130,26 @@ class MetricsLog:
         self._last_time, self._last_step = now, step
         values = {**values, "images_per_s": speed}
         self._track(lambda: self._accelerator.log(values, step=step))
-        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
         details = {"skipped": [dataclasses.asdict(update) for update in skipped]} if skipped else {}
-        self.append({"step": step, **finite, **details})
+        self.append({"step": step, **_finite(values), **details})
+
+    def entry_at(self, step: int) -> dict[str, object]:
+        """The logged values of update `step`; {} without any, and on other ranks."""
+        values: dict[str, object] = {}
+        if self._accelerator.is_main_process:
+            for line in self._file.read_text(encoding="utf-8").splitlines():
+                if _step_of(line) == step:
+                    values |= json.loads(line)
+        return values
+
+    def amend(self, step: int, values: Mapping[str, float]) -> None:
+        """Add values to the entry of update `step`, the last one."""
+        self._track(lambda: self._accelerator.log(dict(values), step=step))
+        if self._accelerator.is_main_process:
+            entry = self.entry_at(step) | {"step": step} | _finite(values)
+            lines = self._file.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if _step_of(line) != step]
+            write_text(self._file, "".join([*kept, json.dumps(entry) + "\n"]))
 
     def append(self, entry: Mapping[str, object]) -> None:
         """Append an entry to the file, without the trackers."""
@@ -168,6 +185,10 @@ def _drop_entries_after(file: Path, step: int) -> None:
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if _step_of(line) <= step]
     write_text(file, "".join(kept))
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {key: value if math.isfinite(value) else None for key, value in values.items()}
 
 
 def _step_of(line: str) -> float:

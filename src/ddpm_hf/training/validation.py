@@ -1,5 +1,6 @@
 """Bits/dim of held-out images during training."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +60,15 @@ class Validation:
         self.num_images = min(len(images), run.config.validation_images)
         self.every = run.config.validation_steps
         self.num_timesteps = min(run.config.validation_timesteps, len(run.components.scheduler))
+
+    def logged(self, entry: Mapping[str, object]) -> ValidationResult | None:
+        """The result in an entry of the log; None without one."""
+        mean, error = (
+            entry.get(f"validation_{name}") for name in ("bits_per_dim", "standard_error")
+        )
+        if not isinstance(mean, float) or not isinstance(error, float):
+            return None
+        return ValidationResult(mean, error, self.num_images)
 
     def measure(self) -> ValidationResult:
         """Bits/dim and its standard error, the same on all ranks."""

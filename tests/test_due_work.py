@@ -1,0 +1,157 @@
+"""Measurements, grids and the best model that are due at the update where a run stops."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from tiny_runs import Images, few_steps, metrics, on_grid, tiny_config, tiny_unet
+
+from ddpm_hf import train
+from ddpm_hf.training import artifacts, loop
+from ddpm_hf.training.periodic_evaluation import PeriodicEvaluation
+
+pytestmark = few_steps
+OPTIONS = {
+    "max_train_steps": 6, "validation_split": "0.3", "validation_steps": 2,
+    "validation_timesteps": 4, "num_train_timesteps": 20, "keep_best": True,
+    "evaluate_steps": 3, "evaluate_num_images": 4, "evaluate_features": "pixels",
+    "sample_inference_steps": 3, "num_samples": 4, "sample_steps": 2, "checkpointing_steps": 100,
+    "logging_steps": 4, "learning_rate": 0.05,
+}  # fmt: skip
+MEASURED = ("validation_bits_per_dim", "validation_standard_error", "evaluation_fd")
+
+
+def run(folder, dataset=None, **options):
+    config = tiny_config(folder, **OPTIONS | options)
+    return train(config, unet=tiny_unet(), dataset=dataset or on_grid())
+
+
+def work(folder):
+    """Everything that was due: measurements by update, grids, the best and the last model."""
+    values = {
+        entry["step"]: {key: entry[key] for key in MEASURED if key in entry}
+        for entry in metrics(folder)
+    }
+    facts = [
+        json.loads((folder / name / "training.json").read_text()) for name in ("best", "model")
+    ]
+    grids = {path.name: path.read_bytes() for path in (folder / "samples").iterdir()}
+    return (
+        {step: measured for step, measured in values.items() if measured}, grids,
+        [(fact["steps"], fact["metrics"]) for fact in facts],
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("straight")
+    run(folder)
+    return work(folder)
+
+
+def stop():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("read", range(4, 25, 4))
+def test_a_stop_at_any_update_leaves_nothing_out(read, straight, tmp_path):
+    assert run(tmp_path, dataset=Images(on_grid(), read, stop)).stopped_by
+    run(tmp_path)
+    assert work(tmp_path) == straight
+    steps = [entry["step"] for entry in metrics(tmp_path)]
+    assert steps == sorted(set(steps))
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_an_interrupted_measurement_is_made_up(call, straight, tmp_path, monkeypatch):
+    calls, sample = [], PeriodicEvaluation._sample_features
+
+    def stopping(self):
+        calls.append(1)
+        if len(calls) == call:
+            stop()
+        return sample(self)
+
+    monkeypatch.setattr(PeriodicEvaluation, "_sample_features", stopping)
+    assert run(tmp_path).num_steps == 3 * call
+    run(tmp_path)
+    assert work(tmp_path) == straight
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_an_interrupted_grid_is_made_up(call, straight, tmp_path, monkeypatch):
+    calls, draw = [], artifacts.draw_share
+
+    def stopping(*args):
+        calls.append(1)
+        if len(calls) == call:
+            stop()
+        return draw(*args)
+
+    monkeypatch.setattr(artifacts, "draw_share", stopping)
+    assert run(tmp_path).num_steps == 2 * call
+    run(tmp_path)
+    assert work(tmp_path) == straight
+
+
+def test_a_stop_while_work_is_made_up_makes_no_update(straight, tmp_path, monkeypatch):
+    run(tmp_path, dataset=Images(on_grid(), 4 * 4, stop))
+    before = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    with monkeypatch.context() as patch:
+        draw = artifacts.draw_share
+        patch.setattr(artifacts, "draw_share", lambda *args: (stop(), draw(*args))[1])
+        patch.setattr(PeriodicEvaluation, "_sample_features", lambda self: (stop(), 1 / 0))
+        run(tmp_path)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == before
+    run(tmp_path)
+    assert work(tmp_path) == straight
+
+
+def test_a_kill_between_checkpoint_and_grid_leaves_nothing_out(straight, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def kill(*args):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts.Artifacts, "draw_samples", kill)
+        with pytest.raises(Killed):
+            run(tmp_path, checkpointing_steps=2)
+    run(tmp_path)
+    assert work(tmp_path) == straight
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_the_first_loss_after_a_resume_covers_the_updates_since_the_entry_before(
+    step, tmp_path, monkeypatch
+):
+    """The run is killed after update 3, and resumes from the checkpoint of update 2."""
+    losses, real = [], loop.train_step
+
+    def recording(run, batches, update):
+        result = real(run, batches, update)
+        losses.append((update + 1, result[0].item()))
+        return result
+
+    class Killed(BaseException):
+        pass
+
+    def kill():
+        raise Killed
+
+    monkeypatch.setattr(loop, "train_step", recording)
+    options = {"checkpointing_steps": step, "validation_split": None, "evaluate_steps": None,
+               "num_samples": 0, "keep_best": False, "logging_steps": 6}  # fmt: skip
+    images = Images(on_grid(), 4 * 5, kill)
+    with pytest.raises(BaseException):  # noqa: B017, PT011
+        run(tmp_path, dataset=images, **options)
+    run(tmp_path, **options)
+    by_update, last = dict(losses), 0
+    for entry in metrics(tmp_path):
+        covered = [by_update[update] for update in range(last + 1, entry["step"] + 1)]
+        assert entry["loss"] == pytest.approx(torch.tensor(covered).mean().item(), rel=1e-5)
+        last = entry["step"]
+    assert last == 6
