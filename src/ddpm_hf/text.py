@@ -54,6 +54,22 @@ def without_secrets(text: str) -> str:
     return text
 
 
+def escaped(value: object) -> str:
+    r"""One short line of text for a terminal; control characters appear as \xNN or \uNNNN."""
+    return visible(str(value).replace("\n", "\\n"))[:200]
+
+
+def visible(text: str) -> str:
+    r"""`text` with all control characters but line breaks as \xNN or \uNNNN.
+
+    The characters would move the cursor, change the title of the terminal, or reverse the text.
+    """
+    return "".join(
+        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode()
+        for char in text
+    )
+
+
 def printable(name: str) -> str:
     r"""File name as valid UTF-8, with invalid bytes as \xNN."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

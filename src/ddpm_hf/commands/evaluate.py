@@ -10,6 +10,7 @@ from ddpm_hf.evaluation.options import DATASET_HELP, METRIC_NAMES, ComparisonOpt
 from ddpm_hf.hub.options import LoadOptions
 from ddpm_hf.options import REQUIRED, OptionError, option
 from ddpm_hf.scheduler_spec import NAMES_HELP, scheduler_name
+from ddpm_hf.text import escaped
 
 if TYPE_CHECKING:
     from ddpm_hf.evaluation.results import Evaluation
@@ -109,7 +110,7 @@ class EvaluateCommand(ComparisonOptions):
     verify: bool = option(
         False,
         "measure the figures of the model card again; the exit status is 1 if one is not reproduced"
-        " within its interval",
+        " within its interval, or cannot be measured",
     )
 
     def __post_init__(self) -> None:
@@ -218,7 +219,7 @@ def compare(options: EvaluateCommand) -> None:
 
 
 def verify(options: EvaluateCommand) -> int:
-    """Measure the figures of the model card again; 0 if all are reproduced.
+    """Measure the figures of the model card again; 0 if all are measured and reproduced.
 
     Raises:
         ValueError, OSError: see `evaluation.verify.verify`.
@@ -237,12 +238,12 @@ def verify(options: EvaluateCommand) -> int:
     state.destroy_process_group()
     verdicts = {True: "reproduced", False: "NOT reproduced", None: "not checked"}
     for claim in claims if state.is_main_process else []:
-        figures = f"{claim.name}: {claim.claimed:.6g} in the card"
+        figures = f"{escaped(claim.name)}: {claim.claimed:.6g} in the card"
         if claim.measured is not None:
             figures += f", {claim.measured:.6g} measured"
-        remark = f" ({claim.remark})" if claim.remark else ""
+        remark = f" ({escaped(claim.remark)})" if claim.remark else ""
         print(f"{verdicts[claim.is_reproduced]:15} {figures}{remark}")
-    return NOT_REPRODUCED if any(claim.is_reproduced is False for claim in claims) else 0
+    return NOT_REPRODUCED if not all(claim.is_reproduced for claim in claims) else 0
 
 
 def write_card(folder: Path, evaluation: "Evaluation") -> None:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,17 +24,41 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: if the file is too large, invalid, nested too deeply, or not an object.
     """
-    if not path.is_file():
-        return {}
-    if (size := path.stat().st_size) > MAX_JSON_BYTES:
-        raise ValueError(f"{path} has {size:,} bytes; at most {MAX_JSON_BYTES:,} are read")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = read_text(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    try:
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got a {type(content).__name__}")
     return content
+
+
+def read_text(path: Path, max_bytes: int = MAX_JSON_BYTES) -> str:
+    """The text of a regular file in UTF-8.
+
+    Raises:
+        ValueError: if it is too large, not text, or a device or pipe, which may never end.
+        OSError: if it cannot be read.
+    """
+    check_regular(path)
+    if (size := path.stat().st_size) > max_bytes:
+        raise ValueError(f"{path} has {size:,} bytes; at most {max_bytes:,} are read")
+    with path.open("rb") as file:
+        content = file.read(max_bytes)
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+
+
+def check_regular(path: Path) -> None:
+    """Raise ValueError for a folder, device, pipe or socket; FileNotFoundError for nothing."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError(f"{path} is not a regular file")
 
 
 @contextmanager
