@@ -8,19 +8,23 @@ from types import SimpleNamespace
 import numpy as np
 import pandas
 import pytest
+import torch
 from checkpoints import SHORT_CHAIN, tiny_unet
+from diffusers import DDIMScheduler
 from image_sets import folder_of
 from image_zoo import encode
 from processes import run_process
 
 import ddpm_hf
-from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler
+from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler, bits_per_dim
 from ddpm_hf.cli import main
-from ddpm_hf.data import ImageFacts
+from ddpm_hf.data import ImageFacts, load_images
 from ddpm_hf.evaluation import image_comparison
 from ddpm_hf.evaluation.comparison_results import Comparison
 from ddpm_hf.evaluation.figures import FeatureNetwork, Floor, MeasurementSetup, MetricResult
+from ddpm_hf.evaluation.model_images import images_for
 from ddpm_hf.evaluation.ranking import gap_of_chance, ranked_figure
+from ddpm_hf.randomness import seed_of
 from ddpm_hf.sampling import open_drawn, sharded_sampling
 from ddpm_hf.sampling.sampler_choice import build_scheduler, sampled_by
 from ddpm_hf.scheduler_spec import SchedulerSpec
@@ -208,6 +212,57 @@ def test_models_and_numbers_of_steps_are_compared_by_their_bound(models, photos)
     assert bounds[2].value == want.bound.value
     assert f"{bounds[2].value:.4g} +- " in str(comparison)
     assert "12 images of photos, test" in str(comparison)
+
+
+def test_only_samplers_with_a_bound_get_one_and_eta_is_used(models, photos, tmp_path):
+    schedulers = ["DDPM", "DDIM", "DDPM:eta=0", "DDPM:eta=0.5", "DPMSolverMultistep"]
+    call = {"metrics": ["bits-per-dim"], "num_inference_steps": [5], "progress": False}
+    comparison = ddpm_hf.compare(
+        models[0], photos, schedulers=schedulers, output=tmp_path / "out", **call
+    )
+    bounds = {row.scheduler: row.figures["bits-per-dim"].value for row in comparison.settings}
+    assert [*bounds] == ["DDPM", "DDPM:eta=0.5"]
+    assert {row.scheduler: row.reason.split(", got ")[1] for row in comparison.left_out} == {
+        "DDIM": "DDIM, whose steps define no bound",
+        "DDPM:eta=0": "DDPM:eta=0, which is deterministic",
+        "DPMSolverMultistep": "DPMSolverMultistep, whose steps define no bound",
+    }
+    pipeline = GaussianDDPMPipeline.from_pretrained(models[0])
+    want = ddpm_hf.evaluate(pipeline, photos, **call | {"num_inference_steps": 5}).bound
+    assert bounds["DDPM"] == want.value
+    assert (want.eta, "eta" in want.to_dict()) == (None, False)
+    # Noise of image i as in the evaluation; all twelve images of the held-out split.
+    images = images_for(pipeline.unet, load_images(photos, split="test"), progress=False)
+    generators = [torch.Generator().manual_seed(seed_of(0, "bound", i)) for i in range(12)]
+    of_eta = bits_per_dim(
+        pipeline.unet, pipeline.scheduler, images.batch(range(12)), num_inference_steps=5,
+        eta=0.5, generator=generators, progress=False,
+    )  # fmt: skip
+    assert bounds["DDPM:eta=0.5"] == pytest.approx(of_eta.mean, rel=1e-6)
+    assert abs(bounds["DDPM:eta=0.5"] - bounds["DDPM"]) > 0.01
+    text = (tmp_path / "out" / "DDPM-eta=0.5-5" / "evaluation.json").read_text()
+    assert json.loads(text)["results"][0]["eta"] == 0.5
+
+
+def test_the_bound_of_a_model_whose_own_sampler_has_none_is_refused(models, photos):
+    pipeline = GaussianDDPMPipeline.from_pretrained(models[0])
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    with pytest.raises(ValueError, match=r"`metrics`: bits-per-dim needs .* DDPM .*, got DDIM"):
+        ddpm_hf.evaluate(pipeline, photos, progress=False)
+    bound = {"metrics": ["bits-per-dim"], "scheduler": "DDPM", "num_inference_steps": 2}
+    assert ddpm_hf.evaluate(pipeline, photos, **bound, progress=False).bound.value > 0
+
+
+@pytest.mark.parametrize("scheduler", ["DDIM", "DDPM:eta=0", "UniPCMultistep"])
+def test_the_command_refuses_the_bound_of_a_sampler_that_has_none(
+    scheduler, models, photos, tmp_path, capsys
+):
+    arguments = ["evaluate", str(models[0]), str(photos), "--schedulers", scheduler,
+                 "--metrics", "bits-per-dim", "fd", "--features", "pixels"]  # fmt: skip
+    assert main([*arguments, "--output", str(tmp_path / "out")]) == 2
+    message = f"--metrics: bits-per-dim needs the scheduler DDPM with eta above 0, got {scheduler},"
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out" / "drawn").exists()
 
 
 def figure(name, value, halves):

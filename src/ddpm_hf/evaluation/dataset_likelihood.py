@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ddpm_hf.diffusion.atomic_files import remove_folder
 from ddpm_hf.diffusion.conditioning import denoiser_of
-from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
+from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler, as_gaussian_scheduler
 from ddpm_hf.digests import weights_digest
 from ddpm_hf.evaluation.figures import BoundPart, BoundParts, BoundResult
 from ddpm_hf.evaluation.model_images import EvaluationImages
@@ -33,6 +33,7 @@ class BoundOptions:
         num_inference_steps: K; None for the whole chain.
         num_timesteps: network calls per image; None for K.
         timesteps: explicit timesteps in place of `num_inference_steps`.
+        eta: noise of the sampler, in (0, 1].
         decoder: "exact" or "tanh".
         seed: of the noise, which depends on the seed and the index of an image.
         batch_size: images per batch.
@@ -41,6 +42,7 @@ class BoundOptions:
     num_inference_steps: int | None = None
     num_timesteps: int | None = None
     timesteps: tuple[int, ...] | None = None
+    eta: float = 1.0
     decoder: str = "exact"
     seed: int = 0
     batch_size: int = 64
@@ -61,7 +63,7 @@ def measure_bits_per_dim(
 
     Args:
         unet: network on the device of this rank.
-        scheduler: of the diffusion; another sampler than DDPM's is converted.
+        scheduler: a DDPM scheduler.
         images: images to measure.
         options: options of the bound.
         folder: holds unfinished shards.
@@ -71,9 +73,10 @@ def measure_bits_per_dim(
     Returns:
         the bound on the main rank, None on others.
     Raises:
+        TypeError: for another scheduler.
         ValueError: if the options do not fit; see `bits_per_dim`.
     """
-    scheduler = GaussianDDPMScheduler.from_config(scheduler.config)
+    scheduler = GaussianDDPMScheduler.from_config(as_gaussian_scheduler(scheduler).config)
     key = bound_key(unet, scheduler, images, options)
     if known and known.key == key:
         return known if state.is_main_process else None
@@ -140,6 +143,7 @@ def _bound_of_rows(
         ],
         decoder=options.decoder,
         bit_depth=images.facts.bit_depth,
+        eta=options.eta,
         batch_size=len(rows),
         progress=progress,
     )
@@ -154,7 +158,10 @@ def bound_key(
     """Digest of everything that determines the result."""
     config = {name: value for name, value in scheduler.config.items() if name[0] != "_"}
     curve = None if scheduler.x_0_mse is None else scheduler.x_0_mse.tolist()
-    facts = [dataclasses.asdict(options), config, curve, str(unet.dtype), images.digest()]
+    chosen = dataclasses.asdict(options)
+    if options.eta == 1:  # results without `eta` keep their keys
+        del chosen["eta"]
+    facts = [chosen, config, curve, str(unet.dtype), images.digest()]
     sums = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     sums.update(weights_digest(unet).encode())
     return sums.hexdigest()
@@ -186,6 +193,7 @@ def _bound_result(
         num_train_timesteps=len(scheduler),
         num_inference_steps=num_steps,
         num_timesteps=min(options.num_timesteps or num_steps, num_steps),
+        eta=None if options.eta == 1 else options.eta,
         decoder=options.decoder,
         seed=options.seed,
         timesteps=tuple(bound.timesteps.tolist()),

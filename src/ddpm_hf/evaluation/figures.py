@@ -184,6 +184,7 @@ class BoundResult(Record):
         is_calibrated: whether the scheduler has calibrated variances.
         num_train_timesteps, num_inference_steps: T and K.
         num_timesteps: M, measured terms per image.
+        eta: noise of the sampler; None for 1.
         decoder: "exact" or "tanh".
         seed: of the noise.
         timesteps: (K,), descending.
@@ -208,6 +209,7 @@ class BoundResult(Record):
     num_train_timesteps: int
     num_inference_steps: int
     num_timesteps: int
+    eta: float | None = optional()
     decoder: str
     seed: int
     timesteps: tuple[int, ...]

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ddpm_hf.diffusion.image_processor import ImageFacts
+from ddpm_hf.diffusion.scheduling import as_gaussian_scheduler
 from ddpm_hf.evaluation.dataset_likelihood import BoundOptions, measure_bits_per_dim, remove_shards
 from ddpm_hf.evaluation.features import Features, features_of, load_features
 from ddpm_hf.evaluation.figures import BoundResult, ImageFormat, MetricResult, ModelFacts
@@ -145,7 +146,7 @@ class Evaluator:
         with sampled_by(subject.source, sampler) if is_drawn else nullcontext():
             bound = None
             if BITS in self.metrics:
-                bound = self._bound(subject.source, options, folder)
+                bound = self._bound(subject.source, options, folder, sampler)
             real, drawn = None, None
             if self.image_metrics:
                 real = self.real_images(subject)  # fails before the drawing, if at all
@@ -203,8 +204,12 @@ class Evaluator:
             command=command_of([subject.name], dataset.name, shown),
         )
 
-    def _bound(self, pipeline: Any, options: EvaluationOptions, folder: Path) -> BoundResult | None:
+    def _bound(
+        self, pipeline: Any, options: EvaluationOptions, folder: Path, sampler: SchedulerSpec
+    ) -> BoundResult | None:
         """Bits/dim of the held-out images, on the main rank."""
+        eta = 1.0 if sampler.eta is None else float(sampler.eta)
+        _check_has_bound(pipeline.scheduler, eta)
         number, subset = options.num_images, self.data.likelihood_subset()
         images = images_for(
             pipeline.unet,
@@ -226,6 +231,7 @@ class Evaluator:
             BoundOptions(
                 num_inference_steps=options.num_inference_steps,
                 num_timesteps=options.num_timesteps,
+                eta=eta,
                 decoder=options.decoder,
                 seed=options.seed,
                 batch_size=options.batch_size,
@@ -269,4 +275,20 @@ class Evaluator:
             rows=rows,
             batch_size=self.options.batch_size,
             progress=self.progress,
+        )
+
+
+def _check_has_bound(scheduler: Any, eta: float) -> None:
+    """Refuse the bound of a sampler that has none."""
+    name = type(scheduler).__name__.removesuffix("Scheduler").removeprefix("Gaussian")
+    reason = "which is deterministic" if eta == 0 else ""
+    try:
+        as_gaussian_scheduler(scheduler)
+    except TypeError:
+        reason = "whose steps define no bound"
+    if reason:
+        noise = "" if eta == 1 else f":eta={eta:g}"
+        raise ValueError(
+            f"`metrics`: {BITS} needs the scheduler DDPM with eta above 0, got {name}{noise},"
+            f" {reason}"
         )

@@ -63,8 +63,9 @@ def bound_setup(bound: BoundResult) -> str:
     """Steps, decoder and seed of a bound in one line."""
     K, M = bound.num_inference_steps, bound.num_timesteps
     measured = f", {M:,} of them measured per image" if M < K else ""
+    eta = "" if bound.eta is None else f", eta {bound.eta:g}"
     variances = ", calibrated variances" if bound.is_calibrated else ""
-    return f"K = {K:,} steps{measured}{variances}; decoder {bound.decoder}; seed {bound.seed}"
+    return f"K = {K:,} steps{eta}{measured}{variances}; decoder {bound.decoder}; seed {bound.seed}"
 
 
 def metric_table(figures: tuple[MetricResult, ...], dataset: DatasetFacts) -> str:
