@@ -25,6 +25,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from pathlib import Path
 from typing import Any
 
+import datasets
 import psutil
 import pytest
 
@@ -125,6 +126,8 @@ def _run_python(
     faulthandler.enable()
     os.environ.clear()
     os.environ.update(env)
+    if "HF_DATASETS_CACHE" in env:  # which datasets reads when it is imported
+        datasets.config.HF_DATASETS_CACHE = Path(env["HF_DATASETS_CACHE"])
     os.chdir(cwd)
     first, *rest = arguments
     places = [path for path in env.get("PYTHONPATH", "").split(os.pathsep) if path]
@@ -241,6 +244,14 @@ def forked_ranks(
             stack.enter_context(forked(arguments, env={**env, **rank}, cwd=cwd, merged=True))
             for rank in _ranks(count)
         ]
+
+
+def finish_ranks(arguments: Sequence[str | Path], cache: Path) -> None:
+    """Run `python ARGUMENTS` on two ranks, with a cache of features of their own."""
+    env = {**os.environ, "HF_DATASETS_CACHE": str(cache / "cache")}
+    with forked_ranks(arguments, env=env) as processes:
+        outputs = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
 
 
 def _ranks(count: int) -> list[dict[str, str]]:

@@ -1,7 +1,6 @@
 """`calibrate_checkpoint` and `ddpm-hf calibrate`: the curve, the files, and the output."""
 
 import json
-import sys
 import warnings
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from checkpoints import SHORT_CHAIN, tiny_unet
 from diffusers import DDIMScheduler, DDPMScheduler
 from PIL import Image
-from processes import run_process
+from processes import finish_ranks
 
 import ddpm_hf
 from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler, calibrate, load
@@ -228,14 +227,9 @@ def test_two_processes_match_one_process(model, photos, tmp_path):
     options = ["--seed", "3", "--batch-size", "1"]
     assert main(command(model, photos, tmp_path / "one", *options)) == 0
     want = load(model).scheduler.x_0_mse
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
-              "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-              "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
     swept = ["--sweep", "--sweep-images", "4", "--features", "pixels"]
-    process = run_process(
-        [*launch, "-m", "ddpm_hf", *command(model, photos, tmp_path / "two", *options, *swept)]
-    )
-    assert process.returncode == 0, process.stderr
+    two = command(model, photos, tmp_path / "two", *options, *swept)
+    finish_ranks(["-m", "ddpm_hf", *two], tmp_path)
     assert torch.equal(load(model).scheduler.x_0_mse, want)
     result, sweep = json.loads((tmp_path / "two" / "calibration.json").read_text())["results"]
     assert result["num_images"] == NUM_IMAGES

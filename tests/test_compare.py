@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +12,7 @@ from checkpoints import SHORT_CHAIN, tiny_unet
 from diffusers import DDIMScheduler
 from image_sets import folder_of
 from image_zoo import encode
-from processes import run_process
+from processes import finish_ranks
 
 import ddpm_hf
 from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler, bits_per_dim
@@ -355,12 +354,8 @@ def test_karras_sigmas_are_rejected_for_schedules_that_end_in_almost_pure_noise(
 def test_two_processes_match_one_process(models, photos, tmp_path):
     arguments = command(models[:1], photos, tmp_path / "one", *SWEEP)
     assert main(arguments) == 0
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
-              "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-              "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
     two = command(models[:1], photos, tmp_path / "two", *SWEEP)
-    process = run_process([*launch, "-m", "ddpm_hf", *two])
-    assert process.returncode == 0, process.stderr
+    finish_ranks(["-m", "ddpm_hf", *two], tmp_path)
     one, two = (
         json.loads((tmp_path / name / "comparison.json").read_text()) for name in ("one", "two")
     )

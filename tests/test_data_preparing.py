@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 from image_sets import as_numpy, folder_of, greys, prepare, rows
 from PIL import Image
-from processes import run_process
+from processes import run_forked
 
 from ddpm_hf.data import DataError, load_images
 
@@ -152,8 +151,9 @@ def test_a_failed_preparation_leaves_no_files(tmp_path):
 
 
 PREPARE_SCRIPT = """
-import json, resource, sys
+import json, resource, sys, warnings
 from ddpm_hf.data import load_images, prepare_images
+warnings.simplefilter("ignore")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 dataset = load_images(sys.argv[1])
 images = prepare_images(dataset, cache_dir=sys.argv[2], on_bad_image="skip", progress=False)
@@ -164,8 +164,7 @@ print(json.dumps([str(images.folder), len(images), total, after - before]))
 
 
 def prepare_in_a_process(*arguments):
-    command = [sys.executable, "-W", "ignore", "-c", PREPARE_SCRIPT, *map(str, arguments)]
-    done = run_process(command)
+    done = run_forked(["-c", PREPARE_SCRIPT, *arguments])
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

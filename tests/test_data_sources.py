@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import sys
 
 import datasets
 import image_zoo as zoo
@@ -13,7 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 from hub_server import ClientError, HubClient, HubServer
 from image_sets import CLASSES, folder_of, greys, naming, prepare, rows
-from processes import run_process
 
 from ddpm_hf.data import DataError, load_images
 
@@ -60,8 +58,7 @@ print(caught[0].message)
 def test_unsupported_formats_are_counted_with_an_install_hint(tmp_path):
     photos = {f"IMG_{i}.HEIC": b"\0\0\0\x18ftypheic" for i in range(40)}
     folder_of(tmp_path, {**CLASSES, **photos})
-    command = [sys.executable, "-c", HEIC_SCRIPT, tmp_path]
-    done = run_process(command)
+    done = run_forked(["-c", HEIC_SCRIPT, tmp_path])
     want = "6 images used, 40 left out (.heic 40); for .heic install pillow-heif"
     assert done.stdout.strip() == want
 

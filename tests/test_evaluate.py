@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import sys
 import time
 
 import numpy as np
@@ -13,7 +12,7 @@ from checkpoints import SHORT_CHAIN, tiny_unet
 from image_sets import folder_of, rows
 from image_zoo import encode
 from PIL import Image
-from processes import LIMIT_S, started_ranks
+from processes import LIMIT_S, forked_ranks
 from transformers import ViTConfig, ViTModel
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
@@ -289,17 +288,18 @@ def test_two_processes_that_are_killed_and_restarted_match_one_process(model, ph
                  "--features", "pixels", "--num-images", "600", "--num-inference-steps", "2",
                  "--batch-size", "20"]  # fmt: skip
     assert main([*arguments, "--output", str(tmp_path / "one")]) == 0
-    two = [sys.executable, "-m", "ddpm_hf", *arguments, "--output", str(tmp_path / "two")]
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf")}
+    two = ["-m", "ddpm_hf", *arguments, "--output", str(tmp_path / "two")]
+    # Without the features that the single process cached.
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     drawn = tmp_path / "two" / "drawn"
-    with started_ranks(two, env=environment) as processes:
+    with forked_ranks(two, env=environment) as processes:
         began = time.monotonic()
         while len(list(drawn.glob("part-*"))) < 3:
             assert all(process.poll() is None for process in processes)
             assert time.monotonic() - began < LIMIT_S
             time.sleep(0.01)
     assert 3 <= len(list(drawn.glob("part-*"))) < 30
-    with started_ranks(two, env=environment) as processes:
+    with forked_ranks(two, env=environment) as processes:
         outputs = [process.communicate(timeout=LIMIT_S)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     one, two = (
@@ -328,9 +328,8 @@ print("result", hash(repr(evaluation.to_dict())), hash(repr(comparison.to_dict()
 
 @pytest.mark.slow
 def test_every_rank_returns_the_same_result(model, photos, tmp_path):
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "PYTHONHASHSEED": "0"}
-    command = [sys.executable, "-c", RANK_PROGRAM, str(model), str(photos), str(tmp_path / "out")]
-    with started_ranks(command, env=environment) as processes:
+    arguments = ["-c", RANK_PROGRAM, model, photos, tmp_path / "out"]
+    with forked_ranks(arguments) as processes:  # with one seed of `hash`, that of their server
         outputs = [process.communicate(timeout=LIMIT_S)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     first, second = (re.findall(r"^result .*", output, re.MULTILINE) for output in outputs)

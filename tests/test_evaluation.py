@@ -1,7 +1,6 @@
 """`ddpm-hf evaluate` with the bound: results, files, resumption and errors."""
 
 import json
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 import torch
 from checkpoints import SHORT_CHAIN, tiny_unet
 from PIL import Image
-from processes import run_process
+from processes import finish_ranks
 
 from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler, bits_per_dim, load
 from ddpm_hf.cli import main
@@ -140,13 +139,8 @@ def test_an_interrupted_evaluation_resumes_and_a_finished_one_is_reused(
 @pytest.mark.slow
 def test_two_processes_match_one_process(evaluate, model, photos, tmp_path):
     one = evaluate("--batch-size", "1")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
-              "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-              "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
     options = ["--output", str(tmp_path / "two"), "--batch-size", "1"]
-    command = [*launch, "-m", "ddpm_hf", "evaluate", str(model), str(photos), *options]
-    process = run_process(command)
-    assert process.returncode == 0, process.stderr
+    finish_ranks(["-m", "ddpm_hf", "evaluate", str(model), str(photos), *options], tmp_path)
     two = json.loads((tmp_path / "two" / "evaluation.json").read_text())["results"][0]
     assert two == one
 

@@ -1,8 +1,6 @@
 """Outputs of `ddpm-hf sample`: file formats, records, resume and several processes."""
 
 import json
-import os
-import sys
 import time
 
 import datasets
@@ -10,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import LIMIT_S, started_ranks
+from processes import LIMIT_S, forked_ranks
 from tiny_runs import tiny_unet
 
 from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler
@@ -197,9 +195,8 @@ def test_two_killed_and_restarted_processes_sample_the_images_of_one(model, tmp_
     assert main([*command, "--output", str(tmp_path / "one.npz")]) == 0
     output, parts = tmp_path / "two.npz", tmp_path / "two.npz.parts"
     command += ["--output", str(output)]
-    two = [sys.executable, "-m", "ddpm_hf", *command]
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf")}
-    with started_ranks(two, env=environment) as processes:
+    two = ["-m", "ddpm_hf", *command]
+    with forked_ranks(two) as processes:
         start = time.monotonic()
         while len(list(parts.glob("part-*"))) < 3:
             assert all(process.poll() is None for process in processes)
@@ -211,7 +208,7 @@ def test_two_killed_and_restarted_processes_sample_the_images_of_one(model, tmp_
         assert all(process.poll() is None for process in processes)
     assert 3 <= len(list(parts.glob("part-*"))) < 100
     assert not output.exists()
-    with started_ranks(two, env=environment) as processes:
+    with forked_ranks(two) as processes:
         printed = [process.communicate(timeout=LIMIT_S)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], printed
     assert sum("399 images in" in text for text in printed) == 1  # printed by the main process only
