@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from hub_server import ClientError, HubClient, HubServer
 from image_sets import CLASSES, folder_of, greys, naming, prepare, rows
+from processes import run_forked
 
 from ddpm_hf.data import DataError, load_images
 
