@@ -10,7 +10,7 @@ from processes import LIMIT_S, run_process, started
 
 from ddpm_hf.cli import main
 from ddpm_hf.locks import FOLDER_LOCK, InUseError, exclusive_folder, hold_lock
-from ddpm_hf.sampling.image_writer import batch_folder
+from ddpm_hf.sampling.output_paths import batch_folder
 from ddpm_hf.shared_work import distributed_state
 
 

@@ -5,10 +5,18 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 
 from ddpm_hf import __version__
 from ddpm_hf.commands import calibrate, convert, edit, evaluate, push, sample, train
-from ddpm_hf.commands.messages import command_messages, say
+from ddpm_hf.commands.messages import (
+    command_messages,
+    escape_unencodable_output,
+    is_stdout_closed,
+    say,
+)
+from ddpm_hf.hub.options import check_endpoint
+from ddpm_hf.text import check_local_path
 
 COMMANDS = {
     "train": train,
@@ -55,7 +63,8 @@ def run_command(
 ) -> int:
     """Run a command and return its exit status; failures are reported in one line.
 
-    Invalid input gives status 2, a failure of the disk or the Hub status 1.
+    Invalid input gives status 2, a failure of the disk or the Hub status 1, and a reader of the
+    output that has left, as in `| head`, that of SIGPIPE without a message.
 
     Args:
         command: takes its arguments and returns the exit status.
@@ -63,10 +72,20 @@ def run_command(
         options: dataclass of the options that messages name as flags; commands of `ddpm-hf` set
             their own.
     """
+    escape_unencodable_output()
     try:
         with command_messages(options):
-            return command(list(sys.argv[1:] if argv is None else argv))
+            words = list(sys.argv[1:] if argv is None else argv)
+            check_endpoint()
+            # Before the parser, whose import takes a second.
+            for word in takewhile(lambda word: not word.startswith("-"), words):
+                check_local_path(word)
+            status = command(words)
+            sys.stdout.flush()
+            return status
     except (ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, BrokenPipeError) and is_stdout_closed():
+            return 128 + signal.SIGPIPE
         if isinstance(error, RuntimeError):
             from ddpm_hf.training import TrainingError
 

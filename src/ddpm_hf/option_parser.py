@@ -11,6 +11,7 @@ import inspect
 import textwrap
 import typing
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -160,7 +161,7 @@ class _Declaration:
 def _parsed_type(annotation: Any) -> Any:
     """The type that one word of the command line is parsed into; the dataclass converts further."""
     kinds = kinds_of(annotation)
-    if Any in kinds or str in kinds:
+    if not {Any, str, Path}.isdisjoint(kinds):  # Path("") would be the current folder
         return str
     for kind in kinds:
         if typing.get_origin(kind) in (list, tuple):

@@ -118,6 +118,8 @@ class Options:
         name, facts = field.name, field.metadata
         if value is None and type(None) in kinds:
             return None
+        if facts.get("is_path") and value == "":
+            raise self._error(f"`{name}` must be a path, got an empty text")
         value = _converted(value, kinds, facts.get("is_path", False))
         items = value if isinstance(value, list | tuple) else [value]
         choices = _choices(kinds) or list(facts.get("choices") or ())

@@ -1,14 +1,17 @@
 """Conversion of pixels to PIL images, and image grids."""
 
 import math
-import textwrap
+import unicodedata
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from ddpm_hf import fonts
 
 Pixels = npt.NDArray[Any]  # one image, (H, W, C), float in [0, 1]
 # Grid cells are enlarged by an integer factor until the longer side has at least this many pixels.
@@ -85,27 +88,53 @@ def image_grid(
     return _with_row_names(grid, row_names, height + gap, max_name_length)
 
 
-def grid_by_row(images: Sequence[Pixels], rows: Sequence[str]) -> Image.Image:
-    """Image grid with one named row per distinct value of `rows`, the row name of each image."""
-    by_row: dict[str, list[Pixels | None]] = {}
-    for image, name in zip(images, rows, strict=True):
-        by_row.setdefault(name, []).append(image)
+def grid_by_row(
+    images: Sequence[Pixels], labels: Sequence[int], class_names: Sequence[str]
+) -> Image.Image:
+    """Image grid with one row per class, in the order of their first images, and its name.
+
+    A class whose name no installed font can draw has its number; a warning lists these names.
+
+    Args:
+        images: as for `image_grid`.
+        labels: class number of each image.
+        class_names: names of the classes by number.
+    """
+    by_row: dict[int, list[Pixels | None]] = {}
+    for image, label in zip(images, labels, strict=True):
+        by_row.setdefault(int(label), []).append(image)
     columns = max(map(len, by_row.values()))
     cells = [cell for row in by_row.values() for cell in [*row, *[None] * (columns - len(row))]]
-    return image_grid(cells, columns, list(by_row))
+    names = {label: class_names[label] for label in by_row}
+    undrawable = {n: name for n, name in names.items() if not fonts.font_with(_shortened(name))}
+    if undrawable:
+        legend = ", ".join(f"{n} = {name}" for n, name in undrawable.items())
+        warnings.warn(
+            f"no installed font has the characters of these classes; their rows show the numbers: "
+            f"{legend}",
+            stacklevel=2,
+        )
+    return image_grid(cells, columns, [str(n) if n in undrawable else names[n] for n in names])
+
+
+def _shortened(name: str, max_length: int = MAX_NAME_LENGTH) -> str:
+    """The name, normalized to composed characters and cut to a number of characters."""
+    name = unicodedata.normalize("NFC", " ".join(name.split()))
+    return name if len(name) <= max_length else name[: max_length - 3] + "..."
 
 
 def _with_row_names(
     grid: Image.Image, names: Sequence[str], row_height: int, max_length: int
 ) -> Image.Image:
     """The grid with the names in a left margin, vertically centred on the rows."""
-    font = ImageFont.load_default(size=14)
-    names = [textwrap.shorten(name, max_length, placeholder="...") for name in names]
-    margin = math.ceil(max(font.getlength(name) for name in names)) + 12
+    names = [_shortened(name, max_length) for name in names]
+    drawn = [fonts.font_with(name) or fonts.default_font() for name in names]
+    widths = [font.getlength(name) for name, font in zip(names, drawn, strict=True)]
+    margin = math.ceil(max(widths)) + 12
     picture = Image.new("RGB", (grid.width + margin, grid.height), "white")
     picture.paste(grid, (margin, 0))
     draw = ImageDraw.Draw(picture)
-    for row, name in enumerate(names):
+    for row, (name, font) in enumerate(zip(names, drawn, strict=True)):
         draw.text((6, row * row_height + row_height // 2), name, "black", font, anchor="lm")
     return picture
 

@@ -7,6 +7,7 @@ from ddpm_hf.commands.messages import command_messages, resume_hint
 from ddpm_hf.evaluation.options import DATASET_HELP, CalibrationOptions
 from ddpm_hf.hub.options import ModelArgument
 from ddpm_hf.options import REQUIRED, option
+from ddpm_hf.text import check_local_path
 
 HELP = "measure what a model loses in few steps, and the best variances for them"
 DESCRIPTION = """
@@ -64,6 +65,8 @@ def run(argv: list[str]) -> int:
             usage="MODEL DATASET [--option VALUE ...]",
             description=DESCRIPTION,
         )
+        for path in (options.model, options.dataset):
+            check_local_path(path)
         with resume_hint("measurements"):
             calibrate(options)
     return 0

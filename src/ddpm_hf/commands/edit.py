@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from ddpm_hf.commands.messages import command_messages, say
 from ddpm_hf.hub.options import LoadOptions, ModelArgument
 from ddpm_hf.sampling.edit_options import EditOptions, EditOutputOptions, PictureArgument
-from ddpm_hf.text import counted, public_name
+from ddpm_hf.text import check_local_path, counted, public_name
 
 HELP = "edit a picture: inpaint, vary, interpolate, change its class"
 DESCRIPTION = """
@@ -40,6 +40,10 @@ def run(argv: list[str]) -> int:
             usage="MODEL PICTURE [--option VALUE ...]",
             description=DESCRIPTION,
         )
+        check_local_path(options.model)
+        for path in (options.image, options.mask, options.between):
+            if path is not None and not path.is_file():
+                raise ValueError(f"{path} does not exist, or is not a file")
         try:
             edit(options)
         except KeyboardInterrupt:
@@ -54,9 +58,6 @@ def edit(options: EditCommand) -> None:
     from ddpm_hf.sampling.edited_images import edit_images
     from ddpm_hf.shared_work import distributed_state
 
-    for path in (options.image, options.mask, options.between):
-        if path is not None and not path.is_file():
-            raise ValueError(f"{path} does not exist, or is not a file")
     state = distributed_state()
     pipeline = load(options.model, **options.keywords(LoadOptions)).to(state.device)
     edited = edit_images(

@@ -10,7 +10,7 @@ from ddpm_hf.evaluation.options import DATASET_HELP, METRIC_NAMES, ComparisonOpt
 from ddpm_hf.hub.options import LoadOptions
 from ddpm_hf.options import REQUIRED, OptionError, option
 from ddpm_hf.scheduler_spec import NAMES_HELP, scheduler_name
-from ddpm_hf.text import escaped
+from ddpm_hf.text import check_local_path, escaped
 
 if TYPE_CHECKING:
     from ddpm_hf.evaluation.results import Evaluation
@@ -150,6 +150,9 @@ def run(argv: list[str]) -> int:
             usage="MODEL_OR_IMAGES [MODEL_OR_IMAGES ...] DATASET [--option VALUE ...]",
             description=DESCRIPTION,
         )
+        for path in (*options.subjects, options.dataset):
+            if path is not None:
+                check_local_path(path)
         with resume_hint("measurements"):
             if options.verify:
                 return verify(options)

@@ -1,5 +1,6 @@
 """Messages of the commands: one line each, with flags in place of Python arguments."""
 
+import io
 import logging
 import os
 import sys
@@ -19,6 +20,25 @@ def say(text: str, for_all: bool = False) -> None:
         print(text, file=sys.stderr)
     else:
         tqdm.tqdm.write(text, file=sys.stderr)  # prints above progress bars
+
+
+def escape_unencodable_output() -> None:
+    r"""Print characters that the encoding of stdout lacks as escapes, such as \u732b.
+
+    stderr does so by default; for stdout, Python raises UnicodeEncodeError.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def is_stdout_closed() -> bool:
+    """Whether the reader of stdout has left; then later output is dropped, without an error."""
+    try:
+        print(flush=True)  # without a buffer, the first failure leaves nothing to flush
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 @contextmanager

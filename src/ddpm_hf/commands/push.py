@@ -4,6 +4,7 @@ import sys
 
 from ddpm_hf.commands.messages import command_messages
 from ddpm_hf.hub.options import PushOptions
+from ddpm_hf.text import close_paths
 
 HELP = "share a model folder on the Hub, in one commit, private unless --public"
 DESCRIPTION = """
@@ -32,6 +33,8 @@ def run(argv: list[str]) -> int:
             usage="FOLDER USER/REPO [--option ...]",
             description=DESCRIPTION,
         )
+        if not options.folder.is_dir():
+            raise ValueError(f"{options.folder} is not a folder{close_paths(str(options.folder))}")
         from ddpm_hf.hub.push import HubError, push
 
         try:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ddpm_hf.commands.messages import command_messages, resume_hint, say
 from ddpm_hf.hub.options import LoadOptions, ModelArgument
 from ddpm_hf.sampling.options import ImageOptions, SamplingOptions
-from ddpm_hf.text import counted, public_name
+from ddpm_hf.text import check_local_path, counted, public_name
 
 if TYPE_CHECKING:
     from ddpm_hf.inference_settings import OptimizedInference
@@ -52,22 +52,38 @@ def run(argv: list[str]) -> int:
             usage="MODEL [--option VALUE ...]",
             description=DESCRIPTION,
         )
+        output = options.output_path()
+        check_paths(options, output)
         with resume_hint("batches"):
-            sample(options, options.output_path())
+            sample(options, output)
     return 0
+
+
+def check_paths(options: SampleCommand, output: Path) -> None:
+    """Check model and output before torch is imported.
+
+    Raises:
+        ValueError: for a local model that does not exist, and for an invalid or existing output.
+    """
+    from ddpm_hf.sampling.output_paths import batch_folder, check_is_free, check_output
+
+    check_local_path(options.model)
+    if options.guide:
+        check_local_path(options.guide)
+    check_output(output)
+    if not options.overwrite and not batch_folder(output).exists():
+        check_is_free(output)
 
 
 def sample(options: SampleCommand, output: Path) -> None:
     """Load the model, sample the images and save them."""
     from ddpm_hf.hub.load import load
     from ddpm_hf.sampling import choose_setting, save_drawn
-    from ddpm_hf.sampling.image_writer import batch_folder, check_is_free, reserved_output
+    from ddpm_hf.sampling.image_writer import reserved_output
     from ddpm_hf.sampling.planned_optimization import optimize_for_images
     from ddpm_hf.shared_work import distributed_state
 
-    # Check the output before the model is loaded.
-    if not options.overwrite and not batch_folder(output).exists():
-        check_is_free(output)
+    # Reserve the output before the model is loaded.
     output.parent.mkdir(parents=True, exist_ok=True)
     state = distributed_state()
     with reserved_output(output, state):

@@ -23,8 +23,6 @@ def run(argv: list[str]) -> int:
 
 
 def _dataset_names(argv: list[str]) -> Iterator[str]:
-    """The words that name a dataset with certainty, before the options are parsed."""
-    if argv and not argv[0].startswith("-"):
-        yield argv[0]
+    """Values of `--dataset`, before the options are parsed."""
     yield from (value for flag, value in pairwise(argv) if flag == "--dataset")
     yield from (word.partition("=")[2] for word in argv if word.startswith("--dataset="))

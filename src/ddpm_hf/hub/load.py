@@ -12,6 +12,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ddpm_hf.diffusion.atomic_files import read_json
 from ddpm_hf.diffusion.config_extension import GAUSSIAN_SCHEDULER
+from ddpm_hf.hub.options import check_endpoint
 from ddpm_hf.hub.retry import WAITS_S, retry, shorten
 from ddpm_hf.paths import ModelPaths
 
@@ -78,6 +79,7 @@ def fetch(
     if folder.is_file():
         raise ValueError(f"{name} is a file; pass the folder of the checkpoint")
     check_repo_id(name, may_be_folder=True)
+    check_endpoint()
 
     def download(weights: str) -> Path:
         patterns = _loaded_files(weights)

@@ -18,7 +18,7 @@ from ddpm_hf.diffusion.portable_checkpoint import commit, is_finite
 from ddpm_hf.hub.card import SharedCard, card_to_share
 from ddpm_hf.hub.card_update import metadata_of
 from ddpm_hf.hub.load import check_repo_id, refuse_links, scheduler_class
-from ddpm_hf.hub.retry import TOKEN_HELP, WAITS_S, HubError, retry, shorten
+from ddpm_hf.hub.retry import TOKEN_HELP, WAITS_S, HubError, check_connection, retry, shorten
 from ddpm_hf.hub.secrets import find_leak
 from ddpm_hf.text import counted
 
@@ -232,6 +232,7 @@ class Target:
         """Create the repository if it does not exist, and check the right to write to it."""
         if not (self.token or get_token()):
             raise ValueError(f"pushing to {self.repo_id} needs a token: {TOKEN_HELP}")
+        check_connection(self.repo_id)
         retry(self._check_access, self.repo_id, self.waits_s, stop=self.stop)
 
     def _check_access(self) -> None:

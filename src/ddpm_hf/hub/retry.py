@@ -8,10 +8,14 @@ its answer was lost, the next one changes nothing.
 import json
 import logging
 import random
+import socket
 import threading
 from collections.abc import Callable, Sequence
 from typing import TypeVar
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
+from huggingface_hub import constants
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -21,12 +25,14 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
+from ddpm_hf.hub.options import check_endpoint
 from ddpm_hf.hub.secrets import hide_tokens
 
 T = TypeVar("T")
 E = TypeVar("E", bound=BaseException)
 WAITS_S: Sequence[float] = (1.0, 2.0, 4.0, 8.0, 16.0)
 MAX_RETRY_AFTER_S = 60.0
+CONNECTION_TIMEOUT_S = 5.0
 TOKEN_HELP = "run `hf auth login` or set HF_TOKEN (https://huggingface.co/settings/tokens)"
 
 _logger = logging.getLogger(__name__)
@@ -71,6 +77,29 @@ def retry(
                 raise HubError(f"the Hub failed for {repo_id}: {reason}") from error
             _logger.warning("%s: %s; next attempt in %.1f s", repo_id, reason, wait_s)
             stop.wait(wait_s)
+
+
+def check_connection(repo_id: str) -> None:
+    """Check that the Hub can be connected to, without retries.
+
+    huggingface_hub repeats requests without a connection for half a minute, with two lines of log
+    for each.
+
+    Args:
+        repo_id: repository, for the message.
+    Raises:
+        ValueError: if HF_ENDPOINT has no scheme.
+        HubError: if there is no connection.
+    """
+    check_endpoint()
+    url = urlsplit(constants.ENDPOINT)
+    if constants.HF_HUB_OFFLINE or url.scheme in getproxies():
+        return
+    port = url.port or (443 if url.scheme == "https" else 80)
+    try:
+        socket.create_connection((url.hostname or "", port), CONNECTION_TIMEOUT_S).close()
+    except OSError as error:
+        raise HubError(f"no connection to {constants.ENDPOINT} for {repo_id}: {error}") from error
 
 
 def is_temporary(error: BaseException) -> bool:

@@ -68,7 +68,7 @@ def _write_grid(drawn: DrawnImages, path: Path, progress: bool) -> None:
         image_grid(images).save(path)
         return
     names = _all_class_names(drawn, drawn.labels)
-    grid_by_row(images, [names[number] for number in drawn.labels]).save(path)
+    grid_by_row(images, drawn.labels.tolist(), names).save(path)
 
 
 def _all_class_names(drawn: DrawnImages, labels: Labels) -> list[str]:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from ddpm_hf.diffusion.atomic_files import read_json
 from ddpm_hf.diffusion.image_processor import IMAGE_MODES
 from ddpm_hf.pictures import quantised
+from ddpm_hf.sampling.output_paths import record_path
 from ddpm_hf.sampling.sampling_record import SamplingRecord, SamplingSettings
 
 RECORD_NAME = "options.json"
@@ -95,11 +96,6 @@ def open_drawn(path: str | Path) -> DrawnImages:
         record.class_names if record else None,
         record.settings.to_dict() if record else {},
     )
-
-
-def record_path(output: Path) -> Path:
-    """File with the record of the images in `output`."""
-    return output.with_name(f"{output.name}.json")
 
 
 def _record_beside(output: Path) -> SamplingRecord | None:

@@ -15,13 +15,19 @@ from ddpm_hf.locks import exclusive_folder
 from ddpm_hf.options import takes_options
 from ddpm_hf.pictures import is_picture
 from ddpm_hf.sampling.image_formats import is_folder, pixel_type_of, write_images
-from ddpm_hf.sampling.image_reader import RECORD_NAME, open_batch_files, record_path
+from ddpm_hf.sampling.image_reader import RECORD_NAME, open_batch_files
 from ddpm_hf.sampling.options import DrawOptions
+from ddpm_hf.sampling.output_paths import (
+    HINT,
+    batch_folder,
+    check_is_free,
+    check_output,
+    holds_images,
+    record_path,
+)
 from ddpm_hf.sampling.sampling_record import SamplingRecord, SamplingSettings, sampling_record
 from ddpm_hf.sampling.sharded_sampling import draw_batch_files, write_record
 from ddpm_hf.shared_work import distributed_state, on_main_process
-
-_HINT = "pass `overwrite=True` to replace them, or choose another `output`"
 
 
 @takes_options(DrawOptions)
@@ -64,6 +70,7 @@ def save_drawn(
         OSError: if the output cannot be written.
     """
     output, state = Path(output).expanduser(), distributed_state()
+    check_output(output)
     drawing = DrawOptions.from_keywords(num_images=num_images, **options)
     dtype = pixel_type_of(output, pipeline.unet)
     record = sampling_record(pipeline, drawing, dtype=dtype, model=model, optimized=optimized)
@@ -87,28 +94,12 @@ def reserved_output(output: Path, state: PartialState) -> AbstractContextManager
     return exclusive_folder(state, batch_folder(output), "output", output=output)
 
 
-def batch_folder(output: Path) -> Path:
-    """Folder of the batches until `output` is complete."""
-    return output.with_name(f"{output.name}.parts")
-
-
 def recorded_settings(output: Path, overwrite: bool) -> SamplingSettings | None:
     """Settings of the incomplete images, or of the complete ones unless `overwrite`."""
     record = SamplingRecord.read(batch_folder(output) / RECORD_NAME)
     if record is None and not overwrite:
         record = SamplingRecord.read(record_path(output))
     return None if record is None else record.settings
-
-
-def check_is_free(output: Path) -> None:
-    """Raise ValueError if `output` holds images without a record."""
-    if _holds_images(output) and not record_path(output).is_file():
-        what = "exists" if output.is_file() else "contains images"
-        raise ValueError(f"{output} {what} already: {_HINT}")
-
-
-def _holds_images(output: Path) -> bool:
-    return output.is_file() or (output.is_dir() and any(output.glob("[0-9]*.png")))
 
 
 def _is_complete(output: Path, settings: SamplingSettings, overwrite: bool) -> bool:
@@ -119,10 +110,10 @@ def _is_complete(output: Path, settings: SamplingSettings, overwrite: bool) -> b
     if overwrite or (incomplete and incomplete.settings.difference(settings) is None):
         return False
     check_is_free(output)
-    is_complete = complete is not None and _holds_images(output)
+    is_complete = complete is not None and holds_images(output)
     existing = complete if is_complete else None if is_picture(output) else incomplete
     if existing and (difference := existing.settings.difference(settings)):
-        raise ValueError(f"{output} contains images with {difference}: {_HINT}")
+        raise ValueError(f"{output} contains images with {difference}: {HINT}")
     return is_complete
 
 

@@ -191,11 +191,7 @@ class Artifacts:
     def _save_grid(self, images: list[Pixels], labels: list[int] | None) -> None:
         path = self.run.paths.sample_grid(self.run.state.step)
         names = self.run.components.facts.class_names
-        grid = (
-            grid_by_row(images, [names[i] for i in labels])
-            if labels and names
-            else image_grid(images)
-        )
+        grid = grid_by_row(images, labels, names) if labels and names else image_grid(images)
         path.parent.mkdir(exist_ok=True)
         grid.save(path)
         self.log.show(self.run.state.step, grid)

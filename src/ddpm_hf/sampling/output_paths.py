@@ -1,0 +1,53 @@
+"""Paths of sampled images, and checks of them; imports no torch, so that a command fails early."""
+
+import mimetypes
+from pathlib import Path
+
+from ddpm_hf.pictures import is_picture
+
+ARRAY_FORMATS = (".npz", ".npy", ".parquet")
+# File types that the standard library does not know.
+_OTHER_FILES = {".7z", ".arrow", ".ckpt", ".h5", ".hdf5", ".pkl", ".pt", ".pth", ".safetensors"}
+HINT = "pass `overwrite=True` to replace them, or choose another `output`"
+
+
+def batch_folder(output: Path) -> Path:
+    """Folder of the batches until `output` is complete."""
+    return output.with_name(f"{output.name}.parts")
+
+
+def record_path(output: Path) -> Path:
+    """File with the record of the images in `output`."""
+    return output.with_name(f"{output.name}.json")
+
+
+def check_output(output: Path) -> None:
+    """Raise ValueError unless `output` can be a folder of images or a file of a known format."""
+    if output.name in ("", ".."):
+        raise ValueError(
+            f"`output` must name a file or folder to write, such as samples.png or images, got"
+            f" {str(output)!r}"
+        )
+    suffix = output.suffix.lower()
+    is_known = suffix in ARRAY_FORMATS or is_picture(output)
+    is_file_type = suffix in _OTHER_FILES or any(_STANDARD_TYPES.guess_type(f"x{suffix}"))
+    if is_file_type and not is_known and not output.is_dir():
+        raise ValueError(
+            f"`output` {output}: {suffix} is not a format of images here; choose a name that ends"
+            f" in {', '.join(ARRAY_FORMATS)} or .png, or without a suffix for a folder"
+        )
+
+
+_STANDARD_TYPES = mimetypes.MimeTypes()  # without the files of this machine
+
+
+def check_is_free(output: Path) -> None:
+    """Raise ValueError if `output` holds images without a record."""
+    if holds_images(output) and not record_path(output).is_file():
+        what = "exists" if output.is_file() else "contains images"
+        raise ValueError(f"{output} {what} already: {HINT}")
+
+
+def holds_images(output: Path) -> bool:
+    """Whether `output` is a file, or a folder of sampled images."""
+    return output.is_file() or (output.is_dir() and any(output.glob("[0-9]*.png")))

@@ -1,0 +1,142 @@
+"""Answers of the commands to impossible requests: at once, in one line, without loading torch."""
+
+import os
+import sys
+
+import pytest
+from checkpoints import save_ours
+from PIL import Image
+from processes import run_process
+
+from ddpm_hf import cli
+from ddpm_hf.options import OptionError
+from ddpm_hf.sampling.options import OutputOptions
+from ddpm_hf.sampling.output_paths import check_output
+
+# Ends the process like the command would, and fails if torch was loaded.
+RUN = """
+import sys
+from ddpm_hf.cli import main
+status = main(sys.argv[1:])
+print("torch" if "torch" in sys.modules else "no torch", file=sys.stderr)
+sys.exit(status)
+"""
+
+
+def answer(*words, cwd, **environment):
+    """Exit status and lines of stderr of a command in a new process."""
+    done = run_process(
+        [sys.executable, "-c", RUN, *words], cwd=cwd, env={**os.environ, **environment}
+    )
+    return done.returncode, done.stderr.splitlines()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_ours(tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("sample", "./model"), "'./model' does not exist"),
+        (("sample", "--seed", "1", "./model"), "'./model' does not exist"),
+        (("edit", "./model", "there.png"), "'./model' does not exist"),
+        (("edit", "MODEL", "missing.png"), "missing.png does not exist"),
+        (("calibrate", "./model", "photos"), "'./model' does not exist"),
+        (("calibrate", "MODEL", "./photos"), "'./photos' does not exist"),
+        (("evaluate", "MODEL", "./a/b", "photos"), "'./a/b' does not exist"),
+        (("push", "model", "user/name"), "model is not a folder"),
+        (("train", "./photos"), "'./photos' does not exist"),
+        (("sample", "MODEL", "--guide", "./weak"), "'./weak' does not exist"),
+        (("sample", "MODEL", "--output", "there.png"), "there.png exists already"),
+        (("sample", "MODEL", "--output", "."), "--output must name a file or folder"),
+        (("sample", "MODEL", "--output", ""), "--output must be a path"),
+        (("evaluate", "MODEL", "photos", "--output", ""), "--output must be a path"),
+        (("sample", "MODEL", "--output", "x.zip"), ".zip is not a format"),
+    ],
+)
+def test_impossible_requests_are_refused_before_torch_is_loaded(tmp_path, model, words, message):
+    Image.new("L", (8, 8)).save(tmp_path / "there.png")
+    words = [str(model) if word == "MODEL" else word for word in words]
+    status, lines = answer(*words, cwd=tmp_path)
+    assert status == 2
+    assert lines[-1] == "no torch"
+    assert len(lines) == 2
+    assert lines[0].startswith("ddpm-hf: error: ")
+    assert message in lines[0]
+
+
+def test_an_endpoint_without_scheme_is_named_before_any_request(tmp_path):
+    for command in (("sample", "user/model"), ("evaluate", "user/model", "user/photos")):
+        status, lines = answer(*command, cwd=tmp_path, HF_ENDPOINT="huggingface.co")
+        assert status == 2
+        assert len(lines) == 2
+        assert "HF_ENDPOINT must start with https://" in lines[0]
+
+
+def test_a_push_without_connection_is_refused_in_one_line(tmp_path, model):
+    environment = {"HF_TOKEN": "hf_" + "x" * 30, "HF_ENDPOINT": "http://127.0.0.1:9"}
+    environment |= {"HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+    status, lines = answer("push", str(model), "user/name", cwd=tmp_path, **environment)
+    assert status == 3
+    assert len(lines) == 2
+    assert "no connection to http://127.0.0.1:9 for user/name" in lines[0]
+
+
+@pytest.mark.parametrize("name", ["x.zip", "x.pt", "x.h5", "x.tar.gz", "x.csv", "X.ZIP", "x.mp4"])
+def test_an_output_of_another_file_format_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=r"is not a format of images here.*\.npz"):
+        check_output(tmp_path / name)
+    (tmp_path / name).mkdir()
+    check_output(tmp_path / name)  # a folder of that name exists
+
+
+@pytest.mark.parametrize("name", ["images", "run-1.5", "v0.3", "x.npz", "x.PNG", "x.jpg", "a.old"])
+def test_folders_and_known_formats_are_accepted(tmp_path, name):
+    check_output(tmp_path / name)
+
+
+def test_an_empty_path_is_refused():
+    with pytest.raises(OptionError, match="`output` must be a path, got an empty text"):
+        OutputOptions(output="")
+
+
+def test_characters_that_the_output_cannot_encode_are_escaped(tmp_path):
+    code = (
+        "from ddpm_hf.cli import run_command; run_command(lambda _: print('\\u732b tea') or 0, [])"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    done = run_process([sys.executable, "-c", code], cwd=tmp_path, env=environment)
+    assert done.returncode == 0
+    assert done.stdout.splitlines() == ["\\u732b tea"]
+
+
+@pytest.mark.parametrize("is_unbuffered", ["", "1"])
+@pytest.mark.parametrize("num_lines", [1, 100_000])
+def test_a_closed_pipe_ends_a_command_quietly(tmp_path, num_lines, is_unbuffered):
+    """With 1 line the buffer is written at the end, with many in between."""
+    code = f"""
+import sys, time
+from ddpm_hf.cli import run_command
+def command(_):
+    sys.stdin.read()
+    print(*["a table"] * {num_lines}, sep="\\n")
+    return 0
+sys.exit(run_command(command, []))
+"""
+    (tmp_path / "command.py").write_text(code)
+    # The reader closes its end before the command prints.
+    line = f"(sleep 3) | {sys.executable} command.py 2> errors | true; echo ${{PIPESTATUS[1]}}"
+    environment = {**os.environ, "PYTHONUNBUFFERED": is_unbuffered}
+    done = run_process(["bash", "-c", line], cwd=tmp_path, env=environment)
+    assert (tmp_path / "errors").read_text() == ""
+    assert done.stdout == "141\n"
+
+
+def test_broken_pipes_of_other_files_are_reported(capsys):
+    def command(_):
+        raise BrokenPipeError(32, "Broken pipe of a socket")
+
+    assert cli.run_command(command, []) == 1
+    assert "Broken pipe of a socket" in capsys.readouterr().err
