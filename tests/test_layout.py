@@ -19,6 +19,7 @@ FLOORS = (
         "backend_settings",
         "diffusion",
         "digests",
+        "fonts",
         "inference_optimization",
         "inference_settings",
         "locks",
