@@ -126,6 +126,17 @@ def test_an_evaluation_prints_as_a_table_and_converts_to_json_html_and_pandas(pi
     assert f"<td>{fd.value:.4g}</td>" in evaluation._repr_html_()
 
 
+@pytest.mark.parametrize("position", [0.05, 0.2, 0.4, 0.6, 0.8, 0.95])
+def test_an_evaluation_with_a_flipped_bit_is_measured_again(position, pixels, photos, tmp_path):
+    options = {"metrics": ["fd"], "features": "pixels", "output": tmp_path}
+    want, file = evaluate(pixels["drawn"], photos, **options), tmp_path / "evaluation.json"
+    content = bytearray(file.read_bytes())
+    content[int(position * len(content))] ^= 4
+    file.write_bytes(content)
+    assert evaluate(pixels["drawn"], photos, **options).results == want.results
+    assert json.loads(file.read_text())["results"] == want.to_dict()["results"]
+
+
 def test_a_damaged_result_file_counts_as_no_known_results(pixels, photos, tmp_path):
     evaluation = evaluate(pixels["drawn"], photos, metrics=["fd"], output=tmp_path)
     assert known_results(tmp_path) == evaluation.results

@@ -1,6 +1,8 @@
-"""Digest of a network's weights, which identifies a model in records on disk."""
+"""Digests of a network's weights and of JSON values, kept in records on disk."""
 
 import hashlib
+import json
+from typing import Any
 
 import torch
 
@@ -12,3 +14,9 @@ def weights_digest(unet: torch.nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def json_digest(value: Any) -> str:
+    """SHA-256 of a JSON value, whatever the order of its keys, as hexadecimal text."""
+    value = json.loads(json.dumps(value))  # keys that are numbers become text
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

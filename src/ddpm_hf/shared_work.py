@@ -1,5 +1,8 @@
 """Work shared by the processes of `accelerate launch`: missing files are computed in parallel."""
 
+import hashlib
+import io
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -8,16 +11,26 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from tqdm.auto import tqdm
 
-from ddpm_hf.diffusion.atomic_files import replacing_file
+from ddpm_hf.diffusion.atomic_files import (
+    check_regular,
+    remove_folder,
+    replacing_file,
+    write_bytes,
+)
 
 T = TypeVar("T")
 
+logger = logging.getLogger(__name__)
+
 _PROGRESS_INTERVAL_S = 1.0
+_SEAL = b"ddpm-hf sha256 "
 
 
 def distributed_state() -> PartialState:
@@ -70,28 +83,68 @@ def progress_from(bar: "tqdm[Any]", num_done: Callable[[], int]) -> Iterator[Non
             thread.join()
 
 
+def sealed(content: bytes) -> bytes:
+    """The content of a file with its checksum at the end, which `unsealed` checks."""
+    return content + _SEAL + hashlib.sha256(content).digest()
+
+
+def unsealed(path: Path) -> bytes:
+    """The content of a file without its checksum; files of older versions have none.
+
+    Raises:
+        ValueError: if the content differs from its checksum.
+    """
+    check_regular(path)
+    content = path.read_bytes()
+    end = len(content) - len(_SEAL) - hashlib.sha256().digest_size
+    if end < 0 or content[end : end + len(_SEAL)] != _SEAL:
+        return content
+    if hashlib.sha256(memoryview(content)[:end]).digest() != content[end + len(_SEAL) :]:
+        raise ValueError(f"{path} is damaged")
+    return content[:end]
+
+
+def array_bytes(array: npt.NDArray[Any]) -> bytes:
+    """An array in the format of `.npy` files."""
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def read_array(path: Path) -> npt.NDArray[Any]:
+    """The array of a file of `compute_missing_files`.
+
+    Raises:
+        ValueError, OSError, EOFError: if the file is damaged.
+    """
+    return np.load(io.BytesIO(unsealed(path)), allow_pickle=False)  # type: ignore[no-any-return]
+
+
 def compute_missing_files(
     state: PartialState,
     paths: Sequence[Path],
     sizes: Sequence[int],
-    write: Callable[[int, Path], object],
+    compute: Callable[[int], bytes],
+    read: Callable[[Path], object],
     *,
     progress: bool = True,
 ) -> None:
-    """Compute the files that do not exist yet, and return when all exist.
+    """Compute the files that do not exist or are damaged, and return when all exist.
 
-    A file appears under its name only when it is complete, so an interrupted call can be repeated.
-    The content of a file must not depend on the process that computes it. All processes must see
-    the folder; they wait for each other only at the end.
+    Each file ends with a checksum, see `sealed`; damaged files are replaced, with a warning. A file
+    appears under its name only when it is complete, so an interrupted call can be repeated. The
+    content of a file must not depend on the process that computes it. All processes must see the
+    folder; they wait for each other only at the end.
 
     Args:
         state: the processes; process p computes the missing files p, p + num_processes, ...
         paths: files in one folder that is used for nothing else.
         sizes: images in each file, for the progress bar, which counts those of all processes.
-        write: `write(i, path)` writes file i to `path`, a temporary name.
+        compute: returns the content of file i.
+        read: reads a file; raises an exception if it is damaged.
         progress: show a progress bar, on the main process.
     Raises:
-        Exception: on all processes, the first exception that `write` raised on any of them.
+        Exception: on all processes, the first exception that `compute` raised on any of them.
     """
     folder = paths[0].parent
 
@@ -103,7 +156,15 @@ def compute_missing_files(
     def num_done() -> int:
         return sum(sizes) - sum(sizes[i] for i in missing_files())
 
-    missing = on_main_process(state, missing_files)
+    def remove_damaged() -> list[int]:
+        missing = set(missing_files())
+        for i, path in enumerate(paths):
+            if i not in missing and (reason := _damage(path, read)):
+                logger.warning("%s, and is computed again", reason)
+                remove_folder(path)
+        return missing_files()
+
+    missing = on_main_process(state, remove_damaged)
     is_alone = state.num_processes == 1
     failure: Exception | None = None
     bar = tqdm(
@@ -118,7 +179,7 @@ def compute_missing_files(
         try:
             for i in missing[state.process_index :: state.num_processes]:
                 with replacing_file(paths[i]) as temporary:
-                    write(i, temporary)
+                    write_bytes(temporary, sealed(compute(i)))
                 if is_alone:
                     bar.update(sizes[i])
         except Exception as error:  # raised below, on all processes
@@ -126,3 +187,12 @@ def compute_missing_files(
         failures = [error for error in gather_object([failure]) if error is not None]
     if failures:
         raise failures[0]
+
+
+def _damage(path: Path, read: Callable[[Path], object]) -> str | None:
+    """Why a file cannot be used; None if it can be."""
+    try:
+        read(path)
+    except Exception as error:  # the libraries raise errors of many kinds
+        return f"{path} is damaged" if f"{path}" not in f"{error}" else f"{error}"
+    return None

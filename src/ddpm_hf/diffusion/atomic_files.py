@@ -5,6 +5,7 @@ Content is written under a temporary name, flushed to disk, then renamed. Import
 library, so that a model card can be written without torch. Travels with the weights.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -141,6 +142,16 @@ def write_text(path: Path, text: str) -> None:
     """Write or replace a UTF-8 text file atomically, without newline translation."""
     with replacing_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="")
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file; a full disk is an OSError even where the system reports it late."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    if (size := path.stat().st_size) != len(content):
+        raise OSError(errno.ENOSPC, f"only {size:,} of {len(content):,} bytes were written", path)
 
 
 def remove_folder(path: Path) -> None:

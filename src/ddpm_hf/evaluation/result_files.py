@@ -1,6 +1,8 @@
 """Folders and JSON files of results."""
 
+import functools
 import json
+import logging
 import os
 import shlex
 import tempfile
@@ -12,12 +14,15 @@ from typing import Any
 
 from accelerate import PartialState
 
-from ddpm_hf.diffusion.atomic_files import write_text
+from ddpm_hf.diffusion.atomic_files import read_text, write_text
+from ddpm_hf.digests import json_digest
 from ddpm_hf.evaluation.figures import BoundResult, MetricResult
 from ddpm_hf.evaluation.options import EvaluationOptions
 from ddpm_hf.evaluation.records import Record
 from ddpm_hf.evaluation.results import Evaluation
 from ddpm_hf.locks import exclusive_folder
+
+logger = logging.getLogger(__name__)
 
 EVALUATION_FILE, COMPARISON_FILE, CALIBRATION_FILE = (
     "evaluation.json", "comparison.json", "calibration.json"
@@ -48,11 +53,20 @@ def known_results(folder: Path) -> tuple[BoundResult | MetricResult, ...]:
     """Results of an earlier evaluation in this folder; empty without a valid file."""
     path = folder / EVALUATION_FILE
     try:
-        if path.stat().st_size > MAX_BYTES:
-            return ()
-        return Evaluation.from_dict(json.loads(path.read_text(encoding="utf-8"))).results
-    except (OSError, ValueError, RecursionError):
+        content = json.loads(read_text(path, MAX_BYTES))
+        if content.pop("sha256", None) not in (None, json_digest(content)):
+            raise ValueError("it differs from its checksum")
+        return Evaluation.from_dict(content).results
+    except FileNotFoundError:
         return ()
+    except (OSError, AttributeError, ValueError, RecursionError) as error:
+        _report(f"{path} is damaged, and measured again: {error!s:.200}")
+        return ()
+
+
+@functools.cache  # several metrics read the file
+def _report(message: str) -> None:
+    logger.warning("%s", message)
 
 
 def write_result(folder: Path, result: Record, file_name: str) -> Path:

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import ClassVar, Literal, Self
 
+from ddpm_hf.digests import json_digest
 from ddpm_hf.evaluation import tables
 from ddpm_hf.evaluation.figures import BoundResult, DatasetFacts, MetricResult, ModelFacts
 from ddpm_hf.evaluation.options import EvaluationOptions
@@ -105,6 +106,11 @@ class Evaluation(Report):
     def rows(self) -> list[Row]:
         """One row per figure, followed by a row for each of its classes."""
         return [row for result in self.results for row in result.rows()]
+
+    def to_dict(self) -> JsonObject:
+        """The JSON object of the result file, with its checksum."""
+        content = super().to_dict()
+        return content | {"sha256": json_digest(content)}
 
     def __str__(self) -> str:
         return tables.figures_text(self.bound, self.image_metrics, self.dataset)

@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from accelerate import PartialState
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 
-from ddpm_hf.shared_work import compute_missing_files
+from ddpm_hf.shared_work import compute_missing_files, unsealed
 
 Shard = dict[str, Tensor]
 
@@ -37,8 +37,12 @@ def compute_shards(
     """
     paths = [folder / f"part-{i:06d}.safetensors" for i in range(len(sizes))]
 
-    def write(i: int, path: Path) -> None:
-        save_file({name: tensor.contiguous() for name, tensor in compute(i).items()}, path)
+    def content(i: int) -> bytes:
+        tensors = {name: tensor.contiguous() for name, tensor in compute(i).items()}
+        return bytes(save(tensors))
 
-    compute_missing_files(state, paths, sizes, write, progress=progress)
-    return [load_file(path) for path in paths] if state.is_main_process else None
+    def read(path: Path) -> Shard:
+        return dict(load(unsealed(path)))
+
+    compute_missing_files(state, paths, sizes, content, read, progress=progress)
+    return [read(path) for path in paths] if state.is_main_process else None

@@ -19,7 +19,13 @@ from ddpm_hf.locks import exclusive_folder
 from ddpm_hf.pictures import Pixels, image_grid, to_pil
 from ddpm_hf.randomness import seed_of
 from ddpm_hf.sampling.edit_options import EditOptions
-from ddpm_hf.shared_work import compute_missing_files, distributed_state, on_main_process
+from ddpm_hf.shared_work import (
+    array_bytes,
+    compute_missing_files,
+    distributed_state,
+    on_main_process,
+    read_array,
+)
 
 RECORD_NAME = "edit.json"
 DEFAULT_STEPS = 50
@@ -216,17 +222,18 @@ def _draw(state: PartialState, edit: _Edit, folder: Path, progress: bool) -> Pix
     batches = edit.batches()
     paths = [folder / f"batch-{i:04}.npy" for i in range(len(batches))]
 
-    def write(number: int, path: Path) -> None:
-        np.save(path, edit.draw(batches[number]))
+    def content(number: int) -> bytes:
+        return array_bytes(edit.draw(batches[number]))
 
+    sizes = list(map(len, batches))
     try:
-        compute_missing_files(state, paths, list(map(len, batches)), write, progress=progress)
+        compute_missing_files(state, paths, sizes, content, read_array, progress=progress)
     except (ValueError, OSError):
         if state.is_main_process and not any(path.exists() for path in paths):
             (folder.parent / RECORD_NAME).unlink()  # nothing to resume
             remove_folder(folder)
         raise
-    return np.concatenate([np.load(path, allow_pickle=False) for path in paths])
+    return np.concatenate([read_array(path) for path in paths])
 
 
 def _record(

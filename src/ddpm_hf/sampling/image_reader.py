@@ -15,6 +15,7 @@ from ddpm_hf.diffusion.image_processor import IMAGE_MODES
 from ddpm_hf.pictures import quantised
 from ddpm_hf.sampling.output_paths import record_path
 from ddpm_hf.sampling.sampling_record import SamplingRecord, SamplingSettings
+from ddpm_hf.shared_work import unsealed
 
 RECORD_NAME = "options.json"
 Array = npt.NDArray[Any]
@@ -76,7 +77,10 @@ def open_drawn(path: str | Path) -> DrawnImages:
     """
     path = Path(path).expanduser()
     if (path / RECORD_NAME).is_file():
-        return open_batch_files(path)
+        drawn = open_batch_files(path)
+        for file in batch_files(path, SamplingSettings.from_dict(drawn.options)):
+            unsealed(file)
+        return drawn
     if path.suffix == ".npz":
         images, labels = _read_npz(path)
     elif path.suffix == ".npy":

@@ -14,13 +14,17 @@ from ddpm_hf.diffusion.atomic_files import read_json
 from ddpm_hf.diffusion.image_processor import image_facts
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 from ddpm_hf.diffusion.schedules import usual_num_steps
-from ddpm_hf.digests import weights_digest
+from ddpm_hf.digests import json_digest, weights_digest
 from ddpm_hf.inference_settings import OptimizedInference
 from ddpm_hf.sampling.class_labels import class_names_of, label_cycle
 from ddpm_hf.sampling.options import DrawOptions
 
 PIXEL_TYPES = ("uint8", "uint16", "float32")  # float32 pixels are in [0, 1]
 _NOT_CONFIGURATION = ("_class_name", "_diffusers_version", "_name_or_path", "_use_default_values")
+
+
+class DamagedRecordError(ValueError):
+    """A record that cannot be read, or differs from its checksum."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +114,14 @@ class SamplingRecord:
         Raises:
             ValueError: if the file is not such a record.
         """
-        values = read_json(path)
+        try:
+            values = read_json(path)
+        except ValueError as error:
+            raise DamagedRecordError(f"{error}") from error
         if not values:
             return None
+        if values.pop("sha256", None) not in (None, json_digest(values)):
+            raise DamagedRecordError(f"{path} is damaged")
         if not isinstance(values.get("settings"), dict):
             raise ValueError(
                 f"{path} is not a record of sampled images: move it, or choose another output"

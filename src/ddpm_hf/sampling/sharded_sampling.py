@@ -1,18 +1,19 @@
 """Sampling to disk, one file per batch: shared by processes, resumed after an interruption."""
 
 import json
+import logging
 import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from ddpm_hf.diffusion.atomic_files import write_text
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
+from ddpm_hf.digests import json_digest
 from ddpm_hf.inference_settings import OptimizedInference
 from ddpm_hf.locks import FOLDER_LOCK, exclusive_folder
 from ddpm_hf.options import takes_options
@@ -25,8 +26,16 @@ from ddpm_hf.sampling.image_reader import (
     open_batch_files,
 )
 from ddpm_hf.sampling.options import DrawOptions
-from ddpm_hf.sampling.sampling_record import SamplingRecord, sampling_record
-from ddpm_hf.shared_work import compute_missing_files, distributed_state, on_main_process
+from ddpm_hf.sampling.sampling_record import DamagedRecordError, SamplingRecord, sampling_record
+from ddpm_hf.shared_work import (
+    array_bytes,
+    compute_missing_files,
+    distributed_state,
+    on_main_process,
+    read_array,
+)
+
+logger = logging.getLogger(__name__)
 
 
 @takes_options(DrawOptions)
@@ -108,14 +117,14 @@ def draw_batch_files(
     call["class_labels"] = settings.class_labels
     seconds_per_image: list[float] = []
 
-    def write(number: int, path: Path) -> None:
+    def content(number: int) -> bytes:
         indices, start = range(number * size, (number + 1) * size), time.monotonic()
         images = draw_batch(pipeline, indices, **call)[: sizes[number]]
         seconds_per_image.append((time.monotonic() - start) / size)
-        np.save(path, quantised(images, bit_depth) if bit_depth else images)
+        return array_bytes(quantised(images, bit_depth) if bit_depth else images)
 
     try:
-        compute_missing_files(state, paths, sizes, write, progress=options.progress)
+        compute_missing_files(state, paths, sizes, content, read_array, progress=options.progress)
     except (ValueError, OSError):
         if state.is_main_process and not any(path.exists() for path in paths):
             (folder / RECORD_NAME).unlink()
@@ -133,8 +142,10 @@ def _record_time(path: Path, seconds_per_image: float) -> None:
 
 
 def write_record(path: Path, record: SamplingRecord) -> None:
-    """Write a record atomically."""
-    write_text(path, json.dumps(record.to_dict(), indent=1) + "\n")
+    """Write a record atomically, with its checksum."""
+    content = dict(record.to_dict())
+    content["sha256"] = json_digest(content)
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def _prepare_folder(folder: Path, record: SamplingRecord, overwrite: bool) -> None:
@@ -143,7 +154,19 @@ def _prepare_folder(folder: Path, record: SamplingRecord, overwrite: bool) -> No
     Raises:
         ValueError: if the folder contains images with other settings, or other files.
     """
-    existing, files = SamplingRecord.read(folder / RECORD_NAME), list(folder.glob("part-*.npy"))
+    files = list(folder.glob("part-*.npy"))
+    try:
+        existing = SamplingRecord.read(folder / RECORD_NAME)
+    except DamagedRecordError as error:
+        known = {FOLDER_LOCK, RECORD_NAME, *(file.name for file in files)}
+        if any(path.name not in known for path in folder.iterdir()):
+            raise
+        logger.warning("%s; the images are sampled again", error)
+        existing, overwrite = None, True
+        (folder / RECORD_NAME).unlink()
+        for file in files:
+            file.unlink()
+        files = []
     if existing is None:
         if any(path.name != FOLDER_LOCK for path in folder.iterdir()):
             raise ValueError(f"{folder} contains other files: choose another `folder`")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 
-from ddpm_hf.diffusion.atomic_files import read_json
+from ddpm_hf.diffusion.atomic_files import read_json, replacing_file
 from ddpm_hf.hub.background_push import BackgroundPusher
 from ddpm_hf.paths import ModelPaths
 from ddpm_hf.pictures import Pixels, grid_by_row, image_grid
@@ -193,7 +193,8 @@ class Artifacts:
         names = self.run.components.facts.class_names
         grid = grid_by_row(images, labels, names) if labels and names else image_grid(images)
         path.parent.mkdir(exist_ok=True)
-        grid.save(path)
+        with replacing_file(path) as temporary:
+            grid.save(temporary)
         self.log.show(self.run.state.step, grid)
 
     @contextmanager

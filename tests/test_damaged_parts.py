@@ -1,0 +1,141 @@
+"""Damage in files that a command uses again, and full disks: never other results without a word."""
+
+import errno
+
+import numpy as np
+import pytest
+import torch
+from test_sampling import CALL, all_of, build_pipeline
+
+from ddpm_hf import shared_work
+from ddpm_hf.diffusion import atomic_files
+from ddpm_hf.evaluation.sharded_tensors import compute_shards
+from ddpm_hf.sampling import draw_to, open_drawn
+from ddpm_hf.shared_work import distributed_state, sealed, unsealed
+
+
+def flip(path, position):
+    content = bytearray(path.read_bytes())
+    content[int(position * (len(content) - 1))] ^= 4
+    path.write_bytes(content)
+
+
+def truncate(path, share):
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+
+
+DAMAGE = [
+    *((flip, position) for position in (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 1.0)),
+    *((truncate, share) for share in (0.0, 0.1, 0.5, 0.9, 0.999)),
+]
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("drawn") / "x"
+    return folder, all_of(draw_to(build_pipeline(), folder, 10, **CALL))
+
+
+@pytest.mark.parametrize(("damage", "where"), DAMAGE)
+@pytest.mark.parametrize("name", ["part-000001.npy", "options.json"])
+def test_damaged_images_are_sampled_again(damage, where, name, drawn, tmp_path, caplog):
+    source, want = drawn
+    folder = tmp_path / "x"
+    folder.mkdir()
+    for file in source.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    damage(folder / name, where)
+    if name == "options.json" and (folder / name).stat().st_size == 0:
+        return  # an empty file is no record: the folder holds other files
+    np.testing.assert_array_equal(all_of(draw_to(build_pipeline(), folder, 10, **CALL)), want)
+    again = all_of(open_drawn(folder))
+    np.testing.assert_array_equal(again, want)
+
+
+@pytest.mark.parametrize("position", [0.3, 0.5, 0.7])
+def test_a_damaged_batch_is_named(position, drawn, tmp_path, caplog):
+    folder = tmp_path / "x"
+    folder.mkdir()
+    for file in drawn[0].iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    flip(folder / "part-000001.npy", position)
+    with pytest.raises(ValueError, match=r"part-000001.npy is damaged"):
+        open_drawn(folder)
+    draw_to(build_pipeline(), folder, 10, **CALL)
+    assert f"{folder / 'part-000001.npy'} is damaged, and is computed again" in caplog.text
+
+
+@pytest.mark.parametrize(("damage", "where"), DAMAGE)
+def test_damaged_shards_of_tensors_are_computed_again(damage, where, tmp_path):
+    state, calls = distributed_state(), []
+
+    def compute(i):
+        calls.append(i)
+        return {"features": torch.arange(4.0) + i, "total": torch.zeros(2)}
+
+    first = compute_shards(state, tmp_path, [1, 1], compute, progress=False)
+    damage(tmp_path / "part-000001.safetensors", where)
+    again = compute_shards(state, tmp_path, [1, 1], compute, progress=False)
+    assert [shard["features"].tolist() for shard in again] == [
+        shard["features"].tolist() for shard in first
+    ]
+    assert calls in ([0, 1], [0, 1, 1])  # damage of the checksum itself may leave the content
+
+
+def test_a_file_without_a_checksum_is_of_an_older_version(tmp_path):
+    np.save(tmp_path / "x.npy", np.arange(3))
+    assert unsealed(tmp_path / "x.npy") == (tmp_path / "x.npy").read_bytes()
+    (tmp_path / "y").write_bytes(sealed(b"content"))
+    assert unsealed(tmp_path / "y") == b"content"
+
+
+class FullDisk:
+    """Each file takes at most `size` bytes; the error comes with the flush, as buffers cause it."""
+
+    def __init__(self, file, size):
+        self.file, self.size = file, size
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def write(self, content):
+        self.file.write(content[: self.size])
+        return len(content)
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, 150])
+def test_a_cut_part_never_counts_as_complete(size, tmp_path, monkeypatch):
+    opened = atomic_files.Path.open
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            atomic_files.Path,
+            "open",
+            lambda self, mode="r", *a, **k: (
+                FullDisk(opened(self, mode, *a, **k), size)
+                if mode == "wb"
+                else opened(self, mode, *a, **k)
+            ),
+        )
+        with pytest.raises(OSError, match="bytes were written") as caught:
+            draw_to(build_pipeline(), tmp_path / "x", 10, **CALL)
+    assert caught.value.errno == errno.ENOSPC
+    assert not list((tmp_path / "x").glob("*.npy"))
+    assert len(draw_to(build_pipeline(), tmp_path / "x", 10, **CALL)) == 10
+
+
+def test_an_unreadable_part_is_a_missing_part(tmp_path):
+    want = all_of(draw_to(build_pipeline(), tmp_path / "x", 10, **CALL))
+    part = tmp_path / "x" / "part-000000.npy"
+    part.unlink()
+    part.mkdir()
+    np.testing.assert_array_equal(
+        all_of(draw_to(build_pipeline(), tmp_path / "x", 10, **CALL)), want
+    )
+    assert shared_work.read_array(part) is not None
