@@ -54,6 +54,8 @@ def known_results(folder: Path) -> tuple[BoundResult | MetricResult, ...]:
     path = folder / EVALUATION_FILE
     try:
         content = json.loads(read_text(path, MAX_BYTES))
+        if not isinstance(content, dict):
+            raise ValueError("it is not a JSON object")
         if content.pop("sha256", None) not in (None, json_digest(content)):
             raise ValueError("it differs from its checksum")
         return Evaluation.from_dict(content).results
