@@ -1,9 +1,8 @@
-"""The whole job on real data, in minutes on a CPU: train, save, load elsewhere, draw, score.
+"""Train, save, load with diffusers alone, sample and evaluate a model in minutes on a CPU.
 
-`make demo` runs this; run again, it goes on where it was. The data are the 1,797 handwritten digits
-that scikit-learn ships, 8x8 pixels. At the end a classifier fitted to real digits says how many of
-the drawn ones it recognises, the variational bound how well the model explains digits that it has
-not seen, and a calibration what it loses in few steps.
+`make demo` runs this program; run again, it resumes. The dataset is the 1,797 handwritten digits of
+scikit-learn, 8x8 pixels. The samples are evaluated by a classifier fitted to real digits, the model
+by the variational bound of held-out digits, and sampling with few steps by a calibration.
 """
 
 import argparse
@@ -59,19 +58,20 @@ from digits import (
 )
 
 NUM_STEPS = 3000
+NUM_TRAIN_TIMESTEPS = 1000
 NUM_INFERENCE_STEPS = 100
 NUM_SCORED = 500
-NUM_BOUND_CALLS = 50  # of the network per held-out digit: an unbiased estimate of 1,000
-NUM_CALIBRATED = 64  # held-out digits, of which the error at every timestep is measured
+NUM_BOUND_CALLS = 50  # terms of the bound per held-out digit: an unbiased estimate of all terms
+NUM_CALIBRATED = 64  # held-out digits for the calibration
 NUM_SHOWN = 64
-NUM_COMPARED, FEW_STEPS = 36, (25, 10)  # digits drawn in all steps, and in these
+NUM_COMPARED, FEW_STEPS = 36, (25, 10)  # digits sampled with all steps and with few steps
 PICTURES = ("samples.png", "denoising.png", "loss.png", "samples_stock.png", "few_steps.png")
 
-# Run by a Python that cannot import this package: what anyone with diffusers alone can do.
+# Samples with diffusers alone, in a process that cannot import this package.
 STOCK_PROGRAM = """
 import sys
 
-sys.modules["ddpm_hf"] = None  # from here on `import ddpm_hf` fails, installed or not
+sys.modules["ddpm_hf"] = None  # makes `import ddpm_hf` fail, even if it is installed
 try:
     import ddpm_hf
 except ImportError as error:
@@ -101,9 +101,9 @@ sys.exit(f"ddpm_hf was used: {ours}" if ours else 0)
 
 
 def picture_samples(drawn: list[Image.Image], real: list[Image.Image], path: Path) -> None:
-    """Drawn digits beside real ones, enlarged."""
+    """Save enlarged samples next to real digits."""
     figure, axes = plt.subplots(1, 2, figsize=(13, 7), layout="constrained")
-    titles = ("drawn by the model, not selected", "real, held out of training")
+    titles = ("samples, not selected", "held-out real digits")
     for axis, title, images in zip(axes, titles, (drawn, real), strict=True):
         # Digits fill their tile: a black margin keeps neighbours apart.
         axis.imshow(image_grid([ImageOps.expand(image, 1) for image in images]))
@@ -114,7 +114,7 @@ def picture_samples(drawn: list[Image.Image], real: list[Image.Image], path: Pat
 
 
 def picture_denoising(pipeline: GaussianDDPMPipeline, path: Path) -> None:
-    """x_t and the estimate of x_0 made from it, along the chain, for a few digits."""
+    """Save x_t and the estimate of x_0 along the trajectories of three samples."""
     count = 3
     x_t = torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     chain: list[tuple[int, torch.Tensor, torch.Tensor]] = []
@@ -125,7 +125,7 @@ def picture_denoising(pipeline: GaussianDDPMPipeline, path: Path) -> None:
         before.append(tensors["latents"])
         return {}
 
-    pipeline.set_progress_bar_config(desc=f"{count} digits, watched")
+    pipeline.set_progress_bar_config(desc=f"{count} trajectories")
     pipeline(
         batch_size=count,
         latents=x_t,
@@ -151,10 +151,10 @@ def picture_denoising(pipeline: GaussianDDPMPipeline, path: Path) -> None:
 
 
 def picture_few_steps(pipeline: GaussianDDPMPipeline, path: Path) -> None:
-    """As many digits in all steps as in few, with the seconds that each took."""
+    """Save samples with all steps and with few steps, and the seconds that each took."""
     scheduler = pipeline.scheduler
     numbers = (len(scheduler), *FEW_STEPS)
-    # From the noisiest step on, however few they are.
+    # Few steps must start at the noisiest timestep, too.
     pipeline.scheduler = scheduler.from_config(scheduler.config, timestep_spacing="trailing")
     figure, axes = plt.subplots(1, len(numbers), figsize=(13, 5), layout="constrained")
     for axis, num_steps in zip(axes, numbers, strict=True):
@@ -169,14 +169,14 @@ def picture_few_steps(pipeline: GaussianDDPMPipeline, path: Path) -> None:
 
 
 def picture_loss(metrics_file: Path, path: Path) -> None:
-    """The training loss as logged, and smoothed."""
+    """Save a plot of the training loss, logged and smoothed."""
     lines = metrics_file.read_text(encoding="utf-8").splitlines()
     steps, losses = np.array([(m["step"], m["loss"]) for m in map(json.loads, lines)]).T
     window = len(losses) // 20 + 1
     smooth = np.convolve(losses, np.full(window, 1 / window), mode="valid")
-    first = window // 2  # a mean stands at the middle of its window
+    first = window // 2  # each mean is plotted at the centre of its window
     figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
-    axis.semilogy(steps, losses, color="tab:blue", alpha=0.3, label="as logged")
+    axis.semilogy(steps, losses, color="tab:blue", alpha=0.3, label="logged")
     axis.semilogy(steps[first : first + len(smooth)], smooth, color="tab:blue", label="smoothed")
     axis.set(xlabel="update", ylabel="mean squared error", title="training loss")
     axis.yaxis.set_major_formatter("{x:g}")
@@ -192,7 +192,7 @@ def picture_loss(metrics_file: Path, path: Path) -> None:
 
 
 def build_unet() -> UNet2DModel:
-    """Two levels, 8x8 and 4x4, of 32 and 64 channels: 0.65M parameters."""
+    """A UNet with 32 channels at 8x8 and 64 channels at 4x4: 0.65M parameters."""
     return UNet2DModel(
         sample_size=8,
         in_channels=1,
@@ -206,12 +206,13 @@ def build_unet() -> UNet2DModel:
 
 
 def train_model(images: list[Image.Image], folder: Path, num_steps: int) -> TrainingResult:
-    """Train, or go on with the training that `folder` holds."""
+    """Train, or resume the run in `folder`."""
     config = TrainingConfig(
-        dataset="scikit-learn digits",  # what the model card calls them
+        dataset="scikit-learn digits",  # the name in the model card
         output_dir=str(folder),
         max_train_steps=num_steps,
         batch_size=64,
+        num_train_timesteps=NUM_TRAIN_TIMESTEPS,
         beta_schedule="squaredcos_cap_v2",
         prediction_type="v_prediction",
         learning_rate=2e-3,
@@ -220,34 +221,34 @@ def train_model(images: list[Image.Image], folder: Path, num_steps: int) -> Trai
         sample_steps=500,
         checkpointing_steps=500,
     )
-    torch.manual_seed(0)  # the first weights
+    torch.manual_seed(0)  # initial weights
     return train(config, unet=build_unet(), dataset=as_dataset(images))
 
 
 def draw(pipeline: GaussianDDPMPipeline, num_images: int) -> list[Image.Image]:
-    """Digits from the seed 0."""
+    """Samples for seed 0."""
     generator = torch.Generator().manual_seed(0)
     pipeline.set_progress_bar_config(desc=f"{num_images} digits")
     return pipeline(num_images, generator, num_inference_steps=NUM_INFERENCE_STEPS).images
 
 
 def draw_elsewhere(model: Path, picture: Path) -> np.ndarray:
-    """Digits from the seed 0, drawn in a new process by diffusers alone: (64, 8, 8) uint8."""
+    """Samples of diffusers alone in a new process, for seed 0: (64, 8, 8) uint8."""
     arguments = [str(model), str(picture), str(NUM_SHOWN), str(NUM_INFERENCE_STEPS)]
     subprocess.run([sys.executable, "-I", "-c", STOCK_PROGRAM, *arguments], check=True)
     with Image.open(picture) as grid:
         tiles = np.asarray(grid.convert("L")).reshape(NUM_SHOWN // 8, 80, 8, 80).swapaxes(1, 2)
-    return tiles[:, :, 12:72:8, 12:72:8].reshape(-1, 8, 8)  # the middle of each enlarged pixel
+    return tiles[:, :, 12:72:8, 12:72:8].reshape(-1, 8, 8)  # the centre of each enlarged pixel
 
 
 def to_tensor(images: list[Image.Image]) -> torch.Tensor:
-    """Images as the network is trained on them: (N, 1, 8, 8) in [-1, 1]."""
+    """Images as x_0: (N, 1, 8, 8) in [-1, 1]."""
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))[:, None]
     return pixels / 127.5 - 1
 
 
 def bound_of(pipeline: GaussianDDPMPipeline, images: list[Image.Image]) -> dict[str, float]:
-    """Bits/dim of images that the model has not seen, with the standard error."""
+    """Bits/dim of held-out images, with the standard error."""
     bound = bits_per_dim(
         pipeline.unet,
         pipeline.scheduler,
@@ -267,25 +268,25 @@ def bound_of(pipeline: GaussianDDPMPipeline, images: list[Image.Image]) -> dict[
 def compared(
     drawn: list[Image.Image], known: list[Image.Image], held_out: list[Image.Image]
 ) -> tuple[MetricResult, ...]:
-    """By their pixels: distance of drawn digits to those trained on, and the share of copies."""
+    """Frechet distance to the training digits and share of memorised samples, on pixels."""
     data = {"train": as_dataset(known), "test": as_dataset(held_out)}
     metrics = ("fd", "memorisation")
     evaluation = evaluate(drawn, data, metrics=metrics, features="pixels", progress=False)
     return evaluation.image_metrics
 
 
-def told(results: tuple[MetricResult, ...]) -> list[str]:
-    """Each figure at half the number of digits, beside that of real ones that were held out."""
+def floor_rows(results: tuple[MetricResult, ...]) -> list[str]:
+    """Each metric for half of the samples, next to its floor for held-out digits, as text."""
     return [f"{r.label:42}{r.floor.drawn:8.3f}{r.floor.real:17.3f}  {r.verdict}" for r in results]
 
 
 def calibrate_model(
     pipeline: GaussianDDPMPipeline, images: list[Image.Image], model: Path
 ) -> tuple[StepsRow, ...]:
-    """Measure what few steps lose, and keep the best variances for them in the model.
+    """Calibrate the variances for few steps and save the calibration in the model.
 
     Returns:
-        bits/dim of K steps, the fewest first.
+        Bits/dim for increasing numbers of steps.
     """
     generator = torch.Generator().manual_seed(0)
     result = calibrate(pipeline.unet, pipeline.scheduler, to_tensor(images), generator=generator)
@@ -294,7 +295,7 @@ def calibrate_model(
 
 
 def few_steps(rows: tuple[StepsRow, ...]) -> str:
-    """Bits/dim of few steps and of all as a table."""
+    """Table of the bits/dim of few and of all steps."""
     lines = ["", f"  {'steps':>6}{'bits/dim':>12}{'not calibrated':>17}"]
     for row in rows:
         values = f"{row.bits_per_dim:12.3f}{row.published:17.3f}"
@@ -303,7 +304,7 @@ def few_steps(rows: tuple[StepsRow, ...]) -> str:
 
 
 def start_over(folder: Path) -> None:
-    """Delete what an earlier demo left in `folder`, and nothing else."""
+    """Delete the files of an earlier demo in `folder`, and no others."""
     for name in ("checkpoints", "logs", "model", "samples"):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in ("config.yaml", "metrics.jsonl", *PICTURES, "scores.json"):
@@ -311,38 +312,36 @@ def start_over(folder: Path) -> None:
 
 
 def record(scores: dict[str, Any], model: Path, path: Path) -> None:
-    """What was measured, beside the run's own record, in a file and in the model's card."""
+    """Add the results to the record of training, `scores.json` and the model card."""
     facts = json.loads((model / "training.json").read_text(encoding="utf-8"))
     drawn, real = scores["drawn"], scores["real"]
     bound = scores["bits_per_dim"]
-    judged = (
-        f"{drawn['count']} drawn digits, {NUM_INFERENCE_STEPS} steps, SVM fitted to real digits"
-    )
+    judged = f"{drawn['count']} samples, {NUM_INFERENCE_STEPS} steps, SVM fitted to real digits"
     facts["model_name"] = "Handwritten digits, 8x8"
     facts["versions"]["scikit-learn"] = version("scikit-learn")
     facts["metrics"] = [
         {
             "name": "recognised digits",
             "value": drawn["recognised"],
-            "how": f"share named with p >= {SURE}; {judged}; real digits: {real['recognised']:.3f}",
+            "how": f"share with p >= {SURE}; {judged}; real digits: {real['recognised']:.3f}",
         },
         {
             "name": "rarest digit",
             "value": min(drawn["share_of_digit"]),
-            "how": f"share of the digit named least often; {judged}",
+            "how": f"share of the least frequent digit; {judged}",
         },
         {
             "name": "distance to training data",
             "value": drawn["distance_to_training"],
-            "how": "median over drawn digits, to the nearest training digit, pixels in [0, 1]; "
-            f"real digits held out: {real['distance_to_training']:.3f}",
+            "how": "median distance of a sample to the nearest training digit, pixels in [0, 1]; "
+            f"held-out real digits: {real['distance_to_training']:.3f}",
         },
         {
             "type": "bits-per-dim",
             "name": "bits/dim",
             "value": bound["value"],
             "how": f"variational bound, {bound['count']} held-out digits, {NUM_BOUND_CALLS} of "
-            f"1,000 terms each; standard error {bound['standard_error']:.3f}",
+            f"{NUM_TRAIN_TIMESTEPS:,} terms each; standard error {bound['standard_error']:.3f}",
         },
     ]
     for file, content in ((model / "training.json", facts), (path, scores | {"training": facts})):
@@ -351,78 +350,78 @@ def record(scores: dict[str, Any], model: Path, path: Path) -> None:
 
 
 def what_next(folder: Path) -> str:
-    """Where everything lies, and commands to go on with."""
+    """The written files and commands to try next."""
     beside_python, beside_this = Path(sys.executable).parent, Path(__file__).parent
     python, command = (os.path.relpath(beside_python / name) for name in ("python", "ddpm-hf"))
     lesson, demo = (os.path.relpath(beside_this / name) for name in ("mlp_digits.py", "demo.py"))
     files = {
-        "model/": "the checkpoint: loads in diffusers, with or without ddpm_hf",
-        "samples.png": "drawn digits beside real ones",
-        "denoising.png": "how digits come out of noise",
+        "model/": "the checkpoint; diffusers loads it with or without ddpm_hf",
+        "samples.png": "samples next to real digits",
+        "denoising.png": "x_t and the estimate of x_0 during sampling",
         "loss.png": "the training loss",
-        "samples_stock.png": "drawn by diffusers alone",
-        "few_steps.png": "drawn in 1,000 steps, and in few",
-        "scores.json": "everything that was measured",
+        "samples_stock.png": "samples of diffusers alone",
+        "few_steps.png": "samples with all steps and with few steps",
+        "scores.json": "all results",
     }
     commands = {
-        f"{command} sample {folder}/model --num-images 16 --output grid.png": "draw more",
-        f"{command} train ./photos": "train on your own folder of images",
-        f"{command} push {folder}/model YOU/digits": "share it, after `hf auth login`",
-        f"{python} {lesson}": "the simplest DDPM there is, as a lesson",
-        f"{python} {demo} --fresh": "this again, from the start",
+        f"{command} sample {folder}/model --num-images 16 --output grid.png": "sample more digits",
+        f"{command} train ./photos": "train on your own images",
+        f"{command} push {folder}/model YOU/digits": "publish it, after `hf auth login`",
+        f"{python} {lesson}": "run a minimal DDPM, written to be read",
+        f"{python} {demo} --fresh": "repeat the demo from the start",
     }
-    lines = ["", "Where everything lies"]
+    lines = ["", "Files"]
     lines += [f"  {folder / name!s:{len(str(folder)) + 20}}{text}" for name, text in files.items()]
     lines += ["", "What to try next"]
     return "\n".join(lines + [f"  {text}:\n    {line}" for line, text in commands.items()])
 
 
 def phase(number: int, text: str) -> None:
-    """A heading in the output."""
+    """Print a heading."""
     print(f"\n[{number}/6] {text}", flush=True)
 
 
 def main(argv: list[str]) -> int:
-    """Run the demo; 0 if the digits are recognisable."""
+    """Run the demo and return the exit status: 0 if the samples are recognisable."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of results")
-    parser.add_argument("--steps", type=int, default=NUM_STEPS, help="training updates")
-    parser.add_argument("--fresh", action="store_true", help="delete earlier results, start over")
+    parser.add_argument("--steps", type=int, default=NUM_STEPS, help="number of updates")
+    parser.add_argument("--fresh", action="store_true", help="delete earlier results first")
     options = parser.parse_args(argv)
     folder: Path = options.output
     if options.fresh:
         start_over(folder)
     began = time.monotonic()
 
-    phase(1, "Real digits, a fifth of them held out")
+    phase(1, "Load real digits and hold out a fifth of them")
     values, labels = load_digits(return_X_y=True)
     known, held_out, known_labels, _ = train_test_split(
         values, labels, test_size=0.2, stratify=labels, random_state=0
     )
-    print(f"{len(known):,} to train on, {len(held_out)} held out, 8x8 pixels")
+    print(f"{len(known):,} for training, {len(held_out)} held out, 8x8 pixels")
 
-    phase(2, "Training")
+    phase(2, "Train")
     result = train_model(to_images(known), folder, options.steps)
     if result.stopped_by is not None:
         return 128 + result.stopped_by
     picture_loss(result.metrics_file, folder / "loss.png")
 
-    phase(3, f"Drawing {NUM_SCORED} digits from {result.model_dir}")
+    phase(3, f"Sample {NUM_SCORED} digits from {result.model_dir}")
     pipeline = load(str(result.model_dir))
-    # Without what an earlier demo measured: as diffusers alone draws.
+    # Without the calibration of an earlier demo: diffusers alone samples without it.
     pipeline.scheduler = without_curve(pipeline.scheduler)
     drawn = draw(pipeline, NUM_SCORED)
     real = to_images(held_out)
     picture_samples(drawn[:NUM_SHOWN], real[:NUM_SHOWN], folder / "samples.png")
     picture_denoising(pipeline, folder / "denoising.png")
 
-    phase(4, "The same model in a new process, by diffusers alone")
+    phase(4, "Sample with diffusers alone, in a new process")
     elsewhere = draw_elsewhere(result.model_dir, folder / "samples_stock.png")
     here = np.stack([np.asarray(image) for image in draw(pipeline, NUM_SHOWN)])
     difference = int(np.abs(elsewhere.astype(int) - here).max())
-    print(f"from the same seed as ddpm_hf, pixels differ by at most {difference} of 255")
+    print(f"with the same seed, pixels differ from those of ddpm_hf by at most {difference}/255")
 
-    phase(5, "Are these digits? Asking a classifier fitted to real ones, and the bound")
+    phase(5, "Evaluate the samples with a classifier, and the model with the variational bound")
     classifier = fit_judge(known, known_labels)
     figures = compared(drawn, to_images(known), real)
     scores = {
@@ -437,11 +436,11 @@ def main(argv: list[str]) -> int:
     bound = scores["bits_per_dim"]
     print(
         f"\n{bound['value']:.3f} +- {bound['standard_error']:.3f} bits/dim on {bound['count']} "
-        f"held-out digits (8 would be no model), {bound['decoder']:.3f} of them in the last step\n"
+        f"held-out digits (uniform noise: 8), {bound['decoder']:.3f} of them in the decoder term\n"
     )
-    print("\n".join(f"  {line}" for line in told(figures)))
+    print("\n".join(f"  {line}" for line in floor_rows(figures)))
 
-    phase(6, "Why so many steps? What the model loses in fewer")
+    phase(6, "Calibrate for fewer steps")
     rows = calibrate_model(pipeline, real[:NUM_CALIBRATED], result.model_dir)
     print(few_steps(rows))
     scores |= {"few_steps": [row.to_dict() for row in rows], "shortcomings": wrong}

@@ -1,6 +1,6 @@
-"""The 1,797 handwritten digits of scikit-learn as images, and a judge of drawn ones.
+"""The 1,797 handwritten digits of scikit-learn as images, and a classifier that scores samples.
 
-They have 8x8 pixels of 17 grey levels, 0 to 16, which survive the way to 8-bit images and back.
+The digits have 8x8 pixels with 17 grey levels, 0 to 16, which 8-bit images represent exactly.
 """
 
 from typing import Any
@@ -12,36 +12,36 @@ from sklearn.calibration import CalibratedClassifierCV
 from sklearn.neighbors import NearestNeighbors
 from sklearn.svm import SVC
 
-SURE = 0.9  # a digit counts as recognised when the classifier gives its answer this probability
+SURE = 0.9  # a digit is recognised if the probability of its most likely class is at least this
 MOST_POINTS_APART, LEAST_SHARE_OF_A_DIGIT = 0.10, 0.03
 
 
 def to_images(values: np.ndarray) -> list[Image.Image]:
-    """Digits (N, 64) with values 0..16 as 8-bit grey images of 8x8."""
+    """Convert digits, (N, 64) with values 0 to 16, to 8-bit greyscale images of 8x8 pixels."""
     pixels = (values * 255 / 16).round().astype(np.uint8).reshape(-1, 8, 8)
     return [Image.fromarray(image) for image in pixels]
 
 
 def to_values(images: list[Image.Image]) -> np.ndarray:
-    """The way back: (N, 64), 0..16, no longer whole numbers for drawn digits."""
+    """Convert images to digits: (N, 64) with values 0 to 16, not integers for samples."""
     return np.stack([np.asarray(image) for image in images]).reshape(-1, 64) * (16 / 255)
 
 
 def as_dataset(images: list[Image.Image]) -> datasets.Dataset:
-    """Images as a Hugging Face data set, as they come from the Hub or from a folder."""
+    """A Hugging Face dataset of the images."""
     return datasets.Dataset.from_dict(
         {"image": images}, features=datasets.Features({"image": datasets.Image()})
     )
 
 
 def fit_judge(values: np.ndarray, labels: np.ndarray) -> CalibratedClassifierCV:
-    """A classifier whose probabilities mean what they say (temperature scaling, 1706.04599)."""
+    """A classifier with calibrated probabilities (temperature scaling, 1706.04599)."""
     svm = SVC(C=10, gamma="scale")
     return CalibratedClassifierCV(svm, method="temperature", cv=5).fit(values, labels)
 
 
 def judge(classifier: Any, values: np.ndarray, known: np.ndarray) -> dict[str, Any]:
-    """What the classifier makes of digits, and how far they are from the digits trained on."""
+    """Scores of digits: recognised share, share of each class, distance to the training digits."""
     probabilities = classifier.predict_proba(values)
     named = np.bincount(probabilities.argmax(1), minlength=10) / len(values)
     distances, _ = NearestNeighbors(n_neighbors=1).fit(known / 16).kneighbors(values / 16)
@@ -54,32 +54,32 @@ def judge(classifier: Any, values: np.ndarray, known: np.ndarray) -> dict[str, A
 
 
 def shortcomings(drawn: dict[str, Any], real: dict[str, Any]) -> list[str]:
-    """What is wrong with the drawn digits; empty if they are as recognisable as real ones."""
+    """Reasons why the samples are not as recognisable as real digits; empty if they are."""
     wrong = []
     if abs(drawn["recognised"] - real["recognised"]) > MOST_POINTS_APART:
         wrong.append(
-            f"{drawn['recognised']:.1%} are recognised, of the real ones {real['recognised']:.1%}: "
-            f"more than {MOST_POINTS_APART:.0%} apart"
+            f"{drawn['recognised']:.1%} of the samples are recognised and {real['recognised']:.1%} "
+            f"of the real digits: a difference of more than {MOST_POINTS_APART:.0%}"
         )
     rare = [n for n, share in enumerate(drawn["share_of_digit"]) if share < LEAST_SHARE_OF_A_DIGIT]
     if rare:
         digits = ", ".join(map(str, rare))
-        wrong.append(f"fewer than {LEAST_SHARE_OF_A_DIGIT:.0%} of the drawn digits are a {digits}")
+        wrong.append(f"fewer than {LEAST_SHARE_OF_A_DIGIT:.0%} of the samples are a {digits}")
     return wrong
 
 
 def side_by_side(drawn: dict[str, Any], real: dict[str, Any]) -> str:
-    """The two results as a table."""
+    """Table of the scores of samples and held-out digits."""
     rows = [
-        ("", "drawn", "real, held out"),
+        ("", "samples", "held-out real"),
         ("digits", drawn["count"], real["count"]),
         (f"recognised (p >= {SURE})", f"{drawn['recognised']:.1%}", f"{real['recognised']:.1%}"),
         (
-            "distance to the nearest digit trained on",
+            "distance to the nearest training digit",
             f"{drawn['distance_to_training']:.2f}",
             f"{real['distance_to_training']:.2f}",
         ),
     ]
     shares = zip(drawn["share_of_digit"], real["share_of_digit"], strict=True)
-    rows += [(f"named {n}", f"{a:.1%}", f"{b:.1%}") for n, (a, b) in enumerate(shares)]
+    rows += [(f"classified as {n}", f"{a:.1%}", f"{b:.1%}") for n, (a, b) in enumerate(shares)]
     return "\n".join(f"  {name:42}{a:>8}{b:>17}" for name, a, b in rows)
