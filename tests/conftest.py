@@ -1,4 +1,4 @@
-"""Every test runs on one thread, offline, with deterministic kernels, and leaves nothing behind."""
+"""Settings of all tests: one thread, offline, deterministic kernels, temporary caches."""
 
 import atexit
 import os
@@ -10,15 +10,15 @@ from ipaddress import ip_address
 
 import pytest
 
-# Before torch and the Hugging Face clients are imported, for they read it then; child processes
-# inherit it.
+# Set before torch and the Hugging Face clients are imported, because they read these variables on
+# import; subprocesses inherit them.
 _CACHE = tempfile.mkdtemp(prefix="ddpm-hf-tests-")
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 os.environ |= {
     "HF_HOME": f"{_CACHE}/huggingface",
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
-    "HF_HUB_DISABLE_XET": "1",  # the Xet client talks past the loopback Hub of the tests
+    "HF_HUB_DISABLE_XET": "1",  # the Xet client bypasses the local Hub server of the tests
     "MPLBACKEND": "agg",
     "OMP_NUM_THREADS": "1",
     "TORCHINDUCTOR_CACHE_DIR": f"{_CACHE}/inductor",
@@ -29,13 +29,13 @@ for name in (
     "HF_HUB_CACHE",
     "HF_DATASETS_CACHE",
     "HF_ENDPOINT",
-    "PYTHONDONTWRITEBYTECODE",  # people run with compiled code, so tests do
+    "PYTHONDONTWRITEBYTECODE",  # compiled code, as in normal use
 ):
     os.environ.pop(name, None)
 
 
-# Whoever starts the tests in the background may have these ignored, as nohup does. A run leaves a
-# signal alone that was ignored when it began, and tests send them.
+# Background jobs may ignore these signals, for example under nohup, and a training run does not
+# handle a signal that was ignored when it started; the tests send them.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -52,7 +52,7 @@ def _is_loopback(host: str | bytes | None) -> bool:
 
 
 def _refuse_the_network(event: str, args: tuple) -> None:
-    """Audit hook: no client written in Python can look up or reach another machine."""
+    """Audit hook: block name lookups and connections to other machines."""
     if event == "socket.getaddrinfo":
         host = args[0]
     elif event in ("socket.connect", "socket.sendto") and isinstance(args[1], tuple):
@@ -60,7 +60,9 @@ def _refuse_the_network(event: str, args: tuple) -> None:
     else:
         return
     if not _is_loopback(host):
-        raise RuntimeError(f"a test tried to reach {host!r}; tests may only use the loopback")
+        raise RuntimeError(
+            f"a test tried to reach {host!r}; tests may use the loopback interface only"
+        )
 
 
 sys.addaudithook(_refuse_the_network)

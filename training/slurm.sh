@@ -1,7 +1,7 @@
 #!/bin/bash
-# Train on several machines under Slurm, past its time limit: five minutes ahead of it the run is
-# told to stop, saves, and queues again; the same command then goes on where it was, to the bit.
-# From the top of the repository, after `make setup`:
+# Train on several machines under Slurm, beyond the time limit of a job: five minutes before the limit
+# the run saves a checkpoint, stops and is queued again; it resumes bit-exactly.
+# Run from the root of the repository, after `make setup`:
 #   sbatch training/slurm.sh --config training/recipes/cifar10.yaml --output-dir runs/cifar10
 #SBATCH --job-name=ddpm-hf
 #SBATCH --nodes=2
@@ -18,17 +18,17 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1} ACCELERATE_MIXED_PRECISION=bf16
 
-# Slurm starts one process per GPU, with no launcher between: torchrun would kill them 30 seconds
-# after the signal, saved or not. Where one of them dies, the others end a minute later.
+# Slurm starts one process per GPU without a launcher: torchrun would kill the processes 30 seconds
+# after the signal, even while they save. If a process dies, the others end a minute later.
 srun --wait=60 bash -c '
   export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
   exec .venv/bin/python training/train.py "$@"' train "$@" &
 run=$!
 
 requeue=no
-# Not to srun itself: it would take the signal as an order to kill.
+# Not to srun, which would kill the processes at this signal.
 trap 'requeue=yes; scancel --signal=TERM "$SLURM_JOB_ID.0"' USR1
-# A trapped signal ends `wait` early, while the processes still save.
+# A trapped signal ends `wait` while the processes are still saving.
 status=0
 until wait "$run" && status=0; do
   status=$?

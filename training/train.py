@@ -1,10 +1,10 @@
-"""The whole training program in one view: data, network, diffusion, training.
+"""A training script with replaceable parts: data, scheduler, network, training.
 
     python training/train.py ./photos
     accelerate launch --multi_gpu training/train.py ./photos --batch-size 256
 
-Every part may be swapped: any UNet2DModel, scheduler or data set. `ddpm-hf train` runs the same
-program without this file; `--help` lists the options, which a recipe (`--config`) can hold too.
+`ddpm-hf train` runs the same program without this file. `--help` lists the options, which a recipe
+(`--config`) can set, too.
 """
 
 import sys
@@ -24,23 +24,23 @@ from ddpm_hf.training import (
 
 
 def main(argv: list[str]) -> int:
-    """Train as the command line `argv` says, and return the exit status."""
+    """Train with the options in `argv` and return the exit status."""
     config = parse_config(argv, prog="train.py")
-    if config.pretrained:  # brings its own network, diffusion and size of images
+    if config.pretrained:  # defines the network, the scheduler and the image size
         return train(config).exit_status
 
-    # Any data set: a folder, parquet files, a name on the Hub. Decoded and resized once.
+    # Any dataset: a folder, parquet files or a dataset on the Hub, decoded and resized once.
     state = join_processes(config)
     images = main_first(state, lambda: build_images(config))
 
-    # The diffusion; put GaussianDDPMScheduler(beta_schedule=..., ...) in its place for your own.
+    # Replace this by your own GaussianDDPMScheduler(beta_schedule=..., ...).
     scheduler = build_scheduler(config)
 
-    # A network for images of this size and mode; put your own UNet2DModel(...) in its place.
+    # A network for the size and mode of the images; replace it by your own UNet2DModel(...).
     set_seed(config.seed)
     unet = build_unet(images.facts, state.device.type, config.unet_config, scheduler)
 
-    # Resumes by itself when the run was interrupted. `model_dir` holds the portable checkpoint.
+    # Resumes an interrupted run. The portable checkpoint is in `result.model_dir`.
     result = train(config, unet=unet, scheduler=scheduler, dataset=images)
     return result.exit_status
 

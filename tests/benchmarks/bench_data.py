@@ -1,11 +1,10 @@
-"""How fast training images are read: ours, beside PIL in `set_transform` of `datasets`.
+"""Speed of reading training images, compared with PIL in `set_transform` of `datasets`.
 
     python tests/benchmarks/bench_data.py [--resolution 64] [--num-images 512] [--json FILE]
 
-Prints, and asserts nothing. Photos of 320x240 pixels, cut from the two that scikit-learn ships, lie
-in a folder of JPEG files; an epoch of them is read in batches, both ways in turn. Theirs is the
-transformation of diffusers' train_unconditional.py in PIL and numpy: resized, cut, flipped, to
-floats in [-1, 1]. Ours decodes and resizes once, which is timed, too.
+Reads an epoch of JPEG photos of 320x240 pixels, cropped from two photos of scikit-learn.
+Stock is the transformation of train_unconditional.py in diffusers with PIL and numpy: resize, crop,
+flip, and convert to floats in [-1, 1]. This package decodes and resizes once, timed separately.
 """
 
 import argparse
@@ -98,14 +97,14 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(options.threads or torch.get_num_threads())
-    found = report(options)
-    each = found["us_per_image"]
+    results = report(options)
+    each = results["us_per_image"]
     print(
-        f"an image of {options.resolution} pixels from a JPEG of 320x240: PIL in set_transform "
-        f"{each['stock']:.0f} us, ours {each['ours']:.0f} us, {found['times_stock']:.0f} times as "
-        f"fast, after {found['preparing_us_per_image']:.0f} us once"
+        f"image of {options.resolution} pixels from a JPEG of 320x240: stock "
+        f"{each['stock']:.0f} us, ours {each['ours']:.0f} us ({results['times_stock']:.0f} times "
+        f"as fast), preparation {results['preparing_us_per_image']:.0f} us"
     )
-    keep(found, options)
+    keep(results, options)
 
 
 if __name__ == "__main__":

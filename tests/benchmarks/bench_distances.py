@@ -1,10 +1,10 @@
-"""Sets of features compared, beside scikit-learn and torchmetrics; prints, and asserts nothing.
+"""Speed of metrics on features, compared with scikit-learn and torchmetrics.
 
     python tests/benchmarks/bench_distances.py [--threads 1] [--json FILE]
 
-As many real as drawn images of 1,280 features, as EfficientNet-Lite0 gives them. Theirs is the
-kernel distance (torchmetrics) or coverage (scikit-learn) of the whole sets; all with intervals are
-the six figures that come from pairs, with those of 20 halves and floors.
+Equal numbers of real and generated images with 1,280 features, as of EfficientNet-Lite0. The
+references compute the kernel distance (torchmetrics) or coverage (scikit-learn) of the full sets;
+"all with intervals" computes six pairwise figures with 20 half-sets and floors.
 """
 
 from functools import partial
@@ -27,7 +27,7 @@ METRICS = ["kid", "precision-recall", "coverage", "memorisation"]
 
 
 def draw(num: int, seed: int) -> torch.Tensor:
-    """Features of a falling spectrum, none negative."""
+    """Non-negative features with a decaying spectrum."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(64, DIMS, generator=torch.Generator().manual_seed(0)) / 8
     noise = torch.randn(num, DIMS, generator=generator) / 2

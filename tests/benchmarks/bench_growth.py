@@ -1,10 +1,10 @@
-"""How cost grows: with the batch, the steps, the resolution, threads and processes.
+"""Scaling of time and memory with batch size, steps, resolution, threads and processes.
 
     python tests/benchmarks/bench_growth.py [--device cuda] [--json FILE]
 
-Prints, and asserts nothing; beside FILE lies the plot. The small network of bench_speed, one thread
-of the CPU but where it says more; ours and stock take turns. Memory is the growth of the peak of a
-process that did nothing before. Processes train on shares of one batch under torchrun.
+Uses the small network of bench_speed and one CPU thread unless noted, with alternating runs of this
+package and stock diffusers. Memory is the growth of the peak of a new process. Training on several
+processes splits one batch under torchrun. With --json, also saves a plot next to FILE.
 """
 
 import argparse
@@ -27,12 +27,12 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from ddpm_hf import GaussianDDPMPipeline, simple_loss
 
 KINDS = {"stock": DDPMPipeline, "ours": GaussianDDPMPipeline}
-CASES = {  # batch size, steps, pixels of a side
+CASES = {  # batch size, steps, image size
     "batch size": [(batch_size, 4, 32) for batch_size in (1, 2, 4, 8, 16, 32, 64)],
     "steps": [(4, num_steps, 32) for num_steps in (2, 8, 32)],
-    "pixels of a side": [(1, 4, size) for size in (32, 64, 128)],
+    "image size": [(1, 4, size) for size in (32, 64, 128)],
 }
-WORKERS = ((1, 1), (1, 2), (2, 1))  # processes, threads of each
+WORKERS = ((1, 1), (1, 2), (2, 1))  # processes, threads per process
 NUM_UPDATES = 12
 Row = dict[str, Any]
 
@@ -44,8 +44,8 @@ def draw(kind: str, batch_size: int, num_steps: int, size: int, device: str) -> 
 
 
 def sampling(options: argparse.Namespace) -> dict[str, list[Row]]:
-    """Seconds of a chain and MiB of the peak, for every case and kind."""
-    # Memory first: what a race has freed, a process that is forked later uses again.
+    """Seconds and peak MiB of sampling, for every case and pipeline."""
+    # Memory first: a process forked later would reuse memory that was freed before.
     rows = {
         what: [
             {
@@ -67,7 +67,7 @@ def sampling(options: argparse.Namespace) -> dict[str, list[Row]]:
 
 
 def training(num_processes: int, num_threads: int) -> Row:
-    """Seconds of an update of 16 images, by the processes of a launch."""
+    """Seconds of an update of 16 images on several processes."""
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
         *("--nproc_per_node", f"{num_processes}", __file__, "--worker", f"{num_threads}"),
@@ -80,7 +80,7 @@ def training(num_processes: int, num_threads: int) -> Row:
 
 
 def work(num_threads: int) -> None:
-    """What each process of a launch does; the first prints the median of its updates."""
+    """Train in one process of a launch; rank 0 prints the median time of an update."""
     torch.set_num_threads(num_threads)
     unet, marks = make_unet("small"), []
 
@@ -106,8 +106,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
             axis.loglog(places, times, f"o{style}", color="C0", label=f"{kind}, seconds")
             peaks = [row["mib"][kind] for row in rows]
             memories.loglog(places, peaks, f"s{style}", color="C1", label=f"{kind}, MiB")
-        axis.set(xlabel=label, title=f"sampling, by {label}")
-        axis.set_ylabel("seconds of a chain", color="C0")
+        axis.set(xlabel=label, title=f"sampling by {label}")
+        axis.set_ylabel("seconds", color="C0")
         memories.set_ylabel("peak memory, MiB", color="C1")
         memories.set_ylim(10, 2000)
         axis.set_xticks(places, [f"{place}" for place in places], minor=False)
@@ -116,9 +116,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     rows = results["training"]
     names = [f"{row['processes']} x {row['threads']}" for row in rows]
     axes[3].bar(names, [1 / row["s"] for row in rows], color="C0")
-    axes[3].set(
-        xlabel="processes x threads", ylabel="updates/s", title="training, by processes, threads"
-    )
+    axes[3].set(xlabel="processes x threads", ylabel="updates/s", title="training")
     figure.savefig(path, dpi=120)
 
 

@@ -1,9 +1,9 @@
-"""What the bound and the losses cost beside their network calls; prints, and asserts nothing.
+"""Cost of the bound and the losses relative to their network calls.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/bench_likelihood.py [--json FILE]
 
-The demo's kind of UNet, 0.65 million parameters, on 16 images of 32x32; CPU time of the one thread;
-both sides take turns, and each ratio is the median over the turns.
+A UNet with 0.65 million parameters on 16 images of 32x32. Times are CPU times of one thread; each
+ratio is the median over alternating runs.
 """
 
 import argparse
@@ -26,7 +26,7 @@ NUM_IMAGES = 16
 
 
 def make_unet() -> UNet2DModel:
-    """A network whose variance is learned."""
+    """A network with a learned variance."""
     return UNet2DModel(
         sample_size=32,
         in_channels=1,
@@ -46,7 +46,7 @@ def seconds(call: Callable[[], Any]) -> float:
 
 
 def ratio(ours: Callable[[], Any], floor: Callable[[], Any], num_turns: int) -> str:
-    """Median of ours / floor over turns, and the floor's median time."""
+    """Median ratio of the times of `ours` and `floor`, and the median time of `floor`."""
     ours(), floor()
     turns = [(seconds(ours), seconds(floor)) for _ in range(num_turns)]
     median = statistics.median(a / b for a, b in turns)
@@ -55,7 +55,7 @@ def ratio(ours: Callable[[], Any], floor: Callable[[], Any], num_turns: int) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, help="write the results there, too")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -75,7 +75,7 @@ def main() -> None:
     def update(loss: Callable[..., torch.Tensor]) -> Callable[[], None]:
         def run() -> None:
             for step in range(4):
-                t = (torch.arange(NUM_IMAGES) * 62 + step) % 1000  # the last step among them
+                t = (torch.arange(NUM_IMAGES) * 62 + step) % 1000  # includes the last step
                 loss(unet, scheduler, images, t, noise).mean().backward()
                 optimizer.step()
                 optimizer.zero_grad()

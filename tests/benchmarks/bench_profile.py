@@ -1,12 +1,12 @@
-"""Where the time of a sampling step and of a training update goes, and what waits for the device.
+"""Profile of a sampling step and a training update, with the number of device synchronizations.
 
     python tests/benchmarks/bench_profile.py [--network cifar] [--device cuda] [--json FILE]
 
-Prints, and asserts nothing: the operations that take most time, the speed of the convolutions
-beside the best that was measured on this machine, and how often the host waits for the device,
-beside stock. On a CPU, where nothing waits, values that Python reads are counted: our two in an
-update check the images before they are sent to a device, and stock's AdamW reads its count of
-steps for every weight, which it does on a CPU alone.
+Prints the most expensive operations, the speed of convolutions relative to the fastest one measured
+on this machine, and the number of synchronizations of the host with the device, compared with stock
+diffusers. On a CPU, values read by Python are counted instead: two in an update of this package,
+which checks the images before they are sent to the device, and one for every weight in AdamW of
+stock, which reads its step count there on a CPU only.
 """
 
 import argparse
@@ -40,7 +40,7 @@ READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal")
 
 
 class Reads(TorchDispatchMode):
-    """Counts operations whose result the host needs to go on."""
+    """Count operations whose result the host must wait for."""
 
     def __enter__(self) -> "Reads":
         self.count = 0
@@ -52,7 +52,7 @@ class Reads(TorchDispatchMode):
 
 
 class Section:
-    """Profiles, or counts reads, from its `begin` to its `end`."""
+    """Profile operations, or count reads, between `begin` and `end`."""
 
     def __init__(self, device: str, counting: bool) -> None:
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
@@ -66,11 +66,11 @@ class Section:
         self._manager.__exit__(None, None, None)
 
 
-Work = Callable[[Section, int], None]  # puts so many steps into the section
+Work = Callable[[Section, int], None]  # runs the given number of steps in the section
 
 
 def of_sampling(kind: type, unet: UNet2DModel, batch_size: int) -> Work:
-    """Steps of a chain: from one call of the network to another."""
+    """Sampling steps, delimited by calls of the network."""
 
     def work(section: Section, num_steps: int) -> None:
         pipeline = kind(unet, DDPMScheduler())
@@ -107,7 +107,7 @@ def of_stock_training(unet: UNet2DModel, batch_size: int) -> Work:
 
 
 def of_training(unet: UNet2DModel, batch_size: int) -> Work:
-    """Updates: from one call of the loss to another."""
+    """Training updates, delimited by calls of the loss."""
 
     def work(section: Section, num_steps: int) -> None:
         calls = 0
@@ -127,7 +127,7 @@ def of_training(unet: UNet2DModel, batch_size: int) -> Work:
 
 
 def shares(section: Section, device: str) -> dict[str, float]:
-    """Of the time of all operations, by operation, most first."""
+    """Shares of the total time by operation, in decreasing order."""
     times = Counter(
         {
             event.key: event.self_device_time_total
@@ -141,7 +141,7 @@ def shares(section: Section, device: str) -> dict[str, float]:
 
 
 def conv_speed(section: Section, gflop: float) -> float:
-    """GFLOP/s of the convolutions of NUM_STEPS."""
+    """GFLOP/s of the convolutions in NUM_STEPS steps."""
     kinds = ("aten::mkldnn_convolution", "aten::cudnn_convolution", "aten::convolution_backward")
     events = {event.key: event for event in section.profile.key_averages()}
     times = [
@@ -153,7 +153,7 @@ def conv_speed(section: Section, gflop: float) -> float:
 
 
 def waits(work: Work, device: str) -> float:
-    """Per step: those of twice as many steps, less those of as many."""
+    """Synchronizations per step, as the difference between 2n and n steps divided by n."""
     counts = []
     for num_steps in (NUM_STEPS, 2 * NUM_STEPS):
         section = Section(device, counting=device != "cuda")
@@ -216,7 +216,7 @@ def main() -> None:
         print(
             f"  convolutions: {found['flops_of_convolutions']:.0%} of the operations, at "
             f"{found['convolutions_of_peak']:.0%} of {results['conv_gflop_per_s']:.0f} GFLOP/s\n"
-            f"  waits for the device, each time: {found['waits']:g}; "
+            f"  synchronizations per step: {found['waits']:g}; "
             f"stock {found['waits_of_stock']:g}"
         )
     keep(results, options)

@@ -1,9 +1,9 @@
-"""Speed and exactness of the scheduler beside stock diffusers; prints, and asserts nothing.
+"""Speed and accuracy of the scheduler, compared with stock diffusers.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/bench_scheduler.py [--speed-only] [--json FILE]
 
-Times are CPU time of the one thread, so that waiting for other processes does not count; both sides
-take turns, and each ratio is the median over the turns.
+Times are CPU times of one thread, which exclude other processes; each ratio is the median over
+alternating runs.
 """
 
 import argparse
@@ -31,7 +31,7 @@ SYNCS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal")
 
 
 class Operations(TorchDispatchMode):
-    """Counts the operations that torch is asked for."""
+    """Count the operations of torch."""
 
     def __enter__(self) -> "Operations":
         self.count: Counter[str] = Counter()
@@ -61,7 +61,7 @@ def inputs(shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def small_steps() -> dict[str, Any]:
-    """A step at (1, 1, 8, 8), where only overhead counts."""
+    """A step at (1, 1, 8, 8), where overhead dominates."""
     ours, stock = GaussianDDPMScheduler(), DDPMScheduler()
     stock.set_timesteps(1000)
     output, x = inputs((1, 1, 8, 8))
@@ -79,7 +79,7 @@ def small_steps() -> dict[str, Any]:
 
 
 def large_steps() -> dict[str, Any]:
-    """A step over its floor: noise of that shape and three elementwise passes."""
+    """A step relative to its lower bound: noise of its shape and three elementwise passes."""
     results, scheduler = {}, GaussianDDPMScheduler()
     factor = torch.tensor(0.5)
     for shape in ((16, 3, 32, 32), (128, 3, 32, 32), (16, 3, 64, 64), (4, 3, 256, 256)):
@@ -125,19 +125,19 @@ def operations() -> dict[str, Any]:
                 ours.step(output.to("meta"), t, x.to("meta"))
             moves = ops.count.pop("_to_copy")
             results[f"ops of step, {variance_type}, {form}"] = (
-                f"{ops.count.total()} with 0 syncs (beside the {moves} copies of the benchmark)"
+                f"{ops.count.total()} with 0 syncs (without the {moves} copies of the benchmark)"
             )
     return results
 
 
 def noising() -> dict[str, Any]:
-    """Two passes and one new tensor, where stock has three of each.
+    """Adding noise: two passes and one new tensor; stock needs three of each.
 
-    Arithmetic alone makes that 1.5x. Where glibc returns stock's temporaries to the system after
-    each call, which depends on what the process freed before, it is 4x or, on a machine where page
-    faults are slow, 14x: run it more than once.
+    The arithmetic explains a ratio of 1.5. If glibc returns the temporaries of stock to the system
+    after each call, which depends on earlier allocations, the ratio is 4, or 14 on a machine with
+    slow page faults: repeat the benchmark.
     MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=1000000000 keeps the memory (1.5x);
-    the first alone at 131072 returns all, ours too (3x).
+    only the first, with 131072, returns all memory, also that of this package (3x).
     """
     ours, stock = GaussianDDPMScheduler(), DDPMScheduler()
     x, noise = inputs((128, 3, 32, 32))
@@ -169,7 +169,7 @@ def set_up() -> dict[str, Any]:
 
 
 def exactness() -> dict[str, Any]:
-    """The figures that tests bound."""
+    """The errors that are bounded by tests."""
     import test_parity_diffusers as parity
     import test_scheduler as exact
     from oracles import alpha_bars, relative_error, to_float64
@@ -206,7 +206,7 @@ def exactness() -> dict[str, Any]:
             stock.alphas_cumprod = table
             on_exact = max(on_exact, parity.worst_step(ours, stock))
         results[f"parity, {schedule}, {len(parity.MATRIX)} configurations"] = (
-            f"{on_exact:.1e} from stock on exact tables, {as_is:.1e} from stock as it is"
+            f"{on_exact:.1e} from stock with exact tables, {as_is:.1e} from unmodified stock"
         )
     return results
 
@@ -214,7 +214,7 @@ def exactness() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    parser.add_argument("--speed-only", action="store_true", help="leave out the exactness")
+    parser.add_argument("--speed-only", action="store_true", help="do not measure the accuracy")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

@@ -1,13 +1,12 @@
-"""Speed and memory of sampling and training, beside others and the machine's limit.
+"""Speed and memory of sampling and training, compared with other packages and hardware limits.
 
     python tests/benchmarks/bench_speed.py [--full] [--device cuda] [--threads N] [--json FILE]
 
-The others: diffusers' stock pipeline and loop, and denoising-diffusion-pytorch around the same
-network where it is installed. Prints, and asserts nothing. All sides take turns in one process;
-each time is the median over the turns, each ratio the median of the turns' ratios. Minutes;
-`--full`, an hour on two cores, adds the larger batches of the 35.7M network of DDPM (2006.11239,
-appendix B), and compiled training. Memory is the growth of the peak of a process that did nothing
-before.
+Compares with the pipeline and training loop of stock diffusers, and with the same network in
+denoising-diffusion-pytorch if it is installed. Runs alternate in one process; times and ratios are
+medians. Takes minutes; `--full` takes an hour on two cores and adds larger batches of the 35.7M
+network of DDPM (2006.11239, appendix B) and compiled training. Memory is the growth of the peak of
+a new process.
 """
 
 import argparse
@@ -40,21 +39,21 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from ddpm_hf import GaussianDDPMPipeline, optimize, simple_loss
 from ddpm_hf.backend_settings import supports_bfloat16
 
-NUM_STEPS = 4  # of a chain: each costs the same
+NUM_STEPS = 4  # each step costs the same
 BATCHES = {"small": (1, 16), "cifar": (1,)}
 FULL_BATCHES = {"small": (1, 16, 64), "cifar": (1, 16, 64)}
 
 
 def gflop(unet: UNet2DModel, batch_size: int) -> float:
-    """Of one call."""
+    """GFLOP of one call."""
     with torch.no_grad():
         return sum(flops(lambda: unet(random_images(unet, batch_size), 0)).values())
 
 
 def variants(device: str, compiled: bool) -> dict[str, dict[str, Any]]:
-    """Arguments of `optimize`, by what they change."""
+    """Arguments of `optimize` for each variant."""
     factors: dict[str, dict[str, Any]] = {"channels_last": {"memory_format": torch.channels_last}}
-    if supports_bfloat16(torch.device(device)):  # without it a CPU takes 40 times as long
+    if supports_bfloat16(torch.device(device)):  # without support, a CPU takes 40 times as long
         factors["bf16"] = {"dtype": torch.bfloat16}
     if device == "cuda":
         factors["TF32"] = {"tf32": True}
@@ -65,11 +64,11 @@ def variants(device: str, compiled: bool) -> dict[str, dict[str, Any]]:
 
 
 def sampling(name: str, batch_size: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row per way to sample: milliseconds of a step, and how far the images are from stock's."""
-    unet, scheduler = make_unet(name, options.device).eval(), DDPMScheduler()  # as when loaded
+    """A row per variant: milliseconds of a step, and the largest deviation of the images."""
+    unet, scheduler = make_unet(name, options.device).eval(), DDPMScheduler()
 
     def build(kind: type, **chosen: Any) -> Any:
-        # One network where nothing is changed: where its memory lies makes a twentieth.
+        # Unchanged networks share memory: its address changes times by 5%.
         network = copy.deepcopy(unet) if chosen else unet
         pipeline = kind(network, DDPMScheduler.from_config(scheduler.config))
         pipeline.set_progress_bar_config(disable=True)
@@ -95,7 +94,7 @@ def sampling(name: str, batch_size: int, options: argparse.Namespace) -> list[di
     rows = {
         w: row(f"sampling {name}, batch {batch_size}", w, times, work, NUM_STEPS) for w in times
     }
-    for what in pipelines:  # denoising-diffusion-pytorch draws other noise
+    for what in pipelines:  # denoising-diffusion-pytorch uses other noise
         rows[what]["deviation"] = float(abs(images[what] - images["ours"]).max())
     return list(rows.values())
 
@@ -111,9 +110,9 @@ def row(
 
 
 def training(name: str, batch_size: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row per way to train: milliseconds of an update, and how far the losses are from ours.
+    """A row per variant: milliseconds of an update, and the relative deviation of the losses.
 
-    Between two updates of the trainer, which asks for its loss once in each, others make theirs.
+    The trainer calls its loss once in each update; the other loops run their updates in this call.
     """
     unet = make_unet(name, options.device)
     images = random_images(unet, batch_size)
@@ -145,7 +144,7 @@ def training(name: str, batch_size: int, options: argparse.Namespace) -> list[di
 
         num_updates = options.turns + 3
         train_ours(copy.deepcopy(unet), images, num_updates, loss, **chosen)
-        # Before the updates compiled gradients are checked; the first update warms up.
+        # The check of compiled gradients comes before the updates; the first update is a warm-up.
         pairs = list(pairwise(marks[-num_updates + 1 :]))
         times = {
             other: [mark[index + 1] - mark[index] for mark, _ in pairs]
@@ -160,7 +159,7 @@ def training(name: str, batch_size: int, options: argparse.Namespace) -> list[di
 
 
 def memories(name: str, batch_size: int, options: argparse.Namespace) -> dict[str, float]:
-    """Before anything else runs in this process: threads do not survive a fork."""
+    """Peak MiB by case; must run first in the process: threads do not survive a fork."""
 
     def draw(kind: type) -> None:
         pipeline = kind(make_unet(name, options.device), DDPMScheduler())
@@ -190,7 +189,7 @@ def memories(name: str, batch_size: int, options: argparse.Namespace) -> dict[st
             )(batch_size),
             f"training: {denoising_diffusion.NAME}": lambda: update(denoising_diffusion.Loop),
         }
-    # Pages that the allocator keeps make a tenth of difference from process to process.
+    # Pages kept by the allocator change the result by 10% between processes.
     return {
         f"{name}, batch {batch_size}, {what}": statistics.median(
             memory(work, options.device) for _ in range(3)
@@ -199,7 +198,7 @@ def memories(name: str, batch_size: int, options: argparse.Namespace) -> dict[st
     }
 
 
-HEAD = f"{'':26} {'':22} {'ms':>9} {'x stock':>8} {'GFLOP/s':>8} {'of matmul':>9} differs by"
+HEAD = f"{'':26} {'':22} {'ms':>9} {'x stock':>8} {'GFLOP/s':>8} {'of matmul':>9} deviation"
 
 
 def show(rows: list[dict[str, Any]], peak: dict[str, float]) -> list[dict[str, Any]]:
@@ -216,12 +215,12 @@ def show(rows: list[dict[str, Any]], peak: dict[str, float]) -> list[dict[str, A
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument(
-        "--full", action="store_true", help="all batch sizes, and compiled training"
+        "--full", action="store_true", help="also larger batches and compiled training"
     )
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     if denoising_diffusion.missing:
-        print(f"Left out, denoising-diffusion-pytorch: {denoising_diffusion.missing}")
+        print(f"Skipped denoising-diffusion-pytorch: {denoising_diffusion.missing}")
     torch.set_num_threads(options.threads or torch.get_num_threads())
     batches = FULL_BATCHES if options.full else BATCHES
     grown = memories("small", 16, options) | memories("cifar", 1, options)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the networks, stock's loop and ours, and how they are timed."""
+"""Networks, training loops and timing of the benchmarks."""
 
 import argparse
 import json
@@ -44,14 +44,16 @@ def make_unet(name: str, device: str = "cpu", size: int = 32) -> UNet2DModel:
 
 
 def parser_of(text: str | None) -> argparse.ArgumentParser:
-    """The options that every benchmark has."""
+    """Argument parser with the options of all benchmarks."""
     parser = argparse.ArgumentParser(
         description=text, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--threads", type=int, help="of the CPU (default: its cores)")
-    parser.add_argument("--turns", type=int, default=5, help="of each race (default: 5)")
-    parser.add_argument("--json", type=Path, help="write the results there, too")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: its cores)")
+    parser.add_argument(
+        "--turns", type=int, default=5, help="repetitions of each measurement (default: 5)"
+    )
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     return parser
 
 
@@ -71,7 +73,7 @@ def keep(results: dict[str, Any], options: argparse.Namespace) -> None:
 
 
 def now() -> float:
-    """CPU time where one thread does all, so that waiting for other processes does not count."""
+    """CPU time with one thread, which excludes other processes; else the wall clock; seconds."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     elif torch.get_num_threads() == 1:
@@ -86,7 +88,7 @@ def seconds(call: Callable[[], Any]) -> float:
 
 
 def race(calls: dict[str, Callable[[], Any]], num_turns: int) -> dict[str, list[float]]:
-    """Seconds of each, turn by turn, after one that warms up."""
+    """Seconds of each call in alternating order, after a warm-up call."""
     for call in calls.values():
         call()
     turns = [{name: seconds(call) for name, call in calls.items()} for _ in range(num_turns)]
@@ -94,12 +96,12 @@ def race(calls: dict[str, Callable[[], Any]], num_turns: int) -> dict[str, list[
 
 
 def ratio(times: dict[str, list[float]], slow: str, fast: str) -> float:
-    """How many times as fast, in the median turn."""
+    """Median ratio of the times of `slow` and `fast`."""
     return statistics.median(a / b for a, b in zip(times[slow], times[fast], strict=True))
 
 
 def flops(call: Callable[[], Any]) -> dict[str, float]:
-    """GFLOP of one call by operation: 2 for each multiplication with its addition."""
+    """GFLOP of one call by operation; a multiply-add counts as 2."""
     with FlopCounterMode(display=False) as counter:
         call()
     total = counter.get_flop_counts()["Global"]
@@ -107,7 +109,7 @@ def flops(call: Callable[[], Any]) -> dict[str, float]:
 
 
 def limits(device: str, num_turns: int = 15) -> dict[str, float]:
-    """GFLOP/s of a matrix product, and of the best of convolutions as these networks have them."""
+    """GFLOP/s of a matrix product and of the fastest convolution of typical sizes."""
     a = torch.randn(1024, 1024, device=device)
     calls: dict[str, Callable[[], Any]] = {"matmul": lambda: a @ a}
     work = {"matmul": 2.0 * 1024**3}
@@ -124,7 +126,7 @@ def limits(device: str, num_turns: int = 15) -> dict[str, float]:
 
 
 class StockLoop:
-    """An update as diffusers' train_unconditional.py makes it."""
+    """The training update of train_unconditional.py in diffusers."""
 
     def __init__(self, unet: UNet2DModel) -> None:
         self.unet, self.scheduler = unet.train(), DDPMScheduler()
@@ -147,11 +149,11 @@ class StockLoop:
         self.rates.step()
         self.optimizer.zero_grad()
         self.ema.step(self.unet.parameters())
-        loss.item()  # it logs each step
+        loss.item()  # logged at each step
 
 
 def train_ours(unet: UNet2DModel, images: torch.Tensor, num_updates: int, loss: Any, **chosen: Any):
-    """The trainer as users call it, without its last outputs."""
+    """Run the trainer silently, without samples."""
     silent = StringIO()
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(silent), redirect_stderr(silent):
         config = TrainingConfig(
@@ -165,14 +167,14 @@ def train_ours(unet: UNet2DModel, images: torch.Tensor, num_updates: int, loss: 
 
 
 def random_images(unet: UNet2DModel, batch_size: int) -> torch.Tensor:
-    """Noise in [-1, 1] in place of images, (B, C, H, W)."""
+    """Uniform noise in [-1, 1], (B, C, H, W)."""
     side = unet.config.sample_size
     shape = (batch_size, unet.config.in_channels, side, side)
     return torch.rand(shape, device=unet.device) * 2 - 1
 
 
 def memory(work: Callable[[], Any], device: str) -> float:
-    """MiB by which the peak of a new process grows; threads do not survive the fork."""
+    """Growth of the peak memory of a forked process in MiB; threads do not survive the fork."""
     reader, writer = os.pipe()
     if child := os.fork():
         os.close(writer)

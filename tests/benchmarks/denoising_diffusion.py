@@ -1,7 +1,7 @@
-"""denoising-diffusion-pytorch around the same network, where that package is installed.
+"""denoising-diffusion-pytorch with the same network, if it is installed.
 
-It is installed for the benchmark alone (`pip install denoising-diffusion-pytorch`), and it needs a
-torchvision that fits torch.
+Only the benchmark needs it: `pip install denoising-diffusion-pytorch`, with a torchvision that fits
+the installed torch.
 """
 
 from contextlib import redirect_stderr
@@ -17,12 +17,12 @@ try:
     from ema_pytorch import EMA
 
     missing = None
-except (ImportError, RuntimeError) as error:  # what a torchvision of another torch raises
+except (ImportError, RuntimeError) as error:  # raised by a torchvision for another torch
     missing = f"{type(error).__name__}: {error}"
 
 
 class Network(torch.nn.Module):
-    """A UNet2DModel as that package calls a network."""
+    """A UNet2DModel with the interface of networks in that package."""
 
     self_condition = random_or_learned_sinusoidal_cond = False
 
@@ -43,7 +43,7 @@ def diffusion(unet: UNet2DModel, num_steps: int = 1000) -> Any:
 
 
 class Sampler:
-    """Called as a pipeline is; that package draws from torch's global generator."""
+    """Sampler with the interface of a pipeline; it uses the global generator of torch."""
 
     def __init__(self, unet: UNet2DModel, num_steps: int) -> None:
         self.diffusion = diffusion(unet, num_steps)
@@ -55,7 +55,7 @@ class Sampler:
 
 
 class Loop:
-    """An update as its Trainer makes it."""
+    """The training update of its Trainer."""
 
     def __init__(self, unet: UNet2DModel) -> None:
         self.diffusion = diffusion(unet).train()
@@ -64,7 +64,7 @@ class Loop:
 
     def update(self, images: torch.Tensor) -> None:
         loss = self.diffusion(images)
-        loss.item()  # shown in each step
+        loss.item()  # shown at each step
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.diffusion.parameters(), 1.0)
         self.optimizer.step()
