@@ -10,16 +10,15 @@ from torch import Tensor
 from ddpm_hf import GaussianDDPMScheduler
 from ddpm_hf.diffusion.editing import (
     combine,
-    conjugate_gradients,
     expected_gain,
     image_to_image,
     inpaint,
     interpolate,
     invert,
-    lanczos_square_root,
-    repaint_schedule,
     slerp,
 )
+from ddpm_hf.diffusion.inpainting import repaint_positions
+from ddpm_hf.diffusion.krylov import conjugate_gradients, lanczos_square_root
 
 T = 1000
 ALPHA_BAR = (1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64)).cumprod(0)
@@ -223,9 +222,9 @@ def test_every_prediction_type_inpaints_alike(prediction_type):
 
 
 def test_the_visiting_order_of_repaint_repeats_every_part():
-    assert repaint_schedule(4, 2, 2) == [3, 2, 1, 0, 1, 2, 1, 0]
-    assert repaint_schedule(5, 10, 10) == [4, 3, 2, 1, 0]
-    assert repaint_schedule(3, 1, 3) == [2, 1, 2, 1, 2, 1, 0, 1, 0, 1, 0]
+    assert repaint_positions(4, 2, 2) == [3, 2, 1, 0, 1, 0]
+    assert repaint_positions(5, 10, 10) == [4, 3, 2, 1, 0]
+    assert repaint_positions(3, 1, 3) == [2, 1, 1, 1, 0, 0, 0]
 
 
 @pytest.mark.parametrize(

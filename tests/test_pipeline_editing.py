@@ -1,14 +1,18 @@
 """Editing methods of the pipeline: images in and out, batches, classes, schedulers, bad input."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
-from checkpoints import image_facts_of, tiny_scheduler, tiny_unet
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from checkpoints import image_facts_of, save_stock, tiny_scheduler, tiny_unet
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
 from PIL import Image
+from processes import run_process
 
-from ddpm_hf import GaussianDDPMPipeline
+from ddpm_hf import GaussianDDPMPipeline, load
 from ddpm_hf.diffusion.editing import expected_gain, invert
+from ddpm_hf.sampling import use_recommended
 
 NAMES = ("cat", "dog")
 
@@ -92,7 +96,9 @@ def test_image_to_image_keeps_more_at_a_lower_strength(pipeline):
     assert 1 > weak.expected_gain > 0.8 > 0.1 > strong.expected_gain >= 0
 
 
-@pytest.mark.parametrize("kind", [DDIMScheduler, DPMSolverMultistepScheduler])
+@pytest.mark.parametrize(
+    "kind", [DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler]
+)
 def test_image_to_image_runs_on_any_scheduler_of_the_pipeline(kind):
     pipeline = pipeline_of()
     pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
@@ -192,8 +198,8 @@ def test_callbacks_see_every_step_and_can_end_the_edit(pipeline):
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (Image.new("L", (8, 8)), "`mask` is empty"),
-        (Image.new("L", (8, 8), 255), "`mask` is full"),
+        (Image.new("L", (8, 8)), "`mask_image` is empty"),
+        (Image.new("L", (8, 8), 255), "`mask_image` is full"),
         (Image.new("L", (9, 8), 255), r"`mask_image` must have the size.*\(8, 8\), got \(8, 9\)"),
         (np.zeros((8, 8, 3, 1)), r"`mask_image` must be .* got shape \(8, 8, 3, 1\)"),
     ],
@@ -220,3 +226,118 @@ def test_masks_are_read_from_arrays_and_tensors_alike(pipeline):
         for form in forms
     ]
     assert all(torch.equal(image, images[0]) for image in images)
+
+
+def test_one_label_for_each_image_serves_all_of_its_draws():
+    pipeline = pipeline_of(class_names=NAMES)
+    call = {"num_inference_steps": 4, "output_type": "pt", "strength": 0.8}
+    images = [picture(), picture(seed=1)]
+    both = pipeline.image_to_image(
+        images, class_labels=["cat", "dog"], num_images=2, generator=seeded(0, 1, 2, 3), **call
+    ).images
+    dog = pipeline.image_to_image(
+        images[1], class_labels="dog", num_images=2, generator=seeded(2, 3), **call
+    ).images
+    torch.testing.assert_close(both[2:], dog, rtol=0, atol=1e-4)  # rounding of the batch
+
+
+def test_a_class_is_changed_by_inversion_and_the_same_class_gives_the_image_back():
+    pipeline = pipeline_of(class_names=NAMES, num_train_timesteps=200)
+    latents = pipeline.invert(picture(), class_labels="cat")
+    cat, dog = (
+        pipeline(1, latents=latents, class_labels=name, eta=0.0, output_type="np").images[0]
+        for name in NAMES
+    )
+    before = np.asarray(picture()) / 255
+    gap = np.abs(cat - before).mean()
+    assert gap < 0.05  # inversion is of first order in the step
+    assert np.abs(dog - before).mean() > gap
+
+
+def test_the_standard_deviation_of_one_draw_is_refused(pipeline):
+    with pytest.raises(ValueError, match="`return_std` needs `num_images` of at least 2, got 1"):
+        pipeline.inpaint(picture(), half_mask(), return_std=True)
+
+
+def test_the_recommended_setting_edits_with_its_scheduler_and_steps():
+    recommended = {"scheduler": "DPMSolverMultistep", "num_inference_steps": 8}
+    pipeline = pipeline_of(recommended=recommended)
+    call = use_recommended(pipeline)
+    assert isinstance(pipeline.scheduler, DPMSolverMultistepScheduler)
+    steps = []
+    varied = pipeline.image_to_image(
+        picture(), **call, callback_on_step_end=lambda pipe, i, t, tensors: steps.append(i) or {}
+    )
+    assert varied.images[0].size == (8, 8)
+    assert steps == [0, 1, 2, 3]  # half of the 8
+    drawn = pipeline.inpaint(picture(), half_mask(), **call).images[0]
+    assert (np.asarray(drawn)[:, :4] == np.asarray(picture())[:, :4]).all()
+
+
+@pytest.mark.parametrize("method", ["covariance", "repaint"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_networks_of_16_bits_edit_and_keep_the_known_pixels(method, dtype):
+    pipeline = pipeline_of()
+    pipeline.unet.to(dtype)
+    output = pipeline.inpaint(picture(), half_mask(), method=method, num_inference_steps=3)
+    assert (np.asarray(output.images[0])[:, :4] == np.asarray(picture())[:, :4]).all()
+    assert pipeline.invert(picture(), num_inference_steps=3).dtype == torch.float32
+
+
+def test_grey_images_of_16_bits_keep_every_known_bit():
+    unet = tiny_unet()
+    unet.register_to_config(_ddpm_hf=image_facts_of("L", 8, 8, bit_depth=16))
+    pipeline = GaussianDDPMPipeline(unet, tiny_scheduler())
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 2**16, (8, 8), np.uint16))
+    drawn = pipeline.inpaint(image, half_mask(), num_inference_steps=3).images[0]
+    assert drawn.mode == image.mode
+    assert (np.asarray(drawn)[:, :4] == np.asarray(image)[:, :4]).all()
+
+
+def test_a_stock_repository_is_edited_through_load(tmp_path):
+    save_stock(tmp_path / "stock")
+    pipeline = load(str(tmp_path / "stock"))
+    drawn = pipeline.inpaint(picture("L"), half_mask(), num_inference_steps=3).images[0]
+    assert (np.asarray(drawn)[:, :4] == np.asarray(picture("L"))[:, :4]).all()
+    assert pipeline.image_to_image(picture("L"), num_inference_steps=4).images[0].size == (8, 8)
+
+
+WITHOUT_PACKAGE = """
+import sys
+sys.modules["ddpm_hf"] = None  # from here on `import ddpm_hf` fails
+import diffusers, numpy, torch
+from PIL import Image
+folder = sys.argv[1]
+pipe = diffusers.DiffusionPipeline.from_pretrained(
+    folder, custom_pipeline=folder, trust_remote_code=True
+)
+image, mask = Image.open(folder + "/image.png"), Image.open(folder + "/mask.png")
+options = {"num_inference_steps": 4, "output_type": "np"}
+generator = torch.Generator().manual_seed(0)
+images = [
+    pipe.inpaint(image, mask, num_images=2, generator=generator, **options).images,
+    pipe.image_to_image(image, strength=0.5, generator=generator, **options).images,
+    pipe.interpolate(image, image.rotate(90), 3, **options).images,
+]
+noise = pipe.invert(image, num_inference_steps=4)
+assert noise.shape == (1, 3, 8, 8)
+guided = pipe(1, generator, guidance=lambda x_t, x_0, t: x_0.sum((1, 2, 3)), **options)
+numpy.save(folder + "/images.npy", numpy.concatenate([*images, guided.images]))
+"""
+
+
+def test_a_checkpoint_edits_without_the_package(tmp_path, pipeline):
+    pipeline.save_pretrained(tmp_path)
+    picture().save(tmp_path / "image.png")
+    half_mask().save(tmp_path / "mask.png")
+    run_process([sys.executable, "-c", WITHOUT_PACKAGE, str(tmp_path)]).check_returncode()
+    options = {"num_inference_steps": 4, "output_type": "np"}
+    generator = torch.Generator().manual_seed(0)
+    images = [
+        pipeline.inpaint(picture(), half_mask(), num_images=2, generator=generator, **options),
+        pipeline.image_to_image(picture(), strength=0.5, generator=generator, **options),
+        pipeline.interpolate(picture(), picture().rotate(90), 3, **options),
+        pipeline(1, generator, guidance=lambda x_t, x_0, t: x_0.sum((1, 2, 3)), **options),
+    ]
+    want = np.concatenate([output.images for output in images])
+    np.testing.assert_allclose(np.load(tmp_path / "images.npy"), want, rtol=0, atol=1e-5)

@@ -7,7 +7,7 @@ at the root of the repository.
 """
 
 from collections.abc import Generator, Iterable, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from typing import Any, ClassVar, Literal, TypeAlias, overload
 
 import torch
@@ -202,7 +202,6 @@ class GaussianDDPMPipeline(pipeline_editing.EditingMethods):
         on_step_end = callbacks.step_end_function(
             self, callback_on_step_end, callback_on_step_end_tensor_inputs
         )
-        self._interrupt = False
         steps = self.sample_steps(
             batch_size,
             generator,
@@ -217,12 +216,8 @@ class GaussianDDPMPipeline(pipeline_editing.EditingMethods):
             guidance=guidance,
             guidance_weight=guidance_weight,
         )
-        with closing(steps), self.progress_bar(total=self.num_timesteps) as progress:
-            for step in steps:
-                on_step_end(step)
-                step.is_last |= self._interrupt
-                progress.update()
-        images = self.decode_images(step.prev_sample, output_type)
+        x_0 = self._last_sample(steps, self.num_timesteps, on_step_end)
+        images = self.decode_images(x_0, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def sample_steps(

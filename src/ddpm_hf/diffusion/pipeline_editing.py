@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Editing methods of the pipeline: images in, images out, on the functions of `editing`."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import torch
+from diffusers.models import UNet2DModel
 from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
@@ -18,10 +19,12 @@ from . import (
     conditioning,
     editing,
     image_processor,
+    inpainting,
     likelihood_guidance,
     portable_pipeline,
     sampling_loop,
     scheduler_interface,
+    scheduling,
     tensor_ops,
 )
 
@@ -76,6 +79,7 @@ class EditingMethods(portable_pipeline.PortablePipeline):
         num_images: int = 1,
         generator: Generators = None,
         num_inference_steps: int | None = None,
+        timesteps: Sequence[int] | None = None,
         method: str = "covariance",
         jump_length: int = 10,
         jump_n_sample: int = 10,
@@ -96,6 +100,7 @@ class EditingMethods(portable_pipeline.PortablePipeline):
                 uncertainty.
             generator: one generator, or a list with one for each draw.
             num_inference_steps: K; None for all training timesteps.
+            timesteps: timesteps to visit, descending, instead of `num_inference_steps`.
             method, jump_length, jump_n_sample, eta: see `editing.inpaint`.
             output_type: "pil", "np" or "pt", as for `__call__`.
             return_std: also return the standard deviation over the draws of each image.
@@ -108,24 +113,23 @@ class EditingMethods(portable_pipeline.PortablePipeline):
             ValueError, TypeError: for an image or mask of another size or mode, an empty or full
                 mask, and as `__call__`.
         """
-        x_0 = _repeated(self.encode_images(image), num_images)
-        mask = _repeated(self._encode_mask(mask_image), num_images, total=len(x_0))
-        is_known = ~editing.checked_mask(mask, x_0)
-        scheduler = editing.with_timesteps(self.scheduler, num_inference_steps, None)
-        denoisers, networks = self._denoisers(len(x_0), scheduler, **conditioning)
-        checks.check_generators(generator, len(x_0))
-        steps = editing.inpaint_steps(
-            denoisers, scheduler, x_0, is_known, tensor_ops.draw_noise(x_0, generator),
-            method=method, jump_length=jump_length, jump_n_sample=jump_n_sample, eta=eta,
-            generator=generator,
-        )  # fmt: skip
-        total = editing.num_inpaint_steps(
-            len(scheduler.timesteps), method, jump_length, jump_n_sample
+        draws = self._draws(image, num_images, generator, return_std, conditioning)
+        x_0, scheduler = draws.x_0, self._own_scheduler(num_inference_steps, timesteps)
+        is_known = ~inpainting.checked_mask(
+            _repeated_mask(self._encode_mask(mask_image), num_images, len(x_0)), x_0, "mask_image"
         )
+        denoisers, networks = self._denoisers(len(x_0), scheduler, **draws.conditioning)
+        denoisers, conditioned = inpainting.conditioned(
+            denoisers, scheduler, x_0, is_known, method=method, jump_length=jump_length,
+            jump_n_sample=jump_n_sample, generator=draws.generator,
+        )  # fmt: skip
         on_step_end = callbacks.step_end_function(
             self, callback_on_step_end, callback_on_step_end_tensor_inputs
         )
-        drawn = self._run(self._in_eval_mode(steps, networks), total, on_step_end)
+        noise = tensor_ops.draw_noise(x_0, draws.generator)
+        drawn = self._sampled(
+            denoisers, networks, conditioned, noise, on_step_end, generator=draws.generator, eta=eta
+        )
         images = torch.where(is_known, x_0, drawn)
         return self._edited(images, output_type, num_images if return_std else None)
 
@@ -139,6 +143,7 @@ class EditingMethods(portable_pipeline.PortablePipeline):
         num_images: int = 1,
         generator: Generators = None,
         num_inference_steps: int | None = None,
+        timesteps: Sequence[int] | None = None,
         eta: float | None = None,
         output_type: str = "pil",
         return_std: bool = False,
@@ -154,7 +159,7 @@ class EditingMethods(portable_pipeline.PortablePipeline):
             log_snr: log of the signal-to-noise ratio to start at, in place of `strength`.
             num_images: draws of each image.
             generator: one generator, or a list with one for each draw.
-            num_inference_steps: K; by default as for `__call__`.
+            num_inference_steps, timesteps: as for `__call__`.
             eta: as for `__call__`.
             output_type, return_std, callback_on_step_end, callback_on_step_end_tensor_inputs,
             **conditioning: as for `inpaint`.
@@ -164,24 +169,21 @@ class EditingMethods(portable_pipeline.PortablePipeline):
         Raises:
             ValueError, TypeError: for an argument out of range, and as `__call__`.
         """
-        x_0 = _repeated(self.encode_images(image), num_images)
-        scheduler = self.scheduler
-        scheduler_interface.set_timesteps(scheduler, num_inference_steps, None)
-        options = scheduler_interface.step_options(scheduler, generator, eta)
+        draws = self._draws(image, num_images, generator, return_std, conditioning)
+        x_0, scheduler = draws.x_0, self.scheduler
+        scheduler_interface.set_timesteps(scheduler, num_inference_steps, timesteps)
+        options = scheduler_interface.step_options(scheduler, draws.generator, eta)
         start = editing.start_index(scheduler, strength, log_snr)
-        denoisers, networks = self._denoisers(len(x_0), scheduler, **conditioning)
-        checks.check_generators(generator, len(x_0))
-        x_t = _noised(scheduler, x_0, tensor_ops.draw_noise(x_0, generator), start)
-        steps = sampling_loop.sampling_steps(
-            denoisers, scheduler, x_t, begin_index=start, **options
-        )
+        denoisers, networks = self._denoisers(len(x_0), scheduler, **draws.conditioning)
         on_step_end = callbacks.step_end_function(
             self, callback_on_step_end, callback_on_step_end_tensor_inputs
         )
-        total = len(scheduler.timesteps) - start
-        images = self._run(self._in_eval_mode(steps, networks), total, on_step_end)
+        x_t = _noised(scheduler, x_0, tensor_ops.draw_noise(x_0, draws.generator), start)
+        images = self._sampled(
+            denoisers, networks, scheduler, x_t, on_step_end, begin_index=start, **options
+        )
         output = self._edited(images, output_type, num_images if return_std else None)
-        output.expected_gain = _gain(scheduler, start, options.get("eta"))
+        output.expected_gain = _gain(scheduler, start, eta)
         return output
 
     def image_to_image_gain(
@@ -190,10 +192,11 @@ class EditingMethods(portable_pipeline.PortablePipeline):
         strength: float | None = None,
         log_snr: float | None = None,
         num_inference_steps: int | None = None,
+        timesteps: Sequence[int] | None = None,
         eta: float | None = None,
     ) -> float:
         """`expected_gain` of `image_to_image` with these arguments, without sampling."""
-        scheduler_interface.set_timesteps(self.scheduler, num_inference_steps, None)
+        scheduler_interface.set_timesteps(self.scheduler, num_inference_steps, timesteps)
         return _gain(self.scheduler, editing.start_index(self.scheduler, strength, log_snr), eta)
 
     @torch.no_grad()
@@ -288,12 +291,10 @@ class EditingMethods(portable_pipeline.PortablePipeline):
     def _inverted(
         self, x_0: Tensor, num_inference_steps: int | None, conditioning: Conditioning
     ) -> Tensor:
-        scheduler = editing.with_timesteps(self.scheduler, num_inference_steps, None)
+        scheduler = self._own_scheduler(num_inference_steps)
         denoisers, networks = self._denoisers(len(x_0), scheduler, **conditioning)
-        steps = editing.inversion_steps(denoisers, scheduler, x_0)
-        return self._run(
-            self._in_eval_mode(steps, networks), len(scheduler.timesteps) - 1, lambda step: None
-        )
+        inversion = editing.Inversion.of(scheduler)
+        return self._sampled(denoisers[:0:-1], networks, inversion, x_0)
 
     def _decoded(
         self,
@@ -302,20 +303,60 @@ class EditingMethods(portable_pipeline.PortablePipeline):
         output_type: str,
         conditioning: Conditioning,
     ) -> EditingOutput:
-        scheduler = editing.with_timesteps(self.scheduler, num_inference_steps, None)
+        scheduler = self._own_scheduler(num_inference_steps)
         denoisers, networks = self._denoisers(len(latents), scheduler, **conditioning)
-        steps = sampling_loop.sampling_steps(denoisers, scheduler, latents, eta=0.0)
-        x_0 = self._run(
-            self._in_eval_mode(steps, networks), len(scheduler.timesteps), lambda step: None
-        )
+        x_0 = self._sampled(denoisers, networks, scheduler, latents, eta=0.0)
         return self._edited(x_0, output_type, None)
 
-    def _run(
+    def _own_scheduler(
+        self, num_inference_steps: int | None, timesteps: Sequence[int] | None = None
+    ) -> scheduling.GaussianDDPMScheduler:
+        return editing.with_timesteps(self.scheduler, num_inference_steps, timesteps)
+
+    def _sampled(
+        self,
+        denoisers: Sequence[tensor_ops.Denoiser],
+        networks: Iterable[UNet2DModel],
+        scheduler: Any,
+        x_T: Tensor,
+        on_step_end: Callable[[SamplingStep], None] = lambda step: None,
+        *,
+        begin_index: int = 0,
+        **step_options: Any,
+    ) -> Tensor:
+        steps = sampling_loop.sampling_steps(
+            denoisers, scheduler, x_T, begin_index=begin_index, **step_options
+        )
+        total = len(scheduler.timesteps) - begin_index
+        return self._last_sample(self._in_eval_mode(steps, networks), total, on_step_end)
+
+    def _draws(
+        self,
+        image: Any,
+        num_images: int,
+        generator: Generators,
+        return_std: bool,
+        conditioning: Conditioning,
+    ) -> "_Draws":
+        num_images = checks.to_int("num_images", num_images, 1, MAX_IMAGES)
+        if return_std and num_images == 1:
+            raise ValueError("`return_std` needs `num_images` of at least 2, got 1")
+        x_0 = self.encode_images(image)
+        labels = _repeated_labels(conditioning.get("class_labels"), len(x_0), num_images)
+        checks.check_generators(generator, len(x_0) * num_images)
+        return _Draws(
+            x_0.repeat_interleave(num_images, dim=0),
+            list(generator) if isinstance(generator, tuple) else generator,
+            {**conditioning, "class_labels": labels},
+        )
+
+    def _last_sample(
         self,
         steps: Generator[SamplingStep],
         total: int,
         on_step_end: Callable[[SamplingStep], None],
     ) -> Tensor:
+        """Run the loop to its end, or until a callback sets `_interrupt`."""
         self._interrupt = False
         with closing(steps), self.progress_bar(total=total) as progress:
             for step in steps:
@@ -330,7 +371,7 @@ class EditingMethods(portable_pipeline.PortablePipeline):
         if num_draws is not None:
             draws = self.decode_images(x_0, "np")
             draws = draws.reshape(-1, num_draws, *draws.shape[1:])
-            std = draws.std(axis=1, ddof=1 if num_draws > 1 else 0)
+            std = draws.std(axis=1, ddof=1)
         return EditingOutput(images=self.decode_images(x_0, output_type), std=std)
 
     def _encode_mask(self, mask_image: Any) -> Tensor:
@@ -363,21 +404,43 @@ def _white(mask: Any) -> Tensor:
             "`mask_image` must be a PIL image or (H, W), (B, H, W) or (B, 1, H, W), got shape"
             f" {tuple(values.shape)}"
         )
-    half = 0.5 if values.is_floating_point() or values.dtype == torch.bool else 127
-    return values > half
+    is_bytes = values.dtype == torch.uint8
+    if not is_bytes and not values.is_floating_point() and values.dtype != torch.bool:
+        raise TypeError(
+            f"`mask_image` must be boolean, uint8 or floating point, got {values.dtype}; pass"
+            " mask > 0 for a mask of 0 and 1"
+        )
+    return values > (127 if is_bytes else 0.5)
 
 
-def _repeated(x: Tensor, num_images: int, total: int | None = None) -> Tensor:
-    """Each element `num_images` times, or one element `total` times."""
-    num_images = checks.to_int("num_images", num_images, 1, MAX_IMAGES)
-    if total is not None and len(x) == 1:
-        return x.expand(total, *x.shape[1:])
-    if total is not None and len(x) * num_images != total:
+@dataclass(frozen=True)
+class _Draws:
+    """Images and their conditioning, each repeated for its draws, (B * num_images, ...)."""
+
+    x_0: Tensor
+    generator: Generators
+    conditioning: Conditioning
+
+
+def _repeated_labels(labels: Any, num_inputs: int, num_images: int) -> Any:
+    """One label for each draw, from one for each input image; others unchanged."""
+    if labels is None or isinstance(labels, (int, str)) or np.ndim(labels) == 0:
+        return labels
+    if len(labels) != num_inputs:
+        return labels
+    if isinstance(labels, Tensor):
+        return labels.repeat_interleave(num_images, dim=0)
+    return [label for label in labels for _ in range(num_images)]
+
+
+def _repeated_mask(mask: Tensor, num_images: int, total: int) -> Tensor:
+    """One mask for each draw, from one for each input image or one for all."""
+    if len(mask) not in (1, total // num_images):
         raise ValueError(
-            f"`mask_image` must be one mask or one for each image, got {len(x)} masks for"
+            f"`mask_image` must be one mask or one for each image, got {len(mask)} masks for"
             f" {total // num_images} images"
         )
-    return x.repeat_interleave(num_images, dim=0)
+    return mask if len(mask) == 1 else mask.repeat_interleave(num_images, dim=0)
 
 
 def _noised(scheduler: Any, x_0: Tensor, noise: Tensor, start: int) -> Tensor:

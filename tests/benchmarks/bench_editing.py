@@ -1,0 +1,217 @@
+"""Inpainting of half-hidden digits: quality and cost of `covariance` and `repaint`.
+
+    python tests/benchmarks/bench_editing.py [--model FOLDER] [--json FILE]
+
+Hides the lower half of held-out digits (8x8, scikit-learn) and draws it several times with each
+method. Without `--model`, trains the model of training/demo.py first. Columns:
+
+    class     share of draws that a classifier of digits reads as the true class
+    MSE       of the mean of the draws, on hidden pixels in [0, 1]
+    energy    energy score of the hidden half, a proper score: lower is better
+    coverage  share of hidden pixels in the 95 % interval of the mean and standard deviation of the
+              draws (Student's t), widened by half a grey level of 17
+    calls     network calls of each draw; VJP: vector-Jacobian products
+    ms        CPU milliseconds of each draw, on one thread
+
+A classifier of the visible halves alone gives the share of the class that is possible: the mean of
+its probability of the true class. The calibration is measured on 16 training digits.
+"""
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import keep, machine, parser_of
+from scipy.stats import t as student
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+
+from ddpm_hf import GaussianDDPMPipeline, calibrate, load
+from ddpm_hf.diffusion import inpainting
+from ddpm_hf.diffusion.editing import inpaint
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "training"))
+import demo  # noqa: E402
+from digits import fit_judge, to_images  # noqa: E402
+
+HALF_LEVEL = 1 / 32
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to inpaint, and its number of steps."""
+
+    name: str
+    num_inference_steps: int
+    method: str
+    jump_length: int = 1
+    jump_n_sample: int = 1
+    num_iterations: int = 0
+    is_calibrated: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """Quality and cost of a method."""
+
+    name: str
+    num_inference_steps: int
+    class_share: float
+    mse: float
+    energy: float
+    coverage: float
+    calls: int
+    products: int
+    ms: float
+
+
+def methods(num_steps: int) -> Iterator[Method]:
+    for count in (2, 4, 10):
+        yield Method(f"covariance, {count}", num_steps, "covariance", num_iterations=count)
+    for length, repeats in ((1, 1), (1, 10), (10, 10)):
+        for is_calibrated in (False, True) if repeats > 1 else (False,):
+            name = f"repaint {length} x {repeats}" + ", calibrated" * is_calibrated
+            yield Method(name, num_steps, "repaint", length, repeats, 0, is_calibrated)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Digits with a hidden lower half, and classifiers of both."""
+
+    x_0: Tensor
+    labels: np.ndarray
+    num_draws: int
+    classifier: Any
+    possible_share: float
+
+    @property
+    def mask(self) -> Tensor:
+        mask = torch.zeros(8, 8)
+        mask[4:] = 1
+        return mask
+
+    def score(self, samples: Tensor) -> dict[str, float]:
+        """Class share, MSE, energy score and coverage of (N * num_draws, 1, 8, 8)."""
+        draws = (samples.clamp(-1, 1).numpy() + 1) / 2
+        draws = draws.reshape(len(self.labels), self.num_draws, 64)
+        named = self.classifier.predict(draws.reshape(-1, 64) * 16).reshape(draws.shape[:2])
+        hidden = draws[..., 32:]
+        truth = (self.x_0.numpy().reshape(-1, 1, 64)[..., 32:] + 1) / 2
+        mean, std = hidden.mean(1, keepdims=True), hidden.std(1, ddof=1, keepdims=True)
+        factor = student.ppf(0.975, self.num_draws - 1) * math.sqrt(1 + 1 / self.num_draws)
+        pairs = np.linalg.norm(hidden[:, :, None] - hidden[:, None], axis=-1).sum((1, 2)).mean()
+        spread = pairs / (self.num_draws * (self.num_draws - 1))
+        return {
+            "class_share": float((named == self.labels[:, None]).mean()),
+            "mse": float(np.square(mean - truth).mean()),
+            "energy": float(np.linalg.norm(hidden - truth, axis=-1).mean() - spread / 2),
+            "coverage": float((abs(truth - mean) <= factor * std + HALF_LEVEL).mean()),
+        }
+
+
+@contextmanager
+def counted_products() -> Iterator[list[int]]:
+    """Count of the vector-Jacobian products of the estimates."""
+    count, plain = [0], inpainting.LinearisedEstimate.covariance
+
+    def counting(self: Any, x: Tensor) -> Tensor:
+        count[0] += 1
+        return plain(self, x)
+
+    inpainting.LinearisedEstimate.covariance = counting  # type: ignore[method-assign]
+    try:
+        yield count
+    finally:
+        inpainting.LinearisedEstimate.covariance = plain  # type: ignore[method-assign]
+
+
+def measure(pipeline: GaussianDDPMPipeline, problem: Problem, method: Method, mse: Any) -> Row:
+    calls = 0
+
+    def denoiser(x_t: Tensor, t: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        output: Tensor = pipeline.unet(x_t, t).sample
+        return output
+
+    inpainting.NUM_ITERATIONS = method.num_iterations or inpainting.NUM_ITERATIONS
+    scheduler = pipeline.scheduler.from_config(
+        pipeline.scheduler.config, x_0_mse=mse if method.is_calibrated else None
+    )
+    x_0 = problem.x_0.repeat_interleave(problem.num_draws, dim=0)
+    start = time.process_time()
+    with counted_products() as products:
+        samples = inpaint(
+            denoiser, scheduler, x_0, problem.mask, method=method.method, progress=False,
+            num_inference_steps=method.num_inference_steps, jump_length=method.jump_length,
+            jump_n_sample=method.jump_n_sample, generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+    ms = (time.process_time() - start) / len(x_0) * 1e3
+    scores = problem.score(samples)
+    return Row(method.name, method.num_inference_steps, **scores, calls=calls,
+               products=products[0], ms=ms)  # fmt: skip
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("--model", help="checkpoint of the digits (default: train one)")
+    parser.add_argument("--updates", type=int, default=demo.NUM_STEPS, help="of the training")
+    parser.add_argument("--num-digits", type=int, default=36, help="half-hidden digits")
+    parser.add_argument("--num-draws", type=int, default=8, help="draws of each digit")
+    parser.add_argument("--steps", type=int, nargs="+", default=[25, 50], help="values of K")
+    options: argparse.Namespace = parser.parse_args()
+    torch.set_num_threads(options.threads or 1)
+    values, labels = load_digits(return_X_y=True)
+    known, held_out, known_labels, held_out_labels = train_test_split(
+        values, labels, test_size=0.2, stratify=labels, random_state=0
+    )
+    folder = Path("runs/bench/digits")
+    model = options.model or demo.train_model(to_images(known), folder, options.updates).model_dir
+    pipeline = load(str(model))
+    pipeline.unet.eval()
+    number = options.num_digits
+    true, rows = held_out_labels[:number], np.arange(number)
+    visible = fit_judge(known[:, :32], known_labels).predict_proba(held_out[:number, :32])
+    problem = Problem(
+        torch.from_numpy(held_out[:number].reshape(-1, 1, 8, 8) / 8 - 1).float(),
+        true,
+        options.num_draws,
+        fit_judge(known, known_labels),
+        float(visible[rows, true].mean()),
+    )
+    print(", ".join(f"{key} {value}" for key, value in machine(options).items()))
+    print(f"share of the true class that the visible half allows: {problem.possible_share:.3f}")
+    print(f"\n{'':26}{'K':>4}{'class':>8}{'MSE':>8}{'energy':>8}{'coverage':>10}{'calls':>7}"
+          f"{'VJP':>6}{'ms':>7}")  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.from_numpy(known[:16].reshape(-1, 1, 8, 8) / 8 - 1).float()
+    calibrated = calibrate(
+        pipeline.unet, pipeline.scheduler, clean, generator=generator, decoder="continuous",
+        progress=False,
+    )  # fmt: skip
+    table: list[Row] = []
+    for num_steps in options.steps:
+        for method in methods(num_steps):
+            row = measure(pipeline, problem, method, calibrated.scheduler.x_0_mse)
+            table.append(row)
+            print(f"{row.name:26}{row.num_inference_steps:4}{row.class_share:8.3f}{row.mse:8.4f}"
+                  f"{row.energy:8.3f}{row.coverage:10.3f}{row.calls:7}{row.products:6}"
+                  f"{row.ms:7.0f}", flush=True)  # fmt: skip
+    results = {
+        "machine": machine(options), "digits": number, "draws": options.num_draws,
+        "possible_share": problem.possible_share, "rows": [asdict(row) for row in table],
+    }  # fmt: skip
+    keep(results, options)
+
+
+if __name__ == "__main__":
+    main()
