@@ -14,7 +14,7 @@ method. Without `--model`, trains the model of training/demo.py first. Columns:
     ms        CPU milliseconds of each draw, on one thread
 
 A classifier of the visible halves alone gives the share of the class that is possible: the mean of
-its probability of the true class. The calibration is measured on 16 training digits.
+its probability of the true class. The calibration is measured on 8 training digits.
 """
 
 import argparse
@@ -40,8 +40,9 @@ from ddpm_hf.diffusion import inpainting
 from ddpm_hf.diffusion.editing import inpaint
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "training"))
-import demo  # noqa: E402
-from digits import fit_judge, to_images  # noqa: E402
+import demo
+
+from digits import fit_judge, to_images
 
 HALF_LEVEL = 1 / 32
 
@@ -193,7 +194,7 @@ def main() -> None:
     print(f"\n{'':26}{'K':>4}{'class':>8}{'MSE':>8}{'energy':>8}{'coverage':>10}{'calls':>7}"
           f"{'VJP':>6}{'ms':>7}")  # fmt: skip
     generator = torch.Generator().manual_seed(0)
-    clean = torch.from_numpy(known[:16].reshape(-1, 1, 8, 8) / 8 - 1).float()
+    clean = torch.from_numpy(known[:8].reshape(-1, 1, 8, 8) / 8 - 1).float()
     calibrated = calibrate(
         pipeline.unet, pipeline.scheduler, clean, generator=generator, decoder="continuous",
         progress=False,

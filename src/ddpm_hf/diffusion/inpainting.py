@@ -22,8 +22,9 @@ GaussianDDPMScheduler = scheduling.GaussianDDPMScheduler
 
 METHODS = ("covariance", "repaint")
 # Conjugate gradients and Lanczos steps of one denoising step. The covariance of x_0 given x_t is
-# nearly a multiple of the identity at low noise and of low rank at high noise: few suffice.
-NUM_ITERATIONS = 10
+# nearly a multiple of the identity at low noise and of low rank at high noise: few suffice. More
+# follow the errors of a trained network's Jacobian (docs/editing.md).
+NUM_ITERATIONS = 4
 MAX_REPEATS = 2**16  # more repetitions are a slip
 
 

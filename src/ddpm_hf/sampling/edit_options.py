@@ -56,8 +56,8 @@ class EditOptions(Options):
     )
     method: Literal["covariance", "repaint"] = option(
         "covariance",
-        "inpainting: covariance conditions on the known pixels by the network's Jacobian, about 25"
-        " network evaluations a step; repaint repeats steps",
+        "inpainting: covariance conditions on the known pixels by the network's Jacobian, at the"
+        " cost of about 10 network evaluations a step; repaint repeats steps",
     )
     jump_length: int = option(10, "repaint: steps that are repeated at a time", minimum=1)
     jump_n_sample: int = option(10, "repaint: passes over them", minimum=1)

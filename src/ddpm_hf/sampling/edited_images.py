@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from diffusers import ImagePipelineOutput
 from PIL import Image, ImageOps
 
 from ddpm_hf.diffusion.atomic_files import read_json, remove_folder, replacing_file, write_text
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
+from ddpm_hf.diffusion.pipeline_editing import Conditioning, EditingOutput
 from ddpm_hf.digests import weights_digest
 from ddpm_hf.locks import exclusive_folder
 from ddpm_hf.pictures import Pixels, image_grid, to_pil
@@ -41,7 +43,7 @@ class EditedImages:
     Attributes:
         folder: its folder, with 000.png, ..., grid.png, edit.json and, for draws, std.png.
         images: (N, H, W, C), float32 in [0, 1].
-        std: standard deviation over the draws, (H, W, C); None for an interpolation.
+        std: standard deviation over the draws, (H, W, C); None for fewer than 2 draws.
         expected_gain: share of the contrast of the picture that image to image keeps, for Gaussian
             data; None for other edits.
     """
@@ -89,8 +91,8 @@ def edit_images(
         edit = _Edit(pipeline, pictures, options)
         images = _draw(state, edit, folder / _PARTS, progress)
         std = None
-        if options.kind in ("inpaint", "image to image"):
-            std = images.std(axis=0, ddof=1 if len(images) > 1 else 0)
+        if options.kind in ("inpaint", "image to image") and len(images) > 1:
+            std = images.std(axis=0, ddof=1)
         on_main_process(state, lambda: _write(folder, images, std, pictures.image))
     return EditedImages(folder, images, std, edit.expected_gain())
 
@@ -105,7 +107,8 @@ class _Pictures:
 
     @classmethod
     def read(cls, image: Path, options: EditOptions) -> "_Pictures":
-        return cls(_open(image), _open(options.mask), _open(options.between))
+        others = (path if path is None else _open(path) for path in (options.mask, options.between))
+        return cls(_open(image), *others)
 
     def digest(self) -> str:
         pixels = hashlib.sha256()
@@ -115,9 +118,7 @@ class _Pictures:
         return pixels.hexdigest()
 
 
-def _open(path: Any) -> Any:
-    if path is None:
-        return None
+def _open(path: Path) -> Image.Image:
     try:
         with Image.open(path) as picture:
             return ImageOps.exif_transpose(picture).copy()
@@ -136,9 +137,11 @@ class _Edit:
         self._steps = options.num_inference_steps or min(
             DEFAULT_STEPS, pipeline.scheduler.config.num_train_timesteps
         )
-        self._conditioning: dict[str, Any] = {"guidance_scale": options.guidance_scale}
-        if options.class_labels is not None:
-            self._conditioning["class_labels"] = options.class_labels[0]
+        labels = options.class_labels
+        self._conditioning: Conditioning = {
+            "class_labels": labels[0] if labels else None,
+            "guidance_scale": options.guidance_scale,
+        }
         self._image = _in_mode(pictures.image, pipeline)
         self._gain: float | None = None
 
@@ -151,53 +154,74 @@ class _Edit:
 
     def draw(self, indices: range) -> Pixels:
         """Images (B, H, W, C), float32 in [0, 1]."""
-        options, image = self._options, self._image
-        call: dict[str, Any] = {
-            **self._conditioning,
-            "num_inference_steps": self._steps,
-            "output_type": "np",
+        edits = {
+            "inpaint": self._inpaint,
+            "image to image": self._image_to_image,
+            "interpolate": self._interpolate,
+            "change class": self._change_class,
         }
-        seeds = [seed_of(options.seed, "edit", i) for i in indices]
-        generators = [torch.Generator(self._pipeline.device).manual_seed(seed) for seed in seeds]
-        if options.kind == "interpolate":
-            other = _in_mode(self._pictures.between, self._pipeline)
-            output = self._pipeline.interpolate(image, other, len(indices), **call)
-        elif options.kind == "change class":
-            return self._change_class(call)
-        elif options.kind == "inpaint":
-            output = self._pipeline.inpaint(
-                image,
-                self._pictures.mask,
-                num_images=len(indices),
-                generator=generators,
-                method=options.method,
-                jump_length=options.jump_length,
-                jump_n_sample=options.jump_n_sample,
-                eta=1.0 if options.eta is None else options.eta,
-                **call,
-            )
-        else:
-            output = self._pipeline.image_to_image(
-                image,
-                strength=options.strength,
-                log_snr=options.log_snr,
-                num_images=len(indices),
-                generator=generators,
-                eta=options.eta,
-                **call,
-            )
-            self._gain = output.expected_gain
-        images: Pixels = output.images
+        seeds = [seed_of(self._options.seed, "edit", i) for i in indices]
+        device = self._pipeline.device
+        generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        images: Pixels = edits[self._options.kind](generators).images
         return images
 
-    def _change_class(self, call: dict[str, Any]) -> Pixels:
+    def _inpaint(self, generators: list[torch.Generator]) -> EditingOutput:
+        options = self._options
+        return self._pipeline.inpaint(
+            self._image,
+            self._pictures.mask,
+            num_images=len(generators),
+            generator=generators,
+            num_inference_steps=self._steps,
+            method=options.method,
+            jump_length=options.jump_length,
+            jump_n_sample=options.jump_n_sample,
+            eta=1.0 if options.eta is None else options.eta,
+            output_type="np",
+            **self._conditioning,
+        )
+
+    def _image_to_image(self, generators: list[torch.Generator]) -> EditingOutput:
+        options = self._options
+        output = self._pipeline.image_to_image(
+            self._image,
+            strength=options.strength,
+            log_snr=options.log_snr,
+            num_images=len(generators),
+            generator=generators,
+            num_inference_steps=self._steps,
+            eta=options.eta,
+            output_type="np",
+            **self._conditioning,
+        )
+        self._gain = output.expected_gain
+        return output
+
+    def _interpolate(self, generators: list[torch.Generator]) -> EditingOutput:
+        return self._pipeline.interpolate(
+            self._image,
+            _in_mode(self._pictures.between, self._pipeline),
+            len(generators),
+            num_inference_steps=self._steps,
+            output_type="np",
+            **self._conditioning,
+        )
+
+    def _change_class(self, generators: list[torch.Generator]) -> ImagePipelineOutput:
         """DDIM inversion with the class of the picture, DDIM with the new one."""
-        source = {**self._conditioning, "class_labels": self._options.source_class}
-        source["guidance_scale"] = 1.0
-        latents = self._pipeline.invert(self._image, num_inference_steps=self._steps, **source)
-        drawn: Any = self._pipeline(1, latents=latents, eta=0.0, **call)
-        images: Pixels = drawn.images
-        return images
+        latents = self._pipeline.invert(
+            self._image,
+            num_inference_steps=self._steps,
+            class_labels=self._options.source_class,
+        )
+        return self._pipeline(
+            latents=latents,
+            eta=0.0,
+            num_inference_steps=self._steps,
+            output_type="np",
+            **self._conditioning,
+        )
 
     def expected_gain(self) -> float | None:
         """See `EditedImages`; computed without the network if nothing was drawn."""
@@ -211,9 +235,11 @@ class _Edit:
         )
 
 
-def _in_mode(picture: Any, pipeline: GaussianDDPMPipeline) -> Any:
+def _in_mode(picture: Image.Image | None, pipeline: GaussianDDPMPipeline) -> Image.Image | None:
     """The picture in the model's mode, where the conversion loses nothing."""
     mode = {1: "L", 3: "RGB", 4: "RGBA"}.get(pipeline.unet.config.in_channels)
+    if picture is None or mode is None:
+        return picture
     is_lossless = mode in _LOSSLESS.get(picture.mode, ())
     return picture.convert(mode) if is_lossless else picture
 
