@@ -230,7 +230,7 @@ def test_the_visiting_order_of_repaint_repeats_every_part():
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (torch.zeros(8), r"`mask` is empty.*1 where values are drawn"),
+        (torch.zeros(8), r"`mask` is empty.*where values are drawn"),
         (torch.ones(8), r"`mask` is full"),
         (torch.full((8,), 0.5), r"`mask` must hold 0 \(known\) and 1 \(drawn\) only"),
         (torch.ones(7), r"`mask` of shape \(7,\) does not broadcast to `x_0`, \(3, 8\)"),
