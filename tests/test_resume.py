@@ -1,14 +1,32 @@
-"""Resuming a run: damaged checkpoints, compiled networks, skipped updates."""
+"""Resuming a run: damaged checkpoints, compiled networks, skipped updates, moved files."""
 
 import hashlib
 import json
 import logging
+import re
 import shutil
 
 import pytest
-from tiny_runs import assert_equal_bits, checkpoint, metrics, run, tiny_images, tiny_unet
+import yaml
+from PIL import Image
+from tiny_runs import (
+    assert_equal_bits,
+    checkpoint,
+    metrics,
+    run,
+    tiny_config,
+    tiny_images,
+    tiny_unet,
+)
 
-from ddpm_hf.training import CheckpointError
+from ddpm_hf import (
+    ConfigError,
+    GaussianDDPMPipeline,
+    GaussianDDPMScheduler,
+    TrainingConfig,
+    train,
+)
+from ddpm_hf.training import CheckpointError, parse_config
 from ddpm_hf.training.state import find_checkpoint
 
 
@@ -128,3 +146,105 @@ def test_a_run_that_fails_at_its_start_removes_the_folders_it_created(tmp_path):
     with pytest.raises(ValueError, match="channels"):
         run(tmp_path / "runs" / "deep" / "photos", unet=tiny_unet(in_channels=2))
     assert list(tmp_path.iterdir()) == []
+
+
+def train_in(folder, network_file, **options):
+    """A run on a folder of images with the network of a file."""
+    return train(
+        tiny_config(
+            folder / "run", unet_config=str(network_file), dataset=str(folder / "photos"), **options
+        )
+    )
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """A folder of images that get a proposed resolution, and the file of a network."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    (tmp_path / "photos").mkdir()
+    for i in range(6):
+        Image.new("L", (9 + i, 9), 40 * i).save(tmp_path / "photos" / f"{i}.png")
+    tiny_unet(sample_size=8).save_config(tmp_path / "network")
+    return tmp_path
+
+
+STEPS = {"num_train_timesteps": 20, "lr_scheduler": "constant"}
+PROPOSALS = {
+    "resolution": 8, "image_mode": "L", "bit_depth": 8, "beta_schedule": "squaredcos_cap_v2",
+    "prediction_type": "v_prediction", "variance_type": "fixed_small",
+}  # fmt: skip
+
+
+def test_a_proposal_may_be_given_when_a_run_is_resumed_and_nothing_else(photos):
+    network = photos / "network" / "config.json"
+    train_in(photos, network, max_train_steps=2, **STEPS)
+    assert train_in(photos, network, max_train_steps=3, **STEPS, **PROPOSALS).num_steps == 3
+    with pytest.raises(ConfigError) as raised:
+        train_in(photos, network, max_train_steps=4, **STEPS, resolution=16, bit_depth=16)
+    assert "(`resolution`: 8 -> 16; `bit_depth`: 8 -> 16)" in str(raised.value)
+    assert re.search(r"add `output_dir` \S+run-2 for a new network, and also", str(raised.value))
+
+
+def test_config_yaml_lists_every_option_and_repeats_the_run(photos):
+    network = photos / "network" / "config.json"
+    result = train_in(photos, network, max_train_steps=2, num_train_timesteps=20)
+    recipe = photos / "run" / "config.yaml"
+    values = yaml.safe_load(recipe.read_text())
+    assert values.keys() == vars(TrainingConfig()).keys()
+    assert {name: values[name] for name in PROPOSALS} == PROPOSALS
+    again = parse_config(["--config", str(recipe), "--output-dir", str(photos / "again")])
+    train(again)
+    assert_equal_bits(checkpoint(photos / "again", 2), checkpoint(photos / "run", 2))
+    assert result.num_steps == 2
+
+
+def test_a_moved_run_resumes_without_the_file_of_its_network(photos):
+    network = photos / "network" / "config.json"
+    train_in(photos, network, max_train_steps=2, **STEPS)
+    moved = network.rename(photos / "moved.json")
+    assert train_in(photos, moved, max_train_steps=3, **STEPS).num_steps == 3
+    moved.unlink()
+    assert train_in(photos, moved, max_train_steps=4, **STEPS).num_steps == 4
+    tiny_unet(sample_size=8, layers_per_block=2).save_config(photos / "network")
+    network.rename(moved)
+    with pytest.raises(ConfigError, match=r"network layers_per_block: 1 -> 2"):
+        train_in(photos, moved, max_train_steps=5, **STEPS)
+
+
+@pytest.mark.parametrize("options", [{}, {"class_conditional": True}])
+def test_pretrained_weights_are_compared_by_content_and_may_be_gone(photos, options):
+    def fine_tune(base, steps):
+        return train(
+            tiny_config(
+                photos / "run", dataset=str(photos / "photos"), pretrained=str(base),
+                max_train_steps=steps, lr_scheduler="constant", **options,
+            )
+        )  # fmt: skip
+
+    for path in sorted((photos / "photos").glob("?.png")) if options else ():
+        path.with_suffix("").mkdir()
+        path.rename(path.with_suffix("") / path.name)
+    scheduler = GaussianDDPMScheduler(20, beta_schedule="squaredcos_cap_v2")
+    for name in ("base", "other"):
+        unet = tiny_unet()
+        if name == "other":
+            unet.conv_out.bias.data += 1
+        GaussianDDPMPipeline(unet, scheduler).save_pretrained(photos / name)
+    base = photos / "base"
+    fine_tune(base, 2)
+    with pytest.raises(ConfigError, match="pretrained weights"):
+        fine_tune(photos / "other", 3)
+    moved = base.rename(photos / "moved")
+    assert fine_tune(moved, 3).num_steps == 3
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        fine_tune(base, 4)
+    shutil.rmtree(moved)
+    assert fine_tune(moved, 4).num_steps == 4
+    record = json.loads((photos / "run" / "model" / "training.json").read_text())
+    assert record["base_model"] == "moved"
+
+
+def test_a_run_from_scratch_does_not_resume_with_pretrained_weights(photos):
+    train_in(photos, photos / "network" / "config.json", max_train_steps=2, **STEPS)
+    with pytest.raises(ConfigError, match="`pretrained`: None -> 'base'"):
+        train(tiny_config(photos / "run", dataset=str(photos / "photos"), pretrained="base"))

@@ -16,6 +16,7 @@ from ddpm_hf.data.labels import Labels
 from ddpm_hf.diffusion.image_processor import set_image_facts, size_multiple
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.losses import Loss
+from ddpm_hf.paths import RunPaths
 from ddpm_hf.text import counted
 from ddpm_hf.training.component_checks import check_runs, check_scheduler, check_trainable
 from ddpm_hf.training.config import ResolvedConfig, TrainingConfig
@@ -33,13 +34,16 @@ from ddpm_hf.training.network import (
     adapt_to_variance,
     build_scheduler,
     build_unet,
+    is_recorded_and_gone,
     load_pretrained,
+    recorded_model,
     sample_size,
     unet_arguments,
 )
 from ddpm_hf.training.objective import Objective, build_objective
 from ddpm_hf.training.rank_coordination import main_first
 from ddpm_hf.training.resolve import Machine, resolve
+from ddpm_hf.training.state import CheckpointRecord
 
 _UNBALANCED = 5  # ratio of class counts that the plan mentions
 
@@ -54,6 +58,7 @@ class Components:
         left_out: number of files and rows that are not used, by kind or reason.
         digest: identifies the images when a run is resumed.
         base: training.json of the pretrained model; empty without one.
+        base_digest: digest of the pretrained weights; empty without a pretrained model.
         notes: remarks for the plan.
     """
 
@@ -67,6 +72,7 @@ class Components:
     scheduler: GaussianDDPMScheduler
     objective: Objective
     base: Mapping[str, object] = field(default_factory=dict)
+    base_digest: str = ""
     notes: tuple[str, ...] = ()
 
     def identity(self) -> dict[str, dict[str, object]]:
@@ -80,6 +86,7 @@ class Components:
                 "digest": self.digest,
             },
             "objective": {"name": self.objective.name},
+            **({"pretrained": {"weights": self.base_digest}} if self.base_digest else {}),
         }
 
     @cached_property
@@ -103,6 +110,7 @@ def assemble(
     scheduler: GaussianDDPMScheduler | None,
     dataset: TrainingData | None,
     loss: Loss | None,
+    record: CheckpointRecord | None = None,
 ) -> tuple[ResolvedConfig, Components]:
     """The complete configuration and the components of a run.
 
@@ -111,11 +119,13 @@ def assemble(
         accelerator: device, processes and precision.
         unet, scheduler, dataset, loss: replace the components that the options describe; see
             `train`.
+        record: of the resumed checkpoint. It describes the network and the diffusion if the
+            pretrained model or the file of the network is gone.
     Raises:
         ConfigError, DataError: if a component is invalid or does not fit the others.
     """
-    pretrained = _load_pretrained(options, unet)
-    if options.unet_config is not None:
+    pretrained = _load_pretrained(options, unet, record)
+    if options.unet_config is not None and not is_recorded_and_gone(options, "unet_config", record):
         unet_arguments(options.unet_config)  # an invalid file fails before images are prepared
     loaded = main_first(
         accelerator, lambda: open_images(options, dataset, pretrained.unet), options.ddp_timeout
@@ -127,7 +137,7 @@ def assemble(
     unet_notes: list[str] = []
     if unet is None:
         device = accelerator.device.type
-        unet, unet_notes = _create_unet(options, pretrained, scheduler, facts, device)
+        unet, unet_notes = _create_unet(options, pretrained, scheduler, facts, device, record)
     check_trainable(unet, scheduler, facts)
     config = resolve(
         options,
@@ -155,15 +165,20 @@ def assemble(
         scheduler=scheduler,
         objective=build_objective(config, scheduler, facts.bit_depth, loss),
         base=pretrained.record,
+        base_digest=pretrained.digest,
         notes=(*notes, *class_notes, *scheduler_notes, *unet_notes),
     )
 
 
-def _load_pretrained(options: TrainingConfig, unet: UNet2DModel | None) -> PretrainedModel:
+def _load_pretrained(
+    options: TrainingConfig, unet: UNet2DModel | None, record: CheckpointRecord | None
+) -> PretrainedModel:
     if options.pretrained is None:
         return PretrainedModel()
     if unet is not None:
         raise ConfigError("`pretrained` and `unet` exclude each other: leave one of them out")
+    if record is not None and is_recorded_and_gone(options, "pretrained", record):
+        return recorded_model(record, RunPaths(options.run_folder()))
     return load_pretrained(options.pretrained, options.use_safetensors)
 
 
@@ -233,12 +248,15 @@ def _create_unet(
     scheduler: GaussianDDPMScheduler,
     facts: ImageFacts,
     device: str,
+    record: CheckpointRecord | None,
 ) -> tuple[UNet2DModel, list[str]]:
     """The pretrained network, adapted to variance and classes, or a new one; notes for the plan."""
     unet, names = pretrained.unet, facts.class_names or ()
     if unet is None:
         torch.manual_seed(options.seed)  # the same initial weights on every process
         num_classes = len(names) or None
+        if record is not None and is_recorded_and_gone(options, "unet_config", record):
+            return UNet2DModel.from_config(record.parts["network"]), []
         return build_unet(facts, device, options.unet_config, scheduler, num_classes), []
     notes = adapt_to_variance(unet, scheduler, pretrained.scheduler)
     return unet, notes + (adapt_to_classes(unet, names) if names else [])

@@ -2,9 +2,10 @@
 
 import math
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -87,14 +88,24 @@ class TrainingConfig(
         """Hint appended to resume errors: how to train with the changed options."""
         folder = shlex.quote(str(self.run_folder()))
         return (
-            "resume with the original options, or fine-tune the weights in a new run: add "
-            f"`pretrained` {folder}/model `output_dir` {folder}-2"
+            "resume with the original options, or train in another folder: add `output_dir` "
+            f"{folder}-2 for a new network, and also `pretrained` {folder}/model to fine-tune the "
+            "weights"
         )
 
-    def to_yaml(self) -> str:
-        """The options as a recipe for `--config`; options that are None are left out."""
-        chosen = {name: value for name, value in self.to_dict().items() if value is not None}
-        return yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True)
+    def to_yaml(self, proposed: Mapping[str, Any] | None = None) -> str:
+        """The options as a recipe for `--config`.
+
+        Args:
+            proposed: values of open options. With them every option is listed, without them those
+                that are None are left out.
+        """
+        values = self.to_dict()
+        if proposed is None:
+            values = {name: value for name, value in values.items() if value is not None}
+        else:
+            values |= {name: value for name, value in proposed.items() if values[name] is None}
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 @dataclass(frozen=True, kw_only=True)

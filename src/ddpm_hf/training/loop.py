@@ -32,7 +32,7 @@ from ddpm_hf.training.periodic_evaluation import build_evaluation
 from ddpm_hf.training.plan import plan_training, summarize
 from ddpm_hf.training.rank_coordination import free_gradient_reducer, on_main_process
 from ddpm_hf.training.read_ahead import ReadAhead, read_ahead
-from ddpm_hf.training.resolve import resume_options
+from ddpm_hf.training.resolve import implied_options, resume_options
 from ddpm_hf.training.run import Run, start_run
 from ddpm_hf.training.run_folder import remove_leftovers, run_lock
 from ddpm_hf.training.run_log import MetricsLog, RunningMetrics, SkippedUpdate
@@ -122,13 +122,14 @@ def train(
         on_main_process(accelerator, lambda: stack.enter_context(run_lock(paths)), timeout_s)
         pusher = on_main_process(accelerator, lambda: _create_pusher(config), timeout_s)
         newest = on_main_process(accelerator, lambda: _checkpoint_to_resume(paths), timeout_s)
-        checkpoint = broadcast_object_list([newest])[0]
+        checkpoint, record = broadcast_object_list([newest])[0], None
 
         if checkpoint is not None:
             stack.enter_context(_no_advice())
-            config = resume_options(config, read_record(checkpoint).config)
+            record = read_record(checkpoint)
+            config = resume_options(config, record.config, record.parts)
         configure_compile(config, accelerator)
-        resolved, components = assemble(config, accelerator, unet, scheduler, dataset, loss)
+        resolved, components = assemble(config, accelerator, unet, scheduler, dataset, loss, record)
 
         stop = stack.enter_context(StopSignal(config.ddp_timeout))
         stack.enter_context(resources_as_training_errors(accelerator))
@@ -140,7 +141,8 @@ def train(
         measurements = [m for m in (validation, evaluation) if m]
         accelerator.print(plan_training(run, measurements, update_s))
         if accelerator.is_main_process:
-            paths.config.write_text(run.config.to_yaml(), encoding="utf-8")
+            recipe = run.config.to_yaml(implied_options(components.identity()))
+            paths.config.write_text(recipe, encoding="utf-8")
 
         log = MetricsLog(paths.metrics, accelerator, run.state.step, run.batches.batch_size)
         stack.callback(log.close)

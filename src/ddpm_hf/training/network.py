@@ -1,6 +1,7 @@
 """Network and scheduler of a run: new, pretrained, or adapted to other classes or variances."""
 
 import contextlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,13 +13,15 @@ from diffusers import UNet2DModel
 from ddpm_hf.data import ImageFacts
 from ddpm_hf.diffusion.atomic_files import read_json
 from ddpm_hf.diffusion.checkpoint_limits import check_unet_config
-from ddpm_hf.diffusion.image_processor import image_facts, padded_size
+from ddpm_hf.diffusion.image_processor import image_facts, padded_size, set_image_facts
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
+from ddpm_hf.digests import weights_digest
 from ddpm_hf.hub.load import fetch, open_pipeline, open_unet
-from ddpm_hf.paths import ModelPaths
+from ddpm_hf.paths import ModelPaths, RunPaths
 from ddpm_hf.text import did_you_mean
 from ddpm_hf.training.errors import ConfigError
 from ddpm_hf.training.options import ModelOptions
+from ddpm_hf.training.state import CheckpointRecord
 
 # Channel multipliers of the levels, by number of levels. 4 levels and 128 channels give the 35.7M
 # network of DDPM (2006.11239, appendix B) for CIFAR-10, 6 levels the 114M one for 256 pixels.
@@ -132,11 +135,13 @@ class PretrainedModel:
     Attributes:
         scheduler: None for a bare network, too.
         record: its training.json, if any.
+        digest: of the weights; empty for a new model.
     """
 
     unet: UNet2DModel | None = None
     scheduler: GaussianDDPMScheduler | None = None
     record: Mapping[str, object] = field(default_factory=dict)
+    digest: str = ""
 
 
 def load_pretrained(source: str, use_safetensors: bool = True) -> PretrainedModel:
@@ -151,14 +156,42 @@ def load_pretrained(source: str, use_safetensors: bool = True) -> PretrainedMode
     try:
         folder = fetch(source, use_safetensors=use_safetensors)
         if not ModelPaths(folder).index.is_file():
-            return PretrainedModel(open_unet(folder, source, use_safetensors=use_safetensors))
+            unet = open_unet(folder, source, use_safetensors=use_safetensors)
+            return PretrainedModel(unet, digest=weights_digest(unet))
         pipeline = open_pipeline(folder, source, use_safetensors=use_safetensors)
+        record: Mapping[str, object] = {}
         with contextlib.suppress(ValueError):
             record = read_json(ModelPaths(folder).facts)
-            return PretrainedModel(pipeline.unet, pipeline.scheduler, record)
-        return PretrainedModel(pipeline.unet, pipeline.scheduler)
+        digest = weights_digest(pipeline.unet)
+        return PretrainedModel(pipeline.unet, pipeline.scheduler, record, digest)
     except (OSError, ValueError) as error:
         raise ConfigError(f"`pretrained` {source!r} cannot be loaded: {error}") from error
+
+
+def is_recorded_and_gone(options: ModelOptions, name: str, record: CheckpointRecord | None) -> bool:
+    """Whether the path of an option is that of the resumed run, and is not on this machine."""
+    path = getattr(options, name)
+    is_recorded = record is not None and path is not None and path == record.config.get(name)
+    return is_recorded and not os.path.exists(path)
+
+
+def recorded_model(record: CheckpointRecord, paths: RunPaths) -> PretrainedModel:
+    """The pretrained model of a resumed run, without its weights, which the checkpoint replaces.
+
+    Args:
+        record: of the checkpoint.
+        paths: of the run.
+    """
+    image = record.parts["images"]
+    unet: UNet2DModel = UNet2DModel.from_config(record.parts["network"])
+    side = min(image["height"], image["width"])
+    set_image_facts(unet, ImageFacts(image["mode"], side, side, image["bit_depth"]))
+    scheduler = GaussianDDPMScheduler.from_config(record.parts["diffusion"])
+    base: Any = {}
+    with contextlib.suppress(ValueError):
+        base = read_json(paths.model.facts).get("base") or {}
+    digest = record.parts.get("pretrained", {}).get("weights", "")
+    return PretrainedModel(unet, scheduler, base, digest)
 
 
 def adapt_to_variance(

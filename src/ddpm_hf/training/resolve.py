@@ -10,6 +10,8 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from ddpm_hf.diffusion.config_extension import beta_schedule_of
+from ddpm_hf.diffusion.schedules import BETA_SCHEDULES
 from ddpm_hf.training.config import ResolvedConfig, TrainingConfig
 from ddpm_hf.training.errors import ConfigError
 
@@ -17,7 +19,8 @@ from ddpm_hf.training.errors import ConfigError
 CHANGEABLE_ON_RESUME = frozenset(
     {
         "max_train_steps", "gradient_accumulation_steps", "dataloader_num_workers", "output_dir",
-        "dataset",  # the images themselves are compared
+        # Compared by content, in the components of the run.
+        "dataset", "image_column", "class_column", "pretrained", "unet_config",
         "gradient_checkpointing",  # bit-equal
         "num_threads",  # another number changes the last bits of sums
         "logging_steps", "sample_steps", "num_samples", "sample_inference_steps",
@@ -27,6 +30,8 @@ CHANGEABLE_ON_RESUME = frozenset(
         "evaluate_steps", "evaluate_num_images", "evaluate_features",
     }
 )  # fmt: skip
+
+_VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned_range")
 
 
 @dataclass(frozen=True)
@@ -44,31 +49,66 @@ class Machine:
         return cls(device, accelerator.num_processes, precision)
 
 
-def resume_options(options: TrainingConfig, previous: Mapping[str, Any]) -> TrainingConfig:
+def implied_options(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of open options that the images and the diffusion of a run imply.
+
+    With them a recipe gives the same run. Images that keep a size of their own that is not square
+    have no `resolution`.
+
+    Args:
+        parts: images and diffusion, as `Components.identity` describes them.
+    """
+    images, diffusion = parts.get("images", {}), parts.get("diffusion", {})
+    names = ("num_train_timesteps", "prediction_type", "variance_type")
+    implied = {
+        "resolution": images.get("height") if images.get("height") == images.get("width") else None,
+        "image_mode": images.get("mode"),
+        "bit_depth": images.get("bit_depth"),
+        "beta_schedule": beta_schedule_of(diffusion)[0] if diffusion else None,
+        **{name: diffusion.get(name) for name in names},
+    }
+    choices = {"beta_schedule": BETA_SCHEDULES, "variance_type": _VARIANCE_TYPES}
+    return {
+        name: value
+        for name, value in implied.items()
+        if value is not None and value in choices.get(name, [value])
+    }
+
+
+def resume_options(
+    options: TrainingConfig, previous: Mapping[str, Any], parts: Mapping[str, Any] | None = None
+) -> TrainingConfig:
     """The options of a resumed run: open options keep their previous value.
 
     Args:
         options: the options of the new command.
         previous: the complete options of the run so far, from its checkpoint. Unknown ones are
             ignored; missing ones, which are newer than the run, had their default.
+        parts: its components, from the same checkpoint. An option that was open in the run so far
+            may be set to the value that they have.
     Raises:
         ConfigError: for changed options that affect what the network learns.
     """
     before = vars(TrainingConfig()) | dict(previous)
-    merged = {
-        name: before[name] if value is None else value for name, value in vars(options).items()
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    proposed = {
+        name: value
+        for name, value in implied_options(parts or {}).items()
+        if before[name] is None and name in given
     }
     changed = [
-        f"`{name}`: {before[name]!r} -> {value!r}"
-        for name, value in merged.items()
-        if value != before[name] and name not in CHANGEABLE_ON_RESUME
+        f"`{name}`: {proposed.get(name, before[name])!r} -> {value!r}"
+        for name, value in given.items()
+        if value != proposed.get(name, before[name])
+        and (name not in CHANGEABLE_ON_RESUME or (name, before[name]) == ("pretrained", None))
     ]
     if changed:
         raise ConfigError(
             f"{options.run_folder()} holds a run with other options ({'; '.join(changed)}); "
             + options.resume_hint()
         )
-    return TrainingConfig(**merged)
+    kept = {name: before[name] for name in vars(options) if name not in given or name in proposed}
+    return TrainingConfig(**(given | kept))
 
 
 def resolve(
