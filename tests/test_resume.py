@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import shutil
+import signal
 
 import pytest
 import yaml
@@ -14,6 +15,7 @@ from tiny_runs import (
     checkpoint,
     metrics,
     run,
+    stop_reading_at,
     tiny_config,
     tiny_images,
     tiny_unet,
@@ -24,8 +26,12 @@ from ddpm_hf import (
     GaussianDDPMPipeline,
     GaussianDDPMScheduler,
     TrainingConfig,
+    calibrate_checkpoint,
+    load,
     train,
 )
+from ddpm_hf.cli import main
+from ddpm_hf.evaluation.subjects import is_model
 from ddpm_hf.training import CheckpointError, parse_config
 from ddpm_hf.training.state import find_checkpoint
 
@@ -248,3 +254,45 @@ def test_a_run_from_scratch_does_not_resume_with_pretrained_weights(photos):
     train_in(photos, photos / "network" / "config.json", max_train_steps=2, **STEPS)
     with pytest.raises(ConfigError, match="`pretrained`: None -> 'base'"):
         train(tiny_config(photos / "run", dataset=str(photos / "photos"), pretrained="base"))
+
+
+@pytest.mark.filterwarnings("default:.* is a training run")
+def test_a_run_and_its_checkpoints_are_models(photos):
+    train_in(photos, photos / "network" / "config.json", max_train_steps=4, **STEPS)
+    folder = photos / "run"
+    early = folder / "checkpoints" / "step-00000002"
+    weights = {
+        name.removeprefix("ema.safetensors:"): value
+        for name, value in checkpoint(folder, 2).items()
+        if name.startswith("ema")
+    }
+    assert_equal_bits(dict(load(early).unet.state_dict()), weights)
+    final = dict(load(folder / "model").unet.state_dict())
+    with pytest.warns(UserWarning, match=r"run is a training run: its model is \S+run/model"):
+        assert_equal_bits(dict(load(folder).unet.state_dict()), final)
+    assert is_model(folder)
+    assert is_model(early)
+    before = sorted(early.iterdir())
+    with pytest.raises(ValueError, match="is a training checkpoint, which must not be changed"):
+        calibrate_checkpoint(early, str(photos / "photos"))
+    few = ["--num-images", "1", "--num-inference-steps", "2"]
+    for i, words in enumerate(([folder], [early], [folder, "--guide", str(early)])):
+        output = ["--output", str(photos / f"{i}.npz")]
+        assert main(["sample", *map(str, words), *few, *output]) == 0
+    tuned = tiny_config(
+        photos / "tuned", dataset=str(photos / "photos"), pretrained=str(early),
+        max_train_steps=1, lr_warmup_steps=1,
+    )  # fmt: skip
+    result = train(tuned)  # the first update has learning rate 0
+    assert_equal_bits(dict(load(result.model_dir).unet.state_dict()), weights)
+    assert sorted(early.iterdir()) == before
+    shutil.rmtree(folder / "model")
+    with pytest.raises(ValueError, match=r"run/model, but that folder is missing"):
+        load(early)
+
+
+def test_an_interrupt_in_an_interactive_session_is_raised_after_saving(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.ps1", ">>> ", raising=False)
+    with pytest.raises(KeyboardInterrupt, match="saved after update"):
+        run(tmp_path, dataset=stop_reading_at(9, signal.SIGINT))
+    assert run(tmp_path).num_steps == 6

@@ -193,7 +193,7 @@ def test_options_that_a_run_does_not_know_are_ignored_or_had_their_default():
 
 def test_changed_options_of_a_resumed_run_raise_with_old_and_new_value():
     before = resolved(TrainingConfig(output_dir="a")).to_dict()
-    message = r"^a holds a run with other options \(`seed`: 0 -> 1\); .* add `pretrained` a/model"
+    message = r"^a holds a run with other options \(`seed`: 0 -> 1\); .* add `output_dir` a-2 for"
     with pytest.raises(ConfigError, match=message):
         resume_options(TrainingConfig(output_dir="a", seed=1, logging_steps=3), before)
 

@@ -101,3 +101,21 @@ class RunPaths:
     def is_run(self) -> bool:
         """Whether the folder belongs to a training run."""
         return self.lock.exists() or any(self.checkpoints.glob("step-*"))
+
+
+EMA_WEIGHTS = "ema.safetensors"
+"""Averaged weights in a training checkpoint."""
+
+
+def model_of_run(folder: Path) -> Path:
+    """RUN/model for the folder RUN of a training run; other folders unchanged."""
+    run = RunPaths(folder)
+    has_model = run.model.index.is_file() and not ModelPaths(folder).index.is_file()
+    return run.model.root if has_model and run.is_run() else folder
+
+
+def run_of_checkpoint(folder: Path) -> RunPaths | None:
+    """The run of a training checkpoint RUN/checkpoints/step-N; None for another folder."""
+    run = RunPaths(folder.resolve().parent.parent)
+    is_inside = folder.resolve().parent == run.checkpoints
+    return run if is_inside and (folder / EMA_WEIGHTS).is_file() else None

@@ -36,6 +36,8 @@ class ImageDataset:
         facts: mode, size, bit depth and class names.
         skipped: one line for each skipped row, with the reason.
         left_out: number of files and rows that are not used, by kind or reason.
+        num_with_colour: number of images with colours in the file.
+        num_with_alpha: number of images with pixels that are not opaque, in a mode with alpha.
         labels: class of each image, (N,), -1 for an image without label; None if not requested.
     """
 
@@ -53,6 +55,8 @@ class ImageDataset:
         self.facts = replace(facts, class_names=class_names)
         self.skipped: list[str] = summary["skipped"]
         self.remarks: list[str] = summary["remarks"]
+        self.num_with_colour: int = summary["num_with_colour"]
+        self.num_with_alpha: int = summary["num_with_alpha"]
         bad = {"bad images": len(self.skipped)} if self.skipped else {}
         self.left_out = dict(Counter({**(files_left_out or {}), **bad}).most_common())
         # Decoding may show that colours are grey and alphas opaque; unused planes are ignored.

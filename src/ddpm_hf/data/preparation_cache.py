@@ -13,7 +13,7 @@ from ddpm_hf.data.errors import DataError
 from ddpm_hf.data.preprocessing import Plan, Source
 from ddpm_hf.diffusion.atomic_files import replacing_folder
 
-_CACHE_VERSION = 3
+_CACHE_VERSION = 4
 
 
 def cached_folder(

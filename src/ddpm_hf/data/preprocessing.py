@@ -94,6 +94,8 @@ def prepare_into(source: Source, plan: Plan, on_bad_image: str, folder: Path) ->
         "stored_mode": target.mode,
         "skipped": skipped,
         "remarks": quality_remarks(notes, target),
+        "num_with_colour": int(notes["colour"].sum()),
+        "num_with_alpha": int(notes["alpha"].sum()),
     }
     (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
     for file in folder.glob("headers*.arrow"):

@@ -48,6 +48,7 @@ from ddpm_hf.evaluation.training_record import (
 from ddpm_hf.hub.card import write_calibration
 from ddpm_hf.hub.load import load
 from ddpm_hf.options import takes_options
+from ddpm_hf.paths import model_of_run, run_of_checkpoint
 from ddpm_hf.shared_work import distributed_state, on_main_process
 from ddpm_hf.text import public_name
 
@@ -70,7 +71,8 @@ def calibrate_checkpoint(
     resumes with the same `output`.
 
     Args:
-        model: name or folder. A folder gets the curve in its scheduler_config.json.
+        model: name or folder. A folder gets the curve in its scheduler_config.json; that of a run
+            stands for its model.
         dataset: held-out images; see `evaluate`.
         output: folder for calibration.json and the plot; for a model on the Hub, also for its
             scheduler_config.json.
@@ -84,6 +86,13 @@ def calibrate_checkpoint(
         TypeError: for an unknown option.
     """
     chosen, name = CalibrationOptions.from_keywords(**options), os.fspath(model)
+    if Path(name).is_dir():
+        name = str(model_of_run(Path(name)))
+    if run_of_checkpoint(Path(name)):
+        raise ValueError(
+            f"{name} is a training checkpoint, which must not be changed: calibrate the model of"
+            " the run"
+        )
     if chosen.card and not Path(name).is_dir():
         raise ValueError(
             f"`card` needs the folder of a model, got {name!r}: calibrate a local copy, then"

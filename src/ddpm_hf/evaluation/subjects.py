@@ -12,6 +12,7 @@ from ddpm_hf.evaluation.options import public_name_of
 from ddpm_hf.evaluation.sets import facts_of_set, image_set
 from ddpm_hf.hub.load import load
 from ddpm_hf.hub.options import LoadOptions
+from ddpm_hf.paths import ModelPaths, model_of_run, run_of_checkpoint
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,12 @@ class Subject:
 
 
 def is_model(source: Any) -> bool:
-    """Whether this is a pipeline, the folder of one, or a name that is not a local path."""
+    """Whether this is a pipeline, the folder of one or of a run, or not a local path."""
     if not isinstance(source, str | os.PathLike):
         return hasattr(source, "unet")
-    path = Path(source).expanduser()
-    return (path / "model_index.json").is_file() or not path.exists()
+    path = model_of_run(Path(source).expanduser())
+    has_weights = ModelPaths(path).index.is_file() or run_of_checkpoint(path) is not None
+    return has_weights or not path.exists()
 
 
 def load_subject(source: Any, options: LoadOptions, device: Any) -> Subject:

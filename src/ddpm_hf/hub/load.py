@@ -1,6 +1,7 @@
 """Loading of checkpoints from the Hub or a folder, without running their code."""
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,13 @@ from ddpm_hf.diffusion.atomic_files import read_json
 from ddpm_hf.diffusion.config_extension import GAUSSIAN_SCHEDULER
 from ddpm_hf.hub.options import check_endpoint
 from ddpm_hf.hub.retry import WAITS_S, retry, shorten
-from ddpm_hf.paths import ModelPaths
+from ddpm_hf.paths import (
+    EMA_WEIGHTS,
+    ModelPaths,
+    RunPaths,
+    model_of_run,
+    run_of_checkpoint,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +46,8 @@ def load(
     Never runs code from the repository. Offline, it loads the copy in the cache.
 
     Args:
-        repo_or_path: a folder, or "user/name" on the Hub.
+        repo_or_path: a folder, or "user/name" on the Hub. The folder of a training run stands for
+            its model, and RUN/checkpoints/step-N for that model with the weights at step N.
         revision: branch, tag or commit on the Hub.
         token: token for a private repository; by default that of `hf auth login` or HF_TOKEN.
         dtype: dtype of the weights; by default torch.float32, whatever they were saved in.
@@ -71,7 +79,10 @@ def fetch(
         ValueError: if neither exists, or the folder contains links to files outside.
         HubError: if the Hub fails and the cache has no copy.
     """
-    folder = Path(name).expanduser()
+    given = Path(name).expanduser()
+    folder = model_of_run(given)
+    if folder != given:
+        warnings.warn(f"{name} is a training run: its model is {folder}", stacklevel=3)
     if name and folder.is_dir():
         patterns = _loaded_files("safetensors" if use_safetensors else "*")
         refuse_links(folder, (path for pattern in patterns for path in folder.glob(pattern)))
@@ -158,6 +169,9 @@ def open_pipeline(
     Raises:
         ValueError: if it cannot be loaded, or its weights are incomplete or not finite.
     """
+    if run := run_of_checkpoint(folder):
+        return _open_training_checkpoint(folder, run, name, dtype)
+
     import diffusers
 
     from ddpm_hf.diffusion.checkpoint_limits import check_scheduler_config, component_folder
@@ -184,6 +198,34 @@ def open_pipeline(
         image_facts(unet)
         path = component_folder(folder, "scheduler")
         return GaussianDDPMPipeline(unet, scheduler.from_pretrained(path))
+
+
+def _open_training_checkpoint(
+    folder: Path, run: RunPaths, name: str, dtype: "torch.dtype | None"
+) -> "GaussianDDPMPipeline":
+    """The model of a run with the averaged weights of one of its training checkpoints."""
+    from safetensors.torch import load_file
+
+    from ddpm_hf.diffusion.portable_checkpoint import check_finite
+    from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
+
+    if not run.model.index.is_file():
+        raise ValueError(
+            f"{name} is a training checkpoint, which is loaded with the network in {run.model.root}"
+            ", but that folder is missing: resume the run"
+        )
+    pipeline = open_pipeline(run.model.root, name, dtype=dtype)
+    weights = load_file(folder / EMA_WEIGHTS)
+    check_finite(weights, name)
+    # Checkpoints of compiled runs may have the parameter names of the compiled network.
+    pipeline.unet.load_state_dict(
+        {key.removeprefix("_orig_mod."): value for key, value in weights.items()}
+    )
+    # The calibration of the finished model is that of other weights.
+    pipeline.scheduler = GaussianDDPMScheduler.from_config(
+        pipeline.scheduler.config, x_0_mse=None, calibrated_timesteps=None, recommended=None
+    )
+    return pipeline
 
 
 def open_unet(

@@ -12,6 +12,7 @@ from diffusers import UNet2DModel
 
 from ddpm_hf.data import ImageDataset, ImageFacts, TrainingImages
 from ddpm_hf.data.hold_out import HoldOut
+from ddpm_hf.data.image_source import MapStyleImages
 from ddpm_hf.data.labels import Labels
 from ddpm_hf.diffusion.image_processor import set_image_facts, size_multiple
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
@@ -45,6 +46,7 @@ from ddpm_hf.training.rank_coordination import main_first
 from ddpm_hf.training.resolve import Machine, resolve
 from ddpm_hf.training.state import CheckpointRecord
 
+_FEW_COLOURED = 0.05  # share of coloured images below which the plan mentions them
 _UNBALANCED = 5  # ratio of class counts that the plan mentions
 
 
@@ -58,7 +60,7 @@ class Components:
         left_out: number of files and rows that are not used, by kind or reason.
         digest: identifies the images when a run is resumed.
         base: training.json of the pretrained model; empty without one.
-        base_digest: digest of the pretrained weights; empty without a pretrained model.
+        base_identity: identity of the pretrained network; empty without one.
         notes: remarks for the plan.
     """
 
@@ -72,7 +74,7 @@ class Components:
     scheduler: GaussianDDPMScheduler
     objective: Objective
     base: Mapping[str, object] = field(default_factory=dict)
-    base_digest: str = ""
+    base_identity: Mapping[str, object] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def identity(self) -> dict[str, dict[str, object]]:
@@ -86,7 +88,7 @@ class Components:
                 "digest": self.digest,
             },
             "objective": {"name": self.objective.name},
-            **({"pretrained": {"weights": self.base_digest}} if self.base_digest else {}),
+            **({"pretrained": dict(self.base_identity)} if self.base_identity else {}),
         }
 
     @cached_property
@@ -131,6 +133,7 @@ def assemble(
         accelerator, lambda: open_images(options, dataset, pretrained.unet), options.ddp_timeout
     )
     facts, notes = _select_classes(options, loaded.facts)
+    notes = _mode_notes(options, loaded.images) + notes
     if scheduler is None:
         scheduler = build_scheduler(options, pretrained.scheduler)
     scheduler, scheduler_notes = _without_calibration(check_scheduler(scheduler))
@@ -165,7 +168,7 @@ def assemble(
         scheduler=scheduler,
         objective=build_objective(config, scheduler, facts.bit_depth, loss),
         base=pretrained.record,
-        base_digest=pretrained.digest,
+        base_identity=pretrained.identity,
         notes=(*notes, *class_notes, *scheduler_notes, *unet_notes),
     )
 
@@ -177,7 +180,8 @@ def _load_pretrained(
         return PretrainedModel()
     if unet is not None:
         raise ConfigError("`pretrained` and `unet` exclude each other: leave one of them out")
-    if record is not None and is_recorded_and_gone(options, "pretrained", record):
+    is_gone = is_recorded_and_gone(options, "pretrained", record)
+    if record is not None and is_gone and "pretrained" in record.parts:
         return recorded_model(record, RunPaths(options.run_folder()))
     return load_pretrained(options.pretrained, options.use_safetensors)
 
@@ -191,6 +195,29 @@ def _select_classes(options: TrainingConfig, facts: ImageFacts) -> tuple[ImageFa
     return dataclasses.replace(facts, class_names=None), [
         f"the images have {len(names)} classes ({shown}); `class_conditional` trains on them"
     ]
+
+
+def _mode_notes(options: TrainingConfig, images: ImageDataset | MapStyleImages) -> list[str]:
+    """Notes for the plan about the images that set the mode, or lose their colours to it."""
+    if not isinstance(images, ImageDataset) or options.image_mode is not None:
+        return []
+    mode, count = images.facts.mode, len(images)
+    colour, alpha = images.num_with_colour, images.num_with_alpha
+    if options.pretrained is not None:
+        text = "have colours, which are removed because the pretrained model is grayscale"
+        return [f"{colour:,} of {count:,} images {text}"] if colour and mode in ("L", "LA") else []
+    notes = []
+    if mode.endswith("A"):
+        notes.append(
+            f"{alpha:,} of {count:,} images have transparent pixels, so the model gets an alpha "
+            f"channel; `image_mode` {mode[:-1]} places them on white instead"
+        )
+    if mode.startswith("RGB") and colour < _FEW_COLOURED * count:
+        notes.append(
+            f"{colour:,} of {count:,} images have colours, so the model gets colour channels; "
+            f"`image_mode` L removes them"
+        )
+    return notes
 
 
 def _count_classes(

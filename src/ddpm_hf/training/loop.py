@@ -1,6 +1,8 @@
 """The training program: `train` prepares a run, `_train_loop` makes the updates."""
 
 import dataclasses
+import signal
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -107,6 +109,8 @@ def train(
         DataError: if the images cannot be used.
         CheckpointError: if `output_dir` is in use, cannot be written or contains other files, or if
             all its checkpoints are damaged.
+        KeyboardInterrupt: after Ctrl-C in a notebook or another interactive session, once the run
+            is saved. Elsewhere the result says which signal ended it.
         TrainingError: if the loss stays non-finite, images become unreadable, or memory runs out.
     """
     if not isinstance(config, TrainingConfig):
@@ -161,6 +165,8 @@ def train(
         pushed = on_main_process(accelerator, lambda: _finish_push(pusher, stopped_by), timeout_s)
         accelerator.wait_for_everyone()
         accelerator.print(summarize(run))
+        if stopped_by == signal.SIGINT and hasattr(sys, "ps1"):  # set in interactive sessions only
+            raise KeyboardInterrupt(f"saved after update {run.state.step}")
         return TrainingResult(paths.model.root, paths.metrics, run.state.step, stopped_by, pushed)
 
 

@@ -17,7 +17,7 @@ from ddpm_hf.diffusion.image_processor import image_facts, padded_size, set_imag
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.digests import weights_digest
 from ddpm_hf.hub.load import fetch, open_pipeline, open_unet
-from ddpm_hf.paths import ModelPaths, RunPaths
+from ddpm_hf.paths import ModelPaths, RunPaths, run_of_checkpoint
 from ddpm_hf.text import did_you_mean
 from ddpm_hf.training.errors import ConfigError
 from ddpm_hf.training.options import ModelOptions
@@ -135,13 +135,13 @@ class PretrainedModel:
     Attributes:
         scheduler: None for a bare network, too.
         record: its training.json, if any.
-        digest: of the weights; empty for a new model.
+        identity: digest of the weights and number of class embeddings, as JSON values.
     """
 
     unet: UNet2DModel | None = None
     scheduler: GaussianDDPMScheduler | None = None
     record: Mapping[str, object] = field(default_factory=dict)
-    digest: str = ""
+    identity: Mapping[str, object] = field(default_factory=dict)
 
 
 def load_pretrained(source: str, use_safetensors: bool = True) -> PretrainedModel:
@@ -155,17 +155,21 @@ def load_pretrained(source: str, use_safetensors: bool = True) -> PretrainedMode
     """
     try:
         folder = fetch(source, use_safetensors=use_safetensors)
-        if not ModelPaths(folder).index.is_file():
+        if not ModelPaths(folder).index.is_file() and not run_of_checkpoint(folder):
             unet = open_unet(folder, source, use_safetensors=use_safetensors)
-            return PretrainedModel(unet, digest=weights_digest(unet))
+            return PretrainedModel(unet, identity=_identity(unet))
         pipeline = open_pipeline(folder, source, use_safetensors=use_safetensors)
         record: Mapping[str, object] = {}
         with contextlib.suppress(ValueError):
             record = read_json(ModelPaths(folder).facts)
-        digest = weights_digest(pipeline.unet)
-        return PretrainedModel(pipeline.unet, pipeline.scheduler, record, digest)
+        unet = pipeline.unet
+        return PretrainedModel(unet, pipeline.scheduler, record, _identity(unet))
     except (OSError, ValueError) as error:
         raise ConfigError(f"`pretrained` {source!r} cannot be loaded: {error}") from error
+
+
+def _identity(unet: UNet2DModel) -> dict[str, object]:
+    return {"weights": weights_digest(unet), "num_class_embeds": unet.config.num_class_embeds}
 
 
 def is_recorded_and_gone(options: ModelOptions, name: str, record: CheckpointRecord | None) -> bool:
@@ -182,16 +186,19 @@ def recorded_model(record: CheckpointRecord, paths: RunPaths) -> PretrainedModel
         record: of the checkpoint.
         paths: of the run.
     """
-    image = record.parts["images"]
-    unet: UNet2DModel = UNet2DModel.from_config(record.parts["network"])
+    image, identity = record.parts["images"], record.parts["pretrained"]
+    # Class embeddings that are added later come last among the parameters, and the optimizer's
+    # moments are saved by the index of their parameter.
+    unet: UNet2DModel = UNet2DModel.from_config(
+        record.parts["network"], num_class_embeds=identity["num_class_embeds"]
+    )
     side = min(image["height"], image["width"])
     set_image_facts(unet, ImageFacts(image["mode"], side, side, image["bit_depth"]))
     scheduler = GaussianDDPMScheduler.from_config(record.parts["diffusion"])
     base: Any = {}
     with contextlib.suppress(ValueError):
         base = read_json(paths.model.facts).get("base") or {}
-    digest = record.parts.get("pretrained", {}).get("weights", "")
-    return PretrainedModel(unet, scheduler, base, digest)
+    return PretrainedModel(unet, scheduler, base, identity)
 
 
 def adapt_to_variance(
