@@ -59,6 +59,25 @@ class DatasetRecord:
 
 
 @dataclass(frozen=True)
+class BoundSetup:
+    """How a bound in bits/dim was measured; the model card compares these.
+
+    Attributes:
+        images: number and origin of the images.
+        num_images: number of images.
+        num_inference_steps: number of steps K.
+        num_timesteps: number of measured terms per image.
+        is_calibrated: whether the variances are calibrated.
+    """
+
+    images: str
+    num_images: int
+    num_inference_steps: int
+    num_timesteps: int
+    is_calibrated: bool
+
+
+@dataclass(frozen=True)
 class MetricRecord:
     """A measured value, as the model card shows it.
 
@@ -67,12 +86,16 @@ class MetricRecord:
         name: what was measured, with the number of images.
         value: the value.
         standard_error: its standard error.
+        how: one line about the measurement.
+        args: "bound", the setup of the bound.
     """
 
     type: str
     name: str
     value: float
     standard_error: float
+    how: str
+    args: Mapping[str, BoundSetup]
 
 
 @dataclass(frozen=True)

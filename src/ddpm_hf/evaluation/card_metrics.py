@@ -1,13 +1,13 @@
 """Results of an evaluation as metrics of a model card."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from ddpm_hf.evaluation.figures import BoundResult, DatasetFacts, MetricResult
 from ddpm_hf.evaluation.options import BITS
 from ddpm_hf.evaluation.records import JsonObject, Record
-from ddpm_hf.evaluation.result_files import command_of
 from ddpm_hf.evaluation.results import Evaluation
 from ddpm_hf.evaluation.tables import VERDICTS, bound_setup
+from ddpm_hf.run_record import BoundSetup
 from ddpm_hf.text import counted
 
 
@@ -18,10 +18,11 @@ class CardMetric(Record):
     Attributes:
         type, name: of the metric in the model index.
         value: of the metric.
-        how: one line about the measurement, with the command that repeats it.
+        how: one line about the measurement.
         dataset: "name", "split" and, for a Hub dataset, "hub_id".
-        args: "evaluate", the options of `evaluate`; "interval"; and digests of weights, features
-            and held-out images that identify what was measured.
+        args: "evaluate", the options of `evaluate`; "interval"; "bound", the `BoundSetup` of
+            bits/dim; and digests of weights, features and held-out images that identify what was
+            measured.
     """
 
     type: str
@@ -46,14 +47,15 @@ def _card_metric(evaluation: Evaluation, result: BoundResult | MetricResult) -> 
         for name, value in options.items()
         if value is not None and name != "per_class"  # the card shows no classes
     }
-    command = command_of([evaluation.model.name], facts.name, options)
-    args = {
+    args: JsonObject = {
         "evaluate": options,
         "interval": list(result.interval),
         "weights": evaluation.model.weights,
     }
     if isinstance(result, MetricResult):
         args["features"] = result.measured_with.features.digest
+    else:
+        args["bound"] = asdict(_setup_of(result, facts))
     if facts.held_out:
         args["held_out"] = facts.to_dict()["held_out"]
     name, how = _name_and_setup(result, facts)
@@ -62,9 +64,20 @@ def _card_metric(evaluation: Evaluation, result: BoundResult | MetricResult) -> 
         type=result.name,
         name=name,
         value=result.value,
-        how=f"{how}; by {command}",
+        how=how,
         dataset={key: value for key, value in known.items() if value is not None},
         args=args,
+    )
+
+
+def _setup_of(bound: BoundResult, facts: DatasetFacts) -> BoundSetup:
+    source = facts.held_out_suffix or f" of {facts.split}"
+    return BoundSetup(
+        images=f"{counted(bound.num_images, 'image')}{source}",
+        num_images=bound.num_images,
+        num_inference_steps=bound.num_inference_steps,
+        num_timesteps=bound.num_timesteps,
+        is_calibrated=bound.is_calibrated,
     )
 
 
@@ -72,9 +85,8 @@ def _name_and_setup(result: BoundResult | MetricResult, facts: DatasetFacts) -> 
     if isinstance(result, BoundResult):
         error = result.standard_error
         precision = "" if error is None else f", standard error {error:.2g}"
-        images = f"{counted(result.num_images, 'image')}{facts.held_out_suffix}{precision}"
         name = f"bits/dim (bound, K = {result.num_inference_steps:,})"
-        return name, f"{images}; {bound_setup(result)}"
+        return name, f"{_setup_of(result, facts).images}{precision}; {bound_setup(result)}"
     setup, floor, (low, high) = result.measured_with, result.floor, result.interval
     K = setup.num_inference_steps
     sampler = f"; K = {K:,}, {setup.scheduler}" if K else ""

@@ -29,9 +29,9 @@ from ddpm_hf.evaluation.options import (
     public_name_of,
 )
 from ddpm_hf.evaluation.ranking import ranked
+from ddpm_hf.evaluation.recorded_command import command_of
 from ddpm_hf.evaluation.result_files import (
     COMPARISON_FILE,
-    command_of,
     results_folder,
     write_result,
 )

@@ -18,9 +18,9 @@ from ddpm_hf.evaluation.image_comparison import DrawnFeatures, RealImages, compa
 from ddpm_hf.evaluation.metrics import MIN_IMAGES
 from ddpm_hf.evaluation.model_images import images_for
 from ddpm_hf.evaluation.options import BITS, METRIC_NAMES, EvaluationOptions
+from ddpm_hf.evaluation.recorded_command import command_of
 from ddpm_hf.evaluation.result_files import (
     EVALUATION_FILE,
-    command_of,
     known_results,
     write_result,
 )

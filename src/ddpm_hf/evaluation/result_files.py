@@ -4,20 +4,16 @@ import functools
 import json
 import logging
 import os
-import shlex
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from accelerate import PartialState
 
 from ddpm_hf.diffusion.atomic_files import read_text, write_text
 from ddpm_hf.digests import json_digest
 from ddpm_hf.evaluation.figures import BoundResult, MetricResult
-from ddpm_hf.evaluation.options import EvaluationOptions
 from ddpm_hf.evaluation.records import Record
 from ddpm_hf.evaluation.results import Evaluation
 from ddpm_hf.locks import exclusive_folder
@@ -28,9 +24,6 @@ EVALUATION_FILE, COMPARISON_FILE, CALIBRATION_FILE = (
     "evaluation.json", "comparison.json", "calibration.json"
 )  # fmt: skip
 MAX_BYTES = 2**28  # a file lists every image
-# Options that a recorded command omits at their default.
-_OMITTED = ("reference_split", "on_bad_image", "decoder", "batch_size", "per_class")
-_DEFAULTS = {f.name: f.default for f in fields(EvaluationOptions) if f.name in _OMITTED}
 
 
 @contextmanager
@@ -76,13 +69,3 @@ def write_result(folder: Path, result: Record, file_name: str) -> Path:
     path = folder / file_name
     write_text(path, json.dumps(result.to_dict(), indent=1, ensure_ascii=False) + "\n")
     return path
-
-
-def command_of(subjects: Sequence[str], dataset: str, options: Mapping[str, Any]) -> str:
-    """Command line that measures the same."""
-    words = ["ddpm-hf", "evaluate", *subjects, dataset]
-    for name, value in options.items():
-        if value is not None and value != _DEFAULTS.get(name):
-            values = value if isinstance(value, list) else [value] if value is not True else []
-            words += [f"--{name.replace('_', '-')}", *map(str, values)]
-    return shlex.join(words)

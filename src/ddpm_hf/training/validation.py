@@ -11,7 +11,7 @@ from torch.utils.data import default_collate
 from ddpm_hf.diffusion.eval_mode import evaluating
 from ddpm_hf.likelihood import bits_per_dim
 from ddpm_hf.randomness import seed_of
-from ddpm_hf.run_record import MetricRecord
+from ddpm_hf.run_record import BoundSetup, MetricRecord
 from ddpm_hf.statistics import standard_error
 from ddpm_hf.text import counted
 from ddpm_hf.training.dataset_setup import HeldOut
@@ -25,12 +25,12 @@ class ValidationResult:
     Attributes:
         bits_per_dim: mean over the images.
         standard_error: of the mean.
-        num_images: number of images.
+        setup: how they were measured.
     """
 
     bits_per_dim: float
     standard_error: float
-    num_images: int
+    setup: BoundSetup
 
     def log_values(self) -> dict[str, float]:
         """The values in metrics.jsonl."""
@@ -41,8 +41,15 @@ class ValidationResult:
 
     def record(self) -> MetricRecord:
         """The values in the model card."""
-        name = f"bits/dim of {self.num_images} held-out images (bound)"
-        return MetricRecord("bits-per-dim", name, self.bits_per_dim, self.standard_error)
+        setup = self.setup
+        name = f"bits/dim of {setup.num_images} held-out images (bound)"
+        how = (
+            f"by the trainer, EMA weights; {setup.images}, standard error {self.standard_error:.2g};"
+            f" K = {setup.num_inference_steps:,} steps, {setup.num_timesteps:,} of them measured per"
+            f" image{', calibrated variances' * setup.is_calibrated}; decoder exact"
+        )
+        args = {"bound": setup}
+        return MetricRecord("bits-per-dim", name, self.bits_per_dim, self.standard_error, how, args)
 
 
 class Validation:
@@ -83,7 +90,19 @@ class Validation:
         # In the order of the images: the sum is the same for any number of ranks.
         all_totals = torch.tensor([total for _, total in sorted(gather_object(totals))])
         return ValidationResult(
-            all_totals.mean().item(), standard_error(all_totals), self.num_images
+            all_totals.mean().item(), standard_error(all_totals), self._setup()
+        )
+
+    def _setup(self) -> BoundSetup:
+        components = self.run.components
+        source = "that training held out" if components.hold_out else None
+        return BoundSetup(
+            images=f"{counted(self.num_images, 'image')} "
+            f"{source or f'of {self.run.config.validation_split}'}",
+            num_images=self.num_images,
+            num_inference_steps=len(components.scheduler),
+            num_timesteps=self.num_timesteps,
+            is_calibrated=components.scheduler.x_0_mse is not None,
         )
 
     def _totals(self, unet: torch.nn.Module, indices: range) -> list[tuple[int, float]]:

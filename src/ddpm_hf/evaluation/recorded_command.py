@@ -1,0 +1,69 @@
+"""`ddpm-hf evaluate` commands for result files and model cards; imports no torch."""
+
+import json
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+
+from ddpm_hf.evaluation.options import (
+    BITS,
+    BatchOptions,
+    EvaluationOptions,
+    FeatureOptions,
+    LikelihoodOptions,
+    PerClassOptions,
+)
+
+_DEFAULTS = {field.name: field.default for field in fields(EvaluationOptions)}
+
+
+def command_of(subjects: Sequence[str], dataset: str, options: Mapping[str, object]) -> str:
+    """Command line that measures the same, without options at their default."""
+    defaults: dict[str, object] = dict(_DEFAULTS)
+    if not options.get("scheduler") and not options.get("schedulers"):
+        defaults["metrics"] = [BITS]
+    words = ["ddpm-hf", "evaluate", *subjects, dataset]
+    for name, value in options.items():
+        if value is not None and value != defaults.get(name):
+            values = value if isinstance(value, list) else [value] if value is not True else []
+            words += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return shlex.join(words)
+
+
+@dataclass(frozen=True)
+class RecordedFigure:
+    """A figure of a model card and the options that it was measured with.
+
+    Attributes:
+        dataset: name of the real images.
+        options: of `evaluate`, with "metrics".
+        num_images: number of images of a bound, which may be less than the option.
+    """
+
+    dataset: str
+    options: Mapping[str, object]
+    num_images: int | None = None
+
+    def relevant_options(self) -> dict[str, object]:
+        """The known options that affect the figure, without "metrics"."""
+        is_bound = self.options.get("metrics") == [BITS]
+        groups = (BatchOptions, PerClassOptions, FeatureOptions if is_bound else LikelihoodOptions)
+        known = _DEFAULTS.keys() - {field.name for group in groups for field in fields(group)}
+        options = {name: value for name, value in self.options.items() if name in known}
+        if self.num_images is not None and options.get("num_images") is not None:
+            options["num_images"] = self.num_images
+        return options
+
+
+def commands_of(figures: Iterable[RecordedFigure], model: str) -> list[str]:
+    """Commands that measure the figures of a model again, as few as possible."""
+    metrics: dict[tuple[str, str], list[str]] = {}
+    for figure in figures:
+        names = figure.options.get("metrics")
+        key = figure.dataset, json.dumps(figure.relevant_options())
+        known = metrics.setdefault(key, [])
+        known += [str(name) for name in names if name not in known] if isinstance(names, list) else []
+    return [
+        command_of([model], dataset, {"metrics": names, **json.loads(options)})
+        for (dataset, options), names in metrics.items()
+    ]
