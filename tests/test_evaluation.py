@@ -180,6 +180,9 @@ def test_the_result_is_written_into_the_card(evaluate, tmp_path):
     card = (folder / "README.md").read_text()
     assert "bits/dim" in card
     assert f"{result['value']:.4g}" in card
+    assert "5 images of test, standard error" in card
+    name = metric["dataset"]["name"]
+    assert f"\nddpm-hf evaluate . {name}\n```" in card
     assert str(tmp_path) not in card
 
 

@@ -3,6 +3,7 @@
 import html
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -195,6 +196,46 @@ def test_the_card_of_a_conditional_model_has_no_code_for_stock_diffusers(tmp_pat
     assert "cannot sample from it" in text
     assert text.count("```python") == 2
     assert text.count("class_labels=[0, 1, 2, 0]") == 2
+    assert "3 class embeddings; the names of the classes were not recorded." in text
+
+
+def test_a_conditional_model_is_titled_tagged_and_described_as_one(tmp_path):
+    facts = image_facts_of(
+        "L", 8, 8, class_names=("cat", "fox|x", "dog"), class_counts=(0, 30, 270)
+    )
+    unet = tiny_unet(sample_size=8, num_class_embeds=4)
+    text = render_model_card(card_facts(save_ours(tmp_path / "model", unet=unet, facts=facts)))
+    assert "# Class-conditional DDPM\n\nA class-conditional denoising" in text
+    assert "nconditional DDPM" not in text
+    assert "class-conditional-image-generation" in metadata(text)["tags"]
+    assert "unconditional-image-generation" not in metadata(text)["tags"]
+    assert metadata(text)["pipeline_tag"] == "unconditional-image-generation"
+    rows = [r"| 0 | cat | 0 (not trained) |", r"| 1 | fox\|x | 30 |", r"| 2 | dog | 270 |"]
+    assert "The model has 3 classes:\n\n" in text
+    assert "\n".join(rows) in text
+    assert text.count('class_labels="fox|x", guidance_scale=2.0') == 2
+    assert "# Unconditional DDPM\n\nA denoising" in rendered({})
+
+
+def test_code_for_a_model_without_a_trained_null_class_has_no_guidance():
+    facts = {"unet": {"num_class_embeds": 3}, "class_names": ["cat", "dog"]}
+    assert "guidance_scale" in rendered(facts)
+    assert 'class_labels="cat").images' in rendered(facts | {"has_null_class": False})
+    assert "| 0 | cat | not recorded |" in rendered(facts | {"class_counts": [3]})
+
+
+def test_many_classes_are_folded():
+    names = [f"class {i}" for i in range(40)]
+    facts = {"unet": {"num_class_embeds": 41}, "class_names": names, "class_counts": [5] * 40}
+    folded = re.search(r"40 classes:\n\n<details>(.*?)</details>", rendered(facts), re.DOTALL)[1]
+    assert "\n\n| number | class |" in folded
+    assert "| 39 | class 39 | 5 |\n" in folded
+
+
+def test_the_card_installs_the_package_from_a_clone():
+    text = rendered({})
+    assert "`pip install .`" in text
+    assert "pip install ddpm-hf" not in text
 
 
 @pytest.mark.slow
@@ -408,6 +449,27 @@ SWEEP = {
 }
 
 
+def sampler(name, value, rank, num_steps=10):
+    figure = {"value": value, "interval": [value - 1, value + 1], "rank": rank}
+    setting = {"scheduler": name, "num_inference_steps": num_steps, "num_network_calls": num_steps}
+    return setting | {"figures": {"fd": figure}}
+
+
+def test_a_long_sweep_is_folded_except_for_the_best_and_the_recommended_setting():
+    settings = [sampler("DDIM", 5 + i / 100, "tie", 10 + i) for i in range(34)]
+    settings += [sampler("DDPM", 4.0, "best"), sampler("DDPM", 9.0, "")]
+    scheduler = {"recommended": {"scheduler": "DDIM", "num_inference_steps": 12}}
+    text = rendered({"calibration": {"sweep": {"settings": settings}}, "scheduler": scheduler})
+    table = text.split("### Samplers")[1].split("Recommended:")[0]
+    shown, folded = table.split("<details><summary>All 36 settings; 34 tie with the best</summary>")
+    assert re.findall(r"\n\| (D.*) \|", shown) == [
+        "DDIM | 12 | 12 |  | 5.02 +- 1 | tie", "DDPM | 10 | 10 |  | 4 +- 1 | best"
+    ]  # fmt: skip
+    assert folded.count("\n| D") == 36
+    assert folded.count("</details>") == 1
+    assert "<details><summary>All" not in rendered({"calibration": {"sweep": SWEEP}})
+
+
 def replaced_at(depth, content, wrong):
     """The JSON value with `wrong` in place of all values at this depth."""
     if depth == 0 or not isinstance(content, dict | list):
@@ -482,6 +544,65 @@ def test_results_are_written_to_the_card_and_its_model_index(tmp_path):
     assert stored == [metric(12.5).to_dict(), other.to_dict()]
     with pytest.raises(ValueError, match="FID must be finite, got nan"):
         write_results(folder, [metric(float("nan"))])
+
+
+def bound(value, **setup):
+    """Bits/dim in the metrics of training.json."""
+    setup = {"images": "9 images that training held out", "num_inference_steps": 100} | setup
+    name = f"bits/dim of {setup['images']}"
+    return {"type": "bits-per-dim", "name": name, "value": value, "args": {"bound": setup}}
+
+
+def test_several_bits_per_dim_state_why_they_differ():
+    calibrated = bound(3, is_calibrated=True, num_inference_steps=50)
+    text = rendered({"metrics": [bound(4, is_calibrated=False), calibrated]})
+    assert "\nThe bits/dim differ because they were measured in different numbers of steps" in text
+    assert "calibrated ones lower the bound" in text
+    assert "different images" not in text
+    assert "bits/dim differ" not in rendered({"metrics": [bound(4)]})
+    unknown = bound(4) | {"args": {}}
+    assert "were measured differently: see" in rendered({"metrics": [unknown, bound(4)]})
+    assert "with different noise." in rendered({"metrics": [bound(4), bound(4)]})
+
+
+def test_the_predicted_bits_per_dim_state_why_they_differ_from_measured_ones():
+    calibration = {"rows": [{"num_inference_steps": 5, "bits_per_dim": 4.0}], "how": "predicted"}
+    assert "measured directly" in rendered({"metrics": [bound(4)], "calibration": calibration})
+    assert "measured directly" not in rendered({"calibration": calibration})
+
+
+def evaluated(dataset, measured=None, **options):
+    """A metric of `evaluate` in training.json."""
+    args = {"evaluate": {"batch_size": 8, "num_timesteps": 32, "seed": 0, "split": None} | options}
+    if measured is not None:
+        args["bound"] = {"num_images": measured}
+    return {"name": "x", "value": 1.0, "dataset": {"name": dataset}, "args": args}
+
+
+def commands(*metrics, repo_id=None):
+    block = re.search(
+        r"```bash\n(.*?)```", rendered({"metrics": list(metrics)}, repo_id), re.DOTALL
+    )
+    return block[1].splitlines() if block else []
+
+
+def test_recorded_commands_can_be_pasted_and_name_only_options_that_mattered():
+    bits = evaluated("my photos", 7, metrics=["bits-per-dim"], num_images=9, features="pixels")
+    images = {"num_images": 9, "features": "pixels", "decoder": "exact", "per_class": True}
+    fd = evaluated("my photos", metrics=["fd"], **images)
+    kid = evaluated("my photos", metrics=["kid"], **images)
+    first, second = commands(bits, fd, kid, repo_id="user/x")
+    assert first == "ddpm-hf evaluate user/x 'my photos' --num-timesteps 32 --num-images 7"
+    assert shlex.split(second)[:4] == ["ddpm-hf", "evaluate", "user/x", "my photos"]
+    assert second.endswith(" --metrics fd kid --num-images 9 --features pixels")
+    assert commands(evaluated("a", metrics=["fd"])) == ["ddpm-hf evaluate . a --metrics fd"]
+
+
+@pytest.mark.parametrize("name", ["-x", "a\nb", "```", "<!-- /ddpm-hf -->"])
+def test_a_command_does_not_contain_hostile_text(name):
+    assert commands(evaluated(name, metrics=["fd"])) == []
+    (command,) = commands(evaluated("a", metrics=["fd"], split="--allow-pickle", evil="x"))
+    assert command == "ddpm-hf evaluate . a --metrics fd"
 
 
 def test_a_calibration_without_a_sweep_keeps_the_earlier_sweep(tmp_path):

@@ -63,7 +63,11 @@ def test_bits_per_dim_are_measured_when_due_and_written_to_metrics_and_card(tmp_
     assert all(math.isfinite(value) and value > 0 for value in seen.values())
     assert "6 images, 4 network calls each, every 2 updates" in capsys.readouterr().out
     facts = json.loads((result.model_dir / "training.json").read_text())
-    assert facts["metrics"][0]["value"] == seen[6]
+    metric = facts["metrics"][0]
+    assert metric["value"] == seen[6]
+    assert metric["how"].startswith("6 images that training held out, standard error ")
+    assert "steps, 4 of them measured per image; decoder exact" in metric["how"]
+    assert metric["args"]["bound"]["num_timesteps"] == 4
     assert facts["dataset"]["num_images"] == 14
     assert f"{seen[6]:.3f}"[:4] in render_model_card(card_facts(result.model_dir))
 

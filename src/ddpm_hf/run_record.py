@@ -68,6 +68,7 @@ class BoundSetup:
         num_inference_steps: number of steps K.
         num_timesteps: number of measured terms per image.
         is_calibrated: whether the variances are calibrated.
+        eta: noise of the sampler; None for 1.
     """
 
     images: str
@@ -75,6 +76,7 @@ class BoundSetup:
     num_inference_steps: int
     num_timesteps: int
     is_calibrated: bool
+    eta: float | None = None
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,7 @@ def _setup_of(bound: BoundResult, facts: DatasetFacts) -> BoundSetup:
         num_inference_steps=bound.num_inference_steps,
         num_timesteps=bound.num_timesteps,
         is_calibrated=bound.is_calibrated,
+        eta=bound.eta,
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 
 from ddpm_hf.evaluation.options import (
     BITS,
+    METRIC_NAMES,
     BatchOptions,
     EvaluationOptions,
     FeatureOptions,
@@ -45,11 +46,15 @@ class RecordedFigure:
     num_images: int | None = None
 
     def relevant_options(self) -> dict[str, object]:
-        """The known options that affect the figure, without "metrics"."""
+        """The known options that affect the figure, without "metrics" and values like flags."""
         is_bound = self.options.get("metrics") == [BITS]
         groups = (BatchOptions, PerClassOptions, FeatureOptions if is_bound else LikelihoodOptions)
         known = _DEFAULTS.keys() - {field.name for group in groups for field in fields(group)}
-        options = {name: value for name, value in self.options.items() if name in known}
+        options: dict[str, object] = {
+            name: value
+            for name, value in self.options.items()
+            if name in known and isinstance(value, str | int | float) and str(value)[:2] != "--"
+        }
         if self.num_images is not None and options.get("num_images") is not None:
             options["num_images"] = self.num_images
         return options
@@ -62,8 +67,10 @@ def commands_of(figures: Iterable[RecordedFigure], model: str) -> list[str]:
         names = figure.options.get("metrics")
         key = figure.dataset, json.dumps(figure.relevant_options())
         known = metrics.setdefault(key, [])
-        known += [str(name) for name in names if name not in known] if isinstance(names, list) else []
+        if isinstance(names, list):
+            known += [name for name in METRIC_NAMES if name in names and name not in known]
     return [
         command_of([model], dataset, {"metrics": names, **json.loads(options)})
         for (dataset, options), names in metrics.items()
+        if names
     ]

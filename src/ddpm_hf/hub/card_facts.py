@@ -197,7 +197,17 @@ class CardFacts(TrainingFacts):
     scheduler: SchedulerFacts
     image: ImageFormatFacts
     class_names: tuple[str, ...]
+    class_counts: tuple[int, ...]
+    has_null_class: bool | None
     samples: bool | None
+
+    @property
+    def is_conditional(self) -> bool:
+        """Whether the network takes class labels."""
+        return bool(self.unet.num_class_embeds)
+
+
+_IMAGE_FACTS = ("image", "class_names", "class_counts", "has_null_class")
 
 
 def recorded_facts(folder: str | Path) -> JsonObject:
@@ -206,7 +216,7 @@ def recorded_facts(folder: str | Path) -> JsonObject:
     Args:
         folder: a portable checkpoint; `training.json` in it is optional.
     Returns:
-        the content of `training.json`, with "unet", "scheduler", "image", "class_names" and
+        the content of `training.json`, with "unet", "scheduler", "image", the classes and
         "samples" of the checkpoint itself.
     Raises:
         ValueError: if one of the files is not valid JSON.
@@ -220,8 +230,7 @@ def recorded_facts(folder: str | Path) -> JsonObject:
         **read_json(ModelPaths(folder).facts),
         "unet": {**network, "num_parameters": _count_parameters(folder / "unet")},
         "scheduler": _scheduler_facts(scheduler) if scheduler else {},
-        "image": extension_of(unet).get("image"),
-        "class_names": extension_of(unet).get("class_names"),
+        **{key: extension_of(unet).get(key) for key in _IMAGE_FACTS},
         "samples": ModelPaths(folder).samples.is_file(),
     }
 

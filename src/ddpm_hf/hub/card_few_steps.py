@@ -28,9 +28,33 @@ def steps_table(facts: tuple[StepsFacts, ...]) -> list[list[str]]:
     return [["K", *columns], *map(list, zip(steps, *cells, strict=True))]
 
 
-def sampler_rows(settings: tuple[SettingFacts, ...]) -> list[list[str]]:
-    """Cells of the table of samplers; incomplete settings are left out."""
-    return [list(map(inline, cells)) for row in settings if (cells := _cells(row))]
+class SamplerTables(NamedTuple):
+    """Rows of the tables of samplers.
+
+    Attributes:
+        shown: the best and the recommended setting; all settings if none of them is known.
+        folded: all settings, if there are more.
+        num_ties: number of settings that tie with the best.
+    """
+
+    shown: list[list[str]]
+    folded: list[list[str]]
+    num_ties: int
+
+
+def sampler_tables(settings: tuple[SettingFacts, ...], recommended: SamplerFacts) -> SamplerTables:
+    """Tables of samplers; incomplete settings are left out."""
+    chosen = recommended.scheduler, recommended.num_inference_steps
+    rows = [(row, list(map(inline, cells))) for row in settings if (cells := _cells(row))]
+    shown = [
+        cells
+        for row, cells in rows
+        if cells[-1] == "best" or (row.scheduler, row.num_inference_steps) == chosen
+    ]
+    table = [cells for _, cells in rows]
+    if not shown or len(shown) == len(table):
+        return SamplerTables(table, [], 0)
+    return SamplerTables(shown, table, sum(cells[-1] == "tie" for cells in table))
 
 
 def _cells(row: SettingFacts) -> list[str]:

@@ -10,11 +10,15 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ddpm_hf.diffusion.schedules import usual_num_steps
 from ddpm_hf.hub.card_facts import CardFacts, DataFacts, MetricFacts
-from ddpm_hf.hub.card_few_steps import parsed_sampler, sampler_rows, steps_table, stock_code
+from ddpm_hf.hub.card_few_steps import parsed_sampler, sampler_tables, steps_table, stock_code
+from ddpm_hf.hub.card_metrics_table import bound_differences, evaluate_commands, metric_row
 from ddpm_hf.hub.markdown import NOT_RECORDED, inline, number, setting_name
 from ddpm_hf.text import counted
 
+# Also the pipeline tag of class-conditional models, so that they are found: the Hub has no other.
 TASK = "unconditional-image-generation"
+CONDITIONAL_TAG = "class-conditional-image-generation"
+_MAX_CLASSES = 12  # a longer table of classes is folded
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
 
@@ -36,7 +40,7 @@ def render_model_card(facts: CardFacts, repo_id: str | None = None) -> str:
         inline=inline,
         number=number,
         repo=json.dumps(repo_id or "."),
-        labels=_label_argument(facts.class_names, facts.unet.num_class_embeds),
+        labels=_label_argument(facts),
         padded=_padded_size(facts),
         num_steps=usual_num_steps(
             scheduler.class_name or "DDPMScheduler", scheduler.num_train_timesteps or 1000
@@ -45,11 +49,16 @@ def render_model_card(facts: CardFacts, repo_id: str | None = None) -> str:
         base_data=_dataset(facts.base.dataset),
         base_training=NOT_RECORDED if updates is None else counted(updates, "optimizer update"),
         training=_training_rows(facts),
+        classes=_class_rows(facts),
+        max_classes=_MAX_CLASSES,
         config=[(setting_name(key), inline(value)) for key, value in sorted(facts.config.items())],
-        metrics=[_metric_row(metric) for metric in facts.metrics],
+        metrics=[metric_row(metric) for metric in facts.metrics],
+        bound_differences=bound_differences(facts.metrics),
+        has_bound=any(metric.type == "bits-per-dim" for metric in facts.metrics),
+        commands=evaluate_commands(facts.metrics, repo_id or "."),
         few_steps=steps_table(calibration.rows),
         few_steps_how=inline(calibration.how or NOT_RECORDED),
-        samplers=sampler_rows(calibration.sweep.settings),
+        samplers=sampler_tables(calibration.sweep.settings, scheduler.recommended),
         remarks=[inline(f"{x[:1].upper()}{x[1:]}.") for x in calibration.sweep.remarks],
         recommended=f"`{chosen[0]}`, {chosen[1]:,} steps" if chosen else None,
         stock=stock_code(*for_stock) if for_stock else None,
@@ -59,17 +68,36 @@ def render_model_card(facts: CardFacts, repo_id: str | None = None) -> str:
     return f"{card}\n"
 
 
-def _label_argument(names: tuple[str, ...], num_classes: int | None) -> str:
-    """Arguments of a call for class labels; guided if there is a null class."""
+def _label_argument(facts: CardFacts) -> str:
+    """Arguments of a call for class labels; guided if there is a trained null class."""
+    names, num_classes = facts.class_names, facts.unet.num_class_embeds
     if not num_classes:
         return ""
     if names and len(names) < num_classes:
-        return f", class_labels={json.dumps(names[0])}, guidance_scale=2.0"
+        counts = facts.class_counts if len(facts.class_counts) == len(names) else (1,) * len(names)
+        trained = next((name for name, count in zip(names, counts, strict=True) if count), names[0])
+        guidance = "" if facts.has_null_class is False else ", guidance_scale=2.0"
+        return f", class_labels={json.dumps(trained)}{guidance}"
     return f", class_labels={[i % num_classes for i in range(4)]}"
 
 
+def _class_rows(facts: CardFacts) -> list[tuple[str, str, str]]:
+    """Number, name and number of training images of each class."""
+    names, counts = facts.class_names, facts.class_counts
+    if not facts.is_conditional:
+        return []
+    shown = [f"{count:,}" if count else "0 (not trained)" for count in counts]
+    if len(shown) != len(names):
+        shown = [NOT_RECORDED] * len(names)
+    return [
+        (str(i), inline(name), count)
+        for i, (name, count) in enumerate(zip(names, shown, strict=True))
+    ]
+
+
 def _title(facts: CardFacts, repo_id: str | None) -> str:
-    return facts.model_name or (repo_id.split("/")[-1] if repo_id else "Unconditional DDPM")
+    kind = "Class-conditional" if facts.is_conditional else "Unconditional"
+    return facts.model_name or (repo_id.split("/")[-1] if repo_id else f"{kind} DDPM")
 
 
 def _metadata(facts: CardFacts, repo_id: str | None) -> ModelCardData:
@@ -80,7 +108,7 @@ def _metadata(facts: CardFacts, repo_id: str | None) -> ModelCardData:
     return ModelCardData(
         library_name="diffusers",
         pipeline_tag=TASK,
-        tags=["ddpm", "ddpm-hf", "diffusion", TASK],
+        tags=["ddpm", "ddpm-hf", "diffusion", CONDITIONAL_TAG if facts.is_conditional else TASK],
         license=facts.license,
         datasets=[hub_id] if hub_id and _is_hub_id(hub_id) else None,
         base_model=facts.base_model if _is_hub_id(facts.base_model) else None,
@@ -171,10 +199,3 @@ def _training_rows(facts: CardFacts) -> list[tuple[str, str]]:
 
 def _listing(facts: dict[str, object]) -> str:
     return ", ".join(f"{key} {value}" for key, value in facts.items())
-
-
-def _metric_row(metric: MetricFacts) -> tuple[str, str, str]:
-    value = "no finite value" if metric.value is None else f"{metric.value:.4g}"
-    dataset = f"on {metric.dataset.name}" if metric.dataset.name else None
-    how = "; ".join(filter(None, [metric.how, dataset]))
-    return inline(metric.name or NOT_RECORDED), value, inline(how or NOT_RECORDED)

@@ -14,7 +14,7 @@ from ddpm_hf.randomness import seed_of
 from ddpm_hf.run_record import BoundSetup, MetricRecord
 from ddpm_hf.statistics import standard_error
 from ddpm_hf.text import counted
-from ddpm_hf.training.dataset_setup import HeldOut
+from ddpm_hf.training.dataset_setup import HeldOut, Selection
 from ddpm_hf.training.run import Run
 
 
@@ -43,13 +43,14 @@ class ValidationResult:
         """The values in the model card."""
         setup = self.setup
         name = f"bits/dim of {setup.num_images} held-out images (bound)"
+        K, M, error = setup.num_inference_steps, setup.num_timesteps, self.standard_error
+        measured = f", {M:,} of them measured per image" if M < K else ""
+        variances = ", calibrated variances" if setup.is_calibrated else ""
         how = (
-            f"by the trainer, EMA weights; {setup.images}, standard error {self.standard_error:.2g};"
-            f" K = {setup.num_inference_steps:,} steps, {setup.num_timesteps:,} of them measured per"
-            f" image{', calibrated variances' * setup.is_calibrated}; decoder exact"
+            f"{setup.images}, standard error {error:.2g}; K = {K:,} steps{measured}{variances};"
+            " decoder exact; measured by the trainer"
         )
-        args = {"bound": setup}
-        return MetricRecord("bits-per-dim", name, self.bits_per_dim, self.standard_error, how, args)
+        return MetricRecord("bits-per-dim", name, self.bits_per_dim, error, how, {"bound": setup})
 
 
 class Validation:
@@ -75,7 +76,7 @@ class Validation:
         )
         if not isinstance(mean, float) or not isinstance(error, float):
             return None
-        return ValidationResult(mean, error, self.num_images)
+        return ValidationResult(mean, error, self._setup())
 
     def measure(self) -> ValidationResult:
         """Bits/dim and its standard error, the same on all ranks."""
@@ -89,16 +90,14 @@ class Validation:
                     totals += self._totals(unet, mine[start : start + size])
         # In the order of the images: the sum is the same for any number of ranks.
         all_totals = torch.tensor([total for _, total in sorted(gather_object(totals))])
-        return ValidationResult(
-            all_totals.mean().item(), standard_error(all_totals), self._setup()
-        )
+        return ValidationResult(all_totals.mean().item(), standard_error(all_totals), self._setup())
 
     def _setup(self) -> BoundSetup:
-        components = self.run.components
-        source = "that training held out" if components.hold_out else None
+        components, split = self.run.components, self.run.config.validation_split
+        is_held_out = isinstance(self.images, Selection)
+        source = "that training held out" if is_held_out else f"of {split}"
         return BoundSetup(
-            images=f"{counted(self.num_images, 'image')} "
-            f"{source or f'of {self.run.config.validation_split}'}",
+            images=f"{counted(self.num_images, 'image')} {source}",
             num_images=self.num_images,
             num_inference_steps=len(components.scheduler),
             num_timesteps=self.num_timesteps,
