@@ -193,8 +193,8 @@ def test_a_model_is_measured_by_its_drawn_images(model, photos, tmp_path, capsys
 def test_verify_reproduces_a_card_and_detects_a_changed_figure(model, photos, tmp_path, capsys):
     assert main([*command(model, photos, tmp_path / "out"), "--card"]) == 0
     card = model / "README.md"
-    shown = re.sub(r"\\(.)", r"\1", card.read_text())
-    assert f"ddpm-hf evaluate model {photos.name} --metrics fd --features pixels" in shown
+    again = f"ddpm-hf evaluate . {photos.name} --metrics fd memorisation --features pixels"
+    assert again in card.read_text()
     assert str(tmp_path) not in card.read_text()
     verify = ["evaluate", str(model), str(photos), "--output", str(tmp_path / "new"), "--verify"]
     capsys.readouterr()

@@ -200,9 +200,8 @@ def test_the_card_of_a_conditional_model_has_no_code_for_stock_diffusers(tmp_pat
 
 
 def test_a_conditional_model_is_titled_tagged_and_described_as_one(tmp_path):
-    facts = image_facts_of(
-        "L", 8, 8, class_names=("cat", "fox|x", "dog"), class_counts=(0, 30, 270)
-    )
+    facts = image_facts_of("L", 8, 8, class_names=("cat", "fox|x", "dog"))
+    facts["class_counts"] = [0, 30, 270]
     unet = tiny_unet(sample_size=8, num_class_embeds=4)
     text = render_model_card(card_facts(save_ours(tmp_path / "model", unet=unet, facts=facts)))
     assert "# Class-conditional DDPM\n\nA class-conditional denoising" in text
@@ -580,9 +579,8 @@ def evaluated(dataset, measured=None, **options):
 
 
 def commands(*metrics, repo_id=None):
-    block = re.search(
-        r"```bash\n(.*?)```", rendered({"metrics": list(metrics)}, repo_id), re.DOTALL
-    )
+    text = rendered({"metrics": list(metrics)}, repo_id)
+    block = re.search(r"```bash\n(.*?)```", text, re.DOTALL)
     return block[1].splitlines() if block else []
 
 
