@@ -15,7 +15,6 @@ Each intended difference has a test that stock diffusers fails:
 
 import itertools
 import json
-import sys
 
 import diffusers
 import numpy as np
@@ -33,7 +32,7 @@ from oracles import (
     scaled_linear_betas,
     to_float64,
 )
-from processes import run_process
+from processes import run_forked
 from torch.testing import assert_close
 
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
@@ -516,6 +515,6 @@ def test_a_saved_scheduler_loads_in_stock_without_this_package(tmp_path):
         "from diffusers import DDPMScheduler\n"
         "print(DDPMScheduler.from_pretrained(sys.argv[1]).betas.tolist())"
     )
-    done = run_process([sys.executable, "-c", script, str(tmp_path)])
+    done = run_forked(["-c", script, tmp_path])
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == ours.betas.tolist()
