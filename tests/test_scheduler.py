@@ -3,6 +3,7 @@
 import copy
 import itertools
 import pickle
+import warnings
 from functools import cache
 from pathlib import Path
 
@@ -635,8 +636,11 @@ def test_poor_settings_cause_a_warning_at_the_users_line(config, match):
 def test_leading_timesteps_that_start_with_signal_cause_a_warning(K):
     scheduler = GaussianDDPMScheduler()
     with pytest.warns(UserWarning, match="signal amplitude of .* use 'trailing'") as caught:
-        scheduler.set_timesteps(K)
+        scheduler.set_timesteps(K, timestep_spacing="leading")
     assert [w.filename for w in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduler.set_timesteps(K)  # "leading" of the configuration, which is the default
 
 
 @pytest.mark.filterwarnings("error")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ddpm_hf.likelihood import BitsPerDim, bits_per_dim
     from ddpm_hf.losses import hybrid_loss, simple_loss, vlb_loss
     from ddpm_hf.openai_conversion import convert
+    from ddpm_hf.pictures import image_grid
     from ddpm_hf.sampling import draw_to, save_drawn
     from ddpm_hf.training import (
         CheckpointError,
@@ -58,6 +59,7 @@ __all__ = [
     "draw_to",
     "evaluate",
     "hybrid_loss",
+    "image_grid",
     "load",
     "optimize",
     "push",
@@ -85,6 +87,7 @@ _NAMES_BY_MODULE = {
     "likelihood": "BitsPerDim bits_per_dim",
     "openai_conversion": "convert",
     "losses": "hybrid_loss simple_loss vlb_loss",
+    "pictures": "image_grid",
     "sampling": "draw_to save_drawn",
     "training": "CheckpointError ConfigError TrainingConfig TrainingError TrainingResult train",
 }

@@ -90,6 +90,16 @@ class RunPaths:
         """Sample grids."""
         return self.root / "samples"
 
+    @property
+    def loss_picture(self) -> Path:
+        """Curve of the training loss."""
+        return self.root / "loss.png"
+
+    @property
+    def denoising_picture(self) -> Path:
+        """Trajectories of a few samples of the finished model."""
+        return self.root / "denoising.png"
+
     def sample_grid(self, step: int) -> Path:
         """Sample grid after update `step`."""
         return self.samples / f"step-{step:08d}.png"

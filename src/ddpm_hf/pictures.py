@@ -14,8 +14,9 @@ from PIL import Image, ImageDraw
 from ddpm_hf import fonts
 
 Pixels = npt.NDArray[Any]  # one image, (H, W, C), float in [0, 1]
-# Grid cells are enlarged by an integer factor until the longer side has at least this many pixels.
-MIN_CELL_PIXELS = 64
+# Small images are enlarged by an integer factor: to cells of at least 64 pixels, and further, up to
+# 256, as long as the longer side of the grid stays within 768.
+MIN_CELL_PIXELS, MAX_CELL_PIXELS, MAX_GRID_PIXELS = 64, 256, 768
 MAX_PICTURE_CHANNELS = 4
 MAX_NAME_LENGTH = 24  # characters
 BACKGROUND = (235, 235, 235)
@@ -53,16 +54,18 @@ def image_grid(
     columns: int | None = None,
     row_names: Sequence[str] | None = None,
     max_name_length: int = MAX_NAME_LENGTH,
+    column_names: Sequence[str] | None = None,
 ) -> Image.Image:
     """Image grid in row-major order; small images are enlarged without interpolation.
 
     Args:
         images: PIL images in any mode, or pixels (H, W, C) in [0, 1], all of one size. Transparent
             images are shown on light grey; with more than four channels, each channel is a grey
-            tile. None leaves a cell empty, except in the first one.
+            tile. None leaves a cell empty.
         columns: images per row; by default the grid is about square.
         row_names: labels to the left of the rows, such as class names.
         max_name_length: number of characters after which row names are truncated.
+        column_names: labels above the columns.
     Returns:
         an RGB image.
     Raises:
@@ -74,18 +77,27 @@ def image_grid(
         raise ValueError(f"`columns` must be at least 1, got {columns}")
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
-    cells = {i: _to_rgb(image) for i, image in enumerate(images) if image is not None}
-    factor = max(1, math.ceil(MIN_CELL_PIXELS / max(cells[0].size)))
-    width, height = (side * factor for side in cells[0].size)
+    cells = {i: to_rgb(image) for i, image in enumerate(images) if image is not None}
+    size = next(iter(cells.values())).size
+    factor = _enlargement(max(size), max(rows, columns))
+    width, height = (side * factor for side in size)
     gap = 2
     size = (columns * (width + gap) - gap, rows * (height + gap) - gap)
     grid = Image.new("RGB", size, BACKGROUND)
     for i, cell in cells.items():
         cell = cell.resize((width, height), Image.Resampling.NEAREST)
         grid.paste(cell, (i % columns * (width + gap), i // columns * (height + gap)))
-    if not row_names:
-        return grid
-    return _with_row_names(grid, row_names, height + gap, max_name_length)
+    if row_names:
+        grid = _with_row_names(grid, row_names, height + gap, max_name_length)
+    if column_names:
+        grid = _with_column_names(grid, column_names, width + gap, columns)
+    return grid
+
+
+def _enlargement(cell: int, count: int) -> int:
+    """Integer factor for cells of `cell` pixels, `count` side by side."""
+    by_grid = min(MAX_GRID_PIXELS // (count * cell), MAX_CELL_PIXELS // cell)
+    return max(1, math.ceil(MIN_CELL_PIXELS / cell), by_grid)
 
 
 def grid_by_row(
@@ -139,7 +151,21 @@ def _with_row_names(
     return picture
 
 
-def _to_rgb(image: Image.Image | Pixels) -> Image.Image:
+def _with_column_names(
+    grid: Image.Image, names: Sequence[str], column_width: int, columns: int
+) -> Image.Image:
+    """The grid with the names above its columns, which are at its right end."""
+    font, height = fonts.default_font(), 24
+    picture = Image.new("RGB", (grid.width, grid.height + height), "white")
+    picture.paste(grid, (0, height))
+    draw, left = ImageDraw.Draw(picture), grid.width - columns * column_width
+    for column, name in enumerate(names):
+        x = left + column * column_width + column_width // 2
+        draw.text((x, height // 2), name, "black", font, anchor="mm")
+    return picture
+
+
+def to_rgb(image: Image.Image | Pixels) -> Image.Image:
     """The image as 8-bit RGB."""
     if not isinstance(image, Image.Image):
         height, _, num_channels = image.shape

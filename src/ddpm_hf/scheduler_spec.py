@@ -9,7 +9,7 @@ Imports only the standard library, so that a wrong name is reported before torch
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -102,6 +102,38 @@ class SchedulerSpec:
         options = dict(self.options) | ({} if self.eta is None else {"eta": self.eta})
         options_text = ",".join(f"{name}={_format_value(x)}" for name, x in options.items())
         return (self.scheduler or "own") + (f":{options_text}" if options_text else "")
+
+
+_READABLE = {
+    "x_0_mse=null": "uncalibrated",
+    "algorithm_type=sde-dpmsolver++": "SDE",
+    "algorithm_type=dpmsolver++": "ODE",
+    "use_karras_sigmas=true": "Karras sigmas",
+}
+
+
+def readable_names(names: Iterable[str]) -> dict[str, str]:
+    """Names of schedulers for plots: "DDPM, uncalibrated" for "DDPM:x_0_mse=null".
+
+    A timestep spacing that all of them share is left out.
+
+    Args:
+        names: specifications.
+    """
+    specs = {name: SchedulerSpec.parse(name) for name in names}
+    spacings = {spec.options.get("timestep_spacing") for spec in specs.values()}
+    shared = {"timestep_spacing"} if len(spacings) == 1 else set()
+    return {name: _readable(spec, shared) for name, spec in specs.items()}
+
+
+def _readable(spec: SchedulerSpec, left_out: Container[str]) -> str:
+    words = [spec.scheduler or "own"]
+    for option, value in spec.options.items():
+        if option not in left_out:
+            text = f"{option}={_format_value(value)}"
+            plain = f"{value}" if option == "timestep_spacing" else text.replace("_", " ")
+            words.append(_READABLE.get(text, plain))
+    return ", ".join(words + ([] if spec.eta is None else [f"eta {spec.eta:g}"]))
 
 
 def scheduler_name(text: str) -> str:

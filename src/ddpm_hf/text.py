@@ -6,6 +6,7 @@ Imports only the standard library, so that a wrong path is reported before torch
 import difflib
 import os
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,6 +19,13 @@ _SECRETS = (
     (re.compile(r"(?<=://)[^/@\s'\"]+(?=@)"), "[hidden]"),
     (re.compile(r"(?<=://)([^\s'\"?]*)\?[^\s'\"]*"), r"\1?[hidden]"),
 )
+
+
+def is_notebook() -> bool:
+    """Whether the code runs in the kernel of a notebook."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    return shell is not None and hasattr(shell, "kernel")
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:

@@ -77,7 +77,8 @@ class InferenceTimesteps(scheduler_config.PortableScheduler, forward_process.For
 
     def _spaced_timesteps(self, num_steps: Any, spacing: Any) -> Steps:
         T = len(self)
-        spacing = self.config.timestep_spacing if spacing is None else spacing
+        is_given = spacing is not None  # a configured one is often a default: no warning
+        spacing = spacing if is_given else self.config.timestep_spacing
         if isinstance(spacing, str) and re.fullmatch("ddim[0-9]+|[0-9]+(,[0-9]+)*", spacing):
             steps = schedules.section_timesteps(spacing, T)
             checks.warn_of_remaining_signal(spacing, int(steps[-1]), self._log_alphas)
@@ -94,7 +95,8 @@ class InferenceTimesteps(scheduler_config.PortableScheduler, forward_process.For
             return measured[spacing](num_steps)
         num_steps = checks.to_int("num_inference_steps", num_steps, 1, T)
         steps = schedules.SPACINGS[spacing](num_steps, T, self.config.steps_offset)
-        checks.warn_of_remaining_signal(spacing, int(steps[-1]), self._log_alphas)
+        if is_given:
+            checks.warn_of_remaining_signal(spacing, int(steps[-1]), self._log_alphas)
         return steps
 
     def _likelihood_timesteps(self, num_steps: Any) -> Steps:

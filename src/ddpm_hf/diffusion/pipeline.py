@@ -288,6 +288,12 @@ class GaussianDDPMPipeline(pipeline_editing.EditingMethods):
         self.maybe_free_model_hooks()
 
     @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the classes by number, for `class_labels`; None if the model has none."""
+        facts = image_facts(self.unet)
+        return tuple(facts.class_names) if facts and facts.class_names else None
+
+    @property
     def guidance_scale(self) -> float:
         """Guidance scale of the current sampling loop; a callback may change it between steps."""
         return self._guidance_scale

@@ -9,8 +9,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from ddpm_hf.evaluation.calibration_results import CalibrationCurve
-from ddpm_hf.evaluation.comparison_results import Comparison, ComparisonRow, Sweep
+from ddpm_hf.evaluation.comparison_results import Comparison, ComparisonRow, RankedFigure, Sweep
 from ddpm_hf.evaluation.figures import BoundResult
+from ddpm_hf.evaluation.ranking import LOWER_IS_BETTER
+from ddpm_hf.scheduler_spec import readable_names
 
 
 def plot_terms(bound: BoundResult, path: Path) -> None:
@@ -92,6 +94,7 @@ def plot_calibration(curve: CalibrationCurve, path: Path) -> None:
     right.set_title("Error of the network, +- 2 standard errors", fontsize=11)
     for axes in (left, right):
         axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower left", fontsize=9, ncols=3)
     figure.savefig(path, dpi=130)
 
 
@@ -111,60 +114,101 @@ def _plot_steps(axes: Any, curve: CalibrationCurve) -> None:
     axes.set(xlabel="steps K", ylabel="bits/dim", xticks=steps, xticklabels=steps)
     axes.minorticks_off()
     axes.set_title("Loss with few steps", fontsize=11)
-    axes.legend(fontsize=9)
 
 
 _AXES = {"num_inference_steps": "steps K", "seconds_per_image": "seconds per image"}
+# Times of equal work differ by about as much on a busy machine.
+_NOISE_OF_TIMES = 1.5
+_DODGE = 1.03  # factor between the positions of two curves at one K, which separates their bars
 
 
 def plot_comparison(comparison: Comparison | Sweep, path: Path) -> None:
     """Each figure against steps and seconds, with intervals; without steps, against settings.
 
-    The band is the interval of the best setting.
+    The band is the interval of the best setting, the dashed line the figure of real images.
     """
     rows = comparison.settings
     names = list(dict.fromkeys(name for row in rows for name in row.figures))
-    keys = [key for key in _AXES if len({getattr(row, key) for row in rows} - {None}) > 1]
-    keys = keys or ["setting"]
-    curves: dict[str, list[ComparisonRow]] = {}
-    for row in rows:
-        label = ", ".join(part for part in (row.name, row.scheduler) if part)
-        curves.setdefault(label if keys != ["setting"] else "", []).append(row)
-    size = (6.5 * len(keys), 3.4 * len(names) + 0.2 * len(curves))
+    keys = [key for key in _AXES if _spread(rows, key) > (_NOISE_OF_TIMES if key[0] == "s" else 1)]
+    if "num_inference_steps" not in keys:
+        keys = ["setting"]
+    curves = _curves(rows) if keys != ["setting"] else {"": list(rows)}
+    size = (6.5 * len(keys), 3.6 * len(names) + 0.2 * len(curves))
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(len(names), len(keys), squeeze=False)
     for axes, name in zip(grid, names, strict=True):
         figures = [row.figures[name] for row in rows if name in row.figures]
         best = next(ranked for ranked in figures if ranked.rank == "best")
+        direction = "lower" if LOWER_IS_BETTER.get(name, True) else "higher"
         for axis, key in zip(axes, keys, strict=True):
-            for label, points in curves.items():
-                _errorbars(axis, points, name, key, label)
+            for i, (label, points) in enumerate(curves.items()):
+                dodge = _DODGE ** (i - (len(curves) - 1) / 2) if key == keys[0] else 1.0
+                _errorbars(axis, points, name, key, label, dodge)
             axis.axhspan(
                 *best.interval, color="tab:green", alpha=0.15, label="interval of the best"
             )
-            axis.set(ylabel=best.label, xlabel=_AXES.get(key, ""))
+            if best.floor is not None:
+                style = {"color": "black", "linestyle": "--", "linewidth": 1}
+                axis.axhline(best.floor.real, label=_real_images(best), **style)
+            if key == "num_inference_steps":
+                numbers = sorted({row.num_inference_steps or 0 for row in rows} - {0})
+                axis.set_xticks(numbers, [f"{K:,}" for K in numbers])
+            axis.set(ylabel=f"{best.label} ({direction} is better)", xlabel=_AXES.get(key, ""))
             axis.grid(alpha=0.3)
-    if any(curves):
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", fontsize=9)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", fontsize=9, ncols=len(keys))
     figure.savefig(path, dpi=110)
 
 
-def _errorbars(axis: Any, rows: Sequence[ComparisonRow], name: str, key: str, label: str) -> None:
+def _spread(rows: Sequence[ComparisonRow], key: str) -> float:
+    """The largest value of `key` over the smallest."""
+    values = [getattr(row, key) for row in rows if getattr(row, key)]
+    return max(values) / min(values) if values else 1.0
+
+
+def _curves(rows: Sequence[ComparisonRow]) -> dict[str, list[ComparisonRow]]:
+    """The rows of each model and scheduler, by a readable label."""
+    readable = readable_names({row.scheduler for row in rows if row.scheduler})
+    curves: dict[str, list[ComparisonRow]] = {}
+    for row in rows:
+        scheduler = readable[row.scheduler] if row.scheduler else None
+        label = ", ".join(part for part in (row.name, scheduler) if part)
+        curves.setdefault(label or "this model", []).append(row)
+    return curves
+
+
+def _real_images(figure: RankedFigure) -> str:
+    sizes = figure.floor_num_images
+    return f"real images, {sizes[1]:,} against {sizes[0]:,}" if sizes else "real images"
+
+
+def _errorbars(
+    axis: Any, rows: Sequence[ComparisonRow], name: str, key: str, label: str, dodge: float
+) -> None:
     """Values of a figure with their intervals, at `key` of each row."""
     rows = [row for row in rows if getattr(row, key) is not None and name in row.figures]
     if not rows:
         return
     values = np.array([row.figures[name].value for row in rows])
     ends = np.array([row.figures[name].interval for row in rows]).T
-    is_curve = key != "setting"
-    style, errors = ".-" if is_curve else "o", np.abs(ends - values)
-    positions = [getattr(row, key) for row in rows]
-    axis.errorbar(positions, values, errors, fmt=style, capsize=2, label=label)
-    if is_curve:
-        axis.set_xscale("log")
+    errors = np.abs(ends - values)
+    if key == "setting":
+        readable = readable_names({row.scheduler for row in rows if row.scheduler})
+        positions = [_setting(row, readable) for row in rows]
+        axis.errorbar(positions, values, errors, fmt="o", capsize=2)
+        axis.tick_params(axis="x", rotation=30)
+        return
+    positions = [dodge * getattr(row, key) for row in rows]
+    axis.errorbar(positions, values, errors, fmt=".-", capsize=2, elinewidth=0.8, label=label)
+    axis.set_xscale("log")
+    if key != "num_inference_steps":
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter("{x:g}")
-        axis.minorticks_off()
-    else:
-        axis.tick_params(axis="x", rotation=30)
+    axis.minorticks_off()
+
+
+def _setting(row: ComparisonRow, readable: dict[str, str]) -> str:
+    """Label of a setting without a curve."""
+    K = f"K = {row.num_inference_steps:,}" if row.num_inference_steps else None
+    scheduler = readable[row.scheduler] if row.scheduler else None
+    return ", ".join(part for part in (row.name, scheduler, K) if part) or row.setting

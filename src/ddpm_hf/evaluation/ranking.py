@@ -11,7 +11,7 @@ from ddpm_hf.evaluation.metrics import METRICS, T_19
 from ddpm_hf.evaluation.options import BITS
 from ddpm_hf.evaluation.results import Evaluation
 
-_LOWER_IS_BETTER = {BITS: True} | {
+LOWER_IS_BETTER = {BITS: True} | {
     quantity.name: quantity.lower_is_better
     for _, quantities in METRICS.values()
     for quantity in quantities
@@ -25,7 +25,7 @@ def ranked(
     best = {
         name: min(
             (e.figures[name] for e in evaluations if name in e.figures),
-            key=lambda figure: (1 if _LOWER_IS_BETTER[figure.name] else -1) * figure.value,
+            key=lambda figure: (1 if LOWER_IS_BETTER[figure.name] else -1) * figure.value,
         )
         for name in dict.fromkeys(name for e in evaluations for name in e.figures)
     }

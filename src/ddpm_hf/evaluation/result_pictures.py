@@ -1,18 +1,21 @@
 """Pictures next to the result files; a failure to draw them is a warning, not an error."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from PIL import Image, ImageOps
+
 from ddpm_hf.evaluation.calibration_results import CalibrationCurve
-from ddpm_hf.evaluation.comparison_results import Comparison, Sweep
+from ddpm_hf.evaluation.comparison_results import Comparison, ComparisonRow, Sweep
 from ddpm_hf.evaluation.figures import BoundResult
 from ddpm_hf.evaluation.sets import picture
-from ddpm_hf.pictures import image_grid
+from ddpm_hf.pictures import image_grid, to_rgb
 from ddpm_hf.sampling import DrawnImages, open_drawn
+from ddpm_hf.scheduler_spec import readable_names
 
-_NUM_SAMPLES, _SAMPLES_PER_ROW, _MAX_NAME = 64, 12, 100
+_NUM_SAMPLES, _SAMPLES_PER_ROW, _PAIRS_PER_ROW, _MAX_NAME = 64, 12, 4, 100
 
 
 @contextmanager
@@ -41,8 +44,10 @@ def save_samples(
     shown = range(min(_NUM_SAMPLES, len(drawn)))
     image_grid([picture(drawn, row) for row in shown]).save(folder / "samples.png")
     if pairs:
-        cells = [picture(s, i) for pair in pairs for s, i in zip((drawn, real), pair, strict=True)]
-        image_grid(cells, columns=8).save(folder / "closest-pairs.png")
+        groups = [_group([picture(drawn, i), picture(real, j)]) for i, j in pairs]
+        columns = min(len(groups), _PAIRS_PER_ROW)
+        titles = ["drawn | real"] * columns
+        image_grid(groups, columns, column_names=titles).save(folder / "closest-pairs.png")
 
 
 def save_bound_plots(bound: BoundResult, folder: Path) -> None:
@@ -63,18 +68,46 @@ def save_calibration_plot(curve: CalibrationCurve, folder: Path) -> None:
 
 
 def save_comparison_pictures(comparison: Comparison | Sweep, folder: Path) -> None:
-    """Write comparison.png, and samples.png with a row per setting and a column per seed."""
+    """Write comparison.png, and samples.png.
+
+    The samples have a row per sampler and a column per number of steps, with four seeds each; with
+    a single number of steps, a row per setting and a column per seed.
+    """
     with failures_as_warnings():
         rows = [row for row in comparison.settings if (folder / row.folder / "drawn").is_dir()]
-        sets = [open_drawn(folder / row.folder / "drawn") for row in rows]
-        cells = [
-            picture(drawn, i) if i < len(drawn) else None
-            for drawn in sets
-            for i in range(_SAMPLES_PER_ROW)
-        ]
-        if cells:
-            names = [row.setting for row in rows]
-            image_grid(cells, _SAMPLES_PER_ROW, names, _MAX_NAME).save(folder / "samples.png")
+        if rows:
+            _samples(rows, folder).save(folder / "samples.png")
         from ddpm_hf.evaluation import plots
 
         plots.plot_comparison(comparison, folder / "comparison.png")
+
+
+def _group(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures in two columns, close together, in a white frame."""
+    width, height = pictures[0].size
+    group = Image.new("RGB", (2 * width, -(-len(pictures) // 2) * height), "white")
+    for i, image in enumerate(pictures):
+        group.paste(to_rgb(image), (i % 2 * width, i // 2 * height))
+    return ImageOps.expand(group, max(1, width // 16), "white")
+
+
+def _samples(rows: Sequence[ComparisonRow], folder: Path) -> Image.Image:
+    sets = {row.setting: open_drawn(folder / row.folder / "drawn") for row in rows}
+    numbers = sorted({row.num_inference_steps for row in rows if row.num_inference_steps})
+    if len(numbers) < 2:
+        cells = [
+            picture(drawn, i) if i < len(drawn) else None
+            for drawn in sets.values()
+            for i in range(_SAMPLES_PER_ROW)
+        ]
+        return image_grid(cells, _SAMPLES_PER_ROW, list(sets), _MAX_NAME)
+    readable = readable_names({row.scheduler for row in rows if row.scheduler})
+    by_sampler: dict[str, dict[int | None, Image.Image]] = {}
+    for row in rows:
+        drawn, scheduler = sets[row.setting], readable[row.scheduler] if row.scheduler else None
+        label = ", ".join(part for part in (row.name, scheduler) if part) or row.setting
+        four = [picture(drawn, i) for i in range(min(4, len(drawn)))]
+        by_sampler.setdefault(label, {})[row.num_inference_steps] = _group(four)
+    groups = [cells.get(K) for cells in by_sampler.values() for K in numbers]
+    titles = [f"K = {K:,}" for K in numbers]
+    return image_grid(groups, len(numbers), list(by_sampler), _MAX_NAME, titles)

@@ -40,6 +40,7 @@ def load(
     dtype: "torch.dtype | None" = None,
     variant: str | None = None,
     use_safetensors: bool = True,
+    torch_dtype: "torch.dtype | None" = None,
 ) -> "GaussianDDPMPipeline":
     """Pipeline of a checkpoint of this package or of any `DDPMPipeline`.
 
@@ -54,11 +55,16 @@ def load(
         variant: variant of the weights, such as "fp16", if a checkpoint has several.
         use_safetensors: False also opens pickled `.bin` weights, which can run code, if there are
             no safetensors.
+        torch_dtype: the same as `dtype`, by its name in older versions of diffusers.
     Raises:
         ValueError: if the checkpoint or revision does not exist or may not be read, has another
             kind of pipeline, or its weights are incomplete or not finite.
         HubError: if the Hub fails and the cache has no copy.
     """
+    if torch_dtype is not None:
+        if dtype not in (None, torch_dtype):
+            raise ValueError(f"pass `dtype` or `torch_dtype`, got {dtype} and {torch_dtype}")
+        dtype = torch_dtype
     name = os.fspath(repo_or_path)
     folder = fetch(name, revision=revision, token=token, use_safetensors=use_safetensors)
     return open_pipeline(

@@ -81,6 +81,8 @@ def choose_setting(
             scheduler, timesteps=_calibrated_timesteps(scheduler, spacing, K), eta=eta
         )
     scheduler = build_scheduler(pipeline, spec.with_options(timestep_spacing=spacing))
+    if spacing and K and isinstance(scheduler, GaussianDDPMScheduler):
+        scheduler.set_timesteps(K, timestep_spacing=spacing)  # warns of a spacing that fits badly
     return SamplerSetting(scheduler, K, eta=eta)
 
 

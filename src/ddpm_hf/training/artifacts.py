@@ -16,6 +16,7 @@ from ddpm_hf.training.ema_sampling import draw_share
 from ddpm_hf.training.export import export_model
 from ddpm_hf.training.final_calibration import calibrate_model, is_calibrated
 from ddpm_hf.training.periodic_evaluation import PeriodicEvaluation
+from ddpm_hf.training.progress_pictures import draw_denoising, save_loss_picture
 from ddpm_hf.training.run import Run
 from ddpm_hf.training.run_log import MetricsLog
 from ddpm_hf.training.state import save_checkpoint
@@ -123,6 +124,10 @@ class Artifacts:
         if run.accelerator.is_main_process and len(images) >= count:
             with self._warn_on_any_error("save the samples"):
                 self._save_grid(images[:count], labels)
+            with self._warn_on_any_error("draw the progress of the run"):
+                save_loss_picture(run.paths.metrics, run.paths.loss_picture)
+                if run.num_updates_left == 0:
+                    draw_denoising(run).save(run.paths.denoising_picture)
 
     def export_model(self, must_succeed: bool) -> None:
         """Export and push the model; a full disk is a warning, or an error if `must_succeed`."""

@@ -45,13 +45,17 @@ def calibrate_model(run: Run) -> None:
 def describe_calibration(run: Run) -> str:
     """A line of the plan: what is measured at the end, and its cost relative to training."""
     num_calls = len(run.components.scheduler) + 1
-    cost = run.relative_cost(
-        min(MAX_IMAGES, len(_source(run))) * num_calls, run.config.max_train_steps
-    )
     return (
         f"calibrate  {_describe_images(run)}, {num_calls:,} network calls each, at the end: adds "
-        f"about {cost:.0%} of the time"
+        f"about {calibration_cost(run):.0%} of the time"
     )
+
+
+def calibration_cost(run: Run) -> float:
+    """Time of the calibration relative to that of the updates."""
+    num_calls = len(run.components.scheduler) + 1
+    num_images = min(MAX_IMAGES, len(_source(run)))
+    return run.relative_cost(num_images * num_calls, run.config.max_train_steps)
 
 
 def _source(run: Run) -> HeldOut:

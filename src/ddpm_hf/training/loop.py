@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from diffusers import UNet2DModel
+from PIL import Image
 from tqdm.auto import tqdm
 
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
@@ -70,6 +71,15 @@ class TrainingResult:
     num_steps: int
     stopped_by: int | None = None
     pushed: bool | None = None
+
+    @property
+    def samples(self) -> Image.Image | None:
+        """The newest grid of samples, which notebooks show; None if none was drawn."""
+        grid = RunPaths(self.model_dir.parent).newest_sample_grid()
+        if grid is None:
+            return None
+        with Image.open(grid) as image:
+            return image.convert("RGB")
 
     @property
     def exit_status(self) -> int:
@@ -244,7 +254,7 @@ def _raise_read_error(failure: Exception | None, run: Run) -> NoReturn:
     reasons = gather_object([f"{failure}" if failure else ""])
     raise TrainingError(
         f"no images for update {run.state.step + 1}: {next(filter(None, reasons))}. The updates "
-        "before it are saved; run the same command again to resume"
+        "before it are saved; train again with the same options to resume"
     ) from failure
 
 

@@ -114,17 +114,23 @@ class PeriodicEvaluation:
         batches = (pixels[i : i + _BATCH_SIZE] for i in range(0, len(pixels), _BATCH_SIZE))
         return torch.cat([self.features(batch, run.accelerator.device) for batch in batches])
 
+    @property
+    def relative_cost(self) -> float:
+        """Time of sampling relative to that of the updates."""
+        config = self.run.config
+        K = min(config.sample_inference_steps, len(self.run.components.scheduler))
+        return self.run.relative_cost(config.evaluate_num_images * K, self.every)
+
     def describe(self) -> str:
         """A line of the plan: what is measured, and the cost of sampling relative to training."""
         config, components = self.run.config, self.run.components
         K = min(config.sample_inference_steps, len(components.scheduler))
-        cost = self.run.relative_cost(config.evaluate_num_images * K, self.every)
         floor = "held-out images" if components.held_out else "halves of the training images"
         return (
             f"evaluation FD between {counted(config.evaluate_num_images, 'sample')} of {K} steps "
             f"and {len(_evenly(len(components.images))):,} training images, with the floor of "
             f"{floor}, features {self.features.name}, every {counted(self.every, 'update')}: "
-            f"adds about {cost:.0%} of the time"
+            f"adds about {self.relative_cost:.0%} of the time"
         )
 
 

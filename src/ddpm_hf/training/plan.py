@@ -9,9 +9,9 @@ from diffusers import UNet2DModel
 from ddpm_hf.diffusion.config_extension import beta_schedule_of
 from ddpm_hf.diffusion.image_processor import ImageFacts
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
-from ddpm_hf.text import counted, duration
+from ddpm_hf.text import counted, duration, is_notebook
 from ddpm_hf.training.accelerator import available_trackers
-from ddpm_hf.training.final_calibration import describe_calibration
+from ddpm_hf.training.final_calibration import calibration_cost, describe_calibration
 from ddpm_hf.training.learning_rate import learning_rate
 from ddpm_hf.training.periodic_evaluation import PeriodicEvaluation
 from ddpm_hf.training.run import Run
@@ -19,6 +19,9 @@ from ddpm_hf.training.state import read_record
 from ddpm_hf.training.validation import Validation
 
 _MAX_CLASSES = 40
+
+
+COMMAND, CELL = "run the same command again", "run the cell again"
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ def plan_training(
         output=f"{run.paths.root}, losses in {losses}",
         measurements=(*(measurement.describe() for measurement in measurements), *calibration),
         notes=run.components.notes,
-        time=_describe_time(run, update_s) if update_s is not None else "",
+        time=_describe_time(run, update_s, measurements) if update_s is not None else "",
     )
 
 
@@ -163,10 +166,22 @@ def _describe_resume(run: Run) -> tuple[str, ...]:
     )
 
 
-def _describe_time(run: Run, update_s: float) -> str:
+def _describe_time(
+    run: Run, update_s: float, measurements: Sequence[Validation | PeriodicEvaluation]
+) -> str:
+    """Duration of the remaining updates with their measurements, grids and calibration."""
+    config = run.config
+    steps = min(config.sample_inference_steps, len(run.components.scheduler))
+    costs = [measurement.relative_cost for measurement in measurements]
+    costs.append(run.relative_cost(config.num_samples * steps, config.sample_steps))
+    all_updates_s = run.config.max_train_steps * update_s
+    total_s = run.num_updates_left * update_s * (1 + sum(costs))
+    total_s += all_updates_s * calibration_cost(run) if config.calibrate else 0.0
+    what = "with all measurements and samples" if sum(costs) or config.calibrate else "in all"
+    stop, again = ("interrupt the kernel", CELL) if is_notebook() else ("press Ctrl-C", COMMAND)
     return (
-        f"about {duration(run.num_updates_left * update_s)} ({update_s:.2g} s per update); press "
-        "Ctrl-C to stop, run the same command again to resume"
+        f"about {duration(total_s)} {what} ({update_s:.2g} s per update); {stop} to stop, {again}"
+        " to resume"
     )
 
 
@@ -174,14 +189,16 @@ def summarize(run: Run) -> str:
     """Result of a run and the next steps, as printed lines."""
     paths, step, model = run.paths, run.state.step, run.paths.model.root
     if run.stop.received is not None:
-        return (
-            f"stopped    after update {step:,}, saved in {paths.checkpoints}; run the same "
-            "command again to resume"
-        )
+        again = CELL if is_notebook() else COMMAND
+        return f"stopped    after update {step:,}, saved in {paths.checkpoints}; {again} to resume"
     grids = f", sample grids in {paths.samples}" * bool(run.config.num_samples)
+    sample, push = f"ddpm-hf sample {model}", f"ddpm-hf push {model} YOU/NAME"
+    if is_notebook():
+        sample = f"ddpm_hf.load({str(model)!r})(batch_size=4).images"
+        push = f"ddpm_hf.push({str(model)!r}, 'YOU/NAME')"
     return (
         f"done       {counted(step, 'update')}, this run took {duration(run.elapsed_s)}\n"
         f"model      {model}{grids}\n"
-        f"next       ddpm-hf sample {model}\n"
-        f"           ddpm-hf push {model} YOU/NAME"
+        f"next       {sample}\n"
+        f"           {push}"
     )

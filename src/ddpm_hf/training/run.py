@@ -99,7 +99,11 @@ class Run:
         return self.state.step % every == 0
 
     def relative_cost(self, num_calls: int, every: int) -> float:
-        """Cost of `num_calls` network calls every `every` updates, relative to the updates."""
+        """Cost of `num_calls` network calls every `every` updates, relative to the updates.
+
+        A number of updates beyond the length of the run counts as one measurement, at its end.
+        """
+        every = min(every, self.config.max_train_steps)
         # An update costs about three forward passes per image.
         return num_calls / (3 * every * self.batches.batch_size)
 

@@ -121,12 +121,17 @@ class Validation:
         )
         return list(zip(indices, bound.total.tolist(), strict=True))
 
+    @property
+    def relative_cost(self) -> float:
+        """Time of the measurements relative to that of the updates."""
+        return self.run.relative_cost(self.num_images * self.num_timesteps, self.every)
+
     def describe(self) -> str:
         """A line of the plan: what is measured, and its cost relative to training."""
-        cost = self.run.relative_cost(self.num_images * self.num_timesteps, self.every)
         return (
             f"validation {counted(self.num_images, 'image')}, {self.num_timesteps} network calls "
-            f"each, every {counted(self.every, 'update')}: adds about {cost:.0%} of the time"
+            f"each, every {counted(self.every, 'update')}: adds about {self.relative_cost:.0%} of "
+            "the time"
         )
 
     def _generator(self, index: int) -> torch.Generator:

@@ -30,6 +30,7 @@ def warm_up(run: Run) -> float | None:
     updates = run.num_updates_left
     is_short = updates <= _FEW_UPDATES and run.accelerator.device.type == "cpu"
     if updates and not is_short:
+        run.accelerator.print("measuring  memory and speed of an update, before the plan")
         _fit_to_memory(run)
     if updates and run.computation.compile:
         _check_compiled(run)
