@@ -76,7 +76,7 @@ def test_seed_steps_and_eta_change_the_images(model, tmp_path):
 def test_a_png_output_is_an_enlarged_grid(model, tmp_path):
     path = tmp_path / "new" / "grid.png"
     assert main(["sample", str(model), "--num-images", "4", "--output", str(path)]) == 0
-    assert Image.open(path).size == (2 * 64 + 2, 2 * 64 + 2)
+    assert Image.open(path).size == (2 * 256 + 2, 2 * 256 + 2)
 
 
 @pytest.mark.parametrize(
@@ -468,10 +468,10 @@ def test_an_unexpected_error_keeps_its_traceback():
 
 
 def test_a_grid_shows_the_images_in_rows():
-    images = [Image.new("L", (64, 64), value) for value in (10, 20, 30)]
+    images = [Image.new("L", (256, 256), value) for value in (10, 20, 30)]
     grid = image_grid(images, columns=2)
-    assert grid.size == (130, 130)
-    assert [grid.getpixel(at)[0] for at in ((32, 32), (98, 32), (32, 98))] == [10, 20, 30]
+    assert grid.size == (514, 514)
+    assert [grid.getpixel(at)[0] for at in ((32, 32), (290, 32), (32, 290))] == [10, 20, 30]
 
 
 @pytest.mark.parametrize(
@@ -491,12 +491,12 @@ def test_a_grid_shows_each_image_mode_as_rgb(image, color):
 @pytest.mark.parametrize("num_channels", range(1, 8))
 def test_a_grid_shows_more_than_four_channels_side_by_side(num_channels):
     image = np.broadcast_to(
-        np.linspace(0.2, 1, num_channels, dtype=np.float32), (64, 64, num_channels)
+        np.linspace(0.2, 1, num_channels, dtype=np.float32), (256, 256, num_channels)
     )
     grid = image_grid([image, image])
     tiles = num_channels if num_channels > 4 else 1
-    assert grid.size == (2 * tiles * 64 + 2, 64)
-    colors = [grid.getpixel((64 * i + 32, 32)) for i in range(tiles)]
+    assert grid.size == (2 * tiles * 256 + 2, 256)
+    colors = [grid.getpixel((256 * i + 32, 32)) for i in range(tiles)]
     if num_channels in (1, 3):
         assert colors == [
             tuple(np.round(255 * image[0, 0]).astype(int).tolist() * (3 // num_channels))

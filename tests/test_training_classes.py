@@ -92,8 +92,8 @@ def test_sub_folders_are_classes(tmp_path, pets, capsys):
     assert config["_ddpm_hf"]["class_counts"] == [6, 6]
     assert "cat" in (result.model_dir / "README.md").read_text()
     with Image.open(next((tmp_path / "run" / "samples").glob("*.png"))) as grid:
-        assert grid.height == 2 * 64 + 2  # a row for each class
-        assert grid.width > 2 * 64 + 2  # and its name on the left
+        assert grid.height == 2 * 256 + 2  # a row for each class
+        assert grid.width > 2 * 256 + 2  # and its name on the left
 
 
 def with_labels(numbers, names=("cat", "dog", "eel")):
