@@ -13,5 +13,9 @@ class DataError(ValueError):
         super().__init__(without_secrets(message))
 
 
+class SeveralShapes(DataError):
+    """Images of several shapes where all must have one."""
+
+
 class BadImage(ValueError):
     """Unusable image; the message gives the reason."""

@@ -24,7 +24,7 @@ from ddpm_hf.data.preprocessing import Plan, Source, prepare_into
 from ddpm_hf.data.sources import origin_of
 from ddpm_hf.diffusion.image_processor import BIT_DEPTHS, IMAGE_MODES, MAX_SIZE, ImageFacts, is_size
 
-CROPS = ("center", "random", "none")
+CROPS = ("center", "random", "none", "native")
 
 
 class ImageDataset:
@@ -39,6 +39,7 @@ class ImageDataset:
         num_with_colour: number of images with colours in the file.
         num_with_alpha: number of images with pixels that are not opaque, in a mode with alpha.
         labels: class of each image, (N,), -1 for an image without label; None if not requested.
+        rows: row of each image in the dataset, (N,).
     """
 
     def __init__(
@@ -68,11 +69,11 @@ class ImageDataset:
         self._pixels = columns.column("pixels")
         self._heights = columns.column("height").to_numpy()
         self._widths = columns.column("width").to_numpy()
-        self._rows = np.flatnonzero(self._heights)  # skipped rows have height 0
-        self.labels = None if labels_of_rows is None else labels_of_rows[self._rows]
+        self.rows = np.flatnonzero(self._heights)  # skipped rows have height 0
+        self.labels = None if labels_of_rows is None else labels_of_rows[self.rows]
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> Tensor:
         return torch.from_numpy(self.window(index).copy())
@@ -89,7 +90,7 @@ class ImageDataset:
                 an effect only on images prepared with crop="random".
             left: horizontal position, likewise.
         """
-        row = self._rows[index]
+        row = self.rows[index]
         stored = np.frombuffer(self._pixels[row].as_buffer(), self._dtype)
         planes = stored.reshape(-1, self._heights[row], self._widths[row])[self._planes]
         y = int(top * (planes.shape[1] - self.facts.height + 1))
@@ -129,8 +130,9 @@ def prepare_images(
         bit_depth: 8 or 16 bits per channel; by default 16 if there are 16-bit images and all images
             are grey, else 8.
         crop: "center" for the centred square; "random" for a new square in each epoch, cut by
-            `TrainingImages`; "none" for the whole image, if all have one shape. Images that keep
-            their native size are not cropped.
+            `TrainingImages`; "none" for the whole image, if all have one shape; "native" for images
+            of one size, which they keep with all bits per channel. Images that keep their native
+            size are not cropped.
         on_bad_image: "error" to raise an error that lists unusable images, "skip" to leave them out
             with a warning.
         label_column: column of the class labels, or True for the only `ClassLabel` column, such as

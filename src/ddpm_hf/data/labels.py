@@ -45,6 +45,21 @@ def known_class_names(dataset: datasets.Dataset) -> tuple[str, ...] | None:
     return tuple(dataset.features[name].names) if name else None
 
 
+def declared_labels(dataset: datasets.Dataset) -> Labels | None:
+    """Class of each row by the `ClassLabel` column that `known_class_names` uses, if any."""
+    if known_class_names(dataset) is None:
+        return None
+    columns = class_columns(dataset)
+    name = "label" if "label" in columns else columns[0]
+    return _class_numbers(dataset, name)
+
+
+def _class_numbers(dataset: datasets.Dataset, column: str) -> Labels:
+    values = dataset.with_format("arrow").select_columns([column])[:].column(column)
+    numbers: Labels = values.fill_null(NO_LABEL).to_numpy().astype(np.int64)
+    return numbers
+
+
 def read_labels(
     dataset: datasets.Dataset, label_column: str | Literal[True], problem: str = ""
 ) -> tuple[Labels, tuple[str, ...]]:
@@ -63,12 +78,12 @@ def read_labels(
         hint = did_you_mean(column, dataset.features)
         raise DataError(f"there is no column {column!r}{hint}{reason}")
     kind = dataset.features[column]
-    values = dataset.with_format("arrow").select_columns([column])[:].column(column)
     if isinstance(kind, datasets.ClassLabel):
-        numbers, names = values.fill_null(NO_LABEL).to_numpy().astype(np.int64), tuple(kind.names)
+        numbers, names = _class_numbers(dataset, column), tuple(kind.names)
         _check_declared(column, numbers, names)
     else:
         _check_type(column, kind)
+        values = dataset.with_format("arrow").select_columns([column])[:].column(column)
         numbers, names = _number_classes(column, values.to_pylist())
     present = np.unique(numbers[numbers >= 0])
     if len(present) < 2:

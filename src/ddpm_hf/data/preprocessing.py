@@ -20,7 +20,7 @@ from ddpm_hf.data.decoding import (
     decode_images,
     read_headers,
 )
-from ddpm_hf.data.errors import DataError
+from ddpm_hf.data.errors import DataError, SeveralShapes
 from ddpm_hf.data.image_conversion import Target, resize_shorter_side
 from ddpm_hf.data.image_reports import bad_images_error, quality_remarks
 from ddpm_hf.diffusion.image_processor import MAX_SIZE, ImageFacts
@@ -75,6 +75,8 @@ def prepare_into(source: Source, plan: Plan, on_bad_image: str, folder: Path) ->
     unreadable = _problems(source, headers)
     if unreadable and (on_bad_image == "error" or len(unreadable) == num_rows):
         raise bad_images_error(unreadable, num_rows)
+    if plan.crop == "native":
+        _check_one_size(source, headers)
     target = _choose_target(headers, plan)
     num_pixels = int(headers["height"].astype(np.int64) @ headers["width"])
     notes = _decode_all(source, target, folder, num_pixels)
@@ -157,6 +159,22 @@ def _problems(source: Source, columns: Columns) -> list[str]:
     return [f"row {row}{cell_name(cell)}: {reason}" for row, cell, reason in lines]
 
 
+def _check_one_size(source: Source, headers: Columns) -> None:
+    """Raise DataError with two images if the sizes differ."""
+    usable = np.flatnonzero(headers["height"])
+    sizes = np.stack([headers["width"], headers["height"]], 1)[usable]
+    is_other = (sizes != sizes[0]).any(1)
+    if not is_other.any():
+        return
+    pair = [0, int(is_other.argmax())]
+    cells = source.cells.select(usable[pair].tolist())[source.column]
+    examples = " and ".join(
+        f"{sizes[i][0]}x{sizes[i][1]} in row {usable[i]}{cell_name(cell)}"
+        for i, cell in zip(pair, cells, strict=True)
+    )
+    raise DataError(f"the images of a set must have one size, got {examples}")
+
+
 def _smallest_mode(colour: NDArray[np.bool_], alpha: NDArray[np.bool_]) -> str:
     return ("RGB" if colour.any() else "L") + ("A" if alpha.any() else "")
 
@@ -164,11 +182,13 @@ def _smallest_mode(colour: NDArray[np.bool_], alpha: NDArray[np.bool_]) -> str:
 def _choose_target(headers: Columns, plan: Plan) -> Target:
     headers = {name: column[headers["height"] > 0] for name, column in headers.items()}
     sizes = sorted(set(zip(headers["height"].tolist(), headers["width"].tolist(), strict=True)))
-    is_native = plan.resolution is None and len(sizes) == 1 and max(sizes[0]) <= NATIVE_SIZE_LIMIT
+    limit = MAX_SIZE if plan.crop == "native" else NATIVE_SIZE_LIMIT
+    is_native = plan.resolution is None and len(sizes) == 1 and max(sizes[0]) <= limit
     resolution = plan.resolution or _proposed_resolution(headers)
     height, width = sizes[0] if is_native else _output_size(sizes, resolution, plan.crop)
     mode = plan.image_mode or _smallest_mode(headers["colour"], headers["alpha"])
-    own_depth = 16 if headers["deep"].any() and mode in ("L", "LA") else 8
+    keeps_16_bits = mode in ("L", "LA") or plan.crop == "native"
+    own_depth = 16 if headers["deep"].any() and keeps_16_bits else 8
     return Target(
         mode=mode,
         bit_depth=plan.bit_depth or own_depth,
@@ -190,7 +210,7 @@ def _output_size(sizes: list[tuple[int, int]], resolution: int, crop: str) -> tu
     outputs = sorted({resize_shorter_side(width, height, resolution) for height, width in sizes})
     if len(outputs) > 1:
         shapes = ", ".join(f"{width}x{height}" for width, height in outputs[:3])
-        raise DataError(
+        raise SeveralShapes(
             f"`crop` 'none' needs images of one shape, got {len(outputs)} at `resolution`"
             f" {resolution}, such as {shapes}; set `crop` to 'center' or 'random'"
         )

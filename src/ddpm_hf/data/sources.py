@@ -52,7 +52,7 @@ def load_images(
     source: str | os.PathLike[str],
     *,
     config_name: str | None = None,
-    split: str = "train",
+    split: str | None = "train",
     revision: str | None = None,
 ) -> datasets.Dataset:
     """Load the rows of an image dataset, without decoding the images.
@@ -67,7 +67,7 @@ def load_images(
             folder, sub-folders named train, test, validation, valid or val are splits if there are
             at least two of them or nothing else; otherwise the whole folder is "train". Parquet and
             arrow files in a folder belong to the split named in their path. Files given by path or
-            glob are "train".
+            glob are "train". None for all splits.
         revision: branch, tag or commit of a Hub dataset.
 
     Raises:
@@ -90,7 +90,7 @@ def load_images(
         else:
             dataset, origin = _from_hub(text, config_name, split, revision)
     if len(dataset) == 0:
-        raise DataError(f"{text!r} has no rows in split {split!r}")
+        raise DataError(f"{text!r} has no rows{f' in split {split!r}' if split else ''}")
     setattr(dataset, _ORIGIN_ATTRIBUTE, origin)
     return dataset
 
@@ -141,7 +141,7 @@ def _as_data_error(source: str) -> Iterator[None]:
         raise DataError(f"{source!r} cannot be loaded: {cause}") from error
 
 
-def _from_folder(root: Path, split: str) -> tuple[datasets.Dataset, Origin]:
+def _from_folder(root: Path, split: str | None) -> tuple[datasets.Dataset, Origin]:
     folder = Folder(root)
     if {"state.json", "dataset_dict.json"} & {*folder.files}:
         return _from_saved(root, split), Origin()
@@ -162,7 +162,7 @@ def _from_folder(root: Path, split: str) -> tuple[datasets.Dataset, Origin]:
     )
 
 
-def _from_saved(root: Path, split: str) -> datasets.Dataset:
+def _from_saved(root: Path, split: str | None) -> datasets.Dataset:
     for index in [*root.rglob("state.json"), *root.glob("dataset_dict.json")]:
         content = json.loads(index.read_text(encoding="utf-8"))
         files = [data_file["filename"] for data_file in content.get("_data_files", [])]
@@ -171,10 +171,12 @@ def _from_saved(root: Path, split: str) -> datasets.Dataset:
                 raise DataError(f"{str(index)!r} names {name!r}, which is outside {str(root)!r}")
     saved = datasets.load_from_disk(str(root))
     is_dict = isinstance(saved, datasets.DatasetDict)
+    if split is None and not is_dict:
+        return saved
     return _take(dict(saved) if is_dict else {"train": saved, str(saved.split): saved}, split)
 
 
-def _from_files(pattern: str, split: str) -> datasets.Dataset:
+def _from_files(pattern: str, split: str | None) -> datasets.Dataset:
     path = Path(pattern).expanduser()
     files = [str(path)] if path.exists() else sorted(glob.glob(str(path), recursive=True))
     if not files:
@@ -189,15 +191,17 @@ def _from_files(pattern: str, split: str) -> datasets.Dataset:
     return _from_builder(kinds.pop()[1:], split, data_files)
 
 
-def _from_builder(kind: str, split: str, data_files: dict[str, list[str]]) -> datasets.Dataset:
+def _from_builder(
+    kind: str, split: str | None, data_files: dict[str, list[str]]
+) -> datasets.Dataset:
     builder = datasets.load_dataset_builder(kind, data_files=data_files)
     _check_split(split, builder.config.data_files)
     builder.download_and_prepare()
-    return builder.as_dataset(split=split)
+    return builder.as_dataset(split=split or _every(data_files))
 
 
 def _from_hub(
-    name: str, config_name: str | None, split: str, revision: str | None
+    name: str, config_name: str | None, split: str | None, revision: str | None
 ) -> tuple[datasets.Dataset, Origin]:
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise DataError(f"{name!r} does not exist{close_paths(name)}")
@@ -211,11 +215,17 @@ def _from_hub(
     builder.download_and_prepare()
     folder = repo_folder_name(repo_id=builder.repo_id or name, repo_type="dataset")
     root = Path(hub_constants.HF_HUB_CACHE, folder).resolve()
-    return builder.as_dataset(split=split), Origin(root)
+    return builder.as_dataset(split=split or _every(builder.info.splits or ())), Origin(root)
 
 
-def _check_split(split: str, known: Iterable[Any]) -> list[str]:
+def _every(splits: Iterable[Any]) -> str:
+    """The expression for all splits."""
+    return "+".join(sorted(map(str, splits)))
+
+
+def _check_split(split: str | None, known: Iterable[Any]) -> list[str]:
     """The names in a split expression; raises DataError for an unknown one, if any is known."""
+    split = split or _every(known)
     names = [part.split("[")[0].strip() for part in split.split("+")]
     choices = sorted(map(str, known))
     for name in names:
@@ -225,7 +235,8 @@ def _check_split(split: str, known: Iterable[Any]) -> list[str]:
     return names
 
 
-def _take(splits: dict[str, datasets.Dataset], split: str) -> datasets.Dataset:
+def _take(splits: dict[str, datasets.Dataset], split: str | None) -> datasets.Dataset:
+    split = split or _every(splits)
     _check_split(split, splits)
     sizes = {name: len(rows) for name, rows in splits.items()}
     parts = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)

@@ -96,7 +96,7 @@ class Evaluator:
 
     def load(self, source: Any) -> Subject:
         """A model on the device of this rank, or a set of images; see `load_subject`."""
-        return load_subject(source, self.options, self.state.device)
+        return load_subject(source, self.options, self.state.device, self.options.on_bad_image)
 
     def real_images(self, subject: Subject) -> RealImages:
         """The real images in the format of the subject, with their features."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ddpm_hf.data import DataError, ImageDataset, TrainingImages, prepare_images
 from ddpm_hf.data.decoding import read_headers
+from ddpm_hf.data.errors import SeveralShapes
 from ddpm_hf.data.image_column import find_image_column
 from ddpm_hf.data.sources import origin_of
 from ddpm_hf.diffusion.image_processor import MODE_CHANNELS, ImageFacts, image_facts, size_multiple
@@ -115,30 +116,42 @@ def images_for(
     return EvaluationImages(images, indices, labels, facts)
 
 
-def prepared_like(facts: ImageFacts, dataset: Any, **options: Any) -> ImageDataset:
+def prepared_like(
+    facts: ImageFacts, dataset: Any, *, fits: str = "the model", **options: Any
+) -> ImageDataset:
     """The images of a dataset in the size, mode and bit depth of `facts`, without padding.
 
     Args:
         facts: required format.
         dataset: from `load_images` or `datasets`.
+        fits: whose format it is, for messages; 8 bits are widened to 16 unless it is "the model".
         **options: further options of `prepare_images`.
     Raises:
         DataError: if the data cannot be used, or does not fit.
     """
-    _check_enlargement(facts, dataset, options.get("image_column"))
-    images = prepare_images(
-        dataset,
-        resolution=min(facts.height, facts.width),
-        image_mode=facts.mode,
-        bit_depth=8 if facts.bit_depth == 8 else None,  # never upscale 8 bit to 16
-        crop="center" if facts.height == facts.width else "none",
-        **options,
-    )
-    _check_fit(images.facts, facts)
+    _check_enlargement(facts, dataset, options.get("image_column"), fits)
+    is_fixed = facts.bit_depth == 8 or fits != "the model"  # bits/dim need the real bit depth
+    try:
+        images = prepare_images(
+            dataset,
+            resolution=min(facts.height, facts.width),
+            image_mode=facts.mode,
+            bit_depth=facts.bit_depth if is_fixed else None,
+            crop="center" if facts.height == facts.width else "none",
+            **options,
+        )
+    except SeveralShapes as error:
+        raise DataError(
+            f"the images do not fit {fits}: they have several shapes instead of"
+            f" {facts.width}x{facts.height}"
+        ) from error
+    _check_fit(images.facts, facts, fits)
     return images
 
 
-def _check_enlargement(facts: ImageFacts, dataset: Any, image_column: str | None) -> None:
+def _check_enlargement(
+    facts: ImageFacts, dataset: Any, image_column: str | None, fits: str
+) -> None:
     """Raise DataError if the images would be enlarged beyond use, which fills the disk."""
     if not isinstance(dataset, datasets.Dataset):
         return  # `prepare_images` reports it
@@ -151,8 +164,8 @@ def _check_enlargement(facts: ImageFacts, dataset: Any, image_column: str | None
     side = max(facts.height, facts.width)
     if side > _MAX_ENLARGEMENT * largest > 0:
         raise DataError(
-            f"the model has images of {facts.width}x{facts.height} pixels, but those of the dataset"
-            f" have at most {largest} per side: more than {_MAX_ENLARGEMENT} times smaller"
+            f"the images do not fit {fits}: they have at most {largest} pixels per side, more than"
+            f" {_MAX_ENLARGEMENT} times less than {facts.width}x{facts.height}"
         )
 
 
@@ -175,14 +188,14 @@ def facts_of(unet: UNet2DModel) -> ImageFacts:
     return ImageFacts(mode=mode, height=height, width=width)
 
 
-def _check_fit(images: ImageFacts, model: ImageFacts) -> None:
+def _check_fit(images: ImageFacts, facts: ImageFacts, fits: str) -> None:
     differing = [
-        f"{name} is {getattr(images, name)} (the model's: {getattr(model, name)})"
+        f"{name} is {getattr(images, name)} instead of {getattr(facts, name)}"
         for name in _FACTS
-        if getattr(images, name) != getattr(model, name)
+        if getattr(images, name) != getattr(facts, name)
     ]
     if differing:
-        raise DataError(f"the images do not fit the model: {', '.join(differing)}")
+        raise DataError(f"the images do not fit {fits}: {', '.join(differing)}")
 
 
 def _labels(images: ImageDataset, names: Sequence[str] | None) -> Tensor:

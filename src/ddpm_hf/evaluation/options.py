@@ -71,7 +71,9 @@ class UnreadableImages(Options):
 
     _argument_group_name: ClassVar[str] = "real images"
 
-    on_bad_image: Literal["error", "skip"] = option("error", "what to do with unreadable images")
+    on_bad_image: Literal["error", "skip"] = option(
+        "error", "what to do with unreadable images, real or drawn"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

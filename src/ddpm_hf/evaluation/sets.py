@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
 import datasets
@@ -22,6 +21,7 @@ from ddpm_hf.evaluation.model_images import prepared_like
 from ddpm_hf.evaluation.options import DataOptions
 from ddpm_hf.pictures import to_pil
 from ddpm_hf.sampling import DrawnImages, open_drawn
+from ddpm_hf.sampling.array_files import check_pixels
 from ddpm_hf.text import public_name
 
 # Usual names of the held-out split, in order of preference.
@@ -190,6 +190,7 @@ class DataSource:
         prepared = prepared_like(
             facts,
             self.rows(subset.split),
+            fits="the drawn images",
             image_column=self.image_column,
             label_column=label_column,
             on_bad_image=self.on_bad_image,
@@ -208,31 +209,58 @@ def _as_set(images: ImageDataset, indices: Sequence[int]) -> DrawnImages:
     )
 
 
-def image_set(source: Any) -> DrawnImages:
+def image_set(source: Any, on_bad_image: str = "error") -> DrawnImages:
     """A set of existing images.
 
     Args:
         source: what `open_drawn` reads; an array (N, H, W) or (N, H, W, C) of uint8, uint16, or
             float in [0, 1]; a float tensor (N, C, H, W) in [0, 1]; or PIL images of one size and
             mode.
+        on_bad_image: see `open_drawn`.
     Raises:
         ValueError: for anything else.
     """
     if isinstance(source, DrawnImages):
         return source
-    if isinstance(source, str | Path):
-        return open_drawn(source)
+    if isinstance(source, str | os.PathLike):
+        return open_drawn(os.fspath(source), on_bad_image)
     if isinstance(source, Tensor):
+        if source.ndim != 4:
+            raise ValueError(f"images must be (N, C, H, W), got shape {tuple(source.shape)}")
         source = source.detach().cpu().permute(0, 2, 3, 1).numpy()
-    pixels = np.stack([np.asarray(image) for image in source])
+    if not isinstance(source, np.ndarray):
+        source = list(source)
+        _check_alike(source)
+        source = np.stack([np.asarray(image) for image in source])
+    pixels: np.ndarray = source
     pixels = pixels[..., None] if pixels.ndim == 3 else pixels
-    is_float = pixels.dtype.kind == "f" and pixels.size and 0 <= pixels.min() <= pixels.max() <= 1
-    if pixels.ndim != 4 or not (is_float or pixels.dtype in (np.uint8, np.uint16)):
-        raise ValueError(
-            "images must be (N, H, W, C) of uint8, uint16 or float in [0, 1], got"
-            f" {pixels.dtype} of shape {pixels.shape}"
-        )
+    check_pixels(pixels, "the set")
     return DrawnImages(pixels.shape, lambda rows: pixels[rows.start : rows.stop : rows.step])
+
+
+def _check_alike(images: Sequence[Any]) -> None:
+    """Check that images have one shape, and PIL images one mode whose values are pixels."""
+    if not images:
+        raise ValueError("the set must hold at least one image, got none")
+    kinds = [_kind(image) for image in images]
+    for i, kind in enumerate(kinds):
+        if kind != kinds[0]:
+            raise ValueError(
+                f"images must be alike, but image 0 is {kinds[0]} and image {i} is {kind}"
+            )
+    mode = getattr(images[0], "mode", None)
+    if isinstance(images[0], Image.Image) and mode not in (*MODE_CHANNELS, "I;16"):
+        raise ValueError(
+            f"images must have mode {', '.join(MODE_CHANNELS)} or I;16, got {mode}; use"
+            ' image.convert("RGB")'
+        )
+
+
+def _kind(image: Any) -> str:
+    if isinstance(image, Image.Image):
+        return f"{image.mode} {image.width}x{image.height}"
+    array = np.asarray(image)
+    return f"{array.dtype} of shape {array.shape}"
 
 
 def facts_of_set(images: DrawnImages) -> ImageFacts:
@@ -243,7 +271,9 @@ def facts_of_set(images: DrawnImages) -> ImageFacts:
     """
     _, height, width, channels = images.shape
     if channels not in _MODES:
-        raise ValueError(f"images must have 1 to 4 channels, got {channels}")
+        raise ValueError(
+            f"images must be (N, height, width, channels) with 1 to 4 channels, got {images.shape}"
+        )
     depth = 16 if images.read(range(1)).dtype == np.uint16 else 8
     return ImageFacts(mode=_MODES[channels], height=height, width=width, bit_depth=depth)
 

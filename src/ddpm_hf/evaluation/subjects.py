@@ -49,14 +49,16 @@ def is_model(source: Any) -> bool:
     return has_weights or not path.exists()
 
 
-def load_subject(source: Any, options: LoadOptions, device: Any) -> Subject:
+def load_subject(
+    source: Any, options: LoadOptions, device: Any, on_bad_image: str = "error"
+) -> Subject:
     """A model on the device, or a set of images.
 
     Raises:
         ValueError, OSError: if it does not exist or cannot be loaded.
     """
     if not is_model(source):
-        return Subject(image_set(source), public_name_of(source))
+        return Subject(image_set(source, on_bad_image), public_name_of(source))
     pipeline = source
     if not hasattr(source, "unet"):
         pipeline = load(

@@ -14,7 +14,8 @@ from tqdm.auto import tqdm
 
 from ddpm_hf.diffusion.atomic_files import replacing_file, replacing_files
 from ddpm_hf.pictures import MAX_PICTURE_CHANNELS, grid_by_row, image_grid, is_picture, to_pil
-from ddpm_hf.sampling.image_reader import Array, DrawnImages, Labels
+from ddpm_hf.sampling.array_files import Array, Labels
+from ddpm_hf.sampling.image_reader import DrawnImages
 from ddpm_hf.sampling.sampling_record import bit_depth_of
 
 CHUNK_SIZE = 128  # images; also the row group of parquet, which `datasets` reads as a whole

@@ -1,25 +1,20 @@
 """Reader of sampled images: batch files of `draw_to`, npz, npy, image folders and parquet."""
 
-import struct
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ddpm_hf.diffusion.atomic_files import read_json
-from ddpm_hf.diffusion.image_processor import IMAGE_MODES
 from ddpm_hf.pictures import quantised
+from ddpm_hf.sampling.array_files import Array, Labels, read_array_file
 from ddpm_hf.sampling.output_paths import record_path
 from ddpm_hf.sampling.sampling_record import SamplingRecord, SamplingSettings
 from ddpm_hf.shared_work import unsealed
 
 RECORD_NAME = "options.json"
-Array = npt.NDArray[Any]
-Labels = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -29,7 +24,7 @@ class DrawnImages:
     Attributes:
         shape: (N, H, W, C).
         stored: `stored(range(a, b))` reads images a to b - 1 with the pixel type of the file,
-            (B, H, W, C): uint8, uint16, or float32 in [0, 1].
+            (B, H, W, C): uint8, uint16, or floating point in [0, 1].
         labels: class number of each image, (N,) int64; None if unknown.
         class_names: names of the classes by number; None if unknown.
         options: recorded settings by name, such as seed, steps and weights; {} without a record.
@@ -64,13 +59,16 @@ class DrawnImages:
             yield self.read(rows[start : start + batch_size])
 
 
-def open_drawn(path: str | Path) -> DrawnImages:
+def open_drawn(path: str | Path, on_bad_image: str = "error") -> DrawnImages:
     """Open sampled images, of this library or any other program.
 
     Args:
         path: a folder of `draw_to`; a `.npz` with pixels (N, H, W, C) as `arr_0` and optional
             labels as `arr_1`, the format of guided-diffusion's evaluator; a `.npy` with pixels, or
-            with float32 in [0, 1]; an image folder or a parquet file, with images of one size.
+            with floating point in [0, 1]; an image folder or a parquet file, with images of one
+            size in the smallest mode and bit depth that hold all of them. All splits of a folder
+            are read.
+        on_bad_image: "error" or "skip", for unreadable images in a folder or a parquet file.
     Raises:
         ValueError: if the path is none of these, or its images are not valid.
         OSError: if it cannot be read.
@@ -81,17 +79,9 @@ def open_drawn(path: str | Path) -> DrawnImages:
         for file in batch_files(path, SamplingSettings.from_dict(drawn.options)):
             unsealed(file)
         return drawn
-    if path.suffix == ".npz":
-        images, labels = _read_npz(path)
-    elif path.suffix == ".npy":
-        images, labels = np.load(path, mmap_mode="r", allow_pickle=False), None
-    else:
-        return _open_pictures(path)
-    if images.ndim != 4 or images.dtype not in (np.uint8, np.uint16, np.float32):
-        raise ValueError(
-            f"{path} must hold images (N, height, width, channels) of uint8, uint16 or float32, "
-            f"got {images.dtype} of shape {images.shape}"
-        )
+    if path.suffix.lower() not in (".npz", ".npy"):
+        return _open_pictures(path, on_bad_image)
+    images, labels = read_array_file(path)
     record = _record_beside(path)
     return DrawnImages(
         images.shape,
@@ -152,36 +142,32 @@ def open_batch_files(folder: Path) -> DrawnImages:
     )
 
 
-def _open_pictures(path: Path) -> DrawnImages:
+def _open_pictures(path: Path, on_bad_image: str) -> DrawnImages:
     """An image folder or a parquet file: decoded once, then read from the cache."""
     # These libraries take seconds to load, and sampling does not need them.
-    import datasets
-
     from ddpm_hf.data import load_images, prepare_images
     from ddpm_hf.data.image_column import find_image_column
-    from ddpm_hf.data.labels import known_class_names
+    from ddpm_hf.data.labels import declared_labels, known_class_names
 
-    rows = load_images(path)
-    column, names = find_image_column(rows, None), known_class_names(rows)
-    first = rows.select([0]).cast_column(column, datasets.Image())[0][column]
+    rows, record = load_images(path, split=None), _record_beside(path)
     images = prepare_images(
         rows,
-        image_column=column,
-        resolution=min(first.size),
-        image_mode=first.mode if first.mode in IMAGE_MODES else None,
-        crop="none",
-        label_column=True if names else None,
+        image_column=find_image_column(rows, None),
+        crop="native",
+        on_bad_image=on_bad_image,
         progress=False,
     )
 
     def stored(rows: range) -> Array:
         return np.stack([images.window(row).transpose(1, 2, 0) for row in rows])
 
-    facts, record = images.facts, _record_beside(path)
+    facts, labels, names = images.facts, declared_labels(rows), known_class_names(rows)
+    if labels is None and record and record.settings.num_images == len(rows):
+        labels = _labels(record)
     return DrawnImages(
         (len(images), facts.height, facts.width, facts.num_channels),
         stored,
-        _labels(record) if images.labels is None else images.labels,
+        None if labels is None else labels[images.rows],
         names or (record.class_names if record else None),
         record.settings.to_dict() if record else {},
     )
@@ -193,28 +179,3 @@ def _labels(record: SamplingRecord | None) -> Labels | None:
         return None
     labels = np.resize(record.settings.class_labels, record.settings.num_images)
     return labels.astype(np.int64)
-
-
-def _read_npz(path: Path) -> tuple[Array, Labels | None]:
-    """`arr_0`, memory-mapped if it is not compressed, and the labels in `arr_1`, if present."""
-    with np.load(path, allow_pickle=False) as arrays:
-        if "arr_0" not in arrays:
-            names = ", ".join(arrays) or "nothing"
-            raise ValueError(f"{path} must hold images as arr_0, but holds {names}")
-        labels = arrays["arr_1"].astype(np.int64) if "arr_1" in arrays else None
-        with zipfile.ZipFile(path) as archive:
-            member = archive.getinfo("arr_0.npy")
-        if member.compress_type != zipfile.ZIP_STORED:
-            return arrays["arr_0"], labels
-    with path.open("rb") as file:
-        file.seek(member.header_offset + 26)  # lengths of the name and of the extra field
-        start = member.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
-        file.seek(start)
-        version = np.lib.format.read_magic(file)
-        read_header = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }[version]
-        shape, is_fortran, dtype = read_header(file)
-        order: Literal["C", "F"] = "F" if is_fortran else "C"
-        return np.memmap(path, dtype, "r", file.tell(), shape, order), labels
