@@ -80,7 +80,7 @@ def test_empty_datasets_several_splits_and_other_types_are_rejected():
         ({"resolution": True}, "`resolution` must be .* got True"),
         ({"image_mode": "CMYK"}, "`image_mode` must be one of None, L, LA, RGB, RGBA, got 'CMYK'"),
         ({"bit_depth": 12}, "`bit_depth` must be one of None, 8, 16, got 12"),
-        ({"crop": "middle"}, "`crop` must be one of center, random, none, got 'middle'"),
+        ({"crop": "middle"}, "`crop` must be one of center, random, none, native, got 'middle'"),
         ({"on_bad_image": "ignore"}, "`on_bad_image` must be one of error, skip, got 'ignore'"),
     ],
 )

@@ -202,7 +202,7 @@ REFUSED = [
     ({}, ["--num-images", "6"], "--num-images is 6, but the dataset has 5"),
     ({}, ["--num-timesteps", "21"], "--num-timesteps must be an int in [2, 20], got 21"),
     ({}, ["--num-inference-steps", "21"], "must be an int in [1, 20], got 21"),
-    ({"facts": deep_facts()}, [], "do not fit the model: bit_depth is 8 instead of 16"),
+    ({"facts": deep_facts()}, [], "do not fit the model: bit_depth is 8 (the model's: 16)"),
     ({"facts": deep_facts(width=5)}, [], "height is 5 (the model's: 7)"),
     ({"num_class_embeds": 2}, [], "labels"),
 ]

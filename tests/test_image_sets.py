@@ -286,7 +286,7 @@ def test_drawn_images_of_16_bits_are_compared_with_real_ones_of_8(tmp_path):
     ("real", "message"),
     [
         ([*COLOURS[:8, :4], *COLOURS[8:, :6]], "several shapes instead of 8x5"),
-        (COLOURS, "width is 5 instead of 8"),
+        (COLOURS, r"width is 5 \(the drawn images': 8\)"),
     ],
 )
 def test_images_that_do_not_fit_are_refused_without_a_word_of_a_model(real, message, tmp_path):

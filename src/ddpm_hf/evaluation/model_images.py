@@ -189,8 +189,9 @@ def facts_of(unet: UNet2DModel) -> ImageFacts:
 
 
 def _check_fit(images: ImageFacts, facts: ImageFacts, fits: str) -> None:
+    owner = f"{fits}'" if fits.endswith("s") else f"{fits}'s"
     differing = [
-        f"{name} is {getattr(images, name)} instead of {getattr(facts, name)}"
+        f"{name} is {getattr(images, name)} ({owner}: {getattr(facts, name)})"
         for name in _FACTS
         if getattr(images, name) != getattr(facts, name)
     ]
