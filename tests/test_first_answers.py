@@ -4,7 +4,7 @@ import os
 import sys
 
 import pytest
-from checkpoints import save_ours
+from checkpoints import image_facts_of, save_ours, tiny_unet
 from PIL import Image
 from processes import run_process
 
@@ -36,6 +36,15 @@ def model(tmp_path_factory):
     return save_ours(tmp_path_factory.mktemp("model"))
 
 
+def test_an_unknown_class_is_refused_before_torch_is_loaded(tmp_path):
+    facts = image_facts_of("L", 8, 8, class_names=["cat", "dog"])
+    model = save_ours(tmp_path / "model", unet=tiny_unet(num_class_embeds=3), facts=facts)
+    status, lines = answer("sample", str(model), "--class-labels", "cow", cwd=tmp_path)
+    assert status == 2
+    assert lines[-1] == "no torch"
+    assert "--class-labels must be in [0, 1] or one of 'cat', 'dog', got 'cow'" in lines[0]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -51,8 +60,8 @@ def model(tmp_path_factory):
         (("sample", "MODEL", "--guide", "./weak"), "'./weak' does not exist"),
         (("sample", "MODEL", "--output", "there.png"), "there.png exists already"),
         (("sample", "MODEL", "--output", "."), "--output must name a file or folder"),
-        (("sample", "MODEL", "--output", ""), "--output must be a path"),
-        (("evaluate", "MODEL", "photos", "--output", ""), "--output must be a path"),
+        (("sample", "MODEL", "--output", ""), "--output must not be empty"),
+        (("evaluate", "MODEL", "photos", "--output", ""), "--output must not be empty"),
         (("sample", "MODEL", "--output", "x.zip"), ".zip is not a format"),
     ],
 )
@@ -98,7 +107,7 @@ def test_folders_and_known_formats_are_accepted(tmp_path, name):
 
 
 def test_an_empty_path_is_refused():
-    with pytest.raises(OptionError, match="`output` must be a path, got an empty text"):
+    with pytest.raises(OptionError, match="`output` must not be empty"):
         OutputOptions(output="")
 
 

@@ -119,7 +119,7 @@ class Options:
         if value is None and type(None) in kinds:
             return None
         if facts.get("is_path") and value == "":
-            raise self._error(f"`{name}` must be a path, got an empty text")
+            raise self._error(f"`{name}` must not be empty")
         value = _converted(value, kinds, facts.get("is_path", False))
         items = value if isinstance(value, list | tuple) else [value]
         choices = _choices(kinds) or list(facts.get("choices") or ())

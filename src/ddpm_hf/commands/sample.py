@@ -1,5 +1,6 @@
 """`ddpm-hf sample`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,8 +72,22 @@ def check_paths(options: SampleCommand, output: Path) -> None:
     if options.guide:
         check_local_path(options.guide)
     check_output(output)
+    _check_classes(Path(options.model).expanduser(), options.class_labels)
     if not options.overwrite and not batch_folder(output).exists():
         check_is_free(output)
+
+
+def _check_classes(model: Path, class_labels: Sequence[int | str] | None) -> None:
+    """Raise ValueError for a class that the configuration of a local model does not have."""
+    from ddpm_hf.diffusion.atomic_files import read_json
+    from ddpm_hf.diffusion.class_choice import class_numbers
+    from ddpm_hf.diffusion.config_extension import extension_of
+
+    config = read_json(model / "unet" / "config.json")
+    num_classes = config.get("num_class_embeds")
+    if class_labels and isinstance(num_classes, int) and not config.get("class_embed_type"):
+        names = extension_of(config).get("class_names")
+        class_numbers(list(class_labels), num_classes, names if isinstance(names, list) else None)
 
 
 def sample(options: SampleCommand, output: Path) -> None:

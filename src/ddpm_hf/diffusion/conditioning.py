@@ -1,21 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Class labels, classifier-free guidance, autoguidance, and guidance intervals."""
 
-import unicodedata
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from diffusers.models import UNet2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
-from . import config_extension, image_processor, tensor_ops
+from . import class_choice, config_extension, tensor_ops
 
+class_numbers = class_choice.class_numbers
 ClassLabels = int | str | Sequence[int] | Sequence[str] | Tensor | None
-_MAX_NAMES = 20  # in a message
 Denoiser = tensor_ops.Denoiser
 Guide: TypeAlias = UNet2DModel | DiffusionPipeline | None
 
@@ -54,56 +51,6 @@ def label_tensor(
             f"for `batch_size` {batch_size}"
         )
     return labels
-
-
-def class_numbers(labels: Any, num_classes: int, class_names: Sequence[str] | None) -> list[int]:
-    """Class numbers of labels that are given as numbers or names.
-
-    A text is the name of a class, else a name that is equal in the Unicode normalization NFKC, else
-    a number.
-
-    Args:
-        labels: one label or several.
-        num_classes: number of class embeddings.
-        class_names: names of the classes, without the null class.
-    Raises:
-        ValueError: for an unknown class.
-    """
-    labels = labels.tolist() if hasattr(labels, "tolist") else labels
-    labels = list(labels) if isinstance(labels, (list, tuple)) else [labels]
-    names = list(class_names or ())[:num_classes]
-    number_of = {**_normalized(names), **{name: number for number, name in enumerate(names)}}
-    return [_class_number(label, number_of, len(names) or num_classes, names) for label in labels]
-
-
-def _normalized(names: Sequence[str]) -> dict[str, int]:
-    """Class numbers by normalized name, where that is unique."""
-    plain = [unicodedata.normalize("NFKC", name) for name in names]
-    count = Counter(plain)
-    return {name: number for number, name in enumerate(plain) if count[name] == 1}
-
-
-def _class_number(
-    label: Any, number_of: Mapping[str, int], num_classes: int, names: Sequence[str]
-) -> int:
-    number = label.item() if isinstance(label, np.integer) else label
-    if isinstance(label, str):
-        plain = unicodedata.normalize("NFKC", label)
-        number = number_of.get(label, number_of.get(plain, plain))
-        number = int(number) if isinstance(number, str) and number.isdecimal() else number
-    if image_processor.is_int(number) and 0 <= number < num_classes:
-        return number
-    choices = hint = ""
-    if not isinstance(label, str) and str(number) in number_of:
-        hint = f'; the name of a class is text: "{number}"'
-    elif names:
-        shown = ", ".join(map(repr, names[:_MAX_NAMES])) + ", ..." * (len(names) > _MAX_NAMES)
-        choices = f" or one of {shown}"
-    if number in (None, -1, num_classes):
-        hint += "; for images of no class set `guidance_scale` to 0"
-    raise ValueError(
-        f"`class_labels` must be in [0, {num_classes - 1}]{choices}, got {label!r}{hint}"
-    )
 
 
 def null_labels(unet: UNet2DModel, batch_size: int, class_names: Sequence[str] | None) -> Tensor:
