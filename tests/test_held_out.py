@@ -199,6 +199,24 @@ def test_the_hold_out_is_identified_by_its_pixels(model, files):
         evaluate(model, data, num_images=6)
 
 
+def test_the_hold_out_of_a_class_conditional_model_is_used(tmp_path):
+    rng = np.random.default_rng(0)
+    images = {
+        f"{name}/{i}.png": encode(rng.integers(0, 256, (8, 8), dtype=np.uint8))
+        for name in ("cats", "dogs")
+        for i in range(10)
+    }
+    photos = folder_of(tmp_path / "photos", images)
+    config = tiny_config(
+        tmp_path / "run", dataset=str(photos), class_conditional=True, max_train_steps=2,
+        num_train_timesteps=20, validation_split="0.25", validation_timesteps=2,
+    )  # fmt: skip
+    result = train(config)
+    evaluation = evaluate(result.model_dir, str(photos))
+    assert evaluation.dataset.held_out == DRAWN
+    assert evaluation.bound.num_images == NUM_HELD_OUT
+
+
 def test_an_existing_or_requested_split_takes_precedence(model, files):
     data = {"train": rows(*files), "test": rows(*files[:3])}
     assert evaluate(model, data).bound.num_images == 3

@@ -101,7 +101,7 @@ def _check_network(paths: ModelPaths, facts: ImageFacts) -> None:
     """Raise ValueError unless the network was trained on images of this format."""
     path = component_folder(paths.root, "unet") / "config.json"
     trained_on = ImageFacts.from_config(read_json(path).get(EXTENSION_KEY))
-    if replace(trained_on, class_names=None) != replace(facts, class_names=None):
+    if trained_on.to_config()["image"] != facts.to_config()["image"]:
         raise ValueError(
             f"training.json has {facts.width}x{facts.height} {facts.mode} images, but the network"
             f" {trained_on.width}x{trained_on.height} {trained_on.mode}"
