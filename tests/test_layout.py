@@ -17,6 +17,7 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 FLOORS = (
     {
         "backend_settings",
+        "bounded_yaml",
         "diffusion",
         "digests",
         "fonts",

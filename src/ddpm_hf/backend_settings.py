@@ -1,5 +1,6 @@
 """Backend settings of torch that change speed and last bits: threads, TF32, bf16, memory format."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -7,6 +8,11 @@ from typing import Any
 import torch
 from diffusers.models import UNet2DModel
 
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|cannot allocate memory|not enough memory"
+    r"|STATUS_ALLOC_FAILED|bad allocation|bad_alloc",
+    re.IGNORECASE,
+)
 MAX_NUM_THREADS = 4096  # a larger number is a typing error
 
 
@@ -60,3 +66,10 @@ def supports_bfloat16(device: torch.device) -> bool:
         names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         return any(getattr(torch.cpu, name, bool)() for name in names)
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python, of torch or of a library of CUDA says that memory ran out."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))

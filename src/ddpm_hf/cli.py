@@ -12,7 +12,6 @@ from ddpm_hf.commands import calibrate, convert, edit, evaluate, push, sample, t
 from ddpm_hf.commands.messages import (
     command_messages,
     escape_unencodable_output,
-    is_stdout_closed,
     say,
 )
 from ddpm_hf.hub.options import check_endpoint
@@ -83,20 +82,31 @@ def run_command(
             status = command(words)
             sys.stdout.flush()
             return status
-    except (ValueError, OSError, RuntimeError) as error:
-        if isinstance(error, BrokenPipeError) and is_stdout_closed():
-            return 128 + signal.SIGPIPE
-        if isinstance(error, RuntimeError):
-            from ddpm_hf.training import TrainingError
-
-            if not isinstance(error, TrainingError):
-                raise
+    except Exception as error:
+        if (text := _one_line(error)) is None:
+            raise
         # If the first process hangs, another one reports the error.
-        say(f"ddpm-hf: error: {error}", for_all=getattr(error, "is_reporting_rank", False))
+        say(f"ddpm-hf: error: {text}", for_all=getattr(error, "is_reporting_rank", False))
         return BAD_INPUT if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
         say("ddpm-hf: interrupted")
         return 128 + signal.SIGINT
+
+
+def _one_line(error: Exception) -> str | None:
+    """The message of a failure that the user can mend; None for an error in the program."""
+    if isinstance(error, ValueError | OSError):
+        return f"{error}"
+    from ddpm_hf.backend_settings import is_out_of_memory
+
+    if is_out_of_memory(error):
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        return f"out of memory: {reason}; use a smaller `batch_size`"
+    if type(error).__name__ == "SafetensorError":  # a full disk, or damaged weights
+        return f"{error}"
+    from ddpm_hf.training import TrainingError
+
+    return f"{error}" if isinstance(error, TrainingError) else None
 
 
 if __name__ == "__main__":

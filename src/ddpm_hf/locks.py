@@ -1,6 +1,7 @@
 """Exclusive locks; the operating system releases them when their process ends, also by SIGKILL."""
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -51,6 +52,8 @@ def _folder_lock(folder: Path, output: Path, option: str) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with hold_lock(folder / FOLDER_LOCK, output, option, keep_file=False):
+            for leftover in folder.glob(".del-*"):  # of a killed process
+                shutil.rmtree(leftover, ignore_errors=True)
             yield
     finally:
         if is_new:
@@ -100,8 +103,8 @@ def _write_process_id(descriptor: int) -> None:
 def _holder(file: Path) -> str:
     """Process id in a lock file; "" where it cannot be read, such as a locked file on Windows."""
     try:
-        return file.read_text(encoding="utf-8")
-    except OSError:
+        return file.read_text(encoding="utf-8") if file.is_file() else ""
+    except (OSError, ValueError):
         return ""
 
 

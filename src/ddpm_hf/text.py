@@ -11,13 +11,20 @@ from collections.abc import Iterable
 from pathlib import Path
 
 TOKEN = re.compile(
-    r"\b(?:hf_|ghp_|github_pat_|sk-)[A-Za-z0-9_-]{16,}|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)"
+    r"\b(?:hf_|api_org_|gh[pousr]_|github_pat_|glpat-|sk-|xox[abp]-)[A-Za-z0-9_-]{16,}"
+    r"|\bAKIA[A-Z0-9]{16}|\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)"
 )
 # Also the user of a URL, which may be a token, and its query string.
 _SECRETS = (
     (TOKEN, "[hidden]"),
     (re.compile(r"(?<=://)[^/@\s'\"]+(?=@)"), "[hidden]"),
     (re.compile(r"(?<=://)([^\s'\"?]*)\?[^\s'\"]*"), r"\1?[hidden]"),
+    (
+        re.compile(
+            r"(?i)\b(token|password|passwd|secret|api[_-]?key|authorization)(=|: *)[^\s&'\"]+"
+        ),
+        r"\1\2[hidden]",
+    ),
 )
 
 
@@ -59,6 +66,9 @@ def without_secrets(text: str) -> str:
     """`text` with passwords and tokens replaced by "[hidden]"."""
     for pattern, replacement in _SECRETS:
         text = pattern.sub(replacement, text)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        if len(token := os.environ.get(name, "")) >= 8:
+            text = text.replace(token, "[hidden]")
     return text
 
 

@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ddpm_hf.options import flags_in_message
+from ddpm_hf.text import visible, without_secrets
 
 
 def say(text: str, for_all: bool = False) -> None:
     """Print a line to stderr, on the first process of each machine only unless `for_all`."""
     if os.environ.get("LOCAL_RANK", "0") != "0" and not for_all:
         return
+    text = visible(without_secrets(text))
     tqdm = sys.modules.get("tqdm")
     if tqdm is None:
         print(text, file=sys.stderr)

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
+from ddpm_hf.diffusion.atomic_files import read_text
 from ddpm_hf.text import printable
 
+_MAX_BYTES = 2**28  # of a file that lists every image
 LABEL_FILE = "dataset.json"
 
 
@@ -75,8 +77,8 @@ def labels_of_file(root: Path, folder: PurePath, files: Sequence[PurePath]) -> F
     """
     name = str(folder / LABEL_FILE)
     try:
-        content = json.loads((root / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(read_text(root / name, _MAX_BYTES))
+    except (OSError, RecursionError, ValueError) as error:
         return FolderLabels(problem=f"{name!r} cannot be read: {error}")
     if not isinstance(content, dict) or "labels" not in content:
         return None

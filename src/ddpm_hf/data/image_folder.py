@@ -34,6 +34,7 @@ from ddpm_hf.text import printable
 SPLITS = ("train", "test", "validation", "valid", "val")
 IN_RUNS = "in folders of training runs"
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+_MAX_LINE = 2**20  # of column names
 _SYSTEM_FILES = ("Thumbs.db", "desktop.ini")
 _RUN = RunPaths(Path())
 _RUN_FILES = {_RUN.config.name, _RUN.metrics.name}
@@ -97,6 +98,9 @@ class Folder:
                     subfolders.remove(name)
             subfolders[:] = [name for name in subfolders if not name.startswith((".", "__"))]
             files = [os.path.join(parent, name) for name in names]
+            special = [file for file in files if not os.path.isfile(file) and os.path.exists(file)]
+            if special:
+                raise DataError(f"{special[0]!r} is not a regular file: move it out of the folder")
             paths = [*(os.path.join(parent, name) for name in subfolders), *files]
             outside += [path for path in paths if _leads_outside(path, self.root)]
             yield from (file.removeprefix(f"{self.root}{os.sep}") for file in files)
@@ -238,9 +242,18 @@ def _has_file_names(file: Path) -> bool:
             names = pq.read_schema(file).names
         else:
             with file.open(encoding="utf-8-sig", newline="") as lines:
+                first = lines.readline(_MAX_LINE)
                 is_csv = file.suffix == ".csv"
-                names = next(csv.reader(lines)) if is_csv else list(json.loads(next(lines)))
-    except (OSError, ValueError, TypeError, StopIteration, csv.Error, pa.ArrowException):
+                names = next(csv.reader([first])) if is_csv else list(json.loads(first))
+    except (
+        OSError,
+        RecursionError,
+        ValueError,
+        TypeError,
+        StopIteration,
+        csv.Error,
+        pa.ArrowException,
+    ):
         return False
     return any(re.search("(^|_)file_names?$", str(name)) for name in names)
 

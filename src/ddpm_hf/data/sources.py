@@ -1,7 +1,6 @@
 """Loading of image datasets: folders, parquet and arrow files, `save_to_disk`, the Hub."""
 
 import glob
-import json
 import os
 import re
 from collections import Counter
@@ -18,6 +17,7 @@ from huggingface_hub.file_download import repo_folder_name
 from ddpm_hf.data.decoding import EXTENSIONS, install_hint
 from ddpm_hf.data.errors import DataError
 from ddpm_hf.data.image_folder import Folder, by_split, image_splits, suffix
+from ddpm_hf.diffusion.atomic_files import read_json
 from ddpm_hf.text import close_paths, did_you_mean
 
 _ORIGIN_ATTRIBUTE = "_ddpm_hf_origin"
@@ -164,9 +164,13 @@ def _from_folder(root: Path, split: str | None) -> tuple[datasets.Dataset, Origi
 
 def _from_saved(root: Path, split: str | None) -> datasets.Dataset:
     for index in [*root.rglob("state.json"), *root.glob("dataset_dict.json")]:
-        content = json.loads(index.read_text(encoding="utf-8"))
-        files = [data_file["filename"] for data_file in content.get("_data_files", [])]
-        for name in [*files, *content.get("splits", [])]:
+        content = read_json(index)
+        try:
+            files = [data_file["filename"] for data_file in content.get("_data_files") or []]
+            names = [os.fspath(name) for name in [*files, *(content.get("splits") or [])]]
+        except (LookupError, TypeError) as error:
+            raise DataError(f"{str(index)!r} is damaged: {error!r}") from error
+        for name in names:
             if not (index.parent / name).resolve().is_relative_to(root):
                 raise DataError(f"{str(index)!r} names {name!r}, which is outside {str(root)!r}")
     saved = datasets.load_from_disk(str(root))
@@ -181,6 +185,8 @@ def _from_files(pattern: str, split: str | None) -> datasets.Dataset:
     files = [str(path)] if path.exists() else sorted(glob.glob(str(path), recursive=True))
     if not files:
         raise DataError(f"{pattern!r} matches no file")
+    if special := [file for file in files if not os.path.isfile(file)]:
+        raise DataError(f"{special[0]!r} is not a regular file")
     kinds = {suffix(file) for file in files}
     if kinds not in ({".parquet"}, {".arrow"}):
         raise DataError(

@@ -160,10 +160,15 @@ def remove_folder(path: Path) -> None:
         path.unlink()
     if not path.exists():
         return
-    renamed = path.with_name(f".del-{path.name}")
+    renamed = deleted_folder(path)
     shutil.rmtree(renamed, ignore_errors=True)
     os.rename(path, renamed)
     shutil.rmtree(renamed)
+
+
+def deleted_folder(path: Path) -> Path:
+    """Name of a folder while it is deleted, which is left if the process is killed."""
+    return path.with_name(f".del-{path.name}")
 
 
 @contextmanager

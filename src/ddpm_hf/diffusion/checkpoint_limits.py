@@ -103,6 +103,8 @@ def check_unet_config(
 
 
 def _check_bounds(config: Mapping[str, Any]) -> None:
+    if "quantization_config" in config:
+        raise ValueError("`quantization_config` is not supported; use unquantized weights")
     for key, (low, high) in UNET_BOUNDS.items():
         checks.check_int(key, config.get(key, 1), low, high)
     levels = config.get("block_out_channels", [None])

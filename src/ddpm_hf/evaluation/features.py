@@ -21,6 +21,8 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ddpm_hf.backend_settings import is_out_of_memory
+from ddpm_hf.diffusion.atomic_files import check_regular
 from ddpm_hf.digests import weights_digest
 from ddpm_hf.evaluation.sharded_tensors import compute_shards
 from ddpm_hf.hub.retry import retry
@@ -150,6 +152,9 @@ def _local_folder(source: str) -> str:
     transformers would request the files one by one, with six attempts each on failure.
     """
     if Path(source).is_dir():
+        for pattern in _FILES:
+            for path in Path(source).glob(pattern):
+                check_regular(path)
         return source
     return retry(lambda: snapshot_download(source, allow_patterns=_FILES), source, _WAITS_S)
 
@@ -163,8 +168,10 @@ def _transformers_model(source: str, device: Any) -> Features:
         model, loading = AutoModel.from_pretrained(
             folder, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # transformers raises errors of every kind for foreign files
+        if is_out_of_memory(error):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"`features` {source!r} cannot be loaded: {reason}; without a network connection use"
             f" {' or '.join(OFFLINE_FEATURES)}, or the folder of a vision model"

@@ -7,9 +7,10 @@ one is the user's own and stays unchanged.
 import re
 import warnings
 
-import yaml
 from huggingface_hub import CardData, ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+from ddpm_hf.bounded_yaml import check_yaml
 
 _SECTION = re.compile(  # with a hash after the name in cards of older versions
     r"<!-- ddpm-hf (?P<name>\w+)(?: \w+)? -->(?P<newline>\r?\n)"
@@ -21,8 +22,6 @@ _OBSOLETE = re.compile(
     r"<!-- What stands between marks such as the next is renewed with [^\n]* -->\r?\n"
     r"|\r?\n<!-- ddpm-hf-card \w+ \{[^\n]*\} -->\r?\n"
 )
-_MAX_METADATA = 2**18
-_MAX_DEPTH = 32
 _GENERATED_METADATA = (
     "library_name", "pipeline_tag", "datasets", "base_model", "model_name", "eval_results",
 )  # fmt: skip
@@ -90,25 +89,11 @@ def metadata_of(card: str) -> CardData:
     if not block:
         return ModelCardData()
     try:
-        _check_yaml(block)
+        check_yaml(block.strip().removeprefix("---").removesuffix("---"))
         return ModelCard(block).data
     except Exception as error:  # the parsers raise errors of many kinds
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"README.md has metadata that the Hub would refuse: {reason}") from error
-
-
-def _check_yaml(block: str) -> None:
-    """Raise ValueError for metadata whose parsing may take any time or memory."""
-    if len(block) > _MAX_METADATA:
-        raise ValueError(f"{len(block):,} characters; at most {_MAX_METADATA:,} are read")
-    depth = 0
-    for event in yaml.parse(block.strip().removeprefix("---").removesuffix("---")):
-        if isinstance(event, yaml.AliasEvent):
-            raise ValueError("it has a YAML alias, which is not supported")
-        depth += isinstance(event, yaml.CollectionStartEvent)
-        depth -= isinstance(event, yaml.CollectionEndEvent)
-        if depth > _MAX_DEPTH:
-            raise ValueError(f"it is nested more than {_MAX_DEPTH} levels deep")
 
 
 def _split(card: str) -> tuple[str, str]:

@@ -11,7 +11,8 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from ddpm_hf.diffusion.atomic_files import read_json
+from ddpm_hf.backend_settings import is_out_of_memory
+from ddpm_hf.diffusion.atomic_files import check_regular, read_json
 from ddpm_hf.diffusion.config_extension import GAUSSIAN_SCHEDULER
 from ddpm_hf.hub.options import check_endpoint
 from ddpm_hf.hub.retry import WAITS_S, retry, shorten
@@ -298,8 +299,11 @@ def _one_line_errors(name: str) -> Iterator[None]:
         yield
     except ValueError:
         raise
-    except (OSError, TypeError, AttributeError, LookupError, NotImplementedError) as error:
-        raise ValueError(f"{name} cannot be loaded: {shorten(str(error))}") from error
+    except Exception as error:  # the libraries raise errors of every kind for foreign files
+        if is_out_of_memory(error):
+            raise
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{name} cannot be loaded: {shorten(reason)}") from error
 
 
 def check_repo_id(repo_id: str, *, may_be_folder: bool = False) -> None:
@@ -320,10 +324,14 @@ def check_repo_id(repo_id: str, *, may_be_folder: bool = False) -> None:
 
 
 def refuse_links(folder: Path, paths: Iterable[Path]) -> None:
-    """Raise ValueError for a link to a file outside, except in the cache of huggingface_hub."""
+    """Raise ValueError for a link to a file outside, or for a pipe, device or folder.
+
+    Links in the cache of huggingface_hub are allowed.
+    """
     root = folder.resolve()
     blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
     for path in paths:
         real = path.resolve()
         if real != root / path.relative_to(folder) and real.parent != blobs:
             raise ValueError(f"{path} is a link to a file outside the folder; copy the file there")
+        check_regular(path)

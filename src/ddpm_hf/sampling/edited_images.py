@@ -13,7 +13,13 @@ from accelerate import PartialState
 from diffusers import ImagePipelineOutput
 from PIL import Image, ImageOps
 
-from ddpm_hf.diffusion.atomic_files import read_json, remove_folder, replacing_file, write_text
+from ddpm_hf.diffusion.atomic_files import (
+    check_regular,
+    read_json,
+    remove_folder,
+    replacing_file,
+    write_text,
+)
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 from ddpm_hf.diffusion.pipeline_editing import Conditioning, EditingOutput
 from ddpm_hf.digests import weights_digest
@@ -120,6 +126,7 @@ class _Pictures:
 
 def _open(path: Path) -> Image.Image:
     try:
+        check_regular(Path(path))
         with Image.open(path) as picture:
             return ImageOps.exif_transpose(picture).copy()
     except OSError as error:

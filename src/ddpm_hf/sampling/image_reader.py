@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_hf.diffusion.atomic_files import read_json
+from ddpm_hf.diffusion.atomic_files import check_regular, read_json
 from ddpm_hf.pictures import quantised
 from ddpm_hf.sampling.array_files import Array, Labels, read_array_file
 from ddpm_hf.sampling.output_paths import record_path
@@ -79,6 +79,8 @@ def open_drawn(path: str | Path, on_bad_image: str = "error") -> DrawnImages:
         for file in batch_files(path, SamplingSettings.from_dict(drawn.options)):
             unsealed(file)
         return drawn
+    if path.exists() and not path.is_dir():
+        check_regular(path)
     if path.suffix.lower() not in (".npz", ".npy"):
         return _open_pictures(path, on_bad_image)
     images, labels = read_array_file(path)

@@ -1,5 +1,7 @@
 """Sampling into a file or folder of a common format, resumed after an interruption."""
 
+import logging
+import shutil
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -8,7 +10,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-from ddpm_hf.diffusion.atomic_files import remove_folder
+from ddpm_hf.diffusion.atomic_files import deleted_folder, remove_folder
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 from ddpm_hf.inference_settings import OptimizedInference
 from ddpm_hf.locks import exclusive_folder
@@ -25,9 +27,16 @@ from ddpm_hf.sampling.output_paths import (
     holds_images,
     record_path,
 )
-from ddpm_hf.sampling.sampling_record import SamplingRecord, SamplingSettings, sampling_record
+from ddpm_hf.sampling.sampling_record import (
+    DamagedRecordError,
+    SamplingRecord,
+    SamplingSettings,
+    sampling_record,
+)
 from ddpm_hf.sampling.sharded_sampling import draw_batch_files, write_record
 from ddpm_hf.shared_work import distributed_state, on_main_process
+
+logger = logging.getLogger(__name__)
 
 
 @takes_options(DrawOptions)
@@ -77,6 +86,8 @@ def save_drawn(
     folder = batch_folder(output)
     with reserved_output(output, state):
         if on_main_process(state, lambda: _is_complete(output, record.settings, drawing.overwrite)):
+            if state.is_main_process:
+                shutil.rmtree(deleted_folder(folder), ignore_errors=True)  # of a killed process
             return False
         if is_picture(output):  # half a grid with other options is of no use
             drawing = replace(drawing, overwrite=True)
@@ -84,7 +95,8 @@ def save_drawn(
         if state.is_main_process:
             write_images(open_batch_files(folder), output, drawing.progress)
             if not is_picture(output):
-                write_record(record_path(output), record)
+                size = _bytes_of(output)
+                write_record(record_path(output), replace(record, output_bytes=size))
             remove_folder(folder)
     return True
 
@@ -102,18 +114,30 @@ def recorded_settings(output: Path, overwrite: bool) -> SamplingSettings | None:
     return None if record is None else record.settings
 
 
+def _bytes_of(output: Path) -> int:
+    """Size of a file, or of all numbered images of a folder."""
+    files = output.glob("[0-9]*.png") if output.is_dir() else [output]
+    return sum(file.stat().st_size for file in files)
+
+
 def _is_complete(output: Path, settings: SamplingSettings, overwrite: bool) -> bool:
     """Whether `output` holds these images; ValueError if it holds others that must be kept."""
     _check_kind(output)
-    incomplete = SamplingRecord.read(batch_folder(output) / RECORD_NAME)
-    complete = SamplingRecord.read(record_path(output))
+    try:
+        incomplete = SamplingRecord.read(batch_folder(output) / RECORD_NAME)
+    except DamagedRecordError:
+        return False  # the batches are sampled again
     if overwrite or (incomplete and incomplete.settings.difference(settings) is None):
         return False
+    complete = SamplingRecord.read(record_path(output))
     check_is_free(output)
     is_complete = complete is not None and holds_images(output)
     existing = complete if is_complete else None if is_picture(output) else incomplete
     if existing and (difference := existing.settings.difference(settings)):
         raise ValueError(f"{output} contains images with {difference}: {HINT}")
+    if complete and is_complete and complete.output_bytes not in (None, _bytes_of(output)):
+        logger.warning("%s is incomplete, and is sampled again", output)
+        return False
     return is_complete
 
 

@@ -3,6 +3,7 @@
 import mimetypes
 from pathlib import Path
 
+from ddpm_hf.diffusion.atomic_files import deleted_folder
 from ddpm_hf.pictures import is_picture
 
 ARRAY_FORMATS = (".npz", ".npy", ".parquet")
@@ -42,7 +43,12 @@ _STANDARD_TYPES = mimetypes.MimeTypes()  # without the files of this machine
 
 
 def check_is_free(output: Path) -> None:
-    """Raise ValueError if `output` holds images without a record."""
+    """Raise ValueError if `output` holds images without a record.
+
+    A grid whose batches were being removed when its command was killed is drawn again.
+    """
+    if is_picture(output) and deleted_folder(batch_folder(output)).exists():
+        return
     if holds_images(output) and not record_path(output).is_file():
         what = "exists" if output.is_file() else "contains images"
         raise ValueError(f"{output} {what} already: {HINT}")

@@ -97,6 +97,7 @@ class SamplingRecord:
         optimized: result of `optimize` as JSON values.
         versions: versions of the libraries.
         seconds_per_image: median over batches of the time per image in one process.
+        output_bytes: size of the complete output.
     """
 
     settings: SamplingSettings
@@ -106,6 +107,7 @@ class SamplingRecord:
     optimized: Mapping[str, Any] | None = None
     versions: Mapping[str, str] | None = None
     seconds_per_image: float | None = None
+    output_bytes: int | None = None
 
     @classmethod
     def read(cls, path: Path) -> Self | None:
@@ -140,8 +142,9 @@ class SamplingRecord:
         """The record as JSON values."""
         values = {"format_version": 1, **vars(self), "settings": self.settings.to_dict()}
         ordered = {name: values.pop(name) for name in ("format_version", "model", "settings")}
-        if self.seconds_per_image is None:
-            del values["seconds_per_image"]
+        for name in ("seconds_per_image", "output_bytes"):
+            if values[name] is None:
+                del values[name]
         return ordered | values
 
 

@@ -4,8 +4,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import NoReturn
 
-import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
@@ -16,6 +16,7 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 
+from ddpm_hf.backend_settings import is_out_of_memory
 from ddpm_hf.training.config import TrainingConfig
 from ddpm_hf.training.errors import ConfigError, TrainingError
 from ddpm_hf.training.rank_coordination import (
@@ -133,16 +134,22 @@ def resources_as_training_errors(accelerator: Accelerator) -> Iterator[None]:
     """Turn out-of-memory and compiler errors into a TrainingError of one line with the fix."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise_compiler_error(error)
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         steps = 2 * accelerator.gradient_accumulation_steps
         raise TrainingError(
-            f"out of memory: {error}. Resume with `gradient_accumulation_steps` {steps}, which "
+            f"out of memory: {reason}. Resume with `gradient_accumulation_steps` {steps}, which "
             "halves the number of images in memory and keeps the batch"
         ) from error
-    except RuntimeError as error:
-        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            raise
-        reason = str(error).strip().partition("\n")[0]
-        raise TrainingError(
-            f"the network could not be compiled: {reason}; train it without `compile`"
-        ) from error
+
+
+def raise_compiler_error(error: Exception) -> NoReturn:
+    """Raise a TrainingError for an error of the compiler, and any other error as it is."""
+    if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        raise error
+    reason = str(error).strip().partition("\n")[0]
+    raise TrainingError(
+        f"the network could not be compiled: {reason}; train it without `compile`"
+    ) from error

@@ -115,7 +115,9 @@ def check_runs(unet: UNet2DModel) -> None:
     labels = None if unet.class_embedding is None else zero
     try:
         output = unet.eval()(x_t, zero, class_labels=labels).sample
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+    except (
+        ArithmeticError, RuntimeError, ValueError, TypeError, IndexError, AttributeError,
+    ) as error:  # fmt: skip
         raise ConfigError(
             f"the network does not run on {width}x{height} images: {error}"
         ) from error

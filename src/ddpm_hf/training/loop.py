@@ -16,6 +16,7 @@ from diffusers import UNet2DModel
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ddpm_hf.backend_settings import is_out_of_memory
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.hub.background_push import BackgroundPusher
 from ddpm_hf.losses import Loss
@@ -251,7 +252,11 @@ def _train_loop(
 
 def _raise_read_error(failure: Exception | None, run: Run) -> NoReturn:
     """Raise the same error on all ranks, with the reason of a rank that could not read images."""
-    reasons = gather_object([f"{failure}" if failure else ""])
+    reason = str(failure) or type(failure).__name__ if failure else ""
+    if failure and is_out_of_memory(failure):
+        steps = 2 * run.config.gradient_accumulation_steps
+        reason = f"out of memory: {reason}; resume with `gradient_accumulation_steps` {steps}"
+    reasons = gather_object([reason])
     raise TrainingError(
         f"no images for update {run.state.step + 1}: {next(filter(None, reasons))}. The updates "
         "before it are saved; train again with the same options to resume"

@@ -63,7 +63,10 @@ class DataOptions(Options):
         "error", "unreadable images: list them and stop before training, or skip them"
     )
     dataloader_num_workers: int | None = option(
-        None, "worker processes that load batches (default: 4 with a GPU, else 0)", minimum=0
+        None,
+        "worker processes that load batches (default: 4 with a GPU, else 0)",
+        minimum=0,
+        maximum=1024,
     )
 
 
@@ -139,6 +142,7 @@ class OptimizationOptions(Options):
         "images per optimizer update, summed over all processes and accumulation steps, so that a "
         "recipe trains the same model on one GPU and on eight (default: proposed)",
         minimum=1,
+        maximum=1_000_000,
     )
     gradient_accumulation_steps: int = option(
         1, "micro-batches per process in an optimizer update", minimum=1
@@ -226,7 +230,10 @@ class PeriodicEvaluationOptions(Options):
         minimum=1,
     )
     evaluate_num_images: int = option(
-        256, "number of images generated for it, in `sample_inference_steps` steps", minimum=4
+        256,
+        "number of images generated for it, in `sample_inference_steps` steps",
+        minimum=4,
+        maximum=1_000_000,
     )
     evaluate_features: str | None = option(
         None,
@@ -249,7 +256,9 @@ class OutputOptions(Options):
     sample_steps: int | None = option(
         None, "updates between two sample grids (default: proposed)", minimum=1
     )
-    num_samples: int = option(16, "images in a sample grid; 0 turns grids off", minimum=0)
+    num_samples: int = option(
+        16, "images in a sample grid; 0 turns grids off", minimum=0, maximum=10_000
+    )
     sample_inference_steps: int = option(
         50, "denoising steps of a sample grid, with deterministic DDIM", minimum=1
     )

@@ -5,7 +5,6 @@ from collections.abc import Generator
 from itertools import islice
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader
 
 from ddpm_hf.data import read_batches
@@ -34,8 +33,6 @@ class ReadAhead:
         """Read the micro-batches of the next update."""
         try:
             self.micro_batches = list(islice(self._source, self._num_per_update))
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
         except Exception as error:  # a dataset may raise anything; the state is saved first
             self.failure = error
             # Tracebacks keep the DataLoader workers alive, which inherit the lock of the run.

@@ -14,7 +14,7 @@ from accelerate.utils import DynamoBackend
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from ddpm_hf.backend_settings import is_channels_last, tf32_operations
+from ddpm_hf.backend_settings import is_channels_last, is_out_of_memory, tf32_operations
 from ddpm_hf.diffusion.tensor_ops import Denoiser
 from ddpm_hf.paths import RunPaths
 from ddpm_hf.randomness import Batches
@@ -24,6 +24,7 @@ from ddpm_hf.training.config import ResolvedConfig
 from ddpm_hf.training.cpu_threads import CpuThreads
 from ddpm_hf.training.dataset_setup import Selection
 from ddpm_hf.training.errors import ConfigError
+from ddpm_hf.training.run_folder import CheckpointError
 from ddpm_hf.training.signals import StopSignal
 from ddpm_hf.training.state import CheckpointRecord, TrainState, read_record, read_tensors
 
@@ -182,7 +183,16 @@ def start_run(
     if checkpoint is not None:
         record = read_record(checkpoint)
         _check_resumable(config, components, record)
-        state.restore(read_tensors(checkpoint), record)
+        try:
+            state.restore(read_tensors(checkpoint), record)
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise CheckpointError(
+                f"{checkpoint} does not hold the state of this run: {reason:.300}; move it away to"
+                " resume from the one before"
+            ) from error
     threads = CpuThreads(config.num_threads, record, accelerator)
     # After every check: the wrapper is freed by `free_gradient_reducer`, once there is a run.
     model, prepared_optimizer = accelerator.prepare(unet, optimizer)

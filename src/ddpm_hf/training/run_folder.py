@@ -66,6 +66,9 @@ def run_lock(paths: RunPaths) -> Iterator[None]:
 
 def _refuse_foreign_files(paths: RunPaths) -> None:
     written = (paths.model.root, paths.config, paths.metrics)
+    for path in (paths.config, paths.metrics):
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path} is not a regular file; choose another `output_dir`")
     foreign = [path.name for path in written if path.exists()]
     if foreign and not paths.is_run():
         raise CheckpointError(

@@ -279,6 +279,8 @@ def verify_checkpoint(path: Path) -> None:
     if actual != set(listed):
         raise CheckpointError(f"{path}: missing or extra files {sorted(actual ^ set(listed))}")
     for name, entry in listed.items():
+        if not (path / name).is_file():
+            raise CheckpointError(f"{path / name} is not a regular file")
         if _digest(path / name) != entry:
             raise CheckpointError(f"{path / name}: content differs from {_MANIFEST}")
     read_record(path)

@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ddpm_hf.backend_settings import is_out_of_memory
 from ddpm_hf.data.labels import NO_LABEL
 from ddpm_hf.text import counted
 from ddpm_hf.training.errors import TrainingError
@@ -79,7 +80,9 @@ def _fits_memory(run: Run) -> bool:
         if not run.state.optimizer.state:
             moments = [torch.empty_like(p) for p in parameters for _ in range(2)]
         trial_pass(run)
-    except torch.OutOfMemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         fits = False
     del moments
     run.state.unet.zero_grad(set_to_none=True)

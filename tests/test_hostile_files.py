@@ -1,0 +1,328 @@
+"""Special files, secrets, memory and damaged files: one line each, and never a hang."""
+
+import hashlib
+import json
+import os
+import time
+
+import numpy as np
+import pytest
+import tiny_runs
+import torch
+from checkpoints import SHORT_CHAIN, tiny_unet
+from image_sets import folder_of
+from image_zoo import encode
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from tiny_runs import metrics, run, tiny_images
+
+from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler
+from ddpm_hf.backend_settings import is_out_of_memory
+from ddpm_hf.cli import main, run_command
+from ddpm_hf.data import DataError, load_images
+from ddpm_hf.diffusion.atomic_files import deleted_folder
+from ddpm_hf.sampling import open_drawn
+from ddpm_hf.text import without_secrets
+from ddpm_hf.training import CheckpointError, TrainingError
+from ddpm_hf.training.state import find_checkpoint
+
+
+@pytest.fixture
+def model(tmp_path):
+    unet = tiny_unet(in_channels=1, out_channels=1)
+    folder = tmp_path / "model"
+    GaussianDDPMPipeline(unet, GaussianDDPMScheduler(**SHORT_CHAIN)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def fails_in_one_line(capsys):
+    def check(arguments, status=2):
+        start = time.monotonic()
+        assert main(list(map(str, arguments))) == status
+        assert time.monotonic() - start < 20
+        error = capsys.readouterr().err
+        assert "Traceback" not in error
+        assert "ddpm-hf: error: " in error.splitlines()[-1]
+        return error.splitlines()[-1]
+
+    return check
+
+
+def special(path, kind):
+    path.unlink(missing_ok=True)
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+
+
+FILES = [
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+]
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_special_file_in_a_model_is_refused(name, kind, model, fails_in_one_line):
+    special(model / name, kind)
+    fails_in_one_line(["sample", model, "--output", model.parent / "x"])
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device"])
+@pytest.mark.parametrize("name", ["x.npz", "x.npy", "x.parquet"])
+def test_special_files_of_images_are_refused(name, kind, tmp_path):
+    special(tmp_path / name, kind)
+    with pytest.raises(ValueError, match="is not a regular file"):
+        open_drawn(tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device"])
+def test_a_special_recipe_is_refused(kind, tmp_path, fails_in_one_line):
+    special(tmp_path / "recipe.yaml", kind)
+    fails_in_one_line(["train", tmp_path, "--config", tmp_path / "recipe.yaml"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &a [1]\nb: *a\n",
+        "a: " + "[" * 50_000,
+        "a: 1\n" * 100_000,
+        "a: \udcff",
+        "- 1",
+        "{",
+        "7: 1",
+    ],
+)
+def test_a_recipe_that_costs_time_or_is_invalid_is_refused(text, tmp_path, fails_in_one_line):
+    (tmp_path / "recipe.yaml").write_text(text, errors="surrogateescape")
+    fails_in_one_line(["train", tmp_path, "--config", tmp_path / "recipe.yaml"])
+
+
+@pytest.mark.parametrize(
+    "name", ["metadata.csv", "metadata.jsonl", "dataset.json", "x.png", "a.txt"]
+)
+def test_a_special_file_in_an_image_folder_is_named(name, tmp_path):
+    folder_of(tmp_path / "photos", {"0.png": encode(np.zeros((8, 8), np.uint8))})
+    special(tmp_path / "photos" / name, "fifo")
+    with pytest.raises(DataError, match=f"{name}' is not a regular file"):
+        load_images(str(tmp_path / "photos"))
+
+
+def test_metadata_with_a_very_long_line_is_not_read_to_its_end(tmp_path):
+    folder_of(tmp_path / "photos", {"0.png": encode(np.zeros((8, 8), np.uint8))})
+    with (tmp_path / "photos" / "metadata.jsonl").open("w") as file:
+        file.write('{"file_name": "' + "x" * 50_000_000)
+    start = time.monotonic()
+    assert len(load_images(str(tmp_path / "photos"))) == 1
+    assert time.monotonic() - start < 10
+
+
+def test_a_checkpoint_with_a_special_file_is_skipped(tmp_path):
+    run(tmp_path)
+    newest = tmp_path / "checkpoints" / "step-00000006"
+    special(newest / "state.json", "fifo")
+    assert find_checkpoint(tmp_path / "checkpoints").name == "step-00000004"
+
+
+LIES = {
+    "unet.safetensors": {},
+    "ema.safetensors": {"x": torch.zeros(1)},
+    "optimizer.safetensors": {"x": torch.zeros(1)},
+}
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_a_checkpoint_whose_manifest_matches_but_lies_is_refused_in_one_line(name, tmp_path):
+    run(tmp_path)
+    newest = tmp_path / "checkpoints" / "step-00000006"
+    save_file(LIES[name], newest / name)
+    content = (newest / name).read_bytes()
+    manifest = json.loads((newest / "manifest.json").read_text())
+    manifest["files"][name] = {
+        "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()
+    }  # fmt: skip
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="does not hold the state of this run") as error:
+        run(tmp_path, max_train_steps=8)
+    assert "\n" not in str(error.value)
+
+
+CONFIGS = [
+    {"quantization_config": {"load_in_8bit": True}},
+    {"block_out_channels": [4, 4]},
+    {"block_out_channels": {"a": 1}},
+    {"sample_size": [1, 2, 3]},
+    {"norm_num_groups": 0},
+    {"act_fn": "none"},
+    {"down_block_types": "DownBlock2D"},
+    {"attention_head_dim": 0},
+    {"in_channels": "1"},
+    {"num_class_embeds": -1},
+    {"_ddpm_hf": []},
+    {"_ddpm_hf": {"format_version": 1, "image": []}},
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: next(iter(config)))
+def test_a_damaged_network_configuration_is_refused_in_one_line(config, model, fails_in_one_line):
+    path = model / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    fails_in_one_line(["sample", model, "--output", model.parent / "x"])
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    "text", ["", "null", "[]", "{", "[" * 100_000, '{"a": ' * 10_000, "\udcff", "7"]
+)
+def test_damaged_files_of_a_model_are_refused_in_one_line(name, text, model, fails_in_one_line):
+    (model / name).write_text(text, errors="surrogateescape")
+    fails_in_one_line(["sample", model, "--output", model.parent / "x"])
+
+
+TOKENS = [
+    "hf_" + "a" * 34, "ghp_" + "b" * 36, "gho_" + "c" * 36, "github_pat_" + "d" * 30,
+    "glpat-" + "e" * 20, "sk-" + "f" * 40, "api_org_" + "g" * 34, "AKIA" + "A" * 16,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("token", TOKENS)
+@pytest.mark.parametrize(
+    "form", ["{}", "https://user:{}@host/x", "user/{}", "https://h/x?token={}"]
+)
+def test_no_message_shows_a_secret(token, form, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    name = form.format(token)
+    for arguments in (
+        ["sample", name, "--output", "x"],
+        ["train", ".", "--pretrained", name, "--output-dir", "run"],
+        ["evaluate", "a.npz", ".", "--features", name],
+        ["train", name],
+    ):
+        main(arguments)
+    printed = capsys.readouterr()
+    assert token not in printed.out + printed.err
+
+
+def test_secrets_of_the_environment_and_of_settings_are_hidden(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "a-very-own-token")
+    text = without_secrets("x a-very-own-token password=hunter2 api_key: 12345 secret=y")
+    assert not any(secret in text for secret in ("own-token", "hunter2", "12345", "=y"))
+
+
+ERRORS = [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("CUDA error: out of memory\nCompile with ..."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"),
+    RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+    RuntimeError("std::bad_alloc"),
+    MemoryError(),
+    np._core._exceptions._ArrayMemoryError((1,), np.dtype("u1")),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_every_out_of_memory_error_is_one_line(error, tmp_path, capsys, monkeypatch):
+    assert is_out_of_memory(error)
+
+    def fail(*_, **__):
+        raise error
+
+    assert run_command(fail, []) == 1
+    assert capsys.readouterr().err.startswith("ddpm-hf: error: out of memory: ")
+    unet = tiny_runs.tiny_unet()
+    unet.register_forward_pre_hook(lambda module, args: fail() if module.training else None)
+    with pytest.raises(TrainingError, match="out of memory"):
+        run(tmp_path, unet=unet)
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_images_that_exhaust_the_memory_still_save_the_updates_before(error, tmp_path):
+    class Images:
+        reads = 0
+
+        def __len__(self):
+            return 11
+
+        def __getitem__(self, index):
+            self.reads += 1
+            if self.reads > 4 * 3:
+                raise error
+            return tiny_images()[index]
+
+    with pytest.raises(TrainingError, match="before it are saved"):
+        run(tmp_path, dataset=Images(), checkpointing_steps=100)
+    assert find_checkpoint(tmp_path / "checkpoints") is not None
+    assert metrics(tmp_path)
+
+
+def test_other_runtime_errors_are_not_hidden():
+    def fail(argv):
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_command(fail, [])
+
+
+def test_an_error_of_safetensors_is_one_line(capsys):
+    def fail(argv):
+        raise SafetensorError("No space left on device")
+
+    assert run_command(fail, []) == 1
+    assert capsys.readouterr().err == "ddpm-hf: error: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", ".", "--batch-size", "1000000000"],
+        ["train", ".", "--dataloader-num-workers", "1000000000"],
+        ["train", ".", "--num-samples", "1000000000"],
+        ["train", ".", "--evaluate-num-images", "1000000000"],
+        ["sample", "m", "--num-images", "1000000000"],
+        ["sample", "m", "--batch-size", "1000000000"],
+        ["evaluate", "m", ".", "--num-images", "1000000000"],
+        ["evaluate", "m", ".", "--batch-size", "1000000000"],
+        ["calibrate", "m", ".", "--num-images", "1000000000"],
+    ],
+    ids=" ".join,
+)
+def test_numbers_that_no_machine_can_hold_are_refused(arguments, fails_in_one_line):
+    assert "must be" in fails_in_one_line(arguments)
+
+
+def sample(model, output, *more):
+    arguments = ["sample", str(model), "--num-images", "5", "--batch-size", "2", "--output"]
+    return main([*arguments, str(output), "--num-inference-steps", "2", *more])
+
+
+@pytest.mark.filterwarnings("ignore:`timestep_spacing`")
+@pytest.mark.parametrize("name", ["x.npz", "grid.png", "folder"])
+def test_leftovers_of_a_command_that_was_killed_at_its_end_are_removed(name, model, tmp_path):
+    out = tmp_path / "out"
+    assert sample(model, out / name) == 0
+    leftover = deleted_folder(out / f"{name}.parts")
+    leftover.mkdir()
+    (leftover / "part-000000.npy").write_text("x")
+    assert sample(model, out / name) == 0
+    assert not leftover.exists()
+    assert not list(out.glob("*.parts"))
+
+
+@pytest.mark.filterwarnings("ignore:`timestep_spacing`")
+@pytest.mark.parametrize("name", ["x.npz", "x.npy", "x.parquet", "folder"])
+def test_a_truncated_output_is_sampled_again(name, model, tmp_path):
+    assert sample(model, tmp_path / name) == 0
+    file = tmp_path / name
+    file = sorted(file.glob("*.png"))[2] if file.is_dir() else file
+    content = file.read_bytes()
+    file.write_bytes(content[:-30])
+    assert sample(model, tmp_path / name) == 0
+    assert file.read_bytes() == content
