@@ -27,6 +27,7 @@ FLOORS = (
         "option_parser",
         "options",
         "paths",
+        "process_watch",
         "randomness",
         "run_record",
         "scheduler_spec",

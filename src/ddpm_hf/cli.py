@@ -15,6 +15,7 @@ from ddpm_hf.commands.messages import (
     say,
 )
 from ddpm_hf.hub.options import check_endpoint
+from ddpm_hf.process_watch import watch_launcher
 from ddpm_hf.text import check_local_path
 
 COMMANDS = {
@@ -72,6 +73,7 @@ def run_command(
             their own.
     """
     escape_unencodable_output()
+    watch_launcher()
     try:
         with command_messages(options):
             words = list(sys.argv[1:] if argv is None else argv)

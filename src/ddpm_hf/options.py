@@ -38,6 +38,7 @@ def option(
     *,
     minimum: float | None = None,
     maximum: float | None = None,
+    limit: float | None = None,
     choices: Iterable[Any] | None = None,
     convert: Callable[[Any], Any] | None = None,
     metavar: str | tuple[str, ...] | None = None,
@@ -54,6 +55,7 @@ def option(
         help: one sentence for `--help`, with units and the meaning of None; other options are named
             in backticks.
         minimum, maximum: inclusive bounds of a number, or of each number in a list.
+        limit: largest number that a machine can be asked for; named only where it is exceeded.
         choices: valid values, where the annotation is not a `Literal`.
         convert: returns the value to keep, or raises ValueError; for each item of a list.
         metavar: placeholder of the value in `--help`; a tuple for a fixed number of values.
@@ -129,6 +131,7 @@ class Options:
             self._check_type(name, kinds, value)
         for number in items:
             self._check_bounds(name, number, facts.get("minimum"), facts.get("maximum"))
+            self._check_bounds(name, number, None, facts.get("limit"))
         if (convert := facts.get("convert")) is None:
             return value
         try:

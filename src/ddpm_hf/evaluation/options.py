@@ -27,7 +27,7 @@ class BatchOptions(Options):
     """Batch size of the network calls."""
 
     batch_size: int = option(
-        64, "images per batch, as memory allows", minimum=1, maximum=1_000_000, metavar="N"
+        64, "images per batch, as memory allows", minimum=1, limit=1_000_000, metavar="N"
     )
 
 
@@ -100,7 +100,7 @@ class DataSelection(Options):
         "number of images, chosen by the seed: real ones for bits/dim (default: all), drawn ones"
         " for the other metrics (default: as many as there are real ones, at most 10,000)",
         minimum=1,
-        maximum=100_000_000,
+        limit=100_000_000,
         metavar="N",
     )
     seed: int = option(
@@ -199,7 +199,7 @@ class CalibrationOptions(LoadOptions, BatchOptions, DataOptions, FeatureOptions)
         None,
         "number of images, chosen by the seed (default: 256, or all if fewer)",
         minimum=1,
-        maximum=100_000_000,
+        limit=100_000_000,
         metavar="N",
     )
     timesteps: bool = option(

@@ -17,7 +17,7 @@ class ImageOptions(Options):
 
     _argument_group_name: ClassVar[str] = "images"
 
-    num_images: int = option(16, "number of images", minimum=1, maximum=100_000_000)
+    num_images: int = option(16, "number of images", minimum=1, limit=100_000_000)
     seed: int = option(0, "seed of the noise; image i depends on the seed and i only")
     class_labels: list[int | str] | None = option(
         None,
@@ -65,7 +65,7 @@ class StepOptions(Options):
         minimum=0,
         maximum=1,
     )
-    batch_size: int = option(16, "images per batch, as memory allows", minimum=1, maximum=1_000_000)
+    batch_size: int = option(16, "images per batch, as memory allows", minimum=1, limit=1_000_000)
 
 
 @dataclass(frozen=True, kw_only=True)

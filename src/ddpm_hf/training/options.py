@@ -66,7 +66,7 @@ class DataOptions(Options):
         None,
         "worker processes that load batches (default: 4 with a GPU, else 0)",
         minimum=0,
-        maximum=1024,
+        limit=1024,
     )
 
 
@@ -142,7 +142,7 @@ class OptimizationOptions(Options):
         "images per optimizer update, summed over all processes and accumulation steps, so that a "
         "recipe trains the same model on one GPU and on eight (default: proposed)",
         minimum=1,
-        maximum=1_000_000,
+        limit=1_000_000,
     )
     gradient_accumulation_steps: int = option(
         1, "micro-batches per process in an optimizer update", minimum=1
@@ -233,7 +233,7 @@ class PeriodicEvaluationOptions(Options):
         256,
         "number of images generated for it, in `sample_inference_steps` steps",
         minimum=4,
-        maximum=1_000_000,
+        limit=1_000_000,
     )
     evaluate_features: str | None = option(
         None,
@@ -257,7 +257,7 @@ class OutputOptions(Options):
         None, "updates between two sample grids (default: proposed)", minimum=1
     )
     num_samples: int = option(
-        16, "images in a sample grid; 0 turns grids off", minimum=0, maximum=10_000
+        16, "images in a sample grid; 0 turns grids off", minimum=0, limit=10_000
     )
     sample_inference_steps: int = option(
         50, "denoising steps of a sample grid, with deterministic DDIM", minimum=1
