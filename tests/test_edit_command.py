@@ -61,7 +61,7 @@ def test_inpainting_keeps_the_black_part_and_shows_where_draws_differ(models, fi
     assert std[:, :half].max() == 0 < std[:, half:].max()
     record = json.loads((output / "edit.json").read_text())
     assert record["kind"] == "inpaint"
-    assert record["settings"]["method"] == "covariance"
+    assert record["settings"]["method"] == "repaint"
     assert str(files) not in (output / "edit.json").read_text()
     printed = capsys.readouterr().out
     assert "3 images in" in printed

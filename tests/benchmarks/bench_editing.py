@@ -14,7 +14,7 @@ method. Without `--model`, trains the model of training/demo.py first. Columns:
     ms        CPU milliseconds of each draw, on one thread
 
 A classifier of the visible halves alone gives the share of the class that is possible: the mean of
-its probability of the true class. The calibration is measured on 8 training digits.
+its probability of the true class. `--num-calibrated` training digits give the calibration.
 """
 
 import argparse
@@ -168,6 +168,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=demo.NUM_STEPS, help="of the training")
     parser.add_argument("--num-digits", type=int, default=36, help="half-hidden digits")
     parser.add_argument("--num-draws", type=int, default=8, help="draws of each digit")
+    parser.add_argument("--num-calibrated", type=int, default=8, help="digits of the calibration")
     parser.add_argument("--steps", type=int, nargs="+", default=[25, 50], help="values of K")
     options: argparse.Namespace = parser.parse_args()
     torch.set_num_threads(options.threads or 1)
@@ -194,7 +195,7 @@ def main() -> None:
     print(f"\n{'':26}{'K':>4}{'class':>8}{'MSE':>8}{'energy':>8}{'coverage':>10}{'calls':>7}"
           f"{'VJP':>6}{'ms':>7}")  # fmt: skip
     generator = torch.Generator().manual_seed(0)
-    clean = torch.from_numpy(known[:8].reshape(-1, 1, 8, 8) / 8 - 1).float()
+    clean = torch.from_numpy(known[: options.num_calibrated].reshape(-1, 1, 8, 8) / 8 - 1).float()
     calibrated = calibrate(
         pipeline.unet, pipeline.scheduler, clean, generator=generator, decoder="continuous",
         progress=False,

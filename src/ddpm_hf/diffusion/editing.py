@@ -47,7 +47,7 @@ def inpaint(
     *,
     num_inference_steps: int | None = None,
     timesteps: Sequence[int] | None = None,
-    method: str = "covariance",
+    method: str = "repaint",
     jump_length: int = 10,
     jump_n_sample: int = 10,
     eta: float = 1.0,
@@ -56,11 +56,13 @@ def inpaint(
 ) -> Tensor:
     """Samples of the masked values of `x_0`, given the others.
 
-    "covariance" draws x_0 from p(x_0 | x_t, known values) at every step, a Gaussian whose mean is
-    the network's estimate and whose covariance follows from its Jacobian, and takes the posterior
-    step from there. Each step costs one network call and 2 * NUM_ITERATIONS + 1 vector-Jacobian
-    products. "repaint" puts the noised known values in place at every step, and repeats every
-    `jump_length` steps `jump_n_sample` times; each step costs one network call.
+    "repaint" puts the noised known values in place at every step, and repeats every `jump_length`
+    steps `jump_n_sample` times; each step costs one network call. With `x_0_mse` in the scheduler,
+    `jump_length` 1 is the most accurate. "covariance" draws x_0 from p(x_0 | x_t, known values) at
+    every step, a Gaussian whose mean is the network's estimate and whose covariance follows from
+    its Jacobian, and takes the posterior step from there; each step costs one network call and
+    2 * NUM_ITERATIONS + 1 vector-Jacobian products. It is the more accurate one for an exact
+    denoiser.
 
     Args:
         denoiser: callable (x_t, t); differentiable for "covariance".
@@ -70,7 +72,7 @@ def inpaint(
         mask: 1 where values are drawn, 0 where they are known; broadcasts to `x_0`.
         num_inference_steps: K; None for all training timesteps.
         timesteps: the timesteps in place of their number, strictly descending.
-        method: "covariance" or "repaint".
+        method: "repaint" or "covariance".
         jump_length: steps of the trajectory that "repaint" goes back at a time.
         jump_n_sample: passes of "repaint" over each of these parts; 1 for no repetition.
         eta: scale of the noise of a step, in [0, 1]; 1 is DDPM, 0 DDIM.

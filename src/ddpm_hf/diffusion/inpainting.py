@@ -20,7 +20,7 @@ Denoiser = tensor_ops.Denoiser
 Generators = tensor_ops.Generators
 GaussianDDPMScheduler = scheduling.GaussianDDPMScheduler
 
-METHODS = ("covariance", "repaint")
+METHODS = ("repaint", "covariance")
 # Conjugate gradients and Lanczos steps of one denoising step. The covariance of x_0 given x_t is
 # nearly a multiple of the identity at low noise and of low rank at high noise: few suffice. More
 # follow the errors of a trained network's Jacobian (docs/editing.md).

@@ -80,7 +80,7 @@ class EditingMethods(portable_pipeline.PortablePipeline):
         generator: Generators = None,
         num_inference_steps: int | None = None,
         timesteps: Sequence[int] | None = None,
-        method: str = "covariance",
+        method: str = "repaint",
         jump_length: int = 10,
         jump_n_sample: int = 10,
         eta: float = 1.0,

@@ -54,10 +54,10 @@ class EditOptions(Options):
     num_inference_steps: int | None = option(
         None, "number of steps K (default: 50)", minimum=1, metavar="K"
     )
-    method: Literal["covariance", "repaint"] = option(
-        "covariance",
-        "inpainting: covariance conditions on the known pixels by the network's Jacobian, at the"
-        " cost of about 10 network evaluations a step; repaint repeats steps",
+    method: Literal["repaint", "covariance"] = option(
+        "repaint",
+        "inpainting: repaint repeats steps; covariance conditions on the known pixels by the"
+        " network's Jacobian, at the cost of about 10 network evaluations a step",
     )
     jump_length: int = option(10, "repaint: steps that are repeated at a time", minimum=1)
     jump_n_sample: int = option(10, "repaint: passes over them", minimum=1)
