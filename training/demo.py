@@ -156,7 +156,7 @@ def picture_few_steps(pipeline: GaussianDDPMPipeline, path: Path) -> None:
     numbers = (len(scheduler), *FEW_STEPS)
     # Few steps must start at the noisiest timestep, too.
     pipeline.scheduler = scheduler.from_config(scheduler.config, timestep_spacing="trailing")
-    figure, axes = plt.subplots(1, len(numbers), figsize=(13, 5), layout="constrained")
+    figure, axes = plt.subplots(1, len(numbers), figsize=(13, 4.7), layout="constrained")
     for axis, num_steps in zip(axes, numbers, strict=True):
         pipeline.set_progress_bar_config(desc=f"{num_steps:,} steps")
         generator, began = torch.Generator().manual_seed(0), time.monotonic()
