@@ -111,7 +111,7 @@ def test_five_channels_are_saved_as_a_grid_or_an_array(models, tmp_path, capsys)
     assert "the 5 channels of this model" in error
     assert "choose a path that ends in .npz" in error
     sample(five, "--num-images", "1", "--output", str(tmp_path / "grid.png"))
-    assert Image.open(tmp_path / "grid.png").size == (5 * 16, 16)  # the channels side by side
+    assert Image.open(tmp_path / "grid.png").size == (5 * 48, 48)  # the channels side by side
     sample(five, "--num-images", "2", "--output", str(tmp_path / "x"), "--format", "npz")
     with np.load(tmp_path / "x.npz") as file:
         assert file["arr_0"].shape == (2, 8, 8, 5)
