@@ -185,6 +185,16 @@ def test_known_values_come_back_bit_by_bit_in_the_dtype_of_the_image(method, gen
     assert not torch.equal(samples[:, DRAWN], x_0[:, DRAWN])
 
 
+def test_the_covariance_method_starts_from_pure_noise(generator):
+    x_0, mask = problem(3)
+    ours = scheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    samples = inpaint(
+        lambda x_t, t: 0.5 * x_t, ours, x_0, mask, method="covariance", num_inference_steps=5,
+        generator=generator, progress=False,
+    )  # fmt: skip
+    assert samples.isfinite().all()
+
+
 @pytest.mark.parametrize("method", ["covariance", "repaint"])
 def test_a_sample_depends_on_its_generator_and_not_on_its_batch(method):
     x_0, mask = problem(4)
