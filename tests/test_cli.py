@@ -197,8 +197,12 @@ def test_a_resume_error_ends_with_options_for_a_new_run(tmp_path, monkeypatch, c
     same = ["train", "--config", "runs/photos/config.yaml", "--learning-rate", "2e-3"]
     assert main(same) == 2
     *_, hint = capsys.readouterr().err.strip().split(": add ")
-    assert hint == "--pretrained runs/photos/model --output-dir runs/photos-2"
-    assert main([*same, *hint.split()]) == 0
+    assert hint == (
+        "--output-dir runs/photos-2 for a new network, and also --pretrained runs/photos/model to"
+        " fine-tune the weights"
+    )
+    fine_tuned = ["--output-dir", "runs/photos-2", "--pretrained", "runs/photos/model"]
+    assert main([*same, *fine_tuned]) == 0
     assert Path("runs/photos-2/model/model_index.json").is_file()
     # More images need a new run, too.
     Image.new("RGB", (8, 8), (50, 0, 0)).save("photos/more.png")

@@ -242,7 +242,7 @@ def test_allow_pickle_loads_pickled_weights(models, tmp_path, capsys):
         ("RGB", ["--class-labels", "cat"], "leave out --class-labels"),
         ("RGB", ["--guidance-scale", "2"], "--guidance-scale"),
         ("classes", ["--class-labels", "dog"], "'cat', '7'"),
-        ("classes", ["--class-labels", "3"], "[0, 2]"),
+        ("classes", ["--class-labels", "3"], "[0, 1]"),
         ("RGB", ["--scheduler", "EulerDiscrete", "--eta", "0"], "--eta"),
         ("RGB", ["--num-inference-steps", "61"], "--num-inference-steps must be"),
         ("RGB", ["--num-inference-steps", "0"], "--num-inference-steps must be at least 1, got 0"),

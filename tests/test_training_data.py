@@ -96,7 +96,7 @@ def test_a_run_inside_its_dataset_resumes_without_training_on_its_samples(tmp_pa
     assert result.num_steps == 2
     data = json.loads((result.model_dir / "training.json").read_text())["dataset"]
     assert data["num_images"] == 4
-    assert data["left_out"] == {"in folders of training runs": 2}
+    assert data["left_out"] == {"in folders of training runs": 4}
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 8), (8, 1)])

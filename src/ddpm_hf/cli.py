@@ -12,6 +12,7 @@ from ddpm_hf.commands import calibrate, convert, edit, evaluate, push, sample, t
 from ddpm_hf.commands.messages import (
     command_messages,
     escape_unencodable_output,
+    is_stdout_closed,
     say,
 )
 from ddpm_hf.hub.options import check_endpoint
@@ -85,6 +86,8 @@ def run_command(
             sys.stdout.flush()
             return status
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and is_stdout_closed():
+            return 128 + signal.SIGPIPE
         if (text := _one_line(error)) is None:
             raise
         # If the first process hangs, another one reports the error.

@@ -10,6 +10,7 @@ import logging
 import random
 import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 from urllib.parse import urlsplit
@@ -33,6 +34,7 @@ E = TypeVar("E", bound=BaseException)
 WAITS_S: Sequence[float] = (1.0, 2.0, 4.0, 8.0, 16.0)
 MAX_RETRY_AFTER_S = 60.0
 CONNECTION_TIMEOUT_S = 5.0
+RESTART_WAITS_S = (0.5, 1.0, 1.5, None)
 TOKEN_HELP = "run `hf auth login` or set HF_TOKEN (https://huggingface.co/settings/tokens)"
 
 _logger = logging.getLogger(__name__)
@@ -80,7 +82,7 @@ def retry(
 
 
 def check_connection(repo_id: str) -> None:
-    """Check that the Hub can be connected to, without retries.
+    """Check that the Hub can be connected to, waiting a few seconds for one that restarts.
 
     huggingface_hub repeats requests without a connection for half a minute, with two lines of log
     for each.
@@ -96,10 +98,15 @@ def check_connection(repo_id: str) -> None:
     if constants.HF_HUB_OFFLINE or url.scheme in getproxies():
         return
     port = url.port or (443 if url.scheme == "https" else 80)
-    try:
-        socket.create_connection((url.hostname or "", port), CONNECTION_TIMEOUT_S).close()
-    except OSError as error:
-        raise HubError(f"no connection to {constants.ENDPOINT} for {repo_id}: {error}") from error
+    for wait_s in RESTART_WAITS_S:
+        try:
+            socket.create_connection((url.hostname or "", port), CONNECTION_TIMEOUT_S).close()
+            return
+        except OSError as error:
+            if wait_s is None or not isinstance(error, ConnectionRefusedError):
+                text = f"no connection to {constants.ENDPOINT} for {repo_id}: {error}"
+                raise HubError(text) from error
+            time.sleep(wait_s)
 
 
 def is_temporary(error: BaseException) -> bool:

@@ -30,7 +30,8 @@ def check_output(output: Path) -> None:
             f" {str(output)!r}"
         )
     suffix = output.suffix.lower()
-    is_known = suffix in ARRAY_FORMATS or is_picture(output)
+    # Pillow registers stubs, such as one for .h5.
+    is_known = suffix in ARRAY_FORMATS or (is_picture(output) and suffix not in _OTHER_FILES)
     is_file_type = suffix in _OTHER_FILES or any(_STANDARD_TYPES.guess_type(f"x{suffix}"))
     if is_file_type and not is_known and not output.is_dir():
         raise ValueError(
