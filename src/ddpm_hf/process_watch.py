@@ -6,11 +6,13 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 HANG_S = 300.0
 """Seconds without a heartbeat after which a rank counts as hanging."""
 _BEAT_S = 1.0
+_LEAVE_S = 5.0
 _LEFT = "-1"
 _watching = threading.Lock()
 
@@ -38,7 +40,7 @@ def watch_ranks(rank: int, num_processes: int) -> None:
     """
     if num_processes == 1 or not _watching.acquire(blocking=False):
         return
-    unanswered = [0]
+    unanswered, is_exiting = [0], threading.Event()
 
     def beat() -> None:
         from torch import distributed as dist
@@ -46,8 +48,7 @@ def watch_ranks(rank: int, num_processes: int) -> None:
         store: Any = dist.distributed_c10d._get_default_store()
         counts: dict[int, tuple[int, int]] = {}
         count = 0
-        atexit.register(lambda: store.set(f"ddpm_hf/beat/{rank}", _LEFT))  # others may go on
-        while dist.is_initialized():
+        while dist.is_initialized() and not is_exiting.is_set():
             count += 1
             store.set(f"ddpm_hf/beat/{rank}", str(count))
             for other in range(num_processes):
@@ -60,11 +61,18 @@ def watch_ranks(rank: int, num_processes: int) -> None:
                 elif (count - counts[other][1]) * _BEAT_S > HANG_S:
                     _end(f"rank {other} of {num_processes} processes has ended or hangs")
             unanswered[0] = 0
-            time.sleep(_BEAT_S)
+            is_exiting.wait(_BEAT_S)
+        with suppress(RuntimeError):  # the process that holds the store may have ended
+            store.set(f"ddpm_hf/beat/{rank}", _LEFT)  # the others need not wait for this rank
+
+    thread = threading.Thread(target=beat, daemon=True)
+
+    def leave() -> None:
+        # A thread in a request to the store aborts an interpreter that is shutting down.
+        is_exiting.set()
+        thread.join(_LEAVE_S)
 
     def watch() -> None:
-        thread = threading.Thread(target=beat, daemon=True)
-        thread.start()
         # A request to the store never returns if the process that holds it hangs.
         while thread.is_alive():
             time.sleep(_BEAT_S)
@@ -73,6 +81,8 @@ def watch_ranks(rank: int, num_processes: int) -> None:
                 _end(f"the first of {num_processes} processes hangs")
         _watching.release()
 
+    thread.start()
+    atexit.register(leave)
     threading.Thread(target=watch, daemon=True).start()
 
 
