@@ -25,10 +25,10 @@ lint: $(READY) ## Check style and formatting
 type: $(READY) ## Check the types
 	$(BIN)/mypy
 
-test-quick: $(READY) ## Fast tests: under a minute on 2 cores
+test-quick: $(READY) ## Tests without the slow ones: 4 to 5 minutes on 2 cores
 	$(PYTEST) -m "not slow"
 
-test: $(READY) ## All tests, offline: under 10 minutes on 2 cores
+test: $(READY) ## All tests, offline: about 11 minutes on 2 cores
 	$(PYTEST)
 
 test-all: lint type test ## Style, types and all tests: what CI runs
