@@ -65,6 +65,7 @@ def calibrated_by_hand(model, photos, batch_size):
     )
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_curve_into_the_model_and_prints_the_loss_of_few_steps(
     model, photos, tmp_path, capsys
 ):
@@ -109,6 +110,7 @@ def test_the_command_writes_the_curve_into_the_model_and_prints_the_loss_of_few_
     assert stock.config.variance_type == "fixed_small"
 
 
+@pytest.mark.slow
 def test_calibrate_checkpoint_returns_what_it_writes(model, photos, tmp_path):
     calibration = ddpm_hf.calibrate_checkpoint(
         model, photos, output=tmp_path / "out", num_images=3, progress=False
@@ -122,6 +124,7 @@ def test_calibrate_checkpoint_returns_what_it_writes(model, photos, tmp_path):
     assert (frame["published"] > frame["bits_per_dim"]).all()
 
 
+@pytest.mark.slow
 def test_an_interrupted_calibration_resumes(model, photos, tmp_path, monkeypatch, capsys):
     real, calls = dataset_likelihood.bits_per_dim, []
 
@@ -141,6 +144,7 @@ def test_an_interrupted_calibration_resumes(model, photos, tmp_path, monkeypatch
     assert torch.equal(load(model).scheduler.x_0_mse, want)
 
 
+@pytest.mark.slow
 def test_a_model_with_another_scheduler_keeps_it_and_gets_timesteps(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(error_curve, "NUM_TRAJECTORIES", 2)
     folder = tmp_path / "stock"

@@ -55,6 +55,7 @@ def sampled(model, output, *more):
     return [np.asarray(Image.open(path)) for path in sorted(output.glob("*.png"))]
 
 
+@pytest.mark.slow
 def test_an_image_does_not_depend_on_the_batch_size(model, tmp_path):
     five = sampled(model, tmp_path / "a", "--num-images", "5", "--batch-size", "5")
     three = sampled(model, tmp_path / "b", "--num-images", "3", "--batch-size", "2")
@@ -65,6 +66,7 @@ def test_an_image_does_not_depend_on_the_batch_size(model, tmp_path):
 
 
 # With few steps, the scheduler warns about the gap before the first one.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`timestep_spacing`")
 def test_seed_steps_and_eta_change_the_images(model, tmp_path):
     few = ("--num-images", "1")
@@ -117,6 +119,7 @@ def test_the_recipes_of_the_project_can_be_read(recipe, monkeypatch):
         assert json.loads(Path(config.unet_config).read_text())
 
 
+@pytest.mark.slow
 def test_the_cifar10_recipe_trains_the_network_of_the_paper():
     unet = build_unet(
         ImageFacts("RGB", 32, 32), "cuda", str(RECIPES[0].parent / "cifar10_unet.json")
@@ -125,6 +128,7 @@ def test_the_cifar10_recipe_trains_the_network_of_the_paper():
     assert round(sum(p.numel() for p in unet.parameters()) / 1e6, 1) == 35.7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [8, 12, 28, 32, 64, 100, 256])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_proposed_network_supports_images_of_any_size(size, device):

@@ -93,6 +93,7 @@ def swept(models, photos, tmp_path_factory):
         )
 
 
+@pytest.mark.slow
 def test_all_combinations_are_measured_or_left_out_with_the_reason(swept):
     comparison, _ = swept
     assert [row.setting for row in comparison.settings] == [
@@ -112,6 +113,7 @@ def test_all_combinations_are_measured_or_left_out_with_the_reason(swept):
     assert all("dpm is not implemented" in row.reason for row in comparison.left_out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("row", "scheduler", "K"), [(5, "DDPM:eta=0", 4), (2, "DDIM", 2)])
 def test_each_row_matches_a_separate_evaluation(swept, models, photos, row, scheduler, K):
     comparison, output = swept
@@ -152,6 +154,7 @@ def test_a_comparison_prints_as_a_table_and_converts_to_json_and_pandas(swept):
     assert "b/model, DDIM, K = 4" in comparison._repr_html_()
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_comparison_and_its_progress(models, photos, tmp_path, capsys):
     options = ["--num-inference-steps", "2", "30"]
     assert main(command(models[:1], photos, tmp_path, *options)) == 0
@@ -162,6 +165,7 @@ def test_the_command_prints_the_comparison_and_its_progress(models, photos, tmp_
     assert "1 of 2: K = 2" in printed.err
 
 
+@pytest.mark.slow
 def test_finished_settings_are_reused_and_interrupted_ones_resume(
     models, photos, tmp_path, monkeypatch, capsys
 ):
@@ -202,6 +206,7 @@ def without_time(text):
     return {k: v for k, v in json.loads(text).items() if k not in ("created", "command")}
 
 
+@pytest.mark.slow
 def test_models_and_numbers_of_steps_are_compared_by_their_bound(models, photos):
     comparison = ddpm_hf.compare(models, photos, num_inference_steps=[5, 20], progress=False)
     bounds = [row.figures["bits-per-dim"] for row in comparison.settings]
@@ -213,6 +218,7 @@ def test_models_and_numbers_of_steps_are_compared_by_their_bound(models, photos)
     assert "12 images of photos, test" in str(comparison)
 
 
+@pytest.mark.slow
 def test_only_samplers_with_a_bound_get_one_and_eta_is_used(models, photos, tmp_path):
     schedulers = ["DDPM", "DDIM", "DDPM:eta=0", "DDPM:eta=0.5", "DPMSolverMultistep"]
     call = {"metrics": ["bits-per-dim"], "num_inference_steps": [5], "progress": False}
@@ -243,6 +249,7 @@ def test_only_samplers_with_a_bound_get_one_and_eta_is_used(models, photos, tmp_
     assert json.loads(text)["results"][0]["eta"] == 0.5
 
 
+@pytest.mark.slow
 def test_the_bound_of_a_model_whose_own_sampler_has_none_is_refused(models, photos):
     pipeline = GaussianDDPMPipeline.from_pretrained(models[0])
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
@@ -252,6 +259,7 @@ def test_the_bound_of_a_model_whose_own_sampler_has_none_is_refused(models, phot
     assert ddpm_hf.evaluate(pipeline, photos, **bound, progress=False).bound.value > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", ["DDIM", "DDPM:eta=0", "UniPCMultistep"])
 def test_the_command_refuses_the_bound_of_a_sampler_that_has_none(
     scheduler, models, photos, tmp_path, capsys

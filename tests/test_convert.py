@@ -67,6 +67,7 @@ def denoiser_of(name, pipeline):
     return lambda x_t, t: pipeline.unet(x_t, t, class_labels=labels_of(name)).sample
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_the_converted_network_has_the_outputs_of_the_original(name, converted):
     case, pipeline = CASES[name], converted(name)
@@ -79,6 +80,7 @@ def test_the_converted_network_has_the_outputs_of_the_original(name, converted):
     assert gap < 1e-5 * case["std"] + 1e-6  # the golden is rounded to 6 decimals
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHAINS)
 def test_the_bound_of_the_converted_model_is_that_of_the_original(name, converted):
     pipeline = converted(name)
@@ -97,6 +99,7 @@ def test_the_bound_of_the_converted_model_is_that_of_the_original(name, converte
         torch.testing.assert_close(term, torch.tensor(want), rtol=1e-5, atol=3e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHAINS)
 def test_a_chain_of_50_steps_is_that_of_the_original(name, converted):
     pipeline, size = converted(name), CASES[name]["flags"]["image_size"]
@@ -124,6 +127,7 @@ def test_every_fourth_of_4000_timesteps_is_kept_where_the_network_sees_a_thousan
     np.testing.assert_allclose(snr, alpha_bar / (1 - alpha_bar), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_checkpoint_loads_in_stock_diffusers_and_here_with_the_same_bits(folder, tmp_path):
     output = tmp_path / "model"
     words = [str(folder / "adm.pt"), "--config", str(folder / "adm.json"), "--output", str(output)]
@@ -139,6 +143,7 @@ def test_the_checkpoint_loads_in_stock_diffusers_and_here_with_the_same_bits(fol
     assert "# " in (output / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_class_names_come_from_a_file(folder, tmp_path):
     names = tmp_path / "names.txt"
     names.write_text("cat\ndog\nfish\nbird\nfrog\n")
@@ -150,6 +155,7 @@ def test_class_names_come_from_a_file(folder, tmp_path):
     assert image.shape == (1, 3, 16, 16)
 
 
+@pytest.mark.slow
 def test_the_newest_ema_weights_of_a_training_run_are_used(folder, tmp_path):
     for name in ("ema_0.9999_010000.pt", "ema_0.9999_200000.pt", "model300000.pt"):
         weights = random_weights("iddpm")
@@ -171,6 +177,7 @@ def test_no_code_in_a_file_is_run(folder, tmp_path, capsys):
     assert "executed" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -200,6 +207,7 @@ def test_flags_of_training_and_sampling_are_ignored(tmp_path):
     assert OpenAIFlags.read(tmp_path / "flags.json") == {"image_size": 32}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_flags_that_the_weights_determine_can_be_left_out(name, folder, tmp_path, converted):
     state = random_weights(name)
@@ -248,6 +256,7 @@ EXPRESSIBLE = {
 PARAMETERS = {"iddpm-cifar10": 52_546_438, "adm-imagenet256-uncond": 552_814_086}
 
 
+@pytest.mark.slow
 def test_the_published_models_are_expressed_or_refused_with_a_reason():
     from diffusers import UNet2DModel
 

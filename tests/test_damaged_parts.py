@@ -37,6 +37,7 @@ def drawn(tmp_path_factory):
     return folder, all_of(draw_to(build_pipeline(), folder, 10, **CALL))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("damage", "where"), DAMAGE)
 @pytest.mark.parametrize("name", ["part-000001.npy", "options.json"])
 def test_damaged_images_are_sampled_again(damage, where, name, drawn, tmp_path, caplog):
@@ -53,6 +54,7 @@ def test_damaged_images_are_sampled_again(damage, where, name, drawn, tmp_path, 
     np.testing.assert_array_equal(again, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("position", [0.3, 0.5, 0.7])
 def test_a_damaged_batch_is_named(position, drawn, tmp_path, caplog):
     folder = tmp_path / "x"
@@ -110,6 +112,7 @@ class FullDisk:
         return len(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [0, 1, 100, 150])
 def test_a_cut_part_never_counts_as_complete(size, tmp_path, monkeypatch):
     opened = atomic_files.Path.open
@@ -130,6 +133,7 @@ def test_a_cut_part_never_counts_as_complete(size, tmp_path, monkeypatch):
     assert len(draw_to(build_pipeline(), tmp_path / "x", 10, **CALL)) == 10
 
 
+@pytest.mark.slow
 def test_an_unreadable_part_is_a_missing_part(tmp_path):
     want = all_of(draw_to(build_pipeline(), tmp_path / "x", 10, **CALL))
     part = tmp_path / "x" / "part-000000.npy"

@@ -19,6 +19,7 @@ def by_name(cases):
     return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @by_name(GOOD)
 def test_every_kind_of_file_decodes_to_its_pixels(case):
@@ -31,6 +32,7 @@ def test_every_kind_of_file_decodes_to_its_pixels(case):
     assert pixels.dtype == (np.uint16 if images.facts.bit_depth == 16 else np.uint8)
 
 
+@pytest.mark.slow
 @by_name(BAD)
 def test_an_unusable_file_is_reported_with_row_and_path(case):
     cells = rows(zoo.encode(zoo.GREY), case.data, names=["good.png", case.name])
@@ -43,6 +45,7 @@ def test_an_unusable_file_is_reported_with_row_and_path(case):
     assert case.problem in line
 
 
+@pytest.mark.slow
 def test_unreadable_files_are_listed_before_any_image_is_decoded(tmp_path):
     bad = [a.data for a in zoo.damaged() if a.problem not in ("truncated", "Error")]
     cells = rows(zoo.encode(zoo.GREY), *bad)
@@ -52,6 +55,7 @@ def test_unreadable_files_are_listed_before_any_image_is_decoded(tmp_path):
     assert [path for path in tmp_path.iterdir() if path.suffix != ".lock"] == []
 
 
+@pytest.mark.slow
 def test_bad_images_can_be_skipped():
     good = [zoo.encode(zoo.grey(6, 9) + i) for i in range(4)]
     bad = [case.data for case in zoo.damaged()]
@@ -96,6 +100,7 @@ def test_skipping_all_images_is_an_error():
         prepare(rows(b"text", None), on_bad_image="skip")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kinds", "mode", "bit_depth"),
     [
@@ -180,6 +185,7 @@ def test_image_mode_has_precedence_and_composites_on_white():
         assert images.facts.mode == mode
 
 
+@pytest.mark.slow
 def test_loss_of_quality_is_warned_about_with_a_count():
     losses = [
         (zoo.animated(), {}, "3 of 3 images: animated"),
@@ -211,6 +217,7 @@ def test_extreme_aspect_ratios_are_warned_about_and_stay_small(shape, crop):
 # Sizes.
 
 
+@pytest.mark.slow
 def test_images_of_one_size_keep_it_and_others_get_a_proposed_resolution():
     sized = {
         ((28, 28), (28, 28)): (28, 28),
@@ -255,6 +262,7 @@ def test_resizing_is_antialiased():
     assert np.abs(small[0].astype(float) - 127.5).max() < 3
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("size", [5, 16, 33])
 def test_resizing_a_constant_image_changes_nothing(size):

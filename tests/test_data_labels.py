@@ -24,6 +24,7 @@ def labelled(values, kind=None):
     return datasets.concatenate_datasets([images, column], axis=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("values", "kind", "numbers", "names"),
     [
@@ -40,6 +41,7 @@ def test_classes_are_numbers_and_names(values, kind, numbers, names):
     assert images.facts.class_names == names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("values", "kind", "numbers"),
     [
@@ -54,6 +56,7 @@ def test_images_without_a_label_get_minus_1_and_are_counted(values, kind, number
     assert images.labels.tolist() == numbers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("values", "kind", "message"),
     [

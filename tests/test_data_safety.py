@@ -60,6 +60,7 @@ def load_from_saved(table, folder):
     return load_images(folder / "saved")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "load", [load_from_memory, load_from_parquet, load_from_parquet_folder, load_from_saved]
 )

@@ -128,6 +128,7 @@ def test_split_folders_are_splits(tmp_path):
         load_images(tmp_path, split="trian")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
 def test_parquet_and_arrow_files_are_read_by_name_glob_and_folder(tmp_path, kind):
     parts = [greys((8, 8), (8, 8)), greys((8, 8))]
@@ -170,6 +171,7 @@ def test_metadata_files_are_used_and_cannot_name_files_outside(tmp_path):
         load_images(root)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "text"),
     [
@@ -199,6 +201,7 @@ def test_split_names_in_file_names_are_ignored_with_metadata(tmp_path):
     assert prepare(dataset).left_out == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_top", [True, False])
 def test_split_folders_are_splits_with_metadata(tmp_path, at_top):
     counts = {"train": 3, "test": 2}

@@ -16,6 +16,8 @@ from sklearn.model_selection import train_test_split
 from ddpm_hf import load
 from ddpm_hf.data import prepare_images
 
+pytestmark = pytest.mark.slow
+
 PATH = Path(__file__).parents[1] / "training" / "demo.py"
 
 
@@ -109,7 +111,6 @@ def test_starting_over_deletes_only_files_of_the_demo(demo, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`timestep_spacing`")
 def test_the_demo_completes_repeats_and_fails_after_a_short_training_run(
     demo, tmp_path, monkeypatch, capfd

@@ -9,7 +9,6 @@ import pytest
 import torch
 from sklearn.metrics.pairwise import polynomial_kernel
 from sklearn.neighbors import NearestNeighbors
-from torchmetrics.image.fid import FrechetInceptionDistance
 
 from ddpm_hf.evaluation import (
     density_coverage,
@@ -71,7 +70,10 @@ def test_fd_matches_matrix_square_roots_also_for_fewer_images_than_dimensions(nu
     assert frechet_distance(real, real) == pytest.approx(0, abs=1e-10)
 
 
+@pytest.mark.slow
 def test_fd_matches_torchmetrics_on_the_same_features():
+    from torchmetrics.image.fid import FrechetInceptionDistance  # imports for seconds
+
     real, drawn = map(torch.from_numpy, sets(300, 30))
     network = torch.nn.Flatten()
     network.num_features = 30
@@ -132,6 +134,7 @@ def test_kid_matches_the_mean_over_pairs_and_the_unbiased_variance(num_real, num
     assert distance.standard_error**2 == pytest.approx(var, rel=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "other_shape", "shift"),
     [((60, 4), (60, 4), s) for s in (0.3, 0)] + [((40, 30), (80, 30), 0), ((20, 9), (20, 9), 0)],
@@ -219,6 +222,7 @@ def by_scikit_learn(real, drawn):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_held_out", [None, 16])
 def test_pairwise_figures_of_all_resamples_match_scikit_learn(num_held_out, monkeypatch):
     monkeypatch.setattr("ddpm_hf.evaluation.neighbour_statistics._BLOCK", 7 * 60)

@@ -55,6 +55,7 @@ def stop():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("read", range(4, 25, 4))
 def test_a_stop_at_any_update_leaves_nothing_out(read, straight, tmp_path):
     assert run(tmp_path, dataset=Images(on_grid(), read, stop)).stopped_by

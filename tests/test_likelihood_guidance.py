@@ -61,6 +61,7 @@ def posterior() -> tuple[Tensor, Tensor]:
     return gain[:, 0] * Y, COVARIANCE - gain @ A @ COVARIANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("eta", [1.0, 0.0])
 def test_the_likelihood_of_a_measurement_turns_the_prior_into_the_posterior(prediction_type, eta):
@@ -92,6 +93,7 @@ def mixture_denoiser(x_t: Tensor, t: Tensor) -> Tensor:
     return (log_joint(x_t, t).softmax(1)[..., None] * each).sum(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label", [0, 1])
 def test_the_class_posterior_of_a_mixture_gives_the_law_of_the_class(label):
     ours = scheduler()

@@ -68,6 +68,7 @@ def test_a_lock_file_that_is_removed_while_waiting_is_created_again(tmp_path):
             assert lock.read_text() == str(os.getpid())
 
 
+@pytest.mark.slow
 def test_the_lock_of_a_killed_process_is_free(tmp_path):
     script = (
         "import os, sys, pathlib; from ddpm_hf.locks import hold_lock\n"

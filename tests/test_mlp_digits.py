@@ -20,6 +20,7 @@ def program():
     return module
 
 
+@pytest.mark.slow
 def test_a_thousand_single_steps_equal_the_closed_form(program):
     torch.manual_seed(0)
     x_0 = program.digits()[:40]

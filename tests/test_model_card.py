@@ -146,6 +146,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_hostile_text_is_escaped(kind):
     text = HOSTILE[kind]
@@ -278,6 +279,7 @@ def as_older_version(card):
     return f'{card}\n<!-- ddpm-hf-card 0123456789ab {{"license": "0123456789ab"}} -->\n'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", [str, as_older_version])
 @pytest.mark.parametrize("line_end", ["\n", "\r\n"])
 def test_an_unedited_card_becomes_the_generated_one(version, line_end):
@@ -288,6 +290,7 @@ def test_an_unedited_card_becomes_the_generated_one(version, line_end):
     assert updated_card(None, new) == new
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", [str, as_older_version])
 def test_text_outside_the_markers_stays(version):
     card = version(card_with(steps=247))
@@ -377,6 +380,7 @@ def test_the_license_option_sets_the_licence(card):
     assert text.endswith(card[-100:])
 
 
+@pytest.mark.slow
 def test_the_card_on_the_hub_is_updated_if_there_is_one(tmp_path):
     folder = save_ours(tmp_path / "model")
     generated = card_to_share(folder, "user/x")
@@ -478,6 +482,7 @@ def replaced_at(depth, content, wrong):
     return {key: replaced_at(depth - 1, item, wrong) for key, item in content.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", range(1, 7))
 @pytest.mark.parametrize("wrong", [True, -1.5, "x", [None, 3, {"a": 1}], {"a": {"b": [1]}}])
 def test_facts_of_the_wrong_type_are_not_recorded(wrong, depth):
@@ -508,6 +513,7 @@ def test_parameters_of_variants_and_shards_are_counted_once(tmp_path):
     assert card_facts(tmp_path).unet.num_parameters == number
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "steps"),
     [(DDPMScheduler, 400), (DDIMScheduler, 50), (EulerDiscreteScheduler, 50),
@@ -596,6 +602,7 @@ def test_recorded_commands_can_be_pasted_and_name_only_options_that_mattered():
     assert commands(evaluated("a", metrics=["fd"])) == ["ddpm-hf evaluate . a --metrics fd"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["-x", "a\nb", "```", "<!-- /ddpm-hf -->"])
 def test_a_command_does_not_contain_hostile_text(name):
     assert commands(evaluated(name, metrics=["fd"])) == []

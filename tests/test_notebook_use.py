@@ -47,6 +47,7 @@ def test_an_empty_first_cell_and_column_names_are_drawn():
     assert grid.getpixel((grid.width - 10, 100)) == (0, 0, 0)
 
 
+@pytest.mark.slow
 def test_a_run_returns_its_samples_and_writes_pictures_of_its_progress(tmp_path):
     result = run(tmp_path, num_samples=4, sample_steps=2, sample_inference_steps=3)
     newest = max((result.model_dir.parent / "samples").glob("*.png"))
@@ -56,10 +57,12 @@ def test_a_run_returns_its_samples_and_writes_pictures_of_its_progress(tmp_path)
         assert Image.open(result.model_dir.parent / name).width > 256
 
 
+@pytest.mark.slow
 def test_a_run_without_samples_has_no_grid(tmp_path):
     assert run(tmp_path, num_samples=0).samples is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_kernel", [False, True])
 def test_next_steps_are_python_in_a_notebook(tmp_path, monkeypatch, capsys, in_kernel):
     shell = SimpleNamespace(kernel=None) if in_kernel else None

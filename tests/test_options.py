@@ -183,6 +183,7 @@ def outputs(inputs, tmp_path_factory):
     return run_once
 
 
+@pytest.mark.slow
 @few_steps
 @pytest.mark.parametrize("name", DIFFERENCES)
 def test_every_option_changes_exactly_the_expected_outputs(outputs, name):
@@ -191,6 +192,7 @@ def test_every_option_changes_exactly_the_expected_outputs(outputs, name):
     assert {kind for kind in usual if usual[kind] != changed[kind]} == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -224,6 +226,7 @@ class Reporting:
         return torch.full((1, 8, 8), index / 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_given_number_of_workers_reads_the_images(tmp_path, workers):
     options = {"dataloader_num_workers": workers, "max_train_steps": 4}
@@ -233,6 +236,7 @@ def test_the_given_number_of_workers_reads_the_images(tmp_path, workers):
     assert len(readers) == workers
 
 
+@pytest.mark.slow
 @few_steps
 def test_all_random_numbers_depend_on_seed_and_position_only(tmp_path):
     """Images, flips, timesteps, noise and dropout of every micro-batch, and the sample grid."""

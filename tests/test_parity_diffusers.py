@@ -129,6 +129,7 @@ def test_steps_equal_stock_on_exact_tables_and_are_close_to_stock_on_its_tables(
         assert worst_step(ours, stock) < 2e-6, config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_steps_equal_stock_on_exact_tables_in_a_sample_of_the_matrix(schedule, prediction):
@@ -173,6 +174,7 @@ def test_float32_tables_equal_stock(schedule, zero_snr):
         assert_close(got, want, rtol=1e-4, atol=3e-6)  # stock subtracts float32 products
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_timesteps_equal_stock_except_at_its_errors(spacing):
     ours = GaussianDDPMScheduler(timestep_spacing=spacing, steps_offset=1)

@@ -124,6 +124,7 @@ def test_a_stock_scheduler_is_converted_with_all_values():
         assert key.startswith("_") or upgraded.config[key] == value, key
 
 
+@pytest.mark.slow
 def test_samples_are_close_to_those_of_the_stock_pipeline_with_the_same_generator():
     unet, scheduler = tiny_unet(), DDPMScheduler(**SHORT_CHAIN)
     stock = quiet(DDPMPipeline(unet=unet, scheduler=scheduler))
@@ -141,6 +142,7 @@ def test_the_default_number_of_steps_is_that_of_the_training_timesteps():
     assert visited == [(i, 6 - i) for i in range(7)]
 
 
+@pytest.mark.slow
 def test_a_sample_does_not_depend_on_its_batch(pipeline):
     batch = pipeline(3, [*seeded(1, 2, 3)], output_type="pt").images
     alone = pipeline(1, seeded(3), output_type="pt").images
@@ -149,6 +151,7 @@ def test_a_sample_does_not_depend_on_its_batch(pipeline):
     assert (batch[0] - batch[1]).abs().max() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [EulerAncestralDiscreteScheduler, DDIMScheduler])
 def test_schedulers_of_diffusers_accept_a_list_of_generators(kind):
     pipeline = tiny_pipeline()
@@ -159,6 +162,7 @@ def test_schedulers_of_diffusers_accept_a_list_of_generators(kind):
     assert_close(batch[1:], pipeline(1, seeded(2), **options).images, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SCHEDULERS, ids=lambda kind: kind.__name__)
 def test_every_scheduler_of_diffusers_samples_the_data_with_the_exact_network(kind):
     scheduler = kind.from_config(GaussianDDPMScheduler(clip_sample=False).config)
@@ -171,6 +175,7 @@ def test_every_scheduler_of_diffusers_samples_the_data_with_the_exact_network(ki
     assert abs(x_0.std().item() - 0.49) < 0.035
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("output_type", ["pil", "np", "pt", "latent"])
 def test_every_dtype_supports_every_output_type(dtype, output_type):
@@ -185,6 +190,7 @@ def test_every_dtype_supports_every_output_type(dtype, output_type):
         assert (images.dtype, tuple(images.shape)) == (chain, (2, 1, 8, 8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_x_t_of_a_half_precision_model_is_float32(dtype):
     pipeline = tiny_pipeline(tiny_unet().to(dtype))
@@ -196,6 +202,7 @@ def test_x_t_of_a_half_precision_model_is_float32(dtype):
     assert_close(got, want, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_noise_does_not_depend_on_the_memory_format():
     plain = tiny_pipeline(tiny_unet(in_channels=3))
     strided = tiny_pipeline(tiny_unet(in_channels=3).to(memory_format=torch.channels_last))
@@ -227,6 +234,7 @@ def test_with_eta_0_samples_are_a_function_of_the_latents(pipeline):
     assert (run(eta=1.0).images - first).abs().max() > 0.01
 
 
+@pytest.mark.slow
 def test_eta_0_equals_the_ddim_scheduler():
     scheduler = tiny_scheduler(clip_sample=False)  # stock's DDIM keeps epsilon when it clips x_0
     ours = tiny_pipeline(scheduler=scheduler)
@@ -242,6 +250,7 @@ def test_custom_timesteps_are_visited(pipeline):
     assert visited == [17, 4, 3]
 
 
+@pytest.mark.slow
 def test_no_step_reads_a_value_from_the_device():
     """On the "meta" device any read raises; the only read comes after the last step."""
     steps = []
@@ -273,6 +282,7 @@ def test_an_infinity_hidden_by_clipping_raises_an_error():
 # Modes and gradients
 
 
+@pytest.mark.slow
 def test_sampling_runs_in_eval_mode_and_restores_the_mode_of_each_module():
     pipeline = tiny_pipeline(tiny_unet(dropout=0.5))
     pipeline.unet.train()
@@ -292,6 +302,7 @@ def test_modes_are_restored_after_an_error():
     assert pipeline.unet.training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output_type", ["pt", "latent"])
 def test_the_network_can_be_trained_on_its_samples(output_type):
     pipeline = tiny_pipeline()
@@ -307,6 +318,7 @@ def test_the_network_can_be_trained_on_its_samples(output_type):
 # Callbacks
 
 
+@pytest.mark.slow
 def test_the_callback_gets_x_t_and_the_estimate_of_x_0_at_every_step(pipeline):
     strip = []
     images = pipeline(
@@ -323,6 +335,7 @@ def test_the_callback_gets_x_t_and_the_estimate_of_x_0_at_every_step(pipeline):
     assert not any(x.requires_grad for tensors in strip for x in tensors.values())
 
 
+@pytest.mark.slow
 def test_a_callback_can_guide_by_a_gradient(pipeline):
     """Towards grey, by a gradient through the network."""
     weights, greys = [p.clone() for p in pipeline.unet.parameters()], []
@@ -366,6 +379,7 @@ def test_a_pipeline_callback_gets_its_own_tensor_inputs(pipeline, several):
     assert_close(recorder.seen["pred_original_sample"], images, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SCHEDULERS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_callbacks_get_all_declared_tensors_with_any_scheduler(kind, prediction_type):
@@ -394,6 +408,7 @@ def test_callbacks_get_all_declared_tensors_with_any_scheduler(kind, prediction_
         assert_close(estimate, torch.full_like(estimate, 0.25), rtol=0, atol=2e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["guidance_scale", "_guidance_scale"])
 @pytest.mark.parametrize("scales", [(3.0, 1.0), (1.0, 3.0), (3.0, 0.0), (2.0, -1.5)])
 def test_a_guidance_scale_that_a_callback_changes_counts_from_the_next_step(

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 CALLS = """
 from typing import assert_type
@@ -47,7 +49,6 @@ def snippets() -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
 
 
-@pytest.mark.slow
 def test_readme_snippets_and_typical_calls_pass_mypy_strict(tmp_path):
     assert len(snippets()) > 0
     (tmp_path / "readme.py").write_text("\n".join(snippets()), encoding="utf-8")
