@@ -40,5 +40,5 @@ bench: $(READY) ## Compare timings with stock diffusers and save them in runs/be
 $(READY): pyproject.toml constraints.txt
 	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Needs Python 3.11 or newer with its venv module; tried '$(PYTHON)'. Set another one: make PYTHON=/path/to/python3.11 setup" >&2; exit 1; }
 	$(PYTHON) -m venv --clear .venv
-	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e ".[eval,dev]"
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e ".[app,eval,dev]"
 	@touch $@

@@ -38,7 +38,7 @@ FLOORS = (
     },
     {"losses", "decoders", "timestep_samplers", "weightings", "data", "pictures", "sampling"},
     {"likelihood", "calibration", "trajectory_timesteps", "evaluation", "hub", "openai_conversion"},
-    {"training"},
+    {"app", "training"},
     {"commands"},
     {"cli"},
     {"__main__"},

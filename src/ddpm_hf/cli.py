@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from itertools import takewhile
 
 from ddpm_hf import __version__
-from ddpm_hf.commands import calibrate, convert, edit, evaluate, push, sample, train
+from ddpm_hf.commands import app, calibrate, convert, edit, evaluate, push, sample, train
 from ddpm_hf.commands.messages import (
     command_messages,
     escape_unencodable_output,
@@ -25,6 +25,7 @@ COMMANDS = {
     "edit": edit,
     "calibrate": calibrate,
     "evaluate": evaluate,
+    "app": app,
     "push": push,
     "convert": convert,
 }

@@ -1,0 +1,145 @@
+"""Controls of sampling, shared by tabs."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from ddpm_hf.app.requests import (
+    ALL_CLASSES,
+    RECOMMENDED,
+    SAMPLERS,
+    DrawRequest,
+    default_eta,
+    usual_steps,
+)
+from ddpm_hf.app.served_models import ServedModel
+from ddpm_hf.app.translations import translated as t
+from ddpm_hf.scheduler_spec import readable_names
+
+# One request at a time uses the networks, whichever tab or function it comes from.
+MODEL_QUEUE: Mapping[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
+# Not a function for gradio_client: `endpoints` has those.
+PRIVATE: Mapping[str, Any] = {"api_visibility": "private"}
+QUICK: Mapping[str, Any] = {**PRIVATE, "queue": False, "show_progress": "hidden"}
+SLIDER_GUIDANCE = 8.0
+
+
+@dataclass(frozen=True)
+class SamplingControls:
+    """Components with the options of `DrawRequest.of`, in its order."""
+
+    num_images: gr.Slider
+    seed: gr.Number
+    class_label: gr.Dropdown
+    guidance_scale: gr.Slider
+    low: gr.Number
+    high: gr.Number
+    sampler: gr.Dropdown
+    num_inference_steps: gr.Slider
+    eta: gr.Slider
+
+    @classmethod
+    def build(cls, model: ServedModel) -> "SamplingControls":
+        """Create the components, with the values of a model."""
+        given = _values(model)
+        num_images = gr.Slider(1, label=t("num_images"), step=1, **given["num_images"])
+        class_label = gr.Dropdown(label=t("class"), **given["class_label"])
+        guidance_scale = gr.Slider(
+            0, SLIDER_GUIDANCE, step=0.25, label=t("guidance"), info=t("guidance_info"),
+            **given["guidance_scale"],
+        )  # fmt: skip
+        sampler = gr.Dropdown(label=t("sampler"), info=t("sampler_info"), **given["sampler"])
+        steps = gr.Slider(1, step=1, label=t("num_steps"), **given["num_inference_steps"])
+        with gr.Row(elem_classes="field-with-button"):
+            seed = gr.Number(0, label=t("seed"), min_width=100, elem_id="seed")
+            another = gr.Button(t("another"), min_width=80, size="md", elem_id="another")
+        with gr.Accordion(t("more"), open=False):
+            eta = gr.Slider(0, 1, step=0.05, label=t("eta"), info=t("eta_info"), **given["eta"])
+            with gr.Row(**given["interval"]):
+                low = gr.Number(None, label=t("low"), min_width=100)
+                high = gr.Number(None, label=t("high"), min_width=100)
+        another.click(lambda: random.randrange(10_000), None, seed, **QUICK)
+        return cls(num_images, seed, class_label, guidance_scale, low, high, sampler, steps, eta)
+
+    def inputs(self) -> list[Any]:
+        """The components, in the order of `request`."""
+        return [getattr(self, name) for name in self.__dataclass_fields__]
+
+    def follow(self, models: Mapping[str, ServedModel], model: gr.Dropdown) -> None:
+        """Adapt the components to the chosen model and sampler."""
+        changed = (
+            self.num_images, self.class_label, self.guidance_scale, self.sampler,
+            self.num_inference_steps, self.eta,
+        )  # fmt: skip
+        names = ("num_images", "class_label", "guidance_scale", "sampler", "num_inference_steps",
+                 "eta")  # fmt: skip
+
+        def for_model(name: str) -> list[Any]:
+            given = _values(models[name])
+            return [gr.update(**given[key]) for key in names]
+
+        def for_sampler(name: str, sampler: str) -> list[Any]:
+            given = _values(models[name], sampler)
+            return [gr.update(**given[key]) for key in ("num_inference_steps", "eta")]
+
+        model.change(for_model, model, list(changed), **QUICK)
+        self.sampler.change(
+            for_sampler, [model, self.sampler], [self.num_inference_steps, self.eta], **QUICK
+        )
+
+
+def request_of(model: ServedModel, values: Sequence[Any]) -> DrawRequest:
+    """The request that the values of `SamplingControls.inputs` describe."""
+    num_images, seed, class_label, guidance, low, high, sampler, steps, eta = values
+    return DrawRequest.of(
+        model,
+        num_images=num_images,
+        seed=seed,
+        class_label=class_label,
+        guidance_scale=guidance,
+        guidance_interval=None if low is None and high is None else (low, high),
+        sampler=sampler,
+        num_inference_steps=steps,
+        eta=eta,
+    )
+
+
+def _values(model: ServedModel, sampler: str = RECOMMENDED) -> dict[str, dict[str, Any]]:
+    """Properties of the components for a model."""
+    labels = model.class_labels
+    eta = default_eta(model, sampler)
+    number = 6 if labels is None or len(labels) > 12 else len(labels)
+    classes = [] if labels is None else [(model.class_name(n), str(n)) for n in labels]
+    return {
+        "num_images": {"maximum": model.max_images, "value": min(number, model.max_images)},
+        "class_label": {
+            "choices": [(_in_turn(classes), ALL_CLASSES), *classes],
+            "value": ALL_CLASSES,
+            "visible": labels is not None,
+        },
+        "guidance_scale": {"value": 1.0, "visible": labels is not None},
+        "interval": {"visible": labels is not None},
+        "sampler": {"choices": _samplers(model), "value": RECOMMENDED},
+        "num_inference_steps": {
+            "maximum": model.num_train_timesteps,
+            "value": usual_steps(model, sampler),
+        },
+        "eta": {"value": eta or 0.0, "visible": eta is not None},
+    }
+
+
+def _in_turn(classes: Sequence[tuple[str, str]]) -> str:
+    names = [name for name, _ in classes]
+    return ", ".join(names[:3]) + ", ..." * (len(names) > 3)
+
+
+def _samplers(model: ServedModel) -> list[tuple[str, str]]:
+    """Labels and values of the choices, the recommended one first."""
+    setting = model.recommended
+    first = setting.recommended if setting and setting.recommended else "DDIM"
+    readable = readable_names([first, *SAMPLERS])
+    star = f"\u2605 {readable[first]}, {usual_steps(model, RECOMMENDED)}"
+    return [(star, RECOMMENDED), *((readable[name], name) for name in SAMPLERS)]

@@ -1,0 +1,107 @@
+"""Tab that draws images and shows how they appear."""
+
+import time
+from collections.abc import Generator, Mapping
+from typing import Any
+
+import gradio as gr
+
+from ddpm_hf.app import films
+from ddpm_hf.app.controls import MODEL_QUEUE, PRIVATE, SamplingControls, request_of
+from ddpm_hf.app.drawing import drawing_steps
+from ddpm_hf.app.film_player import film_player
+from ddpm_hf.app.films import Frame
+from ddpm_hf.app.reported_errors import reported
+from ddpm_hf.app.requests import DrawRequest
+from ddpm_hf.app.served_models import ServedModel
+from ddpm_hf.app.snippets import command_line, python_lines
+from ddpm_hf.app.translations import translated as t
+from ddpm_hf.pictures import Pixels, image_grid, to_pil
+
+UPDATE_INTERVAL_S = 0.1
+
+
+def draw_tab(models: Mapping[str, ServedModel], model: gr.Dropdown) -> None:
+    """Build the tab.
+
+    Args:
+        models: the models by name.
+        model: component with the name of the chosen model.
+    """
+    with gr.Row():
+        with gr.Column(scale=1, min_width=300):
+            controls = SamplingControls.build(next(iter(models.values())))
+            with gr.Row():
+                draw = gr.Button(t("draw_button"), variant="primary", elem_id="draw")
+                stop = gr.Button(t("stop"), elem_id="stop")
+        with gr.Column(scale=2, min_width=300):
+            film = film_player(elem_id="film")
+            with gr.Accordion(t("code"), open=False):
+                python = gr.Code(language="python", show_label=False, elem_id="python")
+                shell = gr.Code(language="shell", show_label=False, elem_id="command")
+    controls.follow(models, model)
+
+    @reported
+    def run(name: str, *values: Any) -> Generator[tuple[Any, ...]]:
+        served = models[name]
+        request = request_of(served, values)
+        lines = python_lines(served, request), command_line(served, request)
+        for value in film_updates(served, request):
+            yield value, *lines
+
+    event = draw.click(
+        run, [model, *controls.inputs()], [film, python, shell], show_progress="minimal",
+        **PRIVATE, **MODEL_QUEUE,
+    )  # fmt: skip
+    stop.click(None, cancels=[event], **PRIVATE)
+
+
+def film_updates(model: ServedModel, request: DrawRequest) -> Generator[dict[str, Any]]:
+    """Values of the film player: steps about ten times a second, then the whole film."""
+    start = last = time.monotonic()
+    kept: set[int] = set()
+    frames: list[Frame] = []
+    captions = _captions(model, request)
+    for step in drawing_steps(model, request):
+        is_due = time.monotonic() - last >= UPDATE_INTERVAL_S
+        if step.images is None and not (is_due or not kept or step.index in kept):
+            continue
+        frame = step.frame()
+        kept = kept or films.kept_steps(step.total, frame)
+        if step.index in kept:
+            frames.append(frame)
+        if step.images is not None:
+            yield _finished(model, request, frames, step.images, time.monotonic() - start, captions)
+        elif is_due or step.index == 1:
+            last = time.monotonic()
+            yield films.film_value([frame], step.total, done=False, captions=captions)
+
+
+def _finished(
+    model: ServedModel,
+    request: DrawRequest,
+    frames: list[Frame],
+    images: Pixels,
+    seconds: float,
+    captions: list[str] | None,
+) -> dict[str, Any]:
+    """The whole film with its files."""
+    pictures = [to_pil(image) for image in images]
+    is_reduced = films.reduction(len(images), model.size) > 1
+    final = films.sheet_of(films.rgb_pixels(images)) if is_reduced else None
+    return films.film_value(
+        frames,
+        frames[-1].step,
+        done=True,
+        captions=captions,
+        final=final and films.data_url(final),
+        png=films.data_url(image_grid(pictures, films.columns_of(len(images)))),
+        gif=films.data_url(films.film_gif(frames), "image/gif"),
+        name=f"{model.name.replace('/', '-')}-seed{request.seed}",
+        seconds=f"{seconds:.1f}",
+    )
+
+
+def _captions(model: ServedModel, request: DrawRequest) -> list[str] | None:
+    labels = request.labels()
+    return [model.class_name(label) for label in labels] if labels else None

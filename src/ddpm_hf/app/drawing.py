@@ -1,0 +1,92 @@
+"""Drawing of images, step by step."""
+
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_hf.app.films import Frame, reduction, rgb_pixels
+from ddpm_hf.app.requests import DrawRequest
+from ddpm_hf.app.served_models import ServedModel
+from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline, SamplingStep
+from ddpm_hf.pictures import Pixels
+from ddpm_hf.randomness import seed_of
+
+
+@dataclass(frozen=True)
+class DrawingStep:
+    """A step of sampling.
+
+    Attributes:
+        index: number of the step, from 1.
+        total: number of steps.
+        frame: the step as pictures; computed on demand.
+        images: the images (N, H, W, C), float32 in [0, 1], after the last step; else None.
+    """
+
+    index: int
+    total: int
+    images: Pixels | None
+    _pipeline: GaussianDDPMPipeline
+    _step: SamplingStep
+
+    def frame(self) -> Frame:
+        """x_t and the estimate of x_0 at this step; after the last step, both are the images."""
+        if self.images is not None:
+            pixels = self._reduced(rgb_pixels(self.images))
+            return Frame(self.index, 0.0, pixels, pixels)
+        step, x_0_hat = self._step, self._step.pred_original_sample
+        x_t = step.sample.float()
+        # Schedulers with sigmas scale x_t by up to the largest sigma.
+        x_t = x_t / x_t.std().clamp(min=1)
+        return Frame(
+            self.index,
+            float(step.timestep),
+            self._picture(x_t),
+            self._picture(step.prev_sample if x_0_hat is None else x_0_hat),
+        )
+
+    def _picture(self, x: Tensor) -> Pixels:
+        return self._reduced(rgb_pixels(self._pipeline.decode_images(x.float(), "np")))
+
+    def _reduced(self, images: Pixels) -> Pixels:
+        num_images, height, width, _ = images.shape
+        factor = reduction(num_images, (width, height))
+        reduced: Pixels = images[:, ::factor, ::factor]
+        return reduced
+
+
+def drawing_steps(model: ServedModel, request: DrawRequest) -> Generator[DrawingStep]:
+    """Steps of sampling the images of a request, each computed when it is asked for.
+
+    The images are those of `ddpm_hf.sampling.draw_images` and `ddpm-hf sample` with these options
+    and a batch of all images.
+
+    Raises:
+        ValueError: for options that do not work together, and for values that are not finite.
+    """
+    setting = request.setting(model)
+    pipeline = model.working_pipeline(setting.scheduler)
+    steps = pipeline.sample_steps(
+        request.num_images,
+        generators(pipeline.device, request),
+        class_labels=request.labels(),
+        **setting.arguments(),
+        **request.guidance(),
+    )
+    total = pipeline.num_timesteps
+    with closing(steps):
+        for step in steps:
+            if not step.is_last:
+                yield DrawingStep(step.index + 1, total, None, pipeline, step)
+    images = pipeline.decode_images(step.prev_sample, "np")
+    yield DrawingStep(step.index + 1, total, images, pipeline, step)
+
+
+def generators(device: Any, request: DrawRequest) -> list[torch.Generator]:
+    """One generator for each image, as in `draw_images`."""
+    seeds = [seed_of(request.seed, "sample", i) for i in range(request.num_images)]
+    return [torch.Generator(device).manual_seed(seed) for seed in seeds]

@@ -1,0 +1,77 @@
+"""Start of the web server."""
+
+import os
+import threading
+from collections.abc import Sequence
+
+# Read on import. The summary of calls is computed by pandas after each of this many.
+os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_ANALYTICS_CACHE_FREQUENCY": "1000000"}
+import gradio as gr
+
+from ddpm_hf.app.page import build_page
+from ddpm_hf.app.page_texts import static_file
+from ddpm_hf.app.served_models import ServedModel
+from ddpm_hf.app.translations import translations
+
+MAX_UPLOAD = "16mb"
+MAX_SESSIONS = 200
+
+
+def theme() -> gr.themes.Base:
+    """Theme with fonts of the system, so that a page asks no other server for them."""
+    sans = ("system-ui", "sans-serif")
+    mono = ("ui-monospace", "Consolas", "monospace")
+    return gr.themes.Default(
+        primary_hue="indigo", secondary_hue="indigo", neutral_hue="slate", font=sans, font_mono=mono
+    )
+
+
+def start(
+    models: Sequence[ServedModel],
+    *,
+    host: str | None = None,
+    port: int | None = None,
+    share: bool = False,
+    open_browser: bool = False,
+) -> gr.Blocks:
+    """Start the application; returns when it answers, with `.local_url` and `.share_url`.
+
+    Args:
+        models: the models.
+        host: address to listen on; by default that of `GRADIO_SERVER_NAME`, else 127.0.0.1.
+        port: port; None for a free one, from 7860.
+        share: also open a public address at gradio.live.
+        open_browser: open the page in a browser.
+    Raises:
+        OSError: if the port is taken.
+    """
+    page = build_page(models)
+    page.launch(
+        server_name=host,
+        server_port=port,
+        share=share,
+        inbrowser=open_browser,
+        prevent_thread_lock=True,
+        quiet=True,
+        show_error=True,
+        max_file_size=MAX_UPLOAD,
+        state_session_capacity=MAX_SESSIONS,
+        enable_monitoring=False,
+        run_history=False,
+        mcp_server=False,
+        ssr_mode=False,
+        pwa=False,
+        footer_links=["api", "settings"],
+        i18n=translations(),
+        theme=theme(),
+        css=static_file("page.css"),
+    )
+    return page
+
+
+def wait(page: gr.Blocks) -> None:
+    """Serve until the process is interrupted."""
+    try:
+        threading.Event().wait()
+    finally:
+        page.close()

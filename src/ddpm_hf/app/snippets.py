@@ -1,0 +1,58 @@
+"""Lines of Python and of the command line that make the images of a request."""
+
+import shlex
+from typing import Any
+
+from ddpm_hf.app.requests import DrawRequest
+from ddpm_hf.app.served_models import ServedModel
+from ddpm_hf.options import flag_of
+from ddpm_hf.sampling.options import SamplingOptions
+
+DEFAULT_BATCH: int = SamplingOptions().batch_size
+
+
+def python_lines(model: ServedModel, request: DrawRequest) -> str:
+    """A program that draws the images of a request, bit by bit, on the same device."""
+    device = model.pipeline.device.type
+    options = ", ".join(f"{k}={v!r}" for k, v in request.sampler_options().items())
+    arguments = [
+        f"pipe, {request.num_images}, seed={request.seed}",
+        *([f"batch_size={request.num_images}"] * (request.num_images > DEFAULT_BATCH)),
+        *([f"class_labels={_labels(model, request)!r}"] * (request.class_labels is not None)),
+        *(f"{name}={value!r}" for name, value in request.guidance().items()),
+        "**setting.arguments()",
+    ]
+    return "\n".join([
+        "from ddpm_hf import image_grid, load",
+        "from ddpm_hf.sampling import SamplerOptions, choose_setting, draw_images",
+        "",
+        f"pipe = load({model.source!r})" + (f'.to("{device}")' if device != "cpu" else ""),
+        f"setting = choose_setting(pipe, SamplerOptions({options}))",
+        "pipe.scheduler = setting.scheduler",
+        f"images = draw_images({', '.join(arguments)})",
+        'image_grid(images).save("samples.png")',
+        "",
+    ])  # fmt: skip
+
+
+def command_line(model: ServedModel, request: DrawRequest) -> str:
+    """The command that draws the images of a request."""
+    values: dict[str, Any] = {"num_images": request.num_images, "seed": request.seed}
+    if request.class_labels != model.class_labels:
+        values["class_labels"] = _labels(model, request)
+    values |= request.guidance() | request.sampler_options()
+    if request.num_images > DEFAULT_BATCH:
+        values["batch_size"] = request.num_images
+    fields = SamplingOptions.__dataclass_fields__
+    words = ["ddpm-hf", "sample", model.source]
+    for name, value in values.items():
+        items = value if isinstance(value, list | tuple) else [value]
+        words += [flag_of(fields[name]), *map(str, items)]
+    return shlex.join(words)
+
+
+def _labels(model: ServedModel, request: DrawRequest) -> list[str | int]:
+    """Names of the classes where the model has them."""
+    numbers = request.class_labels or []
+    names = [model.class_name(number) for number in numbers]
+    return [n if name == str(n) else name for n, name in zip(numbers, names, strict=True)]
