@@ -21,6 +21,7 @@ os.environ |= {
     "HF_HUB_DISABLE_XET": "1",  # the Xet client bypasses the local Hub server of the tests
     "MPLBACKEND": "agg",
     "OMP_NUM_THREADS": "1",
+    "TRACKIO_DIR": f"{_CACHE}/trackio",
     "TORCHINDUCTOR_CACHE_DIR": f"{_CACHE}/inductor",
 }
 for name in (

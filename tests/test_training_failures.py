@@ -242,7 +242,7 @@ def test_a_failed_compilation_suggests_to_turn_it_off(tmp_path):
 def test_a_failing_tracker_is_disabled_with_a_warning(tmp_path, caplog, monkeypatch):
     (tmp_path / "logs").write_text("in the way of TensorBoard's folder")
     assert run(tmp_path).num_steps == 6
-    assert "the tracker failed" in caplog.text
+    assert "the tracker tensorboard failed" in caplog.text
     assert len(metrics(tmp_path)) == 6
 
 

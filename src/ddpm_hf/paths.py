@@ -71,6 +71,11 @@ class RunPaths:
         return self.root / "metrics.jsonl"
 
     @property
+    def tracking(self) -> Path:
+        """Identity of the run in experiment trackers."""
+        return self.root / "tracking.json"
+
+    @property
     def checkpoints(self) -> Path:
         """Training checkpoints, from which a run resumes."""
         return self.root / "checkpoints"

@@ -12,7 +12,6 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     TorchDynamoPlugin,
-    is_tensorboard_available,
     parse_flag_from_env,
 )
 
@@ -54,7 +53,6 @@ def create_accelerator(config: TrainingConfig) -> Iterator[Accelerator]:
             gradient_accumulation_plugin=GradientAccumulationPlugin(
                 num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
             ),
-            log_with=available_trackers() or None,
             project_dir=config.run_folder(),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=_timeout(config))],
         )
@@ -106,11 +104,6 @@ def _refuse_unconnected_processes(state: Accelerator | PartialState) -> None:
             f"{launched} processes were launched, but they are not connected, because Accelerate "
             "sees no GPU; to train on CPUs, set ACCELERATE_USE_CPU=true before the launch"
         )
-
-
-def available_trackers() -> list[str]:
-    """The experiment trackers that are installed."""
-    return ["tensorboard"] if is_tensorboard_available() else []
 
 
 def configure_compile(config: TrainingConfig, accelerator: Accelerator) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +39,8 @@ class TrainingConfig(
     _error = ConfigError
 
     def __post_init__(self) -> None:
+        if self.report_to is not None:
+            object.__setattr__(self, "report_to", _split_names(self.report_to))
         super().__post_init__()
         is_conditional = self.class_conditional or self.class_column is not None
         object.__setattr__(self, "class_conditional", is_conditional)
@@ -106,6 +108,12 @@ class TrainingConfig(
         else:
             values |= {name: value for name, value in proposed.items() if values[name] is None}
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _split_names(names: str | Sequence[str]) -> list[str]:
+    """The names in a list and in texts with commas or spaces."""
+    texts = [names] if isinstance(names, str) else names
+    return [name for text in texts for name in str(text).replace(",", " ").split()]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 # Local paths and names are private.
 _LOCAL_OPTIONS = (
     "dataset", "output_dir", "pretrained", "push_to_hub", "unet_config", "evaluate_features",
+    "report_to", "tracker_project_name", "run_name",
 )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ from ddpm_hf.training.read_ahead import ReadAhead, read_ahead
 from ddpm_hf.training.resolve import implied_options, resume_options
 from ddpm_hf.training.run import Run, start_run
 from ddpm_hf.training.run_folder import remove_leftovers, run_lock
-from ddpm_hf.training.run_log import MetricsLog, RunningMetrics, SkippedUpdate
+from ddpm_hf.training.run_log import MetricsLog, RunningMetrics, SkippedUpdate, open_log
 from ddpm_hf.training.signals import StopSignal, is_under_a_launcher
 from ddpm_hf.training.state import find_checkpoint, read_record
 from ddpm_hf.training.train_step import train_step
@@ -159,7 +159,7 @@ def train(
             recipe = run.config.to_yaml(implied_options(components.identity()))
             paths.config.write_text(recipe, encoding="utf-8")
 
-        log = MetricsLog(paths.metrics, accelerator, run.state.step, run.batches.batch_size)
+        log = open_log(run)
         stack.callback(log.close)
         artifacts = Artifacts(run, log, pusher, validation, evaluation)
         is_caught_up = checkpoint is None or artifacts.catch_up()

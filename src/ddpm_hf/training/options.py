@@ -9,6 +9,11 @@ from typing import ClassVar, Literal
 
 from ddpm_hf.options import Options, option
 
+TRACKERS = (
+    "tensorboard", "trackio", "wandb", "mlflow", "swanlab", "aim", "clearml", "comet_ml", "dvclive",
+)  # fmt: skip
+"""Experiment trackers of accelerate, by its names."""
+
 MIN_SIZE = 3
 """Smallest image side in pixels: a smaller image cannot be downsampled."""
 
@@ -253,6 +258,18 @@ class OutputOptions(Options):
         None, "folder of the run (default: runs/NAME with the name of the dataset)", is_path=True
     )
     logging_steps: int = option(20, "updates between two log entries", minimum=1)
+    report_to: list[str] | None = option(
+        None,
+        "experiment trackers for the log and the sample grids, separated by commas or spaces; all "
+        "for all that are installed, none for none (default: tensorboard, if installed)",
+        choices=("all", "none", *TRACKERS),
+    )
+    tracker_project_name: str | None = option(
+        None, "name of the project in the trackers (default: ddpm-hf)"
+    )
+    run_name: str | None = option(
+        None, "name of the run in the trackers (default: the name of its folder, with an id)"
+    )
     sample_steps: int | None = option(
         None, "updates between two sample grids (default: proposed)", minimum=1
     )

@@ -10,12 +10,12 @@ from ddpm_hf.diffusion.config_extension import beta_schedule_of
 from ddpm_hf.diffusion.image_processor import ImageFacts
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.text import counted, duration, is_notebook
-from ddpm_hf.training.accelerator import available_trackers
 from ddpm_hf.training.final_calibration import calibration_cost, describe_calibration
 from ddpm_hf.training.learning_rate import learning_rate
 from ddpm_hf.training.periodic_evaluation import PeriodicEvaluation
 from ddpm_hf.training.run import Run
 from ddpm_hf.training.state import read_record
+from ddpm_hf.training.trackers import installed_trackers, requested_trackers
 from ddpm_hf.training.validation import Validation
 
 _MAX_CLASSES = 40
@@ -66,7 +66,6 @@ def plan_training(
         measurements: what is measured during training.
         update_s: seconds per update; None if unknown.
     """
-    losses = "logs/ for TensorBoard" if available_trackers() else run.paths.metrics.name
     calibration = [describe_calibration(run)] if run.config.calibrate else []
     return TrainingPlan(
         resumed_from=_describe_resume(run),
@@ -76,11 +75,19 @@ def plan_training(
         diffusion=_describe_diffusion(run.components.scheduler),
         training=_describe_training(run),
         machine=_describe_machine(run),
-        output=f"{run.paths.root}, losses in {losses}",
+        output=f"{run.paths.root}, losses in {_describe_losses(run)}",
         measurements=(*(measurement.describe() for measurement in measurements), *calibration),
         notes=run.components.notes,
         time=_describe_time(run, update_s, measurements) if update_s is not None else "",
     )
+
+
+def _describe_losses(run: Run) -> str:
+    """The installed trackers of the run, or its log without any."""
+    requested = requested_trackers(run.config.report_to)
+    names = [name for name in installed_trackers() if name in requested]
+    shown = ["logs/ for TensorBoard" if name == "tensorboard" else name for name in names]
+    return ", ".join(shown) or run.paths.metrics.name
 
 
 def _describe_images(run: Run) -> str:

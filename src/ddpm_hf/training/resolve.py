@@ -23,7 +23,8 @@ CHANGEABLE_ON_RESUME = frozenset(
         "dataset", "image_column", "class_column", "pretrained", "unet_config",
         "gradient_checkpointing",  # bit-equal
         "num_threads",  # another number changes the last bits of sums
-        "logging_steps", "sample_steps", "num_samples", "sample_inference_steps",
+        "logging_steps", "report_to", "tracker_project_name", "run_name",
+        "sample_steps", "num_samples", "sample_inference_steps",
         "checkpointing_steps", "checkpoints_total_limit", "push_to_hub", "public", "license",
         "use_safetensors", "calibrate", "ddp_timeout",
         "validation_steps", "validation_images", "validation_timesteps", "keep_best",

@@ -1,24 +1,27 @@
-"""Training metrics: accumulated on the device, written to metrics.jsonl and to TensorBoard."""
+"""Training metrics: accumulated on the device, written to metrics.jsonl and sent to trackers."""
 
 import dataclasses
 import json
-import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL.Image import Image
 from torch import Tensor
 
 from ddpm_hf.diffusion.atomic_files import write_text
-
-logger = logging.getLogger(__name__)
+from ddpm_hf.training.run import Run
+from ddpm_hf.training.trackers import (
+    TrackedRun,
+    Trackers,
+    public_config,
+    requested_trackers,
+)
 
 
 @dataclass(frozen=True)
@@ -94,28 +97,32 @@ class RunningMetrics:
 
 
 class MetricsLog:
-    """metrics.jsonl and, if it is installed, TensorBoard.
+    """metrics.jsonl and the experiment trackers.
 
-    Created on every rank; only the main process writes. A tracker that fails is a warning.
+    Created on every rank; only the main process writes.
 
     Args:
         file: one JSON object per line; entries after update `step` are removed.
-        accelerator: has the trackers.
+        accelerator: names the main process.
         step: number of updates done before.
         batch_size: images per update.
+        trackers: get the values and the sample grids; none of them on the other ranks.
     """
 
-    def __init__(self, file: Path, accelerator: Accelerator, step: int, batch_size: int) -> None:
+    def __init__(
+        self,
+        file: Path,
+        accelerator: Accelerator,
+        step: int,
+        batch_size: int,
+        trackers: Trackers,
+    ) -> None:
         self._accelerator, self._file, self._batch_size = accelerator, file, batch_size
+        self._trackers = trackers
         self._last_time, self._last_step = time.monotonic(), step
         if accelerator.is_main_process:
             file.touch()
             _drop_entries_after(file, step)
-        self._tracks = bool(accelerator.log_with)
-        if self._tracks:
-            # Removes the curve beyond the checkpoint that the run resumes from.
-            purge = {"tensorboard": {"purge_step": step + 1 if step else None}}
-            self._track(lambda: accelerator.init_trackers("logs", init_kwargs=purge))
 
     def write(
         self, step: int, values: dict[str, float], skipped: Sequence[SkippedUpdate] = ()
@@ -129,7 +136,7 @@ class MetricsLog:
         speed = round(num_images / max(now - self._last_time, 1e-9), 1)
         self._last_time, self._last_step = now, step
         values = {**values, "images_per_s": speed}
-        self._track(lambda: self._accelerator.log(values, step=step))
+        self._trackers.log(step, values)
         details = {"skipped": [dataclasses.asdict(update) for update in skipped]} if skipped else {}
         self.append({"step": step, **_finite(values), **details})
 
@@ -144,7 +151,7 @@ class MetricsLog:
 
     def amend(self, step: int, values: Mapping[str, float]) -> None:
         """Add values to the entry of update `step`, the last one."""
-        self._track(lambda: self._accelerator.log(dict(values), step=step))
+        self._trackers.log(step, values)
         if self._accelerator.is_main_process:
             entry = self.entry_at(step) | {"step": step} | _finite(values)
             lines = self._file.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -158,27 +165,36 @@ class MetricsLog:
                 file.write(json.dumps(entry) + "\n")
 
     def show(self, step: int, grid: Image) -> None:
-        """Send the sample grid of update `step` to the tracker."""
-        pixels = np.asarray(grid.convert("RGB"))[None]
-        self._track(
-            lambda: self._accelerator.get_tracker("tensorboard").log_images(
-                {"samples": pixels}, step=step, dataformats="NHWC"
-            )
-        )
+        """Send the sample grid of update `step` to the trackers."""
+        self._trackers.show(step, grid)
 
     def close(self) -> None:
-        """Flush and close the trackers."""
-        for tracker in self._accelerator.trackers:
-            self._track(tracker.finish)
+        """Send what the trackers still hold, within a time limit."""
+        self._trackers.close()
 
-    def _track(self, action: Callable[[], object]) -> None:
-        if not self._tracks:
-            return
-        try:
-            action()
-        except Exception as error:  # trackers may raise anything; training continues
-            self._tracks = False
-            logger.warning("the tracker failed and is not used any more: %s", error)
+
+def open_log(run: Run) -> MetricsLog:
+    """The log of a run, with the trackers of its options."""
+    config, paths, step = run.config, run.paths, run.state.step
+    tracked = TrackedRun(
+        folder=paths.root,
+        identity_file=paths.tracking,
+        project=config.tracker_project_name or "ddpm-hf",
+        name=config.run_name,
+        config=public_config(config.to_dict()),
+        step=step,
+        sent_until=_last_step(paths.metrics),
+        is_public=config.public,
+    )
+    names = requested_trackers(config.report_to) if run.accelerator.is_main_process else []
+    trackers = Trackers(names, tracked)
+    return MetricsLog(paths.metrics, run.accelerator, step, run.batches.batch_size, trackers)
+
+
+def _last_step(file: Path) -> int:
+    """The last update with an entry; 0 without any."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return int(max(filter(math.isfinite, map(_step_of, lines)), default=0))
 
 
 def _drop_entries_after(file: Path, step: int) -> None:
