@@ -156,6 +156,9 @@ ELSEWHERE = {
     "num_threads": "test_training_speed.py",
     "calibrate": "test_training_validation.py",
     "ddp_timeout": "test_endings.py",
+    "report_to": "test_trackers.py",
+    "tracker_project_name": "test_trackers.py",
+    "run_name": "test_trackers.py",
 }
 
 
