@@ -156,6 +156,7 @@ ELSEWHERE = {
     "num_threads": "test_training_speed.py",
     "calibrate": "test_training_validation.py",
     "ddp_timeout": "test_endings.py",
+    "dry_run": "test_dry_run.py",
     "report_to": "test_trackers.py",
     "tracker_project_name": "test_trackers.py",
     "run_name": "test_trackers.py",

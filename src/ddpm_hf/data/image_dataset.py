@@ -36,6 +36,7 @@ class ImageDataset:
         facts: mode, size, bit depth and class names.
         skipped: one line for each skipped row, with the reason.
         left_out: number of files and rows that are not used, by kind or reason.
+        sources: modes, bit depths and sizes of the image files.
         num_with_colour: number of images with colours in the file.
         num_with_alpha: number of images with pixels that are not opaque, in a mode with alpha.
         labels: class of each image, (N,), -1 for an image without label; None if not requested.
@@ -56,6 +57,7 @@ class ImageDataset:
         self.facts = replace(facts, class_names=class_names)
         self.skipped: list[str] = summary["skipped"]
         self.remarks: list[str] = summary["remarks"]
+        self.sources: str = summary.get("sources", "")
         self.num_with_colour: int = summary["num_with_colour"]
         self.num_with_alpha: int = summary["num_with_alpha"]
         bad = {"bad images": len(self.skipped)} if self.skipped else {}

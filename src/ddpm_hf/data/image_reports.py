@@ -1,5 +1,6 @@
 """Messages about images: unusable ones, files that are left out, and loss of quality."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,6 +38,26 @@ def describe_left_out(num_images: int, left_out: Mapping[str, int], skipped: Seq
         f" ({', '.join(kinds)}){install_hint(left_out)}"
     )
     return "; ".join([used, *_first(skipped, _MAX_SKIPPED)])
+
+
+def describe_files(headers: Mapping[str, NDArray[Any]]) -> str:
+    """One line with modes, bit depths and sizes of the usable image files.
+
+    Args:
+        headers: columns of `ImageHeader`.
+    """
+    usable = headers["height"] > 0
+    flags = zip(
+        *(headers[name][usable].tolist() for name in ("colour", "alpha", "deep")), strict=True
+    )
+    modes = Counter(
+        ("RGB" if colour else "L") + "A" * alpha + " 16 bit" * deep for colour, alpha, deep in flags
+    )
+    pairs = zip(headers["width"][usable].tolist(), headers["height"][usable].tolist(), strict=True)
+    sizes = sorted(set(pairs), key=lambda size: size[0] * size[1])
+    shown = dict.fromkeys(f"{width}x{height}" for width, height in (sizes[0], sizes[-1]))
+    listed = ", ".join(f"{mode} {count:,}" for mode, count in modes.most_common())
+    return f"{listed}; {counted(len(sizes), 'size')}, {' to '.join(shown)}"
 
 
 def describe_unlabelled(labels: Labels) -> str | None:

@@ -22,7 +22,7 @@ from ddpm_hf.data.decoding import (
 )
 from ddpm_hf.data.errors import DataError, SeveralShapes
 from ddpm_hf.data.image_conversion import Target, resize_shorter_side
-from ddpm_hf.data.image_reports import bad_images_error, quality_remarks
+from ddpm_hf.data.image_reports import bad_images_error, describe_files, quality_remarks
 from ddpm_hf.diffusion.image_processor import MAX_SIZE, ImageFacts
 
 NATIVE_SIZE_LIMIT = 256
@@ -96,6 +96,7 @@ def prepare_into(source: Source, plan: Plan, on_bad_image: str, folder: Path) ->
         "stored_mode": target.mode,
         "skipped": skipped,
         "remarks": quality_remarks(notes, target),
+        "sources": describe_files(headers),
         "num_with_colour": int(notes["colour"].sum()),
         "num_with_alpha": int(notes["alpha"].sum()),
     }

@@ -30,6 +30,7 @@ from ddpm_hf.training.artifacts import Artifacts
 from ddpm_hf.training.components import assemble
 from ddpm_hf.training.config import TrainingConfig
 from ddpm_hf.training.dataset_setup import TrainingData
+from ddpm_hf.training.dry_run import describe_needs, temporary_cache
 from ddpm_hf.training.errors import ConfigError, TrainingError
 from ddpm_hf.training.learning_rate import learning_rate
 from ddpm_hf.training.periodic_evaluation import build_evaluation
@@ -134,9 +135,13 @@ def train(
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         timeout_s = config.ddp_timeout
 
-        on_main_process(accelerator, lambda: stack.enter_context(run_lock(paths)), timeout_s)
+        if config.dry_run:
+            stack.enter_context(temporary_cache(accelerator))
+        else:
+            on_main_process(accelerator, lambda: stack.enter_context(run_lock(paths)), timeout_s)
+            on_main_process(accelerator, lambda: _clean_up(paths), timeout_s)
         pusher = on_main_process(accelerator, lambda: _create_pusher(config), timeout_s)
-        newest = on_main_process(accelerator, lambda: _checkpoint_to_resume(paths), timeout_s)
+        newest = on_main_process(accelerator, lambda: find_checkpoint(paths.checkpoints), timeout_s)
         checkpoint, record = broadcast_object_list([newest])[0], None
 
         if checkpoint is not None:
@@ -155,6 +160,9 @@ def train(
         update_s = warm_up(run)
         measurements = [m for m in (validation, evaluation) if m]
         accelerator.print(plan_training(run, measurements, update_s))
+        if config.dry_run:
+            on_main_process(accelerator, lambda: print(describe_needs(run)), timeout_s)
+            return TrainingResult(paths.model.root, paths.metrics, run.state.step)
         if accelerator.is_main_process:
             recipe = run.config.to_yaml(implied_options(components.identity()))
             paths.config.write_text(recipe, encoding="utf-8")
@@ -306,18 +314,17 @@ def _finish_push(pusher: BackgroundPusher | None, stopped_by: int | None) -> boo
 
 def _create_pusher(config: TrainingConfig) -> BackgroundPusher | None:
     """The uploader, after a check of write access to the repository."""
-    if config.push_to_hub is None:
+    if config.push_to_hub is None or config.dry_run:
         return None
     pusher = BackgroundPusher(config.push_to_hub, public=config.public)
     pusher.check()
     return pusher
 
 
-def _checkpoint_to_resume(paths: RunPaths) -> Path | None:
-    """The newest undamaged checkpoint, after cleaning up what a crash left."""
+def _clean_up(paths: RunPaths) -> None:
+    """Remove what a crash left."""
     remove_leftovers(paths.root)
     remove_leftovers(paths.checkpoints)
-    return find_checkpoint(paths.checkpoints)
 
 
 @contextmanager

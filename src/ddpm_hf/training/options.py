@@ -254,6 +254,11 @@ class OutputOptions(Options):
 
     _argument_group_name: ClassVar[str] = "output"
 
+    dry_run: bool = option(
+        False,
+        "print the plan with facts about the data, time, memory and disk space, and write nothing",
+        is_recorded=False,
+    )
     output_dir: str | None = option(
         None, "folder of the run (default: runs/NAME with the name of the dataset)", is_path=True
     )

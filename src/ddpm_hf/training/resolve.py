@@ -23,7 +23,7 @@ CHANGEABLE_ON_RESUME = frozenset(
         "dataset", "image_column", "class_column", "pretrained", "unet_config",
         "gradient_checkpointing",  # bit-equal
         "num_threads",  # another number changes the last bits of sums
-        "logging_steps", "report_to", "tracker_project_name", "run_name",
+        "dry_run", "logging_steps", "report_to", "tracker_project_name", "run_name",
         "sample_steps", "num_samples", "sample_inference_steps",
         "checkpointing_steps", "checkpoints_total_limit", "push_to_hub", "public", "license",
         "use_safetensors", "calibrate", "ddp_timeout",

@@ -29,7 +29,8 @@ def warm_up(run: Run) -> float | None:
             wrong gradients.
     """
     updates = run.num_updates_left
-    is_short = updates <= _FEW_UPDATES and run.accelerator.device.type == "cpu"
+    on_cpu, is_dry = run.accelerator.device.type == "cpu", run.config.dry_run
+    is_short = updates <= _FEW_UPDATES and on_cpu and not is_dry
     if updates and not is_short:
         run.accelerator.print("measuring  memory and speed of an update, before the plan")
         _fit_to_memory(run)

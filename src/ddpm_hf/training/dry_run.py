@@ -1,0 +1,118 @@
+"""Dry run of training: data, memory and disk space, with the plan and without writing anything."""
+
+import hashlib
+import resource
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import datasets
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from ddpm_hf.data import ImageDataset
+from ddpm_hf.data.image_reports import describe_left_out
+from ddpm_hf.text import counted
+from ddpm_hf.training.dataset_setup import Selection
+from ddpm_hf.training.run import Run
+
+
+@contextmanager
+def temporary_cache(accelerator: Accelerator) -> Iterator[None]:
+    """Prepare images in a temporary folder, which all ranks share, instead of the cache."""
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    # The folder of the cache has the space for images; a missing one is not created.
+    parent = cache if cache.is_dir() else None
+    with tempfile.TemporaryDirectory(prefix="dry-run-", dir=parent) as folder:
+        shared = broadcast_object_list([folder])[0]
+        datasets.config.HF_DATASETS_CACHE = Path(shared)
+        try:
+            yield
+        finally:
+            datasets.config.HF_DATASETS_CACHE = cache
+            accelerator.wait_for_everyone()
+
+
+def describe_needs(run: Run) -> str:
+    """Printed lines about the data, the memory used so far, and the files of a run."""
+    lines = [
+        *(f"data       {line}" for line in _describe_data(run)),
+        f"memory     {_describe_memory(run)}",
+        f"disk       {_describe_disk(run)}",
+        "dry run    nothing was written and no update was made",
+    ]
+    return "\n".join(lines)
+
+
+def _prepared(run: Run) -> ImageDataset | None:
+    """The prepared images before validation images are held out; None for tensors."""
+    images = run.components.images
+    source = images.images if isinstance(images, Selection) else images
+    return source.images if isinstance(source.images, ImageDataset) else None
+
+
+def _describe_data(run: Run) -> list[str]:
+    images = _prepared(run)
+    if images is None:
+        return [f"{counted(len(run.components.images), 'tensor')} from Python"]
+    lines = [images.sources]
+    if repeated := _num_repeated(images):
+        lines.append(f"{counted(repeated, 'image')} equal to another one after preparation")
+    if images.left_out:
+        lines.append(describe_left_out(len(images), images.left_out, images.skipped))
+    return lines
+
+
+def _num_repeated(images: ImageDataset) -> int:
+    """Number of images that repeat an earlier one, pixel by pixel."""
+    digests = {hashlib.sha256(images.window(i).tobytes()).digest() for i in range(len(images))}
+    return len(images) - len(digests)
+
+
+def _describe_memory(run: Run) -> str:
+    """Peak memory of the main process, which made a trial update."""
+    if run.accelerator.device.type == "cuda":
+        peak, where = torch.cuda.max_memory_allocated(), "of GPU memory"
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        where = "per process, with all libraries"
+    size = counted(run.micro_batch_size, "image")
+    return f"{_gb(peak + _moments(run))} {where}, for {size} at once"
+
+
+def _moments(run: Run) -> int:
+    """Bytes of the optimizer's moments, which exist after the first update only."""
+    return 0 if run.state.optimizer.state else 2 * _weights(run)
+
+
+def _weights(run: Run) -> int:
+    return sum(p.numel() * p.element_size() for p in run.state.unet.parameters())
+
+
+def _describe_disk(run: Run) -> str:
+    config, weights = run.config, _weights(run)
+    # Weights, averages and two moments; a new checkpoint is complete before an old one is removed.
+    checkpoints = 4 * weights * (config.checkpoints_total_limit + 1)
+    models = weights * (2 + config.keep_best)  # a new model is complete before the old is removed
+    root = run.paths.root.absolute()
+    folder = next(path for path in (root, *root.parents) if path.exists())
+    images = _prepared(run)
+    cached = 0 if images is None else _folder_size(images.folder)
+    free = shutil.disk_usage(folder).free
+    return (
+        f"up to {_gb(checkpoints + models)} in {run.paths.root} (checkpoints {_gb(checkpoints)}), "
+        f"{_gb(free)} free; {_gb(cached)} of prepared images in the cache"
+    )
+
+
+def _folder_size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+def _gb(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.2g} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.2g} MB"

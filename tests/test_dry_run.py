@@ -1,0 +1,77 @@
+"""`ddpm-hf train --dry-run`: facts and the plan, and nothing written."""
+
+import os
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_runs import metrics, run
+
+from ddpm_hf import TrainingConfig, train
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes of grey and coloured images in two sizes, with a copy, a text, a broken file."""
+    rng = np.random.default_rng(0)
+    for label, shape in (("cat", (10, 8)), ("dog", (8, 8, 3))):
+        path = tmp_path / "pets" / label
+        path.mkdir(parents=True)
+        for index in range(3):
+            Image.fromarray(rng.integers(256, size=shape, dtype=np.uint8)).save(
+                path / f"{index}.png"
+            )
+    (tmp_path / "pets" / "dog" / "copy.png").write_bytes((path / "0.png").read_bytes())
+    (tmp_path / "pets" / "dog" / "broken.png").write_bytes(b"no image")
+    (tmp_path / "pets" / "notes.txt").write_text("notes")
+    return tmp_path / "pets"
+
+
+def all_files(*roots):
+    return {path for root in roots for path in Path(root).rglob("*")}
+
+
+@pytest.mark.filterwarnings("ignore:7 images used")
+def test_a_dry_run_prints_facts_and_plan_and_writes_nothing(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    cache.mkdir(parents=True, exist_ok=True)
+    before = all_files(folder.parent, cache)
+    result = train(
+        TrainingConfig(
+            dataset=str(folder), class_conditional=True, on_bad_image="skip", dry_run=True,
+            max_train_steps=10, batch_size=4,
+        )
+    )  # fmt: skip
+    assert all_files(folder.parent, cache) == before
+    assert Path(datasets.config.HF_DATASETS_CACHE) == cache
+    assert result.num_steps == 0
+    assert not result.model_dir.exists()
+    printed = capsys.readouterr().out
+    for expected in (
+        "classes    2: cat (3), dog (4)",
+        "parameters",
+        "s per update",
+        "data       RGB 4, L 3; 2 sizes, 8x8 to 8x10",
+        "data       1 image equal to another one after preparation",
+        "7 images used, 2 left out (",
+        "broken.png",
+        "GB per process, with all libraries, for 4 images at once",
+        "free; ",
+        "nothing was written",
+    ):
+        assert expected in printed, expected
+
+
+def test_a_dry_run_of_an_interrupted_run_shows_how_it_would_resume(tmp_path, capsys):
+    run(tmp_path, max_train_steps=4)
+    before = {path: path.stat().st_mtime_ns for path in all_files(tmp_path)}
+    assert run(tmp_path, max_train_steps=6, dry_run=True).num_steps == 4
+    assert {path: path.stat().st_mtime_ns for path in all_files(tmp_path)} == before
+    assert "resuming after update 4" in capsys.readouterr().out
+    assert len(metrics(tmp_path)) == 4
+    assert os.listdir(tmp_path / "checkpoints")
