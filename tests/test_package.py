@@ -182,7 +182,10 @@ def test_the_constraints_satisfy_all_requirements():
     pinned = {pin.name.lower().replace("_", "-"): pin for pin in pins}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    direct = [*project["dependencies"], *extras["heic"], *extras["eval"], *extras["dev"]]
+    direct = [
+        *project["dependencies"],
+        *(r for name in ("app", "heic", "eval", "dev") for r in extras[name]),
+    ]
     for requirement in map(Requirement, direct):
         (pin,) = pinned[requirement.name.lower()].specifier
         assert pin.operator == "=="

@@ -112,14 +112,9 @@ def _values(model: ServedModel, sampler: str = RECOMMENDED) -> dict[str, dict[st
     labels = model.class_labels
     eta = default_eta(model, sampler)
     number = 6 if labels is None or len(labels) > 12 else len(labels)
-    classes = [] if labels is None else [(model.class_name(n), str(n)) for n in labels]
     return {
         "num_images": {"maximum": model.max_images, "value": min(number, model.max_images)},
-        "class_label": {
-            "choices": [(_in_turn(classes), ALL_CLASSES), *classes],
-            "value": ALL_CLASSES,
-            "visible": labels is not None,
-        },
+        "class_label": class_choices(model),
         "guidance_scale": {"value": 1.0, "visible": labels is not None},
         "interval": {"visible": labels is not None},
         "sampler": {"choices": _samplers(model), "value": RECOMMENDED},
@@ -129,6 +124,15 @@ def _values(model: ServedModel, sampler: str = RECOMMENDED) -> dict[str, dict[st
         },
         "eta": {"value": eta or 0.0, "visible": eta is not None},
     }
+
+
+def class_choices(model: ServedModel, all_classes: bool = True) -> dict[str, Any]:
+    """Properties of a dropdown of classes, hidden for an unconditional model."""
+    labels = model.class_labels
+    classes = [] if labels is None else [(model.class_name(n), str(n)) for n in labels]
+    choices = [(_in_turn(classes), ALL_CLASSES), *classes] if all_classes else classes
+    first = choices[0][1] if choices else None
+    return {"choices": choices, "value": first, "visible": labels is not None}
 
 
 def _in_turn(classes: Sequence[tuple[str, str]]) -> str:

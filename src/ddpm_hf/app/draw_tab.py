@@ -7,33 +7,38 @@ from typing import Any
 import gradio as gr
 
 from ddpm_hf.app import films
+from ddpm_hf.app.browser_components import film_player
 from ddpm_hf.app.controls import MODEL_QUEUE, PRIVATE, SamplingControls, request_of
 from ddpm_hf.app.drawing import drawing_steps
-from ddpm_hf.app.film_player import film_player
 from ddpm_hf.app.films import Frame
+from ddpm_hf.app.picture_input import Drawn
 from ddpm_hf.app.reported_errors import reported
 from ddpm_hf.app.requests import DrawRequest
 from ddpm_hf.app.served_models import ServedModel
 from ddpm_hf.app.snippets import command_line, python_lines
 from ddpm_hf.app.translations import translated as t
+from ddpm_hf.app.working import check_time
 from ddpm_hf.pictures import Pixels, image_grid, to_pil
 
 UPDATE_INTERVAL_S = 0.1
 
 
-def draw_tab(models: Mapping[str, ServedModel], model: gr.Dropdown) -> None:
+def draw_tab(models: Mapping[str, ServedModel], model: gr.Dropdown, drawn: gr.State) -> gr.HTML:
     """Build the tab.
 
     Args:
         models: the models by name.
         model: component with the name of the chosen model.
+        drawn: gets the images, as `Drawn`.
+    Returns:
+        the film player; it sends "select" with the index of an image.
     """
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
             controls = SamplingControls.build(next(iter(models.values())))
             with gr.Row():
-                draw = gr.Button(t("draw_button"), variant="primary", elem_id="draw")
-                stop = gr.Button(t("stop"), elem_id="stop")
+                draw = gr.Button(t("draw_button"), variant="primary", min_width=100, elem_id="draw")
+                stop = gr.Button(t("stop"), min_width=100, elem_id="stop")
         with gr.Column(scale=2, min_width=300):
             film = film_player(elem_id="film")
             with gr.Accordion(t("code"), open=False):
@@ -46,23 +51,28 @@ def draw_tab(models: Mapping[str, ServedModel], model: gr.Dropdown) -> None:
         served = models[name]
         request = request_of(served, values)
         lines = python_lines(served, request), command_line(served, request)
-        for value in film_updates(served, request):
-            yield value, *lines
+        for value, images in film_updates(served, request):
+            kept = gr.skip() if images is None else Drawn(name, images, request.labels())
+            yield value, *lines, kept
 
     event = draw.click(
-        run, [model, *controls.inputs()], [film, python, shell], show_progress="minimal",
+        run, [model, *controls.inputs()], [film, python, shell, drawn], show_progress="minimal",
         **PRIVATE, **MODEL_QUEUE,
     )  # fmt: skip
     stop.click(None, cancels=[event], **PRIVATE)
+    return film
 
 
-def film_updates(model: ServedModel, request: DrawRequest) -> Generator[dict[str, Any]]:
-    """Values of the film player: steps about ten times a second, then the whole film."""
+def film_updates(
+    model: ServedModel, request: DrawRequest
+) -> Generator[tuple[dict[str, Any], Pixels | None]]:
+    """Values of the film player: steps about ten times a second, then the film and the images."""
     start = last = time.monotonic()
     kept: set[int] = set()
     frames: list[Frame] = []
     captions = _captions(model, request)
     for step in drawing_steps(model, request):
+        check_time(start)
         is_due = time.monotonic() - last >= UPDATE_INTERVAL_S
         if step.images is None and not (is_due or not kept or step.index in kept):
             continue
@@ -71,10 +81,11 @@ def film_updates(model: ServedModel, request: DrawRequest) -> Generator[dict[str
         if step.index in kept:
             frames.append(frame)
         if step.images is not None:
-            yield _finished(model, request, frames, step.images, time.monotonic() - start, captions)
+            seconds = time.monotonic() - start
+            yield _finished(model, request, frames, step.images, seconds, captions), step.images
         elif is_due or step.index == 1:
             last = time.monotonic()
-            yield films.film_value([frame], step.total, done=False, captions=captions)
+            yield films.film_value([frame], step.total, done=False, captions=captions), None
 
 
 def _finished(

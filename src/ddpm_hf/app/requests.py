@@ -143,7 +143,7 @@ def number(name: str, value: Any) -> float:
     return float(value)
 
 
-def check_at_most(name: str, value: int, limit: int) -> None:
+def check_at_most(name: str, value: float, limit: float) -> None:
     if value > limit:
         raise ValueError(f"`{name}` must be at most {limit} for this model, got {value}")
 
@@ -211,6 +211,12 @@ def _classes(model: ServedModel, label: Any) -> list[int] | None:
         raise ValueError(f"`class_label` must be a class, got {_short(label)}")
     unet = model.pipeline.unet
     return class_numbers(label, unet.config.num_class_embeds, class_names_of(unet))
+
+
+def class_of(model: ServedModel, label: Any) -> int:
+    """Number of one class; the first one for None."""
+    labels = model.class_labels or [0]
+    return labels[0] if label is None else (_classes(model, label) or labels)[0]
 
 
 def _short(value: Any) -> str:

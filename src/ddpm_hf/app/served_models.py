@@ -51,6 +51,12 @@ class ServedModel:
         return width, height
 
     @property
+    def bit_depth(self) -> int:
+        """Bits per channel of its images."""
+        facts = image_facts(self.pipeline.unet)
+        return facts.bit_depth if facts else 8
+
+    @property
     def max_images(self) -> int:
         """Largest number of images in a request."""
         width, height = self.size

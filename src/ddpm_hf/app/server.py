@@ -2,18 +2,24 @@
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 # Read on import. The summary of calls is computed by pandas after each of this many.
 os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_ANALYTICS_CACHE_FREQUENCY": "1000000"}
 import gradio as gr
 
+from ddpm_hf.app.nearest_images import TrainingSet
 from ddpm_hf.app.page import build_page
 from ddpm_hf.app.page_texts import static_file
 from ddpm_hf.app.served_models import ServedModel
 from ddpm_hf.app.translations import translations
 
 MAX_UPLOAD = "16mb"
+# The browser refuses requests to other servers, whatever a model card contains.
+_CONTENT_POLICY = (
+    '<meta http-equiv="Content-Security-Policy" content="'
+    "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'\">"
+)
 MAX_SESSIONS = 200
 
 
@@ -28,6 +34,7 @@ def theme() -> gr.themes.Base:
 
 def start(
     models: Sequence[ServedModel],
+    training: Mapping[str, TrainingSet] | None = None,
     *,
     host: str | None = None,
     port: int | None = None,
@@ -38,6 +45,7 @@ def start(
 
     Args:
         models: the models.
+        training: training images by the name of the model, where they are at hand.
         host: address to listen on; by default that of `GRADIO_SERVER_NAME`, else 127.0.0.1.
         port: port; None for a free one, from 7860.
         share: also open a public address at gradio.live.
@@ -45,7 +53,7 @@ def start(
     Raises:
         OSError: if the port is taken.
     """
-    page = build_page(models)
+    page = build_page(models, training)
     page.launch(
         server_name=host,
         server_port=port,
@@ -65,6 +73,7 @@ def start(
         i18n=translations(),
         theme=theme(),
         css=static_file("page.css"),
+        head=_CONTENT_POLICY,
     )
     return page
 

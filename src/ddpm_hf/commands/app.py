@@ -43,7 +43,23 @@ class ServerOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AppCommand(LoadOptions, ServerOptions):
+class TrainingDataOptions(Options):
+    """Training images, to compare pictures with."""
+
+    _argument_group_name: ClassVar[str] = "training images"
+
+    data: str | None = option(
+        None,
+        "training images of the models, to show the nearest ones to a picture: a folder, files or"
+        " a Hub dataset",
+        metavar="DATASET",
+        is_path=True,
+    )
+    split: str = option("train", "split of `data`", metavar="NAME")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AppCommand(LoadOptions, TrainingDataOptions, ServerOptions):
     """Options of `ddpm-hf app`."""
 
     models: list[str] = option(
@@ -67,8 +83,8 @@ def run(argv: list[str]) -> int:
             usage="MODEL [MODEL ...] [--option VALUE ...]",
             description=DESCRIPTION,
         )
-        for model in options.models:
-            check_local_path(model)
+        for name in [*options.models, *filter(None, [options.data])]:
+            check_local_path(name)
         if find_spec("gradio") is None:
             raise ValueError("`ddpm-hf app` needs the extra: pip install 'ddpm-hf[app]'")
         serve(options)
@@ -77,13 +93,18 @@ def run(argv: list[str]) -> int:
 
 def serve(options: AppCommand) -> None:
     """Load the models, start the server, print its address and wait."""
+    from ddpm_hf.app.nearest_images import training_sets
     from ddpm_hf.app.served_models import load_models
     from ddpm_hf.app.server import start, wait
 
     is_local = options.host in ("127.0.0.1", "localhost") and not options.share
     models = load_models(options.models, **options.keywords(LoadOptions), hide_paths=not is_local)
+    training = None
+    if options.data is not None:
+        training = training_sets(models, options.data, options.split)
     page = start(
         models,
+        training,
         host=options.host,
         port=options.port,
         share=options.share,

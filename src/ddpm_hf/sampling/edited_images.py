@@ -90,11 +90,11 @@ def edit_images(
         OSError: if a file cannot be read or written.
     """
     state = distributed_state()
-    pictures = _Pictures.read(image, options)
+    pictures = EditPictures.read(image, options)
     record = _record(pipeline, pictures, options, model)
     with exclusive_folder(state, folder, "output"):
         on_main_process(state, lambda: _prepare_folder(folder, record, overwrite))
-        edit = _Edit(pipeline, pictures, options)
+        edit = PictureEdit(pipeline, pictures, options)
         images = _draw(state, edit, folder / _PARTS, progress)
         std = None
         if options.kind in ("inpaint", "image to image") and len(images) > 1:
@@ -104,7 +104,7 @@ def edit_images(
 
 
 @dataclass(frozen=True)
-class _Pictures:
+class EditPictures:
     """The pictures of an edit, upright."""
 
     image: Image.Image
@@ -112,7 +112,7 @@ class _Pictures:
     between: Image.Image | None
 
     @classmethod
-    def read(cls, image: Path, options: EditOptions) -> "_Pictures":
+    def read(cls, image: Path, options: EditOptions) -> "EditPictures":
         others = (path if path is None else _open(path) for path in (options.mask, options.between))
         return cls(_open(image), *others)
 
@@ -134,11 +134,11 @@ def _open(path: Path) -> Image.Image:
         raise ValueError(f"{path} cannot be read: {reason}") from error
 
 
-class _Edit:
+class PictureEdit:
     """Draws batches of an edit."""
 
     def __init__(
-        self, pipeline: GaussianDDPMPipeline, pictures: _Pictures, options: EditOptions
+        self, pipeline: GaussianDDPMPipeline, pictures: EditPictures, options: EditOptions
     ) -> None:
         self._pipeline, self._pictures, self._options = pipeline, pictures, options
         self._steps = options.num_inference_steps or min(
@@ -251,7 +251,7 @@ def _in_mode(picture: Image.Image | None, pipeline: GaussianDDPMPipeline) -> Ima
     return picture.convert(mode) if is_lossless else picture
 
 
-def _draw(state: PartialState, edit: _Edit, folder: Path, progress: bool) -> Pixels:
+def _draw(state: PartialState, edit: PictureEdit, folder: Path, progress: bool) -> Pixels:
     batches = edit.batches()
     paths = [folder / f"batch-{i:04}.npy" for i in range(len(batches))]
 
@@ -271,7 +271,7 @@ def _draw(state: PartialState, edit: _Edit, folder: Path, progress: bool) -> Pix
 
 def _record(
     pipeline: GaussianDDPMPipeline,
-    pictures: _Pictures,
+    pictures: EditPictures,
     options: EditOptions,
     model: Mapping[str, Any] | None,
 ) -> Mapping[str, Any]:

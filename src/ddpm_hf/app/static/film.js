@@ -92,6 +92,7 @@ function reveal() {
   element.querySelector(".film").dataset.done = film.done;
   show(last);
   if (!film.done) return;
+  for (const canvas of canvases) canvas.title = texts.click_to_edit;
   find(".film-note").textContent = fill(texts.finished, { num: film.num_images, seconds: film.seconds });
   for (const kind of ["png", "gif"]) {
     const link = find(".film-" + kind);
@@ -120,6 +121,17 @@ function update() {
   });
 }
 
+function select(event) {
+  if (!film || !film.done) return;
+  const box = event.target.getBoundingClientRect(), columns = film.columns;
+  const lines = Math.ceil(film.num_images / columns);
+  const column = Math.floor(((event.clientX - box.left) / box.width) * columns);
+  const line = Math.floor(((event.clientY - box.top) / box.height) * lines);
+  const index = line * columns + column;
+  if (index < film.num_images) trigger("select", { index, value: null });
+}
+
+for (const canvas of canvases) canvas.addEventListener("click", select);
 stop();
 slider.addEventListener("input", () => { stop(); show(Number(slider.value)); });
 play.addEventListener("click", toggle);

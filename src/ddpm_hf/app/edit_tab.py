@@ -1,0 +1,208 @@
+"""Tab that edits a picture."""
+
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from ddpm_hf.app.controls import MODEL_QUEUE, PRIVATE, QUICK, class_choices
+from ddpm_hf.app.editing import (
+    DEFAULT_STEPS,
+    KINDS,
+    MAX_REPETITIONS,
+    EditRequest,
+    EditResult,
+    edit_command,
+    edit_picture,
+)
+from ddpm_hf.app.films import data_url
+from ddpm_hf.app.page_texts import language_of, texts
+from ddpm_hf.app.picture_input import Chosen, PictureInput, chosen_picture, painter_value
+from ddpm_hf.app.reported_errors import reported
+from ddpm_hf.app.result_html import figure, section
+from ddpm_hf.app.served_models import ServedModel
+from ddpm_hf.app.translations import translated as t
+from ddpm_hf.app.uploads import mask_picture
+from ddpm_hf.pictures import image_grid, to_pil, to_rgb
+
+SIDE_PIXELS = 160
+
+
+@dataclass(frozen=True)
+class EditControls:
+    """Components with the options of `EditRequest.of`."""
+
+    strength: gr.Slider
+    repetitions: gr.Slider
+    source_class: gr.Dropdown
+    class_label: gr.Dropdown
+    guidance_scale: gr.Slider
+    num_images: gr.Slider
+    seed: gr.Number
+    num_inference_steps: gr.Slider
+
+    @classmethod
+    def build(cls, model: ServedModel) -> "EditControls":
+        """Create the components for a model."""
+        is_conditional, T = model.class_labels is not None, model.num_train_timesteps
+        classes = class_choices(model, all_classes=False)
+        source = gr.Dropdown(label=t("source_class"), **{**classes, "visible": False})
+        label = gr.Dropdown(label=t("target_class"), **classes)
+        strength = gr.Slider(
+            0.05, 1, 0.5, step=0.05, label=t("strength"), info=t("strength_info"), visible=False
+        )
+        repetitions = gr.Slider(
+            1, MAX_REPETITIONS, 5, step=1, label=t("repetitions"), info=t("repetitions_info")
+        )
+        number = gr.Slider(1, min(16, model.max_images), 6, step=1, label=t("num_draws"))
+        steps = gr.Slider(1, T, min(DEFAULT_STEPS, T), step=1, label=t("num_steps"))
+        with gr.Accordion(t("more"), open=False):
+            guidance = gr.Slider(0, 8, 1, step=0.25, label=t("guidance"), visible=is_conditional)
+            seed = gr.Number(0, label=t("seed"))
+        return cls(strength, repetitions, source, label, guidance, number, seed, steps)
+
+    def components(self) -> list[Any]:
+        """The components, in the order of the fields."""
+        return [getattr(self, name) for name in self.__dataclass_fields__]
+
+
+def edit_tab(
+    models: Mapping[str, ServedModel], model: gr.Dropdown, drawn: gr.State
+) -> PictureInput:
+    """Build the tab.
+
+    Args:
+        models: the models by name.
+        model: component with the name of the chosen model.
+        drawn: the images that the visitor drew.
+    Returns:
+        the input for the picture.
+    """
+    first = next(iter(models.values()))
+    with gr.Row():
+        with gr.Column(scale=1, min_width=300):
+            kinds = [(t(f"kind_{kind}"), kind) for kind in KINDS]
+            kind = gr.Radio(kinds, value=KINDS[0], label=t("kind"), elem_id="kind")
+            picture = PictureInput.build("picture")
+            with gr.Group(visible=False) as more:
+                second = PictureInput.build("second")
+            controls = EditControls.build(first)
+            with gr.Row():
+                run = gr.Button(
+                    t("edit_button"), variant="primary", min_width=100, elem_id="run-edit"
+                )
+                stop = gr.Button(t("stop"), min_width=100)
+        with gr.Column(scale=2, min_width=300):
+            result = gr.HTML(elem_id="edited", elem_classes="result", apply_default_css=False)
+            with gr.Accordion(t("code_edit"), open=False):
+                command = gr.Code(language="shell", show_label=False)
+    picture.connect(models, model, drawn, kind)
+    second.connect(models, model, drawn)
+    _follow(models, model, kind, controls, picture, more)
+
+    @reported
+    def work(
+        request: gr.Request, name: str, kind: str, chosen: Any, board: Any, other: Any,
+        *values: Any,
+    ) -> Generator[Any]:  # fmt: skip
+        served, words = models[name], texts(language_of(request))
+        edit = EditRequest.of(
+            served,
+            kind,
+            chosen_picture(served, chosen),
+            mask=mask_picture(board, served) if kind == "inpaint" else None,
+            second=chosen_picture(served, other) if kind == "between" else None,
+            **dict(zip(EditControls.__dataclass_fields__, values, strict=True)),
+        )
+        steps = edit_picture(served, edit)
+        while True:
+            try:
+                calls = next(steps)
+            except StopIteration as end:
+                yield result_html(edit, end.value, words), edit_command(served, edit)
+                return
+            yield f"<p>{words['calls_so_far'].format(num=calls)}</p>", gr.skip()
+
+    event = run.click(
+        work, [model, kind, picture.chosen, picture.board, second.chosen, *controls.components()],
+        [result, command], show_progress="minimal", **PRIVATE, **MODEL_QUEUE,
+    )  # fmt: skip
+    stop.click(None, cancels=[event], **PRIVATE)
+    return picture
+
+
+def _follow(
+    models: Mapping[str, ServedModel],
+    model: gr.Dropdown,
+    kind: gr.Radio,
+    controls: EditControls,
+    picture: PictureInput,
+    second: gr.Group,
+) -> None:
+    """Show the components that a kind of edit needs, with the limits of the model."""
+
+    def for_kind(name: str, kind: str, chosen: Any) -> list[Any]:
+        served = models[name]
+        has_classes = served.class_labels is not None
+        is_there = isinstance(chosen, Chosen)
+        board = painter_value(chosen.picture, kind == "inpaint") if is_there else None
+        return [
+            gr.update(visible=kind == "vary"),
+            gr.update(visible=kind == "inpaint"),
+            gr.update(visible=kind == "class" and has_classes),
+            gr.update(visible=kind != "class"),
+            gr.update(visible=kind == "between"),
+            board,
+        ]
+
+    def for_model(name: str) -> list[Any]:
+        served = models[name]
+        T = served.num_train_timesteps
+        classes = class_choices(served, all_classes=False)
+        number = min(16, served.max_images)
+        return [
+            gr.update(**{k: v for k, v in classes.items() if k != "visible"}),
+            gr.update(**classes),
+            gr.update(visible=served.class_labels is not None),
+            gr.update(maximum=number, value=min(6, number)),
+            gr.update(maximum=T, value=min(DEFAULT_STEPS, T)),
+        ]
+
+    kind.change(
+        for_kind, [model, kind, picture.chosen],
+        [controls.strength, controls.repetitions, controls.source_class, controls.num_images,
+         second, picture.board], **QUICK,
+    )  # fmt: skip
+    model.change(
+        for_model, model,
+        [controls.source_class, controls.class_label, controls.guidance_scale,
+         controls.num_images, controls.num_inference_steps], **QUICK,
+    )  # fmt: skip
+
+
+def result_html(edit: EditRequest, result: EditResult, words: Mapping[str, str]) -> str:
+    """The picture, its edits and their standard deviation, with links to files."""
+    original = figure(to_rgb(edit.pictures.image), words["original"], SIDE_PIXELS)
+    images = [to_rgb(image) for image in result.images]
+    sections = [section(words["original"], [original])]
+    draws = [figure(image, str(i + 1), SIDE_PIXELS) for i, image in enumerate(images)]
+    sections.append(section(words["results"], draws))
+    if result.std is not None:
+        spread = result.std.mean(-1, keepdims=True)
+        heat = to_rgb(to_pil(spread / max(float(spread.max()), 1e-6)))
+        caption = words["std_info"].format(largest=f"{float(spread.max()):.2f}")
+        sections.append(section(words["std"], [figure(heat, caption, SIDE_PIXELS)]))
+    if result.expected_gain is not None:
+        gain = words["gain"].format(share=f"{result.expected_gain:.0%}")
+        sections.append(f"<p>{gain}</p>")
+    files = {"picture.png": edit.pictures.image, "edited.png": image_grid(images)}
+    if edit.pictures.mask is not None:
+        files["mask.png"] = edit.pictures.mask
+    if edit.pictures.between is not None:
+        files["second.png"] = edit.pictures.between
+    links = (
+        f'<a href="{data_url(picture)}" download="{name}">{name}</a>'
+        for name, picture in files.items()
+    )
+    return "".join(sections) + f'<p class="film-foot">{"".join(links)}</p>'

@@ -1,0 +1,146 @@
+"""Edits of a picture, as `ddpm-hf edit` makes them."""
+
+import shlex
+from collections.abc import Generator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ddpm_hf.app.requests import MAX_GUIDANCE, check_at_most, class_of, number, whole
+from ddpm_hf.app.served_models import ServedModel
+from ddpm_hf.app.working import watched
+from ddpm_hf.options import flag_of
+from ddpm_hf.pictures import Pixels
+from ddpm_hf.sampling.edit_options import EditOptions
+from ddpm_hf.sampling.edited_images import EditPictures, PictureEdit
+
+KINDS = ("inpaint", "vary", "between", "class")
+DEFAULT_STEPS = 25
+MAX_REPETITIONS = 20
+# Names of the visitor's pictures in lines of code.
+PICTURE, MASK, SECOND = (Path(name) for name in ("picture.png", "mask.png", "second.png"))
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """An edit with all values in range.
+
+    Attributes:
+        options: as of `ddpm-hf edit`, with placeholders for the names of pictures.
+        pictures: the pictures.
+    """
+
+    options: EditOptions
+    pictures: EditPictures
+
+    @classmethod
+    def of(
+        cls,
+        model: ServedModel,
+        kind: Any,
+        picture: Image.Image,
+        *,
+        mask: Image.Image | None = None,
+        second: Image.Image | None = None,
+        strength: Any = 0.5,
+        repetitions: Any = 5,
+        source_class: Any = None,
+        class_label: Any = None,
+        guidance_scale: Any = 1.0,
+        num_images: Any = 6,
+        seed: Any = 0,
+        num_inference_steps: Any = None,
+    ) -> "EditRequest":
+        """The request for a model.
+
+        Args:
+            model: the model.
+            kind: one of `KINDS`.
+            picture: in the format of the model.
+            mask: for "inpaint": white where the picture is drawn anew.
+            second: for "between": the other end.
+            strength: for "vary": share of the steps.
+            repetitions: for "inpaint": passes of RePaint.
+            source_class: for "class": class of the picture.
+            class_label: class of the result.
+            guidance_scale, num_images, seed, num_inference_steps: as of `ddpm-hf edit`.
+        Raises:
+            ValueError: for a value out of range, and for a missing picture.
+        """
+        if kind not in KINDS:
+            raise ValueError(f"`kind` must be one of {', '.join(KINDS)}, got {str(kind)[:40]!r}")
+        T = model.num_train_timesteps
+        steps = min(DEFAULT_STEPS, T) if num_inference_steps is None else num_inference_steps
+        is_conditional = model.class_labels is not None
+        values: dict[str, Any] = {
+            "num_images": whole("num_images", num_images),
+            "seed": whole("seed", seed),
+            "num_inference_steps": whole("num_inference_steps", steps),
+            "guidance_scale": number("guidance_scale", guidance_scale),
+        }
+        check_at_most("num_images", values["num_images"], model.max_images)
+        check_at_most("num_inference_steps", values["num_inference_steps"], T)
+        check_at_most("guidance_scale", values["guidance_scale"], MAX_GUIDANCE)
+        if is_conditional:
+            values["class_labels"] = [model.class_name(class_of(model, class_label))]
+        if kind == "inpaint":
+            values |= {"mask": MASK, "jump_length": 1}
+            values["jump_n_sample"] = whole("repetitions", repetitions)
+            check_at_most("repetitions", values["jump_n_sample"], MAX_REPETITIONS)
+        elif kind == "vary":
+            values["strength"] = number("strength", strength)
+        elif kind == "between":
+            values["between"] = SECOND
+            if second is None:
+                raise ValueError("choose the second picture, too")
+        elif not is_conditional:
+            raise ValueError("this model has no classes to change to")
+        else:
+            values |= {"num_images": 1}
+            values["source_class"] = model.class_name(class_of(model, source_class))
+        return cls(EditOptions(**values), EditPictures(picture, mask, second))
+
+
+@dataclass(frozen=True)
+class EditResult:
+    """Result of an edit.
+
+    Attributes:
+        images: (N, H, W, C), float32 in [0, 1].
+        std: standard deviation over the draws, (H, W, C); None for edits without noise or draws.
+        expected_gain: see `ddpm_hf.sampling.edited_images.EditedImages`.
+    """
+
+    images: Pixels
+    std: Pixels | None
+    expected_gain: float | None
+
+
+def edit_picture(model: ServedModel, request: EditRequest) -> Generator[int, None, EditResult]:
+    """Edit a picture; yields the number of network calls so far, a few times a second.
+
+    The images are those of `ddpm-hf edit` with these options and a batch of all images.
+    """
+    pipeline = model.working_pipeline(model.pipeline.scheduler)
+    edit = PictureEdit(pipeline, request.pictures, request.options)
+    indices = range(request.options.num_images)
+    images = yield from watched(model.pipeline.unet, lambda: edit.draw(indices))
+    has_noise = request.options.kind in ("inpaint", "image to image")
+    std = images.std(axis=0, ddof=1) if has_noise and len(images) > 1 else None
+    return EditResult(images, std, edit.expected_gain())
+
+
+def edit_command(model: ServedModel, request: EditRequest) -> str:
+    """The command that makes the same edit of files with these names."""
+    options = request.options
+    words = ["ddpm-hf", "edit", model.source, str(PICTURE)]
+    for field in fields(EditOptions):
+        value = getattr(options, field.name)
+        if value != field.default and value is not None:
+            items = value if isinstance(value, list) else [value]
+            words += [flag_of(field), *map(str, items)]
+    if options.num_images > EditOptions().batch_size:
+        words += ["--batch-size", str(options.num_images)]
+    return shlex.join(words)

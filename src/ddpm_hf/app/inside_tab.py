@@ -1,0 +1,130 @@
+"""Tab that shows what a model is, and measures pictures by it."""
+
+from collections.abc import Generator, Mapping
+from typing import Any
+
+import gradio as gr
+
+from ddpm_hf.app.controls import MODEL_QUEUE, PRIVATE, QUICK, class_choices
+from ddpm_hf.app.inspection import (
+    MAX_TERMS,
+    PictureBound,
+    card_text,
+    error_curve,
+    model_facts,
+    picture_bound,
+    snr_curve,
+)
+from ddpm_hf.app.nearest_images import TrainingSet
+from ddpm_hf.app.page_texts import language_of, texts
+from ddpm_hf.app.picture_input import PictureInput, chosen_picture
+from ddpm_hf.app.reported_errors import reported
+from ddpm_hf.app.result_html import figure, section, table
+from ddpm_hf.app.served_models import ServedModel
+from ddpm_hf.app.translations import translated as t
+from ddpm_hf.pictures import to_rgb
+
+NUM_NEAREST, SIDE_PIXELS = 6, 96
+PLOT_PIXELS = 220
+
+
+def inside_tab(
+    models: Mapping[str, ServedModel],
+    model: gr.Dropdown,
+    drawn: gr.State,
+    training: Mapping[str, TrainingSet],
+) -> None:
+    """Build the tab.
+
+    Args:
+        models: the models by name.
+        model: component with the name of the chosen model.
+        drawn: the images that the visitor drew.
+        training: training images by the name of the model, where they are at hand.
+    """
+    first = next(iter(models.values()))
+    with gr.Row():
+        with gr.Column(scale=1, min_width=300):
+            facts = gr.HTML(elem_id="facts", apply_default_css=False)
+            snr = gr.LinePlot(
+                snr_curve(first), x="t", y="log SNR", title=None, label=t("snr_plot"),
+                height=PLOT_PIXELS,
+            )  # fmt: skip
+            error = gr.LinePlot(
+                error_curve(first), x="t", y="RMSE", label=t("error_plot"), height=PLOT_PIXELS,
+                visible=error_curve(first) is not None,
+            )  # fmt: skip
+        with gr.Column(scale=1, min_width=300):
+            gr.Markdown(t("measure_help"))
+            picture = PictureInput.build("measured")
+            label = gr.Dropdown(label=t("class"), **class_choices(first, all_classes=False))
+            terms = gr.Slider(
+                2, MAX_TERMS, 32, step=1, label=t("num_terms"), info=t("num_terms_info")
+            )
+            with gr.Row():
+                measure = gr.Button(
+                    t("measure"), variant="primary", min_width=100, elem_id="measure"
+                )
+                stop = gr.Button(t("stop"), min_width=100)
+            result = gr.HTML(elem_id="bound", elem_classes="result", apply_default_css=False)
+    with gr.Accordion(t("card"), open=False):
+        card = gr.Markdown(card_text(first), elem_id="card")
+    picture.connect(models, model, drawn)
+
+    def shown(request: gr.Request, name: str) -> list[Any]:
+        served, curve = models[name], error_curve(models[name])
+        return [
+            table(model_facts(served, texts(language_of(request)))),
+            snr_curve(served),
+            gr.update(value=curve, visible=curve is not None),
+            card_text(served),
+            gr.update(**class_choices(served, all_classes=False)),
+        ]
+
+    outputs = [facts, snr, error, card, label]
+    model.change(shown, model, outputs, **QUICK)
+
+    def facts_of_first(request: gr.Request, name: str) -> str:
+        return table(model_facts(models[name], texts(language_of(request))))
+
+    gr.on(None, facts_of_first, model, facts, **QUICK)
+
+    @reported
+    def run(request: gr.Request, name: str, chosen: Any, label: Any, terms: Any) -> Generator[str]:
+        served, words = models[name], texts(language_of(request))
+        image = chosen_picture(served, chosen)
+        html = _nearest_html(served, training.get(name), image, words)
+        steps = picture_bound(served, image, label, terms)
+        while True:
+            try:
+                calls = next(steps)
+            except StopIteration as end:
+                yield _bound_html(end.value, words) + html
+                return
+            yield f"<p>{words['calls_so_far'].format(num=calls)}</p>{html}"
+
+    event = measure.click(
+        run, [model, picture.chosen, label, terms], result, show_progress="minimal",
+        **PRIVATE, **MODEL_QUEUE,
+    )  # fmt: skip
+    stop.click(None, cancels=[event], **PRIVATE)
+
+
+def _bound_html(bound: PictureBound, words: Mapping[str, str]) -> str:
+    text = words["bound_of_picture"].format(
+        bits=f"{bound.value:.2f}", error=f"{bound.standard_error:.2f}"
+    )
+    return f"<p><b>{text}</b></p>"
+
+
+def _nearest_html(
+    model: ServedModel, training: TrainingSet | None, picture: Any, words: Mapping[str, str]
+) -> str:
+    """The nearest training images with their distances; empty without training images."""
+    if training is None:
+        return ""
+    found = training.nearest(model, picture, NUM_NEAREST)
+    figures = [figure(to_rgb(near.image), f"{near.distance:.3f}", SIDE_PIXELS) for near in found]
+    share = training.share_closer(found[0].distance)
+    note = words["nearest_note"].format(distance=f"{found[0].distance:.3f}", share=f"{share:.0%}")
+    return section(words["nearest"], figures) + f"<p>{note}</p>"

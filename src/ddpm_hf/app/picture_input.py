@@ -1,0 +1,163 @@
+"""Choice of a picture: an upload, or one of the images that the visitor drew."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+import numpy as np
+from PIL import Image
+
+from ddpm_hf.app.browser_components import painter
+from ddpm_hf.app.controls import PRIVATE, QUICK
+from ddpm_hf.app.films import data_url
+from ddpm_hf.app.reported_errors import reported
+from ddpm_hf.app.served_models import ServedModel
+from ddpm_hf.app.translations import translated as t
+from ddpm_hf.app.uploads import open_upload
+from ddpm_hf.pictures import Pixels, to_pil, to_rgb
+
+LIFETIME_S = 3600
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Images that a visitor drew; kept in the session only.
+
+    Attributes:
+        model: name of the model.
+        images: (N, H, W, C), float in [0, 1].
+        labels: class number of each image.
+    """
+
+    model: str
+    images: Pixels
+    labels: list[int] | None
+
+    def picture(self, index: int, bit_depth: int) -> Image.Image:
+        """An image in the format of the model."""
+        return to_pil(self.images[index % len(self.images)], bit_depth)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A picture in the format of a model; kept in the session only.
+
+    Attributes:
+        model: name of the model.
+        picture: the picture.
+        index: number of the drawn image; -1 for an upload.
+    """
+
+    model: str
+    picture: Image.Image
+    index: int = -1
+
+
+@dataclass(frozen=True)
+class PictureInput:
+    """A picture with its buttons.
+
+    Attributes:
+        chosen: the `Chosen` picture of the session.
+        board: shows it.
+        upload, take: buttons.
+    """
+
+    chosen: gr.State
+    board: gr.HTML
+    upload: gr.UploadButton
+    take: gr.Button
+
+    @classmethod
+    def build(cls, elem_id: str) -> "PictureInput":
+        """Create the components."""
+        chosen = gr.State(time_to_live=LIFETIME_S)
+        board = painter(elem_id=elem_id)
+        with gr.Row():
+            upload = gr.UploadButton(
+                t("upload"),  # type: ignore[arg-type]  # annotated as str, but translated, too
+                file_types=["image"],
+                size="sm",
+                elem_id=f"{elem_id}-upload",
+            )
+            take = gr.Button(t("take_drawn"), size="sm", elem_id=f"{elem_id}-take")
+        return cls(chosen, board, upload, take)
+
+    def connect(
+        self,
+        models: Mapping[str, ServedModel],
+        model: gr.Dropdown,
+        drawn: gr.State,
+        paint: Any = None,
+    ) -> None:
+        """React to the buttons and to the choice of another model.
+
+        Args:
+            models: the models by name.
+            model: component with the name of the chosen model.
+            drawn: the `Drawn` images of the session.
+            paint: component whose value "inpaint" turns the brush on; None for no brush.
+        """
+        inputs = [] if paint is None else [paint]
+        outputs = [self.chosen, self.board]
+
+        @reported
+        def take_upload(path: Any, name: str, *kind: str) -> Any:
+            return self.shown(Chosen(name, open_upload(path, models[name])), *kind)
+
+        @reported
+        def take_drawn(name: str, drawn: Any, chosen: Any, *kind: str) -> Any:
+            index = chosen.index + 1 if isinstance(chosen, Chosen) else 0
+            return self.shown(choose_drawn(models[name], drawn, index), *kind)
+
+        self.upload.upload(take_upload, [self.upload, model, *inputs], outputs, **PRIVATE)
+        self.take.click(take_drawn, [model, drawn, self.chosen, *inputs], outputs, **PRIVATE)
+        model.change(lambda: (None, None), None, outputs, **QUICK)
+
+    @staticmethod
+    def shown(chosen: Chosen, kind: str = "") -> tuple[Chosen, dict[str, Any]]:
+        """Values of `chosen` and `board`."""
+        return chosen, painter_value(chosen.picture, kind == "inpaint")
+
+
+def painter_value(picture: Image.Image, paint: bool) -> dict[str, Any]:
+    """Value of the painter.
+
+    Args:
+        picture: the picture.
+        paint: whether the visitor can paint a mask.
+    """
+    rgb = to_rgb(picture)
+    return {"picture": data_url(rgb), "size": list(rgb.size), "paint": paint, "mask": ""}
+
+
+def choose_drawn(model: ServedModel, drawn: Any, index: int) -> Chosen:
+    """One of the drawn images.
+
+    Raises:
+        ValueError: if the visitor has drawn none with this model.
+    """
+    if not isinstance(drawn, Drawn) or drawn.model != model.name:
+        raise ValueError("draw images with this model first")
+    index %= len(drawn.images)
+    return Chosen(model.name, drawn.picture(index, model.bit_depth), index)
+
+
+def chosen_picture(model: ServedModel, chosen: Any) -> Image.Image:
+    """The picture of a session.
+
+    Raises:
+        ValueError: if there is none for this model.
+    """
+    if not isinstance(chosen, Chosen) or chosen.model != model.name:
+        raise ValueError("upload a picture, or take a drawn one")
+    return chosen.picture
+
+
+def picture_pixels(picture: Image.Image) -> Pixels:
+    """Pixels (1, H, W, C) in [0, 1] of a picture in the format of a model."""
+    pixels = np.asarray(picture)
+    scale = np.iinfo(pixels.dtype).max
+    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    return pixels[None].astype(np.float32) / scale

@@ -1,0 +1,79 @@
+"""Pictures and masks from visitors, checked and brought into the format of a model."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from ddpm_hf.app.served_models import ServedModel
+from ddpm_hf.diffusion.image_processor import image_facts
+from ddpm_hf.pictures import to_rgb
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+MAX_UPLOAD_PIXELS = 2**25
+_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+
+
+def open_upload(path: Any, model: ServedModel) -> Image.Image:
+    """The picture in a file, cropped to the model's shape and resized to its size.
+
+    Args:
+        path: file of the upload.
+        model: determines size, mode and bit depth.
+    Raises:
+        ValueError: for a file that is not a picture in one of `FORMATS` or is too large, and for a
+            model without a picture mode.
+    """
+    if not isinstance(path, str | Path):
+        raise ValueError("upload a picture first")
+    try:
+        # Opening reads the header only; the size is checked before pixels are decoded.
+        with Image.open(path, formats=FORMATS) as picture:
+            width, height = picture.size
+            if width * height > MAX_UPLOAD_PIXELS:
+                raise ValueError(
+                    f"the picture must have at most {MAX_UPLOAD_PIXELS:,} pixels, got"
+                    f" {width:,} x {height:,}"
+                )
+            return fitted(ImageOps.exif_transpose(picture), model)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"the file is not a picture in one of the formats {', '.join(FORMATS)}, or is damaged"
+        ) from error
+
+
+def fitted(picture: Image.Image, model: ServedModel) -> Image.Image:
+    """A picture in the format of a model: mode, size by cropping and resizing, bit depth."""
+    channels = model.pipeline.unet.config.in_channels
+    if channels not in _MODES:
+        raise ValueError(f"a model with {channels} channels has no pictures to edit")
+    plain = picture.convert("RGBA" if _MODES[channels] in ("LA", "RGBA") else "RGB")
+    if picture.mode in ("LA", "PA", "RGBA", "P") and plain.mode == "RGB":
+        plain = to_rgb(picture.convert("RGBA"))
+    is_enlargement = plain.width % model.size[0] == 0 and plain.height % model.size[1] == 0
+    method = Image.Resampling.BOX if is_enlargement else Image.Resampling.LANCZOS
+    plain = ImageOps.fit(plain, model.size, method).convert(_MODES[channels])
+    facts = image_facts(model.pipeline.unet)
+    if channels == 1 and facts is not None and facts.bit_depth == 16:
+        return Image.fromarray(np.asarray(plain).astype(np.uint16) * 257)
+    return plain
+
+
+def mask_picture(value: Any, model: ServedModel) -> Image.Image:
+    """Picture of a mask, white where it was painted.
+
+    Args:
+        value: value of the painter; "mask" has a character 0 or 1 for each pixel, row by row.
+        model: determines the size.
+    Raises:
+        ValueError: for a mask of another form or size, and for an empty one.
+    """
+    width, height = model.size
+    text = value.get("mask") if isinstance(value, dict) else None
+    if not isinstance(text, str) or "1" not in text:
+        raise ValueError("paint over the part of the picture that is to be drawn anew")
+    if len(text) != width * height or not set(text) <= {"0", "1"}:
+        raise ValueError(f"the mask must have {width} x {height} pixels")
+    bits = np.frombuffer(text.encode(), np.uint8) - ord("0")
+    return Image.fromarray(bits.reshape(height, width) * np.uint8(255))

@@ -1,0 +1,70 @@
+"""Work in a thread, which ends at the next network call when its generator is closed."""
+
+import threading
+import time
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+UPDATE_INTERVAL_S = 0.2
+TIME_LIMIT_S = 600
+
+
+class WorkStopped(Exception):
+    """Raised in the thread to end its work."""
+
+
+def watched(network: torch.nn.Module, work: Callable[[], T]) -> Generator[int, None, T]:
+    """Run a function that calls a network, in a thread.
+
+        result = yield from watched(unet, lambda: pipe.inpaint(...))
+
+    Args:
+        network: where the work can be ended: before each of its calls.
+        work: the function.
+    Yields:
+        the number of calls so far, a few times a second.
+    Returns:
+        the result of the function.
+    Raises:
+        ValueError: after `TIME_LIMIT_S` seconds; whatever the function raises.
+    """
+    calls, is_stopped, start = 0, threading.Event(), time.monotonic()
+    worker: list[int] = []
+
+    def before_call(*_: object) -> None:
+        nonlocal calls
+        if threading.get_ident() not in worker:
+            return
+        if is_stopped.is_set():
+            raise WorkStopped
+        calls += 1
+
+    def run() -> T:
+        worker.append(threading.get_ident())
+        return work()
+
+    hook = network.register_forward_pre_hook(before_call)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(run)
+            try:
+                while wait([future], UPDATE_INTERVAL_S).not_done:
+                    check_time(start)
+                    yield calls
+            finally:
+                is_stopped.set()
+        return future.result()
+    finally:
+        hook.remove()
+
+
+def check_time(start: float) -> None:
+    """Raise ValueError if the work that began at `start` takes too long."""
+    if time.monotonic() - start > TIME_LIMIT_S:
+        raise ValueError(
+            f"stopped after {TIME_LIMIT_S} s, the limit of a request: use fewer images or steps"
+        )
