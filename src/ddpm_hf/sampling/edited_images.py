@@ -113,10 +113,12 @@ class EditPictures:
 
     @classmethod
     def read(cls, image: Path, options: EditOptions) -> "EditPictures":
+        """The pictures of the files that the options name."""
         others = (path if path is None else _open(path) for path in (options.mask, options.between))
         return cls(_open(image), *others)
 
     def digest(self) -> str:
+        """Digest of their pixels."""
         pixels = hashlib.sha256()
         for picture in (self.image, self.mask, self.between):
             if picture is not None:
