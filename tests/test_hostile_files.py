@@ -24,7 +24,7 @@ from ddpm_hf.diffusion.atomic_files import deleted_folder
 from ddpm_hf.sampling import open_drawn
 from ddpm_hf.text import without_secrets
 from ddpm_hf.training import CheckpointError, TrainingError
-from ddpm_hf.training.state import find_checkpoint
+from ddpm_hf.training.checkpoint_record import find_checkpoint
 
 
 @pytest.fixture

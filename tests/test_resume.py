@@ -33,7 +33,7 @@ from ddpm_hf import (
 from ddpm_hf.cli import main
 from ddpm_hf.evaluation.subjects import is_model
 from ddpm_hf.training import CheckpointError, parse_config
-from ddpm_hf.training.state import find_checkpoint
+from ddpm_hf.training.checkpoint_record import find_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,12 @@ from ddpm_hf import (
     ConfigError,
     GaussianDDPMPipeline,
     GaussianDDPMScheduler,
+    TrainingConfig,
     evaluate,
     load,
     train,
 )
+from ddpm_hf.commands.messages import command_messages
 from ddpm_hf.data import DataError, load_images, prepare_images
 from ddpm_hf.data.hold_out import HoldOut
 from ddpm_hf.diffusion.image_processor import image_facts
@@ -165,8 +167,9 @@ def test_undeclared_labels_are_refused_before_the_first_update(tmp_path):
 
 def test_unused_classes_are_mentioned_in_the_plan(tmp_path, pets, capsys):
     config = tiny_config(tmp_path / "run", dataset=pets, max_train_steps=1, lr_warmup_steps=0)
-    pipeline = load(train(config).model_dir)
-    assert "2 classes (cat, dog); `class_conditional` trains on them" in capsys.readouterr().out
+    with command_messages(TrainingConfig):
+        pipeline = load(train(config).model_dir)
+    assert "2 classes (cat, dog); --class-conditional trains on them" in capsys.readouterr().out
     assert pipeline.unet.config.num_class_embeds is None
 
 

@@ -23,6 +23,7 @@ from ddpm_hf import ConfigError, GaussianDDPMPipeline, TrainingConfig, load, tra
 from ddpm_hf.data import TrainingImages
 from ddpm_hf.hub.card_facts import card_facts
 from ddpm_hf.hub.card_rendering import render_model_card
+from ddpm_hf.training import parse_config
 from ddpm_hf.training.dataset_setup import hold_out
 
 OPTIONS = {
@@ -127,6 +128,12 @@ def test_an_invalid_validation_split_raises(tmp_path, split):
     with pytest.raises(ConfigError, match="validation_split"):
         run(tmp_path / "run", validation_split=split)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_fraction_is_a_number_in_python_and_the_same_text_on_the_command_line():
+    given = TrainingConfig(dataset="x", validation_split=0.25)
+    assert given == parse_config(["x", "--validation-split", "0.25"])
+    assert given.validation_split == "0.25"
 
 
 def test_the_finished_model_is_calibrated(tmp_path, capsys):

@@ -10,6 +10,7 @@ from pathlib import Path
 from accelerate import PartialState
 from filelock import FileLock, Timeout
 
+from ddpm_hf.paths import output_folder
 from ddpm_hf.shared_work import on_main_process
 
 FOLDER_LOCK = ".in-use"
@@ -38,8 +39,13 @@ def exclusive_folder(
         output: path in the error message, by default `folder`.
     Raises:
         InUseError: on all processes, if another command uses the folder.
+        ValueError: for a path that does not name a folder; see `output_folder`.
         OSError: on all processes, if the folder cannot be written.
     """
+    try:
+        output_folder(folder)
+    except ValueError as error:
+        raise ValueError(f"`{option}`: {error}") from None
     with ExitStack() as stack:
         lock = _folder_lock(folder, output or folder, option)
         on_main_process(state, lambda: stack.enter_context(lock))

@@ -22,7 +22,9 @@ import numbers
 import os
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, ClassVar, Literal, ParamSpec, Self, TypeVar
 
@@ -223,6 +225,29 @@ def flags_in_message(message: str, kind: type) -> str:
             message = message.replace(f"`{field.name}={not field.default}`", turned)
         message = message.replace(f"`{field.name}`", flag)
     return message
+
+
+_COMMAND: ContextVar[type | None] = ContextVar("command", default=None)
+
+
+@contextmanager
+def naming_flags_of(kind: type | None) -> Iterator[None]:
+    """Inside, `for_user` replaces the backticked options of `kind` by their flags.
+
+    Args:
+        kind: the options of a command; None for no replacement.
+    """
+    token = _COMMAND.set(kind)
+    try:
+        yield
+    finally:
+        _COMMAND.reset(token)
+
+
+def for_user(message: str) -> str:
+    """`message` with flags inside a command, unchanged in Python."""
+    kind = _COMMAND.get()
+    return flags_in_message(message, kind) if kind else message
 
 
 def takes_options(kind: type[Options]) -> Callable[[Callable[P, R]], Callable[P, R]]:

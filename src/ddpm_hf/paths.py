@@ -1,7 +1,52 @@
-"""File layout of model folders and run folders."""
+"""File layout of model folders and run folders, and checks of paths; imports no torch."""
 
+import mimetypes
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
+
+from ddpm_hf.text import check_local_path
+
+P = TypeVar("P", str, Path)
+_STANDARD_TYPES = mimetypes.MimeTypes()  # without the files of this machine
+# File types that the standard library does not know.
+_OTHER_FILES = {
+    ".7z", ".arrow", ".ckpt", ".h5", ".hdf5", ".npy", ".npz", ".parquet", ".pkl", ".pt", ".pth",
+    ".safetensors", ".yaml", ".yml",
+}  # fmt: skip
+
+
+def has_file_suffix(path: Path) -> bool:
+    """Whether the suffix is that of a type of files; False for an existing folder."""
+    suffix = path.suffix.lower()
+    is_known = suffix in _OTHER_FILES or any(_STANDARD_TYPES.guess_type(f"x{suffix}"))
+    return is_known and not path.is_dir()
+
+
+def names_an_output(path: Path) -> bool:
+    """Whether the path ends in a name; "", ".", ".." and "/" do not."""
+    return path.name not in ("", "..")
+
+
+def output_folder(output: P) -> P:
+    """`output` if a folder of that name can be written.
+
+    Raises:
+        ValueError: for a path without a name, such as ".", for the name of an archive or of another
+            type of files, and for an existing file.
+    """
+    path = Path(output)
+    if not names_an_output(path):
+        raise ValueError(f"name a folder to write, such as results, got {os.fspath(output)!r}")
+    if has_file_suffix(path):
+        raise ValueError(
+            f"a folder is written, but {path.name} has the suffix of a file; leave out"
+            f" {path.suffix}"
+        )
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file, not a folder; choose another name")
+    return output
 
 
 @dataclass(frozen=True)
@@ -134,3 +179,19 @@ def run_of_checkpoint(folder: Path) -> RunPaths | None:
     run = RunPaths(folder.resolve().parent.parent)
     is_inside = folder.resolve().parent == run.checkpoints
     return run if is_inside and (folder / EMA_WEIGHTS).is_file() else None
+
+
+def check_model(name: str) -> None:
+    """Raise ValueError for a local path that does not exist or is not the folder of a model."""
+    check_local_path(name)
+    given = Path(name).expanduser()
+    folder = model_of_run(given)
+    if folder.is_dir() and not ModelPaths(folder).index.is_file() and not run_of_checkpoint(given):
+        raise ValueError(not_a_model(folder, name))
+
+
+def not_a_model(folder: Path, name: str) -> str:
+    """Message for a folder without a model, with the folder inside that has one."""
+    inner = folder / "model"
+    hint = f"; did you mean {inner}?" if ModelPaths(inner).index.is_file() else ""
+    return f"{name} is not a pipeline checkpoint: it has no model_index.json{hint}"

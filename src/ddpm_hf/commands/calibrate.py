@@ -6,7 +6,8 @@ from pathlib import Path
 from ddpm_hf.commands.messages import command_messages, resume_hint
 from ddpm_hf.evaluation.options import DATASET_HELP, CalibrationOptions
 from ddpm_hf.hub.options import ModelArgument
-from ddpm_hf.options import REQUIRED, option
+from ddpm_hf.options import REQUIRED, for_user, option
+from ddpm_hf.paths import check_model, output_folder
 from ddpm_hf.text import check_local_path
 
 HELP = "measure what a model loses in few steps, and the best variances for them"
@@ -50,6 +51,7 @@ class CalibrateCommand(CalibrationOptions, ModelArgument):
         " scheduler_config.json",
         metavar="FOLDER",
         is_path=True,
+        convert=output_folder,
     )
 
 
@@ -65,8 +67,8 @@ def run(argv: list[str]) -> int:
             usage="MODEL DATASET [--option VALUE ...]",
             description=DESCRIPTION,
         )
-        for path in (options.model, options.dataset):
-            check_local_path(path)
+        check_model(options.model)
+        check_local_path(options.dataset)
         with resume_hint("measurements"):
             calibrate(options)
     return 0
@@ -90,7 +92,7 @@ def calibrate(options: CalibrateCommand) -> None:
     state = distributed_state()
     state.destroy_process_group()
     if state.is_main_process:
-        print(calibration)
+        print(for_user(f"{calibration}"))
         if calibration.card is not None:
             print(f"in {calibration.card}")
         print(f"\nin {calibration.file}; for the model in {calibration.scheduler_config}")

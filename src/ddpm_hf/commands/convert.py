@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ddpm_hf.commands.messages import command_messages
-from ddpm_hf.options import REQUIRED, Options, option
+from ddpm_hf.options import REQUIRED, OptionError, Options, option
+from ddpm_hf.paths import output_folder
 
 HELP = "convert improved-diffusion and guided-diffusion weights to a portable checkpoint"
 DESCRIPTION = """
@@ -22,6 +23,14 @@ express, such as a fixed number of heads at several widths, are refused.
 """
 
 
+# Those of `openai_conversion.PRESETS`, which loads torch.
+PRESET_NAMES = (
+    "iddpm-cifar10", "iddpm-imagenet64", "iddpm-imagenet64-cond", "iddpm-lsun-bedroom",
+    "adm-imagenet64", "adm-imagenet128", "adm-imagenet256", "adm-imagenet256-uncond",
+    "adm-imagenet512", "adm-lsun", "adm-lsun-horse-nodropout",
+)  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class ConvertCommand(Options):
     """Options of `ddpm-hf convert`."""
@@ -33,12 +42,18 @@ class ConvertCommand(Options):
         is_path=True,
         is_positional=True,
     )
-    output: Path = option(REQUIRED, "folder for the checkpoint", metavar="FOLDER", is_path=True)
+    output: Path = option(
+        REQUIRED,
+        "folder for the checkpoint",
+        metavar="FOLDER",
+        is_path=True,
+        convert=output_folder,
+    )
     preset: str | None = option(
         None,
-        "published model: iddpm-cifar10, iddpm-imagenet64, iddpm-imagenet64-cond,"
-        " iddpm-lsun-bedroom, adm-imagenet64, adm-imagenet128, adm-imagenet256,"
-        " adm-imagenet256-uncond, adm-imagenet512, adm-lsun, adm-lsun-horse-nodropout",
+        f"published model: {', '.join(PRESET_NAMES)}",
+        choices=PRESET_NAMES,
+        metavar="NAME",
     )
     config: Path | None = option(
         None, "JSON file with the flags of the model, instead of `preset`", metavar="FILE",
@@ -50,6 +65,13 @@ class ConvertCommand(Options):
         metavar="FILE",
         is_path=True,
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.preset is None) == (self.config is None):
+            raise OptionError(
+                f"pass either `preset` or `config`; presets: {', '.join(PRESET_NAMES)}"
+            )
 
 
 def run(argv: list[str]) -> int:

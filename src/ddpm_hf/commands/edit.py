@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from ddpm_hf.commands.messages import command_messages, say
 from ddpm_hf.hub.options import LoadOptions, ModelArgument
+from ddpm_hf.paths import check_model
 from ddpm_hf.sampling.edit_options import EditOptions, EditOutputOptions, PictureArgument
-from ddpm_hf.text import check_local_path, counted, public_name
+from ddpm_hf.text import counted, public_name
 
 HELP = "edit a picture: inpaint, vary, interpolate, change its class"
 DESCRIPTION = """
@@ -40,10 +41,14 @@ def run(argv: list[str]) -> int:
             usage="MODEL PICTURE [--option VALUE ...]",
             description=DESCRIPTION,
         )
-        check_local_path(options.model)
+        check_model(options.model)
         for path in (options.image, options.mask, options.between):
             if path is not None and not path.is_file():
                 raise ValueError(f"{path} does not exist, or is not a file")
+        from ddpm_hf.commands.class_checks import check_classes
+
+        source = [] if options.source_class is None else [options.source_class]
+        check_classes(options.model, [*source, *(options.class_labels or ())])
         try:
             edit(options)
         except KeyboardInterrupt:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from ddpm_hf.commands.messages import command_messages, resume_hint, say
 from ddpm_hf.evaluation.options import DATASET_HELP, METRIC_NAMES, ComparisonOptions
 from ddpm_hf.hub.options import LoadOptions
-from ddpm_hf.options import REQUIRED, OptionError, option
+from ddpm_hf.options import REQUIRED, OptionError, for_user, option
+from ddpm_hf.paths import output_folder
 from ddpm_hf.scheduler_spec import NAMES_HELP, scheduler_name
 from ddpm_hf.text import check_local_path, escaped
 
@@ -105,6 +106,7 @@ class EvaluateCommand(ComparisonOptions):
         "folder for evaluation.json and the pictures",
         metavar="FOLDER",
         is_path=True,
+        convert=output_folder,
     )
     card: bool = option(False, "write the result into the card of the model's folder")
     verify: bool = option(
@@ -187,7 +189,7 @@ def evaluate(options: EvaluateCommand) -> None:
         return
     if evaluation.results == known:
         say(f"ddpm-hf: measured before, in {options.output}")
-    print(evaluation)
+    print(for_user(f"{evaluation}"))
     if evaluation.bound is not None:
         save_bound_plots(evaluation.bound, options.output)
     if options.card:
@@ -217,7 +219,7 @@ def compare(options: EvaluateCommand) -> None:
     state = distributed_state()
     state.destroy_process_group()
     if state.is_main_process:
-        print(comparison)
+        print(for_user(f"{comparison}"))
         print(f"\nin {options.output / COMPARISON_FILE}")
 
 

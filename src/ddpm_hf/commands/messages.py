@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ddpm_hf.options import flags_in_message
+from ddpm_hf.options import for_user, naming_flags_of
 from ddpm_hf.text import visible, without_secrets
 
 
@@ -62,11 +62,8 @@ def command_messages(options: type | None = None) -> Iterator[None]:
             the text of a ValueError or RuntimeError.
     """
 
-    def with_flags(message: str) -> str:
-        return flags_in_message(message, options) if options else message
-
     def show(message: Warning | str, *_: object, **__: object) -> None:
-        say(f"ddpm-hf: warning: {with_flags(' '.join(str(message).split()))}")
+        say(f"ddpm-hf: warning: {for_user(' '.join(str(message).split()))}")
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -76,9 +73,11 @@ def command_messages(options: type | None = None) -> Iterator[None]:
     before = warnings.showwarning, logger.handlers, logger.propagate
     warnings.showwarning, logger.handlers, logger.propagate = show, [Handler("WARNING")], False
     try:
-        yield
-    except (ValueError, RuntimeError) as error:
-        error.args = (with_flags(str(error)),)
-        raise
+        with naming_flags_of(options):
+            try:
+                yield
+            except (ValueError, RuntimeError) as error:
+                error.args = (for_user(str(error)),)
+                raise
     finally:
         warnings.showwarning, logger.handlers, logger.propagate = before

@@ -1,14 +1,14 @@
 """`ddpm-hf sample`."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddpm_hf.commands.messages import command_messages, resume_hint, say
 from ddpm_hf.hub.options import LoadOptions, ModelArgument
+from ddpm_hf.paths import check_model
 from ddpm_hf.sampling.options import ImageOptions, SamplingOptions
-from ddpm_hf.text import check_local_path, counted, public_name
+from ddpm_hf.text import counted, public_name
 
 if TYPE_CHECKING:
     from ddpm_hf.inference_settings import OptimizedInference
@@ -61,33 +61,22 @@ def run(argv: list[str]) -> int:
 
 
 def check_paths(options: SampleCommand, output: Path) -> None:
-    """Check model and output before torch is imported.
+    """Check model, classes and output before torch is imported.
 
     Raises:
-        ValueError: for a local model that does not exist, and for an invalid or existing output.
+        ValueError: for a local model that does not exist or lacks the classes, and for an invalid
+            or existing output.
     """
+    from ddpm_hf.commands.class_checks import check_classes
     from ddpm_hf.sampling.output_paths import batch_folder, check_is_free, check_output
 
-    check_local_path(options.model)
+    check_model(options.model)
     if options.guide:
-        check_local_path(options.guide)
+        check_model(options.guide)
     check_output(output)
-    _check_classes(Path(options.model).expanduser(), options.class_labels)
+    check_classes(options.model, options.class_labels)
     if not options.overwrite and not batch_folder(output).exists():
         check_is_free(output)
-
-
-def _check_classes(model: Path, class_labels: Sequence[int | str] | None) -> None:
-    """Raise ValueError for a class that the configuration of a local model does not have."""
-    from ddpm_hf.diffusion.atomic_files import read_json
-    from ddpm_hf.diffusion.class_choice import class_numbers
-    from ddpm_hf.diffusion.config_extension import extension_of
-
-    config = read_json(model / "unet" / "config.json")
-    num_classes = config.get("num_class_embeds")
-    if class_labels and isinstance(num_classes, int) and not config.get("class_embed_type"):
-        names = extension_of(config).get("class_names")
-        class_numbers(list(class_labels), num_classes, names if isinstance(names, list) else None)
 
 
 def sample(options: SampleCommand, output: Path) -> None:

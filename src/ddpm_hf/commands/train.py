@@ -17,6 +17,9 @@ def run(argv: list[str]) -> int:
 
     with command_messages(TrainingConfig):
         config = parse_config(argv, prog="ddpm-hf train")
+        from ddpm_hf.training.early_checks import check_before_loading
+
+        check_before_loading(config)
         from ddpm_hf.training import train  # takes seconds, so invalid options are reported before
 
         return train(config).exit_status

@@ -37,7 +37,7 @@ def results_folder(state: PartialState, output: str | os.PathLike[str] | None) -
     if output is None and state.num_processes > 1:
         raise ValueError("`output` must be a folder when several processes share the work")
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(output or temporary).expanduser()
+        folder = Path(temporary if output is None else output).expanduser()
         with exclusive_folder(state, folder, "output"):
             yield folder
 

@@ -21,6 +21,7 @@ from ddpm_hf.paths import (
     ModelPaths,
     RunPaths,
     model_of_run,
+    not_a_model,
     run_of_checkpoint,
 )
 
@@ -140,9 +141,7 @@ def scheduler_class(folder: Path, name: str) -> str:
     """
     index = read_json(ModelPaths(folder).index)
     if not index:
-        inner = folder / "model"
-        hint = f"; did you mean {inner}?" if ModelPaths(inner).index.is_file() else ""
-        raise ValueError(f"{name} is not a pipeline checkpoint: it has no model_index.json{hint}")
+        raise ValueError(not_a_model(folder, name))
     kind, parts = index.get("_class_name"), {k: v for k, v in index.items() if k[0] != "_"}
     if parts.get("scheduler") == ["ddpm_hf.diffusion.scheduling", GAUSSIAN_SCHEDULER]:
         parts["scheduler"] = ["diffusers", GAUSSIAN_SCHEDULER]

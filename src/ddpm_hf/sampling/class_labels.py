@@ -6,6 +6,7 @@ from diffusers import UNet2DModel
 
 from ddpm_hf.diffusion.class_choice import class_numbers
 from ddpm_hf.diffusion.image_processor import image_facts
+from ddpm_hf.sampling.options import NOT_CONDITIONAL
 
 
 def class_names_of(unet: UNet2DModel) -> tuple[str, ...] | None:
@@ -27,7 +28,7 @@ def label_cycle(unet: UNet2DModel, class_labels: Sequence[int | str] | None) -> 
     num_classes, facts = unet.config.num_class_embeds, image_facts(unet)
     if num_classes is None:
         if class_labels is not None:
-            raise ValueError("this model was not trained on classes: leave out `class_labels`")
+            raise ValueError(NOT_CONDITIONAL)
         return None
     if class_labels is None:
         return (facts and facts.trained_classes) or list(range(num_classes))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from ddpm_hf.options import REQUIRED, OptionError, Options, option
+from ddpm_hf.paths import output_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,7 @@ class EditOptions(Options):
         metavar="FILE",
         is_path=True,
     )
-    source_class: str | None = option(
+    source_class: int | str | None = option(
         None,
         "change the class: the class of the picture; `class_labels` is the new one",
         metavar="CLASS",
@@ -108,6 +109,7 @@ class EditOutputOptions(Options):
         "folder for the images, a grid, their standard deviation and edit.json",
         metavar="FOLDER",
         is_path=True,
+        convert=output_folder,
     )
     overwrite: bool = option(False, "replace images that were drawn with other options")
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 from ddpm_hf.options import OptionError, Options, option
 from ddpm_hf.scheduler_spec import NAMES_HELP, scheduler_name
 
+NOT_CONDITIONAL = "this model was not trained on classes: leave out `class_labels`"
 CALIBRATED_SPACINGS = ("likelihood", "calibrated")
 _FORMATS = ("png", "npz", "npy", "parquet")
 

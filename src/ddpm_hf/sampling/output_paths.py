@@ -1,14 +1,13 @@
 """Paths of sampled images, and checks of them; imports no torch, so that a command fails early."""
 
-import mimetypes
 from pathlib import Path
 
 from ddpm_hf.diffusion.atomic_files import deleted_folder
+from ddpm_hf.paths import has_file_suffix, names_an_output
 from ddpm_hf.pictures import is_picture
 
 ARRAY_FORMATS = (".npz", ".npy", ".parquet")
-# File types that the standard library does not know.
-_OTHER_FILES = {".7z", ".arrow", ".ckpt", ".h5", ".hdf5", ".pkl", ".pt", ".pth", ".safetensors"}
+STUBS = (".h5", ".hdf")
 HINT = "pass `overwrite=True` to replace them, or choose another `output`"
 
 
@@ -24,23 +23,19 @@ def record_path(output: Path) -> Path:
 
 def check_output(output: Path) -> None:
     """Raise ValueError unless `output` can be a folder of images or a file of a known format."""
-    if output.name in ("", ".."):
+    if not names_an_output(output):
         raise ValueError(
             f"`output` must name a file or folder to write, such as samples.png or images, got"
             f" {str(output)!r}"
         )
     suffix = output.suffix.lower()
     # Pillow registers stubs, such as one for .h5.
-    is_known = suffix in ARRAY_FORMATS or (is_picture(output) and suffix not in _OTHER_FILES)
-    is_file_type = suffix in _OTHER_FILES or any(_STANDARD_TYPES.guess_type(f"x{suffix}"))
-    if is_file_type and not is_known and not output.is_dir():
+    is_known = suffix in ARRAY_FORMATS or (is_picture(output) and suffix not in STUBS)
+    if has_file_suffix(output) and not is_known:
         raise ValueError(
             f"`output` {output}: {suffix} is not a format of images here; choose a name that ends"
             f" in {', '.join(ARRAY_FORMATS)} or .png, or without a suffix for a folder"
         )
-
-
-_STANDARD_TYPES = mimetypes.MimeTypes()  # without the files of this machine
 
 
 def check_is_free(output: Path) -> None:

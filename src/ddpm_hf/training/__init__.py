@@ -15,11 +15,10 @@ if TYPE_CHECKING:
     from ddpm_hf.training.arguments import parse_config
     from ddpm_hf.training.config import TrainingConfig
     from ddpm_hf.training.dataset_setup import build_images
-    from ddpm_hf.training.errors import ConfigError, TrainingError
+    from ddpm_hf.training.errors import CheckpointError, ConfigError, TrainingError
     from ddpm_hf.training.loop import TrainingResult, train
     from ddpm_hf.training.network import build_scheduler, build_unet
     from ddpm_hf.training.rank_coordination import ProcessError, main_first
-    from ddpm_hf.training.run_folder import CheckpointError
 
 __all__ = [
     "CheckpointError",
@@ -38,7 +37,7 @@ __all__ = [
 ]
 
 _HOME_OF = {
-    "CheckpointError": "run_folder",
+    "CheckpointError": "errors",
     "ConfigError": "errors",
     "ProcessError": "rank_coordination",
     "TrainingConfig": "config",

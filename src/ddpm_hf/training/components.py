@@ -19,6 +19,7 @@ from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.losses import Loss
 from ddpm_hf.paths import RunPaths
 from ddpm_hf.text import counted
+from ddpm_hf.training.checkpoint_record import CheckpointRecord
 from ddpm_hf.training.component_checks import check_runs, check_scheduler, check_trainable
 from ddpm_hf.training.config import ResolvedConfig, TrainingConfig
 from ddpm_hf.training.dataset_setup import (
@@ -44,7 +45,6 @@ from ddpm_hf.training.network import (
 from ddpm_hf.training.objective import Objective, build_objective
 from ddpm_hf.training.rank_coordination import main_first
 from ddpm_hf.training.resolve import Machine, resolve
-from ddpm_hf.training.state import CheckpointRecord
 
 _FEW_COLOURED = 0.05  # share of coloured images below which the plan mentions them
 _UNBALANCED = 5  # ratio of class counts that the plan mentions

@@ -53,8 +53,6 @@ class TrainingConfig(
                 "`dataset` must not be a URL: pass the name of a Hub dataset, such as "
                 "'user/photos', or download the images and pass their folder"
             )
-        if self.output_dir == "":
-            raise ConfigError("`output_dir` must not be empty: name the folder, or leave it out")
         if self.pretrained and self.unet_config:
             raise ConfigError(
                 "`pretrained` and `unet_config` exclude each other: a pretrained model comes with "

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from ddpm_hf.timing import fastest_num_threads
-from ddpm_hf.training.state import CheckpointRecord, ThreadChange
+from ddpm_hf.training.checkpoint_record import CheckpointRecord, ThreadChange
 
 
 class CpuThreads:

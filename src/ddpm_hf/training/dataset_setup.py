@@ -194,19 +194,17 @@ def split_off_validation(
     )
     if config.validation_split is None:
         return training, None
-    fraction = _as_fraction(config.validation_split)
+    split = str(config.validation_split)
+    fraction = _as_fraction(split)
     if fraction is None and not has_splits:
         raise ConfigError(
-            "`validation_split` must be a fraction such as 0.05 for images passed in Python, got "
-            f"{config.validation_split!r}"
+            f"`validation_split` must be a fraction such as 0.05 for images passed in Python, got "
+            f"{split!r}"
         )
     if fraction is None:
-        return training, _validation_images(config, config.validation_split, facts, unet)
-    if not 0 < fraction < 1 or len(training) < 2:
-        raise ConfigError(
-            "`validation_split` must be a split or a fraction in (0, 1) of at least two images, "
-            f"got {config.validation_split!r} of {len(training)}"
-        )
+        return training, _validation_images(config, split, facts, unet)
+    if len(training) < 2:
+        raise ConfigError(f"`validation_split` {split} needs at least two images, got 1")
     return hold_out(training, fraction, config.seed)
 
 

@@ -1,8 +1,12 @@
-"""Errors of training: an option that cannot work, and a run that cannot continue."""
+"""Errors of training: invalid options, unusable checkpoints, and runs that cannot continue."""
 
 
 class ConfigError(ValueError):
     """An invalid option or combination of options; the message names it, its value and the fix."""
+
+
+class CheckpointError(ValueError):
+    """A run folder or checkpoint that cannot be used."""
 
 
 class TrainingError(RuntimeError):

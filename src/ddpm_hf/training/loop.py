@@ -27,6 +27,7 @@ from ddpm_hf.training.accelerator import (
     resources_as_training_errors,
 )
 from ddpm_hf.training.artifacts import Artifacts
+from ddpm_hf.training.checkpoint_record import find_checkpoint, read_record
 from ddpm_hf.training.components import assemble
 from ddpm_hf.training.config import TrainingConfig
 from ddpm_hf.training.dataset_setup import TrainingData
@@ -42,7 +43,6 @@ from ddpm_hf.training.run import Run, start_run
 from ddpm_hf.training.run_folder import remove_leftovers, run_lock
 from ddpm_hf.training.run_log import MetricsLog, RunningMetrics, SkippedUpdate, open_log
 from ddpm_hf.training.signals import StopSignal, is_under_a_launcher
-from ddpm_hf.training.state import find_checkpoint, read_record
 from ddpm_hf.training.train_step import train_step
 from ddpm_hf.training.validation import Validation
 from ddpm_hf.training.warm_up import warm_up

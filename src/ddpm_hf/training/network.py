@@ -19,9 +19,9 @@ from ddpm_hf.digests import weights_digest
 from ddpm_hf.hub.load import fetch, open_pipeline, open_unet
 from ddpm_hf.paths import ModelPaths, RunPaths, run_of_checkpoint
 from ddpm_hf.text import did_you_mean
+from ddpm_hf.training.checkpoint_record import CheckpointRecord
 from ddpm_hf.training.errors import ConfigError
 from ddpm_hf.training.options import ModelOptions
-from ddpm_hf.training.state import CheckpointRecord
 
 # Channel multipliers of the levels, by number of levels. 4 levels and 128 channels give the 35.7M
 # network of DDPM (2006.11239, appendix B) for CIFAR-10, 6 levels the 114M one for 256 pixels.

@@ -7,7 +7,9 @@ arguments of `TrainingConfig`.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from ddpm_hf.diffusion.schedules import BETA_SCHEDULES
 from ddpm_hf.options import Options, option
+from ddpm_hf.paths import output_folder
 
 TRACKERS = (
     "tensorboard", "trackio", "wandb", "mlflow", "swanlab", "aim", "clearml", "comet_ml", "dvclive",
@@ -102,7 +104,9 @@ class ModelOptions(Options):
         None, "number of diffusion steps T (default: 1000, or the pretrained model's)", minimum=1
     )
     beta_schedule: str | None = option(
-        None, "noise schedule (default: squaredcos_cap_v2, or the pretrained model's)"
+        None,
+        "noise schedule (default: squaredcos_cap_v2, or the pretrained model's)",
+        choices=sorted(BETA_SCHEDULES),
     )
     prediction_type: Literal["epsilon", "sample", "v_prediction"] | None = option(
         None, "target of the network (default: v_prediction, or the pretrained model's)"
@@ -199,16 +203,28 @@ class OptimizationOptions(Options):
     seed: int = option(0, "seed of all random numbers of the run", minimum=0, maximum=2**32 - 1)
 
 
+def _split_or_fraction(value: str | float) -> str:
+    """The name of a split, or the text of a fraction in (0, 1)."""
+    try:
+        is_valid = 0 < float(value) < 1
+    except ValueError:
+        return str(value)
+    if not is_valid:
+        raise ValueError(f"a fraction must be in (0, 1), got {value}")
+    return str(value)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ValidationOptions(Options):
     """Bits/dim of held-out images during training; `ddpm-hf evaluate` has the full bound."""
 
     _argument_group_name: ClassVar[str] = "validation"
 
-    validation_split: str | None = option(
+    validation_split: str | float | None = option(
         None,
         "measure bits/dim on this split, such as 'test', or on a fraction of the training images, "
         "such as 0.05, which is then held out of training (default: no validation)",
+        convert=_split_or_fraction,
     )
     validation_steps: int | None = option(
         None, "updates between two validations (default: `checkpointing_steps`)", minimum=1
@@ -260,7 +276,10 @@ class OutputOptions(Options):
         is_recorded=False,
     )
     output_dir: str | None = option(
-        None, "folder of the run (default: runs/NAME with the name of the dataset)", is_path=True
+        None,
+        "folder of the run (default: runs/NAME with the name of the dataset)",
+        is_path=True,
+        convert=output_folder,
     )
     logging_steps: int = option(20, "updates between two log entries", minimum=1)
     report_to: list[str] | None = option(

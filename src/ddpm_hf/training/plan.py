@@ -9,12 +9,13 @@ from diffusers import UNet2DModel
 from ddpm_hf.diffusion.config_extension import beta_schedule_of
 from ddpm_hf.diffusion.image_processor import ImageFacts
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
+from ddpm_hf.options import for_user
 from ddpm_hf.text import counted, duration, is_notebook
+from ddpm_hf.training.checkpoint_record import read_record
 from ddpm_hf.training.final_calibration import calibration_cost, describe_calibration
 from ddpm_hf.training.learning_rate import learning_rate
 from ddpm_hf.training.periodic_evaluation import PeriodicEvaluation
 from ddpm_hf.training.run import Run
-from ddpm_hf.training.state import read_record
 from ddpm_hf.training.trackers import installed_trackers, requested_trackers
 from ddpm_hf.training.validation import Validation
 
@@ -51,7 +52,7 @@ class TrainingPlan:
         labels = ("images", "classes", "network", "diffusion", "training", "machine", "output")
         values = {label: getattr(self, label) for label in labels}
         lines = [f"{label:<10} {value}" for label, value in values.items() if value]
-        notes = [f"note       {note}" for note in self.notes]
+        notes = [f"note       {for_user(note)}" for note in self.notes]
         time = [f"time       {self.time}"] if self.time else []
         return "\n".join([*self.resumed_from, *lines, *self.measurements, *notes, *time])
 

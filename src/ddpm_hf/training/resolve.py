@@ -1,19 +1,20 @@
 """From the options as given to the complete configuration of a run.
 
 `resume_options` fills open options from the run that is resumed, before anything is loaded;
-`resolve` fills the rest from the images, the network and the machine.
+`resolve` fills the rest from the images, the network and the machine. Imports no torch.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from accelerate import Accelerator
+from typing import TYPE_CHECKING, Any
 
 from ddpm_hf.diffusion.config_extension import beta_schedule_of
 from ddpm_hf.diffusion.schedules import BETA_SCHEDULES
 from ddpm_hf.training.config import ResolvedConfig, TrainingConfig
 from ddpm_hf.training.errors import ConfigError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 # Options that a resumed run may change; all others affect what the network learns.
 CHANGEABLE_ON_RESUME = frozenset(
@@ -44,7 +45,7 @@ class Machine:
     mixed_precision: str = "no"
 
     @classmethod
-    def of(cls, accelerator: Accelerator) -> "Machine":
+    def of(cls, accelerator: "Accelerator") -> "Machine":
         """The machine of an `Accelerator`."""
         device, precision = accelerator.device.type, accelerator.mixed_precision
         return cls(device, accelerator.num_processes, precision)

@@ -19,14 +19,14 @@ from ddpm_hf.diffusion.tensor_ops import Denoiser
 from ddpm_hf.paths import RunPaths
 from ddpm_hf.randomness import Batches
 from ddpm_hf.run_record import Computation
+from ddpm_hf.training.checkpoint_record import CheckpointRecord, read_record
 from ddpm_hf.training.components import Components
 from ddpm_hf.training.config import ResolvedConfig
 from ddpm_hf.training.cpu_threads import CpuThreads
 from ddpm_hf.training.dataset_setup import Selection
-from ddpm_hf.training.errors import ConfigError
-from ddpm_hf.training.run_folder import CheckpointError
+from ddpm_hf.training.errors import CheckpointError, ConfigError
 from ddpm_hf.training.signals import StopSignal
-from ddpm_hf.training.state import CheckpointRecord, TrainState, read_record, read_tensors
+from ddpm_hf.training.state import TrainState, read_tensors
 
 
 @dataclass

@@ -10,12 +10,10 @@ from pathlib import Path
 from ddpm_hf.diffusion.atomic_files import remove_folder
 from ddpm_hf.locks import InUseError, hold_lock
 from ddpm_hf.paths import RunPaths
+from ddpm_hf.training.early_checks import refuse_foreign_files
+from ddpm_hf.training.errors import CheckpointError
 
 _LEFTOVER = re.compile(r"(\.del-)?(?P<kind>\.(new|old|del)-)(?P<name>model|best|step-\d{8})")
-
-
-class CheckpointError(ValueError):
-    """A run folder or checkpoint that cannot be used."""
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -43,7 +41,7 @@ def run_lock(paths: RunPaths) -> Iterator[None]:
     """
     output_dir, file = paths.root, paths.lock
     created = [path for path in (output_dir, *output_dir.parents) if not path.exists()]
-    _refuse_foreign_files(paths)
+    refuse_foreign_files(paths)
     with contextlib.ExitStack() as stack:
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
@@ -62,19 +60,6 @@ def run_lock(paths: RunPaths) -> Iterator[None]:
                 with contextlib.suppress(OSError):  # another process has created files there
                     for path in created:
                         path.rmdir()
-
-
-def _refuse_foreign_files(paths: RunPaths) -> None:
-    written = (paths.model.root, paths.config, paths.metrics)
-    for path in (paths.config, paths.metrics):
-        if path.exists() and not path.is_file():
-            raise CheckpointError(f"{path} is not a regular file; choose another `output_dir`")
-    foreign = [path.name for path in written if path.exists()]
-    if foreign and not paths.is_run():
-        raise CheckpointError(
-            f"`output_dir` {paths.root} contains {', '.join(foreign)}, which no training run "
-            "wrote and this one would replace; choose another one"
-        )
 
 
 def write_json(path: Path, value: object) -> None:

@@ -1,0 +1,58 @@
+"""Checks of a run folder without torch, so that a command refuses before it is loaded."""
+
+from pathlib import Path
+
+from ddpm_hf.paths import RunPaths
+from ddpm_hf.text import check_local_path, close_paths
+from ddpm_hf.training.checkpoint_record import list_checkpoints, read_record
+from ddpm_hf.training.config import TrainingConfig
+from ddpm_hf.training.errors import CheckpointError, ConfigError
+from ddpm_hf.training.resolve import resume_options
+
+
+def check_before_loading(options: TrainingConfig) -> None:
+    """Check the options against the run in their folder, and the paths of a new run.
+
+    Raises:
+        ConfigError: for options that a resumed run may not change, and for a missing file.
+        CheckpointError: for a folder with files that no run wrote.
+    """
+    paths = RunPaths(options.run_folder())
+    refuse_foreign_files(paths)
+    if not (checkpoints := list_checkpoints(paths.checkpoints)):
+        _check_sources(options)
+        return
+    try:
+        record = read_record(checkpoints[0])
+    except (CheckpointError, OSError):
+        return  # a damaged checkpoint is reported under the lock of the run
+    resume_options(options, record.config, record.parts)
+
+
+def _check_sources(options: TrainingConfig) -> None:
+    if options.pretrained is not None:
+        try:
+            check_local_path(options.pretrained)
+        except ValueError as error:
+            raise ConfigError(f"`pretrained`: {error}") from None
+    file = options.unet_config
+    if file is not None and not Path(file).is_file():
+        raise ConfigError(f"`unet_config`: {file!r} is not a file{close_paths(file)}")
+
+
+def refuse_foreign_files(paths: RunPaths) -> None:
+    """Refuse a folder that is not a run and has files which a run would replace.
+
+    Raises:
+        CheckpointError: with their names.
+    """
+    written = (paths.model.root, paths.config, paths.metrics)
+    for path in (paths.config, paths.metrics):
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path} is not a regular file; choose another `output_dir`")
+    foreign = [path.name for path in written if path.exists()]
+    if foreign and not paths.is_run():
+        raise CheckpointError(
+            f"`output_dir` {paths.root} contains {', '.join(foreign)}, which no training run "
+            "wrote and this one would replace; choose another one"
+        )
