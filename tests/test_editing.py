@@ -17,8 +17,8 @@ from ddpm_hf.diffusion.editing import (
     invert,
     slerp,
 )
-from ddpm_hf.diffusion.inpainting import repaint_positions
-from ddpm_hf.diffusion.krylov import conjugate_gradients, lanczos_square_root
+from ddpm_hf.diffusion.inpainting import conditioned, repaint_positions
+from ddpm_hf.diffusion.krylov import KrylovSpace
 
 T = 1000
 ALPHA_BAR = (1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64)).cumprod(0)
@@ -138,6 +138,7 @@ def test_the_recursion_gives_the_known_divergences_of_repaint(is_calibrated, wan
     assert found == pytest.approx(want, abs=5e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_steps", "jump_length", "jump_n_sample", "eta", "is_calibrated"),
     [(50, 1, 1, 1.0, False), (20, 1, 5, 1.0, True), (20, 5, 3, 1.0, False), (20, 3, 2, 0.5, False)],
@@ -162,14 +163,38 @@ def test_repaint_samples_the_law_of_its_recursion(
     torch.testing.assert_close(covariance, want, rtol=0, atol=5 * scale * (2 / NUM_SAMPLES) ** 0.5)
 
 
+@pytest.mark.slow
 def test_the_covariance_method_samples_the_true_conditional_in_ten_steps(generator):
-    x_0, mask = problem()
+    x_0, mask = problem(5000)
     samples = inpaint(
         exact_denoiser(COVARIANCE), scheduler(), x_0, mask, method="covariance",
         num_inference_steps=10, generator=generator, progress=False,
     )  # fmt: skip
     # The KL of sample moments is chi-square/2N with 14 parameters; beta~ alone gives 0.904.
-    assert kl_from_conditional(*drawn_law(samples)) < 3 * 14 / 2 / NUM_SAMPLES
+    assert kl_from_conditional(*drawn_law(samples)) < 3 * 14 / 2 / 5000
+
+
+@pytest.mark.slow
+def test_a_clipping_scheduler_keeps_the_variance_of_draws(generator):
+    """Values -1 and 1 with equal odds: q(x_t) has variance 1 at every t, before and after a step."""
+    x_0 = torch.ones(8000, 2, dtype=torch.float64)
+    x_0[::2] = -1
+
+    def denoiser(x_t, t):
+        bar = ALPHA_BAR[int(t[0])]
+        return torch.tanh(bar.sqrt() / (1 - bar) * x_t)
+
+    ours = scheduler(clip_sample=True)
+    ours.set_timesteps(timesteps=[600, 300, 0])
+    denoisers, posterior = conditioned(
+        denoiser, ours, x_0, torch.tensor([True, False]).expand_as(x_0), method="covariance",
+        jump_length=1, jump_n_sample=1, generator=generator,
+    )  # fmt: skip
+    x_t = ours.add_noise(x_0, torch.randn(x_0.shape, dtype=x_0.dtype, generator=generator), 600)
+    output = denoisers[0](x_t, torch.full((len(x_t),), 600))
+    x_prev = posterior.step(output, 600, x_t, generator).prev_sample
+    variance = x_prev[:, 1].square().mean().item()
+    assert variance == pytest.approx(1, abs=4 * (2 / 8000) ** 0.5)  # z bound of 4
 
 
 @pytest.mark.parametrize("method", ["covariance", "repaint"])
@@ -272,24 +297,47 @@ def positive_matrices(batch: int, dim: int) -> Tensor:
     return roots @ roots.mT + 0.1 * torch.eye(dim, dtype=torch.float64)
 
 
-def test_conjugate_gradients_solve_every_system_of_the_batch():
-    matrices, target = positive_matrices(3, 6), torch.randn(3, 6, dtype=torch.float64)
-    target[1] = 0
-    solution = conjugate_gradients(lambda x: (matrices @ x[..., None])[..., 0], target, 6)
-    torch.testing.assert_close(solution, torch.linalg.solve(matrices, target), rtol=1e-6, atol=1e-8)
+def product_by(matrices: Tensor):
+    return lambda x: (matrices @ x[..., None])[..., 0]
 
 
-def test_lanczos_applies_the_matrix_square_root():
+def test_the_regression_of_an_exact_covariance_is_that_of_gaussian_conditioning():
+    matrices, gap = positive_matrices(3, 6), torch.randn(3, 6, dtype=torch.float64)
+    mask = torch.tensor([1.0, 1, 1, 1, 0, 0], dtype=torch.float64)
+    gap[1] = 0
+    found = KrylovSpace.of(product_by(matrices), gap * mask, 6, mask).regression()
+    want = matrices[:, :, :4] @ torch.linalg.solve(matrices[:, :4, :4], gap[:, :4, None])
+    torch.testing.assert_close(found, want[..., 0], rtol=1e-6, atol=1e-8)
+
+
+def test_the_square_root_is_that_of_the_eigenvalues():
     matrices, noise = positive_matrices(3, 6), torch.randn(3, 6, dtype=torch.float64)
     values, vectors = torch.linalg.eigh(matrices)
     root = vectors @ torch.diag_embed(values.sqrt()) @ vectors.mT
-    product = lanczos_square_root(lambda x: (matrices @ x[..., None])[..., 0], noise, 6)
-    torch.testing.assert_close(product, (root @ noise[..., None])[..., 0], rtol=1e-6, atol=1e-8)
+    found = KrylovSpace.of(product_by(matrices), noise, 6).square_root()
+    torch.testing.assert_close(found, (root @ noise[..., None])[..., 0], rtol=1e-6, atol=1e-8)
 
 
-def test_lanczos_stops_where_the_krylov_space_ends():
+def test_a_krylov_space_ends_where_the_covariance_does_not_leave_it():
     noise = torch.randn(2, 5, dtype=torch.float64)
-    torch.testing.assert_close(lanczos_square_root(lambda x: 4 * x, noise, 5), 2 * noise)
+    space = KrylovSpace.of(lambda x: 4 * x, noise, 5)
+    torch.testing.assert_close(space.square_root(), 2 * noise)
+    torch.testing.assert_close(space.regression(), noise)
+
+
+def test_the_error_of_a_covariance_is_its_antisymmetric_part_or_its_negative_eigenvalue():
+    generator = torch.manual_seed(3)
+    skew = torch.randn(2, 6, 6, dtype=torch.float64, generator=generator)
+    skew = skew - skew.mT
+    start = torch.randn(2, 6, dtype=torch.float64, generator=generator)
+    space = KrylovSpace.of(product_by(positive_matrices(2, 6) + skew), start, 6)
+    pairs = torch.linalg.eigvals(skew).imag.sort(descending=True).values[:, :3]
+    torch.testing.assert_close(space.error, pairs.square().sum(1).sqrt())
+    matrices = torch.diag_embed(torch.tensor([[-3.0, 1, 2, 3, 4, 5]], dtype=torch.float64))
+    space = KrylovSpace.of(product_by(matrices), start[:1], 6)
+    assert space.error.item() == pytest.approx(3)
+    want = start[:1] * matrices.diagonal(dim1=1, dim2=2)
+    torch.testing.assert_close(space.regression(), want / (matrices.diagonal(dim1=1, dim2=2) + 6))
 
 
 # Image to image, inversion, interpolation -----------------------------------------------------

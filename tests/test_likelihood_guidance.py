@@ -127,6 +127,15 @@ def test_a_stock_scheduler_is_guided_alike():
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)  # stock's float32 alpha_bar
 
 
+def test_a_fractional_timestep_is_guided_by_the_noise_between_its_neighbours():
+    x_t, stock = torch.randn(3, 2), DDIMScheduler(prediction_type="sample", clip_sample=False)
+    guidance = MeasurementGuidance(lambda x: x, torch.zeros(1), stock)
+    guided = guided_denoiser(lambda x, t: 0.5 * x, stock, guidance)
+    low, between, high = (guided(x_t, torch.tensor(t)).norm() for t in (700, 700.5, 701.0))
+    assert min(low, high) < between < max(low, high)
+    torch.testing.assert_close(guided(x_t, torch.tensor(701)).norm(), high)
+
+
 def test_the_learned_variance_is_not_changed():
     ours = GaussianDDPMScheduler(variance_type="learned_range", clip_sample=False)
     network = lambda x, t: torch.cat([x, 7 * torch.ones_like(x)], dim=1)  # noqa: E731

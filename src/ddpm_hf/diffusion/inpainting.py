@@ -21,9 +21,8 @@ Generators = tensor_ops.Generators
 GaussianDDPMScheduler = scheduling.GaussianDDPMScheduler
 
 METHODS = ("repaint", "covariance")
-# Conjugate gradients and Lanczos steps of one denoising step. The covariance of x_0 given x_t is
-# nearly a multiple of the identity at low noise and of low rank at high noise: few suffice. More
-# follow the errors of a trained network's Jacobian (docs/editing.md).
+# Products of each Krylov space. The covariance of x_0 given x_t is nearly a multiple of the identity
+# at low noise and of low rank at high noise: few suffice.
 NUM_ITERATIONS = 4
 MAX_REPEATS = 2**16  # more repetitions are a slip
 
@@ -175,15 +174,18 @@ def _covariance(
 ) -> tuple[list[Denoiser], GaussianDDPMScheduler]:
     """Steps q(x_prev | x_t, x_0) with x_0 drawn from p(x_0 | x_t, known values)."""
     unclipped = with_options(scheduler, clip_sample=False, thresholding=False)
-    posterior = with_options(scheduler, prediction_type="sample", variance_type="fixed_small")
+    of_x_0 = {"prediction_type": "sample", "variance_type": "fixed_small"}
+    clipping, posterior = with_options(scheduler, **of_x_0), with_options(unclipped, **of_x_0)
     timesteps = scheduler.timesteps.tolist()
 
     def draw(denoiser: Denoiser, t: int, x_t: Tensor, _: Tensor) -> Tensor:
         estimate = LinearisedEstimate(denoiser, unclipped, x_t, t)
-        sample = estimate.x_0_hat
+        # The mean is clipped as in every step; a clipped draw would have too small a variance.
+        sample = clipping.p_mean_variance(estimate.x_0_hat, t, x_t).pred_original_sample
         if t != timesteps[-1]:
             sample = sample + estimate.scaled_noise(tensor_ops.draw_noise(x_t, generator))
-        return sample + estimate.regress(x_0 - sample, is_known)  # Matheron's rule
+        sample = sample + estimate.regress(x_0 - sample, is_known)  # Matheron's rule
+        return torch.where(is_known, x_0, sample)
 
     draws: list[Denoiser] = [
         partial(draw, *each) for each in zip(denoisers, timesteps, strict=True)
@@ -233,20 +235,21 @@ class LinearisedEstimate:
         self.x_0_hat = self._x_0_hat.detach()
 
     def covariance(self, x: Tensor) -> Tensor:
-        """C x, (B, ...): one vector-Jacobian product."""
-        # The network receives vectors of unit length, which do not overflow in float16.
-        length = krylov.dot(x, x).sqrt()
-        unit = x * (self._output_scale / torch.where(length > 0, length, 1))
-        (product,) = torch.autograd.grad(self._x_0_hat, self._x_t, unit, retain_graph=True)
-        return product * (length * (self._scale / self._output_scale))
+        """C x for x of norm 1, (B, ...): one vector-Jacobian product."""
+        # The factor of the output goes first: in float16, others would overflow.
+        (product,) = torch.autograd.grad(
+            self._x_0_hat, self._x_t, x * self._output_scale, retain_graph=True
+        )
+        return product * (self._scale / self._output_scale)
 
     def regress(self, gap: Tensor, is_known: Tensor) -> Tensor:
-        """C H' (H C H')^-1 H gap: how the mean of x_0 moves when known values move by `gap`."""
-        weights = krylov.conjugate_gradients(
-            lambda x: self.covariance(x) * is_known, gap * is_known, NUM_ITERATIONS
-        )
-        return self.covariance(weights)
+        """C H' (H C H' + s^2)^-1 H gap: how the mean of x_0 moves when known values move by `gap`.
+
+        s^2 is the error of C, see `krylov.KrylovSpace.regression`.
+        """
+        space = krylov.KrylovSpace.of(self.covariance, gap * is_known, NUM_ITERATIONS, is_known)
+        return space.regression()
 
     def scaled_noise(self, noise: Tensor) -> Tensor:
         """C^(1/2) noise: a sample of N(0, C)."""
-        return krylov.lanczos_square_root(self.covariance, noise, NUM_ITERATIONS)
+        return krylov.KrylovSpace.of(self.covariance, noise, NUM_ITERATIONS).square_root()

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Krylov methods for a symmetric matrix that is given by its products, for a batch at a time.
+"""Functions of a covariance that is given by its products, for each element of a batch.
 
-No iteration waits for a device. Travels with the weights.
+The covariance comes from the Jacobian of a network. That of an exact denoiser is symmetric and has
+no negative eigenvalue; what is left of both in a trained one measures its error. No iteration waits
+for a device. Travels with the weights.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,67 +20,83 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).sum(dim=tuple(range(1, x.ndim)), keepdim=True)
 
 
-def conjugate_gradients(product: Product, target: Tensor, num_iterations: int) -> Tensor:
-    """Solution x of A x = target, for each element of the batch.
+@dataclass(frozen=True)
+class KrylovSpace:
+    """A covariance C on the span of v, A v, ..., A^(k-1) v, where A is C on some of the values.
 
-    The iteration of an element ends where its residual is 0 to rounding, or where A is not positive
-    along the search direction, as the Jacobian of a network can be.
-
-    Args:
-        product: x -> A x, symmetric and positive on the space of the targets.
-        target: (B, ...).
-        num_iterations: at most; not more than there are values.
+    Attributes:
+        length: norm of v, (B,) float64.
+        basis: orthonormal vectors, the first along v, (B, k, ...).
+        images: C times each of them, same shape.
+        eigenvalues, eigenvectors: of the symmetric part of A in the basis, (B, k) and (B, k, k)
+            float64. NaN where a product is not finite.
+        error: the largest of the most negative eigenvalue and sqrt(1/2) of the Frobenius norm of
+            the antisymmetric part, whose eigenvalues come in pairs, (B,) float64.
     """
-    x, residual, direction = torch.zeros_like(target), target, target
-    square = dot(residual, residual)
-    enough = square * torch.finfo(target.dtype).eps ** 2
-    is_active = square > enough
-    for _ in range(min(num_iterations, target[0].numel())):
-        image = product(direction)
-        curvature = dot(direction, image)
-        is_active = is_active & (square > enough) & (curvature > 0)
-        step = torch.where(is_active, square / curvature, 0)
-        x = x + step * direction
-        residual = residual - step * image
-        before, square = square, dot(residual, residual)
-        direction = residual + torch.where(is_active, square / before, 0) * direction
-    return x
 
+    length: Tensor
+    basis: Tensor
+    images: Tensor
+    eigenvalues: Tensor
+    eigenvectors: Tensor
+    error: Tensor
 
-def lanczos_square_root(product: Product, noise: Tensor, num_iterations: int) -> Tensor:
-    """A^(1/2) noise, for each element of the batch.
+    @classmethod
+    def of(
+        cls, product: Product, start: Tensor, num_iterations: int, mask: Tensor | None = None
+    ) -> "KrylovSpace":
+        """The space after some products.
 
-    Args:
-        product: x -> A x, symmetric and positive.
-        noise: (B, ...).
-        num_iterations: dimension of the Krylov space; the result is exact at the number of values.
-    """
-    length = dot(noise, noise).sqrt()
-    basis, diagonal, offdiagonal = [noise / length], [], []
-    for i in range(min(num_iterations, noise[0].numel())):
-        image = product(basis[i])
-        diagonal.append(dot(image, basis[i]))
-        for vector in basis:  # against the rounding errors of all earlier ones, too
-            image = image - dot(image, vector) * vector
-        norm = dot(image, image).sqrt()
-        offdiagonal.append(norm)
-        # A space that the product does not leave: the following vectors are 0.
-        basis.append(torch.where(norm > 1e-7 * diagonal[0].abs(), image / norm, 0))
-    tridiagonal = _tridiagonal(diagonal, offdiagonal[:-1])
-    is_finite = tridiagonal.isfinite().all(dim=2).all(dim=1, keepdim=True)
-    # eigh raises an error for values that are not finite; the result is NaN instead.
-    values, vectors = torch.linalg.eigh(tridiagonal.nan_to_num(0, 0, 0))
-    root = (vectors * values.clamp(min=0).sqrt()[:, None]) @ vectors.mT
-    weights = torch.where(is_finite, root[:, :, 0], torch.nan).to(noise.dtype)
-    weights = weights * length.flatten()[:, None]
-    result: Tensor = torch.einsum("bk,bk...->b...", weights, torch.stack(basis[:-1], dim=1))
-    return result
+        Args:
+            product: x -> C x, for x of norm 1.
+            start: v, (B, ...); 0 where `mask` is.
+            num_iterations: k, at most the number of values.
+            mask: 1 for the values that A acts on; None for all.
+        """
+        length = dot(start, start).sqrt()
+        basis, images = [torch.where(length > 0, start / length, 0)], []
+        for _ in range(min(num_iterations, start[0].numel())):
+            images.append(product(basis[-1]))
+            vector = images[-1] if mask is None else images[-1] * mask
+            before = dot(vector, vector).sqrt()
+            for _ in range(2):  # the second pass removes the rounding errors of the first
+                for other in basis:
+                    vector = vector - dot(vector, other) * other
+            norm = dot(vector, vector).sqrt()
+            # A space that A does not leave: the following vectors are 0.
+            basis.append(torch.where(norm > 1e-6 * before, vector / norm, 0))
+        q, c_q = torch.stack(basis[:-1], dim=1), torch.stack(images, dim=1)
+        projected = (q.flatten(2) @ c_q.flatten(2).mT).double()  # q is 0 outside of the mask
+        is_finite = projected.isfinite().all(dim=2).all(dim=1)
+        safe = projected.nan_to_num(0, 0, 0)  # eigh raises an error for values that are not finite
+        values, vectors = torch.linalg.eigh((safe + safe.mT) / 2)
+        asymmetry = torch.linalg.matrix_norm(safe - safe.mT) / 8**0.5
+        return cls(
+            length.flatten().double(),
+            q,
+            c_q,
+            torch.where(is_finite[:, None], values, torch.nan),
+            vectors,
+            torch.maximum(asymmetry, -values[:, 0]),
+        )
 
+    def square_root(self) -> Tensor:
+        """(C (C + s^2)^-1 C)^(1/2) v, (B, ...), with s^2 as for `regression`: C^(1/2) v."""
+        values = self.eigenvalues.clamp(min=0)
+        return self._function(values * self._inverse(values).sqrt(), self.basis)
 
-def _tridiagonal(diagonal: list[Tensor], offdiagonal: list[Tensor]) -> Tensor:
-    """Symmetric matrices of both diagonals, (B, k, k) float64."""
-    matrix = torch.diag_embed(torch.stack([x.flatten() for x in diagonal], dim=1))
-    if offdiagonal:
-        beside = torch.stack([x.flatten() for x in offdiagonal], dim=1)
-        matrix = matrix + beside.diag_embed(1) + beside.diag_embed(-1)
-    return matrix.double()
+    def regression(self) -> Tensor:
+        """C (A + s^2)^-1 v, (B, ...), where s^2 is twice the error of C: 0 for an exact C."""
+        return self._function(self._inverse(self.eigenvalues), self.images)
+
+    def _inverse(self, eigenvalues: Tensor) -> Tensor:
+        shifted = eigenvalues + 2 * self.error[:, None]
+        is_zero = shifted <= 1e-12 * shifted.amax(dim=1, keepdim=True)
+        return torch.where(is_zero, 0, 1 / shifted)
+
+    def _function(self, of_eigenvalues: Tensor, vectors: Tensor) -> Tensor:
+        """f(A) v in terms of the basis, applied to `vectors`."""
+        weights = of_eigenvalues * self.eigenvectors[:, 0] * self.length[:, None]
+        weights = (self.eigenvectors @ weights[..., None])[..., 0].to(vectors.dtype)
+        result: Tensor = torch.einsum("bk,bk...->b...", weights, vectors)
+        return result

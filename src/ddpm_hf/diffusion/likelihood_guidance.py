@@ -78,9 +78,17 @@ def _signal_and_sigma(scheduler: Any, t: Tensor, x_t: Tensor) -> tuple[Tensor, T
     if hasattr(scheduler, "log_snr"):
         log_snr = scheduler.log_snr(t, x_t.dtype)
     else:
-        log_snr = scheduler.alphas_cumprod.to(t.device, x_t.dtype)[t].logit()
+        log_snr = _at(scheduler.alphas_cumprod.to(t.device, x_t.dtype).logit(), t)
     log_snr = log_snr.reshape(-1, *(1,) * (x_t.ndim - 1)).to(x_t.device)
     return log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt()
+
+
+def _at(table: Tensor, t: Tensor) -> Tensor:
+    """Values of a table at timesteps, between which Euler's and Heun's schedulers interpolate."""
+    if not t.is_floating_point():
+        return table[t]
+    low, share = t.floor().long(), t.frac().to(table.dtype)
+    return torch.where(share > 0, torch.lerp(table[low], table[t.ceil().long()], share), table[low])
 
 
 def _gradient(log_likelihood: Any, x_t: Tensor, create_graph: bool) -> Tensor:
@@ -130,7 +138,7 @@ class MeasurementGuidance:
             _, sigma = _signal_and_sigma(self.scheduler, t, x_t)
             variance = sigma.square().flatten()
         else:
-            variance = x_0_mse.to(x_t.device, x_t.dtype)[t].flatten()
+            variance = _at(x_0_mse.to(x_t.device, x_t.dtype), t).flatten()
         variance = variance + self.noise_std**2
         return -gap.square().flatten(1).sum(1) / (2 * variance)
 

@@ -124,6 +124,10 @@ def _set_and_check(scheduler: Any, request: str, **options: Any) -> None:
             raise
         raise ValueError(f"{kind} does not support {request}: {error}") from error
     visited = scheduler.timesteps.tolist()
+    if scheduler.timesteps.isnan().any():  # KDPM2 with betas that end in almost pure noise
+        raise ValueError(
+            f"{kind} does not support {request} with these betas: a timestep would be nan"
+        )
     # A scheduler of second order goes back and forth within a step, and PNDM repeats its second.
     repeats = len(visited) > 1 and visited[0] == visited[1]
     rises = any(before < after for before, after in pairwise(visited))
