@@ -176,7 +176,7 @@ def test_the_covariance_method_samples_the_true_conditional_in_ten_steps(generat
 
 @pytest.mark.slow
 def test_a_clipping_scheduler_keeps_the_variance_of_draws(generator):
-    """Values -1 and 1 with equal odds: q(x_t) has variance 1 at every t, before and after a step."""
+    """Of values -1 and 1 with equal odds, x_t has variance 1 at every t."""
     x_0 = torch.ones(8000, 2, dtype=torch.float64)
     x_0[::2] = -1
 

@@ -21,8 +21,8 @@ Generators = tensor_ops.Generators
 GaussianDDPMScheduler = scheduling.GaussianDDPMScheduler
 
 METHODS = ("repaint", "covariance")
-# Products of each Krylov space. The covariance of x_0 given x_t is nearly a multiple of the identity
-# at low noise and of low rank at high noise: few suffice.
+# Products of each Krylov space. The covariance of x_0 given x_t is nearly a multiple of the
+# identity at low noise and of low rank at high noise: few suffice.
 NUM_ITERATIONS = 4
 MAX_REPEATS = 2**16  # more repetitions are a slip
 
