@@ -15,10 +15,12 @@ from diffusers import DDPMPipeline
 from PIL import Image
 from torch import Tensor
 
-from ddpm_hf import TrainingConfig, calibrate, evaluate, load, train
+from ddpm_hf import TrainingConfig, calibrate, convert, evaluate, load, train
 from ddpm_hf.cli import main
 from ddpm_hf.losses import vlb_term
-from ddpm_hf.openai_conversion import PRESETS, OpenAIFlags, convert, flags_of_weights
+from ddpm_hf.openai_conversion.flags import PRESETS, OpenAIFlags
+from ddpm_hf.openai_conversion.network import scheduler_of, unet_config
+from ddpm_hf.openai_conversion.weights import flags_of_weights
 
 CASES = json.loads((Path(__file__).parent / "golden/openai_unets.json").read_text())
 CHAINS = [name for name, case in CASES.items() if "chain" in case]
@@ -260,17 +262,15 @@ PARAMETERS = {"iddpm-cifar10": 52_546_438, "adm-imagenet256-uncond": 552_814_086
 def test_the_published_models_are_expressed_or_refused_with_a_reason():
     from diffusers import UNet2DModel
 
-    from ddpm_hf.openai_conversion import _scheduler, _unet_config
-
     for name, flags in PRESETS.items():
         parsed = OpenAIFlags(**flags)
-        _scheduler(parsed)
+        scheduler_of(parsed)
         num_classes = 1000 if parsed.class_cond else None
         if name not in EXPRESSIBLE:
             with pytest.raises(ValueError, match="UNet2DModel"):
-                _unet_config(parsed, num_classes)
+                unet_config(parsed, num_classes)
             continue
-        config = _unet_config(parsed, num_classes)
+        config = unet_config(parsed, num_classes)
         with torch.device("meta"):
             unet = UNet2DModel(**config)
         if name in PARAMETERS:

@@ -11,8 +11,6 @@ from PIL import Image
 from processes import run_process
 
 from ddpm_hf import cli
-from ddpm_hf.commands.convert import PRESET_NAMES
-from ddpm_hf.openai_conversion import PRESETS
 from ddpm_hf.options import OptionError
 from ddpm_hf.sampling.options import OutputOptions
 from ddpm_hf.sampling.output_paths import check_output
@@ -133,10 +131,6 @@ def test_impossible_requests_are_refused_in_one_line_before_torch_is_loaded(answ
     assert len(lines) == 1
     assert lines[0].startswith("ddpm-hf: error: ")
     assert message in lines[0]
-
-
-def test_the_presets_of_the_command_are_those_of_the_conversion():
-    assert tuple(PRESETS) == PRESET_NAMES
 
 
 @pytest.mark.slow

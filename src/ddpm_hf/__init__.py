@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ddpm_hf.inference_optimization import optimize
     from ddpm_hf.likelihood import BitsPerDim, bits_per_dim
     from ddpm_hf.losses import hybrid_loss, simple_loss, vlb_loss
-    from ddpm_hf.openai_conversion import convert
+    from ddpm_hf.openai_conversion.convert import convert
     from ddpm_hf.pictures import image_grid
     from ddpm_hf.sampling import draw_to, save_drawn
     from ddpm_hf.training import (
@@ -85,7 +85,7 @@ _NAMES_BY_MODULE = {
     "hub.retry": "HubError",
     "inference_optimization": "optimize",
     "likelihood": "BitsPerDim bits_per_dim",
-    "openai_conversion": "convert",
+    "openai_conversion.convert": "convert",
     "losses": "hybrid_loss simple_loss vlb_loss",
     "pictures": "image_grid",
     "sampling": "draw_to save_drawn",

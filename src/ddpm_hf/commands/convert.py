@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ddpm_hf.commands.messages import command_messages
+from ddpm_hf.openai_conversion.flags import PRESETS
 from ddpm_hf.options import REQUIRED, OptionError, Options, option
 from ddpm_hf.paths import output_folder
 
@@ -21,14 +22,6 @@ The output is a checkpoint like those of `ddpm-hf train`: sample, evaluate, cali
 as {"image_size": 32, "num_channels": 128, "learn_sigma": true}. Networks that UNet2DModel cannot
 express, such as a fixed number of heads at several widths, are refused.
 """
-
-
-# Those of `openai_conversion.PRESETS`, which loads torch.
-PRESET_NAMES = (
-    "iddpm-cifar10", "iddpm-imagenet64", "iddpm-imagenet64-cond", "iddpm-lsun-bedroom",
-    "adm-imagenet64", "adm-imagenet128", "adm-imagenet256", "adm-imagenet256-uncond",
-    "adm-imagenet512", "adm-lsun", "adm-lsun-horse-nodropout",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +44,8 @@ class ConvertCommand(Options):
     )
     preset: str | None = option(
         None,
-        f"published model: {', '.join(PRESET_NAMES)}",
-        choices=PRESET_NAMES,
+        f"published model: {', '.join(PRESETS)}",
+        choices=tuple(PRESETS),
         metavar="NAME",
     )
     config: Path | None = option(
@@ -70,7 +63,7 @@ class ConvertCommand(Options):
         super().__post_init__()
         if (self.preset is None) == (self.config is None):
             raise OptionError(
-                f"pass either `preset` or `config`; presets: {', '.join(PRESET_NAMES)}"
+                f"pass either `preset` or `config`; presets: {', '.join(PRESETS)}"
             )
 
 
@@ -101,7 +94,7 @@ def convert(options: ConvertCommand) -> None:
         lines = options.class_names.read_text(encoding="utf-8").splitlines()
         names = [line.strip() for line in lines if line.strip()]
     from ddpm_hf.hub.card import write_model_card
-    from ddpm_hf.openai_conversion import convert
+    from ddpm_hf.openai_conversion.convert import convert
 
     pipeline = convert(
         options.weights, preset=options.preset, config=options.config, class_names=names
