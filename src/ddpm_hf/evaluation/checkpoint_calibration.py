@@ -1,7 +1,7 @@
 """`calibrate_checkpoint`: error curve of a checkpoint, kept in its scheduler configuration.
 
-`ddpm_hf.calibrate` measures a network on images in memory; this measures a checkpoint on a data
-set, in shards that all ranks share, and writes the results.
+`ddpm_hf.calibrate` measures a network on images in memory; this measures a checkpoint on a
+dataset, in shards that all ranks share, and writes the results.
 """
 
 import json
@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from diffusers import UNet2DModel
 
 from ddpm_hf.calibration import Calibration
 from ddpm_hf.diffusion.atomic_files import read_json, remove_folder, write_text
 from ddpm_hf.diffusion.checkpoint_limits import component_folder
 from ddpm_hf.diffusion.config_extension import extension_of, with_extension
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
-from ddpm_hf.evaluation.calibration_results import CalibrationCurve, CheckpointCalibration, StepsRow
-from ddpm_hf.evaluation.dataset_likelihood import BoundOptions
+from ddpm_hf.evaluation.calibration_results import CheckpointCalibration, StepsRow
+from ddpm_hf.evaluation.dataset_likelihood import BoundMeasurement, BoundOptions
 from ddpm_hf.evaluation.error_curve import (
     calibration_curve,
     measure_calibration,
@@ -30,23 +29,16 @@ from ddpm_hf.evaluation.error_curve import (
 )
 from ddpm_hf.evaluation.figures import ImageFormat, ModelSourceFacts
 from ddpm_hf.evaluation.measurement import Evaluator
-from ddpm_hf.evaluation.model_images import EvaluationImages, images_for
 from ddpm_hf.evaluation.options import CalibrationOptions
-from ddpm_hf.evaluation.result_files import (
-    CALIBRATION_FILE,
-    results_folder,
-    write_result,
-)
+from ddpm_hf.evaluation.result_files import CALIBRATION_FILE, results_folder, write_result
 from ddpm_hf.evaluation.result_pictures import save_calibration_plot
 from ddpm_hf.evaluation.results import utc_now
 from ddpm_hf.evaluation.sets import DataSource
 from ddpm_hf.evaluation.sweep import FIGURE, sweep
-from ddpm_hf.evaluation.training_record import (
-    with_class_column_of_training,
-    with_hold_out_of_training,
-)
+from ddpm_hf.evaluation.training_record import as_in_training
 from ddpm_hf.hub.card import write_calibration
 from ddpm_hf.hub.load import load
+from ddpm_hf.hub.options import LoadOptions
 from ddpm_hf.options import takes_options
 from ddpm_hf.paths import model_of_run, run_of_checkpoint
 from ddpm_hf.shared_work import distributed_state, on_main_process
@@ -112,40 +104,34 @@ def _calibrate(
     state: PartialState,
     progress: bool,
 ) -> CheckpointCalibration:
-    pipeline = load(
-        model,
-        revision=options.revision,
-        variant=options.variant,
-        use_safetensors=options.use_safetensors,
-    ).to(state.device)
-    data = with_hold_out_of_training(
-        DataSource.from_options(dataset, options),
-        [model],
-        revision=options.revision,
-        use_safetensors=options.use_safetensors,
-        progress=progress,
-    )
-    data = with_class_column_of_training(
-        data, [model], revision=options.revision, use_safetensors=options.use_safetensors
-    )
+    pipeline = load(model, **options.keywords(LoadOptions)).to(state.device)
+    data = as_in_training(DataSource(dataset, options), [model], options, progress=progress)
     evaluator = None
     if options.sweep:
         evaluator = Evaluator(data, [FIGURE], options.sweep_options(), progress=progress)
         _ = evaluator.network  # fails before the work, if at all
-    images = _images(pipeline.unet, data, options, progress)
+    images = data.likelihood_images(
+        pipeline.unet,
+        num_images=options.num_images,
+        at_most=NUM_IMAGES,
+        seed=options.seed,
+        progress=progress,
+    )
     how = BoundOptions(seed=options.seed, batch_size=options.batch_size)
     unfinished, start = folder / ".unfinished-calibration", time.monotonic()
-    measured = measure_calibration(
-        pipeline.unet, pipeline.scheduler, images, how, unfinished, state, progress=progress
-    )
+    measurement = BoundMeasurement(pipeline.unet, pipeline.scheduler, images, how)
+    measured = measure_calibration(measurement, unfinished, state, progress=progress)
 
     def write_curve() -> tuple[CheckpointCalibration, GaussianDDPMScheduler]:
         """Write the curve before a sweep, which can take long."""
         if measured is None:
             raise RuntimeError("only the main process has the measurement")
-        seconds = time.monotonic() - start
-        curve, scheduler = _curve_and_scheduler(measured, pipeline.unet, images, how, options)
-        curve = replace(curve, seconds=seconds)
+        seconds, scheduler = time.monotonic() - start, measured.scheduler
+        curve = calibration_curve(measured, images, options.seed, seconds)
+        if options.timesteps:
+            timesteps = search_timesteps(pipeline.unet, scheduler, images, options.seed)
+            curve = replace(curve, calibrated_timesteps=timesteps)
+            scheduler = scheduler.from_config(scheduler.config, calibrated_timesteps=timesteps)
         result = CheckpointCalibration(
             model=ModelSourceFacts(name=public_name(model), revision=options.revision),
             dataset=replace(data.facts(), image=ImageFormat.of(images.facts)),
@@ -162,40 +148,6 @@ def _calibrate(
         result = replace(result, results=(result.curve, swept), created=utc_now())
         result = on_main_process(state, lambda: _written(result, scheduler, model, folder))
     return on_main_process(state, lambda: _finish(result, model, unfinished, options.card))
-
-
-def _images(
-    unet: UNet2DModel, data: DataSource, options: CalibrationOptions, progress: bool
-) -> EvaluationImages:
-    subset = data.likelihood_subset()
-    return images_for(
-        unet,
-        data.rows(subset.split),
-        rows=subset.rows,
-        num_images=options.num_images,
-        at_most=NUM_IMAGES,
-        seed=options.seed,
-        image_column=options.image_column,
-        label_column=data.label_column(subset.split),
-        on_bad_image=options.on_bad_image,
-        progress=progress,
-    )
-
-
-def _curve_and_scheduler(
-    calibration: Calibration,
-    unet: UNet2DModel,
-    images: EvaluationImages,
-    how: BoundOptions,
-    options: CalibrationOptions,
-) -> tuple[CalibrationCurve, GaussianDDPMScheduler]:
-    """The curve, and the scheduler with the curve and, if asked for, searched timesteps."""
-    curve, scheduler = calibration_curve(calibration, images, how), calibration.scheduler
-    if not options.timesteps:
-        return curve, scheduler
-    timesteps = search_timesteps(unet, scheduler, images, options.seed)
-    curve = replace(curve, calibrated_timesteps=timesteps)
-    return curve, scheduler.from_config(scheduler.config, calibrated_timesteps=timesteps)
 
 
 def _written(

@@ -14,12 +14,8 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ddpm_hf.diffusion.scheduler_interface import set_timesteps
-from ddpm_hf.diffusion.schedules import usual_num_steps
-from ddpm_hf.evaluation.comparison_results import (
-    Comparison,
-    ComparisonRow,
-    LeftOut,
-)
+from ddpm_hf.diffusion.timestep_spacings import usual_num_steps
+from ddpm_hf.evaluation.comparison_results import Comparison, ComparisonRow, LeftOut
 from ddpm_hf.evaluation.measurement import Evaluator
 from ddpm_hf.evaluation.metrics import METRICS
 from ddpm_hf.evaluation.options import (
@@ -30,11 +26,7 @@ from ddpm_hf.evaluation.options import (
 )
 from ddpm_hf.evaluation.ranking import ranked
 from ddpm_hf.evaluation.recorded_command import command_of
-from ddpm_hf.evaluation.result_files import (
-    COMPARISON_FILE,
-    results_folder,
-    write_result,
-)
+from ddpm_hf.evaluation.result_files import COMPARISON_FILE, results_folder, write_result
 from ddpm_hf.evaluation.result_pictures import save_comparison_pictures
 from ddpm_hf.evaluation.results import Evaluation
 from ddpm_hf.evaluation.subjects import Subject, is_model
@@ -169,15 +161,8 @@ def compare_settings(
         try:
             row, evaluation = _measure(evaluator, subject, setting, subfolder)
         except ValueError as error:
-            left_out.append(
-                LeftOut(
-                    setting=str(setting),
-                    name=setting.name or None,
-                    scheduler=setting.scheduler,
-                    num_inference_steps=setting.num_inference_steps,
-                    reason=str(error),
-                )
-            )
+            names = {"setting": str(setting), "name": setting.name or None}
+            left_out.append(LeftOut.of(setting, **names, reason=str(error)))
             with suppress(OSError):
                 subfolder.rmdir()  # if it is empty
             continue

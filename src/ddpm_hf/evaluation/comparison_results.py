@@ -1,5 +1,6 @@
 """Results of `compare` and `sweep`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -7,10 +8,15 @@ from ddpm_hf.evaluation.figures import DatasetFacts, Floor, Interval, ModelFacts
 from ddpm_hf.evaluation.options import ComparisonOptions, EvaluationOptions
 from ddpm_hf.evaluation.records import Record, Row, optional
 from ddpm_hf.evaluation.results import Report, Result, package_versions, utc_now
+from ddpm_hf.scheduler_spec import readable_names
 from ddpm_hf.text import counted
 
 Rank = Literal["best", "tie", ""]
 _FIGURES_PER_TABLE = 3
+_SETTING_COLUMNS = (
+    "setting", "name", "scheduler", "num_inference_steps", "num_network_calls",
+    "seconds_per_image",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,21 +106,10 @@ class SettingsResult(Result):
     def rows(self) -> list[Row]:
         """One row per setting and figure."""
         return [
-            {
-                "setting": row.setting,
-                "name": row.name,
-                "scheduler": row.scheduler,
-                "num_inference_steps": row.num_inference_steps,
-                "num_network_calls": row.num_network_calls,
-                "seconds_per_image": row.seconds_per_image,
-                "figure": figure.name,
-                "value": figure.value,
-                "low": figure.interval[0],
-                "high": figure.interval[1],
-                "rank": figure.rank,
-                "gap": figure.gap,
-                "gap_of_chance": figure.gap_of_chance,
-            }
+            {key: getattr(row, key) for key in _SETTING_COLUMNS}
+            | {"figure": figure.name, "value": figure.value}
+            | {"low": figure.interval[0], "high": figure.interval[1]}
+            | {"rank": figure.rank, "gap": figure.gap, "gap_of_chance": figure.gap_of_chance}
             for row in self.settings
             for figure in row.figures.values()
         ]
@@ -143,7 +138,7 @@ class Comparison(SettingsResult, Report):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplerSetting(Record):
+class SweptSampler(Record):
     """A scheduler and a number of steps, as `recommended` of the scheduler configuration."""
 
     scheduler: str
@@ -166,15 +161,24 @@ class Sweep(SettingsResult):
     options: EvaluationOptions
     settings: tuple[ComparisonRow, ...]
     left_out: tuple[LeftOut, ...]
-    recommended: SamplerSetting
-    for_stock: SamplerSetting | None
-    all_steps: SamplerSetting | None
+    recommended: SweptSampler
+    for_stock: SweptSampler | None
+    all_steps: SweptSampler | None
     remarks: tuple[str, ...]
 
     def __str__(self) -> str:
         chosen = self.recommended
         recommended = f"recommended: {chosen.scheduler}, K = {chosen.num_inference_steps:,}"
         return "\n".join([_settings_text(self), "", recommended, *self.remarks])
+
+
+def sampler_labels(rows: Sequence[ComparisonRow]) -> dict[str, str]:
+    """By setting, its model and its scheduler in readable words, which may be ""."""
+    readable = readable_names({row.scheduler for row in rows if row.scheduler})
+    return {
+        row.setting: ", ".join(x for x in (row.name, readable.get(row.scheduler or "")) if x)
+        for row in rows
+    }
 
 
 def _settings_text(comparison: Comparison | Sweep) -> str:

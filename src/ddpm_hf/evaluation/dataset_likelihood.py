@@ -5,8 +5,8 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ddpm_hf.diffusion.atomic_files import remove_folder
 from ddpm_hf.diffusion.conditioning import denoiser_of
-from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler, as_gaussian_scheduler
+from ddpm_hf.diffusion.scheduler_interface import num_outputs
+from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.digests import weights_digest
 from ddpm_hf.evaluation.figures import BoundPart, BoundParts, BoundResult
 from ddpm_hf.evaluation.model_images import EvaluationImages
@@ -27,16 +28,9 @@ from ddpm_hf.statistics import standard_error
 
 @dataclass(frozen=True)
 class BoundOptions:
-    """Options of the bound; see `likelihood.bits_per_dim`.
+    """Options of the bound, as keywords of `likelihood.bits_per_dim`.
 
-    Attributes:
-        num_inference_steps: K; None for the whole chain.
-        num_timesteps: network calls per image; None for K.
-        timesteps: explicit timesteps in place of `num_inference_steps`.
-        eta: noise of the sampler, in (0, 1].
-        decoder: "exact" or "tanh".
-        seed: of the noise, which depends on the seed and the index of an image.
-        batch_size: images per batch.
+    `seed` is that of the noise, which depends on the seed and the index of an image.
     """
 
     num_inference_steps: int | None = None
@@ -48,136 +42,114 @@ class BoundOptions:
     batch_size: int = 64
 
 
-def measure_bits_per_dim(
-    unet: UNet2DModel,
-    scheduler: Any,
-    images: EvaluationImages,
-    options: BoundOptions,
-    folder: Path,
-    state: PartialState,
-    *,
-    known: BoundResult | None = None,
-    progress: bool = True,
-) -> BoundResult | None:
-    """Variational bound of the images; independent of the number of ranks and of interruptions.
+@dataclass(frozen=True)
+class BoundMeasurement:
+    """Variational bound of images, measured in shards by all ranks.
 
-    Args:
+    The result is independent of the number of ranks and of interruptions.
+
+    Attributes:
         unet: network on the device of this rank.
-        scheduler: a DDPM scheduler.
+        scheduler: a `GaussianDDPMScheduler`.
         images: images to measure.
-        options: options of the bound.
-        folder: holds unfinished shards.
-        state: the ranks, which share the work.
-        known: an earlier result, returned if it is of the same measurement.
-        progress: show progress bars.
-    Returns:
-        the bound on the main rank, None on others.
-    Raises:
-        TypeError: for another scheduler.
-        ValueError: if the options do not fit; see `bits_per_dim`.
+        options: of the bound.
     """
-    scheduler = GaussianDDPMScheduler.from_config(as_gaussian_scheduler(scheduler).config)
-    key = bound_key(unet, scheduler, images, options)
-    if known and known.key == key:
-        return known if state.is_main_process else None
-    unfinished = folder / f".unfinished-{key[:16]}"
-    bound = sharded_bound(unet, scheduler, images, options, unfinished, state, progress=progress)
-    return None if bound is None else _bound_result(key, bound, images, scheduler, options)
 
+    unet: UNet2DModel
+    scheduler: GaussianDDPMScheduler
+    images: EvaluationImages
+    options: BoundOptions
 
-def sharded_bound(
-    unet: UNet2DModel,
-    scheduler: GaussianDDPMScheduler,
-    images: EvaluationImages,
-    options: BoundOptions,
-    folder: Path,
-    state: PartialState,
-    *,
-    progress: bool = True,
-) -> BitsPerDim | None:
-    """The bound of each image on the main rank; None on others.
+    @cached_property
+    def key(self) -> str:
+        """Digest of everything that determines the result."""
+        config = {name: value for name, value in self.scheduler.config.items() if name[0] != "_"}
+        curve = None if self.scheduler.x_0_mse is None else self.scheduler.x_0_mse.tolist()
+        chosen = dataclasses.asdict(self.options)
+        if self.options.eta == 1:  # results without `eta` keep their keys
+            del chosen["eta"]
+        facts = [chosen, config, curve, str(self.unet.dtype), self.images.digest()]
+        sums = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+        sums.update(weights_digest(self.unet).encode())
+        return sums.hexdigest()
 
-    Args:
-        folder: holds the shards of this measurement only.
-        unet, scheduler, images, options, state, progress: see `measure_bits_per_dim`.
-    """
-    starts = range(0, len(images), options.batch_size)
-    rows = [range(start, min(start + options.batch_size, len(images))) for start in starts]
+    def bound(
+        self, folder: Path, state: PartialState, *, progress: bool = True
+    ) -> BitsPerDim | None:
+        """The bound of each image on the main rank, None on others.
 
-    def compute(shard: int) -> Shard:
-        shown = progress and state.is_main_process
-        bound = _bound_of_rows(unet, scheduler, images, rows[shard], options, shown)
-        return {field.name: getattr(bound, field.name) for field in dataclasses.fields(bound)}
+        Args:
+            folder: holds the shards of this measurement only.
+            state: the ranks, which share the work.
+            progress: show progress bars.
+        Raises:
+            ValueError: if the options do not fit; see `bits_per_dim`.
+        """
+        size, num_images = self.options.batch_size, len(self.images)
+        rows = [range(i, min(i + size, num_images)) for i in range(0, num_images, size)]
 
-    sizes = [len(of_shard) for of_shard in rows]
-    shards = compute_shards(state, folder, sizes, compute, progress=progress)
-    return BitsPerDim.concatenate([BitsPerDim(**shard) for shard in shards]) if shards else None
+        def compute(shard: int) -> Shard:
+            return vars(self._bound_of(rows[shard], progress and state.is_main_process))
+
+        sizes = [len(of_shard) for of_shard in rows]
+        shards = compute_shards(state, folder, sizes, compute, progress=progress)
+        return BitsPerDim.concatenate([BitsPerDim(**shard) for shard in shards]) if shards else None
+
+    def result(
+        self,
+        folder: Path,
+        state: PartialState,
+        *,
+        known: BoundResult | None = None,
+        progress: bool = True,
+    ) -> BoundResult | None:
+        """The mean over the images with its parts, on the main rank; None on others.
+
+        Args:
+            folder: holds unfinished shards.
+            known: an earlier result, returned if it is of the same measurement.
+            state, progress: see `bound`.
+        """
+        if known and known.key == self.key:
+            return known if state.is_main_process else None
+        bound = self.bound(_unfinished(folder, self.key), state, progress=progress)
+        return None if bound is None else _bound_result(self, bound)
+
+    def _bound_of(self, rows: range, progress: bool) -> BitsPerDim:
+        images, labels, device = self.images, self.images.labels_of(rows), self.unet.device
+        options = {**vars(self.options), "batch_size": len(rows)}
+        seeds = [seed_of(options["seed"], "bound", images.indices[row]) for row in rows]
+        del options["seed"]
+        return bits_per_dim(
+            denoiser_of(
+                self.unet,
+                None if labels is None else labels.to(device),
+                num_outputs(self.unet.config, self.scheduler),
+            ),
+            self.scheduler,
+            images.batch(rows).to(device),
+            generator=[torch.Generator(device).manual_seed(seed) for seed in seeds],
+            bit_depth=images.facts.bit_depth,
+            progress=progress,
+            **options,
+        )
 
 
 def remove_shards(folder: Path, result: BoundResult) -> None:
     """Remove the shards of a result that is written."""
-    remove_folder(folder / f".unfinished-{result.key[:16]}")
+    remove_folder(_unfinished(folder, result.key))
 
 
-def _bound_of_rows(
-    unet: UNet2DModel,
-    scheduler: GaussianDDPMScheduler,
-    images: EvaluationImages,
-    rows: range,
-    options: BoundOptions,
-    progress: bool,
-) -> BitsPerDim:
-    labels, device = images.labels_of(rows), unet.device
-    channels = unet.config.in_channels * (2 if scheduler.learns_variance else 1)
-    labels = None if labels is None else labels.to(device)
-    return bits_per_dim(
-        denoiser_of(unet, labels, channels),
-        scheduler,
-        images.batch(rows).to(device),
-        num_inference_steps=options.num_inference_steps,
-        num_timesteps=options.num_timesteps,
-        timesteps=options.timesteps,
-        generator=[
-            torch.Generator(device).manual_seed(seed_of(options.seed, "bound", images.indices[row]))
-            for row in rows
-        ],
-        decoder=options.decoder,
-        bit_depth=images.facts.bit_depth,
-        eta=options.eta,
-        batch_size=len(rows),
-        progress=progress,
-    )
+def _unfinished(folder: Path, key: str) -> Path:
+    return folder / f".unfinished-{key[:16]}"
 
 
-def bound_key(
-    unet: UNet2DModel,
-    scheduler: GaussianDDPMScheduler,
-    images: EvaluationImages,
-    options: BoundOptions,
-) -> str:
-    """Digest of everything that determines the result."""
-    config = {name: value for name, value in scheduler.config.items() if name[0] != "_"}
-    curve = None if scheduler.x_0_mse is None else scheduler.x_0_mse.tolist()
-    chosen = dataclasses.asdict(options)
-    if options.eta == 1:  # results without `eta` keep their keys
-        del chosen["eta"]
-    facts = [chosen, config, curve, str(unet.dtype), images.digest()]
-    sums = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
-    sums.update(weights_digest(unet).encode())
-    return sums.hexdigest()
-
-
-def _bound_result(
-    key: str,
-    bound: BitsPerDim,
-    images: EvaluationImages,
-    scheduler: GaussianDDPMScheduler,
-    options: BoundOptions,
-) -> BoundResult:
-    terms, num_steps = bound.terms, len(bound.timesteps)
+def _bound_result(measurement: BoundMeasurement, bound: BitsPerDim) -> BoundResult:
+    images, options = measurement.images, measurement.options
+    terms, K = bound.terms, len(bound.timesteps)
     channels, height, width = images.images.shape
     return BoundResult(
-        key=key,
+        key=measurement.key,
         value=bound.mean,
         standard_error=finite(bound.standard_error),
         parts=BoundParts(
@@ -189,10 +161,10 @@ def _bound_result(
         num_images=len(images),
         shape=(channels, height, width),
         bit_depth=images.facts.bit_depth,
-        is_calibrated=scheduler.x_0_mse is not None,
-        num_train_timesteps=len(scheduler),
-        num_inference_steps=num_steps,
-        num_timesteps=min(options.num_timesteps or num_steps, num_steps),
+        is_calibrated=measurement.scheduler.x_0_mse is not None,
+        num_train_timesteps=len(measurement.scheduler),
+        num_inference_steps=K,
+        num_timesteps=min(options.num_timesteps or K, K),
         eta=None if options.eta == 1 else options.eta,
         decoder=options.decoder,
         seed=options.seed,
@@ -208,8 +180,7 @@ def _bound_result(
 
 
 def _part(values: Tensor) -> BoundPart:
-    error = finite(standard_error(values))
-    return BoundPart(value=values.mean().item(), standard_error=error)
+    return BoundPart(value=values.mean().item(), standard_error=finite(standard_error(values)))
 
 
 def finite(value: float) -> float | None:

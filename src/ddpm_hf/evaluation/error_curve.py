@@ -1,6 +1,6 @@
 """Error curve of a network on a dataset, and what follows from it."""
 
-import dataclasses
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from ddpm_hf.evaluation.calibration_results import (
     StepsRow,
     Timesteps,
 )
-from ddpm_hf.evaluation.dataset_likelihood import BoundOptions, bound_key, finite, sharded_bound
+from ddpm_hf.evaluation.dataset_likelihood import BoundMeasurement, finite
 from ddpm_hf.evaluation.model_images import EvaluationImages
 from ddpm_hf.likelihood import BitsPerDim
 from ddpm_hf.randomness import seed_of
@@ -37,32 +37,28 @@ NUM_STEPS = (5, 10, 25, 50, 100, 250)
 
 
 def measure_calibration(
-    unet: UNet2DModel,
-    scheduler: Any,
-    images: EvaluationImages,
-    options: BoundOptions,
-    folder: Path,
-    state: PartialState,
-    *,
-    progress: bool = True,
+    measurement: BoundMeasurement, folder: Path, state: PartialState, *, progress: bool = True
 ) -> Calibration | None:
     """Error at every timestep; independent of the number of ranks and of interruptions.
 
     Args:
-        unet, scheduler, images, options, folder, state, progress: see `measure_bits_per_dim`.
+        measurement: of the whole chain; the curve of its scheduler is ignored.
+        folder: holds unfinished shards.
+        state: the ranks, which share the work.
+        progress: show progress bars.
     Returns:
         the calibration on the main rank, None on others.
     """
-    scheduler = without_curve(GaussianDDPMScheduler.from_config(scheduler.config))
+    scheduler = without_curve(GaussianDDPMScheduler.from_config(measurement.scheduler.config))
 
-    def measure(scheduler: GaussianDDPMScheduler, options: BoundOptions) -> BitsPerDim | None:
-        shards = folder / bound_key(unet, scheduler, images, options)[:16]
-        return sharded_bound(unet, scheduler, images, options, shards, state, progress=progress)
+    def measure(**changes: Any) -> BitsPerDim | None:
+        changed = replace(measurement, **changes)
+        return changed.bound(folder / changed.key[:16], state, progress=progress)
 
-    chain = measure(scheduler, options)
+    chain = measure(scheduler=scheduler)
     shared: list[Any] = [with_curve(scheduler, chain) if chain else None]
     broadcast_object_list(shared)  # the variance of the decoder depends on all images
-    end = measure(shared[0], dataclasses.replace(options, timesteps=(0,)))
+    end = measure(scheduler=shared[0], options=replace(measurement.options, timesteps=(0,)))
     if chain is None or end is None:
         return None
     return calibration_of(scheduler, chain, end)
@@ -92,14 +88,14 @@ def _predicted(calibration: Calibration, K: int) -> StepsRow:
 
 
 def calibration_curve(
-    calibration: Calibration, images: EvaluationImages, options: BoundOptions
+    calibration: Calibration, images: EvaluationImages, seed: int, seconds: float
 ) -> CalibrationCurve:
-    """The curve and its consequences as a result, with `seconds` 0."""
+    """The curve and its consequences as a result."""
     measured = calibration.measured
     return CalibrationCurve(
         num_images=len(images),
         indices=tuple(images.indices),
-        seed=options.seed,
+        seed=seed,
         x_0_mse=tuple(calibration.x_0_mse.tolist()),
         standard_error=tuple(map(finite, calibration.standard_error.tolist())),
         steps=predicted_steps(calibration),
@@ -109,7 +105,7 @@ def calibration_curve(
             variance_type=calibration.scheduler.config.variance_type,
         ),
         remarks=tuple(remarks(calibration)),
-        seconds=0.0,
+        seconds=seconds,
     )
 
 
@@ -134,12 +130,9 @@ def search_timesteps(
     unet: UNet2DModel, scheduler: GaussianDDPMScheduler, images: EvaluationImages, seed: int
 ) -> Timesteps:
     """Timesteps by sampler and number of steps, searched on noise with all classes alike."""
-    generators = [
-        torch.Generator().manual_seed(seed_of(seed, "timesteps", i))
-        for i in range(NUM_TRAJECTORIES)
-    ]
-    noise = torch.stack([torch.randn(images.images.shape, generator=g) for g in generators])
-    noise = noise.to(unet.device)
+    seeds = [seed_of(seed, "timesteps", i) for i in range(NUM_TRAJECTORIES)]
+    shape, generators = images.images.shape, [torch.Generator().manual_seed(s) for s in seeds]
+    noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(unet.device)
     labels = None
     if images.labels is not None:
         classes = sorted({*images.labels.tolist()})

@@ -68,9 +68,7 @@ class Features:
 
     def facts(self) -> dict[str, object]:
         """Everything that determines the features, as JSON values."""
-        fields = ("name", "size", "mean", "std", "digest")
-        facts: dict[str, object] = {key: getattr(self, key) for key in fields}
-        return facts | {"mean": list(self.mean), "std": list(self.std)}
+        return {key: value for key, value in vars(self).items() if key != "network"}
 
 
 def to_rgb(pixels: np.ndarray) -> Tensor:

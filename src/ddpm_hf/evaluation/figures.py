@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 from ddpm_hf.data.hold_out import HoldOut
-from ddpm_hf.diffusion.image_processor import ImageFacts
 from ddpm_hf.evaluation.records import Record, Row, inlined, optional, renamed
 
 NORMAL_95 = 1.96  # half-width of a 95 % interval in standard errors
@@ -128,9 +127,7 @@ class MetricResult(Record):
 def _figure_row(figure: MetricResult, of_class: ClassResult | None = None) -> Row:
     measured = of_class or figure
     low, high = measured.interval or (None, None)
-    floor_drawn, floor_real = None, None
-    if measured.floor is not None:
-        floor_drawn, floor_real = measured.floor.drawn, measured.floor.real
+    floor = measured.floor
     return {
         "name": figure.name,
         "label": figure.label,
@@ -139,8 +136,8 @@ def _figure_row(figure: MetricResult, of_class: ClassResult | None = None) -> Ro
         "low": low,
         "high": high,
         "standard_error": measured.standard_error,
-        "floor_drawn": floor_drawn,
-        "floor_real": floor_real,
+        "floor_drawn": floor.drawn if floor else None,
+        "floor_real": floor.real if floor else None,
         "verdict": measured.verdict,
         "note": measured.note,
         "num_real": measured.num_real,
@@ -251,13 +248,6 @@ class ImageFormat(Record):
     height: int
     width: int
     bit_depth: int
-
-    @classmethod
-    def of(cls, facts: ImageFacts) -> Self:
-        """The format of images with these facts."""
-        return cls(
-            mode=facts.mode, height=facts.height, width=facts.width, bit_depth=facts.bit_depth
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -22,36 +22,31 @@ _NUM_CLOSEST_PAIRS = 16
 
 
 @dataclass(frozen=True)
-class RealImages:
-    """Real images in the format of a subject, with features on the main rank.
+class ComparedImages:
+    """A set of images, with the features of those that are compared.
 
     Attributes:
-        reference_split, held_out_split: names of the splits.
-        reference, held_out: the images; `held_out` is None if there are none.
-        reference_features, held_out_features: (N, d).
+        images: the set; its first images are compared.
+        features: (N, d), on the main rank; None on others.
+        split: of the dataset; None for drawn images.
     """
 
-    reference_split: str
-    held_out_split: str | None
-    reference: DrawnImages
-    held_out: DrawnImages | None
-    reference_features: Tensor | None
-    held_out_features: Tensor | None
-
-
-@dataclass(frozen=True)
-class DrawnFeatures:
-    """Drawn images, and the features of those that are compared, on the main rank."""
-
     images: DrawnImages
-    num_compared: int
     features: Tensor | None
+    split: str | None = None
+
+
+class RealImages(NamedTuple):
+    """Real images in the format of a subject; `held_out` is None if there are none."""
+
+    reference: ComparedImages
+    held_out: ComparedImages | None
 
 
 def compare_images(
     metrics: Sequence[str],
     real: RealImages,
-    drawn: DrawnFeatures,
+    drawn: ComparedImages,
     network: Features,
     options: EvaluationOptions,
     folder: Path,
@@ -67,12 +62,14 @@ def compare_images(
         folder: of the evaluation; its results for the same inputs are reused, and it gets pictures.
         device: where features are compared.
     """
-    images, x, y, z = drawn.images, real.reference_features, drawn.features, real.held_out_features
+    reference, held_out = real
+    x, y, z = reference.features, drawn.features, held_out.features if held_out else None
     if x is None or y is None:
         return []
-    rows = None
+    images, rows = drawn.images, None
     if options.per_class:
-        rows = rows_by_class(real.reference, images, real.held_out, drawn.num_compared)
+        others = held_out.images if held_out else None
+        rows = rows_by_class(reference.images, images, others, len(y))
     inputs = _digest(x, y, z, options.seed, rows)
     known = [r for r in known_results(folder) if isinstance(r, MetricResult)]
     results = [r for r in known if r.measured_with.inputs == inputs]
@@ -82,9 +79,9 @@ def compare_images(
             num_inference_steps=images.options.get("num_inference_steps"),
             scheduler=options.scheduler or images.options.get("scheduler"),
             seconds_per_image=images.seconds_per_image,
-            reference_split=real.reference_split,
-            held_out_split=real.held_out_split,
-            features=FeatureNetwork.from_dict(network.facts() | {"dims": y.shape[1]}),
+            reference_split=reference.split or "",
+            held_out_split=held_out.split if held_out else None,
+            features=FeatureNetwork.of(network, dims=y.shape[1]),
             inputs=inputs,
         )
         measured = _measure(missing, x, y, z, options.seed, rows, device)
@@ -92,7 +89,7 @@ def compare_images(
     with failures_as_warnings():
         has_pairs = "memorisation" in metrics
         pairs = closest_pairs(x, y, _NUM_CLOSEST_PAIRS) if has_pairs else []
-        save_samples(folder, images, real.reference, pairs)
+        save_samples(folder, images, reference.images, pairs)
     return [r for metric in metrics for r in results if r.metric == metric]
 
 
@@ -108,11 +105,12 @@ def _measure(
     results = measure(metrics, x, y, z, seed=seed, device=device)
     if rows is None:
         return results
-    by_metric = [[r for r in results if r.metric == metric] for metric in metrics]
     return [
         result
-        for of_metric in by_metric
-        for result in with_classes(of_metric, rows, x, y, z, seed=seed, device=device)
+        for metric in metrics
+        for result in with_classes(
+            [r for r in results if r.metric == metric], rows, x, y, z, seed=seed, device=device
+        )
     ]
 
 

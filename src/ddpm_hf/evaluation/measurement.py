@@ -9,28 +9,20 @@ from typing import Any
 
 from torch import Tensor
 
-from ddpm_hf.diffusion.image_processor import ImageFacts
-from ddpm_hf.diffusion.scheduling import as_gaussian_scheduler
-from ddpm_hf.evaluation.dataset_likelihood import BoundOptions, measure_bits_per_dim, remove_shards
+from ddpm_hf.diffusion.image_format import ImageFacts
+from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler, as_gaussian_scheduler
+from ddpm_hf.evaluation.dataset_likelihood import BoundMeasurement, BoundOptions, remove_shards
 from ddpm_hf.evaluation.features import Features, features_of, load_features
 from ddpm_hf.evaluation.figures import BoundResult, ImageFormat, MetricResult, ModelFacts
-from ddpm_hf.evaluation.image_comparison import DrawnFeatures, RealImages, compare_images
+from ddpm_hf.evaluation.image_comparison import ComparedImages, RealImages, compare_images
 from ddpm_hf.evaluation.metrics import MIN_IMAGES
-from ddpm_hf.evaluation.model_images import images_for
 from ddpm_hf.evaluation.options import BITS, METRIC_NAMES, EvaluationOptions
 from ddpm_hf.evaluation.recorded_command import command_of
-from ddpm_hf.evaluation.result_files import (
-    EVALUATION_FILE,
-    known_results,
-    write_result,
-)
+from ddpm_hf.evaluation.result_files import EVALUATION_FILE, known_results, write_result
 from ddpm_hf.evaluation.results import Evaluation
 from ddpm_hf.evaluation.sets import DataSource, ImageSubset
 from ddpm_hf.evaluation.subjects import Subject, is_model, load_subject
-from ddpm_hf.evaluation.training_record import (
-    with_class_column_of_training,
-    with_hold_out_of_training,
-)
+from ddpm_hf.evaluation.training_record import as_in_training
 from ddpm_hf.sampling import DrawnImages, draw_to
 from ddpm_hf.sampling.sampler_choice import sampled_by
 from ddpm_hf.scheduler_spec import SchedulerSpec
@@ -69,25 +61,13 @@ class Evaluator:
         self.state = distributed_state()
         self.progress = progress and self.state.is_main_process
         is_opened = isinstance(dataset, DataSource)
-        self.data = dataset if is_opened else DataSource.from_options(dataset, options)
+        self.data = dataset if is_opened else DataSource(dataset, options)
         self._real: dict[ImageFormat, RealImages] = {}
 
     def use_hold_out_of(self, sources: Sequence[Any]) -> None:
         """Use the hold-out and the class column that all models among `sources` record."""
-        models, options = [source for source in sources if is_model(source)], self.options
-        revision, use_safetensors = options.revision, options.use_safetensors
-        self.data = with_class_column_of_training(
-            with_hold_out_of_training(
-                self.data,
-                models,
-                revision=revision,
-                use_safetensors=use_safetensors,
-                progress=self.progress,
-            ),
-            models,
-            revision=revision,
-            use_safetensors=use_safetensors,
-        )
+        models = [source for source in sources if is_model(source)]
+        self.data = as_in_training(self.data, models, self.options, progress=self.progress)
 
     @cached_property
     def network(self) -> Features:
@@ -111,20 +91,14 @@ class Evaluator:
         hold_out = self.data.hold_out
         if hold_out and hold_out.num_held_out < max(MIN_IMAGES[m] for m in self.image_metrics):
             held_out = None  # too few: the floor compares halves of the training images
-        images = self._images(reference, facts)
-        others = self._images(held_out, facts) if held_out else None
         return RealImages(
-            reference.split,
-            held_out.split if held_out else None,
-            images,
-            others,
-            self._features(images),
-            self._features(others) if others else None,
+            self._compared(reference, facts), self._compared(held_out, facts) if held_out else None
         )
 
-    def _images(self, subset: ImageSubset, facts: ImageFacts) -> DrawnImages:
+    def _compared(self, subset: ImageSubset, facts: ImageFacts) -> ComparedImages:
         labels = self.data.label_column(subset.split) if self.options.per_class else None
-        return self.data.images(subset, facts, self.progress, labels)
+        images = self.data.images(subset, facts, self.progress, labels)
+        return ComparedImages(images, self._features(images), subset.split)
 
     def evaluate(
         self, subject: Subject, folder: Path, options: EvaluationOptions | None = None
@@ -150,10 +124,11 @@ class Evaluator:
             real, drawn = None, None
             if self.image_metrics:
                 real = self.real_images(subject)  # fails before the drawing, if at all
-                images = subject.source
+                images, num_real = subject.source, len(real.reference.images)
                 if is_drawn:
-                    images = self._draw(images, options, folder, sampler.eta, len(real.reference))
-                drawn = self._drawn_features(images, options)
+                    images = self._draw(images, options, folder, sampler.eta, num_real)
+                rows = range(min(len(images), options.num_images or len(images)))
+                drawn = ComparedImages(images, self._features(images, rows))
 
         def report() -> Evaluation:
             results: list[BoundResult | MetricResult] = [bound] if bound else []
@@ -210,23 +185,17 @@ class Evaluator:
         """Bits/dim of the held-out images, on the main rank."""
         eta = 1.0 if sampler.eta is None else float(sampler.eta)
         _check_has_bound(pipeline.scheduler, eta)
-        number, subset = options.num_images, self.data.likelihood_subset()
-        images = images_for(
+        images = self.data.likelihood_images(
             pipeline.unet,
-            self.data.rows(subset.split),
-            rows=subset.rows,
-            num_images=None if self.image_metrics else number,
-            at_most=number,
+            num_images=None if self.image_metrics else options.num_images,
+            at_most=options.num_images,
             seed=options.seed,
-            image_column=options.image_column,
-            label_column=self.data.label_column(subset.split),
-            on_bad_image=options.on_bad_image,
             progress=self.progress,
         )
-        known = [r for r in known_results(folder) if isinstance(r, BoundResult)]
-        return measure_bits_per_dim(
+        scheduler = as_gaussian_scheduler(pipeline.scheduler)
+        measurement = BoundMeasurement(
             pipeline.unet,
-            pipeline.scheduler,
+            GaussianDDPMScheduler.from_config(scheduler.config),
             images,
             BoundOptions(
                 num_inference_steps=options.num_inference_steps,
@@ -236,10 +205,10 @@ class Evaluator:
                 seed=options.seed,
                 batch_size=options.batch_size,
             ),
-            folder,
-            self.state,
-            known=known[0] if known else None,
-            progress=self.progress,
+        )
+        known = [r for r in known_results(folder) if isinstance(r, BoundResult)]
+        return measurement.result(
+            folder, self.state, known=known[0] if known else None, progress=self.progress
         )
 
     def _draw(
@@ -262,10 +231,6 @@ class Evaluator:
             num_inference_steps=options.num_inference_steps,
             eta=eta,
         )
-
-    def _drawn_features(self, images: DrawnImages, options: EvaluationOptions) -> DrawnFeatures:
-        num_compared = min(len(images), options.num_images or len(images))
-        return DrawnFeatures(images, num_compared, self._features(images, range(num_compared)))
 
     def _features(self, images: DrawnImages, rows: range | None = None) -> Tensor | None:
         return features_of(

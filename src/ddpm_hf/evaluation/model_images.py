@@ -17,7 +17,7 @@ from ddpm_hf.data.decoding import read_headers
 from ddpm_hf.data.errors import SeveralShapes
 from ddpm_hf.data.image_column import find_image_column
 from ddpm_hf.data.sources import origin_of
-from ddpm_hf.diffusion.image_processor import MODE_CHANNELS, ImageFacts, image_facts, size_multiple
+from ddpm_hf.diffusion.image_format import MODE_CHANNELS, ImageFacts, image_facts, size_multiple
 from ddpm_hf.randomness import seed_of
 
 # Must agree between images and model.

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -88,7 +88,7 @@ def with_classes(
             measured = [_too_few_images(metric, name, len(x), len(y))] * len(results)
         else:
             figures = measure(metric, x, y, *z, seed=seed, device=device)
-            measured = [_class_result(name, figure) for figure in figures]
+            measured = [ClassResult.of(figure, class_name=name) for figure in figures]
         for classes, row in zip(by_result, measured, strict=True):
             classes.append(row)
     num_small = sum(min(map(len, of_class[:2])) < FEW_IMAGES for of_class in rows.values())
@@ -109,11 +109,6 @@ def _too_few_images(metric: str, name: str, num_real: int, num_drawn: int) -> Cl
     return ClassResult(
         class_name=name, value=None, note=note, num_real=num_real, num_drawn=num_drawn
     )
-
-
-def _class_result(name: str, figure: MetricResult) -> ClassResult:
-    names = [field.name for field in fields(ClassResult) if field.name != "class_name"]
-    return ClassResult(class_name=name, **{name: getattr(figure, name) for name in names})
 
 
 def _worst_first(classes: list[ClassResult], lower_is_better: bool) -> tuple[ClassResult, ...]:

@@ -9,10 +9,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from ddpm_hf.evaluation.calibration_results import CalibrationCurve
-from ddpm_hf.evaluation.comparison_results import Comparison, ComparisonRow, RankedFigure, Sweep
+from ddpm_hf.evaluation.comparison_results import (
+    Comparison,
+    ComparisonRow,
+    RankedFigure,
+    Sweep,
+    sampler_labels,
+)
 from ddpm_hf.evaluation.figures import BoundResult
 from ddpm_hf.evaluation.ranking import LOWER_IS_BETTER
-from ddpm_hf.scheduler_spec import readable_names
 
 
 def plot_terms(bound: BoundResult, path: Path) -> None:
@@ -168,12 +173,9 @@ def _spread(rows: Sequence[ComparisonRow], key: str) -> float:
 
 def _curves(rows: Sequence[ComparisonRow]) -> dict[str, list[ComparisonRow]]:
     """The rows of each model and scheduler, by a readable label."""
-    readable = readable_names({row.scheduler for row in rows if row.scheduler})
-    curves: dict[str, list[ComparisonRow]] = {}
+    labels, curves = sampler_labels(rows), dict[str, list[ComparisonRow]]()
     for row in rows:
-        scheduler = readable[row.scheduler] if row.scheduler else None
-        label = ", ".join(part for part in (row.name, scheduler) if part)
-        curves.setdefault(label or "this model", []).append(row)
+        curves.setdefault(labels[row.setting] or "this model", []).append(row)
     return curves
 
 
@@ -193,8 +195,8 @@ def _errorbars(
     ends = np.array([row.figures[name].interval for row in rows]).T
     errors = np.abs(ends - values)
     if key == "setting":
-        readable = readable_names({row.scheduler for row in rows if row.scheduler})
-        positions = [_setting(row, readable) for row in rows]
+        labels = sampler_labels(rows)
+        positions = [_setting(row, labels[row.setting]) for row in rows]
         axis.errorbar(positions, values, errors, fmt="o", capsize=2)
         axis.tick_params(axis="x", rotation=30)
         return
@@ -207,8 +209,7 @@ def _errorbars(
     axis.minorticks_off()
 
 
-def _setting(row: ComparisonRow, readable: dict[str, str]) -> str:
+def _setting(row: ComparisonRow, label: str) -> str:
     """Label of a setting without a curve."""
-    K = f"K = {row.num_inference_steps:,}" if row.num_inference_steps else None
-    scheduler = readable[row.scheduler] if row.scheduler else None
-    return ", ".join(part for part in (row.name, scheduler, K) if part) or row.setting
+    K = f"K = {row.num_inference_steps:,}" if row.num_inference_steps else ""
+    return ", ".join(part for part in (label, K) if part) or row.setting

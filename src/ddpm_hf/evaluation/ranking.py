@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 
 from ddpm_hf.evaluation.comparison_results import ComparisonRow, RankedFigure
 from ddpm_hf.evaluation.figures import NORMAL_95, BoundResult, MetricResult
@@ -42,10 +42,9 @@ def ranked_figure(
     """A figure of one setting, ranked against that of the best setting."""
     gap, of_chance = figure.value - best.value, gap_of_chance(figure, best)
     is_tie = of_chance is None or abs(gap) <= of_chance
-    names = [field.name for field in fields(RankedFigure) if hasattr(figure, field.name)]
     dims = figure.measured_with.features.dims if isinstance(figure, MetricResult) else None
-    return RankedFigure(
-        **{name: getattr(figure, name) for name in names},
+    return RankedFigure.of(
+        figure,
         num_features=dims,
         rank="best" if figure is best else "tie" if is_tie else "",
         gap=gap,

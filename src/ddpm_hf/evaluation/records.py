@@ -51,6 +51,13 @@ class Record:
         return content
 
     @classmethod
+    def of(cls, source: object, **values: Any) -> Self:
+        """The record with these values; other fields have the values of `source`, if it has any."""
+        names = {field.name for field in dataclasses.fields(cls)} - values.keys()
+        shared = {name: getattr(source, name) for name in names if hasattr(source, name)}
+        return cls(**shared, **values)
+
+    @classmethod
     def from_dict(cls, content: JsonObject) -> Self:
         """The record of a JSON object; unknown keys are ignored.
 

@@ -8,12 +8,16 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from ddpm_hf.evaluation.calibration_results import CalibrationCurve
-from ddpm_hf.evaluation.comparison_results import Comparison, ComparisonRow, Sweep
+from ddpm_hf.evaluation.comparison_results import (
+    Comparison,
+    ComparisonRow,
+    Sweep,
+    sampler_labels,
+)
 from ddpm_hf.evaluation.figures import BoundResult
 from ddpm_hf.evaluation.sets import picture
 from ddpm_hf.pictures import image_grid, to_rgb
 from ddpm_hf.sampling import DrawnImages, open_drawn
-from ddpm_hf.scheduler_spec import readable_names
 
 _NUM_SAMPLES, _SAMPLES_PER_ROW, _PAIRS_PER_ROW, _MAX_NAME = 64, 12, 4, 100
 
@@ -101,11 +105,9 @@ def _samples(rows: Sequence[ComparisonRow], folder: Path) -> Image.Image:
             for i in range(_SAMPLES_PER_ROW)
         ]
         return image_grid(cells, _SAMPLES_PER_ROW, list(sets), _MAX_NAME)
-    readable = readable_names({row.scheduler for row in rows if row.scheduler})
-    by_sampler: dict[str, dict[int | None, Image.Image]] = {}
+    labels, by_sampler = sampler_labels(rows), dict[str, dict[int | None, Image.Image]]()
     for row in rows:
-        drawn, scheduler = sets[row.setting], readable[row.scheduler] if row.scheduler else None
-        label = ", ".join(part for part in (row.name, scheduler) if part) or row.setting
+        drawn, label = sets[row.setting], labels[row.setting] or row.setting
         four = [picture(drawn, i) for i in range(min(4, len(drawn)))]
         by_sampler.setdefault(label, {})[row.num_inference_steps] = _group(four)
     groups = [cells.get(K) for cells in by_sampler.values() for K in numbers]

@@ -6,18 +6,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 
 import datasets
 import numpy as np
+from diffusers import UNet2DModel
 from PIL import Image
 from torch import Tensor
 
 from ddpm_hf.data import DataError, ImageDataset, load_images
 from ddpm_hf.data.hold_out import HoldOut
-from ddpm_hf.diffusion.image_processor import MODE_CHANNELS, ImageFacts
+from ddpm_hf.diffusion.image_format import MODE_CHANNELS, ImageFacts
 from ddpm_hf.evaluation.figures import DatasetFacts
-from ddpm_hf.evaluation.model_images import prepared_like
+from ddpm_hf.evaluation.model_images import EvaluationImages, images_for, prepared_like
 from ddpm_hf.evaluation.options import DataOptions
 from ddpm_hf.pictures import to_pil
 from ddpm_hf.sampling import DrawnImages, open_drawn
@@ -42,43 +43,22 @@ class DataSource:
 
     Attributes:
         dataset: what `load_images` accepts, a `datasets.Dataset`, or those by split.
-        split: held-out split; by default "test" or "validation" if one exists.
-        reference_split: split of the training images.
-        config_name, revision: of a Hub dataset.
-        image_column, on_bad_image: see `prepare_images`.
-        hold_out: images of the reference split that training held out; see
-            `with_hold_out_of_training`.
-        class_column: column of the classes, if requested.
-        trained_class_column: column that training read the classes from, if it was named; see
-            `with_class_column_of_training`.
+        options: splits, columns and policy for unreadable images.
+        hold_out: images of the reference split that training held out; see `as_in_training`.
+        trained_class_column: column that training read the classes from, if it was named.
     """
 
     dataset: Any
-    split: str | None = None
-    reference_split: str = "train"
-    config_name: str | None = None
-    revision: str | None = None
-    image_column: str | None = None
-    on_bad_image: str = "error"
+    options: DataOptions
     hold_out: HoldOut | None = None
-    class_column: str | None = None
     trained_class_column: str | None = None
     # By split: listing a large folder is slow.
     _opened: dict[str, datasets.Dataset] = field(default_factory=dict, repr=False, compare=False)
 
-    @classmethod
-    def from_options(cls, dataset: Any, options: DataOptions) -> Self:
-        """The dataset read with these options."""
-        return cls(
-            dataset,
-            options.split,
-            options.reference_split,
-            options.dataset_config,
-            options.dataset_revision,
-            options.image_column,
-            options.on_bad_image,
-            class_column=options.class_column,
-        )
+    @property
+    def reference_split(self) -> str:
+        """Split of the training images."""
+        return self.options.reference_split
 
     def rows(self, split: str) -> datasets.Dataset:
         """The rows of a split.
@@ -95,25 +75,29 @@ class DataSource:
             return self.dataset[split]
         if split not in self._opened:
             self._opened[split] = load_images(
-                self.dataset, config_name=self.config_name, split=split, revision=self.revision
+                self.dataset,
+                config_name=self.options.dataset_config,
+                split=split,
+                revision=self.options.dataset_revision,
             )
         return self._opened[split]
 
     def label_column(self, split: str) -> str | Literal[True]:
         """Column of the classes in a split; True for the declared one."""
-        if self.class_column is not None:
-            return self.class_column
+        if self.options.class_column is not None:
+            return self.options.class_column
         trained = self.trained_class_column
         return trained if trained and trained in self.rows(split).features else True
 
     @cached_property
     def held_out_split(self) -> str | None:
         """The held-out split, None if it does not exist."""
-        return self._first_existing(HELD_OUT if self.split is None else [self.split])
+        split = self.options.split
+        return self._first_existing(HELD_OUT if split is None else [split])
 
     def has_held_out_split(self) -> bool:
         """Whether a held-out split is requested or exists."""
-        return self.split is not None or not (
+        return self.options.split is not None or not (
             isinstance(self.dataset, datasets.Dataset) or self.held_out_split is None
         )
 
@@ -121,7 +105,7 @@ class DataSource:
         """The held-out images; without any, the training images, with a warning."""
         if self.hold_out is not None:
             return ImageSubset(self.reference_split, self.hold_out.rows()[1])
-        split = self.split or self.held_out_split
+        split = self.options.split or self.held_out_split
         if split is None:
             self.rows(self.reference_split)  # raises if it does not exist
             warnings.warn(
@@ -131,6 +115,28 @@ class DataSource:
                 stacklevel=2,
             )
         return ImageSubset(split or self.reference_split)
+
+    def likelihood_images(
+        self, unet: UNet2DModel, *, progress: bool, **choice: Any
+    ) -> EvaluationImages:
+        """The images of `likelihood_subset` in the format of a model.
+
+        Args:
+            unet: network of the model.
+            progress: show progress bars.
+            **choice: number of images and seed; see `images_for`.
+        """
+        subset = self.likelihood_subset()
+        return images_for(
+            unet,
+            self.rows(subset.split),
+            rows=subset.rows,
+            image_column=self.options.image_column,
+            label_column=self.label_column(subset.split),
+            on_bad_image=self.options.on_bad_image,
+            progress=progress,
+            **choice,
+        )
 
     def reference_and_held_out(self) -> tuple[ImageSubset, ImageSubset | None]:
         """The reference images and the held-out images; the only set is the reference."""
@@ -158,17 +164,17 @@ class DataSource:
 
     def facts(self) -> DatasetFacts:
         """Name and split of the dataset, for reports."""
-        name, is_on_hub = "a data set in memory", False
+        name, is_on_hub = "a dataset in memory", False
         if isinstance(self.dataset, str | os.PathLike):
             name = public_name(os.fspath(self.dataset))
             is_on_hub = name == self.dataset and not os.path.exists(self.dataset)
-        split = self.split or self.held_out_split or self.reference_split
+        split = self.options.split or self.held_out_split or self.reference_split
         return DatasetFacts(
             name=name,
             split=self.reference_split if self.hold_out else split,
             held_out=self.hold_out,
-            config_name=self.config_name,
-            revision=self.revision,
+            config_name=self.options.dataset_config,
+            revision=self.options.dataset_revision,
             hub_id=name if is_on_hub else None,
         )
 
@@ -191,9 +197,9 @@ class DataSource:
             facts,
             self.rows(subset.split),
             fits="the drawn images",
-            image_column=self.image_column,
+            image_column=self.options.image_column,
             label_column=label_column,
-            on_bad_image=self.on_bad_image,
+            on_bad_image=self.options.on_bad_image,
             progress=progress,
         )
         return _as_set(prepared, range(len(prepared)) if subset.rows is None else subset.rows)

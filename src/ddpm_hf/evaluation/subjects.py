@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddpm_hf.diffusion.image_processor import ImageFacts
+from ddpm_hf.diffusion.image_format import ImageFacts
 from ddpm_hf.digests import weights_digest
 from ddpm_hf.evaluation.model_images import facts_of
 from ddpm_hf.evaluation.options import public_name_of
@@ -59,13 +59,7 @@ def load_subject(
     """
     if not is_model(source):
         return Subject(image_set(source, on_bad_image), public_name_of(source))
-    pipeline = source
-    if not hasattr(source, "unet"):
-        pipeline = load(
-            os.fspath(source),
-            revision=options.revision,
-            variant=options.variant,
-            use_safetensors=options.use_safetensors,
-        )
+    is_loaded = hasattr(source, "unet")
+    pipeline = source if is_loaded else load(os.fspath(source), **options.keywords(LoadOptions))
     pipeline = pipeline.to(device)
     return Subject(pipeline, public_name_of(source), weights_digest(pipeline.unet))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 from ddpm_hf.evaluation.compare import Setting, compare_settings
-from ddpm_hf.evaluation.comparison_results import ComparisonRow, SamplerSetting, Sweep
+from ddpm_hf.evaluation.comparison_results import ComparisonRow, Sweep, SweptSampler
 from ddpm_hf.evaluation.measurement import Evaluator
 from ddpm_hf.evaluation.result_pictures import save_comparison_pictures
 from ddpm_hf.scheduler_spec import stock_scheduler
@@ -55,9 +55,9 @@ def sweep(pipeline: GaussianDDPMPipeline, evaluator: Evaluator, folder: Path) ->
         options=options,
         settings=rows,
         left_out=left_out,
-        recommended=_sampler_of(chosen),
-        for_stock=_sampler_of(stock) if stock else None,
-        all_steps=_sampler_of(all_steps) if all_steps else None,
+        recommended=SweptSampler.of(chosen),
+        for_stock=SweptSampler.of(stock) if stock else None,
+        all_steps=SweptSampler.of(all_steps) if all_steps else None,
         remarks=tuple(_remarks(chosen, all_steps, T, options.features)),
     )
     if evaluator.state.is_main_process:
@@ -89,12 +89,6 @@ def cheapest(rows: Iterable[ComparisonRow]) -> ComparisonRow | None:
 
 def _has_all_steps(row: ComparisonRow, T: int) -> bool:
     return row.num_inference_steps == T and row.scheduler == PUBLISHED
-
-
-def _sampler_of(row: ComparisonRow) -> SamplerSetting:
-    return SamplerSetting(
-        scheduler=str(row.scheduler), num_inference_steps=row.num_inference_steps or 0
-    )
 
 
 def _remarks(

@@ -12,10 +12,11 @@ from ddpm_hf.data.hold_out import HoldOut
 from ddpm_hf.diffusion.atomic_files import read_json
 from ddpm_hf.diffusion.checkpoint_limits import component_folder
 from ddpm_hf.diffusion.config_extension import EXTENSION_KEY
-from ddpm_hf.diffusion.image_processor import ImageFacts
+from ddpm_hf.diffusion.image_format import ImageFacts
 from ddpm_hf.evaluation.model_images import prepared_like
 from ddpm_hf.evaluation.sets import DataSource
 from ddpm_hf.hub.load import fetch
+from ddpm_hf.hub.options import LoadOptions
 from ddpm_hf.paths import ModelPaths
 
 
@@ -28,54 +29,67 @@ class HoldOutRecord:
     facts: ImageFacts
 
 
-def with_hold_out_of_training(
-    data: DataSource,
-    models: Sequence[Any],
-    *,
-    revision: str | None = None,
-    use_safetensors: bool = True,
-    progress: bool = True,
+def as_in_training(
+    data: DataSource, models: Sequence[Any], options: LoadOptions, *, progress: bool = True
 ) -> DataSource:
-    """The data with the `hold_out` that the models' training.json files record.
+    """The data with the hold-out and the class column that the models' training.json files record.
 
-    Unchanged if a held-out split is requested or exists, or no model records a hold-out. Unchanged
-    with a warning if the images differ, or the models record different hold-outs.
+    The hold-out is not used if a held-out split is requested or exists, or no model records one. It
+    is not used, with a warning, if the images differ, or the models record different hold-outs; of
+    different class columns none is used.
 
     Args:
         data: what the models are measured on.
         models: names or folders; pipelines have no record.
-        revision, use_safetensors: of the models; see `load`.
+        options: of the models; see `load`.
         progress: show progress bars.
     Raises:
         ValueError, OSError: if a model or the reference split does not exist.
     """
-    if not models or data.has_held_out_split():
-        return data
-    data.rows(data.reference_split)  # raises if it does not exist
+    needs_hold_out = bool(models) and not data.has_held_out_split()
+    if needs_hold_out:
+        data.rows(data.options.reference_split)  # raises if it does not exist
+    revision, use_safetensors = options.revision, options.use_safetensors
     paths = [
         ModelPaths(fetch(os.fspath(model), revision=revision, use_safetensors=use_safetensors))
         for model in models
         if isinstance(model, str | os.PathLike)
     ]
-    try:
-        training_facts = [read_json(path.facts) for path in paths]
-        records = [record for facts in training_facts if (record := record_in(facts))]
-        if not records:
-            return data
-        if len(records) < len(models) or len({record.hold_out for record in records}) > 1:
-            raise DataError("the models record different hold-outs")
-        for path, record in zip(paths, records, strict=True):
-            _check_network(path, record.facts)
-        for record in dict.fromkeys(records):
-            _check(data, record, progress)
-        bases = [facts["base_model"] for facts in training_facts if _has_other_base(facts)]
-    except ValueError as error:
-        warnings.warn(f"the recorded hold-out is not used: {error}", stacklevel=2)
+    if needs_hold_out:
+        try:
+            data = _with_hold_out(data, len(models), paths, progress)
+        except ValueError as error:
+            warnings.warn(f"the recorded hold-out is not used: {error}", stacklevel=2)
+    columns = set()
+    for path in paths:
+        with suppress(ValueError, AttributeError):
+            columns.add((read_json(path.facts).get("config") or {}).get("class_column"))
+    columns.discard(None)
+    return replace(data, trained_class_column=columns.pop()) if len(columns) == 1 else data
+
+
+def _with_hold_out(
+    data: DataSource, num_models: int, paths: Sequence[ModelPaths], progress: bool
+) -> DataSource:
+    """The data with the hold-out of all models.
+
+    Raises:
+        ValueError: if the images differ, or the models record different hold-outs.
+    """
+    training_facts = [read_json(path.facts) for path in paths]
+    records = [record for facts in training_facts if (record := record_in(facts))]
+    if not records:
         return data
-    for base in bases:
+    if len(records) < num_models or len({record.hold_out for record in records}) > 1:
+        raise DataError("the models record different hold-outs")
+    for path, record in zip(paths, records, strict=True):
+        _check_network(path, record.facts)
+    for record in dict.fromkeys(records):
+        _check(data, record, progress)
+    for base in [facts["base_model"] for facts in training_facts if _has_other_base(facts)]:
         warnings.warn(
             f"the base model {base} may have been trained on the images that training held out",
-            stacklevel=2,
+            stacklevel=3,
         )
     return replace(data, hold_out=records[0].hold_out)
 
@@ -110,15 +124,14 @@ def _check_network(paths: ModelPaths, facts: ImageFacts) -> None:
 
 def _check(data: DataSource, record: HoldOutRecord, progress: bool) -> None:
     """Raise DataError unless the data holds the images of the run."""
-    rows = data.rows(data.reference_split)
-    expected = record.hold_out.num_images
-    if len(rows) < expected or (data.on_bad_image == "error" and len(rows) > expected):
+    rows, expected = data.rows(data.options.reference_split), record.hold_out.num_images
+    if len(rows) < expected or (data.options.on_bad_image == "error" and len(rows) > expected):
         raise DataError(f"the training run had {expected:,} images, got {len(rows):,}")
     images = prepared_like(
         record.facts,
         rows,
-        image_column=data.image_column,
-        on_bad_image=data.on_bad_image,
+        image_column=data.options.image_column,
+        on_bad_image=data.options.on_bad_image,
         progress=progress,
     )
     if record.hold_out.digest(images) != record.digest:
@@ -128,32 +141,3 @@ def _check(data: DataSource, record: HoldOutRecord, progress: bool) -> None:
 def _has_other_base(facts: Mapping[str, Any]) -> bool:
     """Whether the base model does not record the same hold-out."""
     return "base_model" in facts and record_in(facts.get("base")) != record_in(facts)
-
-
-def with_class_column_of_training(
-    data: DataSource,
-    models: Sequence[Any],
-    *,
-    revision: str | None = None,
-    use_safetensors: bool = True,
-) -> DataSource:
-    """The data with the `class_column` that the models' training.json files record.
-
-    Unchanged if no model records one, or they record different ones.
-
-    Args:
-        data: what the models are measured on.
-        models: names or folders; pipelines have no record.
-        revision, use_safetensors: of the models; see `load`.
-    Raises:
-        ValueError, OSError: if a model does not exist.
-    """
-    columns = set()
-    for model in models:
-        if isinstance(model, str | os.PathLike):
-            folder = fetch(os.fspath(model), revision=revision, use_safetensors=use_safetensors)
-            with suppress(ValueError, AttributeError):
-                config = read_json(ModelPaths(folder).facts).get("config") or {}
-                columns.add(config.get("class_column"))
-    columns.discard(None)
-    return replace(data, trained_class_column=columns.pop()) if len(columns) == 1 else data

@@ -9,7 +9,7 @@ from ddpm_hf.diffusion.atomic_files import read_json, remove_folder
 from ddpm_hf.diffusion.config_extension import extension_of
 from ddpm_hf.diffusion.eval_mode import evaluating
 from ddpm_hf.evaluation.checkpoint_calibration import save_calibration
-from ddpm_hf.evaluation.dataset_likelihood import BoundOptions
+from ddpm_hf.evaluation.dataset_likelihood import BoundMeasurement, BoundOptions
 from ddpm_hf.evaluation.error_curve import measure_calibration
 from ddpm_hf.evaluation.model_images import EvaluationImages
 from ddpm_hf.text import counted
@@ -33,9 +33,8 @@ def calibrate_model(run: Run) -> None:
     images, folder = _calibration_images(run), run.paths.root / ".unfinished-calibration"
     options = BoundOptions(seed=run.config.seed, batch_size=run.micro_batch_size)
     with run.state.ema_weights() as unet, evaluating(unet):
-        measured = measure_calibration(
-            unet, run.components.scheduler, images, options, folder, PartialState()
-        )
+        measurement = BoundMeasurement(unet, run.components.scheduler, images, options)
+        measured = measure_calibration(measurement, folder, PartialState())
     if measured is None:  # only the main process writes
         return
     save_calibration(measured, run.paths.model.root, f"predicted from {_describe_images(run)}")
