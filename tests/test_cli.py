@@ -16,7 +16,7 @@ from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler
 from ddpm_hf.cli import main, run_command
 from ddpm_hf.commands.messages import command_messages
 from ddpm_hf.data import ImageFacts
-from ddpm_hf.diffusion.image_processor import size_multiple
+from ddpm_hf.diffusion.image_format import size_multiple
 from ddpm_hf.option_parser import parse_options
 from ddpm_hf.options import (
     REQUIRED,

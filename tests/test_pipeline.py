@@ -40,10 +40,10 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch.testing import assert_close
 
 from ddpm_hf.diffusion.conditioning import class_numbers
-from ddpm_hf.diffusion.image_processor import ImageFacts, image_facts
+from ddpm_hf.diffusion.image_format import ImageFacts, image_facts
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
-from ddpm_hf.diffusion.schedules import usual_num_steps
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
+from ddpm_hf.diffusion.timestep_spacings import usual_num_steps
 
 SCHEDULERS = (
     DDIMScheduler,

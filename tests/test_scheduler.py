@@ -35,8 +35,8 @@ from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddpm_hf.diffusion.schedules import section_timesteps
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
+from ddpm_hf.diffusion.timestep_spacings import section_timesteps
 
 # Rounding of the ten or so float64 operations behind each coefficient.
 EXACT = {"rtol": 1e-13, "atol": 0}

@@ -23,7 +23,7 @@ from ddpm_hf import (
 from ddpm_hf.commands.messages import command_messages
 from ddpm_hf.data import DataError, load_images, prepare_images
 from ddpm_hf.data.hold_out import HoldOut
-from ddpm_hf.diffusion.image_processor import image_facts
+from ddpm_hf.diffusion.image_format import image_facts
 from ddpm_hf.pictures import image_grid
 from ddpm_hf.randomness import dropped_labels
 from ddpm_hf.sampling.class_labels import label_cycle

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ddpm_hf.diffusion.checks import check_choice
-from ddpm_hf.diffusion.image_processor import BIT_DEPTHS
+from ddpm_hf.diffusion.image_format import BIT_DEPTHS
 
 # (x_0, mean, log_variance) -> -log p(x_0), in nats, per value.
 Decoder = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -26,9 +26,9 @@ from ddpm_hf.backend_settings import (
 from ddpm_hf.diffusion import checks
 from ddpm_hf.diffusion.conditioning import guide_network
 from ddpm_hf.diffusion.eval_mode import evaluating
-from ddpm_hf.diffusion.image_processor import image_facts, size_and_window
+from ddpm_hf.diffusion.image_format import image_facts, size_and_window
 from ddpm_hf.diffusion.pipeline import MAX_BATCH_SIZE, GaussianDDPMPipeline
-from ddpm_hf.diffusion.schedules import usual_num_steps
+from ddpm_hf.diffusion.timestep_spacings import usual_num_steps
 from ddpm_hf.inference_settings import OptimizedInference
 from ddpm_hf.timing import fastest, fastest_num_threads, time_in_turns
 

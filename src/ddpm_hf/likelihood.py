@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from ddpm_hf.decoders import check_images, decoder_of
 from ddpm_hf.diffusion.checks import check_tensor, to_int
 from ddpm_hf.diffusion.eval_mode import evaluating
-from ddpm_hf.diffusion.image_processor import image_facts, size_multiple
+from ddpm_hf.diffusion.image_format import image_facts, size_multiple
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler, StepKL, as_gaussian_scheduler
 from ddpm_hf.diffusion.tensor_ops import Denoiser, Generators, at_least_float32, draw_noise
 from ddpm_hf.losses import denoise, nats_to_bits_per_dim

@@ -12,7 +12,8 @@ from ddpm_hf.data.image_dataset import ImageDataset, prepare_images
 from ddpm_hf.data.image_source import ImageSource
 from ddpm_hf.data.sources import load_images
 from ddpm_hf.data.training_dataset import TrainingImages, read_batches
-from ddpm_hf.diffusion.image_processor import ImageFacts, to_unit_range
+from ddpm_hf.diffusion.image_format import ImageFacts
+from ddpm_hf.diffusion.image_processor import to_unit_range
 
 __all__ = [
     "DataError",

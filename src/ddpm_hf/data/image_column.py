@@ -5,7 +5,7 @@ from typing import Any
 import datasets
 
 from ddpm_hf.data.errors import DataError
-from ddpm_hf.diffusion.image_processor import IMAGE_MODES
+from ddpm_hf.diffusion.image_format import IMAGE_MODES
 from ddpm_hf.text import did_you_mean
 
 

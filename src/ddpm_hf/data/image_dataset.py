@@ -22,7 +22,7 @@ from ddpm_hf.data.labels import Labels, known_class_names, read_labels
 from ddpm_hf.data.preparation_cache import cached_folder
 from ddpm_hf.data.preprocessing import Plan, Source, prepare_into
 from ddpm_hf.data.sources import origin_of
-from ddpm_hf.diffusion.image_processor import BIT_DEPTHS, IMAGE_MODES, MAX_SIZE, ImageFacts, is_size
+from ddpm_hf.diffusion.image_format import BIT_DEPTHS, IMAGE_MODES, MAX_SIZE, ImageFacts, is_size
 
 CROPS = ("center", "random", "none", "native")
 

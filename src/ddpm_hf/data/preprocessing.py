@@ -23,7 +23,7 @@ from ddpm_hf.data.decoding import (
 from ddpm_hf.data.errors import DataError, SeveralShapes
 from ddpm_hf.data.image_conversion import Target, resize_shorter_side
 from ddpm_hf.data.image_reports import bad_images_error, describe_files, quality_remarks
-from ddpm_hf.diffusion.image_processor import MAX_SIZE, ImageFacts
+from ddpm_hf.diffusion.image_format import MAX_SIZE, ImageFacts
 
 NATIVE_SIZE_LIMIT = 256
 """Images of one size keep it up to this side length; larger ones get a proposed resolution."""

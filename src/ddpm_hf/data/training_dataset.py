@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from ddpm_hf.data.errors import DataError
 from ddpm_hf.data.image_dataset import ImageDataset
 from ddpm_hf.data.image_source import ImageSource, MapStyleImages, TensorSource, image_source
-from ddpm_hf.diffusion.image_processor import pad_edges, padded_size
+from ddpm_hf.diffusion.image_format import pad_edges, padded_size
 
 
 class TrainingImages(torch.utils.data.Dataset[Any]):

@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls of `callback_on_step_end`, with the interface of diffusers."""
+"""Calls of `callback_on_step_end`, with the interface of diffusers.
+
+"latents" in the dict that a callback returns replace x_t. A callback runs without gradients; use
+`torch.enable_grad()` in it to guide by one. `pipeline._interrupt = True` ends sampling with the
+current x_t, and `pipeline.guidance_scale` may be changed for the next steps.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any

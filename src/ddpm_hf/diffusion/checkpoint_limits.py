@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from diffusers.models import UNet2DModel
 
-from . import atomic_files, checks, image_processor
+from . import atomic_files, checks, config_checks, image_format
 
 MAX_LEVELS = 10
 # The only keys whose cost a build on the meta device does not show: it takes 5 ms per layer, and
@@ -54,7 +54,7 @@ def check_scheduler_config(path: Path) -> None:
     config = atomic_files.read_json(path)
     steps = config.get("num_train_timesteps", 1)
     try:
-        checks.check_int("num_train_timesteps", steps, 1, checks.MAX_TRAIN_TIMESTEPS)
+        checks.check_int("num_train_timesteps", steps, 1, config_checks.MAX_TRAIN_TIMESTEPS)
         for order in _SOLVER_ORDERS:
             checks.check_int(order, config.get(order, 1), 1, _MAX_SOLVER_ORDER)
     except (ValueError, TypeError) as error:
@@ -114,9 +114,9 @@ def _check_bounds(config: Mapping[str, Any]) -> None:
         )
     size = config.get("sample_size")
     pair = size if isinstance(size, list | tuple) else (size, size)
-    if size is not None and not (len(pair) == 2 and all(map(image_processor.is_size, pair))):
+    if size is not None and not (len(pair) == 2 and all(map(image_format.is_size, pair))):
         raise ValueError(
-            f"`sample_size` must be an int in [1, {image_processor.MAX_SIZE}] or a pair"
+            f"`sample_size` must be an int in [1, {image_format.MAX_SIZE}] or a pair"
             f" (height, width), got {size!r:.100}"
         )
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import schedules
+from . import schedules, timestep_spacings
 
 Array = schedules.Array
-Steps = schedules.Steps
+Steps = timestep_spacings.Steps
 Timestep = int | Tensor
 Coefficients = TypeVar("Coefficients", bound=tuple[Tensor, ...])
 

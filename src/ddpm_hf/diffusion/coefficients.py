@@ -11,10 +11,10 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from . import coefficient_tables, schedules
+from . import coefficient_tables, schedules, timestep_spacings
 
 Array = schedules.Array
-Steps = schedules.Steps
+Steps = timestep_spacings.Steps
 Timestep = coefficient_tables.Timestep
 CoefficientTable = coefficient_tables.CoefficientTable
 

@@ -17,6 +17,7 @@ from . import (
     checks,
     coefficient_tables,
     coefficients,
+    config_checks,
     scheduler_outputs,
     schedules,
     tensor_ops,
@@ -51,7 +52,7 @@ class Float32Table:
     def __set__(self, scheduler: Any, table: Tensor) -> None:
         present = vars(scheduler).get(f"_{self._name}")
         if present is not None:
-            checks.check_unchanged(self._name, table, present)
+            config_checks.check_unchanged(self._name, table, present)
         vars(scheduler)[f"_{self._name}"] = table
 
 

@@ -15,13 +15,14 @@ from . import (
     checks,
     coefficient_tables,
     coefficients,
+    config_checks,
     forward_process,
     likelihood_timesteps,
     scheduler_config,
-    schedules,
+    timestep_spacings,
 )
 
-Steps = schedules.Steps
+Steps = timestep_spacings.Steps
 Timestep = coefficient_tables.Timestep
 
 
@@ -80,8 +81,8 @@ class InferenceTimesteps(scheduler_config.PortableScheduler, forward_process.For
         is_given = spacing is not None  # a configured one is often a default: no warning
         spacing = spacing if is_given else self.config.timestep_spacing
         if isinstance(spacing, str) and re.fullmatch("ddim[0-9]+|[0-9]+(,[0-9]+)*", spacing):
-            steps = schedules.section_timesteps(spacing, T)
-            checks.warn_of_remaining_signal(spacing, int(steps[-1]), self._log_alphas)
+            steps = timestep_spacings.section_timesteps(spacing, T)
+            config_checks.warn_of_remaining_signal(spacing, int(steps[-1]), self._log_alphas)
             if num_steps not in (None, len(steps)):
                 raise ValueError(
                     f"`num_inference_steps` must be {len(steps)}, the number of timesteps of"
@@ -89,14 +90,14 @@ class InferenceTimesteps(scheduler_config.PortableScheduler, forward_process.For
                 )
             return steps
         measured = {"likelihood": self._likelihood_timesteps, "calibrated": self._ddim_timesteps}
-        choices = (*schedules.SPACINGS, *measured, "10,10,20", "ddim50")
+        choices = (*timestep_spacings.SPACINGS, *measured, "10,10,20", "ddim50")
         checks.check_choice("timestep_spacing", spacing, choices)
         if spacing in measured:
             return measured[spacing](num_steps)
         num_steps = checks.to_int("num_inference_steps", num_steps, 1, T)
-        steps = schedules.SPACINGS[spacing](num_steps, T, self.config.steps_offset)
+        steps = timestep_spacings.SPACINGS[spacing](num_steps, T, self.config.steps_offset)
         if is_given:
-            checks.warn_of_remaining_signal(spacing, int(steps[-1]), self._log_alphas)
+            config_checks.warn_of_remaining_signal(spacing, int(steps[-1]), self._log_alphas)
         return steps
 
     def _likelihood_timesteps(self, num_steps: Any) -> Steps:

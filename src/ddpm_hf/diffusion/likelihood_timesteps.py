@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from . import schedules
+from . import schedules, timestep_spacings
 
 Array = schedules.Array
-Steps = schedules.Steps
+Steps = timestep_spacings.Steps
 
 MAX_TIMESTEPS = 8192  # memory grows with T^2
 

@@ -2,7 +2,11 @@
 """GaussianDDPMPipeline: sampling of images from noise with a `UNet2DModel`.
 
 This file and the modules that it imports travel with the weights. They import each other by
-`from . import name`: given `from .name import ...`, the loader of diffusers would look for name.py
+`from . import (
+    image_format,
+    name`: given `from .name import ...`,
+    the loader of diffusers would look for name.py,
+)
 at the root of the repository.
 """
 
@@ -23,6 +27,7 @@ from . import (
     checks,
     conditioning,
     eval_mode,
+    image_format,
     image_processor,
     likelihood_guidance,
     pipeline_editing,
@@ -39,7 +44,7 @@ Generators = tensor_ops.Generators
 Guidance = likelihood_guidance.Guidance
 Guide: TypeAlias = conditioning.Guide
 SamplingStep = sampling_loop.SamplingStep
-image_facts = image_processor.image_facts
+image_facts = image_format.image_facts
 
 FINITE_RANGE = -checks.FINITE, checks.FINITE
 MAX_BATCH_SIZE = 2**20  # a larger number is a typing error
@@ -157,26 +162,21 @@ class GaussianDDPMPipeline(pipeline_editing.EditingMethods):
             batch_size: number of images, B.
             generator: one generator, or a list of B, with which image i has the same noise in any
                 batch.
-            num_inference_steps: number of steps, K; by default `num_train_timesteps` for a DDPM
-                scheduler and the usual 50 (25 for solvers of higher order) for others.
-            output_type: "pil", "np" for (B, H, W, C) float32 in [0, 1], "pt" for (B, C, H, W)
-                float32 in [0, 1], or "latent" for the last x_t, uncropped. As "pil", 16-bit images
-                keep their depth if they are grey and get 8 bits otherwise.
+            num_inference_steps: number of steps, K; by default `num_train_timesteps` for DDPM, 25
+                for solvers of higher order, and 50 for other schedulers.
+            output_type: "pil" (16-bit colour gets 8 bits), "np" or "pt" for (B, H, W, C) or
+                (B, C, H, W) float32 in [0, 1], or "latent" for the last x_t, uncropped.
             return_dict: whether to return an `ImagePipelineOutput` or a tuple.
-            class_labels: for class-conditional networks: one class or one per image, as names or
-                as numbers, without the null class if the model has class names. Not needed at
-                `guidance_scale` 0. Networks with another `class_embed_type` get the tensor
-                unchanged.
-            guidance_scale: s of classifier-free guidance, null + s (class - null); 1 turns it off,
-                0 gives images of no class. The null class is the last embedding, which training
-                must have used as such. With a `guide`: guide + s (network - guide).
+            class_labels: for class-conditional networks: one class or one per image, by name or
+                number; not needed at `guidance_scale` 0. With another `class_embed_type` the
+                network gets the tensor unchanged.
+            guidance_scale: s of classifier-free guidance, null + s (class - null), where the last
+                embedding is the null class; 1 turns it off, 0 gives images of no class. With a
+                `guide`: guide + s (network - guide).
             latents: standard normal noise to start from, (B, C, H, W), in the padded size.
             timesteps: timesteps to visit, descending, instead of `num_inference_steps`.
             callback_on_step_end: function `(pipeline, step, timestep, tensors)` to call after each
-                step, or a `PipelineCallback` of diffusers. "latents" in the dict that it returns
-                replace x_t. It runs without gradients; use `torch.enable_grad()` in it to guide by
-                one. `pipeline._interrupt = True` ends sampling with the current x_t, and
-                `pipeline.guidance_scale` may be changed for the next steps.
+                step, or a `PipelineCallback` of diffusers; see `diffusion.callbacks`.
             callback_on_step_end_tensor_inputs: names of the tensors for the callback, among
                 "latents" (x_t, the default) and "pred_original_sample" (estimate of x_0).
             eta: noise scale in [0, 1]: 1 is DDPM, 0 is DDIM. By default the scheduler's own: 1 for
@@ -186,13 +186,12 @@ class GaussianDDPMPipeline(pipeline_editing.EditingMethods):
             guide: weaker model of the same data and diffusion, such as an early checkpoint, to be
                 guided away from (2406.02507) instead of the null class.
             guidance: log-likelihood to guide by, a differentiable callable (x_t, x_0_hat, t) ->
-                log p(y | x_t), (B,), such as `MeasurementGuidance`. Gradients are taken here.
+                log p(y | x_t), (B,), such as `MeasurementGuidance`.
             guidance_weight: factor of its gradient; 1 is Bayes' rule.
         Returns:
             `ImagePipelineOutput` with `.images`, or `(images,)`.
         Raises:
-            ValueError: for an invalid argument, and for a non-finite value in x_t or the network
-                output (names the step).
+            ValueError: for an invalid argument, or a non-finite value of x_t or the network.
             TypeError: for a generator, network or scheduler of the wrong type.
         Source: DDPM (2006.11239), algorithm 2; guidance 2207.12598, eq. 6 with s = 1 + w.
         """
@@ -203,19 +202,11 @@ class GaussianDDPMPipeline(pipeline_editing.EditingMethods):
             self, callback_on_step_end, callback_on_step_end_tensor_inputs
         )
         steps = self.sample_steps(
-            batch_size,
-            generator,
-            num_inference_steps,
-            class_labels=class_labels,
-            guidance_scale=guidance_scale,
-            latents=latents,
-            timesteps=timesteps,
-            eta=eta,
-            guidance_interval=guidance_interval,
-            guide=guide,
-            guidance=guidance,
+            batch_size, generator, num_inference_steps, class_labels=class_labels,
+            guidance_scale=guidance_scale, latents=latents, timesteps=timesteps, eta=eta,
+            guidance_interval=guidance_interval, guide=guide, guidance=guidance,
             guidance_weight=guidance_weight,
-        )
+        )  # fmt: skip
         x_0 = self._last_sample(steps, self.num_timesteps, on_step_end)
         images = self.decode_images(x_0, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -272,7 +263,7 @@ class GaussianDDPMPipeline(pipeline_editing.EditingMethods):
             guidance=guidance,
             guidance_weight=guidance_weight,
         )
-        size, _ = image_processor.size_and_window(self.unet, image_facts(self.unet))
+        size, _ = image_format.size_and_window(self.unet, image_facts(self.unet))
         shape = (batch_size, self.unet.config.in_channels, *size)
         x_T = self._initial_noise(shape, generator, latents)
         steps = sampling_loop.sampling_steps(denoisers, self.scheduler, x_T, **options)
@@ -334,7 +325,7 @@ class GaussianDDPMPipeline(pipeline_editing.EditingMethods):
         form = image_processor.mode_and_bit_depth(output_type, self.unet.config.in_channels, facts)
         if output_type == "latent":
             return x_0.clone()  # callbacks may hold the tensor itself
-        _, window = image_processor.size_and_window(self.unet, facts)
+        _, window = image_format.size_and_window(self.unet, facts)
         return image_processor.to_images(x_0[..., *window], output_type, *form)
 
     def _denoisers(

@@ -18,7 +18,7 @@ from . import (
     checks,
     conditioning,
     editing,
-    image_processor,
+    image_format,
     inpainting,
     likelihood_guidance,
     portable_pipeline,
@@ -376,8 +376,8 @@ class EditingMethods(portable_pipeline.PortablePipeline):
 
     def _encode_mask(self, mask_image: Any) -> Tensor:
         """1 where a mask is white, (B, 1, H, W), padded like the images."""
-        facts = image_processor.image_facts(self.unet)
-        padded, window = image_processor.size_and_window(self.unet, facts)
+        facts = image_format.image_facts(self.unet)
+        padded, window = image_format.size_and_window(self.unet, facts)
         size = tuple(side.stop - side.start for side in window)
         masks = mask_image if isinstance(mask_image, (list, tuple)) else [mask_image]
         white = torch.cat([_white(mask) for mask in masks])
@@ -386,7 +386,7 @@ class EditingMethods(portable_pipeline.PortablePipeline):
                 f"`mask_image` must have the size of the image, (height, width) {size}, got"
                 f" {tuple(white.shape[-2:])}"
             )
-        white = image_processor.pad_edges(white.float(), padded)
+        white = image_format.pad_edges(white.float(), padded)
         return white.to(self._execution_device)
 
 

@@ -17,16 +17,16 @@ from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_c
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from . import atomic_files, checks, config_extension, schedules
+from . import atomic_files, checks, config_checks, config_extension, schedules
 
 Array = schedules.Array
 Config = config_extension.Config
 
 # Values measured on a network, each with its check, which returns the value as JSON.
 CALIBRATION: dict[str, Callable[[Any, int], Any]] = {
-    "x_0_mse": lambda mse, T: checks.check_x_0_mse(mse, T).tolist(),
-    "calibrated_timesteps": checks.check_calibrated_timesteps,
-    "recommended": checks.check_recommended,
+    "x_0_mse": lambda mse, T: config_checks.check_x_0_mse(mse, T).tolist(),
+    "calibrated_timesteps": config_checks.check_calibrated_timesteps,
+    "recommended": config_checks.check_recommended,
 }
 
 Init = TypeVar("Init", bound=Callable[..., None])
@@ -131,7 +131,7 @@ class PortableScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """
         extension = None
         if isinstance(config, dict):
-            checks.warn_of_unknown_keys(cls, {*config, *kwargs})
+            config_checks.warn_of_unknown_keys(cls, {*config, *kwargs})
             config = _without_foreign_keys(
                 cls, config_extension.with_schedule_by_name(config, kwargs)
             )
@@ -177,7 +177,7 @@ class PortableScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """The configured betas, and the name and parameters of an extension schedule."""
         config = self.config
         T, name, trained = config.num_train_timesteps, config.beta_schedule, config.trained_betas
-        params = checks.check_schedule_params(name, params)
+        params = config_checks.check_schedule_params(name, params)
         is_extension = name in schedules.EXTENSION_SCHEDULES
         if trained is not None:
             if is_extension:
@@ -186,12 +186,12 @@ class PortableScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                     f" {name!r}; from_config(..., trained_betas=None) drops the betas of a"
                     " configuration"
                 )
-            betas = checks.check_betas("`trained_betas`", trained, T)
+            betas = config_checks.check_betas("`trained_betas`", trained, T)
             self.register_to_config(trained_betas=betas.tolist())
             return betas, {}
         betas = schedules.named_betas(name, T, config.beta_start, config.beta_end, params)
         formula = f"betas of `beta_schedule` {name!r} with T = {T} and parameters {params}"
-        betas = checks.check_betas(formula, betas, T)
+        betas = config_checks.check_betas(formula, betas, T)
         if not is_extension:
             return betas, {}
         self.register_to_config(beta_schedule="linear", trained_betas=betas.tolist())

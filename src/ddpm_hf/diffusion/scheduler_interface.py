@@ -7,7 +7,7 @@ from typing import Any
 
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from . import checks, coefficients, config_extension, schedules, tensor_ops
+from . import checks, coefficients, config_extension, tensor_ops, timestep_spacings
 
 Generators = tensor_ops.Generators
 
@@ -109,7 +109,7 @@ def set_timesteps(scheduler: Any, num_steps: int | None, timesteps: Any) -> None
         checks.check_timesteps(timesteps, T)
         _set_and_check(scheduler, f"`timesteps` {timesteps!r:.100}", timesteps=timesteps)
         return
-    num_steps = schedules.usual_num_steps(kind, T) if num_steps is None else num_steps
+    num_steps = timestep_spacings.usual_num_steps(kind, T) if num_steps is None else num_steps
     num_steps = checks.to_int("num_inference_steps", num_steps, 1, T)
     _set_and_check(scheduler, f"`num_inference_steps` {num_steps}", num_inference_steps=num_steps)
 

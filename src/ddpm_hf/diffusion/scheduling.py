@@ -27,6 +27,7 @@ from . import (
     checks,
     coefficient_tables,
     coefficients,
+    config_checks,
     inference_timesteps,
     scheduler_config,
     scheduler_outputs,
@@ -129,7 +130,7 @@ class GaussianDDPMScheduler(inference_timesteps.InferenceTimesteps):
         calibrated_timesteps: Mapping[str, Mapping[int, Sequence[int]]] | None = None,
         recommended: Mapping[str, str | int] | None = None,
     ) -> None:
-        checks.check_config(self.config)
+        config_checks.check_config(self.config)
         # `from_config` of another class drops values marked as defaults: mark none.
         self.register_to_config(_use_default_values=[])
         self.init_noise_sigma = 1.0
@@ -139,9 +140,9 @@ class GaussianDDPMScheduler(inference_timesteps.InferenceTimesteps):
         self._set_calibration(
             x_0_mse=x_0_mse, calibrated_timesteps=calibrated_timesteps, recommended=recommended
         )
-        checks.check_terminal_signal(self.config.prediction_type, self._log_alphas)
+        config_checks.check_terminal_signal(self.config.prediction_type, self._log_alphas)
         self._set_trajectory(np.arange(num_train_timesteps))
-        checks.warn_of_poor_settings(self.config, self._log_alphas)
+        config_checks.warn_of_poor_settings(self.config, self._log_alphas)
 
     @property
     def learns_variance(self) -> bool:
@@ -162,7 +163,7 @@ class GaussianDDPMScheduler(inference_timesteps.InferenceTimesteps):
             "learned".
         """
         kind = self.config.variance_type if variance_type is None else variance_type
-        checks.check_choice("variance_type", kind, checks.VARIANCE_TYPES)
+        checks.check_choice("variance_type", kind, config_checks.VARIANCE_TYPES)
         if kind == "learned":
             return predicted_variance
         like = torch.empty((), device=self._timesteps.device, dtype=torch.float32)

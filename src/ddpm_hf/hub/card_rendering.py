@@ -8,7 +8,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from ddpm_hf.diffusion.schedules import usual_num_steps
+from ddpm_hf.diffusion.timestep_spacings import usual_num_steps
 from ddpm_hf.hub.card_facts import CardFacts, DataFacts, MetricFacts
 from ddpm_hf.hub.card_few_steps import parsed_sampler, sampler_tables, steps_table, stock_code
 from ddpm_hf.hub.card_metrics_table import bound_differences, evaluate_commands, metric_row

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from diffusers import UNet2DModel
 
 from ddpm_hf.diffusion.class_choice import class_numbers
-from ddpm_hf.diffusion.image_processor import image_facts
+from ddpm_hf.diffusion.image_format import image_facts
 from ddpm_hf.sampling.options import NOT_CONDITIONAL
 
 

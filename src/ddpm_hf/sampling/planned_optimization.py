@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
-from ddpm_hf.diffusion.schedules import usual_num_steps
+from ddpm_hf.diffusion.timestep_spacings import usual_num_steps
 from ddpm_hf.inference_optimization import optimize
 from ddpm_hf.inference_settings import InferenceSettings, OptimizedInference
 from ddpm_hf.sampling.image_writer import recorded_settings

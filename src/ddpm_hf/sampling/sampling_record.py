@@ -11,9 +11,9 @@ from diffusers import UNet2DModel
 
 from ddpm_hf.diffusion import config_extension
 from ddpm_hf.diffusion.atomic_files import read_json
-from ddpm_hf.diffusion.image_processor import image_facts
+from ddpm_hf.diffusion.image_format import image_facts
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
-from ddpm_hf.diffusion.schedules import usual_num_steps
+from ddpm_hf.diffusion.timestep_spacings import usual_num_steps
 from ddpm_hf.digests import json_digest, weights_digest
 from ddpm_hf.inference_settings import OptimizedInference
 from ddpm_hf.sampling.class_labels import class_names_of, label_cycle

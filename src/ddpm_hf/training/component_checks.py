@@ -6,7 +6,7 @@ import torch
 from diffusers import UNet2DModel
 
 from ddpm_hf.data import ImageFacts
-from ddpm_hf.diffusion.image_processor import IMAGE_MODES
+from ddpm_hf.diffusion.image_format import IMAGE_MODES
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler, as_gaussian_scheduler
 from ddpm_hf.training.errors import ConfigError
 from ddpm_hf.training.options import MIN_SIZE

@@ -14,7 +14,7 @@ from ddpm_hf.data import ImageDataset, ImageFacts, TrainingImages
 from ddpm_hf.data.hold_out import HoldOut
 from ddpm_hf.data.image_source import MapStyleImages
 from ddpm_hf.data.labels import Labels
-from ddpm_hf.diffusion.image_processor import set_image_facts, size_multiple
+from ddpm_hf.diffusion.image_format import set_image_facts, size_multiple
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.losses import Loss
 from ddpm_hf.paths import RunPaths

@@ -15,7 +15,7 @@ from torch import Tensor
 from ddpm_hf.data import ImageDataset, ImageFacts, TrainingImages, load_images, prepare_images
 from ddpm_hf.data.hold_out import HoldOut
 from ddpm_hf.data.image_source import MapStyleImages
-from ddpm_hf.diffusion.image_processor import IMAGE_MODES, image_facts, size_multiple
+from ddpm_hf.diffusion.image_format import IMAGE_MODES, image_facts, size_multiple
 from ddpm_hf.training.component_checks import mode_of_channels
 from ddpm_hf.training.config import TrainingConfig
 from ddpm_hf.training.errors import ConfigError

@@ -13,7 +13,7 @@ from diffusers import UNet2DModel
 from ddpm_hf.data import ImageFacts
 from ddpm_hf.diffusion.atomic_files import read_json
 from ddpm_hf.diffusion.checkpoint_limits import check_unet_config
-from ddpm_hf.diffusion.image_processor import image_facts, padded_size, set_image_facts
+from ddpm_hf.diffusion.image_format import image_facts, padded_size, set_image_facts
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.digests import weights_digest
 from ddpm_hf.hub.load import fetch, open_pipeline, open_unet

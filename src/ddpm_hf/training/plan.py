@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from diffusers import UNet2DModel
 
 from ddpm_hf.diffusion.config_extension import beta_schedule_of
-from ddpm_hf.diffusion.image_processor import ImageFacts
+from ddpm_hf.diffusion.image_format import ImageFacts
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.options import for_user
 from ddpm_hf.text import counted, duration, is_notebook
