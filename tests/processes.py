@@ -105,8 +105,11 @@ class Forked:
     def communicate(self, timeout: float = LIMIT_S) -> tuple[str, str]:
         """Wait for the end; standard output and standard error."""
         self.wait(timeout)
-        output = self._output.read_text() if self._output.exists() else ""
-        return output, self._errors.read_text() if self._errors.exists() else ""
+        return self.output(), self._errors.read_text() if self._errors.exists() else ""
+
+    def output(self) -> str:
+        """Standard output so far."""
+        return self._output.read_text() if self._output.exists() else ""
 
     def close(self) -> None:
         """Kill the process and its children."""

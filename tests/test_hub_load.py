@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +19,7 @@ from checkpoints import (
 )
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from hub_server import OWNER_TOKEN, STRANGER_TOKEN, Blob, ClientError, HubClient, HubServer
+from processes import run_forked
 
 from ddpm_hf import GaussianDDPMPipeline, load
 from ddpm_hf.diffusion import checkpoint_limits
@@ -63,29 +62,65 @@ def hub(server):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A checkpoint of this package, with a card and our extension of the configuration."""
-    folder = save_ours(tmp_path_factory.mktemp("made") / "model")
-    text = render_model_card(card_facts(folder), "user/digits")
-    (folder / "README.md").write_text(text)
-    return folder
+    """A checkpoint of this package, with our extension of the configuration."""
+    return save_ours(tmp_path_factory.mktemp("made") / "model")
 
 
 @pytest.fixture(scope="module")
-def process(server, tmp_path_factory):
-    """A process with the package and one cache for all tests of this file."""
-    with HubClient(server, tmp_path_factory.mktemp("client")) as client:
+def cache(tmp_path_factory):
+    """The cache of the processes below, so repositories of different tests have different names."""
+    return tmp_path_factory.mktemp("client")
+
+
+@pytest.fixture(scope="module")
+def process(server, cache):
+    """A process with the package."""
+    with HubClient(server, cache) as client:
         client.run(SHOW + "from ddpm_hf import GaussianDDPMPipeline, load\nfrom diffusers import *")
+        yield client
+
+
+@pytest.fixture(scope="module")
+def stock_process(server, tmp_path_factory):
+    """A process without the package."""
+    with HubClient(server, tmp_path_factory.mktemp("stock"), package=False) as client:
+        client.run(SHOW)
+        yield client
+
+
+@pytest.fixture(scope="module")
+def offline(server, cache):
+    """A process that works offline with the cache of `process`."""
+    with HubClient(server, cache, token=None, env={"HF_HUB_OFFLINE": "1"}) as client:
+        client.run(SHOW + "from ddpm_hf import load")
         yield client
 
 
 @pytest.fixture
 def client(hub, process):
+    set_token(process, OWNER_TOKEN)
     return process
 
 
-def snippets(folder):
-    """The Python blocks of the card: stock diffusers, travelling code, package."""
-    return re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+@pytest.fixture
+def stock_client(hub, stock_process):
+    set_token(stock_process, OWNER_TOKEN)
+    return stock_process
+
+
+def set_token(client, token):
+    """Log in as the owner of this token, or log out."""
+    client.run("import os\nos.environ.pop('HF_TOKEN', None)")
+    if token:
+        client.run("os.environ['HF_TOKEN'] = token", token=token)
+
+
+def add_with_card(hub, repo, folder):
+    """Add a repository; the code in its card: stock diffusers, travelling code, package."""
+    card = render_model_card(card_facts(folder), repo)
+    hub.add_folder(repo, folder)
+    hub.edit(repo, {"README.md": card})
+    return re.findall(r"```python\n(.*?)```", card, re.DOTALL)
 
 
 def images_of(answer):
@@ -93,19 +128,21 @@ def images_of(answer):
 
 
 # ----------------------------------------------------------------------------------------------
-# Three ways to load, each by the code in the card, in a new process with an empty cache
+# Three ways to load, each by the code in the card
 
 
 @pytest.mark.slow
-def test_stock_diffusers_runs_no_code_and_names_the_option_that_would(hub, checkpoint, tmp_path):
-    hub.add_folder("user/digits", checkpoint)
+def test_stock_diffusers_runs_no_code_and_names_the_option_that_would(
+    stock_client, hub, checkpoint, tmp_path
+):
+    by_stock, with_code, _ = add_with_card(hub, "user/plain", checkpoint)
     marker = tmp_path / "ran"
-    hub.edit("user/digits", {"pipeline.py": f"open({str(marker)!r}, 'w')"})
-    with HubClient(hub, tmp_path / "home", token=None, package=False) as client:
-        answer = client.run(SHOW + snippets(checkpoint)[0] + "result = show(pipe)")
-        sizes = client.run("result = [image.size for image in images]")
-        with pytest.raises(ClientError, match="trust_remote_code=True") as caught:
-            client.run(re.sub(r"trust_remote_code=True,?", "", snippets(checkpoint)[1]))
+    hub.edit("user/plain", {"pipeline.py": f"open({str(marker)!r}, 'w')"})
+    set_token(stock_client, None)
+    answer = stock_client.run(by_stock + "result = show(pipe)")
+    sizes = stock_client.run("result = [image.size for image in images]")
+    with pytest.raises(ClientError, match="trust_remote_code=True") as caught:
+        stock_client.run(re.sub(r"trust_remote_code=True,?", "", with_code))
     assert answer[:2] == ["DDPMPipeline", "DDPMScheduler"]
     assert sizes == [[8, 8]] * 4
     stock = DDPMPipeline.from_pretrained(checkpoint)
@@ -115,19 +152,18 @@ def test_stock_diffusers_runs_no_code_and_names_the_option_that_would(hub, check
 
 
 @pytest.mark.slow
-def test_travelling_code_gives_all_features_after_consent(hub, checkpoint, tmp_path):
-    hub.add_folder("user/digits", checkpoint)
-    with HubClient(hub, tmp_path, package=False) as client:
-        answer = client.run(SHOW + snippets(checkpoint)[1] + "result = show(pipe)")
-        ours = GaussianDDPMPipeline.from_pretrained(checkpoint)
-        assert answer[:2] == ["GaussianDDPMPipeline", "GaussianDDPMScheduler"]
-        np.testing.assert_allclose(images_of(answer), draw(ours), atol=ATOL)
-        # A copy of a copy has the same files.
-        client.run("pipe.push_to_hub('user/copy')")
-        again = snippets(checkpoint)[1].replace("user/digits", "user/copy")
-        client.run(again + "pipe.push_to_hub('user/copy-of-copy')")
-        last = again.replace("user/copy", "user/copy-of-copy")
-        answer = client.run(last + "result = show(pipe)")
+def test_travelling_code_gives_all_features_after_consent(stock_client, hub, checkpoint):
+    client, (_, with_code, _) = stock_client, add_with_card(hub, "user/digits", checkpoint)
+    answer = client.run(with_code + "result = show(pipe)")
+    ours = GaussianDDPMPipeline.from_pretrained(checkpoint)
+    assert answer[:2] == ["GaussianDDPMPipeline", "GaussianDDPMScheduler"]
+    np.testing.assert_allclose(images_of(answer), draw(ours), atol=ATOL)
+    # A copy of a copy has the same files.
+    client.run("pipe.push_to_hub('user/copy')")
+    again = with_code.replace("user/digits", "user/copy")
+    client.run(again + "pipe.push_to_hub('user/copy-of-copy')")
+    last = again.replace("user/copy", "user/copy-of-copy")
+    answer = client.run(last + "result = show(pipe)")
     np.testing.assert_allclose(images_of(answer), draw(ours), atol=ATOL)
     first, third = (hub.repo(f"user/{name}").files() for name in ("digits", "copy-of-copy"))
     assert b"library_name: diffusers" in third["README.md"]  # the plain card of diffusers
@@ -136,28 +172,28 @@ def test_travelling_code_gives_all_features_after_consent(hub, checkpoint, tmp_p
 
 
 @pytest.mark.slow
-def test_the_package_loads_its_own_classes_and_then_works_offline(hub, checkpoint, tmp_path):
-    hub.add_folder("user/digits", checkpoint)
-    block = snippets(checkpoint)[2]
-    with HubClient(hub, tmp_path, token=None) as client:
-        answer = client.run(SHOW + block + "result = show(pipe)")
+def test_the_package_loads_its_own_classes_and_then_works_offline(client, offline, hub, checkpoint):
+    *_, by_package = add_with_card(hub, "user/packaged", checkpoint)
+    set_token(client, None)
+    answer = client.run(by_package + "result = show(pipe)")
     assert answer[:2] == ["GaussianDDPMPipeline", "GaussianDDPMScheduler"]
     ours = GaussianDDPMPipeline.from_pretrained(checkpoint)
     np.testing.assert_allclose(images_of(answer), draw(ours), atol=ATOL)
     assert hub.count(r"GET .*\.py") == 0
     hub.requests.clear()
-    with HubClient(hub, tmp_path, token=None, env={"HF_HUB_OFFLINE": "1"}) as client:
-        offline = client.run(SHOW + block + "result = show(pipe)")
-        with pytest.raises(ClientError, match="HF_HUB_OFFLINE") as caught:
-            client.run("load('user/never-seen')")
-    assert offline == answer
+    again = offline.run(by_package + "result = show(pipe)")
+    with pytest.raises(ClientError, match="HF_HUB_OFFLINE") as caught:
+        offline.run("load('user/never-seen')")
+    assert again == answer
     assert caught.value.kind == "ValueError"
     assert hub.requests == []
 
 
 @pytest.mark.slow
-def test_two_repositories_in_one_process_run_their_own_code(hub, checkpoint, tmp_path):
-    hub.add_folder("user/digits", checkpoint)
+def test_two_repositories_in_one_process_run_their_own_code(
+    stock_client, hub, checkpoint, tmp_path
+):
+    hub.add_folder("user/one", checkpoint)
     other = Path(shutil.copytree(checkpoint, tmp_path / "other"))
     code = next(other.glob("ddpm_hf_*"))
     # Another version of the package has another folder name and other behaviour.
@@ -167,14 +203,13 @@ def test_two_repositories_in_one_process_run_their_own_code(hub, checkpoint, tmp
     with (changed / "pipeline.py").open("a") as file:
         file.write("\nGaussianDDPMPipeline.version = 'other'\n")
     hub.add_folder("user/other", other)
-    with HubClient(hub, tmp_path / "home", package=False) as client:
-        result = client.run(
-            "from diffusers import DiffusionPipeline\n"
-            "def get(repo): return DiffusionPipeline.from_pretrained(\n"
-            "    repo, custom_pipeline=repo, trust_remote_code=True)\n"
-            "one, two, three = get('user/digits'), get('user/other'), get('user/digits')\n"
-            "result = [getattr(p, 'version', 'first') for p in (one, two, three)]"
-        )
+    result = stock_client.run(
+        "from diffusers import DiffusionPipeline\n"
+        "def get(repo): return DiffusionPipeline.from_pretrained(\n"
+        "    repo, custom_pipeline=repo, trust_remote_code=True)\n"
+        "one, two, three = get('user/one'), get('user/other'), get('user/one')\n"
+        "result = [getattr(p, 'version', 'first') for p in (one, two, three)]"
+    )
     assert result == ["first", "other", "first"]
 
 
@@ -235,15 +270,14 @@ def test_a_revision_loads_its_own_weights(client, hub, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_private_repository_loads_only_with_the_token_of_its_owner(hub, checkpoint, tmp_path):
-    hub.add_folder("user/secret", checkpoint, private=True)
-    with HubClient(hub, tmp_path, token=None) as client:
-        client.run(SHOW + "from ddpm_hf import load")
-        for token in (None, STRANGER_TOKEN):
-            with pytest.raises(ClientError, match="not on the Hub, or is private") as caught:
-                client.run("load('user/secret', token=token)", token=token)
-            assert caught.value.kind == "ValueError"
-        client.run("load('user/secret', token=token)", token=OWNER_TOKEN)
+def test_a_private_repository_loads_only_with_the_token_of_its_owner(client, hub, checkpoint):
+    hub.add_folder("user/private", checkpoint, private=True)
+    set_token(client, None)
+    for token in (None, STRANGER_TOKEN):
+        with pytest.raises(ClientError, match="not on the Hub, or is private") as caught:
+            client.run("load('user/private', token=token)", token=token)
+        assert caught.value.kind == "ValueError"
+    client.run("load('user/private', token=token)", token=OWNER_TOKEN)
     assert hub.tokens_at_storage == []
 
 
@@ -448,9 +482,7 @@ for key, value in (
 print(time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak)
 """
     folder = shutil.copytree(checkpoint, tmp_path / "model")
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=120
-    )
+    done = run_forked(["-c", code, folder])
     assert done.returncode == 0, done.stderr
     seconds, kilobytes = map(float, done.stdout.split())
     assert seconds < 5  # a second for each of five
@@ -484,25 +516,30 @@ def test_a_tilde_in_a_path_is_expanded(checkpoint, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("why", ["no token", "no answer", "offline"])
-def test_an_incomplete_copy_in_the_cache_is_not_loaded(hub, checkpoint, tmp_path, why):
-    hub.add_folder("user/secret", checkpoint, private=True)
-    get_card = "from huggingface_hub import hf_hub_download\nhf_hub_download(repo, 'README.md')"
-    with HubClient(hub, tmp_path / why) as client:
-        client.run(get_card, repo="user/secret")
-    if why == "no answer":
-        hub.fault("user/secret", times=99, status=503)
-    token = None if why == "no token" else OWNER_TOKEN
-    env = {"HF_HUB_OFFLINE": "1"} if why == "offline" else {}
-    expected = {
-        "no token": "not on the Hub, or is private",
-        "no answer": "the Hub failed for user/secret",
-        "offline": "HF_HUB_OFFLINE is set",
-    }
-    with HubClient(hub, tmp_path / why, token=token, env=env) as client:
+@pytest.mark.parametrize(
+    ("why", "expected"),
+    [
+        ("token", "not on the Hub, or is private"),
+        ("answer", "the Hub failed for user/no-answer"),
+        ("network", "HF_HUB_OFFLINE is set"),
+    ],
+)
+def test_an_incomplete_copy_in_the_cache_is_not_loaded(
+    client, offline, hub, checkpoint, why, expected
+):
+    repo = f"user/no-{why}"
+    hub.add_folder(repo, checkpoint, private=True)
+    hub.edit(repo, {"README.md": "a card"})
+    client.run(
+        "from huggingface_hub import hf_hub_download\nhf_hub_download(repo, 'README.md')", repo=repo
+    )
+    if why == "answer":
+        hub.fault(repo, times=99, status=503)
         client.run("from ddpm_hf.hub import load as loading; loading.WAITS_S = (0.01,)")
-        with pytest.raises(ClientError, match=expected[why]):
-            client.run("loading.load('user/secret')")
+    if why == "token":
+        set_token(client, None)
+    with pytest.raises(ClientError, match=expected):
+        (offline if why == "network" else client).run("load(repo)", repo=repo)
 
 
 def test_our_scheduler_saved_by_a_stock_pipeline_loads_but_must_be_saved_again_to_push(tmp_path):

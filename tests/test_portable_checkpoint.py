@@ -400,8 +400,8 @@ def test_a_full_disk_changes_nothing(tmp_path, exists):
     assert files_of(tmp_path) == before
 
 
-def save_and_die(folder, at_event):
-    """Save other weights to `folder` in a child process that is killed at its n-th file operation.
+def save_and_die(pipeline, folder, at_event):
+    """Save a pipeline in a child process that is killed at its n-th change of the file system.
 
     Returns:
         whether the child finished first.
@@ -411,12 +411,13 @@ def save_and_die(folder, at_event):
         events = iter(range(at_event))
 
         def count(event, args):
-            counts = event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
-            if counts and next(events, None) is None:
+            changes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
+            writes = event == "open" and (args[2] or 0) & (os.O_WRONLY | os.O_RDWR)
+            if (changes or writes) and next(events, None) is None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(count)
-        save_ours(folder, unet=tiny_unet(seed=1), scheduler=tiny_scheduler(clip_sample=False))
+        pipeline.save_pretrained(folder)
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
@@ -425,11 +426,9 @@ def save_and_die(folder, at_event):
 @pytest.mark.parametrize("exists", [True, False])
 def test_a_save_that_is_killed_leaves_only_complete_files(tmp_path, exists):
     """Each file of an old folder is the old or the new one; a new folder is complete or absent."""
-    new = files_of(
-        save_ours(
-            tmp_path / "new", unet=tiny_unet(seed=1), scheduler=tiny_scheduler(clip_sample=False)
-        )
-    )
+    pipeline = tiny_pipeline(tiny_unet(seed=1), tiny_scheduler(clip_sample=False))
+    pipeline.save_pretrained(tmp_path / "new")
+    new = files_of(tmp_path / "new")
     old = files_of(save_ours(tmp_path / "old"))
     folder = tmp_path / "model"
     states = set()
@@ -437,7 +436,7 @@ def test_a_save_that_is_killed_leaves_only_complete_files(tmp_path, exists):
         shutil.rmtree(folder, ignore_errors=True)
         if exists:
             shutil.copytree(tmp_path / "old", folder)
-        finished = save_and_die(folder, at_event)
+        finished = save_and_die(pipeline, folder, at_event)
         found = files_of(folder) if folder.exists() else {}
         found = {name: data for name, data in found.items() if not name.startswith(".saving-")}
         if exists:
@@ -451,10 +450,7 @@ def test_a_save_that_is_killed_leaves_only_complete_files(tmp_path, exists):
     assert found == new
     assert [*tmp_path.glob(".*")] == []
     assert len(states) >= 2  # some kills came before and some after files were replaced
-    same(
-        draw(GaussianDDPMPipeline.from_pretrained(folder)),
-        draw(tiny_pipeline(tiny_unet(seed=1), tiny_scheduler(clip_sample=False))),
-    )
+    same(draw(GaussianDDPMPipeline.from_pretrained(folder)), draw(pipeline))
 
 
 # ----------------------------------------------------------------------------------------------

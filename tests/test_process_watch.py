@@ -2,16 +2,18 @@
 
 import os
 import signal
-import sys
 import time
+from contextlib import ExitStack
 
 import pytest
-from processes import started, started_ranks
+from processes import LIMIT_S, forked, forked_ranks
 
-CODE = """
+pytestmark = pytest.mark.slow
+HANG_S = 5.0
+CODE = f"""
 import sys, time
 from ddpm_hf import process_watch
-process_watch.HANG_S = 5.0
+process_watch.HANG_S = {HANG_S}
 from ddpm_hf.shared_work import distributed_state, on_main_process
 state = distributed_state()
 on_main_process(state, lambda: None)
@@ -22,24 +24,30 @@ print("done", flush=True)
 """
 
 
-@pytest.mark.parametrize(
-    ("rank", "number"), [(0, signal.SIGSTOP), (1, signal.SIGSTOP), (1, signal.SIGKILL)]
-)
-def test_a_rank_that_hangs_or_is_killed_ends_the_others_within_twice_the_timeout(rank, number):
-    command = [sys.executable, "-c", CODE, "60"]
-    with started_ranks(command, env=dict(os.environ)) as processes:
-        for process in processes:
-            assert process.stdout.readline().strip() == "ready"
-        processes[rank].send_signal(number)
+def wait_until(holds, limit_s=LIMIT_S):
+    until = time.monotonic() + limit_s
+    while not holds():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_a_rank_that_hangs_or_is_killed_ends_the_others_within_twice_the_timeout():
+    """Three pairs of ranks side by side."""
+    losses = [(0, signal.SIGSTOP), (1, signal.SIGSTOP), (1, signal.SIGKILL)]
+    with ExitStack() as stack:
+        pairs = [stack.enter_context(forked_ranks(["-c", CODE, "60"])) for _ in losses]
+        wait_until(lambda: all("ready" in rank.output() for pair in pairs for rank in pair))
+        for pair, (lost, number) in zip(pairs, losses, strict=True):
+            pair[lost].send_signal(number)
         start = time.monotonic()
-        other = processes[1 - rank]
-        output, _ = other.communicate(timeout=60)
-        assert time.monotonic() - start < 12
-        assert other.returncode not in (0, None), output
+        for pair, (lost, _) in zip(pairs, losses, strict=True):
+            output, _ = pair[1 - lost].communicate(timeout=60)
+            assert pair[1 - lost].returncode not in (0, None), output
+        assert time.monotonic() - start < 2 * HANG_S + 2
 
 
 def test_a_rank_may_wait_for_longer_than_the_timeout():
-    with started_ranks([sys.executable, "-c", CODE, "12"], env=dict(os.environ)) as processes:
+    with forked_ranks(["-c", CODE, f"{2 * HANG_S}"]) as processes:
         outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
 
@@ -61,17 +69,12 @@ time.sleep(100)
 
 def test_the_workers_of_a_killed_launcher_end():
     environment = {**os.environ, "TORCHELASTIC_RUN_ID": "1"}
-    with started(
-        [sys.executable, "-c", LAUNCHER], env=environment, stdout=-1, text=True
-    ) as launcher:
-        worker = int(launcher.stdout.readline())
-        assert launcher.stdout.readline().strip() == "ready"
-        launcher.kill()
-        launcher.wait()
-        until = time.monotonic() + 20
-        while time.monotonic() < until and _is_running(worker):
-            time.sleep(0.2)
-        assert not _is_running(worker)
+    with forked(["-c", LAUNCHER], env=environment) as launcher:
+        wait_until(lambda: "ready" in launcher.output())
+        worker = int(launcher.output().split()[0])
+        launcher.send_signal(signal.SIGKILL)
+        launcher.wait(LIMIT_S)
+        wait_until(lambda: not _is_running(worker), 20)
 
 
 def _is_running(pid):
