@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddpm_hf.commands.messages import command_messages, resume_hint
+from ddpm_hf.commands.messages import command_options, resume_hint
 from ddpm_hf.evaluation.options import DATASET_HELP, CalibrationOptions
 from ddpm_hf.hub.options import ModelArgument
 from ddpm_hf.options import REQUIRED, for_user, option
@@ -57,16 +57,8 @@ class CalibrateCommand(CalibrationOptions, ModelArgument):
 
 def run(argv: list[str]) -> int:
     """Calibrate a model."""
-    with command_messages(CalibrateCommand):
-        from ddpm_hf.option_parser import parse_options
-
-        options = parse_options(
-            CalibrateCommand,
-            argv,
-            prog="ddpm-hf calibrate",
-            usage="MODEL DATASET [--option VALUE ...]",
-            description=DESCRIPTION,
-        )
+    usage = "MODEL DATASET [--option VALUE ...]"
+    with command_options(CalibrateCommand, argv, "calibrate", usage, DESCRIPTION) as options:
         check_model(options.model)
         check_local_path(options.dataset)
         with resume_hint("measurements"):

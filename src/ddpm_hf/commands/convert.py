@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddpm_hf.commands.messages import command_messages
+from ddpm_hf.commands.messages import command_options
 from ddpm_hf.openai_conversion.flags import PRESETS
 from ddpm_hf.options import REQUIRED, OptionError, Options, option
 from ddpm_hf.paths import output_folder
@@ -69,16 +69,8 @@ class ConvertCommand(Options):
 
 def run(argv: list[str]) -> int:
     """Convert weights."""
-    with command_messages(ConvertCommand):
-        from ddpm_hf.option_parser import parse_options
-
-        options = parse_options(
-            ConvertCommand,
-            argv,
-            prog="ddpm-hf convert",
-            usage="WEIGHTS --output FOLDER [--preset NAME | --config FILE]",
-            description=DESCRIPTION,
-        )
+    usage = "WEIGHTS --output FOLDER [--preset NAME | --config FILE]"
+    with command_options(ConvertCommand, argv, "convert", usage, DESCRIPTION) as options:
         convert(options)
     return 0
 

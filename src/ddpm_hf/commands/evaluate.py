@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddpm_hf.commands.messages import command_messages, resume_hint, say
+from ddpm_hf.commands.messages import command_options, resume_hint, say
 from ddpm_hf.evaluation.options import DATASET_HELP, METRIC_NAMES, ComparisonOptions
 from ddpm_hf.hub.options import LoadOptions
 from ddpm_hf.options import REQUIRED, OptionError, for_user, option
@@ -142,16 +142,8 @@ class EvaluateCommand(ComparisonOptions):
 
 def run(argv: list[str]) -> int:
     """Evaluate models or images."""
-    with command_messages(EvaluateCommand):
-        from ddpm_hf.option_parser import parse_options
-
-        options = parse_options(
-            EvaluateCommand,
-            argv,
-            prog="ddpm-hf evaluate",
-            usage="MODEL_OR_IMAGES [MODEL_OR_IMAGES ...] DATASET [--option VALUE ...]",
-            description=DESCRIPTION,
-        )
+    usage = "MODEL_OR_IMAGES [MODEL_OR_IMAGES ...] DATASET [--option VALUE ...]"
+    with command_options(EvaluateCommand, argv, "evaluate", usage, DESCRIPTION) as options:
         for path in (*options.subjects, options.dataset):
             if path is not None:
                 check_local_path(path)

@@ -7,9 +7,12 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
-from ddpm_hf.options import for_user, naming_flags_of
+from ddpm_hf.options import Options, for_user, naming_flags_of
 from ddpm_hf.text import visible, without_secrets
+
+Kind = TypeVar("Kind", bound=Options)
 
 
 def say(text: str, for_all: bool = False) -> None:
@@ -81,3 +84,23 @@ def command_messages(options: type | None = None) -> Iterator[None]:
                 raise
     finally:
         warnings.showwarning, logger.handlers, logger.propagate = before
+
+
+@contextmanager
+def command_options(
+    kind: type[Kind], argv: list[str], name: str, usage: str, description: str
+) -> Iterator[Kind]:
+    """The options of `ddpm-hf NAME`; inside, messages are as in `command_messages`.
+
+    Args:
+        kind: dataclass of the options.
+        argv: the arguments.
+        name: name of the command.
+        usage: the arguments in one line.
+        description: text above the options in `--help`.
+    """
+    with command_messages(kind):
+        from ddpm_hf.option_parser import parse_options
+
+        prog = f"ddpm-hf {name}"
+        yield parse_options(kind, argv, prog=prog, usage=usage, description=description)

@@ -2,7 +2,7 @@
 
 import sys
 
-from ddpm_hf.commands.messages import command_messages
+from ddpm_hf.commands.messages import command_options
 from ddpm_hf.hub.options import PushOptions
 from ddpm_hf.text import close_paths
 
@@ -23,16 +23,8 @@ NOT_PUSHED = 3
 
 def run(argv: list[str]) -> int:
     """Push a model; the exit status is NOT_PUSHED if the Hub did not accept it."""
-    with command_messages(PushOptions):
-        from ddpm_hf.option_parser import parse_options
-
-        options = parse_options(
-            PushOptions,
-            argv,
-            prog="ddpm-hf push",
-            usage="FOLDER USER/REPO [--option ...]",
-            description=DESCRIPTION,
-        )
+    usage = "FOLDER USER/REPO [--option ...]"
+    with command_options(PushOptions, argv, "push", usage, DESCRIPTION) as options:
         if not options.folder.is_dir():
             raise ValueError(f"{options.folder} is not a folder{close_paths(str(options.folder))}")
         from ddpm_hf.hub.push import HubError, push

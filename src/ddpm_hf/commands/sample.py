@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddpm_hf.commands.messages import command_messages, resume_hint, say
+from ddpm_hf.commands.messages import command_options, resume_hint, say
 from ddpm_hf.hub.options import LoadOptions, ModelArgument
 from ddpm_hf.paths import check_model
 from ddpm_hf.sampling.options import ImageOptions, SamplingOptions
@@ -43,16 +43,8 @@ class SampleCommand(LoadOptions, SamplingOptions, ModelArgument):
 
 def run(argv: list[str]) -> int:
     """Sample images from a model."""
-    with command_messages(SampleCommand):
-        from ddpm_hf.option_parser import parse_options
-
-        options = parse_options(
-            SampleCommand,
-            argv,
-            prog="ddpm-hf sample",
-            usage="MODEL [--option VALUE ...]",
-            description=DESCRIPTION,
-        )
+    usage = "MODEL [--option VALUE ...]"
+    with command_options(SampleCommand, argv, "sample", usage, DESCRIPTION) as options:
         output = options.output_path()
         check_paths(options, output)
         with resume_hint("batches"):
