@@ -412,8 +412,8 @@ def save_and_die(pipeline, folder, at_event):
 
         def count(event, args):
             changes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
-            writes = event == "open" and (args[2] or 0) & (os.O_WRONLY | os.O_RDWR)
-            if (changes or writes) and next(events, None) is None:
+            creates = event == "open" and (args[2] or 0) & os.O_CREAT
+            if (changes or creates) and next(events, None) is None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(count)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ddpm_hf.diffusion.image_processor import image_facts, size_and_window
+from ddpm_hf.diffusion.image_format import image_facts, size_and_window
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 from ddpm_hf.hub.load import fetch, open_pipeline
 from ddpm_hf.sampling.class_labels import class_names_of, label_cycle
