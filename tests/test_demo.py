@@ -63,6 +63,7 @@ def test_the_digits_are_prepared_as_8_bit_greyscale_images_of_8x8(demo, tmp_path
         np.testing.assert_array_equal(prepared[index][0].numpy(), np.asarray(image))
 
 
+@pytest.mark.slow
 def test_the_probabilities_of_the_classifier_are_calibrated(judged, split):
     _, classifier, held_out = judged
     labels = split[3]
@@ -81,6 +82,7 @@ def test_real_digits_have_no_shortcomings(demo, judged):
     assert sum(one_half["share_of_digit"]) == pytest.approx(1, abs=1e-3)  # rounded to 4 places
 
 
+@pytest.mark.slow
 def test_noise_and_mixed_digits_have_shortcomings(demo, judged):
     judge, _, held_out = judged
     real = judge(held_out)
@@ -90,6 +92,7 @@ def test_noise_and_mixed_digits_have_shortcomings(demo, judged):
     assert any("recognised" in line for line in demo.shortcomings(judge(mixed), real))
 
 
+@pytest.mark.slow
 def test_a_missing_digit_is_named(demo, judged, split):
     judge, _, held_out = judged
     without_sevens = held_out[split[3] != 7]

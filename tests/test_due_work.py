@@ -12,7 +12,7 @@ from ddpm_hf import train
 from ddpm_hf.training import artifacts, loop
 from ddpm_hf.training.periodic_evaluation import PeriodicEvaluation
 
-pytestmark = few_steps
+pytestmark = pytest.mark.slow, few_steps
 OPTIONS = {
     "max_train_steps": 6, "validation_split": "0.3", "validation_steps": 2,
     "validation_timesteps": 4, "num_train_timesteps": 20, "keep_best": True,
@@ -55,7 +55,6 @@ def stop():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("read", range(4, 25, 4))
 def test_a_stop_at_any_update_leaves_nothing_out(read, straight, tmp_path):
     assert run(tmp_path, dataset=Images(on_grid(), read, stop)).stopped_by

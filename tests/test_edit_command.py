@@ -48,6 +48,7 @@ def pixels_of(path):
     return np.asarray(Image.open(path))
 
 
+@pytest.mark.slow
 def test_inpainting_keeps_the_black_part_and_shows_where_draws_differ(models, files, capsys):
     assert edit(models, files, "--mask", files / "mask.png", "--num-images", 3) == 0
     output = files / "edited"
@@ -80,6 +81,7 @@ def test_an_interpolation_has_as_many_images_as_asked_for(models, files):
     assert not (files / "edited" / "std.png").exists()
 
 
+@pytest.mark.slow
 def test_a_picture_is_drawn_as_another_class(models, files):
     options = ("--source-class", "dog", "--class-labels")
     for name in NAMES:
@@ -88,6 +90,7 @@ def test_a_picture_is_drawn_as_another_class(models, files):
     assert (cat != dog).any()
 
 
+@pytest.mark.slow
 def test_the_same_command_again_draws_only_what_is_missing(models, files, monkeypatch):
     options = ("--mask", files / "mask.png", "--num-images", 4, "--batch-size", 2)
     assert edit(models, files, *options, output="whole") == 0
@@ -111,6 +114,7 @@ def test_the_same_command_again_draws_only_what_is_missing(models, files, monkey
         assert (pixels_of(files / "edited" / name) == pixels_of(files / "whole" / name)).all()
 
 
+@pytest.mark.slow
 def test_draws_depend_on_the_seed_and_their_number_alone(models, files):
     options = ("--strength", 0.8, "--num-images", 3)
     assert edit(models, files, *options, "--batch-size", 3, output="a") == 0
@@ -122,6 +126,7 @@ def test_draws_depend_on_the_seed_and_their_number_alone(models, files):
         assert np.abs(a - c).max() > 1
 
 
+@pytest.mark.slow
 def test_another_edit_in_the_same_folder_is_refused_unless_told(models, files, capsys):
     assert edit(models, files, "--strength", 0.5, "--num-images", 2) == 0
     capsys.readouterr()
@@ -132,6 +137,7 @@ def test_another_edit_in_the_same_folder_is_refused_unless_told(models, files, c
     assert edit(models, files, "--strength", 0.6, "--num-images", 2, "--overwrite") == 0
 
 
+@pytest.mark.slow
 def test_a_folder_with_other_files_is_left_alone(models, files, capsys):
     (files / "edited").mkdir()
     (files / "edited" / "mine.txt").write_text("mine")
@@ -140,6 +146,7 @@ def test_a_folder_with_other_files_is_left_alone(models, files, capsys):
     assert (files / "edited" / "mine.txt").read_text() == "mine"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -161,6 +168,7 @@ def test_bad_options_are_one_line_with_the_fix(models, files, capsys, options, m
     assert not (files / "edited").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("picture", "message"),
     [

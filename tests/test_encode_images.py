@@ -32,6 +32,7 @@ def random_pixels(mode, bit_depth=8, num_images=2):
     return pixels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bit_depth", [8, 16])
 @pytest.mark.parametrize("mode", CHANNELS)
 def test_pixels_survive_encoding_and_decoding(mode, bit_depth):
@@ -100,6 +101,7 @@ def test_grey_arrays_need_no_channel_axis():
     assert torch.equal(pipeline.encode_images(pixels[0, ..., 0]), pipeline.encode_images(pixels[0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("images", "error", "message"),
     [

@@ -66,6 +66,7 @@ def newest_step(folder):
     return max(steps, default=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 @pytest.mark.parametrize("times", [1, 2], ids=["once", "to the process and to its group"])
 def test_a_stop_signal_ends_the_run_after_saving_the_update(tmp_path, number, times):
@@ -81,6 +82,7 @@ def test_a_stop_signal_ends_the_run_after_saving_the_update(tmp_path, number, ti
     assert signal.getsignal(number) is before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_an_ignored_signal_stays_ignored(tmp_path, number):
     """`nohup ddpm-hf train ... &` depends on it."""
@@ -127,6 +129,7 @@ def kill_the_process():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("workers", "action", "message"),
     [
@@ -159,6 +162,7 @@ def test_the_updates_before_an_unreadable_image_are_saved(tmp_path, workers, act
     assert_equal_bits(checkpoint(tmp_path / "failed", 6), checkpoint(tmp_path / "straight", 6))
 
 
+@pytest.mark.slow
 def test_an_unreadable_first_image_leaves_no_checkpoint(tmp_path):
     reads = FailingImages(None, None)
     run(tmp_path / "straight", dataset=reads)

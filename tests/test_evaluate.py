@@ -88,6 +88,7 @@ def flat(images):
     return np.repeat(images.reshape(len(images), 1, -1), 3, 1).reshape(len(images), -1) / 255
 
 
+@pytest.mark.slow
 def test_image_files_and_images_in_memory_give_the_same_results(pixels, photos, tmp_path):
     drawn, metrics = pixels["drawn"], ("fd", "precision-recall", "memorisation")
     folder_of(tmp_path, {f"d/{i:02d}.png": encode(x) for i, x in enumerate(drawn)})
@@ -110,6 +111,7 @@ def test_image_files_and_images_in_memory_give_the_same_results(pixels, photos, 
     assert evaluate(drawn, splits, metrics=metrics).results == evaluation.results
 
 
+@pytest.mark.slow
 def test_an_evaluation_prints_as_a_table_and_converts_to_json_html_and_pandas(pixels, photos):
     metrics = ("fd", "precision-recall")
     evaluation = evaluate(pixels["drawn"], photos, metrics=metrics, seed=3)
@@ -126,6 +128,7 @@ def test_an_evaluation_prints_as_a_table_and_converts_to_json_html_and_pandas(pi
     assert f"<td>{fd.value:.4g}</td>" in evaluation._repr_html_()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("position", [0.05, 0.2, 0.4, 0.6, 0.8, 0.95])
 def test_an_evaluation_with_a_flipped_bit_is_measured_again(position, pixels, photos, tmp_path):
     options = {"metrics": ["fd"], "features": "pixels", "output": tmp_path}
@@ -137,6 +140,7 @@ def test_an_evaluation_with_a_flipped_bit_is_measured_again(position, pixels, ph
     assert json.loads(file.read_text())["results"] == want.to_dict()["results"]
 
 
+@pytest.mark.slow
 def test_a_damaged_result_file_counts_as_no_known_results(pixels, photos, tmp_path):
     evaluation = evaluate(pixels["drawn"], photos, metrics=["fd"], output=tmp_path)
     assert known_results(tmp_path) == evaluation.results
@@ -173,6 +177,7 @@ def command(model, photos, output, *more):
     return ["evaluate", str(model), str(photos), "--output", str(output), *options, *more]
 
 
+@pytest.mark.slow
 def test_a_model_is_measured_by_its_drawn_images(model, photos, tmp_path, capsys):
     output = tmp_path / "out"
     assert main(command(model, photos, output)) == 0
@@ -190,6 +195,7 @@ def test_a_model_is_measured_by_its_drawn_images(model, photos, tmp_path, capsys
     assert evaluate(model, photos, **options | {"output": output}).results == evaluation.results
 
 
+@pytest.mark.slow
 def test_verify_reproduces_a_card_and_detects_a_changed_figure(model, photos, tmp_path, capsys):
     assert main([*command(model, photos, tmp_path / "out"), "--card"]) == 0
     card = model / "README.md"
@@ -213,6 +219,7 @@ def test_verify_reproduces_a_card_and_detects_a_changed_figure(model, photos, tm
     ]
 
 
+@pytest.mark.slow
 def test_figures_with_features_from_a_folder_need_that_folder_to_be_verified(
     model, photos, tmp_path, capsys, backbone
 ):
@@ -246,6 +253,7 @@ UNUSABLE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("args", UNUSABLE)
 def test_a_card_with_other_options_than_those_of_evaluate_cannot_be_verified(
     args, model, photos, capsys
@@ -272,6 +280,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "message"), REFUSED)
 def test_invalid_options_are_rejected_with_the_choices(options, message, pixels, photos):
     with pytest.raises(ValueError, match=message):

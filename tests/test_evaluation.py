@@ -74,6 +74,7 @@ def padded(folder):
     return torch.nn.functional.pad(images, (0, 1, 0, 1), mode="replicate")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("--num-timesteps", "4"), ("--num-inference-steps", "5")])
 def test_the_bound_matches_bits_per_dim_with_fixed_noise_per_image(
     evaluate, model, photos, capsys, more, tmp_path
@@ -115,6 +116,7 @@ class Stop:
         return self.real(*args, **kwargs)
 
 
+@pytest.mark.slow
 def test_an_interrupted_evaluation_resumes_and_a_finished_one_is_reused(
     evaluate, model, photos, tmp_path, monkeypatch, capsys
 ):
@@ -145,6 +147,7 @@ def test_two_processes_match_one_process(evaluate, model, photos, tmp_path):
     assert two == one
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default:there is no split")
 @pytest.mark.parametrize(
     ("splits", "measured"),
@@ -164,6 +167,7 @@ def test_the_held_out_split_is_measured_if_one_exists(evaluate, tmp_path, capsys
     assert (trained_on in capsys.readouterr().err) == (measured == "train")
 
 
+@pytest.mark.slow
 def test_a_number_of_images_is_a_random_choice_by_the_seed(evaluate):
     draws = {tuple(evaluate("--num-images", "2", "--seed", str(s))["indices"]) for s in range(6)}
     assert len(draws) > 1
@@ -171,6 +175,7 @@ def test_a_number_of_images_is_a_random_choice_by_the_seed(evaluate):
     assert evaluate("--num-images", "1")["standard_error"] is None
 
 
+@pytest.mark.slow
 def test_the_result_is_written_into_the_card(evaluate, tmp_path):
     folder = save_model(tmp_path / "own")
     result = evaluate("--card", model=folder)
@@ -186,6 +191,7 @@ def test_the_result_is_written_into_the_card(evaluate, tmp_path):
     assert str(tmp_path) not in card
 
 
+@pytest.mark.slow
 def test_images_are_converted_to_the_size_and_mode_of_the_model(evaluate, tmp_path):
     rng = np.random.default_rng(1)
     pixels = rng.integers(0, 256, (2, 20, 30, 3), dtype=np.uint8)
@@ -208,6 +214,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("changes", "more", "message"), REFUSED)
 def test_images_or_options_that_do_not_fit_end_with_one_line_and_status_2(
     changes, more, message, model, photos, tmp_path, capsys
@@ -236,6 +243,7 @@ def test_an_option_out_of_range_ends_with_status_2(bad, message, model, photos, 
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_classes_are_matched_by_name(evaluate, tmp_path):
     rng = np.random.default_rng(1)
     for name in ("cat", "dog"):

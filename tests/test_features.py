@@ -107,6 +107,7 @@ def test_only_the_vision_part_of_a_text_image_model_is_used(tmp_path):
     assert load_features(str(tmp_path))(random_pixels(2, 8, 8, 3)).shape == (2, 16)
 
 
+@pytest.mark.slow
 def test_modules_callables_and_efficientnet_are_feature_networks():
     pixels = random_pixels(2, 8, 8, 1)
     module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 5), torch.nn.Dropout())
@@ -180,6 +181,7 @@ def figures(metric, real, drawn, held_out=None):
     return {figure.name: figure for figure in measure(metric, real, drawn, held_out)}
 
 
+@pytest.mark.slow
 def test_each_metric_detects_its_defect_and_calls_real_images_a_tie(digits):
     x, labels = digits
     real, other = x[:500], x[500:1000]
@@ -196,6 +198,7 @@ def test_each_metric_detects_its_defect_and_calls_real_images_a_tie(digits):
     assert figures("memorisation", real, fewer)["copies"].verdict == "tie"
 
 
+@pytest.mark.slow
 def test_copies_of_training_images_are_detected(digits):
     x, _ = digits
     real, held_out = x[:500], x[500:1000]
@@ -211,6 +214,7 @@ def test_copies_of_training_images_are_detected(digits):
         assert "are these copies?" in better.note
 
 
+@pytest.mark.slow
 def test_the_standard_error_matches_the_spread_over_samples():
     generator = torch.Generator().manual_seed(0)
 
@@ -232,6 +236,7 @@ def test_few_held_out_images_affect_the_floor_but_not_the_interval():
     assert few.standard_error == pytest.approx(many.standard_error, rel=0.5)
 
 
+@pytest.mark.slow
 def test_the_interval_by_leading_directions_matches_that_by_all(monkeypatch):
     """For features with a decaying spectrum, as of networks; the floor keeps the full bias."""
     generator = torch.Generator().manual_seed(0)

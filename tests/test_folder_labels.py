@@ -31,6 +31,7 @@ def folder_with(root, *files):
     return folder_of(root, dict.fromkeys(files, PIXELS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "files",
     [
@@ -95,6 +96,7 @@ def edm_folder(root, labels):
 LABELS = {"00000/a.png": 10, "00000/b.png": 9, "00001/c.png": 10, "00001/d.png": 9}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("labels", [LABELS, [*LABELS.items()]])
 @pytest.mark.parametrize("folder", ["", "train"])
 def test_a_dataset_json_has_the_labels(tmp_path, labels, folder, recwarn):
@@ -133,6 +135,7 @@ def test_another_dataset_json_is_an_unused_file(tmp_path):
         assert [*classes_of(root).values()] == ["cats", "dogs"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("codes", "names"),
     [

@@ -16,6 +16,7 @@ from ddpm_hf.data import ImageFacts
 pytestmark = pytest.mark.filterwarnings("ignore:`timestep_spacing`", "always:the recommended")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "scheduler",
     [
@@ -47,6 +48,7 @@ def test_a_recommended_setting_may_only_choose_the_options_of_a_sweep(scheduler,
     assert drawn_by(tmp_path)["num_inference_steps"] == 20
 
 
+@pytest.mark.slow
 def test_a_recommended_setting_that_its_scheduler_cannot_run_is_ignored(tmp_path):
     model = save_swept(tmp_path / "m", {"scheduler": "PNDM", "num_inference_steps": 1})
     (tmp_path / "m" / "scheduler").mkdir(exist_ok=True)
@@ -55,6 +57,7 @@ def test_a_recommended_setting_that_its_scheduler_cannot_run_is_ignored(tmp_path
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["solver_order", "predictor_order", "corrector_order"])
 @pytest.mark.parametrize("value", [10**9, 11, 0, -1, True, "2", None, 1e9])
 def test_the_order_of_a_models_own_solver_is_bounded(order, value, tmp_path):

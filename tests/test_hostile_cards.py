@@ -16,6 +16,8 @@ from ddpm_hf.data import ImageFacts
 from ddpm_hf.evaluation import verify as module
 from ddpm_hf.hub.card import card_to_share, write_model_card
 
+pytestmark = pytest.mark.slow
+
 SIZE = 8
 GOOD = {"metrics": ["bits-per-dim"], "num_images": 4, "num_timesteps": 2, "batch_size": 4}
 FIGURE = {"type": "bits-per-dim", "name": "bits", "value": 1.0,

@@ -67,6 +67,7 @@ FILES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
 @pytest.mark.parametrize("name", FILES)
 def test_a_special_file_in_a_model_is_refused(name, kind, model, fails_in_one_line):
@@ -88,6 +89,7 @@ def test_a_special_recipe_is_refused(kind, tmp_path, fails_in_one_line):
     fails_in_one_line(["train", tmp_path, "--config", tmp_path / "recipe.yaml"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     [
@@ -124,6 +126,7 @@ def test_metadata_with_a_very_long_line_is_not_read_to_its_end(tmp_path):
     assert time.monotonic() - start < 10
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_a_special_file_is_skipped(tmp_path):
     run(tmp_path)
     newest = tmp_path / "checkpoints" / "step-00000006"
@@ -138,6 +141,7 @@ LIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LIES)
 def test_a_checkpoint_whose_manifest_matches_but_lies_is_refused_in_one_line(name, tmp_path):
     run(tmp_path)
@@ -170,6 +174,7 @@ CONFIGS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: next(iter(config)))
 def test_a_damaged_network_configuration_is_refused_in_one_line(config, model, fails_in_one_line):
     path = model / "unet" / "config.json"
@@ -177,6 +182,7 @@ def test_a_damaged_network_configuration_is_refused_in_one_line(config, model, f
     fails_in_one_line(["sample", model, "--output", model.parent / "x"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize(
     "text", ["", "null", "[]", "{", "[" * 100_000, '{"a": ' * 10_000, "\udcff", "7"]
@@ -192,6 +198,7 @@ TOKENS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("token", TOKENS)
 @pytest.mark.parametrize(
     "form", ["{}", "https://user:{}@host/x", "user/{}", "https://h/x?token={}"]
@@ -228,6 +235,7 @@ ERRORS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_every_out_of_memory_error_is_one_line(error, tmp_path, capsys, monkeypatch):
     assert is_out_of_memory(error)
@@ -243,6 +251,7 @@ def test_every_out_of_memory_error_is_one_line(error, tmp_path, capsys, monkeypa
         run(tmp_path, unet=unet)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_images_that_exhaust_the_memory_still_save_the_updates_before(error, tmp_path):
     class Images:
@@ -303,6 +312,7 @@ def sample(model, output, *more):
     return main([*arguments, str(output), "--num-inference-steps", "2", *more])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`timestep_spacing`")
 @pytest.mark.parametrize("name", ["x.npz", "grid.png", "folder"])
 def test_leftovers_of_a_command_that_was_killed_at_its_end_are_removed(name, model, tmp_path):
@@ -316,6 +326,7 @@ def test_leftovers_of_a_command_that_was_killed_at_its_end_are_removed(name, mod
     assert not list(out.glob("*.parts"))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`timestep_spacing`")
 @pytest.mark.parametrize("name", ["x.npz", "x.npy", "x.parquet", "folder"])
 def test_a_truncated_output_is_sampled_again(name, model, tmp_path):

@@ -440,6 +440,7 @@ BAD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", BAD)
 def test_an_invalid_checkpoint_raises_an_error_of_one_line(checkpoint, tmp_path, fault):
     folder = Path(shutil.copytree(checkpoint, tmp_path / "model"))
@@ -502,6 +503,7 @@ def test_a_large_network_that_fits_into_memory_is_accepted(monkeypatch):
     checkpoint_limits.check_unet_config(config | blocks, "config.json", torch.float16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_safetensors", [True, False])
 def test_pickled_weights_are_ignored_if_there_are_safetensors(tmp_path, use_safetensors):
     folder = save_ours(tmp_path / "model")
@@ -542,6 +544,7 @@ def test_an_incomplete_copy_in_the_cache_is_not_loaded(
         (offline if why == "network" else client).run("load(repo)", repo=repo)
 
 
+@pytest.mark.slow
 def test_our_scheduler_saved_by_a_stock_pipeline_loads_but_must_be_saved_again_to_push(tmp_path):
     scheduler = tiny_scheduler(variance_type="fixed_large")
     DDPMPipeline(tiny_unet(), scheduler).save_pretrained(tmp_path / "stock")

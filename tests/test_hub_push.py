@@ -158,6 +158,7 @@ BAD_FOLDERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", BAD_FOLDERS)
 def test_an_invalid_folder_is_refused_in_one_line(checkpoint, fault):
     spoil, expected = BAD_FOLDERS[fault]
@@ -214,6 +215,7 @@ def test_only_files_of_the_allow_list_are_uploaded(checkpoint):
         assert name in str(result)
 
 
+@pytest.mark.slow
 def test_all_shards_are_uploaded(checkpoint):
     load(checkpoint).save_pretrained(checkpoint, max_shard_size="50KB")
     shards = {p.relative_to(checkpoint).as_posix() for p in (checkpoint / "unet").iterdir()}

@@ -58,6 +58,7 @@ MIXED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", MIXED)
 def test_mixed_modes_become_the_smallest_that_loses_nothing_in_any_order(case, tmp_path):
     one, others, mode, bit_depth = MIXED[case]
@@ -74,6 +75,7 @@ def test_mixed_modes_become_the_smallest_that_loses_nothing_in_any_order(case, t
     np.testing.assert_array_equal(pixels_of(first)[1:, ..., :channels], rest * np.uint16(peak))
 
 
+@pytest.mark.slow
 def test_the_distance_does_not_depend_on_which_image_is_grey(tmp_path):
     grey = Image.fromarray(COLOURS[0]).convert("L")
     real = folder(tmp_path / "real", COLOURS[::-1])
@@ -97,6 +99,7 @@ def test_mixed_sizes_are_refused_with_two_files(tmp_path):
         open_drawn(folder(tmp_path / "y", images[::-1][1:]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(3, 5), (300, 280)])
 def test_images_of_any_size_keep_it(size, tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (2, *size, 3), dtype=np.uint8)
@@ -129,6 +132,7 @@ DAMAGED_PICTURES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", [0, 2])
 @pytest.mark.parametrize("kind", DAMAGED_PICTURES)
 def test_a_damaged_picture_is_named_or_skipped(kind, row, tmp_path):
@@ -143,6 +147,7 @@ def test_a_damaged_picture_is_named_or_skipped(kind, row, tmp_path):
     assert images.labels.tolist() == [0] * 7 + [1] * 8
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("always:15 images used")
 def test_the_command_skips_bad_images_of_both_sets(tmp_path, capsys):
     drawn = folder(tmp_path / "drawn", [PNG[:50], *COLOURS[1:]])
@@ -184,6 +189,7 @@ DAMAGED_ARRAYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DAMAGED_ARRAYS)
 def test_a_damaged_array_file_is_named_in_one_line_without_unsafe_advice(name, tmp_path, capsys):
     data, message = DAMAGED_ARRAYS[name]
@@ -274,6 +280,7 @@ def measured_against(drawn, real):
     return evaluate(drawn, real, metrics=["fd"], features="pixels", progress=False).figures["fd"]
 
 
+@pytest.mark.slow
 def test_drawn_images_of_16_bits_are_compared_with_real_ones_of_8(tmp_path):
     real = folder(tmp_path / "real", GREY[..., 0])
     deep = [Image.fromarray(image.astype(np.uint16) * 257) for image in GREY[::-1, ..., 1]]
@@ -282,6 +289,7 @@ def test_drawn_images_of_16_bits_are_compared_with_real_ones_of_8(tmp_path):
     assert got.value == pytest.approx(want.value, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("real", "message"),
     [

@@ -49,6 +49,7 @@ def _restore_process_settings():
     matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision = precision, conv_precision
 
 
+@pytest.mark.slow
 def test_few_planned_calls_change_no_bit():
     pipeline = build_pipeline()
     before = sample(pipeline)
@@ -58,6 +59,7 @@ def test_few_planned_calls_change_no_bit():
     assert result.speed_up is None
 
 
+@pytest.mark.slow
 def test_settings_chosen_by_measuring_change_float32_samples_by_rounding_only(tmp_path, capsys):
     pipeline = build_pipeline()
     before, weights = sample(pipeline), pipeline.unet.state_dict()
@@ -74,6 +76,7 @@ def test_settings_chosen_by_measuring_change_float32_samples_by_rounding_only(tm
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "expected"),
     [
@@ -112,6 +115,7 @@ def build_guide(**config):
     return pipeline
 
 
+@pytest.mark.slow
 def test_a_guide_gets_the_settings_of_the_network():
     pipeline, guide = build_pipeline(), build_guide()
     call = {"guide": guide, "guidance_scale": 2.0}
@@ -124,6 +128,7 @@ def test_a_guide_gets_the_settings_of_the_network():
     assert str(result.guide).startswith("bfloat16, channels_last")
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_settings_and_draws_the_same_images(tmp_path, capsys):
     build_pipeline().save_pretrained(tmp_path / "model")
     build_guide().save_pretrained(tmp_path / "guide")
@@ -137,6 +142,7 @@ def test_the_command_prints_the_settings_and_draws_the_same_images(tmp_path, cap
     assert abs(exact - fast).max() < (0.1 if supports_bfloat16(torch.device("cpu")) else 1e-3)
 
 
+@pytest.mark.slow
 def test_the_command_measures_with_the_doubled_batch_of_classifier_free_guidance(tmp_path):
     build_pipeline(num_class_embeds=3).save_pretrained(tmp_path / "model")
     batch_sizes = set()
@@ -162,6 +168,7 @@ def set_compiler():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_a_compiled_network_samples_and_saves_like_a_plain_one(set_compiler, tmp_path):
     set_compiler("aot_eager")  # without the C++ compiler, which takes a minute
     pipeline = build_pipeline()
@@ -181,6 +188,7 @@ def wrong_compiler(graph, _):
     return lambda *inputs: [2 * output for output in graph(*inputs)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("compiler", "reason"),
     [(no_compiler, "no compiler here"), (wrong_compiler, "its outputs would be off by 1")],
@@ -195,6 +203,7 @@ def test_a_network_that_cannot_be_compiled_is_unchanged(set_compiler, compiler, 
     assert torch.equal(sample(pipeline), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [{"num_class_embeds": 3}, {"class_embed_type": "timestep"}, {"class_embed_type": "identity"}],
@@ -228,6 +237,7 @@ def test_only_a_clearly_faster_candidate_replaces_the_first(second, third, winne
     assert fastest(seconds) == winner
 
 
+@pytest.mark.slow
 def test_one_thread_is_chosen_if_it_is_faster_than_two():
     slow_with_two = {1: 1000, 2: 300_000}
     call = lambda: sum(range(slow_with_two[torch.get_num_threads()]))  # noqa: E731

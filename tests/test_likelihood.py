@@ -168,6 +168,7 @@ DATA = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
 @pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize("num_inference_steps", [1000, 10])
@@ -223,6 +224,7 @@ def best_variances(rows, data_var):
     return [q.variance + q.coef_x_0**2 * m for (_, q), m in zip(rows, uncertainty, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fixed_small", "fixed_large", "best"])
 @pytest.mark.parametrize("num_inference_steps", sorted(GAP_OF_BOUND))
 def test_the_gap_of_the_bound_on_normal_data_equals_the_table(num_inference_steps, kind):
@@ -497,6 +499,7 @@ BAD_SHAPES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BAD_SHAPES)
 @pytest.mark.parametrize("wrap", [lambda unet: unet, torch.nn.DataParallel, functools.partial])
 @pytest.mark.parametrize("measure", [bits_per_dim, calibrate])

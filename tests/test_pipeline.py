@@ -492,6 +492,7 @@ def test_numpy_integers_are_accepted():
     assert len(tiny_pipeline(unet)(batch_size=np.int64(2), **call).images) == 2
 
 
+@pytest.mark.slow
 def test_a_callback_can_end_sampling(pipeline):
     seen = []
 
@@ -510,6 +511,7 @@ def test_a_callback_can_end_sampling(pipeline):
 # Image formats
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "channels", "bit_depth"),
     [("L", 1, 8), ("LA", 2, 8), ("RGB", 3, 8), ("RGBA", 4, 8), ("L", 1, 16)],
@@ -555,6 +557,7 @@ def test_16_bit_colour_has_16_bits_as_array_and_8_bits_as_pil(mode, channels):
     assert np.array_equal((array.transpose(2, 0, 1) * 65535).round(), levels[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sample_size", "native"),
     [(8, (5, 6)), ((8, 12), (8, 12)), ((8, 12), (7, 9)), (9, (9, 9)), ((6, 7), (6, 7))],
@@ -638,6 +641,7 @@ def conditional():
     return tiny_pipeline(unet, scheduler, facts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("labels", "numbers"),
     [
@@ -662,6 +666,7 @@ def test_classes_are_given_as_numbers_or_names(conditional, labels, numbers):
     assert_close(got, want, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 3.0])
 def test_classifier_free_guidance_extrapolates_from_the_null_class(conditional, scale):
     unet, scheduler = conditional.unet, conditional.scheduler
@@ -679,6 +684,7 @@ def test_classifier_free_guidance_extrapolates_from_the_null_class(conditional, 
     assert_close(conditional(2, seeded(5), **call).images, want, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_guidance_is_limited_to_the_interval_of_log_snr(conditional):
     unet, scheduler = conditional.unet, conditional.scheduler
     x_T = torch.randn(1, 1, 8, 8, generator=(generator := seeded(5)))
@@ -703,6 +709,7 @@ def test_guidance_is_limited_to_the_interval_of_log_snr(conditional):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("as_pipeline", [True, False])
 @pytest.mark.parametrize("knows_classes", [True, False])
 def test_autoguidance_extrapolates_from_the_weaker_model(conditional, as_pipeline, knows_classes):
@@ -753,6 +760,7 @@ def test_an_invalid_guide_or_interval_is_refused(conditional, call, error, messa
         conditional(**{"class_labels": 1, "guidance_scale": 2.0, **call})
 
 
+@pytest.mark.slow
 def test_guidance_keeps_the_learned_variance_of_the_conditional_prediction():
     unet = tiny_unet(num_class_embeds=4, out_channels=2)
     scheduler = tiny_scheduler(num_train_timesteps=5, variance_type="learned_range")
@@ -769,6 +777,7 @@ def test_guidance_keeps_the_learned_variance_of_the_conditional_prediction():
     assert_close(got, want, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_schedulers_without_learned_variance_get_the_channels_of_the_mean():
     unet = tiny_unet(out_channels=2)
     scheduler = DDIMScheduler(**SHORT_CHAIN)
@@ -778,6 +787,7 @@ def test_schedulers_without_learned_variance_get_the_channels_of_the_mean():
     assert_close(tiny_pipeline(unet, scheduler)(**call).images, want, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("embedding", "labels"),
     [
@@ -883,6 +893,7 @@ BAD_CALLS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("call", "error", "message"), BAD_CALLS, ids=lambda v: str(v)[:40])
 def test_an_invalid_argument_is_reported_with_value_and_valid_range(pipeline, call, error, message):
     with pytest.raises(error, match=re.escape(message)):
@@ -951,6 +962,7 @@ def test_guidance_scale_0_samples_without_a_class(conditional):
     np.testing.assert_array_equal(draws[0], draws[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "call", [{"guidance_scale": 2.0, "class_labels": 0}, {"guidance_scale": 0}]
 )
@@ -963,6 +975,7 @@ def test_guidance_of_a_model_that_saw_every_label_is_refused(call):
     assert len(pipeline(class_labels=0).images) == 1
 
 
+@pytest.mark.slow
 def test_guidance_without_a_null_class_is_refused():
     unet = tiny_unet(num_class_embeds=2)
     pipeline = tiny_pipeline(unet, facts=image_facts_of("L", 8, 8, class_names=["a", "b"]))
@@ -1045,6 +1058,7 @@ def test_unsupported_arguments_of_other_schedulers_are_reported(kind, call, mess
         tiny_pipeline(scheduler=scheduler)(**call)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SCHEDULERS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize(
     ("T", "spacing"),
@@ -1065,6 +1079,7 @@ def test_the_default_number_of_steps_of_other_schedulers_works(kind, spacing, T)
         assert images.abs().max() < 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["use_karras_sigmas", "use_exponential_sigmas"])
 @pytest.mark.parametrize(
     "kind", [DPMSolverMultistepScheduler, UniPCMultistepScheduler, DEISMultistepScheduler]

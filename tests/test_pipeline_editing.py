@@ -47,6 +47,7 @@ def seeded(*seeds):
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["covariance", "repaint"])
 @pytest.mark.parametrize(("mode", "size"), [("RGB", (8, 8)), ("L", (7, 6))])
 def test_the_known_half_comes_back_bit_by_bit_and_the_white_half_is_drawn(method, mode, size):
@@ -67,6 +68,7 @@ def test_the_known_half_comes_back_bit_by_bit_and_the_white_half_is_drawn(method
     assert np.allclose(output.std[0], spread, atol=1 / 255)  # of images rounded to 8 bits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", ["inpaint", "image_to_image"])
 def test_an_edited_image_depends_on_its_generator_and_not_on_its_batch(pipeline, call):
     def edit(images, seeds):
@@ -80,6 +82,7 @@ def test_an_edited_image_depends_on_its_generator_and_not_on_its_batch(pipeline,
     torch.testing.assert_close(edit(images[1:2], [7]), edit(images, [5, 7, 9])[1:2])
 
 
+@pytest.mark.slow
 def test_image_to_image_keeps_more_at_a_lower_strength(pipeline):
     image = picture()
 
@@ -96,6 +99,7 @@ def test_image_to_image_keeps_more_at_a_lower_strength(pipeline):
     assert 1 > weak.expected_gain > 0.8 > 0.1 > strong.expected_gain >= 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", [DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler]
 )
@@ -132,6 +136,7 @@ def test_inversion_is_that_of_the_network_and_the_padded_image():
         pipeline.invert(image, num_inference_steps=1)
 
 
+@pytest.mark.slow
 def test_interpolation_takes_images_or_noise_and_ends_at_both(pipeline):
     noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     output = pipeline.interpolate(
@@ -153,6 +158,7 @@ def test_a_combination_of_three_noises_with_one_weight_is_that_noise(pipeline):
     torch.testing.assert_close(output[:1], alone, rtol=0, atol=1e-4)  # rounding of the batch
 
 
+@pytest.mark.slow
 def test_classes_and_guidance_reach_the_network():
     pipeline = pipeline_of(class_names=NAMES)
     call = {"num_inference_steps": 4, "generator": seeded(0)[0], "output_type": "pt"}
@@ -241,6 +247,7 @@ def test_one_label_for_each_image_serves_all_of_its_draws():
     torch.testing.assert_close(both[2:], dog, rtol=0, atol=1e-4)  # rounding of the batch
 
 
+@pytest.mark.slow
 def test_a_class_is_changed_by_inversion_and_the_same_class_gives_the_image_back():
     options = {"num_train_timesteps": 200, "prediction_type": "v_prediction", "clip_sample": False}
     pipeline = pipeline_of(class_names=NAMES, **options)
@@ -276,6 +283,7 @@ def test_the_recommended_setting_edits_with_its_scheduler_and_steps():
     assert (np.asarray(drawn)[:, :4] == np.asarray(picture())[:, :4]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["covariance", "repaint"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_networks_of_16_bits_edit_and_keep_the_known_pixels(method, dtype):
@@ -328,6 +336,7 @@ numpy.save(folder + "/images.npy", numpy.concatenate([*images, guided.images]))
 """
 
 
+@pytest.mark.slow
 def test_a_checkpoint_edits_without_the_package(tmp_path, pipeline):
     pipeline.save_pretrained(tmp_path)
     picture().save(tmp_path / "image.png")

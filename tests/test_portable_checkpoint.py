@@ -314,6 +314,7 @@ def test_saving_again_replaces_the_weights_and_keeps_other_files(tmp_path):
     torch.testing.assert_close(weights, dict(tiny_unet(seed=1).state_dict()), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_saving_replaces_shards_and_keeps_other_variants(tmp_path):
     pipeline = tiny_pipeline()
     pipeline.save_pretrained(tmp_path, max_shard_size="40KB")
@@ -457,6 +458,7 @@ def test_a_save_that_is_killed_leaves_only_complete_files(tmp_path, exists):
 # Checkpoints of other versions and programs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flat", [True, False])
 @pytest.mark.parametrize("pickled", [True, False])
 def test_repositories_of_2022_sample_like_stock_diffusers(tmp_path, flat, pickled):
@@ -468,6 +470,7 @@ def test_repositories_of_2022_sample_like_stock_diffusers(tmp_path, flat, pickle
     close_to_stock(draw(ours), draw(stock))
 
 
+@pytest.mark.slow
 def test_a_stock_pipeline_with_our_scheduler_becomes_portable_when_saved_by_ours(tmp_path):
     DDPMPipeline(unet=tiny_unet(), scheduler=tiny_scheduler()).save_pretrained(tmp_path / "a")
     loaded = GaussianDDPMPipeline.from_pretrained(tmp_path / "a")
@@ -475,6 +478,7 @@ def test_a_stock_pipeline_with_our_scheduler_becomes_portable_when_saved_by_ours
     assert files_of(tmp_path / "b") == files_of(save_ours(tmp_path / "c"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unet", [{}, {"in_channels": 3}])
 def test_checkpoints_of_stock_diffusers_sample_like_stock_diffusers(tmp_path, unet):
     folder = save_stock(tmp_path, tiny_unet(**unet))
@@ -482,6 +486,7 @@ def test_checkpoints_of_stock_diffusers_sample_like_stock_diffusers(tmp_path, un
     close_to_stock(draw(ours), draw(DiffusionPipeline.from_pretrained(folder)))
 
 
+@pytest.mark.slow
 def test_the_dtype_argument_is_applied(tmp_path):
     pipeline = GaussianDDPMPipeline.from_pretrained(
         save_ours(tmp_path / "model"), dtype=torch.bfloat16
@@ -490,6 +495,7 @@ def test_the_dtype_argument_is_applied(tmp_path):
     assert np.isfinite(draw(pipeline)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opened", [GaussianDDPMPipeline.from_pretrained, ddpm_hf.load])
 def test_loading_gives_the_same_bits_for_any_alignment_of_weights_in_the_file(tmp_path, opened):
     pipeline = tiny_pipeline()
@@ -504,6 +510,7 @@ def test_loading_gives_the_same_bits_for_any_alignment_of_weights_in_the_file(tm
         assert np.array_equal(draw(loaded), want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"use_safetensors": None}, {"use_safetensors": True}])
 def test_pickled_weights_are_refused_by_default(tmp_path, options):
     folder = save_legacy(tmp_path, pickled=True)
@@ -539,6 +546,7 @@ def test_our_schedule_survives_conversion_to_ddim_and_back(tmp_path):
     torch.testing.assert_close(back.betas, scheduler.betas, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_weights_in_float8_are_saved_and_checked(tmp_path):
     """Layerwise casting stores weights in float8, for which torch has no isfinite."""
     pipeline = tiny_pipeline()

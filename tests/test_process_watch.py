@@ -31,6 +31,7 @@ def wait_until(holds, limit_s=LIMIT_S):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_or_is_killed_ends_the_others_within_twice_the_timeout():
     """Three pairs of ranks side by side."""
     losses = [(0, signal.SIGSTOP), (1, signal.SIGSTOP), (1, signal.SIGKILL)]
@@ -46,6 +47,7 @@ def test_a_rank_that_hangs_or_is_killed_ends_the_others_within_twice_the_timeout
         assert time.monotonic() - start < 2 * HANG_S + 2
 
 
+@pytest.mark.slow
 def test_a_rank_may_wait_for_longer_than_the_timeout():
     with forked_ranks(["-c", CODE, f"{2 * HANG_S}"]) as processes:
         outputs = [process.communicate(timeout=120)[0] for process in processes]

@@ -35,6 +35,8 @@ from ddpm_hf.evaluation.subjects import is_model
 from ddpm_hf.training import CheckpointError, parse_config
 from ddpm_hf.training.checkpoint_record import find_checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
@@ -117,7 +119,6 @@ def test_a_run_with_only_damaged_checkpoints_is_refused(finished, tmp_path):
         run(tmp_path)
 
 
-@pytest.mark.slow
 def test_a_compiled_run_resumes_uncompiled_and_back(finished, tmp_path, monkeypatch):
     for backend, steps in (("EAGER", 2), ("NO", 4), ("EAGER", 6)):
         monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", backend)

@@ -77,6 +77,7 @@ def error_of(capsys, model, *options):
     return capsys.readouterr().err.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:PNG files keep 8")
 @pytest.mark.parametrize(
     ("kind", "mode"),
@@ -105,6 +106,7 @@ def test_image_files_and_arrays_hold_the_pixels_of_each_model(models, tmp_path, 
         np.testing.assert_array_equal(read, pixels)
 
 
+@pytest.mark.slow
 def test_five_channels_are_saved_as_a_grid_or_an_array(models, tmp_path, capsys):
     five = models["five channels"]
     error = error_of(capsys, five, "--output", str(tmp_path / "folder"))
@@ -123,6 +125,7 @@ def test_png_files_of_16_bit_colour_give_a_warning(models, tmp_path, capsys):
     assert "an output that ends in .npz keeps all" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_scheduler_samples_in_its_usual_number_of_steps(models, tmp_path, name):
     output = tmp_path / "x.npy"
@@ -139,6 +142,7 @@ def test_every_compatible_scheduler_of_diffusers_is_listed():
     assert all(hasattr(diffusers, f"{name}Scheduler") for name in SCHEDULERS)
 
 
+@pytest.mark.slow
 def test_scheduler_and_spacing_give_the_images_of_the_python_interface(models, tmp_path):
     options = ("--scheduler", "DDIM", "--timestep-spacing", "linspace", "--num-images", "1")
     sample(models["RGB"], *options, "--output", str(tmp_path / "x.npy"), steps="7")
@@ -150,6 +154,7 @@ def test_scheduler_and_spacing_give_the_images_of_the_python_interface(models, t
     np.testing.assert_array_equal(np.load(tmp_path / "x.npy")[0], image)
 
 
+@pytest.mark.slow
 def test_calibrated_timesteps_give_the_images_of_the_python_interface(models, tmp_path, capsys):
     pipeline = GaussianDDPMPipeline.from_pretrained(models["RGB"])
     mse = torch.linspace(0.01, 0.5, T)
@@ -179,6 +184,7 @@ def drawn(model, output, *options):
     return np.load(output)
 
 
+@pytest.mark.slow
 def test_class_labels_are_names_or_numbers(models, tmp_path):
     model, files = models["classes"], iter(tmp_path / f"{i}.npy" for i in range(9))
     four = ("--num-images", "4")
@@ -195,6 +201,7 @@ def test_class_labels_are_names_or_numbers(models, tmp_path):
     np.testing.assert_allclose(in_parts, every, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_guidance_changes_the_images(models, tmp_path):
     model, two = models["classes"], ("--num-images", "2", "--class-labels", "cat")
     plain = drawn(model, tmp_path / "a.npy", *two)
@@ -203,6 +210,7 @@ def test_guidance_changes_the_images(models, tmp_path):
     drawn(model, tmp_path / "c.npy", *two, "--scheduler", "EulerDiscrete")  # it has no eta
 
 
+@pytest.mark.slow
 def test_guide_and_guidance_interval_and_a_grid_with_a_row_per_class(models, tmp_path):
     model, two = models["classes"], ("--num-images", "2", "--class-labels", "cat")
     plain = drawn(model, tmp_path / "a.npy", *two)
@@ -220,6 +228,7 @@ def test_guide_and_guidance_interval_and_a_grid_with_a_row_per_class(models, tmp
         assert grid.width > grid.height  # two rows of two images, one empty, with names
 
 
+@pytest.mark.slow
 def test_variant_selects_the_weights(models, tmp_path, capsys):
     model = save(tmp_path / "half", build_unet(), variant="fp16")
     assert "--variant" in error_of(capsys, model, "--output", str(tmp_path / "x.npy"))
@@ -227,6 +236,7 @@ def test_variant_selects_the_weights(models, tmp_path, capsys):
     np.testing.assert_array_equal(images, drawn(models["RGB"], tmp_path / "y.npy"))
 
 
+@pytest.mark.slow
 def test_allow_pickle_loads_pickled_weights(models, tmp_path, capsys):
     model = save(tmp_path / "old", build_unet())
     (model / "unet" / "diffusion_pytorch_model.safetensors").unlink()
@@ -236,6 +246,7 @@ def test_allow_pickle_loads_pickled_weights(models, tmp_path, capsys):
     np.testing.assert_array_equal(images, drawn(models["RGB"], tmp_path / "y.npy"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
@@ -288,6 +299,7 @@ def test_output_and_format_determine_the_path(output, file_format, expected):
     assert OutputOptions(output=output, format=file_format).output_path() == Path(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["grid.png", "x.npz", "folder"])
 def test_existing_images_are_replaced_only_with_overwrite(models, tmp_path, capsys, name):
     output = tmp_path / name
@@ -314,6 +326,7 @@ def test_a_tilde_is_the_home_directory(models, tmp_path, monkeypatch):
     assert (tmp_path / "x.png").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("always:`timestep_spacing`")
 def test_a_warning_is_one_line_without_source_location(models, tmp_path, capsys):
     output = ("--output", str(tmp_path / "x.png"))

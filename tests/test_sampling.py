@@ -27,6 +27,7 @@ def all_of(drawn, batch_size=64):
     return np.concatenate(list(drawn.batches(batch_size)))
 
 
+@pytest.mark.slow
 def test_draw_to_gives_the_images_of_draw_images(tmp_path):
     pipeline = build_pipeline()
     drawn = draw_to(pipeline, tmp_path / "x", 10, seed=3, **CALL)
@@ -59,6 +60,7 @@ def test_resume_samples_missing_batches_only(tmp_path):
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "difference"),
     [

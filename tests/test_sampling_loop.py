@@ -27,6 +27,7 @@ def pipeline():
     return tiny_pipeline()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "call",
     [

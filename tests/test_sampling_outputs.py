@@ -16,6 +16,8 @@ from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler
 from ddpm_hf.cli import main
 from ddpm_hf.sampling import draw_images, draw_to, open_drawn
 
+pytestmark = pytest.mark.slow
+
 N = 10
 OPTIONS = ["--num-images", str(N), "--num-inference-steps", "2", "--batch-size", "4"]
 NAMES = ("x.npz", "x.npy", "x.parquet", "folder")
@@ -190,7 +192,6 @@ def test_overwrite_deletes_numbered_image_files_only(model, tmp_path):
     assert names_in(tmp_path / "x") == sorted([*photos, "00000.png"])
 
 
-@pytest.mark.slow
 def test_two_killed_and_restarted_processes_sample_the_images_of_one(model, tmp_path, capsys):
     command = ["sample", str(model), "--num-images", "99", "--batch-size", "4"]
     assert main([*command, "--output", str(tmp_path / "one.npz")]) == 0

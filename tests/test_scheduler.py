@@ -288,6 +288,7 @@ def test_a_trajectory_from_zero_terminal_snr_samples_the_data(prediction):
     assert_close(chain(scheduler, network, randn(2, 3, 4, seed=1)), x_0, rtol=0, atol=1e-13)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("K", STD_OF_SAMPLES)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_samples_of_normal_data_have_the_known_standard_deviation(K, prediction):
@@ -765,6 +766,7 @@ def test_a_step_dispatches_few_operations_and_transfers_no_table(variance_type):
     assert passes == ["mul", "addcmul_"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variance_type", VARIANCE_TYPES)
 @pytest.mark.parametrize("thresholding", [{}, {"thresholding": True, "sample_max_value": 2.0}])
 def test_no_method_synchronizes_with_a_device(variance_type, thresholding):

@@ -114,6 +114,7 @@ def test_help_lists_every_schedule():
     assert "beta_schedule_params: dict[str, float] | None = None" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FOREIGN)
 def test_keys_of_other_schedulers_are_dropped(name, tmp_path):
     other = getattr(diffusers, name)()

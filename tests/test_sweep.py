@@ -53,6 +53,7 @@ def read(folder):
     return CheckpointCalibration.from_dict(json.loads((folder / "calibration.json").read_text()))
 
 
+@pytest.mark.slow
 def test_the_recommended_setting_is_stored_in_the_model_and_shown_in_its_card(
     photos, tmp_path, monkeypatch, capsys
 ):
@@ -107,6 +108,7 @@ def run(code, model):
     return space["pipe"], space["images"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "num_steps"),
     [(SDE, 4), ("DDIM:timestep_spacing=trailing", 4), (sweep.PUBLISHED, 20)],
@@ -133,6 +135,7 @@ def drawn_by(folder):
     return json.loads((folder / "x.npz.json").read_text())["settings"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [GaussianDDPMScheduler, DDIMScheduler])
 @pytest.mark.parametrize(
     ("options", "want"),
@@ -158,6 +161,7 @@ def test_sample_uses_the_recommended_setting_unless_the_user_chooses(
     assert settings["num_inference_steps"] == (want[1] or own[1])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("always:the recommended setting")
 def test_an_unknown_recommended_setting_is_ignored_with_a_warning(tmp_path, capsys):
     model = save_model(tmp_path / "m", {"scheduler": "Newer", "num_inference_steps": 4})

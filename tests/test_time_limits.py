@@ -65,6 +65,7 @@ def test_a_process_past_its_limit_is_killed_with_its_children_and_their_stacks_a
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_every_subprocess_of_the_tests_has_a_time_limit():
     """The functions of `processes` have one; `subprocess` is for commands without children."""
     unlimited = []

@@ -20,6 +20,8 @@ from torch.testing import assert_close
 
 from ddpm_hf.training import CheckpointError, ConfigError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_stopped_and_resumed_run_is_bit_equal_to_a_straight_one(tmp_path, accumulation):

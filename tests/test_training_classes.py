@@ -54,6 +54,7 @@ def run(folder, pets, unet=None, **options):
     return train(config, unet=unet or tiny_unet(num_class_embeds=3), dataset=labelled(pets))
 
 
+@pytest.mark.slow
 def test_a_trained_class_can_be_sampled_by_name(tmp_path, pets):
     result = run(
         tmp_path / "run",
@@ -75,6 +76,7 @@ def test_a_trained_class_can_be_sampled_by_name(tmp_path, pets):
     assert means["dog"] > 0.6
 
 
+@pytest.mark.slow
 @few_steps
 def test_sub_folders_are_classes(tmp_path, pets, capsys):
     config = tiny_config(
@@ -105,6 +107,7 @@ def with_labels(numbers, names=("cat", "dog", "eel")):
     return rows.cast_column("label", ClassLabel(names=list(names)))
 
 
+@pytest.mark.slow
 @few_steps
 @pytest.mark.parametrize("validation_split", [None, "0.5"])
 def test_classes_without_a_training_image_are_named_and_not_sampled(
@@ -129,6 +132,7 @@ def test_classes_without_a_training_image_are_named_and_not_sampled(
     assert image_facts(unet).class_counts[2] == 0
 
 
+@pytest.mark.slow
 @few_steps
 def test_unbalanced_classes_are_mentioned_in_the_plan(tmp_path, capsys):
     config = tiny_config(tmp_path / "run", **OPTIONS, max_train_steps=1, lr_warmup_steps=0)
@@ -138,6 +142,7 @@ def test_unbalanced_classes_are_mentioned_in_the_plan(tmp_path, capsys):
     assert "the classes are unbalanced: 1 image of 'dog', 10 of 'cat'" in text
 
 
+@pytest.mark.slow
 @few_steps
 @pytest.mark.parametrize(
     ("dropout", "numbers", "is_trained"),
@@ -165,6 +170,7 @@ def test_undeclared_labels_are_refused_before_the_first_update(tmp_path):
         train(tiny_config(tmp_path / "run", **OPTIONS), dataset=labels)
 
 
+@pytest.mark.slow
 def test_unused_classes_are_mentioned_in_the_plan(tmp_path, pets, capsys):
     config = tiny_config(tmp_path / "run", dataset=pets, max_train_steps=1, lr_warmup_steps=0)
     with command_messages(TrainingConfig):
@@ -173,6 +179,7 @@ def test_unused_classes_are_mentioned_in_the_plan(tmp_path, pets, capsys):
     assert pipeline.unet.config.num_class_embeds is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_resumed_run_with_classes_is_bit_equal_to_a_straight_one(tmp_path, pets, accumulation):
     options = {"gradient_accumulation_steps": accumulation, "class_dropout": 0.5}
@@ -200,6 +207,7 @@ def test_class_dropout_has_the_given_probability_and_depends_on_seed_and_update_
     assert not dropped_labels(0, 3, 64, 0.0, "cpu").any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dropout", "told"), [(0.0, {0, 1}), (0.999999, {2})])
 def test_class_dropout_replaces_the_class_by_the_null_class(tmp_path, pets, dropout, told):
     unet, seen = tiny_unet(num_class_embeds=3), set()
@@ -210,6 +218,7 @@ def test_class_dropout_replaces_the_class_by_the_null_class(tmp_path, pets, drop
     assert seen == told
 
 
+@pytest.mark.slow
 def test_an_unconditional_network_with_new_class_embeddings_samples_as_before(tmp_path, pets):
     scheduler = GaussianDDPMScheduler(20, beta_schedule="squaredcos_cap_v2")
     before = GaussianDDPMPipeline(tiny_unet(), scheduler)
@@ -230,6 +239,7 @@ def test_an_unconditional_network_with_new_class_embeddings_samples_as_before(tm
     np.testing.assert_array_equal(draws[0], draws[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("unet", "options", "message"),
     [
@@ -267,6 +277,7 @@ def test_row_names_of_a_grid_do_not_change_its_images_and_are_truncated():
     assert np.array_equal(np.asarray(right), np.asarray(plain))
 
 
+@pytest.mark.slow
 @few_steps
 @pytest.mark.filterwarnings("ignore:6 images used, 6 left out", "ignore:there is no split")
 def test_measurements_read_the_classes_from_the_column_of_training(tmp_path, pets):

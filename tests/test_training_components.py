@@ -23,6 +23,8 @@ from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler, load, train
 from ddpm_hf.losses import simple_loss
 from ddpm_hf.training import ConfigError
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_model_loads_in_stock_diffusers_with_the_ema_weights(tmp_path):
     result = run(tmp_path)

@@ -32,6 +32,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -72,6 +73,7 @@ def test_secrets_in_urls_are_hidden(argv):
     assert "S3cret" not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`timestep_spacing`")
 def test_photos_with_one_16_bit_grey_image_are_trained_on_in_8_bits(tmp_path):
     files = {**PHOTOS, "deep.png": zoo.encode(zoo.grey(8, 8).astype("uint16") * 257)}
@@ -86,6 +88,7 @@ def test_photos_with_one_16_bit_grey_image_are_trained_on_in_8_bits(tmp_path):
     assert (tmp_path / "deep" / "samples" / "step-00000001.png").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`timestep_spacing`")
 def test_a_run_inside_its_dataset_resumes_without_training_on_its_samples(tmp_path):
     photos = folder_of(tmp_path / "photos", PHOTOS)
@@ -107,6 +110,7 @@ def test_images_below_3_pixels_per_side_are_rejected(tmp_path, shape):
         TrainingConfig(resolution=2)
 
 
+@pytest.mark.slow
 def test_a_folder_loaded_by_datasets_is_trained_on(tmp_path):
     root = folder_of(tmp_path / "photos", PHOTOS)
     images = datasets.load_dataset("imagefolder", data_dir=str(root))

@@ -61,6 +61,7 @@ def as_unit(images):
     return torch.stack(list(images)) / 2 + 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [None, "0.4"])
 def test_distance_and_floor_equal_those_of_evaluate(tmp_path, capsys, share):
     result = run(tmp_path, validation_split=share)
@@ -85,6 +86,7 @@ def test_distance_and_floor_equal_those_of_evaluate(tmp_path, capsys, share):
     assert entries[6] == pytest.approx(want, rel=1e-5)  # the features are float32
 
 
+@pytest.mark.slow
 def test_evaluation_does_not_change_the_weights_and_is_reproduced_by_a_resumed_run(tmp_path, cache):
     run(tmp_path / "without", evaluate_steps=None)
     run(tmp_path / "straight")
@@ -106,6 +108,7 @@ def test_evaluation_does_not_change_the_weights_and_is_reproduced_by_a_resumed_r
     assert not evaluation_entries(tmp_path / "without")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -39,6 +39,7 @@ def overflowing_on_black(denoiser, scheduler, x_0, t, noise):
 BLACK = torch.full((1, 8, 8), -1.0)
 
 
+@pytest.mark.slow
 def test_a_non_finite_gradient_does_not_change_weights_or_moments(tmp_path):
     # One of four images is black and a batch is one image: every fourth update is skipped.
     config = tiny_config(
@@ -63,6 +64,7 @@ def test_a_non_finite_gradient_does_not_change_weights_or_moments(tmp_path):
         assert all(torch.isfinite(value).all() for value in load_file(path).values()), path
 
 
+@pytest.mark.slow
 def test_a_run_without_finite_gradients_raises_and_saves_no_bad_checkpoint(tmp_path):
     config = tiny_config(tmp_path, max_train_steps=100)
     with pytest.raises(TrainingError, match="learning_rate"):
@@ -79,6 +81,7 @@ def test_non_finite_initial_weights_raise(tmp_path):
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_sampling_saves_the_current_update(tmp_path, number):
     unet = tiny_unet()
@@ -99,6 +102,7 @@ def test_a_signal_while_sampling_saves_the_current_update(tmp_path, number):
     assert not list(tmp_path.glob("samples/*"))
 
 
+@pytest.mark.slow
 def test_two_runs_cannot_share_a_folder(tmp_path):
     def start_another():
         with pytest.raises(CheckpointError, match=f"in use by process {os.getpid()}"):
@@ -115,6 +119,7 @@ def test_an_uncreatable_output_folder_raises_before_images_are_read(tmp_path):
     assert images.reads == 0
 
 
+@pytest.mark.slow
 @few_steps
 def test_no_file_of_a_run_is_a_pickle(tmp_path):
     run(tmp_path, num_samples=2, sample_steps=3, sample_inference_steps=2)
@@ -123,6 +128,7 @@ def test_no_file_of_a_run_is_a_pickle(tmp_path):
     assert not [path for path, start in starts.items() if start in (b"PK", b"\x80\x02")]
 
 
+@pytest.mark.slow
 def test_old_checkpoints_are_pruned_and_other_folders_kept(tmp_path):
     (tmp_path / "checkpoints" / "step-mine").mkdir(parents=True)
     run(tmp_path, checkpointing_steps=1, checkpoints_total_limit=3)
@@ -138,6 +144,7 @@ def test_a_folder_with_a_foreign_model_is_not_overwritten(tmp_path):
     assert [p.name for p in tmp_path.rglob("*")] == ["model", "mine.py"]
 
 
+@pytest.mark.slow
 def test_user_files_in_a_run_folder_are_kept(tmp_path):
     run(tmp_path, max_train_steps=2)
     (tmp_path / "model" / "LICENSE").write_text("MIT")
@@ -155,6 +162,7 @@ def test_a_run_that_fails_to_start_creates_no_folder(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_a_temporarily_full_disk_skips_only_the_writes_due_then(tmp_path, caplog):
     """From update 2 to 4 files are limited to 2 kB, as on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -182,6 +190,7 @@ def test_a_temporarily_full_disk_skips_only_the_writes_due_then(tmp_path, caplog
     assert straight.model_dir.exists()
 
 
+@pytest.mark.slow
 @few_steps
 def test_resuming_exports_a_missing_model(tmp_path):
     options = {"num_samples": 1, "sample_inference_steps": 2, "max_train_steps": 2}
@@ -195,6 +204,7 @@ def test_resuming_exports_a_missing_model(tmp_path):
     assert_equal_bits(before, checkpoint(tmp_path, 2))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_before_the_first_log_entry_exports_a_model(tmp_path, caplog):
     seen = []
     images = Images(tiny_images(), 14, lambda: seen.append((tmp_path / "model").exists()))
@@ -213,6 +223,7 @@ class FailsToSample(UNet2DModel):
         return super().forward(*args, **options)
 
 
+@pytest.mark.slow
 def test_a_failed_sample_grid_does_not_stop_the_run(tmp_path, caplog):
     unet = FailsToSample(**{k: v for k, v in tiny_unet().config.items() if k[0] != "_"})
     result = run(tmp_path, unet=unet, num_samples=1, sample_steps=3, checkpointing_steps=3)
@@ -221,6 +232,7 @@ def test_a_failed_sample_grid_does_not_stop_the_run(tmp_path, caplog):
     assert load_file(result.model_dir / "unet" / "diffusion_pytorch_model.safetensors")
 
 
+@pytest.mark.slow
 def test_out_of_memory_suggests_gradient_accumulation(tmp_path):
     images = Images(tiny_images(), 10, lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
     with pytest.raises(TrainingError, match="`gradient_accumulation_steps` 2"):
@@ -239,6 +251,7 @@ def test_a_failed_compilation_suggests_to_turn_it_off(tmp_path):
         run(tmp_path, unet=unet)
 
 
+@pytest.mark.slow
 def test_a_failing_tracker_is_disabled_with_a_warning(tmp_path, caplog, monkeypatch):
     (tmp_path / "logs").write_text("in the way of TensorBoard's folder")
     assert run(tmp_path).num_steps == 6
@@ -246,6 +259,7 @@ def test_a_failing_tracker_is_disabled_with_a_warning(tmp_path, caplog, monkeypa
     assert len(metrics(tmp_path)) == 6
 
 
+@pytest.mark.slow
 def test_a_run_waits_for_the_lock_held_by_workers_of_a_killed_run(tmp_path):
     """Workers inherit the lock and notice the death of their parent only after seconds."""
     with started([sys.executable, "-c", ""]) as dead:
@@ -259,6 +273,7 @@ def test_a_run_waits_for_the_lock_held_by_workers_of_a_killed_run(tmp_path):
         assert worker.wait(LIMIT_S) == 0
 
 
+@pytest.mark.slow
 def test_leftovers_of_a_crash_are_removed_and_the_model_is_restored(tmp_path):
     run(tmp_path, max_train_steps=4)
     # One crash between the two renames of the model, and one while writing a checkpoint.

@@ -101,6 +101,7 @@ def test_loader_workers_do_not_change_the_images():
     assert torch.equal(*loads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("native", "multiple", "padded", "before"),
     [

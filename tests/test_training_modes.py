@@ -7,6 +7,8 @@ from tiny_runs import tiny_config, tiny_unet
 
 from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler, train
 
+pytestmark = pytest.mark.slow
+
 GREY, RED, CLEAR = (
     Image.new("L", (8, 8), 90), Image.new("RGB", (8, 8), "red"), Image.new("RGBA", (8, 8), "#f008")
 )  # fmt: skip

@@ -42,6 +42,7 @@ def run(folder, *, unet=None, dataset=None, **options):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "accumulation"),
     [(HYBRID, 1), (BY_LOSS, 2), (VLB, 1)],
@@ -86,6 +87,7 @@ class Thrice(UniformTimesteps):
         return t, 3 * weights
 
 
+@pytest.mark.slow
 def test_losses_are_multiplied_by_the_importance_weights_of_their_timesteps(tmp_path, monkeypatch):
     first = {}
     for name, sampler in (("once", UniformTimesteps), ("thrice", Thrice)):
@@ -96,6 +98,7 @@ def test_losses_are_multiplied_by_the_importance_weights_of_their_timesteps(tmp_
         assert first["thrice"][value] == pytest.approx(3 * first["once"][value], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_every_objective_option_changes_the_loss(tmp_path):
     one = {"max_train_steps": 1, "lr_warmup_steps": 1}
     seen = {}
@@ -130,6 +133,7 @@ def test_contradicting_objective_options_raise(tmp_path, options, message):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_proposed_network_has_output_channels_for_a_learned_variance(tmp_path):
     result = train(
         tiny_config(tmp_path, **HYBRID, max_train_steps=1, lr_warmup_steps=0), dataset=on_grid()
@@ -140,6 +144,7 @@ def test_a_proposed_network_has_output_channels_for_a_learned_variance(tmp_path)
     assert pipeline(num_inference_steps=4, output_type="np").images.shape == (1, 8, 8, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fixed", ["fixed_small", "fixed_large"])
 def test_a_pretrained_network_widened_for_a_learned_variance_samples_as_before(
     tmp_path, fixed, capsys
@@ -163,6 +168,7 @@ def test_a_pretrained_network_widened_for_a_learned_variance_samples_as_before(
     assert_close(after, before, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_partial_function_can_be_the_loss(tmp_path):
     half = functools.partial(hybrid_loss, vlb_weight=0.5)
     config = tiny_config(tmp_path, **HYBRID, max_train_steps=2)

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ddpm_hf.app.served_models import ServedModel
-from ddpm_hf.diffusion.image_processor import image_facts
+from ddpm_hf.diffusion.image_format import image_facts
 from ddpm_hf.pictures import to_rgb
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
