@@ -26,7 +26,7 @@ type: $(READY) ## Check the types
 	$(BIN)/mypy
 
 test-quick: $(READY) ## Tests without the slow ones: 4 to 5 minutes on 2 cores
-	$(PYTEST) -m "not slow" $$(grep -L "^pytestmark = pytest.mark.slow" tests/test_*.py)
+	$(PYTEST) -m "not slow" $$(grep -L "^pytestmark = .*pytest.mark.slow" tests/test_*.py)
 
 test: $(READY) ## All tests, offline: about 11 minutes on 2 cores
 	$(PYTEST)

@@ -181,6 +181,7 @@ def test_characters_that_the_output_cannot_encode_are_escaped(tmp_path):
     assert done.stdout.splitlines() == ["\\u732b tea"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_unbuffered", ["", "1"])
 @pytest.mark.parametrize("num_lines", [1, 100_000])
 def test_a_closed_pipe_ends_a_command_quietly(tmp_path, num_lines, is_unbuffered):

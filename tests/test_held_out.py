@@ -20,7 +20,10 @@ from ddpm_hf.evaluation.results import Evaluation
 from ddpm_hf.randomness import seed_of
 from ddpm_hf.training.dataset_setup import hold_out
 
-pytestmark = pytest.mark.slow, pytest.mark.filterwarnings("ignore:`timestep_spacing`")  # few steps
+pytestmark = [pytest.mark.slow, *[]
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:`timestep_spacing`"),
+]  # few steps
 NUM_IMAGES, NUM_HELD_OUT = 20, 5
 DRAWN = HoldOut(NUM_HELD_OUT, NUM_IMAGES, seed=0)
 TRAINED_ON, HELD_OUT = DRAWN.rows()

@@ -70,6 +70,7 @@ def verify(model, photos, tmp_path):
     return status
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -112,6 +113,7 @@ def test_options_that_a_card_may_not_choose_are_refused_with_the_reason(
     assert reason in capsys.readouterr().err.replace("num-images", "num_images")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "figure",
     [
@@ -150,6 +152,7 @@ def test_a_claim_that_cannot_be_checked_gives_status_1(figure, model, photos, tm
     assert "Traceback" not in printed.err
 
 
+@pytest.mark.slow
 def test_names_of_a_card_are_printed_on_one_line_without_control_characters(
     model, photos, tmp_path, capsys
 ):
@@ -162,6 +165,7 @@ def test_names_of_a_card_are_printed_on_one_line_without_control_characters(
     assert max(map(len, printed.out.splitlines())) < 400
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     ["a/b", "./photos", "../x/photos", "/etc/passwd", "a/b/c", "https://x/y", "hf://datasets/a/b",
@@ -179,6 +183,7 @@ def test_a_card_names_datasets_on_the_hub_only(name, model, tmp_path, monkeypatc
     assert "Traceback" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a/b", "../b", "/a/b", "~/b", "a/b/c", "backbone"])
 def test_a_card_names_features_on_the_hub_only(name, model, photos, tmp_path, monkeypatch, capsys):
     (tmp_path / "a" / "b").mkdir(parents=True)
@@ -216,6 +221,7 @@ CARDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CARDS)
 def test_metadata_that_costs_time_or_is_invalid_is_refused_in_one_line(
     kind, model, photos, tmp_path, capsys, monkeypatch
@@ -229,6 +235,7 @@ def test_metadata_that_costs_time_or_is_invalid_is_refused_in_one_line(
     assert not (tmp_path / "owned").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("always:README.md has metadata")
 @pytest.mark.parametrize("kind", ["aliases", "itself", "flow", "nested", "long", "many keys"])
 def test_updates_and_pushes_of_a_card_leave_such_metadata_alone(kind, model):

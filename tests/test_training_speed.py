@@ -15,10 +15,11 @@ from ddpm_hf import TrainingError
 from ddpm_hf.backend_settings import use_num_threads
 from ddpm_hf.training import ConfigError, parse_config
 
+pytestmark = pytest.mark.slow
+
 MEASURED = 101  # updates; a shorter run on a CPU makes no trials
 
 
-@pytest.mark.slow
 def test_gradient_checkpointing_recomputes_activations_and_may_change_on_resume(tmp_path):
     calls, options = {}, {"lr_scheduler": "constant"}
     for folder, on, steps in (("plain", False, 6), ("other", True, 3), ("other", False, 6)):
@@ -38,7 +39,6 @@ def test_gradient_checkpointing_recomputes_activations_and_may_change_on_resume(
     assert_equal_bits(checkpoint(tmp_path / "plain", 6), checkpoint(tmp_path / "other", 6))
 
 
-@pytest.mark.slow
 def test_a_resumed_bf16_run_equals_an_uninterrupted_one(tmp_path):
     options = {"lr_scheduler": "constant", "mixed_precision": "bf16"}
     run(tmp_path / "straight", **options)
@@ -47,7 +47,6 @@ def test_a_resumed_bf16_run_equals_an_uninterrupted_one(tmp_path):
     assert_equal_bits(checkpoint(tmp_path / "straight", 6), checkpoint(tmp_path / "resumed", 6))
 
 
-@pytest.mark.slow
 @torch._dynamo.config.patch(disable=True)  # compiling takes a minute
 def test_a_compiled_run_stays_compiled_on_resume(tmp_path, capsys):
     run(tmp_path, max_train_steps=2, lr_scheduler="constant", compile=True)
@@ -67,7 +66,6 @@ class WrongWhenCompiled(UNet2DModel):
         return super().forward(sample, *args, **options)
 
 
-@pytest.mark.slow
 def test_a_network_with_wrong_compiled_gradients_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
     unet = WrongWhenCompiled(**{k: v for k, v in tiny_unet().config.items() if k[0] != "_"})

@@ -57,6 +57,7 @@ def test_held_out_and_training_images_are_disjoint():
     assert hold_out(images, 0.3, seed=1)[1].indices != held_out.indices
 
 
+@pytest.mark.slow
 def test_bits_per_dim_are_measured_when_due_and_written_to_metrics_and_card(tmp_path, capsys):
     result = run(tmp_path)
     seen = measured(tmp_path)
@@ -73,6 +74,7 @@ def test_bits_per_dim_are_measured_when_due_and_written_to_metrics_and_card(tmp_
     assert f"{seen[6]:.3f}"[:4] in render_model_card(card_facts(result.model_dir))
 
 
+@pytest.mark.slow
 def test_validation_does_not_change_the_weights_and_is_equal_after_resume(tmp_path):
     run(tmp_path / "straight")
     run(tmp_path / "seldom", validation_steps=6)
@@ -85,12 +87,14 @@ def test_validation_does_not_change_the_weights_and_is_equal_after_resume(tmp_pa
     assert measured(tmp_path / "resumed")[6] == measured(tmp_path / "straight")[6]
 
 
+@pytest.mark.slow
 def test_each_validation_image_has_its_own_noise_and_timesteps(tmp_path):
     run(tmp_path, dataset=on_grid(1) * 20, max_train_steps=2)
     # The images are equal, so the standard error comes from noise and timesteps alone.
     assert metrics(tmp_path)[-1]["validation_standard_error"] > 1e-3
 
 
+@pytest.mark.slow
 def test_the_best_model_is_kept(tmp_path):
     run(tmp_path, keep_best=True, validation_steps=1, max_train_steps=8, learning_rate=0.05)
     values = measured(tmp_path)
@@ -101,6 +105,7 @@ def test_the_best_model_is_kept(tmp_path):
     assert isinstance(load(tmp_path / "best"), GaussianDDPMPipeline)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [("",), ("cat", "dog")], ids=["no classes", "classes"])
 def test_a_split_of_the_dataset_is_validated(tmp_path, classes):
     for split, count in (("train", 6), ("test", 3)):
@@ -136,6 +141,7 @@ def test_a_fraction_is_a_number_in_python_and_the_same_text_on_the_command_line(
     assert given.validation_split == "0.25"
 
 
+@pytest.mark.slow
 def test_the_finished_model_is_calibrated(tmp_path, capsys):
     straight = run(tmp_path / "one", calibrate=True)
     assert "6 held-out images, 21 network calls each, at the end" in capsys.readouterr().out
@@ -152,6 +158,7 @@ def test_the_finished_model_is_calibrated(tmp_path, capsys):
     assert torch.equal(load(again.model_dir).scheduler.x_0_mse, curve)
 
 
+@pytest.mark.slow
 def test_a_failed_calibration_warns_and_the_model_is_written(tmp_path, caplog):
     images = tiny_images(6)  # not 8-bit values
     config = tiny_config(tmp_path, **OPTIONS | {"validation_split": None, "calibrate": True})

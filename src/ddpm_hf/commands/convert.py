@@ -62,9 +62,7 @@ class ConvertCommand(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.preset is None) == (self.config is None):
-            raise OptionError(
-                f"pass either `preset` or `config`; presets: {', '.join(PRESETS)}"
-            )
+            raise OptionError(f"pass either `preset` or `config`; presets: {', '.join(PRESETS)}")
 
 
 def run(argv: list[str]) -> int:
