@@ -20,10 +20,8 @@ from ddpm_hf.evaluation.results import Evaluation
 from ddpm_hf.randomness import seed_of
 from ddpm_hf.training.dataset_setup import hold_out
 
-pytestmark = [pytest.mark.slow, *[]
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore:`timestep_spacing`"),
-]  # few steps
+few_steps = pytest.mark.filterwarnings("ignore:`timestep_spacing`")
+pytestmark = [pytest.mark.slow, few_steps]
 NUM_IMAGES, NUM_HELD_OUT = 20, 5
 DRAWN = HoldOut(NUM_HELD_OUT, NUM_IMAGES, seed=0)
 TRAINED_ON, HELD_OUT = DRAWN.rows()
