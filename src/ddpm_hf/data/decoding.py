@@ -111,7 +111,7 @@ def install_hint(suffixes: Iterable[str]) -> str:
 
 def cell_name(cell: Cell | None) -> str:
     """Quoted path of a cell in parentheses, for a message; empty without path."""
-    return f" ({cell['path']!r})" if cell and cell["path"] else ""
+    return f" ({cell['path']!r:.300})" if cell and cell["path"] else ""
 
 
 def read_headers(cells: Sequence[Cell | None], root: str | None) -> dict[str, list[Any]]:

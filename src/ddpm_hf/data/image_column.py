@@ -58,7 +58,8 @@ def declared_mode(feature: Any) -> str | None:
 def _may_hold_files(feature: Any) -> bool:
     """Whether the type fits encoded images that a parquet file does not declare as images."""
     if isinstance(feature, dict):
-        return set(feature) == {"bytes", "path"}
+        are_values = all(isinstance(part, datasets.Value) for part in feature.values())
+        return are_values and set(feature) == {"bytes", "path"}
     return isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
 
 

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from ddpm_hf.data.decoding import EXTENSIONS
 from ddpm_hf.data.errors import DataError
+from ddpm_hf.data.file_limits import MAX_LINE_BYTES, check_lines, parquet_options
 from ddpm_hf.data.folder_labels import (
     LABEL_FILE,
     FolderLabels,
@@ -34,7 +35,6 @@ from ddpm_hf.text import printable
 SPLITS = ("train", "test", "validation", "valid", "val")
 IN_RUNS = "in folders of training runs"
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-_MAX_LINE = 2**20  # of column names
 _SYSTEM_FILES = ("Thumbs.db", "desktop.ini")
 _RUN = RunPaths(Path())
 _RUN_FILES = {_RUN.config.name, _RUN.metrics.name}
@@ -139,14 +139,14 @@ def _kind(file: str) -> str:
 
 
 def by_split(root: Path, files: list[str]) -> dict[str, list[str]]:
-    """Glob patterns of files by the split named in their path; all "train" if none is named."""
+    """Paths of files by the split named in them; all "train" if none is named."""
     groups: dict[str, list[str]] = {}
     for file in files:
         words = re.split("[^a-z]+", file.lower())
         for name in [name for name in SPLITS if name in words][:1]:
             groups.setdefault(name, []).append(file)
     return {
-        name: [glob.escape(str(root / file)) for file in group]
+        name: [str(root / file) for file in group]
         for name, group in (groups or {"train": files}).items()
     }
 
@@ -242,7 +242,7 @@ def _has_file_names(file: Path) -> bool:
             names = pq.read_schema(file).names
         else:
             with file.open(encoding="utf-8-sig", newline="") as lines:
-                first = lines.readline(_MAX_LINE)
+                first = lines.readline(MAX_LINE_BYTES)
                 is_csv = file.suffix == ".csv"
                 names = next(csv.reader([first])) if is_csv else list(json.loads(first))
     except (
@@ -278,6 +278,10 @@ def _read_metadata(root: Path, metadata: Sequence[str]) -> datasets.Dataset:
     """
     tables = []
     for file in metadata:
+        if suffix(file) == ".parquet":
+            parquet_options([str(root / file)])
+        else:
+            check_lines(root / file)
         pattern = glob.escape(str(root / file))
         rows = datasets.load_dataset("imagefolder", data_files={"train": [pattern]}, split="train")
         columns = _image_columns(rows)

@@ -1,9 +1,12 @@
 """Cache of prepared images: one folder per set of rows, files and options."""
 
 import hashlib
+import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -11,9 +14,14 @@ from filelock import FileLock
 
 from ddpm_hf.data.errors import DataError
 from ddpm_hf.data.preprocessing import Plan, Source
-from ddpm_hf.diffusion.atomic_files import replacing_folder
+from ddpm_hf.diffusion.atomic_files import read_json, replacing_folder
+from ddpm_hf.digests import file_digest
+
+logger = logging.getLogger(__name__)
 
 _CACHE_VERSION = 4
+_CHECKSUMS = "checksums.json"
+_MAX_HASHED_BYTES = 2**30
 
 
 def cached_folder(
@@ -34,20 +42,43 @@ def cached_folder(
     """
     cache = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE, "ddpm_hf")).expanduser()
     folder = cache / _key(source, plan)
-    if folder.exists():
+    if _is_intact(folder):
         return folder
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):  # a second process waits here, then uses the folder
-            if not folder.exists():
+            if not _is_intact(folder):
+                if folder.exists():
+                    logger.warning("%s is damaged: the images are prepared again", folder)
                 with replacing_folder(folder) as temporary:
                     prepare(temporary)
+                    (temporary / _CHECKSUMS).write_text(json.dumps(_checksums(temporary)))
     except OSError as error:
         raise DataError(
             f"the images cannot be prepared in {str(cache)!r}: {error}; set HF_DATASETS_CACHE to a"
             " writable folder"
         ) from error
     return folder
+
+
+def _is_intact(folder: Path) -> bool:
+    """Whether a folder exists and its files equal their checksums.
+
+    Folders of older versions have no checksums.
+    """
+    try:
+        expected = read_json(folder / _CHECKSUMS)
+        return folder.exists() and expected in ({}, _checksums(folder))
+    except (OSError, ValueError):
+        return False
+
+
+def _checksums(folder: Path) -> dict[str, Any]:
+    """Size and SHA-256 of each file; the sizes alone if SHA-256 would take seconds."""
+    files = [path for path in sorted(folder.iterdir()) if path.name != _CHECKSUMS]
+    sizes = {path.name: path.stat().st_size for path in files}
+    is_large = sum(sizes.values()) > _MAX_HASHED_BYTES
+    return dict(sizes) if is_large else {path.name: file_digest(path) for path in files}
 
 
 def _key(source: Source, plan: Plan) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from ddpm_hf.data.decoding import (
@@ -21,6 +22,7 @@ from ddpm_hf.data.decoding import (
     read_headers,
 )
 from ddpm_hf.data.errors import DataError, SeveralShapes
+from ddpm_hf.data.file_limits import MAX_IMAGE_BYTES
 from ddpm_hf.data.image_conversion import Target, resize_shorter_side
 from ddpm_hf.data.image_reports import bad_images_error, describe_files, quality_remarks
 from ddpm_hf.diffusion.image_format import MAX_SIZE, ImageFacts
@@ -69,6 +71,7 @@ def prepare_into(source: Source, plan: Plan, on_bad_image: str, folder: Path) ->
         DataError: if an image cannot be used and `on_bad_image` is "error", or none can be used.
     """
     num_rows = len(source.cells)
+    _check_file_sizes(source)
     headers = _map(
         source, read_headers, ImageHeader, folder / "headers.arrow", "Reading image headers"
     )
@@ -103,6 +106,20 @@ def prepare_into(source: Source, plan: Plan, on_bad_image: str, folder: Path) ->
     (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
     for file in folder.glob("headers*.arrow"):
         file.unlink()
+
+
+def _check_file_sizes(source: Source) -> None:
+    """Raise DataError for an encoded image that would take too much memory."""
+    first = 0
+    for table in source.cells.with_format("arrow").iter(batch_size=1000):
+        for cells in table.column(source.column).chunks:
+            sizes = pc.fill_null(pc.binary_length(cells.field("bytes")), 0).to_numpy()
+            if sizes.max() > MAX_IMAGE_BYTES:
+                raise DataError(
+                    f"row {first + sizes.argmax()} has {sizes.max() / 2**20:,.0f} MiB; image files"
+                    f" of up to {MAX_IMAGE_BYTES // 2**20:,} MiB are supported"
+                )
+            first += len(cells)
 
 
 def _map(

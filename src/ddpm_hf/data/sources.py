@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +15,15 @@ import datasets
 from huggingface_hub import constants as hub_constants
 from huggingface_hub.file_download import repo_folder_name
 
+from ddpm_hf.backend_settings import is_out_of_memory
 from ddpm_hf.data.decoding import EXTENSIONS, install_hint
 from ddpm_hf.data.errors import DataError
+from ddpm_hf.data.file_limits import parquet_options
 from ddpm_hf.data.image_folder import Folder, by_split, image_splits, suffix
 from ddpm_hf.diffusion.atomic_files import read_json
 from ddpm_hf.text import close_paths, did_you_mean
 
 _ORIGIN_ATTRIBUTE = "_ddpm_hf_origin"
-# ImportError: fsspec lacks a library for a protocol in a repository.
-_LOADING_ERRORS = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    ImportError,
-    datasets.exceptions.DatasetsError,
-)
 
 
 @dataclass(frozen=True)
@@ -134,11 +129,16 @@ def _as_data_error(source: str) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except _LOADING_ERRORS as error:
+    except Exception as error:  # the libraries raise errors of every kind for foreign files
+        if is_out_of_memory(error):
+            raise
         # The message of DatasetGenerationError is uninformative; that of its cause is not.
         is_wrapper = isinstance(error, datasets.exceptions.DatasetGenerationError)
         cause = (error.__cause__ if is_wrapper else None) or error
-        raise DataError(f"{source!r} cannot be loaded: {cause}") from error
+        if isinstance(cause, DataError):
+            raise cause from error
+        reason = " ".join(f"{cause}".split()) or type(cause).__name__
+        raise DataError(f"{source!r} cannot be loaded: {reason:.500}") from error
 
 
 def _from_folder(root: Path, split: str | None) -> tuple[datasets.Dataset, Origin]:
@@ -193,14 +193,16 @@ def _from_files(pattern: str, split: str | None) -> datasets.Dataset:
             f"the files of {pattern!r} must be all parquet or all arrow, got"
             f" {', '.join(sorted(kinds)) or 'no suffix'}; pass a folder for image files"
         )
-    data_files = {"train": [glob.escape(os.path.abspath(file)) for file in files]}
+    data_files = {"train": [os.path.abspath(file) for file in files]}
     return _from_builder(kinds.pop()[1:], split, data_files)
 
 
 def _from_builder(
     kind: str, split: str | None, data_files: dict[str, list[str]]
 ) -> datasets.Dataset:
-    builder = datasets.load_dataset_builder(kind, data_files=data_files)
+    options = parquet_options(chain(*data_files.values())) if kind == "parquet" else {}
+    patterns = {name: list(map(glob.escape, files)) for name, files in data_files.items()}
+    builder = datasets.load_dataset_builder(kind, data_files=patterns, **options)
     _check_split(split, builder.config.data_files)
     builder.download_and_prepare()
     return builder.as_dataset(split=split or _every(data_files))
@@ -213,7 +215,7 @@ def _from_hub(
         raise DataError(f"{name!r} does not exist{close_paths(name)}")
     try:
         builder = datasets.load_dataset_builder(name, config_name, revision=revision)
-    except _LOADING_ERRORS as error:
+    except Exception as error:  # also ImportError, for a protocol without its library
         raise DataError(
             f"{name!r} is not a local path{close_paths(name)}; as a Hub dataset: {error}"
         ) from error

@@ -7,6 +7,7 @@ machine. Travels with the weights.
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +64,15 @@ def check_scheduler_config(path: Path) -> None:
 
 def check_unet_config(
     config: Mapping[str, Any], name: str = "", dtype: torch.dtype = torch.float16
-) -> None:
-    """Check that a `UNet2DModel` can be built and fits into the memory of this machine.
+) -> int:
+    """Check that a `UNet2DModel` can be built and called, and fits into memory.
 
     Args:
         config: arguments of `UNet2DModel`; other keys are ignored.
         name: name of the configuration in errors.
         dtype: dtype of the weights in memory.
+    Returns:
+        the number of parameters.
     Raises:
         ValueError: for a configuration that is invalid or too large, in one line.
     """
@@ -81,6 +84,7 @@ def check_unet_config(
     try:
         with torch.device("meta"):  # nothing is allocated
             unet = UNet2DModel.from_config({k: v for k, v in config.items() if k[0] != "_"})
+            _call(unet)
     except Exception as error:  # the constructor raises errors of every kind
         reason = " ".join(str(error).split())
         raise ValueError(
@@ -100,6 +104,16 @@ def check_unet_config(
             f" {dtype}, but this machine has {available / 2**30:,.0f} GiB of memory; use a smaller"
             " network"
         )
+    return num_parameters
+
+
+@torch.no_grad()
+def _call(unet: UNet2DModel) -> None:
+    """Call a network on the meta device: its layers check some arguments only then."""
+    size = 2 ** len(unet.config.down_block_types)
+    x_t, t = torch.zeros(1, unet.config.in_channels, size, size), torch.zeros(1, dtype=torch.long)
+    with suppress(NotImplementedError):  # operations that the meta device lacks
+        unet(x_t, t, class_labels=None if unet.class_embedding is None else t)
 
 
 def _check_bounds(config: Mapping[str, Any]) -> None:

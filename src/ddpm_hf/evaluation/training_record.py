@@ -63,8 +63,8 @@ def as_in_training(
     columns = set()
     for path in paths:
         with suppress(ValueError, AttributeError):
-            columns.add((read_json(path.facts).get("config") or {}).get("class_column"))
-    columns.discard(None)
+            column = (read_json(path.facts).get("config") or {}).get("class_column")
+            columns |= {column} if isinstance(column, str) else set()
     return replace(data, trained_class_column=columns.pop()) if len(columns) == 1 else data
 
 

@@ -4,7 +4,6 @@ The files may come from anyone: a missing or ill-typed value becomes None, or an
 and the card says "not recorded".
 """
 
-import math
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, Self
 from ddpm_hf.diffusion.atomic_files import read_json
 from ddpm_hf.diffusion.config_extension import Config, beta_schedule_of, extension_of
 from ddpm_hf.evaluation.records import JsonObject, from_json
+from ddpm_hf.hub.stored_weights import count_parameters
 from ddpm_hf.paths import ModelPaths
 
 
@@ -228,7 +228,7 @@ def recorded_facts(folder: str | Path) -> JsonObject:
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     return {
         **read_json(ModelPaths(folder).facts),
-        "unet": {**network, "num_parameters": _count_parameters(folder / "unet")},
+        "unet": {**network, "num_parameters": count_parameters(folder / "unet")},
         "scheduler": _scheduler_facts(scheduler) if scheduler else {},
         **{key: extension_of(unet).get(key) for key in _IMAGE_FACTS},
         "samples": ModelPaths(folder).samples.is_file(),
@@ -252,14 +252,3 @@ def _scheduler_facts(config: Config) -> JsonObject:
         **{key: extension_of(config).get(key) for key in ("calibrated_timesteps", "recommended")},
     }
     return {key: value for key, value in facts.items() if value is not None}
-
-
-def _count_parameters(folder: Path) -> int:
-    from safetensors import safe_open
-
-    sizes: dict[str, int] = {}  # by name, because variants have the same names
-    for path in folder.glob("diffusion_pytorch_model*.safetensors"):
-        with safe_open(path, framework="pt") as weights:
-            names = weights.keys()
-            sizes |= {name: math.prod(weights.get_slice(name).get_shape()) for name in names}
-    return sum(sizes.values())

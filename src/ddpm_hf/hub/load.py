@@ -16,6 +16,7 @@ from ddpm_hf.diffusion.atomic_files import check_regular, read_json
 from ddpm_hf.diffusion.config_extension import GAUSSIAN_SCHEDULER
 from ddpm_hf.hub.options import check_endpoint
 from ddpm_hf.hub.retry import WAITS_S, retry, shorten
+from ddpm_hf.hub.stored_weights import count_parameters
 from ddpm_hf.paths import (
     EMA_WEIGHTS,
     ModelPaths,
@@ -272,8 +273,15 @@ def open_unet(
         known = " or ".join(repr(v) for v in sorted(filter(None, variants)))
         raise ValueError(f"{name} has only variants of its weights; pass `variant` {known}")
     with _one_line_errors(name):
-        config = folder / "config.json"
-        check_unet_config(read_json(config), f"config.json of {name}", dtype or torch.float32)
+        num_parameters = check_unet_config(
+            read_json(folder / "config.json"), f"config.json of {name}", dtype or torch.float32
+        )
+        num_stored = count_parameters(folder)
+        if is_safe and num_parameters > 2 * num_stored:  # not worth the memory
+            raise ValueError(
+                f"the weights of {name} do not fit its config.json: {num_stored:,} of"
+                f" {num_parameters:,} parameters"
+            )
         # diffusers initialises missing weights at random and only logs it.
         unet, report = UNet2DModel.from_pretrained(
             folder,

@@ -9,7 +9,7 @@ import numpy as np
 
 from ddpm_hf.diffusion.atomic_files import check_regular, read_json
 from ddpm_hf.pictures import quantised
-from ddpm_hf.sampling.array_files import Array, Labels, read_array_file
+from ddpm_hf.sampling.array_files import Array, Labels, check_pixels, read_array_file
 from ddpm_hf.sampling.output_paths import record_path
 from ddpm_hf.sampling.sampling_record import SamplingRecord, SamplingSettings
 from ddpm_hf.shared_work import unsealed
@@ -102,27 +102,25 @@ def _record_beside(output: Path) -> SamplingRecord | None:
 
 def batch_files(folder: Path, settings: SamplingSettings) -> list[Path]:
     """Files of a folder of `draw_to`, one per batch."""
-    num_files = -(-settings.num_images // settings.batch_size)
-    return [folder / f"part-{i:06d}.npy" for i in range(num_files)]
+    return [folder / f"part-{i:06d}.npy" for i in range(settings.num_batches)]
 
 
 def open_batch_files(folder: Path) -> DrawnImages:
     """Open a folder of `draw_to`.
 
     Raises:
-        ValueError: if batches are missing.
+        ValueError: if batches are missing, or the first one is not as recorded.
     """
     record = SamplingRecord.read(folder / RECORD_NAME)
     if record is None:
         raise ValueError(f"{folder / RECORD_NAME} does not exist")
     settings = record.settings
-    paths, size = batch_files(folder, settings), settings.batch_size
-    num_missing = sum(not path.exists() for path in paths)
-    if num_missing:
+    if num_missing := _num_missing(folder, settings):
         raise ValueError(
-            f"{folder}: {num_missing:,} of {len(paths):,} batches are missing; repeat the call of"
-            " draw_to that was interrupted"
+            f"{folder}: {num_missing:,} of {settings.num_batches:,} batches are missing; repeat the"
+            " call of draw_to that was interrupted"
         )
+    paths, size = batch_files(folder, settings), settings.batch_size
 
     def stored(rows: range) -> Array:
         if not len(rows):
@@ -133,6 +131,9 @@ def open_batch_files(folder: Path) -> DrawnImages:
         return images
 
     batch = np.load(paths[0], mmap_mode="r")
+    check_pixels(batch, str(paths[0]))
+    if len(batch) != min(size, settings.num_images):
+        raise ValueError(f"{paths[0]} holds {len(batch):,} images, which is not as recorded")
     shape, dtype = (settings.num_images, *batch.shape[1:]), batch.dtype
     return DrawnImages(
         shape,
@@ -142,6 +143,13 @@ def open_batch_files(folder: Path) -> DrawnImages:
         settings.to_dict(),
         record.seconds_per_image,
     )
+
+
+def _num_missing(folder: Path, settings: SamplingSettings) -> int:
+    present = {path.name for path in folder.glob("part-*.npy")}
+    if settings.num_batches > len(present):  # by any number, if a stranger wrote the record
+        return settings.num_batches - len(present)
+    return sum(path.name not in present for path in batch_files(folder, settings))
 
 
 def _open_pictures(path: Path, on_bad_image: str) -> DrawnImages:

@@ -72,9 +72,24 @@ class SamplingSettings:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Settings from their JSON values; a setting that an old record lacks is None."""
+        """Settings from their JSON values; a setting that an old record lacks is None.
+
+        Raises:
+            ValueError: for a value that is not of the type that reading the images needs.
+        """
         known: Any = {field.name: values.get(field.name) for field in fields(cls)}
+        labels = known["class_labels"] or [0]
+        counts = (known["num_images"], known["batch_size"])
+        if not all(type(count) is int and count > 0 for count in counts):
+            raise ValueError(f"the number of images and the batch size must be ints, got {counts}")
+        if not (isinstance(labels, list) and all(type(label) is int for label in labels)):
+            raise ValueError(f"the class labels must be ints, got {labels!r:.100}")
         return cls(**known)
+
+    @property
+    def num_batches(self) -> int:
+        """Number of batches."""
+        return -(-self.num_images // self.batch_size)
 
     def to_dict(self) -> Mapping[str, Any]:
         """The settings as JSON values."""
@@ -130,13 +145,12 @@ class SamplingRecord:
             )
         known = {field.name: values.get(field.name) for field in fields(cls)}
         names = known["class_names"]
-        return cls(
-            **known
-            | {
-                "settings": SamplingSettings.from_dict(values["settings"]),
-                "class_names": tuple(names) if names else None,
-            }
-        )
+        try:
+            settings = SamplingSettings.from_dict(values["settings"])
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        class_names = tuple(names) if isinstance(names, list) else None
+        return cls(**known | {"settings": settings, "class_names": class_names})
 
     def to_dict(self) -> Mapping[str, Any]:
         """The record as JSON values."""

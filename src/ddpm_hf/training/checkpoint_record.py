@@ -4,7 +4,6 @@ Imports no torch, so that a command refuses changed options before torch is load
 """
 
 import dataclasses
-import hashlib
 import logging
 import re
 import types
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ddpm_hf.diffusion.atomic_files import read_json
+from ddpm_hf.digests import file_digest
 from ddpm_hf.training.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -160,20 +160,12 @@ def verify_checkpoint(path: Path) -> None:
     for name, entry in listed.items():
         if not (path / name).is_file():
             raise CheckpointError(f"{path / name} is not a regular file")
-        if _digest(path / name) != entry:
+        if file_digest(path / name) != entry:
             raise CheckpointError(f"{path / name}: content differs from {MANIFEST}")
     read_record(path)
 
 
 def manifest_of(folder: Path) -> Json:
     """The manifest of a checkpoint: size and SHA-256 of each file."""
-    files = {path.name: _digest(path) for path in sorted(folder.iterdir())}
+    files = {path.name: file_digest(path) for path in sorted(folder.iterdir())}
     return {"format_version": FORMAT_VERSION, "files": files}
-
-
-def _digest(path: Path) -> Json:
-    with path.open("rb") as file:
-        return {
-            "bytes": path.stat().st_size,
-            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-        }

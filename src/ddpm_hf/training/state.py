@@ -6,7 +6,7 @@ newest complete checkpoint intact.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,18 +81,31 @@ class TrainState:
         for (name, _), shadow in zip(
             self.unet.named_parameters(), self.ema.shadow_params, strict=True
         ):
+            _check_shape(f"EMA weight {name}", averages[name], shadow.shape)
             shadow.copy_(averages[name])
         self.ema.optimization_step = record.ema_step
-        moments: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors["optimizer.safetensors"].items():
-            index, name = key.split(".", 1)
-            moments.setdefault(int(index), {})[name] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self._restore_moments(tensors["optimizer.safetensors"])
         if self.scaler is not None and record.scaler:
             self.scaler.load_state_dict(record.scaler)
         self.timesteps.load_state_dict(tensors.get("timesteps.safetensors", {}))
         self.step = record.step
+
+    def _restore_moments(self, tensors: Mapping[str, Tensor]) -> None:
+        """Load the moments of the optimizer, which does not check their shapes."""
+        parameters = list(self.unet.parameters())
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            index, name = key.split(".", 1)
+            shape = torch.Size() if name == "step" else parameters[int(index)].shape
+            _check_shape(f"optimizer moment {key}", value, shape)
+            moments.setdefault(int(index), {})[name] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+
+
+def _check_shape(name: str, tensor: Tensor, shape: torch.Size) -> None:
+    if tensor.shape != shape:  # a copy would be broadcast
+        raise ValueError(f"{name} must be of shape {tuple(shape)}, got {tuple(tensor.shape)}")
 
 
 def save_checkpoint(folder: Path, state: TrainState, record: CheckpointRecord, keep: int) -> Path:
