@@ -56,8 +56,8 @@ def header_of(kind, width, height):
     if kind == "png":
         return zoo.png(width, height, 8, 0, b"")
     if kind == "bmp":
-        return (b"BM" + struct.pack("<IHHI", 54, 0, 0, 54)
-                + struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, 0, 0, 1, 1, 0, 0))  # fmt: skip
+        facts = (40, width, height, 1, 24, 0, 0, 1, 1, 0, 0)
+        return b"BM" + struct.pack("<IHHI", 54, 0, 0, 54) + struct.pack("<IiiHHIIiiII", *facts)
     if kind == "gif":
         return b"GIF89a" + struct.pack("<HHBBB", width, height, 0x80, 0, 0) + bytes(6) + b","
     return b"P6 %d %d 255\n" % (width, height)
@@ -78,9 +78,9 @@ FILES = {
     "no size": zoo.png(0, 0, 8, 0, b""),
     "wrong depth": zoo.png(8, 8, 7, 0, b"\0" * 72),
     "wrong type": zoo.png(8, 8, 8, 5, b"\0" * 72),
-    "text chunk": zoo.png(8, 8, 8, 0, (b"\0" + bytes(8)) * 8, zoo.chunk(b"zTXt", b"a\0\0" + BOMB)),
-    "profile": zoo.png(8, 8, 8, 0, (b"\0" + bytes(8)) * 8, zoo.chunk(b"iCCP", b"a\0\0" + BOMB)),
-    "EXIF": zoo.png(8, 8, 8, 0, (b"\0" + bytes(8)) * 8, zoo.chunk(b"eXIf", b"MM\0*\xff\xff\xff\xff")),
+    "text chunk": zoo.png(8, 8, 8, 0, bytes(72), zoo.chunk(b"zTXt", b"a\0\0" + BOMB)),
+    "profile": zoo.png(8, 8, 8, 0, bytes(72), zoo.chunk(b"iCCP", b"a\0\0" + BOMB)),
+    "EXIF": zoo.png(8, 8, 8, 0, bytes(72), zoo.chunk(b"eXIf", b"MM\0*\xff\xff\xff\xff")),
     "JPEG start": b"\xff\xd8\xff\xe0" + bytes(64),
     "TIFF loop": b"II*\0\x08\0\0\0\0\0\x08\0\0\0",
     "TIFF offset": b"II*\0\xff\xff\xff\xff",
@@ -155,7 +155,8 @@ LABELS = {
     "text": "hello", "deep": "[" * 100_000, "list": "[]", "number": '{"labels": 7}',
     "words": '{"labels": ["ab", "cd"]}', "huge": '{"labels": [["good.png", 1' + "0" * 400 + "]]}",
     "fraction": '{"labels": [["good.png", 0.5]]}', "list label": '{"labels": [["good.png", [1]]]}',
-    "no names": '{"labels": [[7, 1]]}', "null": '{"labels": null}', "true": '{"labels": [["a", true]]}',
+    "no names": '{"labels": [[7, 1]]}', "null": '{"labels": null}',
+    "true": '{"labels": [["a", true]]}',
 }  # fmt: skip
 
 
@@ -260,7 +261,8 @@ COLUMNS = {
     "address": pa.table({"image": [{"bytes": None, "path": "http://127.0.0.1:1/x"}]}),
 }
 INFORMATION = [
-    "[", "[]", "7", '{"info": 7}', '{"info": {"features": 7}}', '{"info": {"features": {"image": 7}}}',
+    "[", "[]", "7", '{"info": 7}', '{"info": {"features": 7}}',
+    '{"info": {"features": {"image": 7}}}',
     '{"info": {"features": {"image": {"_type": "Nope"}}}}',
     '{"info": {"features": {"image": {"_type": "os.system"}}}}',
     '{"info": {"features": {"image": {"_type": "Image", "mode": 7}}}}',
@@ -372,7 +374,8 @@ def test_a_row_with_a_huge_file_is_named(status_of, monkeypatch):
 
 
 NAMES = ["", "no-such-folder", "*", "**/*.parquet", "[", "~nobody/x", "a/b/c", "\0", "x" * 300,
-         "../" * 50, "hf://datasets/a/b", "http://127.0.0.1:1/x.parquet", "s3://a/b", "file:///etc"]  # fmt: skip
+         "../" * 50, "hf://datasets/a/b", "http://127.0.0.1:1/x.parquet", "s3://a/b",
+         "file:///etc"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES, ids=lambda name: name[:20])

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import time
 
 import numpy as np
@@ -13,7 +14,7 @@ from checkpoints import SHORT_CHAIN, tiny_unet
 from image_sets import folder_of
 from image_zoo import encode
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_runs import metrics, run, tiny_images
 
 from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler
@@ -134,19 +135,38 @@ def test_a_checkpoint_with_a_special_file_is_skipped(tmp_path):
     assert find_checkpoint(tmp_path / "checkpoints").name == "step-00000004"
 
 
-LIES = {
-    "unet.safetensors": {},
-    "ema.safetensors": {"x": torch.zeros(1)},
-    "optimizer.safetensors": {"x": torch.zeros(1)},
-}
+def of_one_value(name):
+    """The tensors, one of them with a shape that could be broadcast."""
+    return lambda tensors: tensors | {name: torch.zeros(1)}
+
+
+LIES = [
+    ("unet.safetensors", lambda tensors: {}),
+    ("unet.safetensors", of_one_value("conv_in.weight")),
+    ("ema.safetensors", lambda tensors: {"x": torch.zeros(1)}),
+    ("ema.safetensors", of_one_value("conv_in.weight")),
+    ("optimizer.safetensors", of_one_value("x")),
+    ("optimizer.safetensors", of_one_value("0.exp_avg")),
+    ("optimizer.safetensors", of_one_value("0.step")),
+    ("optimizer.safetensors", of_one_value("1000.exp_avg")),
+]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    run(folder)
+    return folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LIES)
-def test_a_checkpoint_whose_manifest_matches_but_lies_is_refused_in_one_line(name, tmp_path):
-    run(tmp_path)
+@pytest.mark.parametrize(("name", "lie"), LIES)
+def test_a_checkpoint_whose_manifest_matches_but_lies_is_refused_in_one_line(
+    name, lie, finished, tmp_path
+):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     newest = tmp_path / "checkpoints" / "step-00000006"
-    save_file(LIES[name], newest / name)
+    save_file(lie(load_file(newest / name)), newest / name)
     content = (newest / name).read_bytes()
     manifest = json.loads((newest / "manifest.json").read_text())
     manifest["files"][name] = {
@@ -300,8 +320,23 @@ def test_an_error_of_safetensors_is_one_line(capsys):
         ["evaluate", "m", ".", "--num-images", "1000000000"],
         ["evaluate", "m", ".", "--batch-size", "1000000000"],
         ["calibrate", "m", ".", "--num-images", "1000000000"],
+        ["calibrate", "m", ".", "--sweep", "--sweep-images", "1000000000"],
+        ["sample", "m", "--num-inference-steps", "1000000000"],
+        ["evaluate", "m", ".", "--num-inference-steps", "5", "1000000000"],
+        ["evaluate", "m", ".", "--num-timesteps", "1000000000"],
+        ["edit", "m", "x.png", "--num-images", "1000000000"],
+        ["edit", "m", "x.png", "--batch-size", "1000000000"],
+        ["edit", "m", "x.png", "--jump-n-sample", "1000000000"],
+        ["train", ".", "--resolution", "1000000000"],
+        ["train", ".", "--num-train-timesteps", "1000000000"],
+        ["train", ".", "--gradient-accumulation-steps", "1000000000"],
+        ["train", ".", "--max-train-steps", "1" + "0" * 400],
+        ["train", ".", "--ddp-timeout", "1" + "0" * 20],
+        ["train", ".", "--num-threads", "1000000000"],
+        ["train", ".", "--validation-images", "1000000000"],
+        ["train", ".", "--sample-inference-steps", "1000000000"],
     ],
-    ids=" ".join,
+    ids=lambda arguments: " ".join(arguments)[:60],
 )
 def test_numbers_that_no_machine_can_hold_are_refused(arguments, fails_in_one_line):
     assert "must be" in fails_in_one_line(arguments)

@@ -33,8 +33,8 @@ def wait_until(holds, limit_s=LIMIT_S):
 
 @pytest.mark.slow
 def test_a_rank_that_hangs_or_is_killed_ends_the_others_within_twice_the_timeout():
-    """Three pairs of ranks side by side."""
-    losses = [(0, signal.SIGSTOP), (1, signal.SIGSTOP), (1, signal.SIGKILL)]
+    """Four pairs of ranks side by side."""
+    losses = [(lost, how) for lost in (0, 1) for how in (signal.SIGSTOP, signal.SIGKILL)]
     with ExitStack() as stack:
         pairs = [stack.enter_context(forked_ranks(["-c", CODE, "60"])) for _ in losses]
         wait_until(lambda: all("ready" in rank.output() for pair in pairs for rank in pair))

@@ -12,7 +12,9 @@ from ddpm_hf.commands import app, calibrate, convert, edit, evaluate, push, samp
 from ddpm_hf.commands.messages import (
     command_messages,
     escape_unencodable_output,
+    hidden_secrets,
     is_stdout_closed,
+    print_traceback,
     say,
 )
 from ddpm_hf.hub.options import check_endpoint
@@ -44,6 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # several times as long on a CPU that is busy with other work; without a spin, almost twice as
     # long on one that is not. A short spin (of GNU OpenMP) suits both.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    return run_command(_dispatch, argv)
+
+
+def _dispatch(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="ddpm-hf",
         description="Train, sample and share denoising diffusion probabilistic models.",
@@ -55,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, command in COMMANDS.items():
         commands.add_parser(name, help=command.HELP, add_help=False)
     chosen, arguments = parser.parse_known_args(argv)
-    return run_command(COMMANDS[chosen.command].run, arguments)
+    return COMMANDS[chosen.command].run(arguments)
 
 
 def run_command(
@@ -76,11 +82,18 @@ def run_command(
     """
     escape_unencodable_output()
     watch_launcher()
+    with hidden_secrets():
+        return _status_of(command, argv, options)
+
+
+def _status_of(
+    command: Callable[[list[str]], int], argv: Sequence[str] | None, options: type | None
+) -> int:
     try:
         with command_messages(options):
             words = list(sys.argv[1:] if argv is None else argv)
             check_endpoint()
-            # Before the parser, whose import takes a second.
+            # Before the parser of options, whose import takes a second.
             for word in takewhile(lambda word: not word.startswith("-"), words):
                 check_local_path(word)
             status = command(words)
@@ -90,6 +103,7 @@ def run_command(
         if isinstance(error, BrokenPipeError) and is_stdout_closed():
             return 128 + signal.SIGPIPE
         if (text := _one_line(error)) is None:
+            sys.excepthook = print_traceback
             raise
         # If the first process hangs, another one reports the error.
         say(f"ddpm-hf: error: {text}", for_all=getattr(error, "is_reporting_rank", False))

@@ -36,7 +36,8 @@ def watch_ranks(rank: int, num_processes: int) -> None:
 
     Each rank counts in the store of the process group. The timeout of the group cannot be used: a
     rank waits at the end for as long as the others compute. Beats are counted, not seconds, because
-    all ranks may be suspended and continued.
+    all ranks may be suspended and continued. The store is on the first rank: if that rank has ended
+    or hangs, no beat of this one is answered.
     """
     if num_processes == 1 or not _watching.acquire(blocking=False):
         return
@@ -50,17 +51,18 @@ def watch_ranks(rank: int, num_processes: int) -> None:
         count = 0
         while dist.is_initialized() and not is_exiting.is_set():
             count += 1
-            store.set(f"ddpm_hf/beat/{rank}", str(count))
-            for other in range(num_processes):
-                key = f"ddpm_hf/beat/{other}"
-                seen = int(store.get(key)) if store.check([key]) else 0
-                if seen == int(_LEFT):
-                    continue
-                if counts.setdefault(other, (seen, count))[0] != seen:
-                    counts[other] = seen, count
-                elif (count - counts[other][1]) * _BEAT_S > HANG_S:
-                    _end(f"rank {other} of {num_processes} processes has ended or hangs")
-            unanswered[0] = 0
+            with suppress(RuntimeError):
+                store.set(f"ddpm_hf/beat/{rank}", str(count))
+                for other in range(num_processes):
+                    key = f"ddpm_hf/beat/{other}"
+                    seen = int(store.get(key)) if store.check([key]) else 0
+                    if seen == int(_LEFT):
+                        continue
+                    if counts.setdefault(other, (seen, count))[0] != seen:
+                        counts[other] = seen, count
+                    elif (count - counts[other][1]) * _BEAT_S > HANG_S:
+                        _end(f"rank {other} of {num_processes} processes has ended or hangs")
+                unanswered[0] = 0
             is_exiting.wait(_BEAT_S)
         with suppress(RuntimeError):  # the process that holds the store may have ended
             store.set(f"ddpm_hf/beat/{rank}", _LEFT)  # the others need not wait for this rank
@@ -78,7 +80,7 @@ def watch_ranks(rank: int, num_processes: int) -> None:
             time.sleep(_BEAT_S)
             unanswered[0] += 1
             if unanswered[0] * _BEAT_S > HANG_S:
-                _end(f"the first of {num_processes} processes hangs")
+                _end(f"the first of {num_processes} processes has ended or hangs")
         _watching.release()
 
     thread.start()

@@ -21,7 +21,9 @@ _SECRETS = (
     (re.compile(r"(?<=://)([^\s'\"?]*)\?[^\s'\"]*"), r"\1?[hidden]"),
     (
         re.compile(
-            r"(?i)\b(token|password|passwd|secret|api[_-]?key|authorization)(=|: *)[^\s&'\"]+"
+            # After a colon, a word without digits is text: "needs a token: run ..."
+            r"(?i)\b(token|password|passwd|secret|api[_-]?key|authorization)"
+            r"(=|: *(?=\D*\d))[^\s&'\"]+"
         ),
         r"\1\2[hidden]",
     ),

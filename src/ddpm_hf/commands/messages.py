@@ -4,10 +4,12 @@ import io
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TypeVar
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from types import TracebackType
+from typing import Any, TypeVar
 
 from ddpm_hf.options import Options, for_user, naming_flags_of
 from ddpm_hf.text import visible, without_secrets
@@ -19,12 +21,43 @@ def say(text: str, for_all: bool = False) -> None:
     """Print a line to stderr, on the first process of each machine only unless `for_all`."""
     if os.environ.get("LOCAL_RANK", "0") != "0" and not for_all:
         return
-    text = visible(without_secrets(text))
+    text = visible(text)
     tqdm = sys.modules.get("tqdm")
     if tqdm is None:
         print(text, file=sys.stderr)
     else:
         tqdm.tqdm.write(text, file=sys.stderr)  # prints above progress bars
+
+
+class _WithoutSecrets:
+    """A text stream that hides passwords and tokens in what is written to another stream."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(without_secrets(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def hidden_secrets() -> Iterator[None]:
+    """Inside, nothing that is printed contains passwords or tokens."""
+    out: Any = _WithoutSecrets(sys.stdout)
+    err: Any = _WithoutSecrets(sys.stderr)
+    with redirect_stdout(out), redirect_stderr(err):
+        yield
+
+
+def print_traceback(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """`sys.excepthook` that hides passwords and tokens."""
+    lines = traceback.format_exception(kind, error, trace)
+    print(without_secrets("".join(lines)), end="", file=sys.stderr)
 
 
 def escape_unencodable_output() -> None:

@@ -42,6 +42,7 @@ class LikelihoodOptions(Options):
         "number of network calls M per image: importance-samples M of the K terms of the bound,"
         " without bias; 32 are nearly as precise as 1,000 (default: all K)",
         minimum=1,
+        limit=100_000,
         metavar="M",
     )
     decoder: Literal["exact", "tanh"] = option(
@@ -63,6 +64,7 @@ class SchedulerOptions(Options):
         "number of steps K of the sampler and of the bound (default: the scheduler's usual number;"
         " for DDPM, the number of training timesteps)",
         minimum=1,
+        limit=100_000,
         metavar="K",
     )
 
@@ -216,6 +218,7 @@ class CalibrationOptions(LoadOptions, BatchOptions, DataOptions, FeatureOptions)
         " distinguish little and favour too few steps (default: as many as there are real ones, at"
         " most 10,000)",
         minimum=1,
+        limit=100_000_000,
         metavar="N",
     )
     card: bool = option(False, "write the tables into the card of the model's folder")

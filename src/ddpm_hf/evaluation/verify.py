@@ -34,12 +34,7 @@ CARD_OPTIONS = {field.name for field in fields(EvaluationOptions)} - {
     field.name for field in fields(LoadOptions)
 }
 # A card may not make this machine draw or keep any number of images.
-_LIMITS = {
-    "num_images": 50_000,
-    "batch_size": 1024,
-    "num_timesteps": 100_000,
-    "num_inference_steps": 100_000,
-}
+_LIMITS = {"num_images": 50_000, "batch_size": 1024}
 # Digests in a card that identify what a figure was measured on.
 _IDENTITY = {"weights": "weights", "features": "features", "held_out": "held-out images"}
 
@@ -54,6 +49,8 @@ class Claim:
         measured: value now; None if it was not measured.
         interval: of 95 %, the narrower one of the card and this measurement.
         remark: other differences, or why it was not measured.
+        is_checkable: False for a figure that was measured in training: a card does not hold what
+            is needed to measure it again.
     """
 
     name: str
@@ -61,6 +58,7 @@ class Claim:
     measured: float | None = None
     interval: tuple[float, float] | None = None
     remark: str = ""
+    is_checkable: bool = True
 
     @property
     def is_reproduced(self) -> bool | None:
@@ -81,9 +79,9 @@ def verify(model: str | os.PathLike[str], dataset: Any = None, **options: Any) -
         **options: of `evaluate`, in place of the card's; `features` applies to figures whose
             features have this name, such as the last part of a folder.
     Returns:
-        a claim for each figure, on every rank; figures of other programs are not measured.
+        a claim for each figure, on every rank, with the reason if it was not measured.
     Raises:
-        ValueError, OSError: if there is no figure to verify, or it cannot be measured.
+        ValueError, OSError: if the card cannot be read, or has no figure.
     """
     groups: dict[str, list[_RecordedFigure]] = {}
     claims = []
@@ -91,22 +89,28 @@ def verify(model: str | os.PathLike[str], dataset: Any = None, **options: Any) -
         try:
             figure = _RecordedFigure.of(result)
         except (TypeError, ValueError, OverflowError) as error:
-            value = _number(result.metric_value)
-            claims.append(
-                Claim(_name(result), math.nan if value is None else value, remark=f"{error}")
-            )
+            claims.append(_unchecked(result, f"{error}"))
             continue
         shared = [figure.options.to_dict(), figure.hub_id]
         groups.setdefault(json.dumps(shared, sort_keys=True), []).append(figure)
-    if not groups:
-        reasons = "; ".join(dict.fromkeys(claim.remark for claim in claims))
-        raise ValueError(
-            f"the card of {os.fspath(model)!r} has no figure with options of `evaluate`"
-            + (f": {reasons:.300}" if reasons else "")
-        )
     for group in groups.values():
-        claims += _measured(model, dataset, group, options)
+        try:
+            claims += _measured(model, dataset, group, options)
+        except (ValueError, OSError) as error:
+            claims += [Claim(figure.name, figure.value, remark=f"{error}") for figure in group]
+    if not claims:
+        raise ValueError(f"the card of {os.fspath(model)!r} has no figure to verify")
     return claims
+
+
+def _unchecked(result: EvalResult, reason: str) -> Claim:
+    """The claim of an entry that records no measurement of `evaluate`."""
+    value, args = _number(result.metric_value), result.metric_args
+    is_of_training = isinstance(args, dict) and "evaluate" not in args and "bound" in args
+    if is_of_training:
+        reason = "measured in training; `ddpm-hf evaluate --card` adds figures to verify"
+    value = math.nan if value is None else value
+    return Claim(_name(result), value, remark=reason, is_checkable=not is_of_training)
 
 
 def _card(model: str | os.PathLike[str], revision: str | None) -> str:

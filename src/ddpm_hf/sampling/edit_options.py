@@ -50,22 +50,26 @@ class EditOptions(Options):
         metavar="CLASS",
     )
     guidance_scale: float = option(1.0, "scale of classifier-free guidance; 1 turns it off")
-    num_images: int = option(8, "draws, or images from one end to the other", minimum=1)
+    num_images: int = option(
+        8, "draws, or images from one end to the other", minimum=1, limit=1_000_000
+    )
     seed: int = option(0, "draw i depends on the seed and i only")
     num_inference_steps: int | None = option(
-        None, "number of steps K (default: 50)", minimum=1, metavar="K"
+        None, "number of steps K (default: 50)", minimum=1, limit=100_000, metavar="K"
     )
     method: Literal["repaint", "covariance"] = option(
         "repaint",
         "inpainting: repaint repeats steps; covariance conditions on the known pixels by the"
         " network's Jacobian, at the cost of about 10 network evaluations a step",
     )
-    jump_length: int = option(10, "repaint: steps that are repeated at a time", minimum=1)
-    jump_n_sample: int = option(10, "repaint: passes over them", minimum=1)
+    jump_length: int = option(
+        10, "repaint: steps that are repeated at a time", minimum=1, limit=100_000
+    )
+    jump_n_sample: int = option(10, "repaint: passes over them", minimum=1, limit=10_000)
     eta: float | None = option(
         None, "noise of each step: 1 is DDPM, 0 is DDIM (default: 1)", minimum=0, maximum=1
     )
-    batch_size: int = option(8, "images per batch, as memory allows", minimum=1)
+    batch_size: int = option(8, "images per batch, as memory allows", minimum=1, limit=1_000_000)
 
     def __post_init__(self) -> None:
         super().__post_init__()

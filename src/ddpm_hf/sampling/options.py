@@ -57,6 +57,7 @@ class StepOptions(Options):
         "number of denoising steps K: fewer are faster, more are better (default: the scheduler's"
         " usual number; for DDPM, the number of training timesteps)",
         minimum=1,
+        limit=100_000,
         metavar="K",
     )
     eta: float | None = option(

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import NoReturn
 
+import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
@@ -83,7 +84,8 @@ def join_processes(config: TrainingConfig) -> PartialState:
 
 def _timeout(config: TrainingConfig) -> timedelta:
     """Timeout of the process group, after which NCCL ends the process: later than our error."""
-    return timedelta(seconds=config.ddp_timeout + 2 * roll_call_s(config.ddp_timeout))
+    margin_s = 2 * roll_call_s(config.ddp_timeout) if torch.accelerator.is_available() else 0.0
+    return timedelta(seconds=config.ddp_timeout + margin_s)
 
 
 def _refuse_sharding() -> None:

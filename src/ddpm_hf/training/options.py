@@ -42,6 +42,7 @@ class DataOptions(Options):
         None,
         "resize images to this many pixels per side (default: their own size if all images agree)",
         minimum=MIN_SIZE,
+        limit=8192,
     )
     image_mode: Literal["L", "LA", "RGB", "RGBA"] | None = option(
         None, "convert images to this mode: 1, 2, 3 or 4 channels (default: their own mode)"
@@ -101,7 +102,10 @@ class ModelOptions(Options):
         is_path=True,
     )
     num_train_timesteps: int | None = option(
-        None, "number of diffusion steps T (default: 1000, or the pretrained model's)", minimum=1
+        None,
+        "number of diffusion steps T (default: 1000, or the pretrained model's)",
+        minimum=1,
+        limit=100_000,
     )
     beta_schedule: str | None = option(
         None,
@@ -144,7 +148,10 @@ class OptimizationOptions(Options):
         minimum=0,
     )
     max_train_steps: int | None = option(
-        None, "total number of optimizer updates (default: proposed)", minimum=1
+        None,
+        "total number of optimizer updates (default: proposed)",
+        minimum=1,
+        limit=1_000_000_000,
     )
     batch_size: int | None = option(
         None,
@@ -154,7 +161,7 @@ class OptimizationOptions(Options):
         limit=1_000_000,
     )
     gradient_accumulation_steps: int = option(
-        1, "micro-batches per process in an optimizer update", minimum=1
+        1, "micro-batches per process in an optimizer update", minimum=1, limit=1_000_000
     )
     learning_rate: float | None = option(
         None,
@@ -196,9 +203,13 @@ class OptimizationOptions(Options):
         "CPU threads per operation (default: the number of cores, or 1 if that is faster because "
         "other programs use a core)",
         minimum=1,
+        limit=4096,
     )
     ddp_timeout: int = option(
-        300, "seconds to wait for a process of the run that does not respond", minimum=1
+        300,
+        "seconds to wait for a process of the run that does not respond",
+        minimum=1,
+        limit=10_000_000,
     )
     seed: int = option(0, "seed of all random numbers of the run", minimum=0, maximum=2**32 - 1)
 
@@ -230,10 +241,16 @@ class ValidationOptions(Options):
         None, "updates between two validations (default: `checkpointing_steps`)", minimum=1
     )
     validation_images: int = option(
-        64, "number of validation images, the same at every validation", minimum=2
+        64,
+        "number of validation images, the same at every validation",
+        minimum=2,
+        limit=100_000_000,
     )
     validation_timesteps: int = option(
-        16, "network calls per image, at timesteps sampled for an unbiased estimate", minimum=2
+        16,
+        "network calls per image, at timesteps sampled for an unbiased estimate",
+        minimum=2,
+        limit=100_000,
     )
     keep_best: bool = option(False, "keep the model with the lowest bits/dim in the folder best/")
 
@@ -301,7 +318,7 @@ class OutputOptions(Options):
         16, "images in a sample grid; 0 turns grids off", minimum=0, limit=10_000
     )
     sample_inference_steps: int = option(
-        50, "denoising steps of a sample grid, with deterministic DDIM", minimum=1
+        50, "denoising steps of a sample grid, with deterministic DDIM", minimum=1, limit=100_000
     )
     checkpointing_steps: int | None = option(
         None, "updates between two checkpoints (default: proposed)", minimum=1

@@ -20,6 +20,7 @@ from ddpm_hf.sampling import DrawnImages
 from ddpm_hf.text import counted
 from ddpm_hf.training.dataset_setup import HeldOut, Selection
 from ddpm_hf.training.ema_sampling import draw_share
+from ddpm_hf.training.errors import ConfigError
 from ddpm_hf.training.rank_coordination import main_first, on_main_process
 from ddpm_hf.training.run import Run
 
@@ -135,7 +136,13 @@ class PeriodicEvaluation:
 
 
 def build_evaluation(run: Run) -> PeriodicEvaluation | None:
-    """The evaluation that the options request, or None; features that do not load are a warning."""
+    """The evaluation that the options request, or None.
+
+    Features that do not load are a warning if they are the default ones, or if the run is resumed.
+
+    Raises:
+        ConfigError: on all ranks, for other features that do not load.
+    """
     config, accelerator = run.config, run.accelerator
     every = config.evaluate_steps
     if every is None:
@@ -152,6 +159,8 @@ def build_evaluation(run: Run) -> PeriodicEvaluation | None:
     reason = next(filter(None, gather_object([failure])), None)
     if reason is None and features is not None:
         return PeriodicEvaluation(run, features, every)
+    if config.evaluate_features is not None and run.checkpoint is None:
+        raise ConfigError(f"`evaluate_features` must be a feature network: {reason}")
     if accelerator.is_main_process:
         logger.warning("this run is not evaluated: %s", reason)
     return None

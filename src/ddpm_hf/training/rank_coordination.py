@@ -116,9 +116,10 @@ def _broadcast_is_over(value: bool, group: Any) -> bool:
 def roll_call_s(timeout_s: float) -> float:
     """Seconds in which every rank must answer after a collective operation failed.
 
-    Longer than an update, because ranks may be one update apart.
+    Longer than an update, because ranks may be one update apart. Waiting and two such periods, if
+    the first rank hangs, take at most twice the timeout.
     """
-    return min(timeout_s, 10.0)
+    return min(timeout_s / 2, 10.0)
 
 
 @contextmanager

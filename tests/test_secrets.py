@@ -1,0 +1,91 @@
+"""Tokens and passwords in arguments are never printed."""
+
+import contextlib
+import dataclasses
+import subprocess
+import sys
+import typing
+
+import pytest
+
+from ddpm_hf.cli import main
+from ddpm_hf.commands import calibrate, convert, edit, evaluate, sample
+from ddpm_hf.hub.options import PushOptions
+from ddpm_hf.hub.retry import TOKEN_HELP
+from ddpm_hf.options import flag_of, kinds_of
+from ddpm_hf.text import without_secrets
+from ddpm_hf.training import TrainingConfig
+
+CANARY = "hf_" + "CaNaRy" * 6
+COMMANDS = {
+    "train": (TrainingConfig, ["."]),
+    "sample": (sample.SampleCommand, ["m"]),
+    "edit": (edit.EditCommand, ["m", "x.png"]),
+    "calibrate": (calibrate.CalibrateCommand, ["m", "."]),
+    "evaluate": (evaluate.EvaluateCommand, ["m", "."]),
+    "push": (PushOptions, [".", "user/name"]),
+    "convert": (convert.ConvertCommand, ["w.pt", "--output", "o"]),
+}
+
+
+def command_lines():
+    """One command line for each option of each command, with the canary as its value."""
+    for name, (kind, arguments) in COMMANDS.items():
+        hints = typing.get_type_hints(kind)
+        for place in range(len(arguments)):
+            yield [name, *arguments[:place], CANARY, *arguments[place + 1 :]]
+        for field in dataclasses.fields(kind):
+            if bool in kinds_of(hints[field.name]) or field.metadata.get("is_positional"):
+                continue
+            count = len(m) if isinstance(m := field.metadata.get("metavar"), tuple) else 1
+            yield [name, *arguments, flag_of(field), *[CANARY] * count]
+        yield [name, *arguments, f"--{CANARY}"]
+        yield [name, *arguments, f"https://user:{CANARY}@host/x"]
+    yield [CANARY]
+    yield [f"--{CANARY}"]
+    yield ["train", ".", "--config", f"./{CANARY}.yaml"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_no_option_of_a_command_prints_a_secret(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    lines = list(command_lines())
+    assert len(lines) > 120
+    shown = []
+    for arguments in lines:
+        with contextlib.suppress(SystemExit):  # of argparse
+            main(arguments)
+        printed = capfd.readouterr()
+        if CANARY in printed.out + printed.err:
+            shown.append(arguments)
+    assert shown == []
+
+
+@pytest.mark.slow
+def test_a_traceback_and_the_output_hide_secrets_too():
+    code = f"""
+import sys
+from ddpm_hf.cli import run_command
+def fail(argv):
+    print("out {CANARY}")
+    raise RuntimeError("a bug with {CANARY}")
+run_command(fail, [])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stdout == "out [hidden]\n"
+    assert done.stderr.endswith("RuntimeError: a bug with [hidden]\n")
+    assert CANARY not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"pushing to user/name needs a token: {TOKEN_HELP}",
+        "the password: ask your administrator",
+        "secrets and tokens",
+    ],
+)
+def test_advice_about_tokens_is_not_hidden(text):
+    assert without_secrets(text) == text
