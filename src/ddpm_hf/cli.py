@@ -61,7 +61,8 @@ def _dispatch(argv: list[str]) -> int:
     for name, command in COMMANDS.items():
         commands.add_parser(name, help=command.HELP, add_help=False)
     chosen, arguments = parser.parse_known_args(argv)
-    return COMMANDS[chosen.command].run(arguments)
+    status: int = COMMANDS[chosen.command].run(arguments)
+    return status
 
 
 def run_command(

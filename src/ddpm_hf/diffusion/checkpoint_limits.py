@@ -91,12 +91,7 @@ def check_unet_config(
             f"{prefix}the configuration is invalid for UNet2DModel: {type(error).__name__}:"
             f" {reason:.300}"
         ) from error
-    sizes = {name: parameter.numel() for name, parameter in unet.named_parameters()}
-    if empty := [name for name, size in sizes.items() if size == 0]:
-        raise ValueError(
-            f"{prefix}the configuration is invalid for UNet2DModel: {empty[0]} has no elements"
-        )
-    num_parameters = sum(sizes.values())
+    num_parameters = int(unet.num_parameters())
     needed, available = dtype.itemsize * num_parameters, memory_bytes()
     if needed > available:
         raise ValueError(
@@ -110,6 +105,8 @@ def check_unet_config(
 @torch.no_grad()
 def _call(unet: UNet2DModel) -> None:
     """Call a network on the meta device: its layers check some arguments only then."""
+    if empty := [name for name, weight in unet.named_parameters() if weight.numel() == 0]:
+        raise ValueError(f"{empty[0]} has no elements")
     size = 2 ** len(unet.config.down_block_types)
     x_t, t = torch.zeros(1, unet.config.in_channels, size, size), torch.zeros(1, dtype=torch.long)
     with suppress(NotImplementedError):  # operations that the meta device lacks
