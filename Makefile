@@ -6,7 +6,7 @@ READY := .venv/ready
 PYTEST := $(BIN)/pytest -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo fmt lint type test-quick test test-all bench
+.PHONY: help setup demo fmt lint type test-quick test test-all bench docs notebooks
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' Makefile | while IFS='|' read -r name text; do printf '%-12s %s\n' "$$name" "$$text"; done
@@ -36,6 +36,14 @@ test-all: lint type test ## Style, types and all tests: what CI runs
 bench: $(READY) ## Compare timings with stock diffusers and save them in runs/bench
 	mkdir -p runs/bench
 	for name in $(basename $(notdir $(wildcard tests/benchmarks/bench_*.py))); do $(BIN)/python tests/benchmarks/$$name.py --json runs/bench/$$name.json || exit 1; done
+
+docs: $(READY) ## Make the figures of docs/ and check all pages
+	$(BIN)/python docs/make.py
+	$(PYTEST) tests/test_docs.py
+
+notebooks: $(READY) ## Convert the pages of docs/ to notebooks in runs/notebooks
+	mkdir -p runs/notebooks && cp docs/*.md docs/*.png runs/notebooks
+	cd runs/notebooks && ../../$(BIN)/jupytext --quiet --to ipynb *.md && rm *.md
 
 $(READY): pyproject.toml constraints.txt
 	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Needs Python 3.11 or newer with its venv module; tried '$(PYTHON)'. Set another one: make PYTHON=/path/to/python3.11 setup" >&2; exit 1; }
