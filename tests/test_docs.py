@@ -110,7 +110,7 @@ def with_python(pages):
 GUIDES = [
     page
     for page in with_python([*PAGES, ROOT / "README.md"])
-    if page not in TRANSLATIONS and page.name not in ("walkthrough.md", "editing.md")
+    if page not in TRANSLATIONS and page.name != "walkthrough.md"
 ]
 
 
@@ -133,7 +133,7 @@ def test_the_walkthrough_computes_what_it_states(tmp_path, monkeypatch):
     plt.close("all")
     figures = {path.name for path in tmp_path.iterdir()}
     shown = set(re.findall(r"\]\((\w+\.png)\)", (DOCS / "walkthrough.md").read_text()))
-    assert shown - figures == {"walkthrough_gan.png"}  # made by make_gan_comparison.py
+    assert shown - figures <= {"walkthrough_gan.png"}  # made by make_gan_comparison.py
     assert figures <= shown
 
 
@@ -181,7 +181,8 @@ def test_the_commands_of_a_page_have_valid_options(page, working_folder, monkeyp
 @pytest.mark.parametrize(**each(TRANSLATIONS))
 def test_a_translation_has_the_code_formulas_and_figures_of_the_original(page):
     original = page.with_name(page.name.replace(".zh.md", ".md"))
-    assert fences(page) == fences(original)
+    code = [[fence for fence in fences(path) if fence[0]] for path in (page, original)]
+    assert code[0] == code[1]
     texts = [path.read_text(encoding="utf-8") for path in (page, original)]
     for pattern in (r"\\tag\{(\d+)\}", r"\]\(([\w/]+\.png)\)", r"^(#+ (?:\d+\.)?)"):
         found = [re.findall(pattern, FENCE.sub("", text), re.MULTILINE) for text in texts]
