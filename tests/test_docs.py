@@ -21,7 +21,8 @@ from ddpm_hf import cli, option_parser
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
-TEXTS = [*PAGES, *sorted(ROOT.glob("README*.md")), ROOT / "CONTRIBUTING.md", ROOT / "training/README.md"]
+OTHERS = (ROOT / "CONTRIBUTING.md", ROOT / "training" / "README.md")
+TEXTS = [*PAGES, *sorted(ROOT.glob("README*.md")), *OTHERS]
 TRANSLATIONS = [page for page in TEXTS if page.name.endswith(".zh.md")]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # What a test replaces in a snippet, so that it takes seconds and needs no network.
@@ -37,7 +38,8 @@ run_page = runpy.run_path(str(DOCS / "make.py"))["run_page"]
 
 
 def each(pages):
-    return {"argnames": "page", "argvalues": pages, "ids": [str(p.relative_to(ROOT)) for p in pages]}
+    ids = [str(page.relative_to(ROOT)) for page in pages]
+    return {"argnames": "page", "argvalues": pages, "ids": ids}
 
 
 def fences(page):
@@ -219,7 +221,7 @@ def test_links_and_figures_of_a_page_exist(page):
 def test_fences_are_closed_and_headings_are_nested(page):
     lines = page.read_text(encoding="utf-8").splitlines()
     assert sum(line.startswith("```") for line in lines) == 2 * len(fences(page))
-    levels = [len(mark) for mark in re.findall(r"^(#+) ", "\n".join(prose(page).splitlines()), re.M)]
+    levels = [len(mark) for mark in re.findall(r"^(#+) ", prose(page), re.MULTILINE)]
     assert levels[0] == 1
     assert all(b <= a + 1 for a, b in pairwise(levels))
 
