@@ -167,9 +167,7 @@ def test_the_commands_of_a_page_have_valid_options(page, working_folder, monkeyp
         return wrapped
 
     monkeypatch.setattr(option_parser, "parse_options", stop_after(option_parser.parse_options))
-    monkeypatch.setattr(
-        ddpm_hf.training, "parse_config", stop_after(ddpm_hf.training.parse_config)
-    )
+    monkeypatch.setattr(ddpm_hf.training, "parse_config", stop_after(ddpm_hf.training.parse_config))
     for words in commands(page):
         if "COMMAND" in words or "--help" in words:
             continue
