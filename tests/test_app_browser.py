@@ -2,6 +2,7 @@
 
 import base64
 import io
+import time
 
 import numpy as np
 import pytest
@@ -120,3 +121,92 @@ def test_a_phone_shows_the_page_without_overflow_in_its_language(visit, scheme):
     assert "\u7ed8\u5236" in visitor.page.inner_text("#draw")
     visitor.draw()
     assert visitor.overflow() == 0
+
+
+def test_every_sampler_and_number_of_steps_is_compared_with_its_cost(visit):
+    page = visit().page
+    page.get_by_role("tab", name="Steps").click()
+    page.click("#compare")
+    page.wait_for_selector("#comparison section:nth-of-type(3) figure:nth-of-type(2)")
+    assert page.locator("#comparison h4").all_inner_texts() == [
+        "DDPM",
+        "DDIM",
+        "DPMSolverMultistep",
+    ]
+    assert "5 network calls" in page.inner_text("#comparison figure")
+
+
+def test_the_brush_draws_a_part_of_a_drawn_image_anew(visit):
+    visitor = visit()
+    visitor.draw()
+    page = visitor.page
+    page.click("#film .film-x0", position={"x": 20, "y": 20})
+    page.wait_for_selector("#picture .painter[data-ready=true]")
+    canvas = page.locator("#picture canvas")
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    page.mouse.move(box["x"] + 5, box["y"] + 5)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] / 3, box["y"] + 5, steps=4)
+    page.mouse.up()
+    page.click("#run-edit")
+    page.wait_for_selector("#edited section:nth-of-type(3)")
+    links = [a.get_attribute("href") for a in page.locator("#edited a").all()]
+    picture, _, mask = (np.asarray(opened(link)) for link in links)
+    draw = np.asarray(
+        opened(page.get_attribute("#edited section:nth-of-type(2) img", "src")).convert("RGB")
+    )
+    assert mask.any()
+    assert not mask[-1].any()
+    assert np.array_equal(draw[mask == 0], picture[mask == 0])
+    assert not np.array_equal(draw, picture)
+
+
+def test_a_picture_is_measured_and_a_file_that_is_none_shows_a_message(visit, tmp_path):
+    page = visit().page
+    page.get_by_role("tab", name="Inside").click()
+    (tmp_path / "bad.png").write_bytes(b"not a picture")
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "good.png")
+    upload = page.locator("#measured-upload").locator("xpath=..").locator("input[type=file]")
+    upload.set_input_files(tmp_path / "bad.png")
+    toast = page.wait_for_selector(".toast-body")
+    assert "not a picture in one of the formats" in toast.inner_text()
+    upload.set_input_files(tmp_path / "good.png")
+    page.wait_for_selector("#measured .painter[data-ready=true]")
+    page.click("#measure")
+    page.wait_for_selector("#bound b")
+    assert "bits/dim" in page.inner_text("#bound")
+
+
+def test_stop_ends_the_work_within_a_step(visit, models):
+    calls = []
+    hook = models[0].pipeline.unet.register_forward_hook(lambda *_: calls.append(time.sleep(0.3)))
+    page = visit().page
+    page.get_by_role("tab", name="Steps").click()
+    page.click("#compare")
+    page.wait_for_selector("#comparison section")
+    page.locator("#stop-steps").click()
+    page.wait_for_timeout(1500)
+    after = len(calls)
+    page.wait_for_timeout(1500)
+    hook.remove()
+    assert len(calls) == after < 45
+
+
+def test_a_closed_page_ends_its_work(visit, models):
+    calls = []
+    hook = models[0].pipeline.unet.register_forward_hook(lambda *_: calls.append(time.sleep(0.3)))
+    visitor = visit()
+    visitor.page.get_by_role("tab", name="Steps").click()
+    visitor.page.click("#compare")
+    visitor.page.wait_for_selector("#comparison section")
+    visitor.page.close()
+    time.sleep(2)
+    after = len(calls)
+    time.sleep(1.5)
+    hook.remove()
+    assert len(calls) == after < 45
+
+
+def opened(url):
+    return Image.open(io.BytesIO(base64.b64decode(url.split(",")[1])))

@@ -1,7 +1,7 @@
 """Controls of sampling, shared by tabs."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +16,10 @@ from ddpm_hf.app.requests import (
     usual_steps,
 )
 from ddpm_hf.app.served_models import ServedModel
+from ddpm_hf.app.site import QUICK, Site
 from ddpm_hf.app.translations import translated as t
 from ddpm_hf.scheduler_spec import readable_names
 
-# One request at a time uses the networks, whichever tab or function it comes from.
-MODEL_QUEUE: Mapping[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
-# Not a function for gradio_client: `endpoints` has those.
-PRIVATE: Mapping[str, Any] = {"api_visibility": "private"}
-QUICK: Mapping[str, Any] = {**PRIVATE, "queue": False, "show_progress": "hidden"}
 SLIDER_GUIDANCE = 8.0
 
 
@@ -68,7 +64,7 @@ class SamplingControls:
         """The components, in the order of `request`."""
         return [getattr(self, name) for name in self.__dataclass_fields__]
 
-    def follow(self, models: Mapping[str, ServedModel], model: gr.Dropdown) -> None:
+    def follow(self, site: Site, model: gr.Dropdown) -> None:
         """Adapt the components to the chosen model and sampler."""
         changed = (
             self.num_images, self.class_label, self.guidance_scale, self.sampler,
@@ -78,11 +74,11 @@ class SamplingControls:
                  "eta")  # fmt: skip
 
         def for_model(name: str) -> list[Any]:
-            given = _values(models[name])
+            given = _values(site.models[name])
             return [gr.update(**given[key]) for key in names]
 
         def for_sampler(name: str, sampler: str) -> list[Any]:
-            given = _values(models[name], sampler)
+            given = _values(site.models[name], sampler)
             return [gr.update(**given[key]) for key in ("num_inference_steps", "eta")]
 
         model.change(for_model, model, list(changed), **QUICK)

@@ -1,20 +1,20 @@
 """Tab that draws images and shows how they appear."""
 
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from typing import Any
 
 import gradio as gr
 
 from ddpm_hf.app import films
 from ddpm_hf.app.browser_components import film_player
-from ddpm_hf.app.controls import MODEL_QUEUE, PRIVATE, SamplingControls, request_of
+from ddpm_hf.app.controls import SamplingControls, request_of
 from ddpm_hf.app.drawing import drawing_steps
 from ddpm_hf.app.films import Frame
 from ddpm_hf.app.picture_input import Drawn
-from ddpm_hf.app.reported_errors import reported
 from ddpm_hf.app.requests import DrawRequest
 from ddpm_hf.app.served_models import ServedModel
+from ddpm_hf.app.site import PRIVATE, Session, Site
 from ddpm_hf.app.snippets import command_line, python_lines
 from ddpm_hf.app.translations import translated as t
 from ddpm_hf.app.working import check_time
@@ -23,42 +23,44 @@ from ddpm_hf.pictures import Pixels, image_grid, to_pil
 UPDATE_INTERVAL_S = 0.1
 
 
-def draw_tab(models: Mapping[str, ServedModel], model: gr.Dropdown, drawn: gr.State) -> gr.HTML:
+def draw_tab(site: Site, session: Session) -> gr.HTML:
     """Build the tab.
 
-    Args:
-        models: the models by name.
-        model: component with the name of the chosen model.
-        drawn: gets the images, as `Drawn`.
     Returns:
         the film player; it sends "select" with the index of an image.
     """
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
-            controls = SamplingControls.build(next(iter(models.values())))
+            controls = SamplingControls.build(site.first)
             with gr.Row():
                 draw = gr.Button(t("draw_button"), variant="primary", min_width=100, elem_id="draw")
                 stop = gr.Button(t("stop"), min_width=100, elem_id="stop")
         with gr.Column(scale=2, min_width=300):
             film = film_player(elem_id="film")
             with gr.Accordion(t("code"), open=False):
-                python = gr.Code(language="python", show_label=False, elem_id="python")
-                shell = gr.Code(language="shell", show_label=False, elem_id="command")
-    controls.follow(models, model)
+                python = gr.Code(
+                    language="python", show_label=False, wrap_lines=True, elem_id="python"
+                )
+                shell = gr.Code(
+                    language="shell", show_label=False, wrap_lines=True, lines=2, elem_id="command"
+                )
+    controls.follow(site, session.model)
 
-    @reported
     def run(name: str, *values: Any) -> Generator[tuple[Any, ...]]:
-        served = models[name]
+        served = site.models[name]
         request = request_of(served, values)
         lines = python_lines(served, request), command_line(served, request)
         for value, images in film_updates(served, request):
             kept = gr.skip() if images is None else Drawn(name, images, request.labels())
             yield value, *lines, kept
 
-    event = draw.click(
-        run, [model, *controls.inputs()], [film, python, shell, drawn], show_progress="minimal",
-        **PRIVATE, **MODEL_QUEUE,
-    )  # fmt: skip
+    event = site.on_click(
+        draw,
+        run,
+        [session.model, *controls.inputs()],
+        [film, python, shell, session.drawn],
+        **PRIVATE,
+    )
     stop.click(None, cancels=[event], **PRIVATE)
     return film
 

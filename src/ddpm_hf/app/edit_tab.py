@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from ddpm_hf.app.controls import MODEL_QUEUE, PRIVATE, QUICK, class_choices
+from ddpm_hf.app.controls import class_choices
 from ddpm_hf.app.editing import (
     DEFAULT_STEPS,
     KINDS,
@@ -17,11 +17,11 @@ from ddpm_hf.app.editing import (
     edit_picture,
 )
 from ddpm_hf.app.films import data_url
-from ddpm_hf.app.page_texts import language_of, texts
+from ddpm_hf.app.page_texts import texts
 from ddpm_hf.app.picture_input import Chosen, PictureInput, chosen_picture, painter_value
-from ddpm_hf.app.reported_errors import reported
 from ddpm_hf.app.result_html import figure, section
 from ddpm_hf.app.served_models import ServedModel
+from ddpm_hf.app.site import PRIVATE, QUICK, Session, Site
 from ddpm_hf.app.translations import translated as t
 from ddpm_hf.app.uploads import mask_picture
 from ddpm_hf.pictures import image_grid, to_pil, to_rgb
@@ -67,19 +67,8 @@ class EditControls:
         return [getattr(self, name) for name in self.__dataclass_fields__]
 
 
-def edit_tab(
-    models: Mapping[str, ServedModel], model: gr.Dropdown, drawn: gr.State
-) -> PictureInput:
-    """Build the tab.
-
-    Args:
-        models: the models by name.
-        model: component with the name of the chosen model.
-        drawn: the images that the visitor drew.
-    Returns:
-        the input for the picture.
-    """
-    first = next(iter(models.values()))
+def edit_tab(site: Site, session: Session) -> PictureInput:
+    """Build the tab; returns the input for the picture."""
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
             kinds = [(t(f"kind_{kind}"), kind) for kind in KINDS]
@@ -87,7 +76,7 @@ def edit_tab(
             picture = PictureInput.build("picture")
             with gr.Group(visible=False) as more:
                 second = PictureInput.build("second")
-            controls = EditControls.build(first)
+            controls = EditControls.build(site.first)
             with gr.Row():
                 run = gr.Button(
                     t("edit_button"), variant="primary", min_width=100, elem_id="run-edit"
@@ -96,17 +85,15 @@ def edit_tab(
         with gr.Column(scale=2, min_width=300):
             result = gr.HTML(elem_id="edited", elem_classes="result", apply_default_css=False)
             with gr.Accordion(t("code_edit"), open=False):
-                command = gr.Code(language="shell", show_label=False)
-    picture.connect(models, model, drawn, kind)
-    second.connect(models, model, drawn)
-    _follow(models, model, kind, controls, picture, more)
+                command = gr.Code(language="shell", show_label=False, wrap_lines=True, lines=2)
+    picture.connect(site, session, kind)
+    second.connect(site, session)
+    _follow(site, session.model, kind, controls, picture, more)
 
-    @reported
     def work(
-        request: gr.Request, name: str, kind: str, chosen: Any, board: Any, other: Any,
-        *values: Any,
-    ) -> Generator[Any]:  # fmt: skip
-        served, words = models[name], texts(language_of(request))
+        language: str, name: str, kind: str, chosen: Any, board: Any, other: Any, *values: Any
+    ) -> Generator[Any]:
+        served, words = site.models[name], texts(language)
         edit = EditRequest.of(
             served,
             kind,
@@ -124,16 +111,16 @@ def edit_tab(
                 return
             yield f"<p>{words['calls_so_far'].format(num=calls)}</p>", gr.skip()
 
-    event = run.click(
-        work, [model, kind, picture.chosen, picture.board, second.chosen, *controls.components()],
-        [result, command], show_progress="minimal", **PRIVATE, **MODEL_QUEUE,
-    )  # fmt: skip
+    inputs = [session.language, session.model, kind, picture.chosen, picture.board, second.chosen]
+    event = site.on_click(
+        run, work, [*inputs, *controls.components()], [result, command], **PRIVATE
+    )
     stop.click(None, cancels=[event], **PRIVATE)
     return picture
 
 
 def _follow(
-    models: Mapping[str, ServedModel],
+    site: Site,
     model: gr.Dropdown,
     kind: gr.Radio,
     controls: EditControls,
@@ -143,7 +130,7 @@ def _follow(
     """Show the components that a kind of edit needs, with the limits of the model."""
 
     def for_kind(name: str, kind: str, chosen: Any) -> list[Any]:
-        served = models[name]
+        served = site.models[name]
         has_classes = served.class_labels is not None
         is_there = isinstance(chosen, Chosen)
         board = painter_value(chosen.picture, kind == "inpaint") if is_there else None
@@ -157,7 +144,7 @@ def _follow(
         ]
 
     def for_model(name: str) -> list[Any]:
-        served = models[name]
+        served = site.models[name]
         T = served.num_train_timesteps
         classes = class_choices(served, all_classes=False)
         number = min(16, served.max_images)

@@ -5,7 +5,7 @@ from typing import Any
 
 import gradio as gr
 
-from ddpm_hf.app.controls import MODEL_QUEUE, PRIVATE, QUICK, class_choices
+from ddpm_hf.app.controls import class_choices
 from ddpm_hf.app.inspection import (
     MAX_TERMS,
     PictureBound,
@@ -16,11 +16,11 @@ from ddpm_hf.app.inspection import (
     snr_curve,
 )
 from ddpm_hf.app.nearest_images import TrainingSet
-from ddpm_hf.app.page_texts import language_of, texts
+from ddpm_hf.app.page_texts import texts
 from ddpm_hf.app.picture_input import PictureInput, chosen_picture
-from ddpm_hf.app.reported_errors import reported
 from ddpm_hf.app.result_html import figure, section, table
 from ddpm_hf.app.served_models import ServedModel
+from ddpm_hf.app.site import PRIVATE, QUICK, Session, Site
 from ddpm_hf.app.translations import translated as t
 from ddpm_hf.pictures import to_rgb
 
@@ -28,21 +28,9 @@ NUM_NEAREST, SIDE_PIXELS = 6, 96
 PLOT_PIXELS = 220
 
 
-def inside_tab(
-    models: Mapping[str, ServedModel],
-    model: gr.Dropdown,
-    drawn: gr.State,
-    training: Mapping[str, TrainingSet],
-) -> None:
-    """Build the tab.
-
-    Args:
-        models: the models by name.
-        model: component with the name of the chosen model.
-        drawn: the images that the visitor drew.
-        training: training images by the name of the model, where they are at hand.
-    """
-    first = next(iter(models.values()))
+def inside_tab(site: Site, session: Session) -> None:
+    """Build the tab."""
+    first = site.first
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
             facts = gr.HTML(elem_id="facts", apply_default_css=False)
@@ -69,31 +57,30 @@ def inside_tab(
             result = gr.HTML(elem_id="bound", elem_classes="result", apply_default_css=False)
     with gr.Accordion(t("card"), open=False):
         card = gr.Markdown(card_text(first), elem_id="card")
-    picture.connect(models, model, drawn)
+    picture.connect(site, session)
 
-    def shown(request: gr.Request, name: str) -> list[Any]:
-        served, curve = models[name], error_curve(models[name])
+    def shown(language: str, name: str) -> list[Any]:
+        served, curve = site.models[name], error_curve(site.models[name])
         return [
-            table(model_facts(served, texts(language_of(request)))),
+            table(model_facts(served, texts(language))),
             snr_curve(served),
             gr.update(value=curve, visible=curve is not None),
             card_text(served),
             gr.update(**class_choices(served, all_classes=False)),
         ]
 
-    outputs = [facts, snr, error, card, label]
-    model.change(shown, model, outputs, **QUICK)
+    gr.on(
+        [session.model.change, session.language.change],
+        shown,
+        [session.language, session.model],
+        [facts, snr, error, card, label],
+        **QUICK,
+    )
 
-    def facts_of_first(request: gr.Request, name: str) -> str:
-        return table(model_facts(models[name], texts(language_of(request))))
-
-    gr.on(None, facts_of_first, model, facts, **QUICK)
-
-    @reported
-    def run(request: gr.Request, name: str, chosen: Any, label: Any, terms: Any) -> Generator[str]:
-        served, words = models[name], texts(language_of(request))
+    def run(language: str, name: str, chosen: Any, label: Any, terms: Any) -> Generator[str]:
+        served, words = site.models[name], texts(language)
         image = chosen_picture(served, chosen)
-        html = _nearest_html(served, training.get(name), image, words)
+        html = _nearest_html(served, site.training.get(name), image, words)
         steps = picture_bound(served, image, label, terms)
         while True:
             try:
@@ -103,10 +90,8 @@ def inside_tab(
                 return
             yield f"<p>{words['calls_so_far'].format(num=calls)}</p>{html}"
 
-    event = measure.click(
-        run, [model, picture.chosen, label, terms], result, show_progress="minimal",
-        **PRIVATE, **MODEL_QUEUE,
-    )  # fmt: skip
+    inputs = [session.language, session.model, picture.chosen, label, terms]
+    event = site.on_click(measure, run, inputs, [result], **PRIVATE)
     stop.click(None, cancels=[event], **PRIVATE)
 
 

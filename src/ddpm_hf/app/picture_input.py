@@ -1,6 +1,5 @@
 """Choice of a picture: an upload, or one of the images that the visitor drew."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +8,10 @@ import numpy as np
 from PIL import Image
 
 from ddpm_hf.app.browser_components import painter
-from ddpm_hf.app.controls import PRIVATE, QUICK
 from ddpm_hf.app.films import data_url
 from ddpm_hf.app.reported_errors import reported
 from ddpm_hf.app.served_models import ServedModel
+from ddpm_hf.app.site import PRIVATE, QUICK, Session, Site
 from ddpm_hf.app.translations import translated as t
 from ddpm_hf.app.uploads import open_upload
 from ddpm_hf.pictures import Pixels, to_pil, to_rgb
@@ -84,35 +83,30 @@ class PictureInput:
             take = gr.Button(t("take_drawn"), size="sm", elem_id=f"{elem_id}-take")
         return cls(chosen, board, upload, take)
 
-    def connect(
-        self,
-        models: Mapping[str, ServedModel],
-        model: gr.Dropdown,
-        drawn: gr.State,
-        paint: Any = None,
-    ) -> None:
+    def connect(self, site: Site, session: Session, paint: Any = None) -> None:
         """React to the buttons and to the choice of another model.
 
         Args:
-            models: the models by name.
-            model: component with the name of the chosen model.
-            drawn: the `Drawn` images of the session.
+            site, session: of the page.
             paint: component whose value "inpaint" turns the brush on; None for no brush.
         """
+        model = session.model
         inputs = [] if paint is None else [paint]
         outputs = [self.chosen, self.board]
 
         @reported
         def take_upload(path: Any, name: str, *kind: str) -> Any:
-            return self.shown(Chosen(name, open_upload(path, models[name])), *kind)
+            return self.shown(Chosen(name, open_upload(path, site.models[name])), *kind)
 
         @reported
         def take_drawn(name: str, drawn: Any, chosen: Any, *kind: str) -> Any:
             index = chosen.index + 1 if isinstance(chosen, Chosen) else 0
-            return self.shown(choose_drawn(models[name], drawn, index), *kind)
+            return self.shown(choose_drawn(site.models[name], drawn, index), *kind)
 
         self.upload.upload(take_upload, [self.upload, model, *inputs], outputs, **PRIVATE)
-        self.take.click(take_drawn, [model, drawn, self.chosen, *inputs], outputs, **PRIVATE)
+        self.take.click(
+            take_drawn, [model, session.drawn, self.chosen, *inputs], outputs, **PRIVATE
+        )
         model.change(lambda: (None, None), None, outputs, **QUICK)
 
     @staticmethod

@@ -12,6 +12,7 @@ from ddpm_hf.app.nearest_images import TrainingSet
 from ddpm_hf.app.page import build_page
 from ddpm_hf.app.page_texts import static_file
 from ddpm_hf.app.served_models import ServedModel
+from ddpm_hf.app.site import Decorator, Site, unchanged
 from ddpm_hf.app.translations import translations
 
 MAX_UPLOAD = "16mb"
@@ -36,6 +37,7 @@ def start(
     models: Sequence[ServedModel],
     training: Mapping[str, TrainingSet] | None = None,
     *,
+    gpu: Decorator = unchanged,
     host: str | None = None,
     port: int | None = None,
     share: bool = False,
@@ -46,6 +48,7 @@ def start(
     Args:
         models: the models.
         training: training images by the name of the model, where they are at hand.
+        gpu: decorator of the functions that call a network, such as `spaces.GPU`.
         host: address to listen on; by default that of `GRADIO_SERVER_NAME`, else 127.0.0.1.
         port: port; None for a free one, from 7860.
         share: also open a public address at gradio.live.
@@ -53,7 +56,7 @@ def start(
     Raises:
         OSError: if the port is taken.
     """
-    page = build_page(models, training)
+    page = build_page(Site({model.name: model for model in models}, training or {}, gpu))
     page.launch(
         server_name=host,
         server_port=port,
@@ -74,6 +77,8 @@ def start(
         theme=theme(),
         css=static_file("page.css"),
         head=_CONTENT_POLICY,
+        # Without a second check that the page answers, which fails after 3 s on a busy machine.
+        _frontend=False,
     )
     return page
 

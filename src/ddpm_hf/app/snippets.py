@@ -8,6 +8,7 @@ from ddpm_hf.app.served_models import ServedModel
 from ddpm_hf.options import flag_of
 from ddpm_hf.sampling.options import SamplingOptions
 
+MAX_LINE = 70
 DEFAULT_BATCH: int = SamplingOptions().batch_size
 
 
@@ -22,6 +23,9 @@ def python_lines(model: ServedModel, request: DrawRequest) -> str:
         *(f"{name}={value!r}" for name, value in request.guidance().items()),
         "**setting.arguments()",
     ]
+    call = f"draw_images({', '.join(arguments)})"
+    if len(call) > MAX_LINE:
+        call = "draw_images(\n" + "".join(f"    {argument},\n" for argument in arguments) + ")"
     return "\n".join([
         "from ddpm_hf import image_grid, load",
         "from ddpm_hf.sampling import SamplerOptions, choose_setting, draw_images",
@@ -29,7 +33,7 @@ def python_lines(model: ServedModel, request: DrawRequest) -> str:
         f"pipe = load({model.source!r})" + (f'.to("{device}")' if device != "cpu" else ""),
         f"setting = choose_setting(pipe, SamplerOptions({options}))",
         "pipe.scheduler = setting.scheduler",
-        f"images = draw_images({', '.join(arguments)})",
+        f"images = {call}",
         'image_grid(images).save("samples.png")',
         "",
     ])  # fmt: skip

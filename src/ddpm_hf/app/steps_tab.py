@@ -7,12 +7,12 @@ from typing import Any
 import gradio as gr
 
 from ddpm_hf.app.comparison import ComparedSetting, compare_settings, step_choices
-from ddpm_hf.app.controls import MODEL_QUEUE, PRIVATE, QUICK, class_choices
-from ddpm_hf.app.page_texts import language_of, texts
-from ddpm_hf.app.reported_errors import reported
+from ddpm_hf.app.controls import class_choices
+from ddpm_hf.app.page_texts import texts
 from ddpm_hf.app.requests import SAMPLERS
 from ddpm_hf.app.result_html import picture_tag, section, tiled
 from ddpm_hf.app.served_models import ServedModel
+from ddpm_hf.app.site import PRIVATE, QUICK, Session, Site
 from ddpm_hf.app.translations import translated as t
 from ddpm_hf.scheduler_spec import readable_names
 
@@ -22,14 +22,9 @@ CELL_PIXELS = 144
 MAX_IMAGES = 9
 
 
-def steps_tab(models: Mapping[str, ServedModel], model: gr.Dropdown) -> None:
-    """Build the tab.
-
-    Args:
-        models: the models by name.
-        model: component with the name of the chosen model.
-    """
-    first = next(iter(models.values()))
+def steps_tab(site: Site, session: Session) -> None:
+    """Build the tab."""
+    first = site.first
     readable = readable_names(SAMPLERS)
     gr.Markdown(t("steps_help"))
     with gr.Row():
@@ -49,24 +44,22 @@ def steps_tab(models: Mapping[str, ServedModel], model: gr.Dropdown) -> None:
                 compare = gr.Button(
                     t("compare"), variant="primary", min_width=100, elem_id="compare"
                 )
-                stop = gr.Button(t("stop"), min_width=100)
+                stop = gr.Button(t("stop"), min_width=100, elem_id="stop-steps")
         with gr.Column(scale=3, min_width=300):
             result = gr.HTML(elem_id="comparison", elem_classes="result", apply_default_css=False)
 
     def for_model(name: str) -> list[Any]:
-        chosen = models[name]
+        chosen = site.models[name]
         update = gr.update(choices=step_choices(chosen), value=_default_steps(chosen))
         return [update, gr.update(**class_choices(chosen))]
 
-    model.change(for_model, model, [steps, label], **QUICK)
+    session.model.change(for_model, session.model, [steps, label], **QUICK)
 
-    @reported
     def run(
-        request: gr.Request, name: str, samplers: Any, steps: Any, number: Any, label: Any,
-        seed: Any,
-    ) -> Generator[str]:  # fmt: skip
-        words, done = texts(language_of(request)), []
-        chosen = models[name]
+        language: str, name: str, samplers: Any, steps: Any, number: Any, label: Any, seed: Any
+    ) -> Generator[str]:
+        words, done = texts(language), list[ComparedSetting]()
+        chosen = site.models[name]
         options = {"num_images": number, "class_label": label, "seed": seed}
         for setting in compare_settings(chosen, samplers, steps, **options):
             if setting is not None:
@@ -75,10 +68,8 @@ def steps_tab(models: Mapping[str, ServedModel], model: gr.Dropdown) -> None:
             else:
                 yield gr.skip()
 
-    event = compare.click(
-        run, [model, samplers, steps, number, label, seed], result, show_progress="minimal",
-        **PRIVATE, **MODEL_QUEUE,
-    )  # fmt: skip
+    inputs = [session.language, session.model, samplers, steps, number, label, seed]
+    event = site.on_click(compare, run, inputs, [result], **PRIVATE)
     stop.click(None, cancels=[event], **PRIVATE)
 
 

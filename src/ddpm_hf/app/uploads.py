@@ -25,6 +25,20 @@ def open_upload(path: Any, model: ServedModel) -> Image.Image:
         ValueError: for a file that is not a picture in one of `FORMATS` or is too large, and for a
             model without a picture mode.
     """
+    return fitted(_opened(path), model)
+
+
+def open_mask(path: Any, model: ServedModel) -> Image.Image:
+    """The mask in a file, white above half, in the model's size.
+
+    Raises:
+        ValueError: as `open_upload`.
+    """
+    mask = ImageOps.fit(_opened(path).convert("L"), model.size, Image.Resampling.BOX)
+    return mask.point(lambda value: 255 * (value > 127))
+
+
+def _opened(path: Any) -> Image.Image:
     if not isinstance(path, str | Path):
         raise ValueError("upload a picture first")
     try:
@@ -36,7 +50,7 @@ def open_upload(path: Any, model: ServedModel) -> Image.Image:
                     f"the picture must have at most {MAX_UPLOAD_PIXELS:,} pixels, got"
                     f" {width:,} x {height:,}"
                 )
-            return fitted(ImageOps.exif_transpose(picture), model)
+            return ImageOps.exif_transpose(picture).copy()
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"the file is not a picture in one of the formats {', '.join(FORMATS)}, or is damaged"

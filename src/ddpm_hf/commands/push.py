@@ -13,6 +13,8 @@ share a model folder on the Hub
   ddpm-hf push runs/photos/model YOU/photos --dry-run     only list the files
   ddpm-hf push runs/photos/model YOU/photos               one commit to a private repository
   ddpm-hf push runs/photos/model YOU/photos --public      visible to everyone
+  ddpm-hf push runs/photos/model YOU/photos --space YOU/photos-page
+                                                          also a page to play with the model
 
 Log in first (`hf auth login`, or a token in HF_TOKEN). The commit contains the model: weights,
 configurations, the card with its pictures, and the record of the training. Checkpoints for

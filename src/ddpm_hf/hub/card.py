@@ -11,7 +11,7 @@ from ddpm_hf.diffusion.atomic_files import read_json, write_text
 from ddpm_hf.evaluation.records import JsonObject
 from ddpm_hf.hub.card_facts import card_facts
 from ddpm_hf.hub.card_rendering import render_model_card
-from ddpm_hf.hub.card_update import updated_card, with_license
+from ddpm_hf.hub.card_update import updated_card, with_license, with_space
 from ddpm_hf.paths import ModelPaths
 
 if TYPE_CHECKING:  # a card is written without torch
@@ -51,7 +51,11 @@ class SharedCard:
 
 
 def card_to_share(
-    folder: str | Path, repo_id: str, remote: str | None = None, license: str | None = None
+    folder: str | Path,
+    repo_id: str,
+    remote: str | None = None,
+    license: str | None = None,
+    space: str | None = None,
 ) -> SharedCard:
     """The card to upload: the updated card of the Hub, or the local one if the Hub has none.
 
@@ -60,6 +64,7 @@ def card_to_share(
         repo_id: its name on the Hub.
         remote: the card on the Hub.
         license: replaces the licence in the metadata.
+        space: name of the Space to link.
     Raises:
         ValueError: for a `license` and a card with invalid metadata.
     """
@@ -67,7 +72,8 @@ def card_to_share(
     card = local = updated_card(_read(ModelPaths(Path(folder)).card), generated)
     if remote is not None:
         card = updated_card(remote, generated)
-    return SharedCard(with_license(card, license) if license else card, card != local)
+    shared = with_license(card, license) if license else card
+    return SharedCard(with_space(shared, space) if space else shared, card != local)
 
 
 def write_results(folder: str | Path, metrics: Iterable["CardMetric"]) -> Path:

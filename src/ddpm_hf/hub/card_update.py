@@ -79,6 +79,22 @@ def with_license(card: str, license: str) -> str:
     return _block(data, metadata) + text
 
 
+def with_space(card: str, space_id: str) -> str:
+    """`card` with a link to the Space that serves the model, after its introduction.
+
+    The link is a section of its own, which later cards without a Space keep.
+    """
+    link = f"Try the model in the browser: [{space_id}](https://huggingface.co/spaces/{space_id})"
+    section = f"<!-- ddpm-hf space -->\n{link}\n<!-- /ddpm-hf -->"
+    metadata, text = _split(card)
+    sections = {match["name"]: match for match in _SECTION.finditer(text)}
+    if old := sections.get("space"):
+        return metadata + text[: old.start()] + section + text[old.end() :]
+    place = sections["intro"].end() if "intro" in sections else 0
+    before, after = text[:place].rstrip(), text[place:].lstrip()
+    return f"{metadata}{before}\n\n{section}\n\n{after}"
+
+
 def metadata_of(card: str) -> CardData:
     """The metadata of a card.
 

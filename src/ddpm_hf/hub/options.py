@@ -67,4 +67,10 @@ class PushOptions(Options):
     revision: str | None = option(None, "branch to push to (default: main)", metavar="BRANCH")
     create_pr: bool = option(False, "open a pull request instead of a commit")
     license: str | None = option(None, "licence for the card, such as apache-2.0")
+    space: str | None = option(
+        None,
+        "also create or update a Space with the page of `ddpm-hf app` for this model; a new one is"
+        " private unless `public` (needs the extra `app`)",
+        metavar="USER/NAME",
+    )
     dry_run: bool = option(False, "list the files and print the card, without a connection")

@@ -5,7 +5,7 @@ import os
 import shlex
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from ddpm_hf.diffusion.portable_checkpoint import commit, is_finite
 from ddpm_hf.hub.card import SharedCard, card_to_share
 from ddpm_hf.hub.card_update import metadata_of
 from ddpm_hf.hub.load import check_repo_id, refuse_links, scheduler_class
+from ddpm_hf.hub.push_space import check_gradio, push_space
 from ddpm_hf.hub.retry import TOKEN_HELP, WAITS_S, HubError, check_connection, retry, shorten
 from ddpm_hf.hub.secrets import find_leak
 from ddpm_hf.text import counted
@@ -76,10 +77,14 @@ def shared_files(folder: Path) -> list[Path]:
 
 
 def _checked_card(
-    folder: Path, repo_id: str, remote: str | None = None, license: str | None = None
+    folder: Path,
+    repo_id: str,
+    remote: str | None = None,
+    license: str | None = None,
+    space: str | None = None,
 ) -> SharedCard:
     """The card to upload; see `card_to_share`."""
-    card = card_to_share(folder, repo_id, remote, license)
+    card = card_to_share(folder, repo_id, remote, license, space)
     if not card.is_from_hub:  # that text is on the Hub already
         _refuse_leaks("README.md", card.text.encode())
         metadata_of(card.text)
@@ -125,6 +130,7 @@ class PushResult:
         url: of the commit or pull request; None in a dry run.
         private: whether the repository is private; None in a dry run.
         card_kept: whether the card on the Hub differed from the local one, and its text was kept.
+        space_url: of the Space, if one was pushed.
     """
 
     repo_id: str
@@ -133,6 +139,7 @@ class PushResult:
     url: str | None = None
     private: bool | None = None
     card_kept: bool = False
+    space_url: str | None = None
 
     def __str__(self) -> str:
         if self.url is None:
@@ -142,7 +149,8 @@ class PushResult:
             title = "Model card, if there is none on the Hub:"
             return "\n".join([*listing, "", title, "", self.card])
         kept = "; the text of the card on the Hub was kept, edit it there" if self.card_kept else ""
-        return f"Pushed to {self.url} ({'private' if self.private else 'public'}{kept})"
+        pushed = f"Pushed to {self.url} ({'private' if self.private else 'public'}{kept})"
+        return pushed if self.space_url is None else f"{pushed}\nSpace: {self.space_url}"
 
 
 def push(
@@ -156,6 +164,7 @@ def push(
     token: str | None = None,
     commit_message: str = "Upload checkpoint",
     license: str | None = None,
+    space: str | None = None,
     waits_s: Sequence[float] = WAITS_S,
 ) -> PushResult:
     """Upload a checkpoint and its model card to the Hub in one commit.
@@ -173,6 +182,8 @@ def push(
         token: by default that of `hf auth login` or HF_TOKEN.
         commit_message: title of the commit.
         license: licence in the card: an identifier of the Hub, such as "apache-2.0".
+        space: name of a Space, "user/name", to create or update: the page of `ddpm-hf app` for this
+            model. The card links it. Needs the extra `app`.
         waits_s: seconds before each retry.
     Raises:
         ValueError: if the checkpoint is invalid or contains a secret or a local path, the name is
@@ -180,14 +191,23 @@ def push(
         HubError: if the Hub fails after all retries.
     """
     check_repo_id(repo_id)
+    if space is not None:
+        check_repo_id(space)
+        check_gradio()
     folder = Path(folder).expanduser()
     files = prepare(folder, repo_id)
     if dry_run:
-        card = _checked_card(folder, repo_id, license=license)
+        card = _checked_card(folder, repo_id, license=license, space=space)
         return PushResult(repo_id, _sizes(files, card.text), card.text)
-    target = Target(repo_id, public, revision, create_pr, token, tuple(waits_s), license=license)
+    target = Target(
+        repo_id, public, revision, create_pr, token, tuple(waits_s), license=license, space=space
+    )
     target.check_access()
-    return target.upload(folder, files, commit_message)
+    result = target.upload(folder, files, commit_message)
+    if space is None:
+        return result
+    url = push_space(space, repo_id, public=public, token=token, waits_s=waits_s)
+    return replace(result, space_url=url)
 
 
 def push_command(
@@ -222,6 +242,7 @@ class Target:
     waits_s: tuple[float, ...]
     stop: threading.Event | None = None
     license: str | None = None
+    space: str | None = None
 
     @property
     def api(self) -> HfApi:
@@ -270,7 +291,7 @@ class Target:
         cards = []
 
         def card_text(remote: str | None) -> str:
-            cards.append(_checked_card(folder, self.repo_id, remote, self.license))
+            cards.append(_checked_card(folder, self.repo_id, remote, self.license, self.space))
             return cards[-1].text
 
         new_commit, head = commit(

@@ -1,0 +1,261 @@
+"""The web application through gradio_client, and its pictures from visitors."""
+
+import io
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import image_facts_of, save_ours, tiny_scheduler, tiny_unet
+from PIL import Image
+
+pytest.importorskip("gradio")
+from ddpm_hf.app.editing import EditRequest, edit_command, edit_picture
+from ddpm_hf.app.inspection import card_text, error_curve, picture_bound, snr_curve
+from ddpm_hf.app.nearest_images import TrainingSet
+from ddpm_hf.app.picture_input import Drawn, choose_drawn
+from ddpm_hf.app.served_models import load_models
+from ddpm_hf.app.uploads import mask_picture, open_mask, open_upload
+from ddpm_hf.app.working import WorkStopped, watched
+from ddpm_hf.cli import main
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A calibrated class-conditional model of colour images."""
+    folder = save_ours(
+        tmp_path_factory.mktemp("app") / "hair" / "model",
+        unet=tiny_unet(in_channels=3, num_class_embeds=3),
+        scheduler=tiny_scheduler(x_0_mse=np.linspace(0.01, 0.3, 20)),
+        facts=image_facts_of("RGB", 8, 8, class_names=["black", "red"]),
+    )
+    (folder / "README.md").write_text(
+        "---\nlicense: mit\n---\n# A card\n\n![x](https://example.com/x.png)<img src='https://a.b/c'>"
+    )
+    return load_models([str(folder)])[0]
+
+
+def result_of(work):
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            return end.value
+
+
+def picture(seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def edits(model):
+    mask = Image.new("L", (8, 8))
+    mask.paste(255, (0, 4, 8, 8))
+    common = {"num_inference_steps": 4, "num_images": 2, "seed": 3}
+    yield EditRequest.of(model, "inpaint", picture(), mask=mask, repetitions=2, **common)
+    yield EditRequest.of(model, "vary", picture(), strength=0.7, class_label="red", **common)
+    yield EditRequest.of(model, "between", picture(), second=picture(1), **common)
+    yield EditRequest.of(model, "class", picture(), source_class="black", class_label="red")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", range(4))
+def test_the_command_makes_the_same_edit(model, index, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    request = list(edits(model))[index]
+    pictures = request.pictures
+    files = {"picture": pictures.image, "mask": pictures.mask, "second": pictures.between}
+    for name, image in files.items():
+        if image is not None:
+            image.save(f"{name}.png")
+    result = result_of(edit_picture(model, request))
+    assert main(edit_command(model, request).split()[1:]) == 0
+    for i, drawn in enumerate(result.images):
+        saved = np.asarray(Image.open(f"edited/{i:03}.png"))
+        assert np.array_equal(saved, (drawn * 255).round().astype("uint8"))
+    assert (result.std is None) == (index >= 2)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"kind": "paint"}, "`kind` must be one of"),
+        ({"num_images": 100}, "`num_images` must be at most 64"),
+        ({"strength": float("nan")}, "`strength` must be a finite number"),
+        ({"strength": -1}, "strength"),
+        ({"repetitions": 21, "kind": "inpaint"}, "`repetitions` must be at most 20"),
+        ({"kind": "between"}, "choose the second picture"),
+        ({"class_label": "blue"}, "`class_labels` must be in"),
+    ],
+)
+def test_a_hostile_edit_is_refused(model, values, message):
+    values = {"kind": "vary", **values}
+    with pytest.raises(ValueError, match=message):
+        result_of(
+            edit_picture(model, EditRequest.of(model, values.pop("kind"), picture(), **values))
+        )
+
+
+def test_an_upload_is_cropped_and_resized_to_the_model(model, tmp_path):
+    halves = Image.new("RGB", (64, 16), "white")
+    halves.paste("red", (24, 0, 40, 16))
+    halves.save(tmp_path / "x.png")
+    fitted = open_upload(tmp_path / "x.png", model)
+    assert fitted.size == (8, 8)
+    assert (np.asarray(fitted) == (255, 0, 0)).all()
+    assert open_mask(tmp_path / "x.png", model).mode == "L"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not a picture"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a picture"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n", "not a picture"),
+    ],
+)
+def test_a_file_that_is_no_picture_is_refused(model, tmp_path, content, message):
+    (tmp_path / "x.png").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        open_upload(tmp_path / "x.png", model)
+    with pytest.raises(ValueError, match="upload a picture first"):
+        open_upload(None, model)
+
+
+def test_a_huge_picture_is_refused_by_its_header(model, tmp_path):
+    content = io.BytesIO()
+    Image.new("1", (8000, 8000)).save(content, "PNG")
+    (tmp_path / "x.png").write_bytes(content.getvalue())
+    with pytest.raises(ValueError, match="at most 33,554,432 pixels, got 8,000 x 8,000"):
+        open_upload(tmp_path / "x.png", model)
+
+
+def test_a_mask_has_a_bit_for_each_pixel(model):
+    mask = mask_picture({"mask": "1" + "0" * 63}, model)
+    assert np.asarray(mask)[0, 0] == 255
+    assert np.asarray(mask).sum() == 255
+    for value in (None, {}, {"mask": "0" * 64}, {"mask": 5}):
+        with pytest.raises(ValueError, match="paint over the part"):
+            mask_picture(value, model)
+    for text in ("1" * 63, "x1" * 32):
+        with pytest.raises(ValueError, match="must have 8 x 8 pixels"):
+            mask_picture({"mask": text}, model)
+
+
+def test_drawn_images_of_another_model_are_not_taken(model):
+    images = np.stack([np.asarray(picture(i)) / 255 for i in range(2)])
+    assert choose_drawn(model, Drawn("hair", images, None), 3).index == 1
+    with pytest.raises(ValueError, match="draw images with this model first"):
+        choose_drawn(model, Drawn("other", images, None), 0)
+
+
+def test_work_in_a_thread_ends_at_the_next_call_when_its_generator_is_closed():
+    network, problems = torch.nn.Identity(), []
+
+    def work():
+        try:
+            while True:
+                network(torch.zeros(1))
+                time.sleep(0.01)
+        except WorkStopped as error:
+            problems.append(error)
+            raise
+
+    running = watched(network, work)
+    next(running)
+    running.close()
+    assert len(problems) == 1
+    assert threading.active_count() == 1 or not network._forward_pre_hooks
+
+
+def test_the_card_loads_nothing(model):
+    text = card_text(model)
+    assert text.strip().startswith("# A card")
+    assert "![" not in text
+    assert "<img" not in text
+
+
+@pytest.mark.slow
+def test_curves_and_the_bound_of_a_picture_follow_from_the_model(model):
+    snr = snr_curve(model)
+    assert (snr["log SNR"].diff()[1:] < 0).all()
+    assert error_curve(model)["RMSE"].iloc[0] == pytest.approx(0.1)
+    bound = result_of(picture_bound(model, picture(), "red", 20))
+    scheduler, x_0 = model.pipeline.scheduler, model.pipeline.encode_images(picture())
+    from ddpm_hf import bits_per_dim
+
+    def denoiser(x_t, t):
+        return model.pipeline.unet(x_t, t, class_labels=torch.ones(len(x_t), dtype=torch.long))
+
+    whole = bits_per_dim(denoiser, scheduler, x_0.repeat(64, 1, 1, 1), progress=False)
+    error = np.hypot(bound.standard_error, whole.standard_error)
+    assert abs(bound.value - whole.mean) < 4 * error  # z bound for fixed seeds
+
+
+def test_a_training_image_is_found_as_its_own_nearest(model, tmp_path):
+    for i in range(5):
+        picture(i).save(tmp_path / f"{i}.png")
+    images = TrainingSet.load(model, str(tmp_path))
+    first, second = images.nearest(model, picture(2), 2)
+    assert first.distance == pytest.approx(0, abs=1e-6)
+    assert second.distance > 0.2
+    assert images.share_closer(first.distance) == 0
+    assert np.array_equal((first.image * 255).round(), np.asarray(picture(2)))
+
+
+@pytest.mark.slow
+def test_gradio_client_calls_the_named_functions(model, tmp_path):
+    from gradio_client import Client, handle_file
+
+    from ddpm_hf.app.server import start
+
+    page = start([model])
+    client = Client(page.local_url, verbose=False, download_files=str(tmp_path))
+    few = {"num_images": 2, "num_inference_steps": 3}
+    images, python, command = client.predict(api_name="/draw", seed=4, class_label="red", **few)
+    assert python.startswith("from ddpm_hf import")
+    assert "--seed 4" in command
+    paths = [item["image"] for item in images]
+    assert Image.open(paths[0]).size == (8, 8)
+    _, settings = client.predict(
+        samplers=["DDIM", "HeunDiscrete"], steps=[3], num_images=1, api_name="/compare"
+    )
+    assert [s["network_calls"] for s in settings] == [3, 5]
+    files = [handle_file(path) for path in paths]
+    Image.fromarray(np.eye(8, dtype=np.uint8) * 255).save(tmp_path / "mask.png")
+    drawn, std = client.predict(
+        image=files[0], mask=handle_file(tmp_path / "mask.png"), repetitions=1,
+        api_name="/inpaint", **few,
+    )  # fmt: skip
+    assert len(drawn) == 2
+    assert (np.asarray(Image.open(std).convert("L"))[~np.eye(8, dtype=bool)] == 0).all()
+    varied, gain = client.predict(image=files[0], api_name="/image_to_image", **few)
+    assert len(varied) == 2
+    assert 0 < gain < 1
+    few["num_images"] = 3
+    between = client.predict(first=files[0], second=files[1], api_name="/interpolate", **few)
+    assert len(between) == 3
+    with pytest.raises(Exception, match="`num_images` must be at most 64"):
+        client.predict(num_images=10**9, api_name="/draw")
+    with pytest.raises(Exception, match="`model` must be one of hair"):
+        client.predict(model="/etc", api_name="/draw")
+    page.close()
+
+
+def test_functions_that_call_a_network_get_the_gpu_of_a_space(model):
+    """The decorator gets generator functions of plain values, as `spaces.GPU` does."""
+    import inspect
+
+    from ddpm_hf.app.page import build_page
+    from ddpm_hf.app.site import Site
+
+    decorated = []
+
+    def gpu(function):
+        decorated.append(function)
+        return function
+
+    build_page(Site({model.name: model}, {}, gpu))
+    assert len(decorated) == 9
+    assert all(inspect.isgeneratorfunction(function) for function in decorated)
