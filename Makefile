@@ -13,7 +13,7 @@ help: ## List the targets
 
 setup: $(READY) ## Create .venv with the tested versions; the other targets run this first
 
-demo: $(READY) ## Train on digits, save, load in a new process, sample: under 10 minutes on a CPU
+demo: $(READY) ## Train on pixel faces in colour, draw, measure, load without the package: minutes on a CPU
 	GOMP_SPINCOUNT=10000 $(BIN)/python training/demo.py
 
 fmt: $(READY) ## Format the code and apply the safe fixes

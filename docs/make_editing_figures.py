@@ -1,6 +1,6 @@
-"""Pictures of docs/editing.md, drawn by a model of the digits of training/demo.py.
+"""Pictures of docs/editing.md, drawn by the model of training/digits.py.
 
-python docs/make_editing_figures.py runs/demo/model
+python docs/make_editing_figures.py runs/bench/digits/model  # trained by bench_editing.py
 """
 
 import sys

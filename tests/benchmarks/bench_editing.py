@@ -3,7 +3,7 @@
     python tests/benchmarks/bench_editing.py [--model FOLDER] [--json FILE]
 
 Hides the lower half of held-out digits (8x8, scikit-learn) and draws it several times with each
-method. Without `--model`, trains the model of training/demo.py first. Columns:
+method. Without `--model`, trains the model of training/digits.py first. Columns:
 
     class     share of draws that a classifier of digits reads as the true class
     MSE       of the mean of the draws, on hidden pixels in [0, 1]
@@ -40,9 +40,7 @@ from ddpm_hf.diffusion import inpainting
 from ddpm_hf.diffusion.editing import inpaint
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "training"))
-import demo
-
-from digits import fit_judge, to_images
+from digits import NUM_UPDATES, fit_judge, to_images, train_model
 
 HALF_LEVEL = 1 / 32
 
@@ -165,7 +163,7 @@ def measure(pipeline: GaussianDDPMPipeline, problem: Problem, method: Method, ms
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--model", help="checkpoint of the digits (default: train one)")
-    parser.add_argument("--updates", type=int, default=demo.NUM_STEPS, help="of the training")
+    parser.add_argument("--updates", type=int, default=NUM_UPDATES, help="of the training")
     parser.add_argument("--num-digits", type=int, default=36, help="half-hidden digits")
     parser.add_argument("--num-draws", type=int, default=8, help="draws of each digit")
     parser.add_argument("--num-calibrated", type=int, default=8, help="digits of the calibration")
@@ -177,7 +175,7 @@ def main() -> None:
         values, labels, test_size=0.2, stratify=labels, random_state=0
     )
     folder = Path("runs/bench/digits")
-    model = options.model or demo.train_model(to_images(known), folder, options.updates).model_dir
+    model = options.model or train_model(to_images(known), folder, options.updates).model_dir
     pipeline = load(str(model))
     pipeline.unet.eval()
     number = options.num_digits
