@@ -20,6 +20,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+from diffusers import UNet2DModel
 from PIL import Image
 
 from ddpm_hf import (
@@ -40,7 +41,7 @@ from ddpm_hf.hub.card import write_results
 from ddpm_hf.text import duration
 from faces import CLASS, FOLDER, Judge, Scores, load_faces, shortcomings, table, to_pixels
 
-NUM_UPDATES = 1500
+NUM_UPDATES = 3000
 NUM_TRAIN_TIMESTEPS = 1000
 NUM_STEPS = 50  # of sampling
 NUM_IN_GRID = 48  # faces drawn during training, a row per class
@@ -84,29 +85,52 @@ sys.exit(f"ddpm_hf was used: {ours}" if ours else 0)
 # Training and sampling
 
 
-def train_model(folder: Path, num_updates: int) -> TrainingResult:
+def build_unet(num_classes: int) -> UNet2DModel:
+    """A UNet with 32, 64 and 64 channels at 16x16, 8x8 and 4x4: 1.06M parameters.
+
+    Args:
+        num_classes: it gets one more embedding, the null class of guidance.
+    """
+    return UNet2DModel(
+        sample_size=16,
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=1,
+        block_out_channels=(32, 64, 64),
+        down_block_types=("DownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "UpBlock2D"),
+        attention_head_dim=32,
+        norm_num_groups=8,
+        num_class_embeds=num_classes + 1,
+    )
+
+
+def train_model(folder: Path, num_classes: int, num_updates: int) -> TrainingResult:
     """Train, or resume the run in `folder`."""
     config = TrainingConfig(
         dataset=str(FOLDER),
         class_column=CLASS,
         output_dir=str(folder),
         max_train_steps=num_updates,
-        batch_size=32,
-        learning_rate=1e-3,
-        ema_decay=0.998,
+        batch_size=16,
+        learning_rate=2e-3,
+        ema_decay=0.995,
         num_samples=NUM_IN_GRID,
-        sample_steps=500,
-        checkpointing_steps=500,
+        sample_steps=1000,
+        checkpointing_steps=1000,
         license="cc0-1.0",
     )
-    # Few steps that are spread over all timesteps lose less than stock diffusers' "leading" ones.
+    # Estimating x_0 gave cleaner colours than v after the same time: an even background, and hair
+    # of the colour asked for in 90 % of the faces instead of 72 %. Few steps that are spread over
+    # all timesteps lose less than the "leading" ones of diffusers' default.
     scheduler = GaussianDDPMScheduler(
         NUM_TRAIN_TIMESTEPS,
         beta_schedule="squaredcos_cap_v2",
-        prediction_type="v_prediction",
+        prediction_type="sample",
         timestep_spacing="linspace",
     )
-    return train(config, scheduler=scheduler)
+    torch.manual_seed(0)  # initial weights
+    return train(config, unet=build_unet(num_classes), scheduler=scheduler)
 
 
 def draw(
@@ -142,24 +166,26 @@ def draw_elsewhere(model: Path, names: Sequence[str], folder: Path) -> np.ndarra
 # Pictures
 
 
-def first_of_each(labels: Sequence[int], num_classes: int, count: int) -> list[int]:
-    """Indices of the first `count` images of each class."""
-    return [i for n in range(num_classes) for i in np.flatnonzero(np.equal(labels, n))[:count]]
+def first_of(
+    images: Sequence[Image.Image], labels: Sequence[int], label: int, count: int
+) -> list[Image.Image | None]:
+    """The first `count` images of a class, filled up with None."""
+    found = [images[int(i)] for i in np.flatnonzero(np.equal(labels, label))[:count]]
+    return [*found, *[None] * (count - len(found))]
 
 
 def picture_samples(
-    drawn: list[Image.Image], labels: Sequence[int], held_out: datasets.Dataset
+    drawn: Sequence[Image.Image], labels: Sequence[int], held_out: datasets.Dataset
 ) -> Image.Image:
     """A row per class: the first faces drawn, and held-out ones, apart."""
     names, columns = held_out.features[CLASS].names, NUM_IN_ROW + NUM_REAL_IN_ROW
-    left = first_of_each(labels, len(names), NUM_IN_ROW)
-    right = first_of_each(held_out[CLASS], len(names), NUM_REAL_IN_ROW)
+    real, real_labels = held_out["image"], held_out[CLASS]
     cells = [
         image
-        for row in range(len(names))
+        for label in range(len(names))
         for image in (
-            *(drawn[i] for i in left[row * NUM_IN_ROW :][:NUM_IN_ROW]),
-            *held_out[right[row * NUM_REAL_IN_ROW :][:NUM_REAL_IN_ROW]]["image"],
+            *first_of(drawn, labels, label, NUM_IN_ROW),
+            *first_of(real, real_labels, label, NUM_REAL_IN_ROW),
         )
     ]
     titles = [""] * columns
@@ -316,7 +342,7 @@ def main(argv: list[str]) -> int:
     print(f"{len(faces):,} for training, {len(held_out):,} held out, 16x16 pixels, RGB")
 
     phase(2, f"Train a model that draws a face for a hair colour: {', '.join(names)}")
-    result = train_model(folder, options.steps)
+    result = train_model(folder, len(names), options.steps)
     if result.stopped_by is not None:
         return 128 + result.stopped_by
     model = result.model_dir
@@ -340,7 +366,7 @@ def main(argv: list[str]) -> int:
     picture_few_steps(pipeline, names).save(folder / "few_steps.png")
 
     phase(5, "Draw some of them in a new process, without this package")
-    first = tuple(names[label] for label in labels[:12])
+    first = [names[label] for label in labels[:12]]
     elsewhere = draw_elsewhere(model, first, folder).astype(int)
     difference = int(np.abs(elsewhere - to_pixels(drawn[:12])).max())
     print(f"the pixels of {len(first)} faces differ from those above by at most {difference}/255")

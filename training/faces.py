@@ -18,6 +18,7 @@ CLASS = "hair_color"
 COMBINED = ("hair", "hairColor", "skinColor")  # 3,960 combinations, 2,817 of them in train
 NEAR = 8  # a pixel has a colour of the palette if each channel is at most this far from it, of 255
 MOST_POINTS_BELOW = 0.10
+NUM_TREES = 100
 
 
 def load_faces() -> datasets.DatasetDict:
@@ -71,7 +72,9 @@ class Judge:
         self._known = {face.tobytes() for face in pixels}
         self._combinations = set(zip(*(faces[name] for name in COMBINED), strict=True))
         self._classifiers = {
-            name: ExtraTreesClassifier(random_state=0).fit(_features(pixels), faces[name])
+            name: ExtraTreesClassifier(NUM_TREES, random_state=0, n_jobs=-1).fit(
+                _features(pixels), faces[name]
+            )
             for name in (CLASS, *COMBINED)
         }
 
