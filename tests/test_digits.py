@@ -39,6 +39,7 @@ def test_the_digits_are_prepared_as_8_bit_greyscale_images_of_8x8(digits, tmp_pa
         np.testing.assert_array_equal(prepared[index][0].numpy(), np.asarray(image))
 
 
+@pytest.mark.slow
 def test_the_probabilities_of_the_classifier_are_calibrated(digits):
     values, labels = load_digits(return_X_y=True)
     known, held_out, known_labels, held_out_labels = train_test_split(
