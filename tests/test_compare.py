@@ -94,6 +94,11 @@ def swept(models, photos, tmp_path_factory):
 
 
 @pytest.mark.slow
+def test_an_empty_comparison_is_refused_in_words():
+    with pytest.raises(ValueError, match="`models_or_images` is empty"):
+        ddpm_hf.compare([], "photos")
+
+
 def test_all_combinations_are_measured_or_left_out_with_the_reason(swept):
     comparison, _ = swept
     assert [row.setting for row in comparison.settings] == [

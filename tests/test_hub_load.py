@@ -544,6 +544,32 @@ def test_an_incomplete_copy_in_the_cache_is_not_loaded(
         (offline if why == "network" else client).run("load(repo)", repo=repo)
 
 
+AWAY = """
+from huggingface_hub import constants
+from ddpm_hf import load
+load("user/away")
+before, constants.ENDPOINT = constants.ENDPOINT, "http://127.0.0.1:9"
+try:
+    size = load("user/away").unet.config.sample_size
+    try:
+        load("user/never-loaded")
+    except OSError as error:
+        result = [size, str(error), error.__cause__ is None]
+finally:
+    constants.ENDPOINT = before
+"""
+
+
+@pytest.mark.slow
+def test_without_a_connection_the_cache_is_read_and_nothing_is_repeated(hub, checkpoint, client):
+    hub.add_folder("user/away", checkpoint)
+    size, message, is_alone = client.run(AWAY)
+    assert size == 8
+    assert message.startswith("no connection to http://127.0.0.1:9 for user/never-loaded: ")
+    assert message.endswith(", and the cache has no copy")
+    assert is_alone
+
+
 @pytest.mark.slow
 def test_our_scheduler_saved_by_a_stock_pipeline_loads_but_must_be_saved_again_to_push(tmp_path):
     scheduler = tiny_scheduler(variance_type="fixed_large")

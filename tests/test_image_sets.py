@@ -173,6 +173,7 @@ DAMAGED_ARRAYS = {
     "half.npy": (NPY[: len(NPY) // 2], "is cut or damaged"),
     "header.npy": (NPY[:40], "is cut or damaged"),
     "flipped.npz": (COMPRESSED[:500] + b"\0\0\0\0" + COMPRESSED[504:], "is cut or damaged"),
+    "byte.npz": (NPZ[:600] + bytes([NPZ[600] ^ 255]) + NPZ[601:], "is cut or damaged"),
     "empty.npz": (b"", "is empty"),
     "empty.npy": (b"", "is empty"),
     "page.npz": (b"<!DOCTYPE html><html>404</html>", "is a web page"),

@@ -1,6 +1,8 @@
 """The `ddpm-hf` command: list of commands, and their exit statuses."""
 
 import argparse
+import atexit
+import gc
 import os
 import signal
 import sys
@@ -82,6 +84,9 @@ def run_command(
             their own.
     """
     escape_unencodable_output()
+    # The interpreter then ends without a last garbage collection, which takes a second or two for
+    # the half million objects of torch and diffusers.
+    atexit.register(gc.freeze)
     watch_launcher()
     with hidden_secrets():
         return _status_of(command, argv, options)

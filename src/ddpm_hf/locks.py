@@ -87,11 +87,11 @@ def hold_lock(file: Path, output: Path, option: str, *, keep_file: bool = True) 
             poll_interval=0.2,
             cancel_check=lambda: _is_alive(_holder(file)),
         )
-    except Timeout as error:
+    except Timeout:
         raise InUseError(
             f"{output} is in use by process {_holder(file) or '?'}; wait for it, or choose another"
             f" `{option}`"
-        ) from error
+        ) from None
     try:
         yield
     finally:

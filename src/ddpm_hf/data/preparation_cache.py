@@ -57,7 +57,7 @@ def cached_folder(
         raise DataError(
             f"the images cannot be prepared in {str(cache)!r}: {error}; set HF_DATASETS_CACHE to a"
             " writable folder"
-        ) from error
+        ) from None
     return folder
 
 

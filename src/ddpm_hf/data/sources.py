@@ -136,9 +136,9 @@ def _as_data_error(source: str) -> Iterator[None]:
         is_wrapper = isinstance(error, datasets.exceptions.DatasetGenerationError)
         cause = (error.__cause__ if is_wrapper else None) or error
         if isinstance(cause, DataError):
-            raise cause from error
+            raise cause from None
         reason = " ".join(f"{cause}".split()) or type(cause).__name__
-        raise DataError(f"{source!r} cannot be loaded: {reason:.500}") from error
+        raise DataError(f"{source!r} cannot be loaded: {reason:.500}") from None
 
 
 def _from_folder(root: Path, split: str | None) -> tuple[datasets.Dataset, Origin]:
@@ -169,7 +169,7 @@ def _from_saved(root: Path, split: str | None) -> datasets.Dataset:
             files = [data_file["filename"] for data_file in content.get("_data_files") or []]
             names = [os.fspath(name) for name in [*files, *(content.get("splits") or [])]]
         except (LookupError, TypeError) as error:
-            raise DataError(f"{str(index)!r} is damaged: {error!r}") from error
+            raise DataError(f"{str(index)!r} is damaged: {error!r}") from None
         for name in names:
             if not (index.parent / name).resolve().is_relative_to(root):
                 raise DataError(f"{str(index)!r} names {name!r}, which is outside {str(root)!r}")
@@ -218,7 +218,7 @@ def _from_hub(
     except Exception as error:  # also ImportError, for a protocol without its library
         raise DataError(
             f"{name!r} is not a local path{close_paths(name)}; as a Hub dataset: {error}"
-        ) from error
+        ) from None
     _check_split(split, builder.info.splits or builder.config.data_files or ())
     builder.download_and_prepare()
     folder = repo_folder_name(repo_id=builder.repo_id or name, repo_type="dataset")

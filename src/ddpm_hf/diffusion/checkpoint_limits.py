@@ -90,7 +90,7 @@ def check_unet_config(
         raise ValueError(
             f"{prefix}the configuration is invalid for UNet2DModel: {type(error).__name__}:"
             f" {reason:.300}"
-        ) from error
+        ) from None
     num_parameters = int(unet.num_parameters())
     needed, available = dtype.itemsize * num_parameters, memory_bytes()
     if needed > available:

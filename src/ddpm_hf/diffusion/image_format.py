@@ -138,7 +138,7 @@ def image_facts(unet: UNet2DModel) -> ImageFacts | None:
                 f"{facts.mode!r}"
             )
     except ValueError as error:
-        raise ValueError(f"`_ddpm_hf` in unet/config.json: {error}") from error
+        raise ValueError(f"`_ddpm_hf` in unet/config.json: {error}") from None
     return facts
 
 

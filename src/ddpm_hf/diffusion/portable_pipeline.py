@@ -44,7 +44,7 @@ class PortablePipeline(DiffusionPipeline):  # type: ignore[misc]
                 f"{pretrained_model_name_or_path} has only pickled weights (.bin), a format that "
                 "can run code; if you trust the author, pass `use_safetensors=False` and save the "
                 "pipeline, which writes safetensors"
-            ) from error
+            ) from None
         absent = [name for name, p in pipeline.unet.named_parameters() if p.is_meta]
         if absent and kwargs.get("device_map") is None:  # a device map may leave weights on disk
             raise OSError(f"{pretrained_model_name_or_path} lacks weights: {', '.join(absent)}")

@@ -84,7 +84,7 @@ class PortableScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             )
         except (AttributeError, LookupError, TypeError) as error:
             where = f"{cls.config_name} of {pretrained_model_name_or_path}"
-            raise ValueError(f"{where}: {error}") from error
+            raise ValueError(f"{where}: {error}") from None
         # As tested in diffusers, no loaded value is marked as a default.
         loaded = {k: v for k, v in scheduler.config.items() if k != "_use_default_values"}
         scheduler._internal_dict = FrozenDict(loaded)

@@ -122,7 +122,7 @@ def _set_and_check(scheduler: Any, request: str, **options: Any) -> None:
     except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
         if kind == config_extension.GAUSSIAN_SCHEDULER:  # its errors name the argument
             raise
-        raise ValueError(f"{kind} does not support {request}: {error}") from error
+        raise ValueError(f"{kind} does not support {request}: {error}") from None
     visited = scheduler.timesteps.tolist()
     if scheduler.timesteps.isnan().any():  # KDPM2 with betas that end in almost pure noise
         raise ValueError(

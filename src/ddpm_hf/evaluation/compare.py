@@ -103,6 +103,8 @@ def compare(
     shared = ComparisonOptions.from_keywords(**options)
     if isinstance(models_or_images, str | os.PathLike) or hasattr(models_or_images, "unet"):
         models_or_images = [models_or_images]
+    if not models_or_images:
+        raise ValueError("`models_or_images` is empty: give at least one model or set of images")
     if (schedulers or num_inference_steps) and not any(map(is_model, models_or_images)):
         raise ValueError("`schedulers` and `num_inference_steps` need a model; all are images")
     schedulers = [str(SchedulerSpec.parse(name)) for name in schedulers]
@@ -110,8 +112,6 @@ def compare(
         is_bound = all(map(is_model, models_or_images)) and not schedulers
         metrics = (BITS,) if is_bound else tuple(METRICS)
     settings = list(_settings(models_or_images, schedulers, num_inference_steps))
-    if not settings:
-        raise ValueError("`models_or_images` is empty: give at least one model or set of images")
     evaluator = Evaluator(dataset, metrics, EvaluationOptions(**vars(shared)), progress=progress)
     with results_folder(evaluator.state, output) as folder:
         evaluator.use_hold_out_of(models_or_images)

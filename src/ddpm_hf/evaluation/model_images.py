@@ -140,11 +140,11 @@ def prepared_like(
             crop="center" if facts.height == facts.width else "none",
             **options,
         )
-    except SeveralShapes as error:
+    except SeveralShapes:
         raise DataError(
             f"the images do not fit {fits}: they have several shapes instead of"
             f" {facts.width}x{facts.height}"
-        ) from error
+        ) from None
     _check_fit(images.facts, facts, fits)
     return images
 

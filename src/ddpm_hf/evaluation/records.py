@@ -158,4 +158,4 @@ def _dataclass_of(kind: Any, content: JsonObject) -> Any:
     try:
         return kind(**content)
     except TypeError as error:
-        raise ValueError(f"{error}") from error
+        raise ValueError(f"{error}") from None

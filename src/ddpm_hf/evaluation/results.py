@@ -70,7 +70,7 @@ class Report(Result):
             options = dict(content["options"])
             own = {name: options.pop(name) for name in cls._IN_OPTIONS}
         except (LookupError, TypeError) as error:
-            raise ValueError(f"no valid options: {error!r}") from error
+            raise ValueError(f"no valid options: {error!r}") from None
         return super().from_dict({**content, **own, "options": options})
 
 

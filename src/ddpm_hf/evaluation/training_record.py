@@ -108,7 +108,7 @@ def record_in(facts: Any) -> HoldOutRecord | None:
         digest = hold_out.pop("digest")
         return HoldOutRecord(digest=digest, hold_out=HoldOut(**hold_out), facts=image)
     except (AttributeError, LookupError, TypeError) as error:
-        raise ValueError(f'invalid "held_out" in training.json: {error!r}') from error
+        raise ValueError(f'invalid "held_out" in training.json: {error!r}') from None
 
 
 def _check_network(paths: ModelPaths, facts: ImageFacts) -> None:

@@ -109,7 +109,7 @@ def metadata_of(card: str) -> CardData:
         return ModelCard(block).data
     except Exception as error:  # the parsers raise errors of many kinds
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"README.md has metadata that the Hub would refuse: {reason}") from error
+        raise ValueError(f"README.md has metadata that the Hub would refuse: {reason}") from None
 
 
 def _split(card: str) -> tuple[str, str]:

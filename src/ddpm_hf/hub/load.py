@@ -1,21 +1,22 @@
 """Loading of checkpoints from the Hub or a folder, without running their code."""
 
+import logging
 import os
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ddpm_hf.backend_settings import is_out_of_memory
 from ddpm_hf.diffusion.atomic_files import check_regular, read_json
 from ddpm_hf.diffusion.config_extension import GAUSSIAN_SCHEDULER
 from ddpm_hf.hub.options import check_endpoint
-from ddpm_hf.hub.retry import WAITS_S, retry, shorten
+from ddpm_hf.hub.retry import WAITS_S, HubError, check_connection, retry, shorten
 from ddpm_hf.hub.stored_weights import count_parameters
 from ddpm_hf.paths import (
     EMA_WEIGHTS,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 
+_logger = logging.getLogger(__name__)
 PIPELINES = ("DDPMPipeline", "DDIMPipeline", "GaussianDDPMPipeline")
 
 
@@ -100,6 +102,15 @@ def fetch(
         raise ValueError(f"{name} is a file; pass the folder of the checkpoint")
     check_repo_id(name, may_be_folder=True)
     check_endpoint()
+    try:
+        check_connection(name)
+    except HubError as error:
+        # The client would repeat each request for half a minute before it turns to its cache.
+        copy = _cached_copy(name, revision, use_safetensors)
+        if copy is None:
+            raise HubError(f"{error}, and the cache has no copy") from None
+        _logger.warning("%s; the copy in the cache is used", error)
+        return copy
 
     def download(weights: str) -> Path:
         patterns = _loaded_files(weights)
@@ -114,6 +125,19 @@ def fetch(
     if not use_safetensors and not _has_weights(folder, "safetensors"):
         folder = retry(lambda: download("bin"), name, WAITS_S)
     return folder
+
+
+def _cached_copy(name: str, revision: str | None, use_safetensors: bool) -> Path | None:
+    """The copy of a repository in the cache, or None without its weights."""
+    for weights in ("safetensors",) if use_safetensors else ("safetensors", "bin"):
+        patterns = _loaded_files(weights)  # of other files the cache may lack some
+        with suppress(LocalEntryNotFoundError):
+            copy = snapshot_download(
+                name, revision=revision, allow_patterns=patterns, local_files_only=True
+            )
+            if _has_weights(Path(copy), weights):
+                return Path(copy)
+    return None
 
 
 def _loaded_files(weights: str) -> list[str]:
@@ -310,7 +334,7 @@ def _one_line_errors(name: str) -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         reason = str(error) or type(error).__name__
-        raise ValueError(f"{name} cannot be loaded: {shorten(reason)}") from error
+        raise ValueError(f"{name} cannot be loaded: {shorten(reason)}") from None
 
 
 def check_repo_id(repo_id: str, *, may_be_folder: bool = False) -> None:

@@ -105,7 +105,7 @@ def _check_weights(folder: Path, names: list[str]) -> None:
             with safe_open(folder / name, framework="pt") as file:
                 finite = {key: is_finite(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            raise ValueError(f"{folder / name} is damaged: {error}") from error
+            raise ValueError(f"{folder / name} is damaged: {error}") from None
         if not all(finite.values()):
             weight = next(key for key in finite if not finite[key])
             raise ValueError(f"weight {weight} in {folder / name} is not finite")

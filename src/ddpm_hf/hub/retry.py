@@ -76,7 +76,7 @@ def retry(
             wait_s = None if is_unsafe or not waits else _delay_s(error, waits.pop(0))
             reason = _reason(error)
             if wait_s is None or stop.is_set():
-                raise HubError(f"the Hub failed for {repo_id}: {reason}") from error
+                raise HubError(f"the Hub failed for {repo_id}: {reason}") from None
             _logger.warning("%s: %s; next attempt in %.1f s", repo_id, reason, wait_s)
             stop.wait(wait_s)
 
@@ -105,7 +105,7 @@ def check_connection(repo_id: str) -> None:
         except OSError as error:
             if wait_s is None or not isinstance(error, ConnectionRefusedError):
                 text = f"no connection to {constants.ENDPOINT} for {repo_id}: {error}"
-                raise HubError(text) from error
+                raise HubError(text) from None
             time.sleep(wait_s)
 
 
@@ -186,4 +186,4 @@ def _raise_explained(error: Exception, repo_id: str) -> None:
         text = f"the Hub refuses {repo_id}: {reason}"
     else:
         raise error
-    raise ValueError(text) from error
+    raise ValueError(text) from None

@@ -54,7 +54,7 @@ class OpenAIFlags(Options):
         try:
             flags = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ValueError(f"`config` {path} cannot be read: {error}") from error
+            raise ValueError(f"`config` {path} cannot be read: {error}") from None
         if not isinstance(flags, dict):
             raise ValueError(f"`config` {path} must be a JSON object of flags")
         known = cls.names()

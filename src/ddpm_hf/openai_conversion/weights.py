@@ -51,7 +51,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
         raise
     except Exception as error:  # unpickling errors of many kinds
         reason = str(error).split("\n")[0]
-        raise ValueError(f"{path} is not a state dict that is safe to read: {reason}") from error
+        raise ValueError(f"{path} is not a state dict that is safe to read: {reason}") from None
     if not isinstance(state, dict) or "input_blocks.0.0.weight" not in state:
         raise ValueError(
             f"{path} is not a UNetModel of improved-diffusion or guided-diffusion: it has no"

@@ -11,6 +11,7 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 Labels = npt.NDArray[np.int64]
 PIXEL_TYPES = "uint8, uint16 or floating point in [0, 1]"
+_CHUNK_BYTES = 2**24
 _MAGIC = (np.lib.format.MAGIC_PREFIX, b"PK\x03\x04")
 
 
@@ -90,6 +91,9 @@ def _load(path: Path, names: list[str]) -> tuple[Array, Array | None]:
         labels = arrays.get("arr_1")
         with zipfile.ZipFile(path) as archive:
             member = archive.getinfo("arr_0.npy")
+            with archive.open(member) as content:
+                while content.read(_CHUNK_BYTES):  # compares the checksum at the end
+                    pass
         if member.compress_type != zipfile.ZIP_STORED:
             return arrays["arr_0"], labels
     return _memory_mapped(path, member), labels

@@ -133,7 +133,7 @@ def _open(path: Path) -> Image.Image:
             return ImageOps.exif_transpose(picture).copy()
     except OSError as error:
         reason = error.strerror or "not a picture that Pillow can read"
-        raise ValueError(f"{path} cannot be read: {reason}") from error
+        raise ValueError(f"{path} cannot be read: {reason}") from None
 
 
 class PictureEdit:

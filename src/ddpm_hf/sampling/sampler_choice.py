@@ -107,7 +107,7 @@ def recommended_setting(pipeline: GaussianDDPMPipeline) -> SamplerSetting | None
     try:
         chosen.set_timesteps(K)
     except Exception as error:  # schedulers of diffusers raise errors of every kind
-        raise ValueError(f"{spec} in {K} steps: {error}") from error
+        raise ValueError(f"{spec} in {K} steps: {error}") from None
     return SamplerSetting(chosen, K, eta=spec.eta, recommended=recommended["scheduler"])
 
 
@@ -154,7 +154,7 @@ def build_scheduler(pipeline: GaussianDDPMPipeline, spec: SchedulerSpec) -> Sche
     try:
         scheduler = kind.from_config(own.config, **spec.options)
     except (ArithmeticError, ImportError, NotImplementedError, TypeError, ValueError) as error:
-        raise ValueError(f"{spec}: {error}") from error
+        raise ValueError(f"{spec}: {error}") from None
     alpha_bar_T = float(scheduler.alphas_cumprod[-1])
     if scheduler.config.get("use_karras_sigmas") and alpha_bar_T < _MIN_SIGNAL_FOR_KARRAS:
         raise ValueError(

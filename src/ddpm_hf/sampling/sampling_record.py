@@ -134,7 +134,7 @@ class SamplingRecord:
         try:
             values = read_json(path)
         except ValueError as error:
-            raise DamagedRecordError(f"{error}") from error
+            raise DamagedRecordError(f"{error}") from None
         if not values:
             return None
         if values.pop("sha256", None) not in (None, json_digest(values)):

@@ -92,7 +92,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         recipe = yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"cannot read the recipe {path}: {reason}") from error
+        raise ConfigError(f"cannot read the recipe {path}: {reason}") from None
     if not isinstance(recipe, dict):
         raise ConfigError(f"the recipe {path} must consist of 'option: value' lines")
     if "allow_pickle" in recipe:  # its name in earlier versions

@@ -97,7 +97,7 @@ def unet_arguments(path: str) -> dict[str, Any]:
                 raise ValueError(f"UNet2DModel has no argument {key!r}{did_you_mean(key, known)}")
         check_unet_config(arguments, dtype=torch.float32)
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(f"`unet_config` {path} is not a valid UNet2DModel: {error}") from error
+        raise ConfigError(f"`unet_config` {path} is not a valid UNet2DModel: {error}") from None
     return arguments
 
 
@@ -165,7 +165,7 @@ def load_pretrained(source: str, use_safetensors: bool = True) -> PretrainedMode
         unet = pipeline.unet
         return PretrainedModel(unet, pipeline.scheduler, record, _identity(unet))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"`pretrained` {source!r} cannot be loaded: {error}") from error
+        raise ConfigError(f"`pretrained` {source!r} cannot be loaded: {error}") from None
 
 
 def _identity(unet: UNet2DModel) -> dict[str, object]:

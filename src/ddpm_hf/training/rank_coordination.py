@@ -144,7 +144,7 @@ def name_missing_ranks(process: Accelerator | PartialState, timeout_s: float) ->
             f"{timeout_s:g} s. Run the same command again to resume from the last checkpoint; if "
             "the process was only slow, raise `ddp_timeout`",
             is_reporting_rank=process.process_index == min(remaining),
-        ) from error
+        ) from None
 
 
 def _missing_ranks(rank: int, num_processes: int, wait_s: float) -> list[int]:

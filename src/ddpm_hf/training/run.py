@@ -192,7 +192,7 @@ def start_run(
             raise CheckpointError(
                 f"{checkpoint} does not hold the state of this run: {reason:.300}; move it away to"
                 " resume from the one before"
-            ) from error
+            ) from None
     threads = CpuThreads(config.num_threads, record, accelerator)
     # After every check: the wrapper is freed by `free_gradient_reducer`, once there is a run.
     model, prepared_optimizer = accelerator.prepare(unet, optimizer)

@@ -47,11 +47,11 @@ def run_lock(paths: RunPaths) -> Iterator[None]:
             output_dir.mkdir(parents=True, exist_ok=True)
             stack.enter_context(hold_lock(file, output_dir, "output_dir"))
         except InUseError as error:
-            raise CheckpointError(f"{error}") from error
+            raise CheckpointError(f"{error}") from None
         except OSError as error:
             raise CheckpointError(
                 f"`output_dir` {output_dir} cannot be written: {error.strerror}; choose another one"
-            ) from error
+            ) from None
         try:
             yield
         finally:
