@@ -149,7 +149,7 @@ class Parsed(BaseException):
 def commands(page):
     """The `ddpm-hf` command lines of a page; backslash and indentation continue a line."""
     for language, code in fences(page):
-        if language in ("bash", ""):
+        if language in ("shell", ""):
             joined = re.sub(r"\\?\n[ \t]+", " ", code)
             for line in joined.splitlines():
                 words = shlex.split(line, comments=True)
