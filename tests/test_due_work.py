@@ -12,7 +12,7 @@ from ddpm_hf import train
 from ddpm_hf.training import artifacts, loop
 from ddpm_hf.training.periodic_evaluation import PeriodicEvaluation
 
-pytestmark = [pytest.mark.slow, *[pytest.mark.slow, few_steps]]
+pytestmark = [pytest.mark.slow, few_steps]
 OPTIONS = {
     "max_train_steps": 6, "validation_split": "0.3", "validation_steps": 2,
     "validation_timesteps": 4, "num_train_timesteps": 20, "keep_best": True,

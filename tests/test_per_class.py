@@ -15,11 +15,10 @@ from ddpm_hf.data import ImageFacts
 from ddpm_hf.evaluation import frechet_distance
 from ddpm_hf.evaluation.results import Evaluation
 
-pytestmark = pytest.mark.slow
-
 NAMES = ("ant", "bee", "cow")
 NUM = {"train": 14, "test": 10}
-pytestmark = pytest.mark.filterwarnings("ignore:3 classes of 3 have fewer than 100")
+small_classes = pytest.mark.filterwarnings("ignore:3 classes of 3 have fewer than 100")
+pytestmark = [pytest.mark.slow, small_classes]
 
 
 @pytest.fixture(autouse=True)
