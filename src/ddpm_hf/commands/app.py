@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import ClassVar
 
-from ddpm_hf.commands.messages import command_messages, say
+from ddpm_hf.commands.messages import command_options, say
 from ddpm_hf.hub.options import LoadOptions
 from ddpm_hf.options import REQUIRED, Options, option
 from ddpm_hf.text import check_local_path
@@ -73,16 +73,8 @@ class AppCommand(LoadOptions, TrainingDataOptions, ServerOptions):
 
 def run(argv: list[str]) -> int:
     """Serve the page until it is interrupted."""
-    with command_messages(AppCommand):
-        from ddpm_hf.option_parser import parse_options
-
-        options = parse_options(
-            AppCommand,
-            argv,
-            prog="ddpm-hf app",
-            usage="MODEL [MODEL ...] [--option VALUE ...]",
-            description=DESCRIPTION,
-        )
+    usage = "MODEL [MODEL ...] [--option VALUE ...]"
+    with command_options(AppCommand, argv, "app", usage, DESCRIPTION) as options:
         for name in [*options.models, *filter(None, [options.data])]:
             check_local_path(name)
         if find_spec("gradio") is None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ddpm_hf.commands.messages import command_messages, say
+from ddpm_hf.commands.messages import command_options, resume_hint
 from ddpm_hf.hub.options import LoadOptions, ModelArgument
 from ddpm_hf.paths import check_model
 from ddpm_hf.sampling.edit_options import EditOptions, EditOutputOptions, PictureArgument
@@ -31,16 +31,8 @@ class EditCommand(LoadOptions, EditOutputOptions, EditOptions, PictureArgument, 
 
 def run(argv: list[str]) -> int:
     """Edit a picture."""
-    with command_messages(EditCommand):
-        from ddpm_hf.option_parser import parse_options
-
-        options = parse_options(
-            EditCommand,
-            argv,
-            prog="ddpm-hf edit",
-            usage="MODEL PICTURE [--option VALUE ...]",
-            description=DESCRIPTION,
-        )
+    usage = "MODEL PICTURE [--option VALUE ...]"
+    with command_options(EditCommand, argv, "edit", usage, DESCRIPTION) as options:
         check_model(options.model)
         for path in (options.image, options.mask, options.between):
             if path is not None and not path.is_file():
@@ -49,11 +41,8 @@ def run(argv: list[str]) -> int:
 
         source = [] if options.source_class is None else [options.source_class]
         check_classes(options.model, [*source, *(options.class_labels or ())])
-        try:
+        with resume_hint("batches"):
             edit(options)
-        except KeyboardInterrupt:
-            say("ddpm-hf: finished batches are kept; repeat the command to resume")
-            raise
     return 0
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from ddpm_hf.evaluation.comparison_results import Sweep
-from ddpm_hf.evaluation.figures import DatasetFacts, ModelSourceFacts
+from ddpm_hf.evaluation.figures import BoundPart, DatasetFacts, ModelSourceFacts
 from ddpm_hf.evaluation.records import Record, Row, excluded, optional, renamed
 from ddpm_hf.evaluation.results import Result, package_versions, utc_now
 from ddpm_hf.text import counted
@@ -35,11 +35,9 @@ class StepsRow(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeasuredBound(Record):
+class MeasuredBound(BoundPart):
     """Bound of the whole chain with the variances of `variance_type`."""
 
-    value: float
-    standard_error: float | None
     variance_type: str
 
 
