@@ -25,7 +25,7 @@ lint: $(READY) ## Check style and formatting
 type: $(READY) ## Check the types
 	$(BIN)/mypy
 
-test-quick: $(READY) ## Tests without the slow ones: 4 to 5 minutes on 2 cores
+test-quick: $(READY) ## Tests without the slow ones: about a minute on 2 cores
 	$(PYTEST) -m "not slow" $$(grep -L "^pytestmark = .*pytest.mark.slow" tests/test_*.py)
 
 test: $(READY) ## All tests, offline: about 11 minutes on 2 cores
