@@ -6,102 +6,15 @@ sample. Notation as in `scheduling.py`. Travels with the weights.
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
-from torch import Tensor
 
-from . import coefficient_tables, schedules, timestep_spacings
+from . import coefficient_rows, coefficient_tables, schedules, timestep_spacings
 
 Array = schedules.Array
 Steps = timestep_spacings.Steps
 Timestep = coefficient_tables.Timestep
 CoefficientTable = coefficient_tables.CoefficientTable
-
-# The fields of the named tuples are tensors on the device and in the dtype of the sample: 0-dim for
-# a single timestep, (B, 1, ...) for one timestep per image.
-
-
-class Marginal(NamedTuple):
-    """q(x_t | x_0): x_t = signal x_0 + sigma eps (eq. 4)."""
-
-    signal: Tensor
-    sigma: Tensor
-    variance: Tensor
-    log_variance: Tensor
-    snr: Tensor
-    log_snr: Tensor
-
-
-class ForwardStep(NamedTuple):
-    """q(x_t | x_prev): x_t = signal x_prev + sigma eps (eq. 2)."""
-
-    signal: Tensor
-    sigma: Tensor
-
-
-class Posterior(NamedTuple):
-    """q(x_prev | x_t, x_0) (eq. 7)."""
-
-    coef_x_0: Tensor
-    coef_x_t: Tensor
-    variance: Tensor
-    log_variance: Tensor
-
-
-class ReverseStep(NamedTuple):
-    """One sampling step; with a learned variance, its std is `std * std_base ** v`."""
-
-    x_0_from_output: Tensor
-    x_0_from_x_t: Tensor
-    coef_x_0: Tensor
-    coef_x_t: Tensor
-    std: Tensor
-    std_base: Tensor
-
-
-class ReverseVariance(NamedTuple):
-    """Variance of p(x_prev | x_t); a learned one has the log `log_variance + slope * v`."""
-
-    variance: Tensor
-    log_variance: Tensor
-    slope: Tensor
-
-
-class StepKL(NamedTuple):
-    """KL(q || p) of one step, (expm1 r - r)/2 + weight e^r (x_0 - x_0_hat)^2, in nats.
-
-    r = log_ratio + slope * v is log sigma_q^2 - log sigma_p^2; log_variance is log sigma_q^2.
-    weight is coef_x_0^2 / (2 sigma_q^2), half the decrease of the SNR in the step.
-    """
-
-    weight: Tensor
-    log_ratio: Tensor
-    slope: Tensor
-    log_variance: Tensor
-    is_last: Tensor
-
-
-class PixelVariance(NamedTuple):
-    """Calibrated variance of p, distributed over the values of an image by the network's v.
-
-    log_ratio + slope * v is log(sigma^2 / beta~) predicted by v for the training chain, and
-    log sigma^2 at t = 0. posterior is beta~ of this trajectory, calibrated the mean variance that
-    m_t adds; both are divided by eta^2.
-    """
-
-    posterior: Tensor
-    calibrated: Tensor
-    log_ratio: Tensor
-    slope: Tensor
-    is_zero: Tensor
-
-
-class InversionStep(NamedTuple):
-    """x_next = coef_x_0 x_0 + coef_x_t x_t: the noiseless step to the next noisier timestep."""
-
-    coef_x_0: Tensor
-    coef_x_t: Tensor
 
 
 def is_learned(variance_type: str | None) -> bool:
@@ -148,9 +61,9 @@ class Trajectory:
         steps: list[int] = timesteps.tolist()
         self.last = steps[0]
         self._previous = dict(zip(steps, [-1, *steps[:-1]], strict=True))
-        self._reverse: dict[float, CoefficientTable[ReverseStep]] = {}
-        self._step_kl: dict[float, CoefficientTable[StepKL]] = {}
-        self._pixel_variance: dict[float, CoefficientTable[PixelVariance]] = {}
+        self._reverse: dict[float, CoefficientTable[coefficient_rows.ReverseStep]] = {}
+        self._step_kl: dict[float, CoefficientTable[coefficient_rows.StepKL]] = {}
+        self._pixel_variance: dict[float, CoefficientTable[coefficient_rows.PixelVariance]] = {}
 
     def previous(self, t: Timestep) -> int:
         """The next timestep of sampling after `t`; -1, the clean image, after the last."""
@@ -175,17 +88,21 @@ class Trajectory:
         )
 
     @cached_property
-    def forward(self) -> CoefficientTable[ForwardStep]:
+    def forward(self) -> CoefficientTable[coefficient_rows.ForwardStep]:
         """Coefficients of one forward step."""
-        return self._table(ForwardStep, signal=np.exp(self.log_alpha / 2), sigma=np.sqrt(self.beta))
+        return self._table(
+            coefficient_rows.ForwardStep,
+            signal=np.exp(self.log_alpha / 2),
+            sigma=np.sqrt(self.beta),
+        )
 
     @cached_property
-    def posterior(self) -> CoefficientTable[Posterior]:
+    def posterior(self) -> CoefficientTable[coefficient_rows.Posterior]:
         """Coefficients of the posterior of one step."""
         coef_x_0, coef_x_t = self._mean_coefficients(1.0)
         variance, log_variance = self._posterior_variance()
         return self._table(
-            Posterior,
+            coefficient_rows.Posterior,
             coef_x_0=coef_x_0,
             coef_x_t=coef_x_t,
             variance=variance,
@@ -193,24 +110,29 @@ class Trajectory:
         )
 
     @cached_property
-    def reverse_variance(self) -> CoefficientTable[ReverseVariance]:
+    def reverse_variance(self) -> CoefficientTable[coefficient_rows.ReverseVariance]:
         """Variance of one reverse step."""
         variance, log_variance, slope = self._reverse_variance(1.0)
         return self._table(
-            ReverseVariance, variance=variance, log_variance=log_variance, slope=slope
+            coefficient_rows.ReverseVariance,
+            variance=variance,
+            log_variance=log_variance,
+            slope=slope,
         )
 
     @cached_property
-    def inversion(self) -> CoefficientTable[InversionStep]:
+    def inversion(self) -> CoefficientTable[coefficient_rows.InversionStep]:
         """DDIM inversion: the step of 2010.02502, eq. 12 with sigma = 0, in reverse order."""
         coef_x_t = self.sigma[1:] / self.sigma[:-1]
         coef_x_0 = self.signal[1:] - coef_x_t * self.signal[:-1]
         columns = {"coef_x_0": coef_x_0, "coef_x_t": coef_x_t}
         steps = self.timesteps[:-1]
         name = "scheduler.timesteps[1:]"
-        return CoefficientTable(InversionStep, columns, steps, self.num_train_timesteps, name)
+        return CoefficientTable(
+            coefficient_rows.InversionStep, columns, steps, self.num_train_timesteps, name
+        )
 
-    def reverse(self, eta: float) -> CoefficientTable[ReverseStep]:
+    def reverse(self, eta: float) -> CoefficientTable[coefficient_rows.ReverseStep]:
         """Coefficients of a sampling step with this `eta`."""
         table = self._reverse.get(eta)
         if table is None:
@@ -219,12 +141,12 @@ class Trajectory:
             table = self._reverse[eta] = self._make_reverse(eta)
         return table
 
-    def _make_reverse(self, eta: float) -> CoefficientTable[ReverseStep]:
+    def _make_reverse(self, eta: float) -> CoefficientTable[coefficient_rows.ReverseStep]:
         x_0_from_output, x_0_from_x_t = self._x_0_coefficients()
         coef_x_0, coef_x_t = self._mean_coefficients(eta)
         std, std_base = self._std(eta)
         return self._table(
-            ReverseStep,
+            coefficient_rows.ReverseStep,
             x_0_from_output=x_0_from_output,
             x_0_from_x_t=x_0_from_x_t,
             coef_x_0=coef_x_0,
@@ -233,18 +155,18 @@ class Trajectory:
             std_base=std_base,
         )
 
-    def step_kl(self, eta: float) -> CoefficientTable[StepKL]:
+    def step_kl(self, eta: float) -> CoefficientTable[coefficient_rows.StepKL]:
         """Coefficients of a term of the bound (2006.11239, eq. 5; 2010.02502, eq. 11)."""
         if eta not in self._step_kl:
             self._step_kl = {eta: self._make_step_kl(eta)}  # only the latest eta is cached
         return self._step_kl[eta]
 
-    def _make_step_kl(self, eta: float) -> CoefficientTable[StepKL]:
+    def _make_step_kl(self, eta: float) -> CoefficientTable[coefficient_rows.StepKL]:
         _, log_variance = self._posterior_variance()
         _, log_variance_p, slope = self._reverse_variance(eta)
         coef_x_0, _ = self._mean_coefficients(eta)
         return self._table(
-            StepKL,
+            coefficient_rows.StepKL,
             weight=(coef_x_0 / eta) ** 2 * np.exp(-log_variance) / 2,
             log_ratio=log_variance - log_variance_p,
             slope=-slope,
@@ -252,20 +174,20 @@ class Trajectory:
             is_last=np.arange(len(log_variance)) == 0,
         )
 
-    def pixel_variance(self, eta: float) -> CoefficientTable[PixelVariance]:
+    def pixel_variance(self, eta: float) -> CoefficientTable[coefficient_rows.PixelVariance]:
         """Coefficients of the calibrated variance where the network predicts v."""
         if eta not in self._pixel_variance:
             self._pixel_variance = {eta: self._make_pixel_variance(eta)}
         return self._pixel_variance[eta]
 
-    def _make_pixel_variance(self, eta: float) -> CoefficientTable[PixelVariance]:
+    def _make_pixel_variance(self, eta: float) -> CoefficientTable[coefficient_rows.PixelVariance]:
         all_t = np.arange(self.num_train_timesteps)
         chain = Trajectory(self._log_alphas, all_t, self.prediction_type, self.variance_type)
         _, log_var, slope = chain._reverse_variance(1.0)
         small, _ = chain._posterior_variance()
         log_var[1:] -= np.log(small[1:])
         return self._table(
-            PixelVariance,
+            coefficient_rows.PixelVariance,
             posterior=self.noise_ratio * self.beta,
             calibrated=self._calibrated_variance(eta),
             log_ratio=log_var[self.timesteps],
@@ -352,7 +274,7 @@ class Trajectory:
         return std, np.exp(slope / 2)
 
 
-def marginal(log_alphas: Array) -> CoefficientTable[Marginal]:
+def marginal(log_alphas: Array) -> CoefficientTable[coefficient_rows.Marginal]:
     """Coefficients of q(x_t | x_0) at all timesteps.
 
     Args:
@@ -371,4 +293,4 @@ def marginal(log_alphas: Array) -> CoefficientTable[Marginal]:
         "log_snr": log_snr,
     }
     T = len(log_alphas)
-    return CoefficientTable(Marginal, columns, np.arange(T), T, f"[0, {T - 1}]")
+    return CoefficientTable(coefficient_rows.Marginal, columns, np.arange(T), T, f"[0, {T - 1}]")

@@ -25,6 +25,7 @@ from torch import Tensor
 # Modules, not names: the remote code loader of diffusers resolves `from .x import y` elsewhere.
 from . import (
     checks,
+    coefficient_rows,
     coefficient_tables,
     coefficients,
     config_checks,
@@ -292,7 +293,9 @@ class GaussianDDPMScheduler(inference_timesteps.InferenceTimesteps):
         x_next = (x_t * inversion.coef_x_t).addcmul_(x_0_hat, inversion.coef_x_0)
         return with_dtype_of(sample, x_next)
 
-    def _reverse(self, eta: float) -> coefficient_tables.CoefficientTable[coefficients.ReverseStep]:
+    def _reverse(
+        self, eta: float
+    ) -> coefficient_tables.CoefficientTable[coefficient_rows.ReverseStep]:
         if eta != 1.0:
             checks.check_float("eta", eta, "in [0, 1]", 0.0, 1.0)
         return self._trajectory.reverse(eta)
@@ -311,7 +314,7 @@ class GaussianDDPMScheduler(inference_timesteps.InferenceTimesteps):
         return output, v
 
     def _predict_x_0(
-        self, output: Tensor, x_t: Tensor, row: coefficients.ReverseStep, clip: bool = True
+        self, output: Tensor, x_t: Tensor, row: coefficient_rows.ReverseStep, clip: bool = True
     ) -> Tensor:
         """The estimate of x_0, clipped or thresholded as configured (eq. 15)."""
         config = self.config
