@@ -21,6 +21,7 @@ FLOORS = (
         "diffusion",
         "digests",
         "fonts",
+        "image_batches",
         "inference_optimization",
         "inference_settings",
         "locks",

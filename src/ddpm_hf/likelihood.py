@@ -10,28 +10,23 @@ print(f"{result.mean:.3f} +- {result.standard_error:.3f} bits/dim")
 """
 
 import copy
-import functools
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ddpm_hf.decoders import check_images, decoder_of
-from ddpm_hf.diffusion.checks import check_tensor, to_int
+from ddpm_hf.diffusion.checks import to_int
 from ddpm_hf.diffusion.eval_mode import evaluating
-from ddpm_hf.diffusion.image_format import image_facts, size_multiple
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler, StepKL, as_gaussian_scheduler
 from ddpm_hf.diffusion.tensor_ops import Denoiser, Generators, at_least_float32, draw_noise
+from ddpm_hf.image_batches import batches_of, check_batch, num_batches, recorded_bit_depth, unet_of
 from ddpm_hf.losses import denoise, nats_to_bits_per_dim
 from ddpm_hf.statistics import standard_error
-
-_BATCH_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -149,24 +144,24 @@ def bits_per_dim(
     """
     scheduler = _with_trajectory(scheduler, num_inference_steps, timesteps)
     if bit_depth is None:
-        bit_depth = _recorded_bit_depth(denoiser)
+        bit_depth = recorded_bit_depth(denoiser)
     if batch_size is not None:
         batch_size = to_int("batch_size", batch_size, 1, 2**31)
     bound = _BoundEstimator(denoiser, scheduler, decoder, bit_depth, eta, num_timesteps)
-    num_batches = _num_batches(images, batch_size)
+    total = num_batches(images, batch_size)
     parts, start = [], 0
     with (
         torch.no_grad(),
         evaluating(denoiser) if isinstance(denoiser, torch.nn.Module) else nullcontext(),
         tqdm(
-            total=num_batches and num_batches * bound.num_calls,
+            total=total and total * bound.num_calls,
             desc="bits/dim",
             unit="call",
             leave=False,
             disable=None if progress else True,  # None: disabled without a terminal
         ) as bar,
     ):
-        for batch in _batches(images, batch_size):
+        for batch in batches_of(images, batch_size):
             stop = start + len(batch)
             of_batch = generator[start:stop] if isinstance(generator, Sequence) else generator
             parts.append(bound.estimate(batch, of_batch, bar))
@@ -190,7 +185,7 @@ class _BoundEstimator:
     ) -> None:
         self.denoiser, self.scheduler, self.eta = denoiser, scheduler, eta
         self.device, self.dtype = (getattr(denoiser, name, None) for name in ("device", "dtype"))
-        self.unet = _unet_of(denoiser)
+        self.unet = unet_of(denoiser)
         self.decoder, self.bit_depth = decoder, bit_depth
         self.decoder_nll = decoder_of(decoder, bit_depth)
         self.timesteps = scheduler.timesteps.cpu()
@@ -207,7 +202,7 @@ class _BoundEstimator:
 
     def estimate(self, batch: Tensor, generator: Generators, bar: "tqdm[Any]") -> BitsPerDim:
         """The bound of images (B, C, ...)."""
-        _check_batch(batch, self.unet)
+        check_batch(batch, self.unet)
         check_images(batch, self.decoder, self.bit_depth)
         x_0 = at_least_float32(batch.to(self.device or batch.device))
         positions = self._positions(len(x_0), generator)
@@ -295,67 +290,9 @@ def _with_trajectory(
     return own
 
 
-def _recorded_bit_depth(denoiser: Any) -> int:
-    """Bit depth in the configuration of a model; 8 for other callables."""
-    unet = _unet_of(denoiser)
-    facts = image_facts(unet) if unet else None
-    return facts.bit_depth if facts else 8
-
-
-def _unet_of(denoiser: Any) -> UNet2DModel | None:
-    """The network inside torch.compile, DistributedDataParallel and `functools.partial`, if any."""
-    while isinstance(denoiser, torch.nn.Module | functools.partial):
-        if isinstance(denoiser, UNet2DModel):
-            return denoiser
-        inner = (getattr(denoiser, name, None) for name in ("_orig_mod", "module", "func"))
-        denoiser = next((value for value in inner if value is not None), None)
-    return None
-
-
 def _uniform(count: int, generator: Generators) -> Tensor:
     """Uniform numbers in [0, 1), (count,) float64 on the CPU; one from each generator of a list."""
     if isinstance(generator, Sequence):
         return torch.cat([_uniform(1, one) for one in generator])
     device = generator.device if generator else None
     return torch.randint(2**53, (count,), generator=generator, device=device).cpu().double() / 2**53
-
-
-def _batches(images: Tensor | Iterable[Tensor], batch_size: int | None) -> Iterator[Tensor]:
-    is_tensor = isinstance(images, Tensor)
-    size = batch_size or (_BATCH_SIZE if is_tensor else None)
-    for batch in [images] if is_tensor else images:
-        if not isinstance(batch, Tensor):
-            raise TypeError(
-                "`images` must be a tensor or an iterable of tensors (N, C, ...), got an iterable"
-                f" of {type(batch).__name__}; for a loader of pairs pass (x for x, _ in loader)"
-            )
-        for start in range(0, len(batch), size or max(1, len(batch))):
-            yield batch[start : start + size] if size else batch
-
-
-def _num_batches(images: Any, batch_size: int | None) -> int | None:
-    """Number of batches; None if unknown."""
-    if isinstance(images, Tensor):
-        return math.ceil(len(images) / (batch_size or _BATCH_SIZE))
-    return len(images) if batch_size is None and hasattr(images, "__len__") else None
-
-
-def _check_batch(batch: Tensor, unet: UNet2DModel | None) -> None:
-    check_tensor("images", batch)
-    if unet is None:
-        if batch.ndim < 2:
-            raise ValueError(f"`images` must have shape (N, C, ...), got {tuple(batch.shape)}")
-        return
-    channels, multiple, hint = unet.config.in_channels, size_multiple(unet), ""
-    is_multiple = not any(size % multiple for size in batch.shape[-2:])
-    if batch.ndim == 4 and batch.shape[1] == channels and is_multiple:
-        return
-    if batch.ndim == 3 and batch.shape[0] == channels:
-        hint = "; add the dimension N with images[None]"
-    elif batch.ndim == 4 and batch.shape[-1] == channels != batch.shape[1]:
-        hint = "; move the channels with images.permute(0, 3, 1, 2)"
-    of_sizes = f" with H and W multiples of {multiple}" if multiple > 1 else ""
-    raise ValueError(
-        f"`images` must have shape (N, {channels}, H, W){of_sizes} for this model, got shape"
-        f" {tuple(batch.shape)}{hint}"
-    )
