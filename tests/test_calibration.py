@@ -13,7 +13,7 @@ from oracles import alpha_bars, exact_output, linear_betas, mean_of_mixture, ran
 from torch.testing import assert_close
 
 from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler, bits_per_dim, calibrate
-from ddpm_hf.diffusion import schedules
+from ddpm_hf.diffusion.timestep_spacings import trailing
 from ddpm_hf.losses import vlb_term
 from ddpm_hf.trajectory_timesteps import SAMPLERS, trajectory_matching_timesteps
 
@@ -470,7 +470,7 @@ def test_matching_timesteps_end_nearer_to_the_fine_trajectory_than_even_ones(sam
 
     fine = ends_at(timesteps[20])
     for K in (5, 7, 10):
-        even = schedules.trailing(K, 100)[::-1].tolist()
+        even = trailing(K, 100)[::-1].tolist()
         errors = [(ends_at(steps) - fine).square().mean() for steps in (timesteps[K], even)]
         assert errors[0] < 0.8 * errors[1]
 
