@@ -70,7 +70,6 @@ def verify(model, photos, tmp_path):
     return status
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -115,7 +114,6 @@ def test_options_that_a_card_may_not_choose_are_refused_with_the_reason(
     assert reason in line
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "figure",
     [
@@ -154,7 +152,6 @@ def test_a_claim_that_cannot_be_checked_gives_status_1(figure, model, photos, tm
     assert "Traceback" not in printed.err
 
 
-@pytest.mark.slow
 def test_a_figure_of_training_is_listed_and_leaves_the_status_to_the_others(
     model, photos, tmp_path, capsys
 ):
@@ -167,7 +164,6 @@ def test_a_figure_of_training_is_listed_and_leaves_the_status_to_the_others(
     assert verify(model, photos, tmp_path) == 1
 
 
-@pytest.mark.slow
 def test_figures_that_cannot_be_measured_are_listed_with_the_others(
     model, photos, tmp_path, capsys
 ):
@@ -180,7 +176,6 @@ def test_figures_that_cannot_be_measured_are_listed_with_the_others(
     assert len(lines) == 3
 
 
-@pytest.mark.slow
 def test_names_of_a_card_are_printed_on_one_line_without_control_characters(
     model, photos, tmp_path, capsys
 ):
@@ -193,7 +188,6 @@ def test_names_of_a_card_are_printed_on_one_line_without_control_characters(
     assert max(map(len, printed.out.splitlines())) < 400
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     ["a/b", "./photos", "../x/photos", "/etc/passwd", "a/b/c", "https://x/y", "hf://datasets/a/b",
@@ -211,7 +205,6 @@ def test_a_card_names_datasets_on_the_hub_only(name, model, tmp_path, monkeypatc
     assert "Traceback" not in capsys.readouterr().err
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a/b", "../b", "/a/b", "~/b", "a/b/c", "backbone"])
 def test_a_card_names_features_on_the_hub_only(name, model, photos, tmp_path, monkeypatch, capsys):
     (tmp_path / "a" / "b").mkdir(parents=True)
@@ -249,7 +242,6 @@ CARDS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", CARDS)
 def test_metadata_that_costs_time_or_is_invalid_is_refused_in_one_line(
     kind, model, photos, tmp_path, capsys, monkeypatch
@@ -263,7 +255,6 @@ def test_metadata_that_costs_time_or_is_invalid_is_refused_in_one_line(
     assert not (tmp_path / "owned").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("always:README.md has metadata")
 @pytest.mark.parametrize("kind", ["aliases", "itself", "flow", "nested", "long", "many keys"])
 def test_updates_and_pushes_of_a_card_leave_such_metadata_alone(kind, model):

@@ -56,7 +56,6 @@ def flat(images):
     return np.repeat(images.reshape(len(images), 1, -1), 3, 1).reshape(len(images), -1) / 255
 
 
-@pytest.mark.slow
 def test_each_class_is_measured_separately_and_the_worst_comes_first(
     tmp_path, pixels, photos, capsys
 ):
@@ -96,7 +95,6 @@ def test_each_class_is_measured_separately_and_the_worst_comes_first(
     assert "too few images: fd needs 4 of each" in printed
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`timestep_spacing`")
 def test_a_model_draws_its_classes_in_turn_and_they_are_matched_by_name(tmp_path, photos):
     """Model and dataset number the classes differently."""
@@ -113,7 +111,6 @@ def test_a_model_draws_its_classes_in_turn_and_they_are_matched_by_name(tmp_path
     )
 
 
-@pytest.mark.slow
 def test_images_without_common_classes_are_rejected(photos, pixels, tmp_path):
     drawn, options = pixels["test"]["ant"], {"metrics": ["fd"], "features": "pixels"}
     for labels, message in ((None, "`per_class` needs images with"), (9, "no class is in both")):

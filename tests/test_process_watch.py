@@ -31,7 +31,6 @@ def wait_until(holds, limit_s=LIMIT_S):
         time.sleep(0.05)
 
 
-@pytest.mark.slow
 def test_a_rank_that_hangs_or_is_killed_ends_the_others_within_twice_the_timeout():
     """Four pairs of ranks side by side."""
     losses = [(lost, how) for lost in (0, 1) for how in (signal.SIGSTOP, signal.SIGKILL)]
@@ -47,7 +46,6 @@ def test_a_rank_that_hangs_or_is_killed_ends_the_others_within_twice_the_timeout
         assert time.monotonic() - start < 2 * HANG_S + 2
 
 
-@pytest.mark.slow
 def test_a_rank_may_wait_for_longer_than_the_timeout():
     with forked_ranks(["-c", CODE, f"{2 * HANG_S}"]) as processes:
         outputs = [process.communicate(timeout=120)[0] for process in processes]

@@ -62,7 +62,6 @@ WRONG = {
 STATES = ["", "null", "[]", "{}", NESTED, *(json.dumps({key: WRONG[key]}) for key in WRONG)]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("text", MANIFESTS, ids=lambda text: text[:40])
 def test_a_checkpoint_with_a_malformed_manifest_is_skipped(finished, tmp_path, text):
     folder = copy_of(finished, tmp_path)
@@ -70,7 +69,6 @@ def test_a_checkpoint_with_a_malformed_manifest_is_skipped(finished, tmp_path, t
     assert find_checkpoint(folder) == folder / "step-00000004"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("text", STATES, ids=lambda text: text[:40])
 def test_a_checkpoint_with_a_malformed_record_is_skipped_even_if_the_checksum_matches(
     finished, tmp_path, text
@@ -94,7 +92,6 @@ def copy_of(finished, folder):
     return folder / "checkpoints"
 
 
-@pytest.mark.slow
 def test_a_run_resumes_before_a_damaged_checkpoint_and_the_warning_names_the_file(
     finished, tmp_path, caplog
 ):
@@ -106,7 +103,6 @@ def test_a_run_resumes_before_a_damaged_checkpoint_and_the_warning_names_the_fil
     assert_equal_bits(checkpoint(tmp_path, 6), checkpoint(finished, 6))
 
 
-@pytest.mark.slow
 def test_a_file_named_like_a_checkpoint_is_ignored(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     for step in (4, 8):
@@ -134,7 +130,6 @@ def test_a_compiled_run_resumes_uncompiled_and_back(finished, tmp_path, monkeypa
     assert_equal_bits(checkpoint(tmp_path, 6), checkpoint(tmp_path / "straight", 6))
 
 
-@pytest.mark.slow
 def test_a_skipped_update_is_logged_with_its_images_and_timesteps(tmp_path):
     unet, calls = tiny_unet(), []
 
@@ -187,7 +182,6 @@ PROPOSALS = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
 def test_a_proposal_may_be_given_when_a_run_is_resumed_and_nothing_else(photos):
     network = photos / "network" / "config.json"
     train_in(photos, network, max_train_steps=2, **STEPS)
@@ -198,7 +192,6 @@ def test_a_proposal_may_be_given_when_a_run_is_resumed_and_nothing_else(photos):
     assert re.search(r"add `output_dir` \S+run-2 for a new network, and also", str(raised.value))
 
 
-@pytest.mark.slow
 def test_config_yaml_lists_every_option_and_repeats_the_run(photos):
     network = photos / "network" / "config.json"
     result = train_in(photos, network, max_train_steps=2, num_train_timesteps=20)
@@ -212,7 +205,6 @@ def test_config_yaml_lists_every_option_and_repeats_the_run(photos):
     assert result.num_steps == 2
 
 
-@pytest.mark.slow
 def test_a_moved_run_resumes_without_the_file_of_its_network(photos):
     network = photos / "network" / "config.json"
     train_in(photos, network, max_train_steps=2, **STEPS)
@@ -226,7 +218,6 @@ def test_a_moved_run_resumes_without_the_file_of_its_network(photos):
         train_in(photos, moved, max_train_steps=5, **STEPS)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"class_conditional": True}])
 def test_pretrained_weights_are_compared_by_content_and_may_be_gone(photos, options):
     def fine_tune(base, steps):
@@ -260,14 +251,12 @@ def test_pretrained_weights_are_compared_by_content_and_may_be_gone(photos, opti
     assert record["base_model"] == "moved"
 
 
-@pytest.mark.slow
 def test_a_run_from_scratch_does_not_resume_with_pretrained_weights(photos):
     train_in(photos, photos / "network" / "config.json", max_train_steps=2, **STEPS)
     with pytest.raises(ConfigError, match="`pretrained`: None -> 'base'"):
         train(tiny_config(photos / "run", dataset=str(photos / "photos"), pretrained="base"))
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("default:.* is a training run")
 def test_a_run_and_its_checkpoints_are_models(photos):
     train_in(photos, photos / "network" / "config.json", max_train_steps=4, **STEPS)
@@ -303,7 +292,6 @@ def test_a_run_and_its_checkpoints_are_models(photos):
         load(early)
 
 
-@pytest.mark.slow
 def test_an_interrupt_in_an_interactive_session_is_raised_after_saving(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.ps1", ">>> ", raising=False)
     with pytest.raises(KeyboardInterrupt, match="saved after update"):

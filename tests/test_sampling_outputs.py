@@ -55,7 +55,6 @@ def names_in(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_open_drawn_reads_images_classes_and_options(model, pixels, tmp_path, name):
     sample(model, tmp_path / name)
@@ -69,7 +68,6 @@ def test_open_drawn_reads_images_classes_and_options(model, pixels, tmp_path, na
     assert about["model"] == {"name": "pets", "revision": None}
 
 
-@pytest.mark.slow
 def test_other_programs_read_npz_parquet_and_image_files(model, pixels, tmp_path):
     for name in NAMES:
         sample(model, tmp_path / name)
@@ -91,7 +89,6 @@ def test_other_programs_read_npz_parquet_and_image_files(model, pixels, tmp_path
     np.testing.assert_array_equal(read[..., None], pixels)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", [*NAMES, "grid.png"])
 def test_incomplete_images_are_resumed_and_complete_ones_kept(model, tmp_path, name, capsys):
     sample(model, tmp_path / "uninterrupted" / name)
@@ -119,7 +116,6 @@ def test_incomplete_images_are_resumed_and_complete_ones_kept(model, tmp_path, n
     assert (tmp_path / name).stat().st_mtime_ns == before
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "difference"),
     [
@@ -149,7 +145,6 @@ def test_images_with_other_options_raise_an_error_with_both_values_and_the_fix(
     sample(model, output, *more)  # complete already
 
 
-@pytest.mark.slow
 def test_overwrite_keeps_other_files_in_the_folder(model, tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -159,7 +154,6 @@ def test_overwrite_keeps_other_files_in_the_folder(model, tmp_path):
     assert names_in(folder) == ["00000.png", "00001.png", "00002.png", "notes.txt"]
 
 
-@pytest.mark.slow
 def test_settings_of_optimize_are_recorded_and_reused(model, tmp_path, capsys):
     output = tmp_path / "x.npz"
     sample(model, output, "--optimize")
@@ -174,7 +168,6 @@ def test_settings_of_optimize_are_recorded_and_reused(model, tmp_path, capsys):
     assert "instead of None" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_files_of_other_programs_are_kept(model, tmp_path, capsys):
     (tmp_path / "pets.json").write_text('{"mine": 1}')
     (tmp_path / "x.npz").mkdir()
@@ -189,7 +182,6 @@ def test_files_of_other_programs_are_kept(model, tmp_path, capsys):
     assert names_in(tmp_path) == ["file", "pets.json", "x.npz"]
 
 
-@pytest.mark.slow
 def test_overwrite_deletes_numbered_image_files_only(model, tmp_path):
     photos = ["1st.png", "20240101.png", "2024-01-01.png"]
     ours = ["00000.png", "00099.png"]

@@ -23,7 +23,6 @@ from ddpm_hf.training import CheckpointError, ConfigError
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_stopped_and_resumed_run_is_bit_equal_to_a_straight_one(tmp_path, accumulation):
     dropout = {"dropout": 0.2, "gradient_accumulation_steps": accumulation}
@@ -45,7 +44,6 @@ def test_a_stopped_and_resumed_run_is_bit_equal_to_a_straight_one(tmp_path, accu
     assert without_speed[0] == without_speed[1]
 
 
-@pytest.mark.slow
 def test_resuming_reads_no_image_twice(tmp_path):
     run(tmp_path, dataset=stop_reading_at(12))
     images = Images(tiny_images(), None, None)
@@ -54,7 +52,6 @@ def test_resuming_reads_no_image_twice(tmp_path):
     assert images.reads <= 4 * 4 + 2
 
 
-@pytest.mark.slow
 @few_steps
 def test_sampling_and_checkpointing_do_not_change_the_weights(tmp_path):
     run(tmp_path / "silent", checkpointing_steps=6, unet=tiny_unet(dropout=0.3))
@@ -69,7 +66,6 @@ def test_sampling_and_checkpointing_do_not_change_the_weights(tmp_path):
     assert_equal_bits(checkpoint(tmp_path / "busy", 6), checkpoint(tmp_path / "silent", 6))
 
 
-@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_skipped_for_the_previous_one(tmp_path):
     run(tmp_path)
     want = checkpoint(tmp_path, 6)
@@ -85,7 +81,6 @@ def test_a_damaged_newest_checkpoint_is_skipped_for_the_previous_one(tmp_path):
     assert_equal_bits(checkpoint(tmp_path, 6), want)
 
 
-@pytest.mark.slow
 def test_a_run_with_only_damaged_checkpoints_does_not_restart(tmp_path):
     run(tmp_path)
     for state in tmp_path.glob("checkpoints/*/state.json"):
@@ -94,7 +89,6 @@ def test_a_run_with_only_damaged_checkpoints_does_not_restart(tmp_path):
         run(tmp_path)
 
 
-@pytest.mark.slow
 def test_rerunning_a_finished_run_changes_nothing(tmp_path):
     run(tmp_path)
     before = checkpoint(tmp_path, 6)
@@ -103,7 +97,6 @@ def test_rerunning_a_finished_run_changes_nothing(tmp_path):
     assert len(metrics(tmp_path)) == 6
 
 
-@pytest.mark.slow
 def test_a_finished_run_can_be_extended(tmp_path):
     run(tmp_path, lr_scheduler="constant", max_train_steps=3)
     run(tmp_path, lr_scheduler="constant", max_train_steps=6)
@@ -111,7 +104,6 @@ def test_a_finished_run_can_be_extended(tmp_path):
     assert_equal_bits(checkpoint(tmp_path, 6), checkpoint(tmp_path / "straight", 6))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [{"learning_rate": 2e-3}, {"batch_size": 2}, {"seed": 1}, {"prediction_type": "sample"}],
@@ -123,7 +115,6 @@ def test_resuming_with_other_training_options_raises(tmp_path, change):
         run(tmp_path, **change)
 
 
-@pytest.mark.slow
 def test_resuming_in_another_precision_of_accelerate_raises(tmp_path, monkeypatch):
     run(tmp_path, max_train_steps=2)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
@@ -133,14 +124,12 @@ def test_resuming_in_another_precision_of_accelerate_raises(tmp_path, monkeypatc
     assert len(metrics(tmp_path)) == 6
 
 
-@pytest.mark.slow
 def test_resuming_on_other_images_raises(tmp_path):
     run(tmp_path)
     with pytest.raises(ConfigError, match=r"11.*12"):
         run(tmp_path, dataset=tiny_images(12), max_train_steps=8)
 
 
-@pytest.mark.slow
 def test_a_run_prints_how_to_resume_or_what_it_wrote(tmp_path, capsys):
     run(tmp_path, dataset=stop_reading_at(14))
     printed = capsys.readouterr().out
@@ -152,7 +141,6 @@ def test_a_run_prints_how_to_resume_or_what_it_wrote(tmp_path, capsys):
     assert f"ddpm-hf sample {tmp_path / 'model'}\n" in printed
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
 def test_the_learning_rate_does_not_depend_on_gradient_accumulation(tmp_path, accumulation):
     run(tmp_path, gradient_accumulation_steps=accumulation, max_train_steps=8)
@@ -161,7 +149,6 @@ def test_the_learning_rate_does_not_depend_on_gradient_accumulation(tmp_path, ac
     assert got == pytest.approx([1e-3 * factor for factor in want])
 
 
-@pytest.mark.slow
 def test_accumulation_gives_the_same_weights_up_to_rounding(tmp_path):
     for accumulation in (1, 4):
         run(tmp_path / str(accumulation), gradient_accumulation_steps=accumulation)
@@ -175,7 +162,6 @@ def test_accumulation_gives_the_same_weights_up_to_rounding(tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-@pytest.mark.slow
 def test_the_ema_weights_follow_their_closed_form(tmp_path):
     run(tmp_path, checkpointing_steps=1, checkpoints_total_limit=6, ema_decay=0.3)
     raw = [checkpoint(tmp_path, step) for step in range(1, 7)]
@@ -190,7 +176,6 @@ def test_the_ema_weights_follow_their_closed_form(tmp_path):
         assert_close(got, average, rtol=0, atol=1e-6)
 
 
-@pytest.mark.slow
 def test_a_single_image_is_overfitted(tmp_path):
     # x_0-prediction of a single image can reach a loss of 0.
     run(
@@ -205,7 +190,6 @@ def test_a_single_image_is_overfitted(tmp_path):
     assert sum(losses[-5:]) < 0.2 * sum(losses[:5])
 
 
-@pytest.mark.slow
 def test_bf16_keeps_weights_and_noise_in_float32(tmp_path):
     unet, inputs, inner = tiny_unet(), set(), set()
     unet.register_forward_pre_hook(lambda module, args: inputs.add(args[0].dtype))

@@ -26,7 +26,6 @@ from ddpm_hf.training import ConfigError
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.slow
 def test_the_model_loads_in_stock_diffusers_with_the_ema_weights(tmp_path):
     result = run(tmp_path)
     stock = DDPMPipeline.from_pretrained(result.model_dir)
@@ -37,7 +36,6 @@ def test_the_model_loads_in_stock_diffusers_with_the_ema_weights(tmp_path):
     assert stock(batch_size=2, num_inference_steps=2, output_type="np").images.shape == (2, 8, 8, 1)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
@@ -57,7 +55,6 @@ def test_an_invalid_network_file_raises_before_images_are_read(tmp_path, argumen
         train(config, dataset=unread)
 
 
-@pytest.mark.slow
 def test_the_card_is_updated_around_user_edits(tmp_path):
     run(tmp_path, max_train_steps=2)
     card = tmp_path / "model" / "README.md"
@@ -76,7 +73,6 @@ def test_the_card_is_updated_around_user_edits(tmp_path):
     assert card.read_text() == "# By hand\n"
 
 
-@pytest.mark.slow
 def test_a_failed_card_warns_and_the_model_is_written(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("ddpm_hf.hub.card_rendering.TEMPLATE", tmp_path / "nothing.md")
     run(tmp_path / "run", max_train_steps=2)
@@ -84,7 +80,6 @@ def test_a_failed_card_warns_and_the_model_is_written(tmp_path, monkeypatch, cap
     assert (tmp_path / "run/model/unet/config.json").is_file()
 
 
-@pytest.mark.slow
 def test_the_card_of_a_fine_tuned_model_describes_its_base(tmp_path):
     run(tmp_path / "base", max_train_steps=2)
     config = tiny_config(
@@ -96,7 +91,6 @@ def test_the_card_of_a_fine_tuned_model_describes_its_base(tmp_path):
     assert "Its training: 2 optimizer updates." in text
 
 
-@pytest.mark.slow
 @few_steps
 def test_sample_grids_are_drawn_when_due(tmp_path):
     run(tmp_path, num_samples=4, sample_steps=2, sample_inference_steps=3)
@@ -104,7 +98,6 @@ def test_sample_grids_are_drawn_when_due(tmp_path):
     assert names == [f"step-0000000{step}.png" for step in (2, 4, 6)]
 
 
-@pytest.mark.slow
 def test_the_seed_determines_the_weights(tmp_path):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         run(tmp_path / name, seed=seed)
@@ -138,7 +131,6 @@ def pretrained(request, tmp_path):
     return request.param, folder, unet
 
 
-@pytest.mark.slow
 def test_fine_tuning_starts_from_the_pretrained_weights_and_diffusion(tmp_path, pretrained):
     kind, folder, unet = pretrained
     # With warmup the first update has learning rate 0, which keeps the pretrained weights.
@@ -162,14 +154,12 @@ def test_fine_tuning_starts_from_the_pretrained_weights_and_diffusion(tmp_path, 
     assert "_ddpm_hf" not in got.scheduler.config  # calibration of other weights
 
 
-@pytest.mark.slow
 def test_fine_tuning_on_images_with_other_channels_suggests_image_mode(tmp_path, pretrained):
     images = [torch.zeros(3, 8, 8)] * 4
     with pytest.raises(ConfigError, match="image_mode"):
         train(tiny_config(tmp_path / "run", pretrained=str(pretrained[1])), dataset=images)
 
 
-@pytest.mark.slow
 def test_pretrained_and_unet_exclude_each_other(tmp_path, pretrained):
     with pytest.raises(ConfigError, match="pretrained"):
         run(tmp_path / "run", pretrained=str(pretrained[1]))
@@ -181,7 +171,6 @@ def test_a_pretrained_folder_without_a_model_raises(tmp_path):
         train(tiny_config(tmp_path / "run", pretrained=str(tmp_path / "empty")), dataset=[])
 
 
-@pytest.mark.slow
 @few_steps
 @pytest.mark.parametrize("size", [16, 6])
 def test_fine_tuning_at_another_size_exports_a_model_of_that_size(tmp_path, pretrained, size):
@@ -205,7 +194,6 @@ class Failing(UNet2DModel):
         return super().forward(sample[:, :, 1:], timestep)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("components", "message"),
     [
@@ -239,7 +227,6 @@ def test_untrainable_components_raise_before_the_first_update(tmp_path, componen
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
 def test_a_stock_ddpm_scheduler_can_be_trained(tmp_path):
     stock = DDPMScheduler(num_train_timesteps=50, beta_schedule="squaredcos_cap_v2")
     result = train(
@@ -256,7 +243,6 @@ def test_a_path_instead_of_a_config_raises_with_an_example():
         train("./photos")
 
 
-@pytest.mark.slow
 def test_resuming_with_other_components_names_the_differences(tmp_path):
     run(tmp_path, max_train_steps=2)
     for components, message in (
@@ -279,7 +265,6 @@ def halved(denoiser, scheduler, x_0, t, noise):
     return simple_loss(denoiser, scheduler, x_0, t, noise) / 2
 
 
-@pytest.mark.slow
 def test_a_custom_loss_is_trained_and_must_match_on_resume(tmp_path):
     parts = {"dataset": tiny_images(), "max_train_steps": 2, "checkpointing_steps": 2}
     config = {k: parts.pop(k) for k in ("max_train_steps", "checkpointing_steps")}
@@ -291,7 +276,6 @@ def test_a_custom_loss_is_trained_and_must_match_on_resume(tmp_path):
         train(tiny_config(tmp_path / "half", max_train_steps=4), unet=tiny_unet(), **parts)
 
 
-@pytest.mark.slow
 def test_fewer_updates_than_already_done_raise(tmp_path):
     run(tmp_path, max_train_steps=4)
     with pytest.raises(ConfigError, match=r"`max_train_steps` is 3.*4 updates already"):
@@ -316,7 +300,6 @@ def with_nan(folder):
     save_file(weights, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "message"),
     [(only_pickles, "can run code"), (lacking, "do not fit"), (with_nan, "not finite")],
@@ -330,7 +313,6 @@ def test_a_bare_network_is_checked_like_a_pipeline(tmp_path, damage, message):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-@pytest.mark.slow
 def test_pickled_weights_can_be_fine_tuned(tmp_path):
     tiny_unet().save_pretrained(tmp_path / "bare")
     only_pickles(tmp_path / "bare")

@@ -27,7 +27,6 @@ def channels_of(images, options):
     return {"in_channels": count, "out_channels": count}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("images", "options", "note"),
     [
@@ -46,7 +45,6 @@ def test_the_plan_counts_the_images_that_set_the_mode(capsys, tmp_path, images, 
         assert ("`image_mode` RGB" if "transparent" in note else "`image_mode` L") in notes[0]
 
 
-@pytest.mark.slow
 def test_a_grayscale_model_that_is_trained_on_colour_images_is_mentioned(capsys, tmp_path):
     scheduler = GaussianDDPMScheduler(20, beta_schedule="squaredcos_cap_v2")
     GaussianDDPMPipeline(tiny_unet(), scheduler).save_pretrained(tmp_path / "grey")
