@@ -39,6 +39,7 @@ def judge(demo, faces):
     return demo.Judge(faces["train"].select(range(600)))
 
 
+@pytest.mark.slow
 def test_the_shipped_faces_are_distinct_16x16_images_of_six_classes(demo, faces):
     assert {split: len(rows) for split, rows in faces.items()} == {"train": 5000, "test": 1000}
     assert faces["train"].features["hair_color"].names == COLORS
@@ -65,6 +66,7 @@ def test_the_folder_opens_by_its_path_as_training_opens_it(demo, tmp_path):
     assert list(facts.class_names) == COLORS
 
 
+@pytest.mark.slow
 def test_held_out_faces_are_named_as_asked_and_have_the_colours_of_the_palette(faces, judge):
     real = faces["test"].select(range(300))
     scores = judge(real["image"], real["hair_color"])
@@ -79,6 +81,7 @@ def test_held_out_faces_are_named_as_asked_and_have_the_colours_of_the_palette(f
     assert right / 300 == pytest.approx(scores.as_asked)
 
 
+@pytest.mark.slow
 def test_another_hair_colour_than_asked_is_a_shortcoming(demo, faces, judge):
     real = faces["test"].select(range(300))
     right = judge(real["image"], real["hair_color"])
@@ -150,6 +153,7 @@ def short_demo(demo, monkeypatch):
     return demo
 
 
+@pytest.mark.slow
 def test_the_demo_completes_and_fails_after_a_short_training_run_and_does_not_train_again(
     short_demo, tmp_path, capfd
 ):
