@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import image_facts_of, save_stock, tiny_scheduler, tiny_unet
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from PIL import Image
 from processes import run_process
 
@@ -18,7 +24,7 @@ NAMES = ("cat", "dog")
 
 
 def pipeline_of(mode="RGB", size=(8, 8), class_names=None, **scheduler) -> GaussianDDPMPipeline:
-    channels = {"L": 1, "RGB": 3}[mode]
+    channels = {"L": 1, "RGB": 3, "RGBA": 4}[mode]
     classes = None if class_names is None else len(class_names) + 1
     unet = tiny_unet(in_channels=channels, num_class_embeds=classes)
     unet.register_to_config(_ddpm_hf=image_facts_of(mode, *size, class_names=class_names))
@@ -33,7 +39,7 @@ def pipeline():
 
 
 def picture(mode="RGB", size=(8, 8), seed=0) -> Image.Image:
-    shape = (*size, 3) if mode == "RGB" else size
+    shape = size if mode == "L" else (*size, len(mode))
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, np.uint8))
 
 
@@ -49,7 +55,7 @@ def seeded(*seeds):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["covariance", "repaint"])
-@pytest.mark.parametrize(("mode", "size"), [("RGB", (8, 8)), ("L", (7, 6))])
+@pytest.mark.parametrize(("mode", "size"), [("RGB", (8, 8)), ("L", (7, 6)), ("RGBA", (8, 8))])
 def test_the_known_half_comes_back_bit_by_bit_and_the_white_half_is_drawn(method, mode, size):
     pipeline, image = pipeline_of(mode, size), picture(mode, size)
     output = pipeline.inpaint(
@@ -61,7 +67,7 @@ def test_the_known_half_comes_back_bit_by_bit_and_the_white_half_is_drawn(method
     for drawn in (first, second):
         assert (drawn[:, :known] == before[:, :known]).all()
         assert (drawn[:, known:] != before[:, known:]).any()
-    assert output.std.shape == (1, *size, 3 if mode == "RGB" else 1)
+    assert output.std.shape == (1, *size, len(mode))
     assert (output.std[:, :, :known] == 0).all()
     gap = first.astype(float) - second
     spread = np.abs(gap).reshape(output.std.shape[1:]) / 255 / np.sqrt(2)
@@ -176,18 +182,29 @@ def test_classes_and_guidance_reach_the_network():
         edited()
 
 
-def test_the_call_itself_is_guided_by_a_likelihood_with_any_scheduler():
-    for scheduler in (tiny_scheduler(), DDIMScheduler.from_config(tiny_scheduler().config)):
-        pipeline = pipeline_of()
-        pipeline.scheduler = scheduler
-        images = [
-            pipeline(
-                2, seeded(0, 1), 1, output_type="pt", guidance_weight=0.1,
-                guidance=None if sign == 0 else lambda x_t, x_0, t, s=sign: s * x_t.sum((1, 2, 3)),
-            ).images.mean()
-            for sign in (-1, 0, 1)
-        ]  # fmt: skip
-        assert images[0] < images[1] < images[2]
+@pytest.mark.parametrize(
+    "kind",
+    [
+        None,
+        DDIMScheduler,
+        DPMSolverMultistepScheduler,
+        UniPCMultistepScheduler,
+        EulerDiscreteScheduler,
+        HeunDiscreteScheduler,
+    ],
+)
+def test_the_call_itself_is_guided_by_a_likelihood_with_any_scheduler(kind):
+    pipeline = pipeline_of(num_train_timesteps=100, clip_sample=False)
+    if kind is not None:
+        pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
+    images = [
+        pipeline(
+            2, seeded(0, 1), 4, output_type="latent", guidance_weight=0.1,
+            guidance=None if sign == 0 else lambda x_t, x_0, t, s=sign: s * x_t.sum((1, 2, 3)),
+        ).images.mean()
+        for sign in (-1, 0, 1)
+    ]  # fmt: skip
+    assert images[0] < images[1] < images[2]
 
 
 def test_callbacks_see_every_step_and_can_end_the_edit(pipeline):
@@ -201,18 +218,55 @@ def test_callbacks_see_every_step_and_can_end_the_edit(pipeline):
     assert [i for i, _ in steps] == [0, 1, 2]
 
 
+def test_callbacks_read_the_number_of_steps_of_the_edit(pipeline):
+    numbers = []
+
+    def read(pipe, i, t, tensors):
+        numbers.append(pipe.num_timesteps)
+
+    options = {"num_inference_steps": 6, "callback_on_step_end": read}
+    pipeline.inpaint(picture(), half_mask(), jump_length=1, jump_n_sample=2, **options)
+    pipeline.image_to_image(picture(), strength=0.5, **options)
+    pipeline.interpolate(picture(), picture(seed=1), 2, **options)
+    assert numbers == [11] * 11 + [3] * 3 + [6] * 6
+
+
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
         (Image.new("L", (8, 8)), "`mask_image` is empty"),
         (Image.new("L", (8, 8), 255), "`mask_image` is full"),
         (Image.new("L", (9, 8), 255), r"`mask_image` must have the size.*\(8, 8\), got \(8, 9\)"),
-        (np.zeros((8, 8, 3, 1)), r"`mask_image` must be .* got shape \(8, 8, 3, 1\)"),
+        (np.zeros((8, 8, 3, 2)), r"`mask_image` must be .* got shape \(8, 8, 3, 2\)"),
     ],
 )
 def test_a_mask_that_does_not_fit_is_refused(pipeline, mask, message):
     with pytest.raises(ValueError, match=message):
         pipeline.inpaint(picture(), mask)
+
+
+def test_interpolation_takes_single_images_and_noise_of_the_models_shape(pipeline):
+    with pytest.raises(ValueError, match="`b` must be one image, got a batch of 2"):
+        pipeline.interpolate(picture(), [picture(), picture()], num_inference_steps=2)
+    with pytest.raises(
+        ValueError, match=r"`a` as noise must have shape \(1, 3, 8, 8\), got \(3, 8"
+    ):
+        pipeline.interpolate(torch.randn(3, 8, 8), picture(), num_inference_steps=2)
+
+
+def test_noise_of_the_steps_makes_interpolations_vary_with_the_generator(pipeline):
+    def draw(seeds, **options):
+        return pipeline.interpolate(
+            picture(), picture(seed=1), 2, generator=seeded(*seeds), num_inference_steps=5,
+            output_type="pt", **options,
+        ).images  # fmt: skip
+
+    assert torch.equal(draw((0, 1)), draw((2, 3)))
+    varied = draw((0, 1), eta=1.0)
+    assert torch.equal(varied, draw((0, 1), eta=1.0))
+    assert not torch.equal(varied, draw((2, 3), eta=1.0))
+    with pytest.raises(ValueError, match="generator"):
+        draw((0, 1, 2))
 
 
 def test_images_of_another_size_or_mode_are_refused(pipeline):
@@ -224,7 +278,10 @@ def test_images_of_another_size_or_mode_are_refused(pipeline):
 
 def test_masks_are_read_from_arrays_and_tensors_alike(pipeline):
     mask = np.asarray(half_mask())
-    forms = [half_mask(), mask, mask > 127, mask / 255.0, torch.from_numpy(mask > 127)[None]]
+    forms = [
+        half_mask(), mask, mask > 127, mask / 255.0, mask[..., None],
+        torch.from_numpy(mask > 127)[None],
+    ]  # fmt: skip
     images = [
         pipeline.inpaint(
             picture(), form, num_inference_steps=3, generator=seeded(0), output_type="pt"
@@ -281,6 +338,34 @@ def test_the_recommended_setting_edits_with_its_scheduler_and_steps():
     assert steps == [0, 1, 2, 3]  # half of the 8
     drawn = pipeline.inpaint(picture(), half_mask(), **call).images[0]
     assert (np.asarray(drawn)[:, :4] == np.asarray(picture())[:, :4]).all()
+
+
+def test_the_recommended_noise_is_an_argument_of_every_method():
+    recommended = {"scheduler": "DDIM:eta=0.5", "num_inference_steps": 4}
+    pipeline = pipeline_of(recommended=recommended)
+    call = use_recommended(pipeline)
+    assert call == {"num_inference_steps": 4, "eta": 0.5}
+    latents = pipeline.invert(picture(), **call)
+    outputs = [
+        pipeline.inpaint(picture(), half_mask(), **call),
+        pipeline.image_to_image(picture(), **call),
+        pipeline.interpolate(picture(), picture(seed=1), 2, **call),
+        pipeline.combine([latents, picture()], [1.0, 2.0], **call),
+    ]
+    assert [len(output.images) for output in outputs] == [1, 1, 2, 1]
+
+
+def test_a_network_with_a_learned_variance_edits():
+    unet = tiny_unet(in_channels=3, out_channels=6)
+    unet.register_to_config(_ddpm_hf=image_facts_of("RGB", 8, 8))
+    pipeline = GaussianDDPMPipeline(unet, tiny_scheduler(variance_type="learned_range"))
+    pipeline.set_progress_bar_config(disable=True)
+    for method in ("covariance", "repaint"):
+        drawn = pipeline.inpaint(picture(), half_mask(), method=method, num_inference_steps=3)
+        assert (np.asarray(drawn.images[0])[:, :4] == np.asarray(picture())[:, :4]).all()
+    guidance = {"guidance": lambda x_t, x_0, t: x_0.sum((1, 2, 3)), "num_inference_steps": 3}
+    assert pipeline.image_to_image(picture(), **guidance).images[0].size == (8, 8)
+    assert len(pipeline.interpolate(picture(), picture(seed=1), 2, **guidance).images) == 2
 
 
 @pytest.mark.slow

@@ -3,7 +3,8 @@
     python tests/benchmarks/bench_editing.py [--model FOLDER] [--json FILE]
 
 Hides the lower half of held-out digits (8x8, scikit-learn) and draws it several times with each
-method. Without `--model`, trains the model of training/digits.py first. Columns:
+method. Without `--model`, trains the model of training/digits.py first. Columns, with the standard
+error over the digits:
 
     class     share of draws that a classifier of digits reads as the true class
     MSE       of the mean of the draws, on hidden pixels in [0, 1]
@@ -13,8 +14,9 @@ method. Without `--model`, trains the model of training/digits.py first. Columns
     calls     network calls of each draw; VJP: vector-Jacobian products
     ms        CPU milliseconds of each draw, on one thread
 
-A classifier of the visible halves alone gives the share of the class that is possible: the mean of
-its probability of the true class. `--num-calibrated` training digits give the calibration.
+Energy is also compared with that of the first method, digit by digit. A classifier of the visible
+halves alone gives the share of the class that is possible: the mean of its probability of the true
+class. `--num-calibrated` training digits give the calibration.
 """
 
 import argparse
@@ -23,7 +25,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,54 +45,45 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "training"))
 from digits import NUM_UPDATES, fit_judge, to_images, train_model
 
 HALF_LEVEL = 1 / 32
+SCORES = ("class", "MSE", "energy", "coverage")
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to inpaint, and its number of steps."""
+    """A way to inpaint."""
 
-    name: str
     num_inference_steps: int
     method: str
     jump_length: int = 1
     jump_n_sample: int = 1
-    num_iterations: int = 0
     is_calibrated: bool = False
 
-
-@dataclass(frozen=True)
-class Row:
-    """Quality and cost of a method."""
-
-    name: str
-    num_inference_steps: int
-    class_share: float
-    mse: float
-    energy: float
-    coverage: float
-    calls: int
-    products: int
-    ms: float
+    @property
+    def name(self) -> str:
+        if self.method == "covariance":
+            return "covariance"
+        passes = f"repaint {self.jump_length} x {self.jump_n_sample}"
+        return passes + ", calibrated" * self.is_calibrated
 
 
-def methods(num_steps: int) -> Iterator[Method]:
-    for count in (2, 4, 10):
-        yield Method(f"covariance, {count}", num_steps, "covariance", num_iterations=count)
-    for length, repeats in ((1, 1), (1, 10), (10, 10)):
-        for is_calibrated in (False, True) if repeats > 1 else (False,):
-            name = f"repaint {length} x {repeats}" + ", calibrated" * is_calibrated
-            yield Method(name, num_steps, "repaint", length, repeats, 0, is_calibrated)
+def methods(numbers: list[int]) -> Iterator[Method]:
+    for num_steps in numbers:
+        yield Method(num_steps, "covariance")
+        yield Method(num_steps, "repaint", 1, 1)
+        yield Method(num_steps, "repaint", 1, 10)
+        yield Method(num_steps, "repaint", 1, 10, is_calibrated=True)
+        if num_steps > 10:
+            yield Method(num_steps, "repaint", 10, 10)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Digits with a hidden lower half, and classifiers of both."""
+    """Digits with a hidden lower half, and a classifier of digits."""
 
     x_0: Tensor
     labels: np.ndarray
     num_draws: int
     classifier: Any
-    possible_share: float
 
     @property
     def mask(self) -> Tensor:
@@ -98,8 +91,8 @@ class Problem:
         mask[4:] = 1
         return mask
 
-    def score(self, samples: Tensor) -> dict[str, float]:
-        """Class share, MSE, energy score and coverage of (N * num_draws, 1, 8, 8)."""
+    def scores(self, samples: Tensor) -> dict[str, np.ndarray]:
+        """Scores of each digit, (N,), from (N * num_draws, 1, 8, 8)."""
         draws = (samples.clamp(-1, 1).numpy() + 1) / 2
         draws = draws.reshape(len(self.labels), self.num_draws, 64)
         named = self.classifier.predict(draws.reshape(-1, 64) * 16).reshape(draws.shape[:2])
@@ -107,13 +100,13 @@ class Problem:
         truth = (self.x_0.numpy().reshape(-1, 1, 64)[..., 32:] + 1) / 2
         mean, std = hidden.mean(1, keepdims=True), hidden.std(1, ddof=1, keepdims=True)
         factor = student.ppf(0.975, self.num_draws - 1) * math.sqrt(1 + 1 / self.num_draws)
-        pairs = np.linalg.norm(hidden[:, :, None] - hidden[:, None], axis=-1).sum((1, 2)).mean()
+        pairs = np.linalg.norm(hidden[:, :, None] - hidden[:, None], axis=-1).sum((1, 2))
         spread = pairs / (self.num_draws * (self.num_draws - 1))
         return {
-            "class_share": float((named == self.labels[:, None]).mean()),
-            "mse": float(np.square(mean - truth).mean()),
-            "energy": float(np.linalg.norm(hidden - truth, axis=-1).mean() - spread / 2),
-            "coverage": float((abs(truth - mean) <= factor * std + HALF_LEVEL).mean()),
+            "class": (named == self.labels[:, None]).mean(1),
+            "MSE": np.square(mean - truth).mean((1, 2)),
+            "energy": np.linalg.norm(hidden - truth, axis=-1).mean(1) - spread / 2,
+            "coverage": (abs(truth - mean) <= factor * std + HALF_LEVEL).mean((1, 2)),
         }
 
 
@@ -133,7 +126,10 @@ def counted_products() -> Iterator[list[int]]:
         inpainting.LinearisedEstimate.covariance = plain  # type: ignore[method-assign]
 
 
-def measure(pipeline: GaussianDDPMPipeline, problem: Problem, method: Method, mse: Any) -> Row:
+def measure(
+    pipeline: GaussianDDPMPipeline, problem: Problem, method: Method, mse: Any
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """Scores of each digit, and the cost of a draw."""
     calls = 0
 
     def denoiser(x_t: Tensor, t: Tensor) -> Tensor:
@@ -142,7 +138,6 @@ def measure(pipeline: GaussianDDPMPipeline, problem: Problem, method: Method, ms
         output: Tensor = pipeline.unet(x_t, t).sample
         return output
 
-    inpainting.NUM_ITERATIONS = method.num_iterations or inpainting.NUM_ITERATIONS
     scheduler = pipeline.scheduler.from_config(
         pipeline.scheduler.config, x_0_mse=mse if method.is_calibrated else None
     )
@@ -155,19 +150,30 @@ def measure(pipeline: GaussianDDPMPipeline, problem: Problem, method: Method, ms
             jump_n_sample=method.jump_n_sample, generator=torch.Generator().manual_seed(0),
         )  # fmt: skip
     ms = (time.process_time() - start) / len(x_0) * 1e3
-    scores = problem.score(samples)
-    return Row(method.name, method.num_inference_steps, **scores, calls=calls,
-               products=products[0], ms=ms)  # fmt: skip
+    return problem.scores(samples), {"calls": calls, "VJP": products[0], "ms": ms}
+
+
+def summary(values: np.ndarray) -> dict[str, float]:
+    """Mean and standard error over the digits."""
+    return {"mean": float(values.mean()), "error": float(values.std(ddof=1) / len(values) ** 0.5)}
+
+
+def row_text(method: Method, row: dict[str, Any]) -> str:
+    cells = [f"{row[name]['mean']:.4f}+-{row[name]['error']:.4f}" for name in SCORES]
+    cells.append(f"{row['difference']['mean']:+.3f}+-{row['difference']['error']:.3f}")
+    cost = f"{row['calls']:6}{row['VJP']:6}{row['ms']:7.0f}"
+    left = f"{method.name:26}{method.num_inference_steps:3} "
+    return left + "".join(f"{cell:>16}" for cell in cells) + cost
 
 
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--model", help="checkpoint of the digits (default: train one)")
     parser.add_argument("--updates", type=int, default=NUM_UPDATES, help="of the training")
-    parser.add_argument("--num-digits", type=int, default=36, help="half-hidden digits")
-    parser.add_argument("--num-draws", type=int, default=8, help="draws of each digit")
+    parser.add_argument("--num-digits", type=int, default=80, help="half-hidden digits")
+    parser.add_argument("--num-draws", type=int, default=4, help="draws of each digit")
     parser.add_argument("--num-calibrated", type=int, default=8, help="digits of the calibration")
-    parser.add_argument("--steps", type=int, nargs="+", default=[25, 50], help="values of K")
+    parser.add_argument("--steps", type=int, nargs="+", default=[10, 25, 50], help="values of K")
     options: argparse.Namespace = parser.parse_args()
     torch.set_num_threads(options.threads or 1)
     values, labels = load_digits(return_X_y=True)
@@ -179,36 +185,32 @@ def main() -> None:
     pipeline = load(str(model))
     pipeline.unet.eval()
     number = options.num_digits
-    true, rows = held_out_labels[:number], np.arange(number)
+    true = held_out_labels[:number]
     visible = fit_judge(known[:, :32], known_labels).predict_proba(held_out[:number, :32])
-    problem = Problem(
-        torch.from_numpy(held_out[:number].reshape(-1, 1, 8, 8) / 8 - 1).float(),
-        true,
-        options.num_draws,
-        fit_judge(known, known_labels),
-        float(visible[rows, true].mean()),
-    )
+    possible = float(visible[np.arange(number), true].mean())
+    x_0 = torch.from_numpy(held_out[:number].reshape(-1, 1, 8, 8) / 8 - 1).float()
+    problem = Problem(x_0, true, options.num_draws, fit_judge(known, known_labels))
     print(", ".join(f"{key} {value}" for key, value in machine(options).items()))
-    print(f"share of the true class that the visible half allows: {problem.possible_share:.3f}")
-    print(f"\n{'':26}{'K':>4}{'class':>8}{'MSE':>8}{'energy':>8}{'coverage':>10}{'calls':>7}"
-          f"{'VJP':>6}{'ms':>7}")  # fmt: skip
+    print(f"share of the true class that the visible half allows: {possible:.3f}")
+    columns = "".join(f"{name:>16}" for name in (*SCORES, "energy - first"))
+    print(f"\n{'':26}{'K':>3} {columns}{'calls':>6}{'VJP':>6}{'ms':>7}", flush=True)
     generator = torch.Generator().manual_seed(0)
     clean = torch.from_numpy(known[: options.num_calibrated].reshape(-1, 1, 8, 8) / 8 - 1).float()
     calibrated = calibrate(
         pipeline.unet, pipeline.scheduler, clean, generator=generator, decoder="continuous",
         progress=False,
     )  # fmt: skip
-    table: list[Row] = []
-    for num_steps in options.steps:
-        for method in methods(num_steps):
-            row = measure(pipeline, problem, method, calibrated.scheduler.x_0_mse)
-            table.append(row)
-            print(f"{row.name:26}{row.num_inference_steps:4}{row.class_share:8.3f}{row.mse:8.4f}"
-                  f"{row.energy:8.3f}{row.coverage:10.3f}{row.calls:7}{row.products:6}"
-                  f"{row.ms:7.0f}", flush=True)  # fmt: skip
+    table, first = [], None
+    for method in methods(options.steps):
+        scores, cost = measure(pipeline, problem, method, calibrated.scheduler.x_0_mse)
+        first = scores["energy"] if first is None else first
+        row = {name: summary(scores[name]) for name in SCORES} | cost
+        row["difference"] = summary(scores["energy"] - first)
+        print(row_text(method, row), flush=True)
+        table.append({"name": method.name, "K": method.num_inference_steps, **row})
     results = {
         "machine": machine(options), "digits": number, "draws": options.num_draws,
-        "possible_share": problem.possible_share, "rows": [asdict(row) for row in table],
+        "possible_share": possible, "rows": table,
     }  # fmt: skip
     keep(results, options)
 

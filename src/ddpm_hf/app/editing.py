@@ -86,7 +86,7 @@ class EditRequest:
         if is_conditional:
             values["class_labels"] = [model.class_name(class_of(model, class_label))]
         if kind == "inpaint":
-            values |= {"mask": MASK, "jump_length": 1}
+            values |= {"mask_image": MASK, "jump_length": 1}
             values["jump_n_sample"] = whole("repetitions", repetitions)
             check_at_most("repetitions", values["jump_n_sample"], MAX_REPETITIONS)
         elif kind == "vary":

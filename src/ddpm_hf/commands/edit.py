@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ddpm_hf.commands.messages import command_options, resume_hint
+from ddpm_hf.commands.messages import command_options, resume_hint, say_recommended
 from ddpm_hf.hub.options import LoadOptions, ModelArgument
 from ddpm_hf.paths import check_model
 from ddpm_hf.sampling.edit_options import EditOptions, EditOutputOptions, PictureArgument
@@ -34,7 +34,7 @@ def run(argv: list[str]) -> int:
     usage = "MODEL PICTURE [--option VALUE ...]"
     with command_options(EditCommand, argv, "edit", usage, DESCRIPTION) as options:
         check_model(options.model)
-        for path in (options.image, options.mask, options.between):
+        for path in (options.image, options.mask_image, options.between):
             if path is not None and not path.is_file():
                 raise ValueError(f"{path} does not exist, or is not a file")
         from ddpm_hf.commands.class_checks import check_classes
@@ -49,16 +49,19 @@ def run(argv: list[str]) -> int:
 def edit(options: EditCommand) -> None:
     """Load the model, edit the picture and print what was written."""
     from ddpm_hf.hub.load import load
-    from ddpm_hf.sampling.edited_images import edit_images
+    from ddpm_hf.sampling.edited_images import edit_images, edit_setting
     from ddpm_hf.shared_work import distributed_state
 
     state = distributed_state()
     pipeline = load(options.model, **options.keywords(LoadOptions)).to(state.device)
+    setting = edit_setting(pipeline, options)
+    say_recommended(setting)
     edited = edit_images(
         pipeline,
         options.image,
         options.output,
         EditOptions(**options.keywords(EditOptions)),
+        setting=setting,
         overwrite=options.overwrite,
         model={"name": public_name(options.model), "revision": options.revision},
     )

@@ -9,10 +9,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ddpm_hf.options import Options, for_user, naming_flags_of
-from ddpm_hf.text import visible, without_secrets
+from ddpm_hf.text import counted, visible, without_secrets
+
+if TYPE_CHECKING:
+    from ddpm_hf.sampling import SamplerSetting
 
 Kind = TypeVar("Kind", bound=Options)
 
@@ -27,6 +30,16 @@ def say(text: str, for_all: bool = False) -> None:
         print(text, file=sys.stderr)
     else:
         tqdm.tqdm.write(text, file=sys.stderr)  # prints above progress bars
+
+
+def say_recommended(setting: "SamplerSetting") -> None:
+    """Print the setting if it is the recommended one of the model."""
+    if setting.recommended is not None and setting.num_inference_steps is not None:
+        T = setting.scheduler.config.num_train_timesteps
+        say(
+            f"ddpm-hf: {setting.recommended} in {counted(setting.num_inference_steps, 'step')}, as"
+            f" recommended by `ddpm-hf calibrate --sweep`; --thorough uses DDPM in all {T:,} steps"
+        )
 
 
 class _WithoutSecrets:

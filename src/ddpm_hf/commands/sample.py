@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddpm_hf.commands.messages import command_options, resume_hint, say
+from ddpm_hf.commands.messages import command_options, resume_hint, say_recommended
 from ddpm_hf.hub.options import LoadOptions, ModelArgument
 from ddpm_hf.paths import check_model
 from ddpm_hf.sampling.options import ImageOptions, SamplingOptions
@@ -12,7 +12,6 @@ from ddpm_hf.text import counted, public_name
 
 if TYPE_CHECKING:
     from ddpm_hf.inference_settings import OptimizedInference
-    from ddpm_hf.sampling import SamplerSetting
 
 HELP = "draw images from a model on the Hub or in a folder"
 DESCRIPTION = """
@@ -87,7 +86,7 @@ def sample(options: SampleCommand, output: Path) -> None:
     pipeline = load(options.model, **options.keywords(LoadOptions)).to(state.device)
     setting = choose_setting(pipeline, options)
     pipeline.scheduler = setting.scheduler
-    _print_recommended(setting)
+    say_recommended(setting)
     images = dict(options.keywords(ImageOptions))
     if options.guide:
         images["guide"] = load(options.guide)
@@ -110,15 +109,6 @@ def sample(options: SampleCommand, output: Path) -> None:
     if state.is_main_process:
         already = "" if is_new else ", sampled before with the same options"
         print(f"{counted(options.num_images, 'image')} in {output}{already}")
-
-
-def _print_recommended(setting: "SamplerSetting") -> None:
-    if setting.recommended is not None and setting.num_inference_steps is not None:
-        T = setting.scheduler.config.num_train_timesteps
-        say(
-            f"ddpm-hf: {setting.recommended} in {counted(setting.num_inference_steps, 'step')}, as"
-            f" recommended by `ddpm-hf calibrate --sweep`; --thorough uses DDPM in all {T:,} steps"
-        )
 
 
 def _print_optimized(optimized: "OptimizedInference", is_main_process: bool) -> None:

@@ -207,7 +207,7 @@ class GaussianDDPMPipeline(pipeline_editing.EditingMethods):
             guidance_interval=guidance_interval, guide=guide, guidance=guidance,
             guidance_weight=guidance_weight,
         )  # fmt: skip
-        x_0 = self._last_sample(steps, self.num_timesteps, on_step_end)
+        x_0 = self._last_sample(steps, on_step_end)
         images = self.decode_images(x_0, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -266,6 +266,7 @@ class GaussianDDPMPipeline(pipeline_editing.EditingMethods):
         size, _ = image_format.size_and_window(self.unet, image_facts(self.unet))
         shape = (batch_size, self.unet.config.in_channels, *size)
         x_T = self._initial_noise(shape, generator, latents)
+        self._num_timesteps = len(self.scheduler.timesteps)
         steps = sampling_loop.sampling_steps(denoisers, self.scheduler, x_T, **options)
         return self._in_eval_mode(steps, networks)
 
@@ -297,7 +298,7 @@ class GaussianDDPMPipeline(pipeline_editing.EditingMethods):
     @property
     def num_timesteps(self) -> int:
         """Number of steps of the current sampling loop, which callbacks of diffusers read."""
-        return len(self.scheduler.timesteps)
+        return self._num_timesteps
 
     def encode_images(self, images: Any) -> Tensor:
         """Images as x_0 of this model, the inverse of `decode_images`.

@@ -70,6 +70,8 @@ class EditingMethods(portable_pipeline.PortablePipeline):
     Images are PIL images, arrays or tensors of the model's size, as `encode_images` takes them.
     """
 
+    _num_timesteps = 0
+
     @torch.no_grad()
     def inpaint(
         self,
@@ -205,6 +207,8 @@ class EditingMethods(portable_pipeline.PortablePipeline):
         image: Any,
         *,
         num_inference_steps: int | None = None,
+        timesteps: Sequence[int] | None = None,
+        eta: float | None = None,
         **conditioning: Unpack[Conditioning],
     ) -> Tensor:
         """The noise that the pipeline turns into the image with `eta=0` and the same steps.
@@ -217,12 +221,15 @@ class EditingMethods(portable_pipeline.PortablePipeline):
         Args:
             image: one image or a batch.
             num_inference_steps: K; None for all training timesteps. The error falls with K.
+            timesteps: timesteps to visit, descending, instead of `num_inference_steps`.
+            eta: without effect, as inversion adds no noise; accepted for `use_recommended`.
             **conditioning: as for `inpaint`.
         Returns:
             latents for `__call__`, (B, C, H, W) float32, in the padded size.
         Source: 2010.02502, section 4.3.
         """
-        return self._inverted(self.encode_images(image), num_inference_steps, conditioning)
+        scheduler = self._own_scheduler(num_inference_steps, timesteps)
+        return self._inverted(self.encode_images(image), scheduler, conditioning)
 
     @torch.no_grad()
     def interpolate(
@@ -231,8 +238,13 @@ class EditingMethods(portable_pipeline.PortablePipeline):
         b: Any,
         num_images: int = 7,
         *,
+        generator: Generators = None,
         num_inference_steps: int | None = None,
+        timesteps: Sequence[int] | None = None,
+        eta: float | None = None,
         output_type: str = "pil",
+        callback_on_step_end: callbacks.Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
         **conditioning: Unpack[Conditioning],
     ) -> EditingOutput:
         """Images from `a` to `b` along the sphere between their noise, by DDIM.
@@ -241,19 +253,30 @@ class EditingMethods(portable_pipeline.PortablePipeline):
             a, b: one image each, or noise (1, C, H, W) as `invert` returns it or drawn from a
                 standard normal: tensors with negative values are noise.
             num_images: N, with both ends.
-            num_inference_steps: K of inversion and sampling; None for all training timesteps.
-            output_type: as for `inpaint`.
+            generator: one generator, or a list of N; without effect at `eta` 0.
+            num_inference_steps, timesteps: of inversion and of sampling, as for `invert`.
+            eta: noise of the steps of sampling, in [0, 1]; None for 0, which reproduces the ends.
+            output_type, callback_on_step_end, callback_on_step_end_tensor_inputs: as for `inpaint`,
+                for the steps of sampling.
             **conditioning: as for `inpaint`.
         Returns:
             `EditingOutput` with N images.
+        Raises:
+            ValueError, TypeError: for a batch of images, noise of another shape, and as `__call__`.
         Source: 2010.02502, section 5.3.
         """
         num_images = checks.to_int("num_images", num_images, 2, MAX_IMAGES)
-        first, last = (self._noise_of(x, num_inference_steps, conditioning) for x in (a, b))
+        scheduler = self._own_scheduler(num_inference_steps, timesteps)
+        on_step_end = callbacks.step_end_function(
+            self, callback_on_step_end, callback_on_step_end_tensor_inputs
+        )
+        ends = {"a": a, "b": b}
+        first, last = (self._noise_of(name, ends[name], scheduler, conditioning) for name in ends)
         weights = torch.linspace(0, 1, num_images, device=first.device)
         shape = (num_images, *first.shape[1:])
         latents = editing.slerp(first.expand(shape), last.expand(shape), weights)
-        return self._decoded(latents, num_inference_steps, output_type, conditioning)
+        options = {"generator": generator, "eta": eta, "on_step_end": on_step_end}
+        return self._edited(self._decoded(latents, scheduler, conditioning, **options), output_type)
 
     @torch.no_grad()
     def combine(
@@ -261,8 +284,13 @@ class EditingMethods(portable_pipeline.PortablePipeline):
         images: Sequence[Any],
         weights: Any,
         *,
+        generator: Generators = None,
         num_inference_steps: int | None = None,
+        timesteps: Sequence[int] | None = None,
+        eta: float | None = None,
         output_type: str = "pil",
+        callback_on_step_end: callbacks.Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
         **conditioning: Unpack[Conditioning],
     ) -> EditingOutput:
         """Images of weighted combinations of the noise of several images.
@@ -270,28 +298,52 @@ class EditingMethods(portable_pipeline.PortablePipeline):
         Args:
             images: N images or noises, as for `interpolate`.
             weights: (N,) or (M, N), any real numbers: the noise keeps its law.
-            num_inference_steps, output_type, **conditioning: as for `interpolate`.
+            generator, num_inference_steps, timesteps, eta, output_type, callback_on_step_end,
+            callback_on_step_end_tensor_inputs, **conditioning: as for `interpolate`.
         Returns:
             `EditingOutput` with M images.
+        Raises:
+            ValueError, TypeError: for weights of another shape or all 0, and as `interpolate`.
         Source: 2408.08558.
         """
-        noise = [self._noise_of(image, num_inference_steps, conditioning) for image in images]
+        scheduler = self._own_scheduler(num_inference_steps, timesteps)
+        on_step_end = callbacks.step_end_function(
+            self, callback_on_step_end, callback_on_step_end_tensor_inputs
+        )
+        noise = [self._noise_of("images", image, scheduler, conditioning) for image in images]
         weights = torch.as_tensor(weights, dtype=torch.float32)
         weights = weights[None] if weights.ndim == 1 else weights
         latents = editing.combine(torch.cat(noise), weights)
-        return self._decoded(latents, num_inference_steps, output_type, conditioning)
+        options = {"generator": generator, "eta": eta, "on_step_end": on_step_end}
+        return self._edited(self._decoded(latents, scheduler, conditioning, **options), output_type)
 
     def _noise_of(
-        self, image: Any, num_inference_steps: int | None, conditioning: Conditioning
+        self,
+        name: str,
+        image: Any,
+        scheduler: scheduling.GaussianDDPMScheduler,
+        conditioning: Conditioning,
     ) -> Tensor:
+        """The noise of one image, or the noise that was given, (1, C, H, W)."""
         if isinstance(image, Tensor) and image.is_floating_point() and (image < 0).any():
-            return image.to(self._execution_device)
-        return self._inverted(self.encode_images(image), num_inference_steps, conditioning)
+            size, _ = image_format.size_and_window(self.unet, image_format.image_facts(self.unet))
+            shape = (1, self.unet.config.in_channels, *size)
+            if tuple(image.shape) != shape:
+                raise ValueError(
+                    f"`{name}` as noise must have shape {shape}, got {tuple(image.shape)}"
+                )
+            return tensor_ops.at_least_float32(image.to(self._execution_device))
+        x_0 = self.encode_images(image)
+        if len(x_0) != 1:
+            raise ValueError(f"`{name}` must be one image, got a batch of {len(x_0)}")
+        return self._inverted(x_0, scheduler, conditioning)
 
     def _inverted(
-        self, x_0: Tensor, num_inference_steps: int | None, conditioning: Conditioning
+        self,
+        x_0: Tensor,
+        scheduler: scheduling.GaussianDDPMScheduler,
+        conditioning: Conditioning,
     ) -> Tensor:
-        scheduler = self._own_scheduler(num_inference_steps)
         denoisers, networks = self._denoisers(len(x_0), scheduler, **conditioning)
         inversion = editing.Inversion.of(scheduler)
         return self._sampled(denoisers[:0:-1], networks, inversion, x_0)
@@ -299,14 +351,17 @@ class EditingMethods(portable_pipeline.PortablePipeline):
     def _decoded(
         self,
         latents: Tensor,
-        num_inference_steps: int | None,
-        output_type: str,
+        scheduler: scheduling.GaussianDDPMScheduler,
         conditioning: Conditioning,
-    ) -> EditingOutput:
-        scheduler = self._own_scheduler(num_inference_steps)
+        *,
+        generator: Generators,
+        eta: float | None,
+        on_step_end: Callable[[SamplingStep], None],
+    ) -> Tensor:
+        checks.check_generators(generator, len(latents))
+        step_options = scheduler_interface.step_options(scheduler, generator, eta or 0.0)
         denoisers, networks = self._denoisers(len(latents), scheduler, **conditioning)
-        x_0 = self._sampled(denoisers, networks, scheduler, latents, eta=0.0)
-        return self._edited(x_0, output_type, None)
+        return self._sampled(denoisers, networks, scheduler, latents, on_step_end, **step_options)
 
     def _own_scheduler(
         self, num_inference_steps: int | None, timesteps: Sequence[int] | None = None
@@ -327,8 +382,8 @@ class EditingMethods(portable_pipeline.PortablePipeline):
         steps = sampling_loop.sampling_steps(
             denoisers, scheduler, x_T, begin_index=begin_index, **step_options
         )
-        total = len(scheduler.timesteps) - begin_index
-        return self._last_sample(self._in_eval_mode(steps, networks), total, on_step_end)
+        self._num_timesteps = len(scheduler.timesteps) - begin_index
+        return self._last_sample(self._in_eval_mode(steps, networks), on_step_end)
 
     def _draws(
         self,
@@ -353,12 +408,11 @@ class EditingMethods(portable_pipeline.PortablePipeline):
     def _last_sample(
         self,
         steps: Generator[SamplingStep],
-        total: int,
         on_step_end: Callable[[SamplingStep], None],
     ) -> Tensor:
         """Run the loop to its end, or until a callback sets `_interrupt`."""
         self._interrupt = False
-        with closing(steps), self.progress_bar(total=total) as progress:
+        with closing(steps), self.progress_bar(total=self._num_timesteps) as progress:
             for step in steps:
                 on_step_end(step)
                 step.is_last |= self._interrupt
@@ -366,7 +420,7 @@ class EditingMethods(portable_pipeline.PortablePipeline):
         x_0: Tensor = step.prev_sample
         return x_0
 
-    def _edited(self, x_0: Tensor, output_type: str, num_draws: int | None) -> EditingOutput:
+    def _edited(self, x_0: Tensor, output_type: str, num_draws: int | None = None) -> EditingOutput:
         std = None
         if num_draws is not None:
             draws = self.decode_images(x_0, "np")
@@ -394,6 +448,8 @@ def _white(mask: Any) -> Tensor:
     """Where a mask is above half, (B, 1, H, W)."""
     if isinstance(mask, Image.Image):
         mask = mask.convert("L")
+    if isinstance(mask, np.ndarray) and mask.ndim > 2 and mask.shape[-1] == 1:
+        mask = mask[..., 0]
     values = mask if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask))
     if values.ndim == 2:
         values = values[None, None]

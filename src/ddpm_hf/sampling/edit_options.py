@@ -6,10 +6,12 @@ from typing import ClassVar, Literal
 
 from ddpm_hf.options import REQUIRED, OptionError, Options, option
 from ddpm_hf.paths import output_folder
+from ddpm_hf.sampling.options import SamplerOptions
+from ddpm_hf.scheduler_spec import SchedulerSpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class EditOptions(Options):
+class EditOptions(SamplerOptions):
     """Kind of the edit and its sampler.
 
     Raises:
@@ -18,10 +20,11 @@ class EditOptions(Options):
 
     _argument_group_name: ClassVar[str] = "edit"
 
-    mask: Path | None = option(
+    mask_image: Path | None = option(
         None,
         "inpaint: picture of the same size, white where the image is drawn anew",
         metavar="FILE",
+        flag="--mask",
         is_path=True,
     )
     between: Path | None = option(
@@ -54,9 +57,6 @@ class EditOptions(Options):
         8, "draws, or images from one end to the other", minimum=1, limit=1_000_000
     )
     seed: int = option(0, "draw i depends on the seed and i only")
-    num_inference_steps: int | None = option(
-        None, "number of steps K (default: 50)", minimum=1, limit=100_000, metavar="K"
-    )
     method: Literal["repaint", "covariance"] = option(
         "repaint",
         "inpainting: repaint repeats steps; covariance conditions on the known pixels by the"
@@ -66,15 +66,12 @@ class EditOptions(Options):
         10, "repaint: steps that are repeated at a time", minimum=1, limit=100_000
     )
     jump_n_sample: int = option(10, "repaint: passes over them", minimum=1, limit=10_000)
-    eta: float | None = option(
-        None, "noise of each step: 1 is DDPM, 0 is DDIM (default: 1)", minimum=0, maximum=1
-    )
     batch_size: int = option(8, "images per batch, as memory allows", minimum=1, limit=1_000_000)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         kinds = {
-            "mask": self.mask,
+            "mask_image": self.mask_image,
             "between": self.between,
             "source_class": self.source_class,
             "strength": self.strength,
@@ -91,15 +88,25 @@ class EditOptions(Options):
             )
         if self.between is not None and self.num_images < 2:
             raise OptionError("`num_images` must be at least 2 to interpolate, got 1")
+        if self.scheduler and self.kind != "image to image" and not is_ddpm_or_ddim(self.scheduler):
+            raise OptionError(
+                f"`scheduler` must be DDPM or DDIM to {self.kind}, got {self.scheduler}; others"
+                " apply to image to image"
+            )
 
     @property
     def kind(self) -> str:
         """Name of the edit: inpaint, interpolate, change class or image to image."""
-        if self.mask is not None:
+        if self.mask_image is not None:
             return "inpaint"
         if self.between is not None:
             return "interpolate"
         return "image to image" if self.source_class is None else "change class"
+
+
+def is_ddpm_or_ddim(scheduler: str) -> bool:
+    """Whether a specification of a scheduler names one of these."""
+    return SchedulerSpec.parse(scheduler).scheduler in ("DDPM", "DDIM")
 
 
 @dataclass(frozen=True, kw_only=True)

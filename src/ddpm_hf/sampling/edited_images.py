@@ -3,14 +3,13 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from diffusers import ImagePipelineOutput
 from PIL import Image, ImageOps
 
 from ddpm_hf.diffusion.atomic_files import (
@@ -26,7 +25,8 @@ from ddpm_hf.digests import weights_digest
 from ddpm_hf.locks import exclusive_folder
 from ddpm_hf.pictures import Pixels, image_grid, to_pil
 from ddpm_hf.randomness import seed_of
-from ddpm_hf.sampling.edit_options import EditOptions
+from ddpm_hf.sampling.edit_options import EditOptions, is_ddpm_or_ddim
+from ddpm_hf.sampling.sampler_choice import SamplerSetting, choose_setting
 from ddpm_hf.shared_work import (
     array_bytes,
     compute_missing_files,
@@ -60,12 +60,32 @@ class EditedImages:
     expected_gain: float | None
 
 
+def edit_setting(pipeline: GaussianDDPMPipeline, options: EditOptions) -> SamplerSetting:
+    """The sampler of an edit: as `choose_setting`, with 50 steps where no number is chosen.
+
+    Only image to image runs on any scheduler. Other edits run the steps of DDPM or DDIM: they use
+    the recommended setting if it is one of these.
+
+    Raises:
+        ValueError: as `choose_setting`.
+    """
+    setting = choose_setting(pipeline, options)
+    is_bound = options.kind != "image to image"
+    if is_bound and setting.recommended and not is_ddpm_or_ddim(setting.recommended):
+        setting = SamplerSetting(pipeline.scheduler)
+    if options.thorough or setting.num_inference_steps or setting.timesteps:
+        return setting
+    number = min(DEFAULT_STEPS, pipeline.scheduler.config.num_train_timesteps)
+    return replace(setting, num_inference_steps=number)
+
+
 def edit_images(
     pipeline: GaussianDDPMPipeline,
     image: Path,
     folder: Path,
     options: EditOptions,
     *,
+    setting: SamplerSetting | None = None,
     overwrite: bool = False,
     model: Mapping[str, Any] | None = None,
     progress: bool = True,
@@ -75,10 +95,11 @@ def edit_images(
     All processes of `accelerate launch` call this function and share the draws.
 
     Args:
-        pipeline: on the device of this process.
+        pipeline: on the device of this process; its scheduler is replaced by that of the setting.
         image: file of the picture.
         folder: for the images, a grid and the record; created if missing.
         options: kind of the edit and its sampler.
+        setting: result of `edit_setting`, which is the default.
         overwrite: replace images of other options.
         model: name of the model and further JSON values for the record.
         progress: show progress bars on the main process.
@@ -91,10 +112,10 @@ def edit_images(
     """
     state = distributed_state()
     pictures = EditPictures.read(image, options)
-    record = _record(pipeline, pictures, options, model)
+    edit = PictureEdit(pipeline, pictures, options, setting)
+    record = _record(pipeline, pictures, options.to_dict() | edit.sampler, options.kind, model)
     with exclusive_folder(state, folder, "output"):
         on_main_process(state, lambda: _prepare_folder(folder, record, overwrite))
-        edit = PictureEdit(pipeline, pictures, options)
         images = _draw(state, edit, folder / _PARTS, progress)
         std = None
         if options.kind in ("inpaint", "image to image") and len(images) > 1:
@@ -114,7 +135,8 @@ class EditPictures:
     @classmethod
     def read(cls, image: Path, options: EditOptions) -> "EditPictures":
         """The pictures of the files that the options name."""
-        others = (path if path is None else _open(path) for path in (options.mask, options.between))
+        paths = (options.mask_image, options.between)
+        others = (path if path is None else _open(path) for path in paths)
         return cls(_open(image), *others)
 
     def digest(self) -> str:
@@ -137,22 +159,34 @@ def _open(path: Path) -> Image.Image:
 
 
 class PictureEdit:
-    """Draws batches of an edit."""
+    """Draws batches of an edit.
+
+    Args:
+        pipeline: its scheduler is replaced by that of the setting.
+        pictures: the pictures.
+        options: kind of the edit and its sampler.
+        setting: result of `edit_setting`, which is the default.
+    Raises:
+        ValueError: as `edit_setting`.
+    """
 
     def __init__(
-        self, pipeline: GaussianDDPMPipeline, pictures: EditPictures, options: EditOptions
+        self,
+        pipeline: GaussianDDPMPipeline,
+        pictures: EditPictures,
+        options: EditOptions,
+        setting: SamplerSetting | None = None,
     ) -> None:
+        setting = edit_setting(pipeline, options) if setting is None else setting
+        pipeline.scheduler = setting.scheduler
+        self.sampler = dict(setting.arguments())
         self._pipeline, self._pictures, self._options = pipeline, pictures, options
-        self._steps = options.num_inference_steps or min(
-            DEFAULT_STEPS, pipeline.scheduler.config.num_train_timesteps
-        )
         labels = options.class_labels
         self._conditioning: Conditioning = {
             "class_labels": labels[0] if labels else None,
             "guidance_scale": options.guidance_scale,
         }
         self._image = _in_mode(pictures.image, pipeline)
-        self._gain: float | None = None
 
     def batches(self) -> list[range]:
         """Indices of the draws in each batch; one batch for edits without noise."""
@@ -176,71 +210,62 @@ class PictureEdit:
         return images
 
     def _inpaint(self, generators: list[torch.Generator]) -> EditingOutput:
-        options = self._options
         return self._pipeline.inpaint(
             self._image,
             self._pictures.mask,
             num_images=len(generators),
             generator=generators,
-            num_inference_steps=self._steps,
-            method=options.method,
-            jump_length=options.jump_length,
-            jump_n_sample=options.jump_n_sample,
-            eta=1.0 if options.eta is None else options.eta,
+            method=self._options.method,
+            jump_length=self._options.jump_length,
+            jump_n_sample=self._options.jump_n_sample,
             output_type="np",
+            **self.sampler,
             **self._conditioning,
         )
 
     def _image_to_image(self, generators: list[torch.Generator]) -> EditingOutput:
-        options = self._options
-        output = self._pipeline.image_to_image(
+        return self._pipeline.image_to_image(
             self._image,
-            strength=options.strength,
-            log_snr=options.log_snr,
+            strength=self._options.strength,
+            log_snr=self._options.log_snr,
             num_images=len(generators),
             generator=generators,
-            num_inference_steps=self._steps,
-            eta=options.eta,
             output_type="np",
+            **self.sampler,
             **self._conditioning,
         )
-        self._gain = output.expected_gain
-        return output
 
     def _interpolate(self, generators: list[torch.Generator]) -> EditingOutput:
         return self._pipeline.interpolate(
             self._image,
             _in_mode(self._pictures.between, self._pipeline),
             len(generators),
-            num_inference_steps=self._steps,
+            generator=generators,
             output_type="np",
+            **self.sampler,
             **self._conditioning,
         )
 
-    def _change_class(self, generators: list[torch.Generator]) -> ImagePipelineOutput:
+    def _change_class(self, generators: list[torch.Generator]) -> EditingOutput:
         """DDIM inversion with the class of the picture, DDIM with the new one."""
         latents = self._pipeline.invert(
-            self._image,
-            num_inference_steps=self._steps,
-            class_labels=self._options.source_class,
+            self._image, class_labels=self._options.source_class, **self.sampler
         )
-        return self._pipeline(
-            latents=latents,
-            eta=0.0,
-            num_inference_steps=self._steps,
+        return self._pipeline.combine(
+            [latents],
+            [1.0],
+            generator=generators,
             output_type="np",
+            **self.sampler,
             **self._conditioning,
         )
 
     def expected_gain(self) -> float | None:
-        """See `EditedImages`; computed without the network if nothing was drawn."""
-        if self._options.kind != "image to image" or self._gain is not None:
-            return self._gain
+        """See `EditedImages`; computed without the network."""
+        if self._options.kind != "image to image":
+            return None
         return self._pipeline.image_to_image_gain(
-            strength=self._options.strength,
-            log_snr=self._options.log_snr,
-            num_inference_steps=self._steps,
-            eta=self._options.eta,
+            strength=self._options.strength, log_snr=self._options.log_snr, **self.sampler
         )
 
 
@@ -274,23 +299,20 @@ def _draw(state: PartialState, edit: PictureEdit, folder: Path, progress: bool) 
 def _record(
     pipeline: GaussianDDPMPipeline,
     pictures: EditPictures,
-    options: EditOptions,
+    options: Mapping[str, Any],
+    kind: str,
     model: Mapping[str, Any] | None,
 ) -> Mapping[str, Any]:
-    chosen = {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in options.to_dict().items()
-        if value is not None
-    }
+    chosen = {name: value for name, value in options.items() if value is not None}
     return {
         "format_version": 1,
-        "kind": options.kind,
+        "kind": kind,
         "model": dict(model or {}),
         "settings": {
-            **{k: v for k, v in chosen.items() if k not in ("mask", "between")},
+            **{k: v for k, v in chosen.items() if k not in ("mask_image", "between")},
             "pictures": pictures.digest(),
             "weights": weights_digest(pipeline.unet),
-            "scheduler": json.loads(pipeline.scheduler.to_json_string()),
+            "scheduler_config": json.loads(pipeline.scheduler.to_json_string()),
         },
     }
 
