@@ -275,8 +275,8 @@ class EditingMethods(portable_pipeline.PortablePipeline):
         weights = torch.linspace(0, 1, num_images, device=first.device)
         shape = (num_images, *first.shape[1:])
         latents = editing.slerp(first.expand(shape), last.expand(shape), weights)
-        options = {"generator": generator, "eta": eta, "on_step_end": on_step_end}
-        return self._edited(self._decoded(latents, scheduler, conditioning, **options), output_type)
+        x_0 = self._decoded(latents, scheduler, conditioning, generator, eta, on_step_end)
+        return self._edited(x_0, output_type)
 
     @torch.no_grad()
     def combine(
@@ -314,8 +314,8 @@ class EditingMethods(portable_pipeline.PortablePipeline):
         weights = torch.as_tensor(weights, dtype=torch.float32)
         weights = weights[None] if weights.ndim == 1 else weights
         latents = editing.combine(torch.cat(noise), weights)
-        options = {"generator": generator, "eta": eta, "on_step_end": on_step_end}
-        return self._edited(self._decoded(latents, scheduler, conditioning, **options), output_type)
+        x_0 = self._decoded(latents, scheduler, conditioning, generator, eta, on_step_end)
+        return self._edited(x_0, output_type)
 
     def _noise_of(
         self,
@@ -353,7 +353,6 @@ class EditingMethods(portable_pipeline.PortablePipeline):
         latents: Tensor,
         scheduler: scheduling.GaussianDDPMScheduler,
         conditioning: Conditioning,
-        *,
         generator: Generators,
         eta: float | None,
         on_step_end: Callable[[SamplingStep], None],
