@@ -34,6 +34,7 @@ def model(folder):
     return load_models([str(folder)])[0]
 
 
+@pytest.mark.slow
 def test_a_model_is_named_after_its_run_and_names_are_unique(folder):
     assert [m.name for m in load_models([str(folder), str(folder)])] == ["hair", "hair 2"]
 
@@ -80,6 +81,7 @@ def test_a_hostile_value_is_refused_by_name(model, values, message):
         DrawRequest.of(model, **values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_of_the_page_draws_finite_images(model, sampler):
     request = DrawRequest.of(model, num_images=2, sampler=sampler, num_inference_steps=4)
@@ -107,6 +109,7 @@ def cases(model):
     yield DrawRequest.of(model, num_images=17, sampler="DPMSolverMultistep", num_inference_steps=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", range(3))
 def test_the_lines_of_python_draw_the_same_pixels(model, index, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

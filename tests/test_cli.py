@@ -75,6 +75,7 @@ def test_seed_steps_and_eta_change_the_images(model, tmp_path):
         assert not np.array_equal(base, sampled(model, tmp_path / str(i), *few, *more)[0])
 
 
+@pytest.mark.slow
 def test_a_png_output_is_an_enlarged_grid(model, tmp_path):
     path = tmp_path / "new" / "grid.png"
     assert main(["sample", str(model), "--num-images", "4", "--output", str(path)]) == 0

@@ -137,6 +137,7 @@ def test_each_row_matches_a_separate_evaluation(swept, models, photos, row, sche
     assert (output / measured.folder / "evaluation.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_comparison_prints_as_a_table_and_converts_to_json_and_pandas(swept):
     comparison, output = swept
     content = json.loads((output / "comparison.json").read_text())
@@ -342,6 +343,7 @@ def test_an_invalid_scheduler_name_is_rejected_with_the_choices(text, message, m
         ddpm_hf.compare(models, photos, schedulers=[text])
 
 
+@pytest.mark.slow
 def test_without_any_measurable_setting_the_reason_is_the_error(models, photos, tmp_path, capsys):
     arguments = command(models[:1], photos, tmp_path, "--num-inference-steps", "21", "30")
     assert main(arguments) == 2

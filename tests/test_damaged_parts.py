@@ -100,6 +100,7 @@ def remove(path, _):
     path.unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "where"), [(flip, 0.2), (flip, 0.8), (truncate, 0), (change_size, 0), (remove, 0)]
 )

@@ -79,6 +79,7 @@ def test_variations_state_how_much_of_the_picture_is_kept(models, files, capsys)
     assert (files / "edited" / "std.png").is_file()
 
 
+@pytest.mark.slow
 def test_an_interpolation_has_as_many_images_as_asked_for(models, files):
     assert edit(models, files, "--between", files / "other.png", "--num-images", 5) == 0
     assert len(list((files / "edited").glob("00*.png"))) == 5
@@ -192,6 +193,7 @@ def test_a_file_that_is_no_picture_is_named(models, files, capsys):
     assert "mask.png cannot be read: not a picture" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_empty_mask_and_a_full_one_are_refused(models, files, capsys):
     for value, word in ((0, "empty"), (255, "full")):
         Image.new("L", (8, 8), value).save(files / "mask.png")

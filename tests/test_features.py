@@ -66,6 +66,7 @@ def backbone(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_transformers_model_uses_the_statistics_of_its_processor(backbone):
     features = load_features(str(backbone))
     pixels = random_pixels(3, 8, 8, 1)

@@ -22,7 +22,7 @@ from ddpm_hf.sampling import open_drawn
 MAX_SECONDS, MAX_BYTES = 20, 2**28
 IMAGE_FILE = zoo.encode(zoo.grey(8, 8))
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.fixture

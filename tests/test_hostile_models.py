@@ -22,7 +22,7 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 MAX_SECONDS, MAX_BYTES = 20, 2**27
 NAN, INF, HUGE = float("nan"), float("inf"), 10**400
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.fixture(scope="module")
@@ -304,7 +304,6 @@ TRAINING = [
 ]  # fmt: skip
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("record", TRAINING, ids=lambda record: str(record)[:60])
 def test_a_hostile_training_record_is_ignored_or_refused(record, model, tmp_path, capsys):
     """Evaluation reads the held-out images and the format from it; the card shows the rest."""

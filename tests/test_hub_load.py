@@ -490,6 +490,7 @@ print(time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_m
     assert kilobytes < 50_000
 
 
+@pytest.mark.slow
 def test_a_large_network_that_fits_into_memory_is_accepted(monkeypatch):
     config = {"block_out_channels": [512, 1024], "layers_per_block": 4}
     blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}

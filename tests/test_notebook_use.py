@@ -20,6 +20,7 @@ def test_a_pipeline_has_the_names_of_its_classes():
     assert tiny_pipeline().class_names is None
 
 
+@pytest.mark.slow
 def test_load_accepts_the_old_name_of_dtype(tmp_path):
     model = save_ours(tmp_path / "model")
     assert ddpm_hf.load(model, torch_dtype=torch.bfloat16).dtype == torch.bfloat16

@@ -119,6 +119,7 @@ def test_five_channels_are_saved_as_a_grid_or_an_array(models, tmp_path, capsys)
         assert file["arr_0"].shape == (2, 8, 8, 5)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("always:PNG files keep 8")
 def test_png_files_of_16_bit_colour_give_a_warning(models, tmp_path, capsys):
     sample(models["16-bit RGB"], "--num-images", "1", "--output", str(tmp_path / "all"))
