@@ -243,6 +243,7 @@ def test_gradio_client_calls_the_named_functions(model, tmp_path):
     page.close()
 
 
+@pytest.mark.slow
 def test_functions_that_call_a_network_get_the_gpu_of_a_space(model):
     """The decorator gets generator functions of plain values, as `spaces.GPU` does."""
     import inspect
