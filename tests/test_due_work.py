@@ -3,9 +3,11 @@
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
+from processes import forked_ranks
 from tiny_runs import Images, few_steps, metrics, on_grid, tiny_config, tiny_unet
 
 from ddpm_hf import train
@@ -94,6 +96,37 @@ def test_an_interrupted_grid_is_made_up(call, straight, tmp_path, monkeypatch):
     assert run(tmp_path).num_steps == 2 * call
     run(tmp_path)
     assert work(tmp_path) == straight
+
+
+RANK = """
+import os, sys
+from pathlib import Path
+import test_due_work
+from tiny_runs import Images, on_grid
+images, (folder, read) = on_grid(), sys.argv[1:]
+if read != "0" and os.environ["RANK"] == "1":
+    images = Images(images, int(read), test_due_work.stop)
+result = test_due_work.run(Path(folder), images)
+print("updates:", result.num_steps)
+"""
+
+
+def run_ranks(folder, read=0):
+    """Train on two ranks; rank 1 is stopped at its read number `read`. Returns the updates."""
+    code = ["-c", RANK, str(folder), str(read)]
+    with forked_ranks(code, cwd=Path(__file__).parent) as processes:
+        outputs = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    (updates,) = {int(output.rpartition("updates:")[2]) for output in outputs}
+    return updates
+
+
+def test_work_that_two_ranks_leave_out_is_made_up(tmp_path):
+    assert run_ranks(tmp_path / "straight") == 6
+    assert run_ranks(tmp_path / "stopped", read=24) == 2
+    assert metrics(tmp_path / "stopped")[-1].keys().isdisjoint(MEASURED)
+    assert run_ranks(tmp_path / "stopped") == 6
+    assert work(tmp_path / "stopped") == work(tmp_path / "straight")
 
 
 def test_a_stop_while_work_is_made_up_makes_no_update(straight, tmp_path, monkeypatch):

@@ -16,7 +16,8 @@ from image_sets import folder_of, greys, prepare, rows
 from peak_memory import peak_memory_growth
 
 from ddpm_hf.cli import run_command
-from ddpm_hf.data import file_limits, load_images, prepare_images
+from ddpm_hf.data import DataError, file_limits, load_images, prepare_images, preprocessing
+from ddpm_hf.data.file_limits import MAX_LINE_BYTES
 from ddpm_hf.sampling import open_drawn
 
 MAX_SECONDS, MAX_BYTES = 20, 2**28
@@ -348,12 +349,17 @@ def test_damaged_files_of_a_saved_dataset_are_refused(name, text, status_of, tmp
     assert status_of(tmp_path / "saved") in (0, 2)
 
 
-def test_a_parquet_file_with_huge_rows_is_refused_by_its_metadata(status_of, tmp_path, monkeypatch):
+def test_a_parquet_file_with_huge_rows_is_refused_by_its_metadata(tmp_path, monkeypatch):
     monkeypatch.setattr(file_limits, "MAX_IMAGE_BYTES", 2**20)
     table = pa.table({"image": [bytes(2**21)]})
     pq.write_table(table, tmp_path / "x.parquet", compression="zstd")  # 0.2 kB
-    assert status_of(tmp_path / "x.parquet") == 2
-    assert not list((tmp_path / "cache").glob("*"))
+    with pytest.raises(DataError, match=r"x.parquet' has rows of 2 MiB"):
+        load_images(tmp_path / "x.parquet")
+    folder = folder_of(tmp_path / "x", {"good.png": IMAGE_FILE})
+    table = pa.table({"file_name": ["good.png"], "text": ["x" * 2**21]})
+    pq.write_table(table, folder / "metadata.parquet")
+    with pytest.raises(DataError, match=r"metadata.parquet' has rows of 2 MiB"):
+        load_images(folder)
 
 
 def test_a_parquet_file_with_a_large_row_group_is_read_in_batches(status_of, tmp_path, monkeypatch):
@@ -366,11 +372,26 @@ def test_a_parquet_file_with_a_large_row_group_is_read_in_batches(status_of, tmp
     assert [image[0, 0, 0].item() for image in images] == list(range(20))
 
 
-def test_a_row_with_a_huge_file_is_named(status_of, monkeypatch):
-    monkeypatch.setattr("ddpm_hf.data.preprocessing.MAX_IMAGE_BYTES", 100)
-    small = zoo.encode(np.zeros((1, 1), np.uint8))
-    found = rows(small, small + bytes(100), None)
-    assert status_of(found, lambda source: source) == 2
+def test_a_row_with_a_huge_file_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(preprocessing, "MAX_IMAGE_BYTES", 2**20)
+    found = rows(IMAGE_FILE, None, IMAGE_FILE + bytes(2**20), IMAGE_FILE)
+    with pytest.raises(DataError, match="row 2 has 1 MiB"):
+        prepare(found, on_bad_image="skip", cache_dir=tmp_path)
+    assert len(prepare(found.select([0, 3]), cache_dir=tmp_path)) == 2
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+@pytest.mark.parametrize("line", [2, 3])
+def test_a_long_line_of_metadata_is_refused_before_it_is_read(line, suffix, tmp_path):
+    folder = folder_of(tmp_path, {"good.png": IMAGE_FILE})
+    named = {"csv": "good.png,x", "jsonl": '{"file_name": "good.png"}'}[suffix]
+    lines = ["file_name,a" if suffix == "csv" else named, named, named]
+    (folder / f"metadata.{suffix}").write_text("\n".join(lines))
+    assert len(load_images(folder)) in (2, 3)
+    lines[line - 1] += "x" * MAX_LINE_BYTES
+    (folder / f"metadata.{suffix}").write_text("\n".join(lines))
+    with pytest.raises(DataError, match=r"has a line of more than 1,048,576 bytes"):
+        load_images(folder)
 
 
 NAMES = ["", "no-such-folder", "*", "**/*.parquet", "[", "~nobody/x", "a/b/c", "\0", "x" * 300,

@@ -17,7 +17,7 @@ from tiny_runs import (
     tiny_unet,
 )
 
-from ddpm_hf import load, train
+from ddpm_hf import ConfigError, load, train
 from ddpm_hf.data import ImageFacts, TrainingImages
 from ddpm_hf.evaluation.metrics import measure
 from ddpm_hf.sampling import draw_images
@@ -112,7 +112,7 @@ def test_evaluation_does_not_change_the_weights_and_is_reproduced_by_a_resumed_r
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"evaluate_features": "user/none"}, "this run is not evaluated: `features` 'user/none'"),
+        ({"evaluate_features": None}, "this run is not evaluated: `features` 'facebook/dinov2"),
         ({"dataset": on_grid(3)}, "could not evaluate the model at update 6: "),
     ],
     ids=["no such features", "too few images"],
@@ -122,6 +122,19 @@ def test_a_failed_evaluation_is_a_warning_and_the_run_continues(tmp_path, caplog
     assert result.num_steps == 6
     assert message in caplog.text
     assert not evaluation_entries(tmp_path)
+
+
+@pytest.mark.slow
+def test_unknown_features_are_refused_before_the_first_update_and_left_out_of_a_resumed_run(
+    tmp_path, caplog
+):
+    with pytest.raises(ConfigError, match=r"`evaluate_features` must be a feature network: .*none"):
+        run(tmp_path, evaluate_features="user/none")
+    assert not (tmp_path / "checkpoints").exists()
+    stop = Images(on_grid(), 4 * 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert run(tmp_path, dataset=stop, evaluate_steps=None).num_steps < 6
+    assert run(tmp_path, evaluate_features="user/none").num_steps == 6
+    assert "this run is not evaluated" in caplog.text
 
 
 def test_real_images_are_compared_without_augmentation():
