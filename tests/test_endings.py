@@ -19,6 +19,7 @@ from tiny_runs import assert_equal_bits, checkpoint
 
 from ddpm_hf import ConfigError, TrainingConfig, train
 from ddpm_hf.training import TrainingError
+from ddpm_hf.training.rank_coordination import roll_call_s
 
 TRAIN = ["-m", "ddpm_hf", "train"]
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
@@ -201,6 +202,12 @@ def wait_until_training(output_dir, process):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() - began < LIMIT_S
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize("timeout_s", [0.1, 3.0, 15.0, 300.0, 1e6])
+def test_a_missing_rank_is_named_within_twice_the_timeout(timeout_s):
+    """If the first rank hangs, its store does not answer for two roll calls."""
+    assert timeout_s + 2 * roll_call_s(timeout_s) <= 2 * timeout_s
 
 
 @pytest.mark.slow

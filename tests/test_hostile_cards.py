@@ -5,6 +5,7 @@ import time
 
 import numpy as np
 import pytest
+import tiny_runs
 import yaml
 from checkpoints import SHORT_CHAIN, tiny_unet
 from image_sets import folder_of
@@ -162,6 +163,16 @@ def test_a_figure_of_training_is_listed_and_leaves_the_status_to_the_others(
     assert line.startswith("not checked     validation: 1 in the card (measured in training;")
     write_card(model, of_training, FIGURE)
     assert verify(model, photos, tmp_path) == 1
+
+
+@pytest.mark.slow
+def test_the_card_of_a_run_as_the_trainer_writes_it_gives_status_0(photos, tmp_path, capsys):
+    tiny_runs.run(tmp_path / "run", dataset=tiny_runs.on_grid(), max_train_steps=2,
+                  validation_split="0.3", validation_timesteps=4, num_train_timesteps=20)  # fmt: skip
+    assert verify(tmp_path / "run" / "model", photos, tmp_path) == 0
+    (line,) = capsys.readouterr().out.splitlines()[-1:]
+    assert line.startswith("not checked     bits/dim")
+    assert "measured in training" in line
 
 
 def test_figures_that_cannot_be_measured_are_listed_with_the_others(

@@ -32,60 +32,73 @@ def watch_launcher() -> None:
 
 
 def watch_ranks(rank: int, num_processes: int) -> None:
-    """End this process when another rank hangs or has ended; finished work is on disk.
+    """End this process when another rank hangs or has ended; finished work is on disk."""
+    if num_processes > 1 and _watching.acquire(blocking=False):
+        _RankWatch(rank, num_processes).start()
 
-    Each rank counts in the store of the process group. The timeout of the group cannot be used: a
-    rank waits at the end for as long as the others compute. Beats are counted, not seconds, because
-    all ranks may be suspended and continued. The store is on the first rank: if that rank has ended
-    or hangs, no beat of this one is answered.
+
+class _RankWatch:
+    """Counts the beats of all ranks in the store of the process group.
+
+    The timeout of the group cannot be used: a rank waits at the end for as long as the others
+    compute. Beats are counted, not seconds, because all ranks may be suspended and continued. The
+    store is on the first rank: if that rank has ended or hangs, no beat of this one is answered.
     """
-    if num_processes == 1 or not _watching.acquire(blocking=False):
-        return
-    unanswered, is_exiting = [0], threading.Event()
 
-    def beat() -> None:
+    def __init__(self, rank: int, num_processes: int) -> None:
+        self.rank, self.num_processes = rank, num_processes
+        self._seen: dict[int, tuple[int, int]] = {}  # beat of each rank, and own beat at that time
+        self._num_unanswered = 0
+        self._is_exiting = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+
+    def start(self) -> None:
+        """Start to beat and to watch, until the process group is destroyed."""
+        self._thread.start()
+        atexit.register(self._leave)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _beat(self) -> None:
         from torch import distributed as dist
 
         store: Any = dist.distributed_c10d._get_default_store()
-        counts: dict[int, tuple[int, int]] = {}
         count = 0
-        while dist.is_initialized() and not is_exiting.is_set():
+        while dist.is_initialized() and not self._is_exiting.is_set():
             count += 1
-            with suppress(RuntimeError):
-                store.set(f"ddpm_hf/beat/{rank}", str(count))
-                for other in range(num_processes):
-                    key = f"ddpm_hf/beat/{other}"
-                    seen = int(store.get(key)) if store.check([key]) else 0
-                    if seen == int(_LEFT):
-                        continue
-                    if counts.setdefault(other, (seen, count))[0] != seen:
-                        counts[other] = seen, count
-                    elif (count - counts[other][1]) * _BEAT_S > HANG_S:
-                        _end(f"rank {other} of {num_processes} processes has ended or hangs")
-                unanswered[0] = 0
-            is_exiting.wait(_BEAT_S)
-        with suppress(RuntimeError):  # the process that holds the store may have ended
-            store.set(f"ddpm_hf/beat/{rank}", _LEFT)  # the others need not wait for this rank
+            with suppress(RuntimeError):  # of a store that has ended
+                self._exchange(store, count)
+                self._num_unanswered = 0
+            self._is_exiting.wait(_BEAT_S)
+        with suppress(RuntimeError):
+            store.set(_key(self.rank), _LEFT)  # the others need not wait for this rank
 
-    thread = threading.Thread(target=beat, daemon=True)
+    def _exchange(self, store: Any, count: int) -> None:
+        store.set(_key(self.rank), str(count))
+        for other in range(self.num_processes):
+            beat = int(store.get(_key(other))) if store.check([_key(other)]) else 0
+            before, since = self._seen.setdefault(other, (beat, count))
+            if beat != before:
+                self._seen[other] = beat, count
+            elif beat != int(_LEFT) and (count - since) * _BEAT_S > HANG_S:
+                _end(f"rank {other} of {self.num_processes} processes has ended or hangs")
 
-    def leave() -> None:
-        # A thread in a request to the store aborts an interpreter that is shutting down.
-        is_exiting.set()
-        thread.join(_LEAVE_S)
-
-    def watch() -> None:
+    def _watch(self) -> None:
         # A request to the store never returns if the process that holds it hangs.
-        while thread.is_alive():
+        while self._thread.is_alive():
             time.sleep(_BEAT_S)
-            unanswered[0] += 1
-            if unanswered[0] * _BEAT_S > HANG_S:
-                _end(f"the first of {num_processes} processes has ended or hangs")
+            self._num_unanswered += 1
+            if self._num_unanswered * _BEAT_S > HANG_S:
+                _end(f"the first of {self.num_processes} processes has ended or hangs")
         _watching.release()
 
-    thread.start()
-    atexit.register(leave)
-    threading.Thread(target=watch, daemon=True).start()
+    def _leave(self) -> None:
+        # A thread in a request to the store aborts an interpreter that is shutting down.
+        self._is_exiting.set()
+        self._thread.join(_LEAVE_S)
+
+
+def _key(rank: int) -> str:
+    return f"ddpm_hf/beat/{rank}"
 
 
 def _end(reason: str) -> None:

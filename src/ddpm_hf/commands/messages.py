@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -51,6 +51,10 @@ class _WithoutSecrets:
     def write(self, text: str) -> int:
         self._stream.write(without_secrets(text))
         return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

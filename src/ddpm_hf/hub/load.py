@@ -278,34 +278,12 @@ def open_unet(
     import torch
     from diffusers import UNet2DModel
 
-    from ddpm_hf.diffusion.checkpoint_limits import check_unet_config
-    from ddpm_hf.diffusion.portable_checkpoint import (
-        check_finite,
-        move_into_memory,
-        weight_variants,
-    )
+    from ddpm_hf.diffusion.portable_checkpoint import check_finite, move_into_memory
 
-    is_safe = any(folder.glob("*.safetensors"))
-    if use_safetensors and not is_safe:
-        raise ValueError(
-            f"{name} has no safetensors weights. Old repositories have pickled weights (.bin), a "
-            "format that can run code; if you trust the author, pass `use_safetensors=False` and "
-            "save the pipeline, which writes safetensors"
-        )
-    variants = weight_variants(folder)
-    if variant is None and variants and None not in variants:
-        known = " or ".join(repr(v) for v in sorted(filter(None, variants)))
-        raise ValueError(f"{name} has only variants of its weights; pass `variant` {known}")
+    is_safe = _has_safetensors(folder, name, use_safetensors)
+    _check_variant(folder, name, variant)
     with _one_line_errors(name):
-        num_parameters = check_unet_config(
-            read_json(folder / "config.json"), f"config.json of {name}", dtype or torch.float32
-        )
-        num_stored = count_parameters(folder)
-        if is_safe and num_parameters > 2 * num_stored:  # not worth the memory
-            raise ValueError(
-                f"the weights of {name} do not fit its config.json: {num_stored:,} of"
-                f" {num_parameters:,} parameters"
-            )
+        _check_size(folder, name, dtype or torch.float32, is_safe)
         # diffusers initialises missing weights at random and only logs it.
         unet, report = UNet2DModel.from_pretrained(
             folder,
@@ -321,6 +299,40 @@ def open_unet(
     check_finite(unet.state_dict(), name)
     move_into_memory(unet)
     return unet
+
+
+def _has_safetensors(folder: Path, name: str, use_safetensors: bool) -> bool:
+    """Whether a folder has safetensors; raises ValueError if other weights may not be opened."""
+    is_safe = any(folder.glob("*.safetensors"))
+    if use_safetensors and not is_safe:
+        raise ValueError(
+            f"{name} has no safetensors weights. Old repositories have pickled weights (.bin), a "
+            "format that can run code; if you trust the author, pass `use_safetensors=False` and "
+            "save the pipeline, which writes safetensors"
+        )
+    return is_safe
+
+
+def _check_variant(folder: Path, name: str, variant: str | None) -> None:
+    from ddpm_hf.diffusion.portable_checkpoint import weight_variants
+
+    variants = weight_variants(folder)
+    if variant is None and variants and None not in variants:
+        known = " or ".join(repr(v) for v in sorted(filter(None, variants)))
+        raise ValueError(f"{name} has only variants of its weights; pass `variant` {known}")
+
+
+def _check_size(folder: Path, name: str, dtype: "torch.dtype", is_safe: bool) -> None:
+    """Raise ValueError before a network is built that does not fit into memory or its weights."""
+    from ddpm_hf.diffusion.checkpoint_limits import check_unet_config
+
+    config = read_json(folder / "config.json")
+    num_parameters = check_unet_config(config, f"config.json of {name}", dtype)
+    if is_safe and num_parameters > 2 * (num_stored := count_parameters(folder)):
+        raise ValueError(
+            f"the weights of {name} do not fit its config.json: {num_stored:,} of"
+            f" {num_parameters:,} parameters"
+        )
 
 
 @contextmanager
