@@ -167,8 +167,8 @@ def test_a_figure_of_training_is_listed_and_leaves_the_status_to_the_others(
 
 @pytest.mark.slow
 def test_the_card_of_a_run_as_the_trainer_writes_it_gives_status_0(photos, tmp_path, capsys):
-    tiny_runs.run(tmp_path / "run", dataset=tiny_runs.on_grid(), max_train_steps=2,
-                  validation_split="0.3", validation_timesteps=4, num_train_timesteps=20)  # fmt: skip
+    validation = {"validation_split": "0.3", "validation_timesteps": 4, "num_train_timesteps": 20}
+    tiny_runs.run(tmp_path / "run", dataset=tiny_runs.on_grid(), max_train_steps=2, **validation)
     assert verify(tmp_path / "run" / "model", photos, tmp_path) == 0
     (line,) = capsys.readouterr().out.splitlines()[-1:]
     assert line.startswith("not checked     bits/dim")

@@ -18,6 +18,7 @@ from ddpm_hf.training.errors import TrainingError
 T = TypeVar("T")
 
 _HEARTBEAT_S = 1.0
+_PATIENCE = 1.25  # with a store that should have answered; ranks end within twice the timeout
 
 
 class ProcessError(TrainingError):
@@ -116,10 +117,9 @@ def _broadcast_is_over(value: bool, group: Any) -> bool:
 def roll_call_s(timeout_s: float) -> float:
     """Seconds in which every rank must answer after a collective operation failed.
 
-    Longer than an update, because ranks may be one update apart. Waiting and two such periods, if
-    the first rank hangs, take at most twice the timeout.
+    Longer than an update, because ranks may be one update apart.
     """
-    return min(timeout_s / 2, 10.0)
+    return min(0.75 * timeout_s, 10.0)
 
 
 @contextmanager
@@ -170,7 +170,7 @@ def _missing_ranks(rank: int, num_processes: int, wait_s: float) -> list[int]:
     # In a thread: a request never returns if the process that holds the store hangs.
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
-    thread.join(2 * wait_s)
+    thread.join(_PATIENCE * wait_s)
     return [0] if thread.is_alive() else missing
 
 
