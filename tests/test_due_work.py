@@ -123,7 +123,7 @@ def run_ranks(folder, read=0):
 
 def test_work_that_two_ranks_leave_out_is_made_up(tmp_path):
     assert run_ranks(tmp_path / "straight") == 6
-    assert run_ranks(tmp_path / "stopped", read=24) == 2
+    assert run_ranks(tmp_path / "stopped", read=24) == 3
     assert metrics(tmp_path / "stopped")[-1].keys().isdisjoint(MEASURED)
     assert run_ranks(tmp_path / "stopped") == 6
     assert work(tmp_path / "stopped") == work(tmp_path / "straight")

@@ -372,3 +372,45 @@ def test_a_truncated_output_is_sampled_again(name, model, tmp_path):
     file.write_bytes(content[:-30])
     assert sample(model, tmp_path / name) == 0
     assert file.read_bytes() == content
+
+
+def write_pickle(path):
+    class Command:
+        def __reduce__(self):
+            return os.mkdir, (str(path.parent / "executed"),)
+
+    torch.save({"input_blocks.0.0.weight": Command()}, path)
+
+
+CONVERSIONS = {
+    "text": lambda path: path.write_text("hello"),
+    "empty": lambda path: path.write_bytes(b""),
+    "zip": lambda path: path.write_bytes(b"PK\x03\x04" + bytes(60)),
+    "command": write_pickle,
+    "number": lambda path: torch.save(7, path),
+    "list": lambda path: torch.save([torch.zeros(1)], path),
+    "names": lambda path: torch.save({1: torch.zeros(1)}, path),
+    "numbers": lambda path: torch.save({"time_embed.0.weight": 7}, path),
+    "shapes": lambda path: torch.save({"input_blocks.0.0.weight": torch.zeros(1)}, path),
+    "fifo": os.mkfifo,
+    "device": lambda path: path.symlink_to("/dev/zero"),
+}
+
+
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_hostile_weights_are_not_converted(name, tmp_path, fails_in_one_line):
+    CONVERSIONS[name](tmp_path / "w.pt")
+    fails_in_one_line(
+        ["convert", tmp_path / "w.pt", "--preset", "iddpm-cifar10", "--output", tmp_path / "o"]
+    )
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("option", ["--config", "--class-names"])
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
+def test_special_files_of_a_conversion_are_refused(kind, option, tmp_path, fails_in_one_line):
+    torch.save({}, tmp_path / "w.pt")
+    special(tmp_path / "x", kind)
+    fails_in_one_line(
+        ["convert", tmp_path / "w.pt", option, tmp_path / "x", "--output", tmp_path / "o"]
+    )

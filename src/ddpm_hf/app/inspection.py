@@ -63,7 +63,8 @@ def card_text(model: ServedModel) -> str:
     path = ModelPaths(model.folder).card
     if not path.is_file():
         return ""
-    text = path.read_bytes()[:MAX_CARD_CHARACTERS].decode("utf-8", "replace")
+    with path.open("rb") as file:
+        text = file.read(MAX_CARD_CHARACTERS).decode("utf-8", "replace")
     text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
     return _LOADING_TAG.sub("", text).replace("![", "[")

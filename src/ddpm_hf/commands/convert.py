@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ddpm_hf.commands.messages import command_options
+from ddpm_hf.diffusion.atomic_files import read_text
 from ddpm_hf.openai_conversion.flags import PRESETS
 from ddpm_hf.options import REQUIRED, OptionError, Options, option
 from ddpm_hf.paths import output_folder
@@ -81,7 +82,7 @@ def convert(options: ConvertCommand) -> None:
         raise ValueError(f"{options.output} is not empty: choose another `output`")
     names = None
     if options.class_names is not None:
-        lines = options.class_names.read_text(encoding="utf-8").splitlines()
+        lines = read_text(options.class_names).splitlines()
         names = [line.strip() for line in lines if line.strip()]
     from ddpm_hf.hub.card import write_model_card
     from ddpm_hf.openai_conversion.convert import convert

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ddpm_hf.diffusion.atomic_files import read_text
 from ddpm_hf.options import Options, option
 from ddpm_hf.text import did_you_mean
 
@@ -52,8 +53,8 @@ class OpenAIFlags(Options):
             ValueError: if the file is not a JSON object, or a flag is unknown.
         """
         try:
-            flags = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            flags = json.loads(read_text(path))
+        except (OSError, RecursionError, ValueError) as error:
             raise ValueError(f"`config` {path} cannot be read: {error}") from None
         if not isinstance(flags, dict):
             raise ValueError(f"`config` {path} must be a JSON object of flags")

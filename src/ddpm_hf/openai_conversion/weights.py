@@ -9,6 +9,7 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor
 
+from ddpm_hf.diffusion.atomic_files import check_regular
 from ddpm_hf.openai_conversion.flags import OpenAIFlags
 
 _RESNET = {
@@ -45,19 +46,23 @@ def read_state(path: Path) -> dict[str, Tensor]:
         ValueError: if it is not one of a `UNetModel`.
         OSError: if the file cannot be read.
     """
+    check_regular(path)
     try:
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        state: Any = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except OSError:
         raise
     except Exception as error:  # unpickling errors of many kinds
         reason = str(error).split("\n")[0]
         raise ValueError(f"{path} is not a state dict that is safe to read: {reason}") from None
-    if not isinstance(state, dict) or "input_blocks.0.0.weight" not in state:
+    are_tensors = isinstance(state, dict) and all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    )
+    if not are_tensors or "input_blocks.0.0.weight" not in state:
         raise ValueError(
             f"{path} is not a UNetModel of improved-diffusion or guided-diffusion: it has no"
             " input_blocks.0.0.weight"
         )
-    return state
+    return dict(state)
 
 
 def flags_of_weights(state: Mapping[str, Tensor], image_size: int) -> Mapping[str, Any]:

@@ -18,7 +18,7 @@ from ddpm_hf.training.errors import TrainingError
 T = TypeVar("T")
 
 _HEARTBEAT_S = 1.0
-_PATIENCE = 1.25  # with a store that should have answered; ranks end within twice the timeout
+_ANSWER_S = 2.0  # for requests to the store of the process group
 
 
 class ProcessError(TrainingError):
@@ -117,9 +117,10 @@ def _broadcast_is_over(value: bool, group: Any) -> bool:
 def roll_call_s(timeout_s: float) -> float:
     """Seconds in which every rank must answer after a collective operation failed.
 
-    Longer than an update, because ranks may be one update apart.
+    Longer than an update, because ranks may be one update apart. With `_ANSWER_S`, a lost rank is
+    named within twice the timeout.
     """
-    return min(0.75 * timeout_s, 10.0)
+    return min(timeout_s, 10.0)
 
 
 @contextmanager
@@ -170,7 +171,7 @@ def _missing_ranks(rank: int, num_processes: int, wait_s: float) -> list[int]:
     # In a thread: a request never returns if the process that holds the store hangs.
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
-    thread.join(_PATIENCE * wait_s)
+    thread.join(wait_s + _ANSWER_S)
     return [0] if thread.is_alive() else missing
 
 
