@@ -18,7 +18,16 @@ from ddpm_hf.app.editing import (
 )
 from ddpm_hf.app.films import data_url
 from ddpm_hf.app.page_texts import texts
-from ddpm_hf.app.picture_input import Chosen, PictureInput, chosen_picture, painter_value
+from ddpm_hf.app.picture_input import (
+    Chosen,
+    PictureInput,
+    choose_drawn,
+    chosen_picture,
+    label_update,
+    painter_value,
+)
+from ddpm_hf.app.reported_errors import reported
+from ddpm_hf.app.requests import whole
 from ddpm_hf.app.result_html import figure, section
 from ddpm_hf.app.served_models import ServedModel
 from ddpm_hf.app.site import PRIVATE, QUICK, Session, Site
@@ -27,6 +36,7 @@ from ddpm_hf.app.uploads import mask_picture
 from ddpm_hf.pictures import image_grid, to_pil, to_rgb
 
 SIDE_PIXELS = 160
+EDIT_TAB = "edit"
 
 
 @dataclass(frozen=True)
@@ -67,8 +77,14 @@ class EditControls:
         return [getattr(self, name) for name in self.__dataclass_fields__]
 
 
-def edit_tab(site: Site, session: Session) -> PictureInput:
-    """Build the tab; returns the input for the picture."""
+def edit_tab(site: Site, session: Session, film: gr.HTML, tabs: gr.Tabs) -> None:
+    """Build the tab.
+
+    Args:
+        site, session: of the page.
+        film: film player; a click on one of its images opens it here.
+        tabs: all tabs of the page.
+    """
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
             kinds = [(t(f"kind_{kind}"), kind) for kind in KINDS]
@@ -86,7 +102,7 @@ def edit_tab(site: Site, session: Session) -> PictureInput:
             result = gr.HTML(elem_id="edited", elem_classes="result", apply_default_css=False)
             with gr.Accordion(t("code_edit"), open=False):
                 command = gr.Code(language="shell", show_label=False, wrap_lines=True, lines=2)
-    picture.connect(site, session, kind)
+    picture.connect(site, session, kind, controls.source_class)
     second.connect(site, session)
     _follow(site, session.model, kind, controls, picture, more)
 
@@ -116,7 +132,20 @@ def edit_tab(site: Site, session: Session) -> PictureInput:
         run, work, [*inputs, *controls.components()], [result, command], **PRIVATE
     )
     stop.click(None, cancels=[event], **PRIVATE)
-    return picture
+
+    @reported
+    def open_image(click: gr.EventData, name: str, drawn: Any, kind: str) -> Any:
+        index = click._data.get("index") if isinstance(click._data, dict) else None
+        image = choose_drawn(site.models[name], drawn, whole("index", index))
+        label = label_update(image)
+        return *picture.shown(image, kind), gr.update(selected=EDIT_TAB), label, label
+
+    film.select(
+        open_image,
+        [session.model, session.drawn, kind],
+        [picture.chosen, picture.board, tabs, controls.source_class, controls.class_label],
+        **PRIVATE,
+    )
 
 
 def _follow(

@@ -57,7 +57,7 @@ def inside_tab(site: Site, session: Session) -> None:
             result = gr.HTML(elem_id="bound", elem_classes="result", apply_default_css=False)
     with gr.Accordion(t("card"), open=False):
         card = gr.Markdown(card_text(first), elem_id="card")
-    picture.connect(site, session)
+    picture.connect(site, session, label=label)
 
     def shown(language: str, name: str) -> list[Any]:
         served, curve = site.models[name], error_curve(site.models[name])
@@ -69,13 +69,9 @@ def inside_tab(site: Site, session: Session) -> None:
             gr.update(**class_choices(served, all_classes=False)),
         ]
 
-    gr.on(
-        [session.model.change, session.language.change],
-        shown,
-        [session.language, session.model],
-        [facts, snr, error, card, label],
-        **QUICK,
-    )
+    inputs, outputs = [session.language, session.model], [facts, snr, error, card, label]
+    session.model.change(shown, inputs, outputs, **QUICK)
+    session.loaded.then(shown, inputs, outputs, **QUICK)
 
     def run(language: str, name: str, chosen: Any, label: Any, terms: Any) -> Generator[str]:
         served, words = site.models[name], texts(language)

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
-import numpy as np
 from PIL import Image
 
 from ddpm_hf.app.browser_components import painter
@@ -46,11 +45,13 @@ class Chosen:
         model: name of the model.
         picture: the picture.
         index: number of the drawn image; -1 for an upload.
+        label: class of the drawn image, if it has one.
     """
 
     model: str
     picture: Image.Image
     index: int = -1
+    label: int | None = None
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,15 @@ class PictureInput:
             take = gr.Button(t("take_drawn"), size="sm", elem_id=f"{elem_id}-take")
         return cls(chosen, board, upload, take)
 
-    def connect(self, site: Site, session: Session, paint: Any = None) -> None:
+    def connect(
+        self, site: Site, session: Session, paint: Any = None, label: gr.Dropdown | None = None
+    ) -> None:
         """React to the buttons and to the choice of another model.
 
         Args:
             site, session: of the page.
             paint: component whose value "inpaint" turns the brush on; None for no brush.
+            label: gets the class of a drawn image.
         """
         model = session.model
         inputs = [] if paint is None else [paint]
@@ -101,12 +105,14 @@ class PictureInput:
         @reported
         def take_drawn(name: str, drawn: Any, chosen: Any, *kind: str) -> Any:
             index = chosen.index + 1 if isinstance(chosen, Chosen) else 0
-            return self.shown(choose_drawn(site.models[name], drawn, index), *kind)
+            drawn_image = choose_drawn(site.models[name], drawn, index)
+            shown = self.shown(drawn_image, *kind)
+            return shown if label is None else (*shown, label_update(drawn_image))
 
         self.upload.upload(take_upload, [self.upload, model, *inputs], outputs, **PRIVATE)
-        self.take.click(
-            take_drawn, [model, session.drawn, self.chosen, *inputs], outputs, **PRIVATE
-        )
+        with_label = outputs if label is None else [*outputs, label]
+        drawn = [model, session.drawn, self.chosen, *inputs]
+        self.take.click(take_drawn, drawn, with_label, **PRIVATE)
         model.change(lambda: (None, None), None, outputs, **QUICK)
 
     @staticmethod
@@ -135,7 +141,13 @@ def choose_drawn(model: ServedModel, drawn: Any, index: int) -> Chosen:
     if not isinstance(drawn, Drawn) or drawn.model != model.name:
         raise ValueError("draw images with this model first")
     index %= len(drawn.images)
-    return Chosen(model.name, drawn.picture(index, model.bit_depth), index)
+    label = drawn.labels[index] if drawn.labels else None
+    return Chosen(model.name, drawn.picture(index, model.bit_depth), index, label)
+
+
+def label_update(chosen: Chosen) -> Any:
+    """Update of a dropdown of classes to the class of a picture."""
+    return gr.skip() if chosen.label is None else str(chosen.label)
 
 
 def chosen_picture(model: ServedModel, chosen: Any) -> Image.Image:
@@ -147,11 +159,3 @@ def chosen_picture(model: ServedModel, chosen: Any) -> Image.Image:
     if not isinstance(chosen, Chosen) or chosen.model != model.name:
         raise ValueError("upload a picture, or take a drawn one")
     return chosen.picture
-
-
-def picture_pixels(picture: Image.Image) -> Pixels:
-    """Pixels (1, H, W, C) in [0, 1] of a picture in the format of a model."""
-    pixels = np.asarray(picture)
-    scale = np.iinfo(pixels.dtype).max
-    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
-    return pixels[None].astype(np.float32) / scale

@@ -77,8 +77,10 @@ class Session:
         model: name of the chosen model.
         drawn: images that the visitor drew, as `Drawn`.
         language: key of the language.
+        loaded: event that follows the opening of the page, after `language` is known.
     """
 
     model: gr.Dropdown
     drawn: gr.State
     language: gr.State
+    loaded: Any

@@ -5,7 +5,7 @@ const texts = props.texts[navigator.language.slice(0, 2)] || props.texts.en;
 const canvases = [find(".film-x0"), find(".film-xt")];
 const [slider, play, output] = [find("input"), find(".film-play"), find("output")];
 const GAP = 2, MAX_TILE = 192, CAPTION = 15, FRAME_MS = 60;
-let film = null, sheet = null, final = null, timer = null;
+let film = null, sheet = null, final = null, timer = null, wasDone = true;
 
 find(".film-empty").textContent = texts.empty;
 canvases[0].nextElementSibling.textContent = texts.x_0;
@@ -82,8 +82,15 @@ function toggle() {
   }, FRAME_MS);
 }
 
+function scrollToFilm() {
+  const box = element.getBoundingClientRect();
+  if (box.top > window.innerHeight * 0.6) element.scrollIntoView({ behavior: "smooth" });
+}
+
 function reveal() {
   const last = film.frames.length - 1;
+  if (wasDone && !film.done) setTimeout(scrollToFilm);
+  wasDone = film.done;
   find(".film-empty").hidden = true;
   find(".film-views").hidden = find(".film-bar").hidden = false;
   find(".film-foot").hidden = !film.done;
