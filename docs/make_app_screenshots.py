@@ -14,7 +14,7 @@ from ddpm_hf.app.server import start
 
 DOCS = Path(__file__).parent
 sys.path.append(str(DOCS.parent / "tests"))
-from browser import Visitor, open_browser
+from browser import Visitor, open_browser  # noqa: E402
 
 SIZE = {"width": 1120, "height": 600}
 
@@ -73,7 +73,7 @@ def main(model: str) -> None:
         visitor = Visitor(browser, page.local_url, viewport=SIZE)
         for take in (draw, edit, steps):
             take(visitor)
-    page.close()
+    page.close(verbose=False)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,10 @@ from ddpm_hf.app.served_models import ServedModel
 from ddpm_hf.app.site import PRIVATE, Session, Site
 from ddpm_hf.app.snippets import command_line, python_lines
 from ddpm_hf.app.translations import translated as t
-from ddpm_hf.app.working import check_time
+from ddpm_hf.app.working import Pace, check_time
 from ddpm_hf.pictures import Pixels, image_grid, to_pil
 
-UPDATE_INTERVAL_S = 0.1
+FILM_INTERVAL_S = 0.1
 
 
 def draw_tab(site: Site, session: Session) -> gr.HTML:
@@ -69,13 +69,13 @@ def film_updates(
     model: ServedModel, request: DrawRequest
 ) -> Generator[tuple[dict[str, Any], Pixels | None]]:
     """Values of the film player: steps about ten times a second, then the film and the images."""
-    start = last = time.monotonic()
+    start, pace = time.monotonic(), Pace(FILM_INTERVAL_S)
     kept: set[int] = set()
     frames: list[Frame] = []
     captions = _captions(model, request)
     for step in drawing_steps(model, request):
         check_time(start)
-        is_due = time.monotonic() - last >= UPDATE_INTERVAL_S
+        is_due = pace.is_due()
         if step.images is None and not (is_due or not kept or step.index in kept):
             continue
         frame = step.frame()
@@ -86,7 +86,6 @@ def film_updates(
             seconds = time.monotonic() - start
             yield _finished(model, request, frames, step.images, seconds, captions), step.images
         elif is_due or step.index == 1:
-            last = time.monotonic()
             yield films.film_value([frame], step.total, done=False, captions=captions), None
 
 

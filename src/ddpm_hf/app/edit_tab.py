@@ -28,7 +28,7 @@ from ddpm_hf.app.picture_input import (
 )
 from ddpm_hf.app.reported_errors import reported
 from ddpm_hf.app.requests import whole
-from ddpm_hf.app.result_html import figure, section
+from ddpm_hf.app.result_html import figure, picture_tag, section
 from ddpm_hf.app.served_models import ServedModel
 from ddpm_hf.app.site import PRIVATE, QUICK, Session, Site
 from ddpm_hf.app.translations import translated as t
@@ -199,7 +199,7 @@ def _follow(
 
 def result_html(edit: EditRequest, result: EditResult, words: Mapping[str, str]) -> str:
     """The picture, its edits and their standard deviation, with links to files."""
-    original = figure(to_rgb(edit.pictures.image), words["original"], SIDE_PIXELS)
+    original = picture_tag(to_rgb(edit.pictures.image), words["original"], SIDE_PIXELS)
     images = [to_rgb(image) for image in result.images]
     sections = [section(words["original"], [original])]
     draws = [figure(image, str(i + 1), SIDE_PIXELS) for i, image in enumerate(images)]

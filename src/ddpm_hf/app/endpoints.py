@@ -1,5 +1,6 @@
 """Functions for gradio_client: draw, compare, inpaint, image_to_image, interpolate."""
 
+import time
 from collections.abc import Callable, Generator, Mapping
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ from ddpm_hf.app.served_models import ServedModel
 from ddpm_hf.app.site import Site
 from ddpm_hf.app.snippets import command_line, python_lines
 from ddpm_hf.app.uploads import open_mask, open_upload
+from ddpm_hf.app.working import Pace, check_time
 from ddpm_hf.pictures import Pixels, to_pil
 
 T = TypeVar("T")
@@ -48,24 +50,27 @@ class Endpoints:
             num_inference_steps=_optional("num_inference_steps", num_inference_steps),
             eta=_optional("eta", eta),
         )
+        pace, start = Pace(), time.monotonic()
         for step in drawing_steps(served, request):
-            if step.images is None:
-                yield gr.skip(), gr.skip(), gr.skip()
-            else:
+            check_time(start)
+            if step.images is not None:
                 lines = python_lines(served, request), command_line(served, request)
                 yield _pictures(served, step.images), *lines
+            elif pace.is_due():
+                yield gr.skip(), gr.skip(), gr.skip()
 
     def compare(
         self, model: Any, samplers: Any, steps: Any, num_images: Any, seed: Any, class_label: Any
     ) -> Generator[Any]:
         """One image per setting, and a list with the cost of each setting."""
         served = self._model(model)
-        done = []
+        done, pace = [], Pace()
         options = {"num_images": num_images, "seed": seed, "class_label": class_label}
         for setting in compare_settings(served, samplers, steps, **options):
             if setting is not None:
                 done.append(setting)
-            yield gr.skip(), gr.skip()
+            elif pace.is_due():
+                yield gr.skip(), gr.skip()
         drawn = [s for s in done if s.images is not None]
         images = [
             (picture, f"{s.sampler}, K = {s.num_inference_steps}")

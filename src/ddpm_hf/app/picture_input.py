@@ -78,10 +78,11 @@ class PictureInput:
             upload = gr.UploadButton(
                 t("upload"),  # type: ignore[arg-type]  # annotated as str, but translated, too
                 file_types=["image"],
+                min_width=100,
                 size="sm",
                 elem_id=f"{elem_id}-upload",
             )
-            take = gr.Button(t("take_drawn"), size="sm", elem_id=f"{elem_id}-take")
+            take = gr.Button(t("take_drawn"), size="sm", min_width=100, elem_id=f"{elem_id}-take")
         return cls(chosen, board, upload, take)
 
     def connect(

@@ -88,4 +88,4 @@ def wait(page: gr.Blocks) -> None:
     try:
         threading.Event().wait()
     finally:
-        page.close()
+        page.close(verbose=False)

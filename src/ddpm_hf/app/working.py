@@ -13,6 +13,23 @@ UPDATE_INTERVAL_S = 0.2
 TIME_LIMIT_S = 600
 
 
+class Pace:
+    """Tells when to report progress, at most every `interval_s` seconds.
+
+    A report takes longer than a step of a small network, and a closed generator ends at a report.
+    """
+
+    def __init__(self, interval_s: float = UPDATE_INTERVAL_S) -> None:
+        self._interval_s, self._last = interval_s, time.monotonic()
+
+    def is_due(self) -> bool:
+        """Whether it is time; if so, the next interval starts."""
+        now = time.monotonic()
+        is_due = now - self._last >= self._interval_s
+        self._last = now if is_due else self._last
+        return is_due
+
+
 class WorkStopped(Exception):
     """Raised in the thread to end its work."""
 
