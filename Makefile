@@ -6,7 +6,7 @@ READY := .venv/ready
 PYTEST := $(BIN)/pytest -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo fmt lint type test-quick test test-all bench docs notebooks
+.PHONY: help setup demo fmt lint type test-quick test test-all bench docs notebooks reference
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' Makefile | while IFS='|' read -r name text; do printf '%-12s %s\n' "$$name" "$$text"; done
@@ -40,6 +40,9 @@ bench: $(READY) ## Compare timings with stock diffusers and save them in runs/be
 docs: $(READY) ## Make the figures of docs/ and check all pages
 	$(BIN)/python docs/make.py
 	$(PYTEST) tests/test_docs.py
+
+reference: $(READY) ## Reference from the docstrings and the help of the commands, in runs/reference
+	$(BIN)/python docs/make_reference.py
 
 notebooks: $(READY) ## Convert the pages of docs/ to notebooks in runs/notebooks
 	mkdir -p runs/notebooks && cp docs/*.md docs/*.png runs/notebooks

@@ -15,6 +15,7 @@ import torch
 from checkpoints import image_facts_of, save_ours, save_stock, tiny_scheduler, tiny_unet
 from PIL import Image
 
+import ddpm_hf
 import ddpm_hf.training
 from ddpm_hf import cli, option_parser
 
@@ -179,6 +180,16 @@ def test_the_commands_of_a_page_have_valid_options(page, working_folder, monkeyp
         except Parsed:
             continue
         pytest.fail(f"ddpm-hf {shlex.join(words)} ended with status {status}")
+
+
+@pytest.mark.slow
+def test_the_reference_has_every_public_name_and_command(tmp_path):
+    runpy.run_path(str(DOCS / "make_reference.py"))["main"](tmp_path)
+    python, commands = ((tmp_path / f"{name}.md").read_text() for name in ("python", "commands"))
+    assert [name for name in ddpm_hf.__all__ if f"\n## `{name}`\n" not in python] == []
+    assert "### `GaussianDDPMScheduler.step`" in python
+    assert [name for name in cli.COMMANDS if f"\n## `ddpm-hf {name}`\n" not in commands] == []
+    assert commands.count("usage:") == len(cli.COMMANDS)
 
 
 @pytest.mark.parametrize(**each(TRANSLATIONS))
