@@ -28,11 +28,13 @@ TRANSLATIONS = [page for page in TEXTS if page.name.endswith(".zh.md")]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # What a test replaces in a snippet, so that it takes seconds and needs no network.
 CHEAPER = {
-    "max_train_steps=20_000": "max_train_steps=2, resolution=8, num_train_timesteps=40, "
+    "max_train_steps=20_000": "max_train_steps=2, resolution=8, num_train_timesteps=50, "
     "output_dir='runs/new', num_samples=0",
     'metrics=["fd", "precision-recall"]': 'metrics=["fd"], features="pixels", num_images=8',
     "google/ddpm-cifar10-32": "runs/stock",
-    "3, 64, 64)": "3, 16, 16)",
+    "(64, 3, 64, 64)": "(8, 3, 16, 16)",
+    "(8, 3, 64, 64)": "(8, 3, 16, 16)",
+    "num_inference_steps=100": "num_inference_steps=10",
 }
 IMAGE_SIZE = 16
 
