@@ -221,6 +221,17 @@ def test_the_covariance_method_starts_from_pure_noise(generator):
 
 
 @pytest.mark.parametrize("method", ["covariance", "repaint"])
+def test_values_without_a_shape_are_inpainted(method, generator):
+    x_0, mask = torch.linspace(-1, 1, 5), torch.tensor([0, 1, 0, 1, 0])
+    samples = inpaint(
+        lambda x_t, t: 0.5 * x_t, scheduler(), x_0, mask, method=method, num_inference_steps=3,
+        generator=generator, progress=False,
+    )  # fmt: skip
+    assert torch.equal(samples[::2], x_0[::2])
+    assert samples.isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["covariance", "repaint"])
 def test_a_sample_depends_on_its_generator_and_not_on_its_batch(method):
     x_0, mask = problem(4)
 
@@ -408,6 +419,17 @@ def test_the_midpoint_of_independent_noise_has_standard_deviation_one(generator)
     torch.testing.assert_close(slerp(a, b, 0.0), a)
     torch.testing.assert_close(slerp(a, b, torch.ones(16)), b)
     torch.testing.assert_close(slerp(a, a, 0.3), a)
+
+
+def test_slerp_of_large_half_precision_images_and_of_zeros_is_finite():
+    a = torch.randn(1, 3, 256, 256, generator=torch.manual_seed(0)).half()  # a . a exceeds 65,504
+    b = torch.randn(1, 3, 256, 256, generator=torch.manual_seed(1)).half()
+    middle = slerp(a, b, 0.5)
+    assert middle.dtype == torch.float16
+    assert middle.float().std().item() == pytest.approx(1, abs=0.01)
+    torch.testing.assert_close(slerp(torch.zeros_like(a), b, 0.5), b / 2)
+    with pytest.raises(ValueError, match=r"`weight` must be a number or have shape \(1,\), got 3"):
+        slerp(a, b, torch.ones(3))
 
 
 def test_slerp_turns_each_image_by_its_own_angle():

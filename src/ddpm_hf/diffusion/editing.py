@@ -61,8 +61,7 @@ def inpaint(
     `jump_length` 1 is the most accurate. "covariance" draws x_0 from p(x_0 | x_t, known values) at
     every step, a Gaussian whose mean is the network's estimate and whose covariance follows from
     its Jacobian, and takes the posterior step from there; each step costs one network call and
-    2 * NUM_ITERATIONS + 1 vector-Jacobian products. It is the more accurate one for an exact
-    denoiser.
+    2 * NUM_ITERATIONS vector-Jacobian products. It is the more accurate one for an exact denoiser.
 
     Args:
         denoiser: callable (x_t, t); differentiable for "covariance".
@@ -351,17 +350,24 @@ def slerp(a: Tensor, b: Tensor, weight: Tensor | float) -> Tensor:
     Args:
         a, b: (B, ...).
         weight: 0 for `a`, 1 for `b`; a number or (B,).
+
+    Raises:
+        ValueError: for another number of weights.
     """
     checks.check_tensor("b", b, a)
-    w = torch.as_tensor(weight, dtype=a.dtype, device=a.device).reshape(-1, *(1,) * (a.ndim - 1))
-    cosine = krylov.dot(a, b) / (krylov.dot(a, a) * krylov.dot(b, b)).sqrt()
-    angle = cosine.clamp(-1, 1).acos()
+    x, y = tensor_ops.at_least_float32(a), tensor_ops.at_least_float32(b)  # float16 overflows
+    w = torch.as_tensor(weight, dtype=x.dtype, device=x.device).flatten()
+    if len(w) not in (1, len(x)):
+        raise ValueError(f"`weight` must be a number or have shape ({len(x)},), got {len(w)}")
+    w = w.reshape(-1, *(1,) * (x.ndim - 1))
+    length = (krylov.dot(x, x) * krylov.dot(y, y)).sqrt()
+    angle = (krylov.dot(x, y) / torch.where(length > 0, length, 1)).clamp(-1, 1).acos()
     sine = angle.sin()
-    is_straight = sine < 1e-4  # parallel: the limit is a straight line
+    is_straight = (sine < 1e-4) | (length == 0)  # parallel: the limit is a straight line
     safe = torch.where(is_straight, 1, sine)
-    of_a = torch.where(is_straight, 1 - w, ((1 - w) * angle).sin() / safe)
-    of_b = torch.where(is_straight, w, (w * angle).sin() / safe)
-    return of_a * a + of_b * b
+    of_x = torch.where(is_straight, 1 - w, ((1 - w) * angle).sin() / safe)
+    of_y = torch.where(is_straight, w, (w * angle).sin() / safe)
+    return (of_x * x + of_y * y).to(a.dtype)
 
 
 def with_timesteps(

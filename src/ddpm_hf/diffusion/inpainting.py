@@ -224,8 +224,8 @@ class LinearisedEstimate:
             self._x_0_hat = scheduler.p_mean_variance(output, t, self._x_t).pred_original_sample
         if not output.requires_grad:
             raise ValueError(
-                "`denoiser` returned a tensor without gradient; remove torch.no_grad() and"
-                " .detach() from it, or use `method` 'repaint'"
+                "`denoiser` returned a tensor without gradient; remove torch.no_grad(),"
+                " torch.inference_mode() and .detach(), or use `method` 'repaint'"
             )
         snr = math.exp(scheduler.log_snr(t, torch.float64).item())
         # (1 - alpha_bar) / sqrt(alpha_bar). Without signal x_0_hat tells nothing about C: 0.

@@ -66,7 +66,8 @@ class KrylovSpace:
             # A space that A does not leave: the following vectors are 0.
             basis.append(torch.where(norm > 1e-6 * before, vector / norm, 0))
         q, c_q = torch.stack(basis[:-1], dim=1), torch.stack(images, dim=1)
-        projected = (q.flatten(2) @ c_q.flatten(2).mT).double()  # q is 0 outside of the mask
+        rows, columns = (x.reshape(*x.shape[:2], -1) for x in (q, c_q))
+        projected = (rows @ columns.mT).double()  # q is 0 outside of the mask
         is_finite = projected.isfinite().all(dim=2).all(dim=1)
         safe = projected.nan_to_num(0, 0, 0)  # eigh raises an error for values that are not finite
         values, vectors = torch.linalg.eigh((safe + safe.mT) / 2)

@@ -107,7 +107,8 @@ def _gradient(log_likelihood: Any, x_t: Tensor, create_graph: bool) -> Tensor:
     if gradient is None:
         raise ValueError(
             "`guidance` returned a tensor without gradient with respect to x_t; compute it from"
-            " x_t or x_0_hat by differentiable operations, without torch.no_grad() or .detach()"
+            " x_t or x_0_hat by differentiable operations, without torch.no_grad(),"
+            " torch.inference_mode() or .detach()"
         )
     return gradient
 
