@@ -218,6 +218,7 @@ def test_callbacks_see_every_step_and_can_end_the_edit(pipeline):
     assert [i for i, _ in steps] == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_callbacks_read_the_number_of_steps_of_the_edit(pipeline):
     numbers = []
 
@@ -254,6 +255,7 @@ def test_interpolation_takes_single_images_and_noise_of_the_models_shape(pipelin
         pipeline.interpolate(torch.randn(3, 8, 8), picture(), num_inference_steps=2)
 
 
+@pytest.mark.slow
 def test_noise_of_the_steps_makes_interpolations_vary_with_the_generator(pipeline):
     def draw(seeds, **options):
         return pipeline.interpolate(
@@ -355,6 +357,7 @@ def test_the_recommended_noise_is_an_argument_of_every_method():
     assert [len(output.images) for output in outputs] == [1, 1, 2, 1]
 
 
+@pytest.mark.slow
 def test_a_network_with_a_learned_variance_edits():
     unet = tiny_unet(in_channels=3, out_channels=6)
     unet.register_to_config(_ddpm_hf=image_facts_of("RGB", 8, 8))

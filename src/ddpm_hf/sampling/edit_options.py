@@ -66,6 +66,13 @@ class EditOptions(SamplerOptions):
         10, "repaint: steps that are repeated at a time", minimum=1, limit=100_000
     )
     jump_n_sample: int = option(10, "repaint: passes over them", minimum=1, limit=10_000)
+    num_inference_steps: int | None = option(
+        None,
+        "number of steps K (default: as recommended for the model, otherwise 50)",
+        minimum=1,
+        limit=100_000,
+        metavar="K",
+    )
     batch_size: int = option(8, "images per batch, as memory allows", minimum=1, limit=1_000_000)
 
     def __post_init__(self) -> None:
