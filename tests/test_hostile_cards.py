@@ -85,6 +85,7 @@ def verify(model, photos, tmp_path):
         ({"num_inference_steps": 10**9}, "at most 100000"),
         ({"scheduler": "DDIM:num_train_timesteps=1000000000"}, "num_train_timesteps"),
         ({"scheduler": "UniPCMultistep:solver_order=1000000000"}, "solver_order"),
+        ({"scheduler": "UniPCMultistep:solver_order=true"}, "solver_order"),
         ({"scheduler": 7}, "scheduler"),
         ({"scheduler": ["DDIM"]}, "scheduler"),
         ({"split": 7}, "split"),

@@ -127,14 +127,6 @@ def test_metadata_with_a_very_long_line_is_not_read_to_its_end(tmp_path):
     assert time.monotonic() - start < 10
 
 
-@pytest.mark.slow
-def test_a_checkpoint_with_a_special_file_is_skipped(tmp_path):
-    run(tmp_path)
-    newest = tmp_path / "checkpoints" / "step-00000006"
-    special(newest / "state.json", "fifo")
-    assert find_checkpoint(tmp_path / "checkpoints").name == "step-00000004"
-
-
 def of_one_value(name):
     """The tensors, one of them with a shape that could be broadcast."""
     return lambda tensors: tensors | {name: torch.zeros(1)}
@@ -157,6 +149,23 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "run"
     run(folder)
     return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: special(folder / "state.json", "fifo"),
+        lambda folder: special(folder / "another", "folder"),
+        lambda folder: (folder / "another.safetensors").write_bytes(b"x"),
+        lambda folder: (folder / "ema.safetensors").unlink(),
+    ],
+    ids=["a pipe", "another folder", "another file", "a missing file"],
+)
+def test_a_checkpoint_with_other_files_than_its_manifest_is_skipped(change, finished, tmp_path):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    change(tmp_path / "checkpoints" / "step-00000006")
+    assert find_checkpoint(tmp_path / "checkpoints").name == "step-00000004"
 
 
 @pytest.mark.slow
