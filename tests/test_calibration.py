@@ -1,6 +1,7 @@
 """Calibration: variances, bounds and timesteps from a measured error curve m_t."""
 
 import copy
+import dataclasses
 import itertools
 import json
 import math
@@ -12,7 +13,13 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from oracles import alpha_bars, exact_output, linear_betas, mean_of_mixture, randn, to_float64
 from torch.testing import assert_close
 
-from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler, bits_per_dim, calibrate
+from ddpm_hf import (
+    GaussianDDPMPipeline,
+    GaussianDDPMScheduler,
+    bits_per_dim,
+    calibrate,
+    calibration,
+)
 from ddpm_hf.diffusion.timestep_spacings import trailing
 from ddpm_hf.losses import vlb_term
 from ddpm_hf.trajectory_timesteps import SAMPLERS, trajectory_matching_timesteps
@@ -333,6 +340,27 @@ def test_the_curve_predicts_the_bound_exactly_for_the_same_noise(variance_type):
     expected = (gain * again.x_0_mse[:-1]).log1p() / 2 / math.log(2)
     assert_close(predicted.terms[:-1], expected, rtol=1e-12, atol=0)
     assert predicted.value < result.bits_per_dim(published=True).value
+
+
+def test_the_standard_error_of_the_curve_is_that_of_a_mean_over_images():
+    """By the jackknife: the spread of the means that leave out one image."""
+    result = calibrate(halve, short_chain(), levels(30), generator=generators(30))
+    without_one = (result.errors.sum(0) - result.errors) / 29
+    variance = (without_one - without_one.mean(0)).square().sum(0) * 29 / 30
+    assert_close(result.standard_error, variance.sqrt(), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize(("num_errors", "is_significant"), [(3, False), (5, True)])
+def test_an_error_that_falls_is_a_sign_of_a_mismatch_only_beyond_chance(num_errors, is_significant):
+    """The error at t = 10 is below the smallest one without a mismatch by some standard errors."""
+    result = calibrate(halve, short_chain(), levels(2), generator=generators(2))
+    errors = torch.ones(100, 20, dtype=torch.float64)
+    spread = torch.tensor([0.1, -0.1], dtype=torch.float64).repeat(50)
+    errors[:, 10] = calibration._SMALLEST_ERROR_RATIO + spread - num_errors * 0.1 / math.sqrt(99)
+    doubted = dataclasses.replace(
+        result, errors=errors, x_0_mse=errors.mean(0), x_0_square=torch.full((100,), 1e6)
+    )
+    assert any("falls" in doubt for doubt in doubted.mismatch_warnings()) == is_significant
 
 
 def test_the_curve_predicts_the_bound_of_other_noise_within_standard_errors():
