@@ -9,7 +9,13 @@ import torch._dynamo
 from diffusers import UNet2DModel
 from torch.testing import assert_close
 
-from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler, load, optimize
+from ddpm_hf import (
+    GaussianDDPMPipeline,
+    GaussianDDPMScheduler,
+    inference_optimization,
+    load,
+    optimize,
+)
 from ddpm_hf.backend_settings import is_channels_last, supports_bfloat16, tf32_operations
 from ddpm_hf.cli import main
 from ddpm_hf.inference_optimization import MIN_CALLS_TO_MEASURE
@@ -47,6 +53,26 @@ def _restore_process_settings():
     yield
     torch.set_num_threads(num_threads)
     matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision = precision, conv_precision
+
+
+@pytest.mark.parametrize(("factor", "dtype"), [(1.01, "bfloat16"), (1.05, "float32")])
+def test_a_faster_network_is_chosen_only_if_its_outputs_are_close(factor, dtype, monkeypatch):
+    """The outputs of the candidate are off by 1 % or 5 %; at most 2 % are accepted."""
+    module = inference_optimization
+    monkeypatch.setattr(module, "supports_bfloat16", lambda device: True)
+    monkeypatch.setattr(module, "time_in_turns", lambda calls: {call: [1.0] for call in calls})
+    monkeypatch.setattr(module, "fastest", lambda seconds: list(seconds)[-1])
+    cast = module._cast
+
+    def cast_and_scaled(unet, dtype):
+        for parameter in unet.conv_out.parameters():
+            parameter.data *= factor
+        return cast(unet, dtype)
+
+    monkeypatch.setattr(module, "_cast", cast_and_scaled)
+    options = {"memory_format": torch.contiguous_format, "compile": False, "num_threads": 1}
+    pipeline = build_pipeline()
+    assert optimize(pipeline, num_calls=MIN_CALLS_TO_MEASURE, **options).dtype == dtype
 
 
 @pytest.mark.slow
