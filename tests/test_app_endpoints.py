@@ -1,16 +1,24 @@
 """The web application through gradio_client, and its pictures from visitors."""
 
 import io
+import json
+import signal
+import subprocess
+import sys
 import threading
 import time
+import urllib.request
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
 import torch
 from checkpoints import image_facts_of, save_ours, tiny_scheduler, tiny_unet
 from PIL import Image
+from processes import run_process, started
 
 pytest.importorskip("gradio")
+from ddpm_hf.app.comparison import compare_settings
 from ddpm_hf.app.editing import EditRequest, edit_command, edit_picture
 from ddpm_hf.app.inspection import card_text, error_curve, picture_bound, snr_curve
 from ddpm_hf.app.nearest_images import TrainingSet
@@ -260,3 +268,50 @@ def test_functions_that_call_a_network_get_the_gpu_of_a_space(model):
     build_page(Site({model.name: model}, {}, gpu))
     assert len(decorated) == 9
     assert all(inspect.isgeneratorfunction(function) for function in decorated)
+
+
+def test_the_bound_of_a_setting_is_that_of_the_card(model):
+    row = {"num_inference_steps": 4, "bits_per_dim": 5.25, "standard_error": 0.1}
+    facts = json.dumps({"calibration": {"rows": [row]}})
+    (model.folder / "training.json").write_text(facts)
+    options = {"num_images": 1, "seed": 0, "class_label": "red"}
+    compared = compare_settings(model, ["DDPM", "DDIM"], [4, 5], **options)
+    bounds = [setting.bits_per_dim for setting in compared if setting is not None]
+    assert bounds == [5.25, None, None, None]
+
+
+def test_a_setting_that_does_not_work_does_not_end_a_comparison(model):
+    compared = compare_settings(model, ["DDIM", "Nonsense"], [3], num_images=1)
+    first, second = [setting for setting in compared if setting is not None]
+    assert first.images is not None
+    assert "unknown scheduler" in second.problem
+    with pytest.raises(ValueError, match="at most 30 settings, got 40"):
+        list(compare_settings(model, ["DDIM", "DDPM"], list(range(1, 21)), num_images=1))
+    with pytest.raises(ValueError, match="choose at least one of `steps`"):
+        list(compare_settings(model, ["DDIM"], None))
+
+
+@pytest.mark.slow
+def test_the_command_prints_the_address_when_the_page_answers(model, tmp_path):
+    command = [sys.executable, "-m", "ddpm_hf", "app", model.folder]
+    with started(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        address = process.stdout.readline().strip()
+        port = urlsplit(address).port
+        with urllib.request.urlopen(address, timeout=60) as answer:
+            assert answer.status == 200
+        taken = run_process([*command, "--port", str(port)])
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert address.startswith("http://127.0.0.1:")
+    assert process.returncode == 0
+    assert errors == "ddpm-hf: press Ctrl-C to stop\n"
+    assert taken.returncode == 2
+    assert f"cannot listen on --host 127.0.0.1 and --port {port}" in taken.stderr
+    assert "Traceback" not in taken.stderr
+
+
+def test_without_gradio_the_command_names_the_extra(model, monkeypatch, capsys):
+    monkeypatch.setattr("ddpm_hf.commands.app.find_spec", lambda name: None)
+    assert main(["app", str(model.folder)]) == 2
+    assert "pip install 'ddpm-hf[app]'" in capsys.readouterr().err
+    assert main(["app", "/no/model"]) == 2

@@ -144,7 +144,7 @@ def loaded_by(*argv):
         assert main(argv) == 0
     return sorted(sys.modules.keys() & set(sys.argv[1].split()))
 
-for name in ("", "push", "sample", "calibrate", "evaluate", "train"):
+for name in ("", "app", "push", "sample", "calibrate", "evaluate", "train"):
     argv = f"{name} --help".strip()
     print(argv, *loaded_by(*argv.split()))
 
@@ -157,7 +157,7 @@ before = sys.modules.keys() & set(sys.argv[1].split())
 print("sample", *sorted({*loaded_by("sample", "model", "--num-images", "1")} - before))
 """
 HEAVY = (
-    "torch diffusers transformers datasets pandas pyarrow sklearn matplotlib tensorboard "
+    "torch diffusers transformers datasets gradio pandas pyarrow sklearn matplotlib tensorboard "
     "ddpm_hf.data"
 )
 
@@ -167,6 +167,7 @@ def test_commands_import_heavy_libraries_only_when_needed(tmp_path):
     output = run(sys.executable, "-c", COMMANDS_AND_IMPORTS, HEAVY, cwd=tmp_path)
     assert output.splitlines() == [
         "--help",
+        "app --help transformers",
         "push --help transformers",  # for its HfArgumentParser
         "sample --help transformers",
         "calibrate --help transformers",

@@ -54,37 +54,43 @@ def start(
         share: also open a public address at gradio.live.
         open_browser: open the page in a browser.
     Raises:
-        OSError: if the port is taken.
+        ValueError: if the address is not one of this machine, or the port is taken.
     """
     page = build_page(Site({model.name: model for model in models}, training or {}, gpu))
-    page.launch(
-        server_name=host,
-        server_port=port,
-        share=share,
-        inbrowser=open_browser,
-        prevent_thread_lock=True,
-        quiet=True,
-        show_error=True,
-        max_file_size=MAX_UPLOAD,
-        state_session_capacity=MAX_SESSIONS,
-        enable_monitoring=False,
-        run_history=False,
-        mcp_server=False,
-        ssr_mode=False,
-        pwa=False,
-        footer_links=["api", "settings"],
-        i18n=translations(),
-        theme=theme(),
-        css=static_file("page.css"),
-        head=_CONTENT_POLICY,
-        # Without a second check that the page answers, which fails after 3 s on a busy machine.
-        _frontend=False,
-    )
+    try:
+        page.launch(
+            server_name=host,
+            server_port=port,
+            share=share,
+            inbrowser=open_browser,
+            prevent_thread_lock=True,
+            quiet=True,
+            show_error=True,
+            max_file_size=MAX_UPLOAD,
+            state_session_capacity=MAX_SESSIONS,
+            enable_monitoring=False,
+            run_history=False,
+            mcp_server=False,
+            ssr_mode=False,
+            pwa=False,
+            footer_links=["api", "settings"],
+            i18n=translations(),
+            theme=theme(),
+            css=static_file("page.css"),
+            head=_CONTENT_POLICY,
+            # Without a second check that the page answers, which fails after 3 s on a busy machine.
+            _frontend=False,
+        )
+    except OSError as error:
+        where = f"`host` {host}" + (f" and `port` {port}" if port else "")
+        raise ValueError(
+            f"cannot listen on {where}: use an address of this machine and a free port"
+        ) from error
     return page
 
 
 def wait(page: gr.Blocks) -> None:
-    """Serve until the process is interrupted."""
+    """Serve until the process is interrupted; raises KeyboardInterrupt then."""
     try:
         threading.Event().wait()
     finally:

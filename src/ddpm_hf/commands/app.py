@@ -1,5 +1,6 @@
 """`ddpm-hf app`."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import ClassVar
@@ -106,4 +107,5 @@ def serve(options: AppCommand) -> None:
     if page.share_url:
         print(page.share_url, flush=True)
     say("ddpm-hf: press Ctrl-C to stop")
-    wait(page)
+    with suppress(KeyboardInterrupt):
+        wait(page)
