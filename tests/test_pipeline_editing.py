@@ -271,6 +271,19 @@ def test_noise_of_the_steps_makes_interpolations_vary_with_the_generator(pipelin
         draw((0, 1, 2))
 
 
+def test_masks_of_other_kinds_sizes_and_numbers_are_refused(pipeline):
+    small = Image.new("L", (7, 8), 255)
+    for masks, message in (
+        ([half_mask(), small], r"must have the size of the image.*got \(8, 7\)"),
+        ([half_mask()] * 3, ".*got 3 masks for 2 images"),
+        ([], ".*got 0 masks for 2 images"),
+        (np.zeros((8, 8), np.int64), "must be boolean, uint8 or floating point, got torch.int64"),
+        (None, "must be a PIL image, an array or a tensor, got NoneType"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"`mask_image` {message}"):
+            pipeline.inpaint([picture(), picture()], masks)
+
+
 def test_images_of_another_size_or_mode_are_refused(pipeline):
     with pytest.raises(ValueError, match=r"\(3, 8, 8\).*got \(3, 9, 8\)"):
         pipeline.image_to_image(picture(size=(9, 8)))

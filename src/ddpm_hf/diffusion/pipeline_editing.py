@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from diffusers.models import UNet2DModel
 from diffusers.utils import BaseOutput
-from PIL import Image
 from torch import Tensor
 
 from . import (
@@ -21,6 +20,7 @@ from . import (
     image_format,
     inpainting,
     likelihood_guidance,
+    mask_images,
     portable_pipeline,
     sampling_loop,
     scheduler_interface,
@@ -117,9 +117,10 @@ class EditingMethods(portable_pipeline.PortablePipeline):
         """
         draws = self._draws(image, num_images, generator, return_std, conditioning)
         x_0, scheduler = draws.x_0, self._own_scheduler(num_inference_steps, timesteps)
-        is_known = ~inpainting.checked_mask(
-            _repeated_mask(self._encode_mask(mask_image), num_images, len(x_0)), x_0, "mask_image"
+        mask = mask_images.encode_masks(
+            mask_image, self.unet, len(x_0) // draws.num_images, draws.num_images
         )
+        is_known = ~inpainting.checked_mask(mask, x_0, "mask_image")
         denoisers, networks = self._denoisers(len(x_0), scheduler, **draws.conditioning)
         denoisers, conditioned = inpainting.conditioned(
             denoisers, scheduler, x_0, is_known, method=method, jump_length=jump_length,
@@ -400,6 +401,7 @@ class EditingMethods(portable_pipeline.PortablePipeline):
         checks.check_generators(generator, len(x_0) * num_images)
         return _Draws(
             x_0.repeat_interleave(num_images, dim=0),
+            num_images,
             list(generator) if isinstance(generator, tuple) else generator,
             {**conditioning, "class_labels": labels},
         )
@@ -427,52 +429,13 @@ class EditingMethods(portable_pipeline.PortablePipeline):
             std = draws.std(axis=1, ddof=1)
         return EditingOutput(images=self.decode_images(x_0, output_type), std=std)
 
-    def _encode_mask(self, mask_image: Any) -> Tensor:
-        """1 where a mask is white, (B, 1, H, W), padded like the images."""
-        facts = image_format.image_facts(self.unet)
-        padded, window = image_format.size_and_window(self.unet, facts)
-        size = tuple(side.stop - side.start for side in window)
-        masks = mask_image if isinstance(mask_image, (list, tuple)) else [mask_image]
-        white = torch.cat([_white(mask) for mask in masks])
-        if tuple(white.shape[-2:]) != size:
-            raise ValueError(
-                f"`mask_image` must have the size of the image, (height, width) {size}, got"
-                f" {tuple(white.shape[-2:])}"
-            )
-        white = image_format.pad_edges(white.float(), padded)
-        return white.to(self._execution_device)
-
-
-def _white(mask: Any) -> Tensor:
-    """Where a mask is above half, (B, 1, H, W)."""
-    if isinstance(mask, Image.Image):
-        mask = mask.convert("L")
-    if isinstance(mask, np.ndarray) and mask.ndim > 2 and mask.shape[-1] == 1:
-        mask = mask[..., 0]
-    values = mask if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask))
-    if values.ndim == 2:
-        values = values[None, None]
-    elif values.ndim == 3:
-        values = values[:, None]
-    if values.ndim != 4 or values.shape[1] != 1:
-        raise ValueError(
-            "`mask_image` must be a PIL image or (H, W), (B, H, W) or (B, 1, H, W), got shape"
-            f" {tuple(values.shape)}"
-        )
-    is_bytes = values.dtype == torch.uint8
-    if not is_bytes and not values.is_floating_point() and values.dtype != torch.bool:
-        raise TypeError(
-            f"`mask_image` must be boolean, uint8 or floating point, got {values.dtype}; pass"
-            " mask > 0 for a mask of 0 and 1"
-        )
-    return values > (127 if is_bytes else 0.5)
-
 
 @dataclass(frozen=True)
 class _Draws:
     """Images and their conditioning, each repeated for its draws, (B * num_images, ...)."""
 
     x_0: Tensor
+    num_images: int
     generator: Generators
     conditioning: Conditioning
 
@@ -486,16 +449,6 @@ def _repeated_labels(labels: Any, num_inputs: int, num_images: int) -> Any:
     if isinstance(labels, Tensor):
         return labels.repeat_interleave(num_images, dim=0)
     return [label for label in labels for _ in range(num_images)]
-
-
-def _repeated_mask(mask: Tensor, num_images: int, total: int) -> Tensor:
-    """One mask for each draw, from one for each input image or one for all."""
-    if len(mask) not in (1, total // num_images):
-        raise ValueError(
-            f"`mask_image` must be one mask or one for each image, got {len(mask)} masks for"
-            f" {total // num_images} images"
-        )
-    return mask if len(mask) == 1 else mask.repeat_interleave(num_images, dim=0)
 
 
 def _noised(scheduler: Any, x_0: Tensor, noise: Tensor, start: int) -> Tensor:
