@@ -1,5 +1,6 @@
 """Pages of docs/, README and training/README: snippets run, links, figures and formulas exist."""
 
+import faulthandler
 import re
 import runpy
 import shlex
@@ -134,8 +135,9 @@ def test_the_python_of_a_page_runs(page, working_folder):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # a minute and a half of one quiet core
+@pytest.mark.timeout(900)  # a minute and a half on a quiet core, ten times as long on a busy one
 def test_the_walkthrough_computes_what_it_states(tmp_path, monkeypatch):
+    faulthandler.cancel_dump_traceback_later()  # `faulthandler_timeout` is shorter
     monkeypatch.chdir(tmp_path)
     with torch.random.fork_rng():
         run_page(DOCS / "walkthrough.md")
