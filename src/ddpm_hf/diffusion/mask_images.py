@@ -46,9 +46,10 @@ def encode_masks(mask_image: Any, unet: UNet2DModel, num_inputs: int, num_images
 def _white(mask: Any) -> Tensor:
     """Where a mask is above half, (B, 1, H, W)."""
     if isinstance(mask, Image.Image):
-        mask = np.array(mask.convert("L"))
+        mask = np.asarray(mask.convert("L"))
     if isinstance(mask, np.ndarray):
-        mask = torch.from_numpy(mask[..., 0] if mask.ndim > 2 and mask.shape[-1] == 1 else mask)
+        mask = mask[..., 0] if mask.ndim > 2 and mask.shape[-1] == 1 else mask
+        mask = torch.from_numpy(mask.copy())  # torch warns of arrays that cannot be written to
     if not isinstance(mask, Tensor):
         raise TypeError(
             f"`mask_image` must be a PIL image, an array or a tensor, got {type(mask).__name__}"
