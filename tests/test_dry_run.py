@@ -60,7 +60,7 @@ def test_a_dry_run_prints_facts_and_plan_and_writes_nothing(folder, capsys, monk
         "data       1 image equal to another one after preparation",
         "7 images used, 2 left out (",
         "broken.png",
-        "GB per process, with all libraries, for 4 images at once",
+        "B per process, with all libraries, for 4 images at once",
         "free; ",
         "nothing was written",
     ):

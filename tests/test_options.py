@@ -156,6 +156,8 @@ ELSEWHERE = {
     "num_threads": "test_training_speed.py",
     "calibrate": "test_training_validation.py",
     "ddp_timeout": "test_endings.py",
+    "streaming": "test_streaming.py",
+    "streaming_cache_gb": "test_streaming.py",
     "dry_run": "test_dry_run.py",
     "report_to": "test_trackers.py",
     "tracker_project_name": "test_trackers.py",

@@ -65,13 +65,16 @@ class TrainingImages(torch.utils.data.Dataset[Any]):
         self.random_flip = random_flip
         self.size_multiple = size_multiple
         self._draws: dict[int, NDArray[np.float32]] = {}
-        first = self.source.read([0], np.zeros((1, 2), np.float32))
+        first = self._first_image()
         if isinstance(self.source, TensorSource) and self.source.seems_to_be_in_0_to_1(first):
             warnings.warn(
                 "the images seem to be in [0, 1], but must be in [-1, 1]: pass x * 2 - 1",
                 stacklevel=2,
             )
         self.shape = tuple(_pad_to_multiple(first, size_multiple).shape[1:])
+
+    def _first_image(self) -> Tensor:
+        return self.source.read([0], np.zeros((1, 2), np.float32))
 
     def __len__(self) -> int:
         if self.source.num_images is None:

@@ -12,7 +12,6 @@ from diffusers import UNet2DModel
 
 from ddpm_hf.data import ImageDataset, ImageFacts, TrainingImages
 from ddpm_hf.data.hold_out import HoldOut
-from ddpm_hf.data.image_source import MapStyleImages
 from ddpm_hf.data.labels import Labels
 from ddpm_hf.diffusion.image_format import set_image_facts, size_multiple
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
@@ -197,7 +196,7 @@ def _select_classes(options: TrainingConfig, facts: ImageFacts) -> tuple[ImageFa
     ]
 
 
-def _mode_notes(options: TrainingConfig, images: ImageDataset | MapStyleImages) -> list[str]:
+def _mode_notes(options: TrainingConfig, images: object) -> list[str]:
     """Notes for the plan about the images that set the mode, or lose their colours to it."""
     if not isinstance(images, ImageDataset) or options.image_mode is not None:
         return []

@@ -1,11 +1,13 @@
 """Configuration of a training run: as given by the user, and complete."""
 
 import math
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -48,15 +50,45 @@ class TrainingConfig(
         self._check_optimization()
 
     def _check_data_and_output(self) -> None:
-        if "://" in (self.dataset or ""):  # the URL may hold a password: keep it out of the message
+        if self.streaming:
+            self._check_streaming()
+        elif "://" in (self.dataset or ""):  # may hold a password: keep it out of the message
             raise ConfigError(
                 "`dataset` must not be a URL: pass the name of a Hub dataset, such as "
-                "'user/photos', or download the images and pass their folder"
+                "'user/photos', or download the images and pass their folder; URLs of parquet or "
+                ".tar files need `streaming`"
             )
         if self.pretrained and self.unet_config:
             raise ConfigError(
                 "`pretrained` and `unet_config` exclude each other: a pretrained model comes with "
                 "its own network; leave one of them out"
+            )
+
+    def _check_streaming(self) -> None:
+        """Refuse what needs all images at once, and URLs with secrets."""
+        url = urlsplit(self.dataset or "")
+        if url.username or url.password or url.query:
+            raise ConfigError(
+                "`dataset` must be a URL without password and query string, which would be "
+                "recorded; use a server that needs none, or the Hub with HF_TOKEN"
+            )
+        if self.dataset is None or self.resolution is None:
+            raise ConfigError(
+                "`streaming` needs `dataset` and `resolution`: the sizes of images that are not "
+                "read yet are unknown"
+            )
+        is_share = (self.validation_split or "x").replace(".", "").isdigit()
+        refused = {
+            "crop": self.crop != "center",
+            "class_conditional": self.class_conditional,
+            "validation_split": is_share,
+            "evaluate_steps": self.evaluate_steps is not None,
+            "calibrate": self.calibrate and self.validation_split is None,
+        }
+        if names := [f"`{name}`" for name, is_set in refused.items() if is_set]:
+            raise ConfigError(
+                f"{' and '.join(names)} cannot be used with `streaming`, which reads few shards at "
+                "a time; see docs/streaming.md"
             )
 
     def _check_optimization(self) -> None:
@@ -82,7 +114,7 @@ class TrainingConfig(
         if self.output_dir is not None:
             return Path(self.output_dir)
         name = Path(self.dataset or "images").resolve().name
-        return Path("runs") / (name.split("*")[0].split(".")[0] or "images")
+        return Path("runs") / (re.split(r"[*{.]", name)[0] or "images")
 
     def resume_hint(self) -> str:
         """Hint appended to resume errors: how to train with the changed options."""

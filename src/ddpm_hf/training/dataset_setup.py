@@ -15,6 +15,7 @@ from torch import Tensor
 from ddpm_hf.data import ImageDataset, ImageFacts, TrainingImages, load_images, prepare_images
 from ddpm_hf.data.hold_out import HoldOut
 from ddpm_hf.data.image_source import MapStyleImages
+from ddpm_hf.data.streaming import StreamedImages, StreamedTrainingImages, open_stream
 from ddpm_hf.diffusion.image_format import IMAGE_MODES, image_facts, size_multiple
 from ddpm_hf.training.component_checks import mode_of_channels
 from ddpm_hf.training.config import TrainingConfig
@@ -82,7 +83,7 @@ class LoadedImages:
         digest: identifies the images when a run is resumed.
     """
 
-    images: ImageDataset | MapStyleImages
+    images: ImageDataset | StreamedImages | MapStyleImages
     facts: ImageFacts
     digest: str
 
@@ -91,11 +92,31 @@ def open_images(
     config: DataOptions, dataset: TrainingData | None, pretrained: UNet2DModel | None
 ) -> LoadedImages:
     """Like `build_images`; `dataset` may also be prepared or a map-style dataset of tensors."""
+    if config.streaming:
+        return _open_stream(config, dataset)
     if dataset is None or isinstance(dataset, (datasets.Dataset, datasets.DatasetDict)):
         dataset = build_images(config, dataset, pretrained)
     if isinstance(dataset, ImageDataset):
         return _open_prepared(dataset, config.class_conditional)
     return _open_tensors(dataset, config.class_conditional)
+
+
+def _open_stream(config: DataOptions, dataset: TrainingData | None) -> LoadedImages:
+    if dataset is not None or config.dataset is None or config.resolution is None:
+        raise ConfigError("`streaming` reads the shards of the option `dataset`")
+    images = open_stream(
+        config.dataset,
+        resolution=config.resolution,
+        image_mode=config.image_mode or "RGB",
+        bit_depth=config.bit_depth or 8,
+        config_name=config.dataset_config,
+        split=config.split,
+        revision=config.dataset_revision,
+        image_column=config.image_column,
+        on_bad_image=config.on_bad_image,
+        cache_gb=config.streaming_cache_gb,
+    )
+    return LoadedImages(images, images.facts, images.digest)
 
 
 def _open_prepared(images: ImageDataset, needs_labels: bool) -> LoadedImages:
@@ -171,7 +192,7 @@ def hold_out(images: TrainingImages, fraction: float, seed: int) -> tuple[Select
 
 def split_off_validation(
     config: TrainingConfig,
-    images: ImageDataset | MapStyleImages,
+    images: ImageDataset | StreamedImages | MapStyleImages,
     facts: ImageFacts,
     unet: UNet2DModel,
     has_splits: bool,
@@ -186,11 +207,15 @@ def split_off_validation(
     Raises:
         ConfigError: if `validation_split` is neither a valid fraction nor a usable split.
     """
-    training = TrainingImages(
-        images,
-        seed=config.seed,
-        random_flip=config.random_flip,
-        size_multiple=size_multiple(unet),
+    options: dict[str, Any] = {
+        "seed": config.seed,
+        "random_flip": config.random_flip,
+        "size_multiple": size_multiple(unet),
+    }
+    training = (
+        StreamedTrainingImages(images, **options)
+        if isinstance(images, StreamedImages)
+        else TrainingImages(images, **options)
     )
     if config.validation_split is None:
         return training, None

@@ -70,6 +70,14 @@ class DataOptions(Options):
     on_bad_image: Literal["error", "skip"] = option(
         "error", "unreadable images: list them and stop before training, or skip them"
     )
+    streaming: bool = option(
+        False,
+        "fetch parquet or .tar shards while training, for data sets larger than the disk; they may "
+        "be URLs, such as 'https://host/train-{000..123}.tar' (see docs/streaming.md)",
+    )
+    streaming_cache_gb: float = option(
+        20.0, "disk space in GB for the images of a stream", minimum=0
+    )
     dataloader_num_workers: int | None = option(
         None,
         "worker processes that load batches (default: 4 with a GPU, else 0)",

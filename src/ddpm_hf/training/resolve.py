@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 CHANGEABLE_ON_RESUME = frozenset(
     {
         "max_train_steps", "gradient_accumulation_steps", "dataloader_num_workers", "output_dir",
+        "streaming_cache_gb",
         # Compared by content, in the components of the run.
         "dataset", "image_column", "class_column", "pretrained", "unet_config",
         "gradient_checkpointing",  # bit-equal

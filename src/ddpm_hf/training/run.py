@@ -205,6 +205,7 @@ def start_run(
         rank=accelerator.process_index,
         num_processes=accelerator.num_processes,
         accumulation=config.gradient_accumulation_steps,
+        order=getattr(components.images, "order", None),
     )
     return Run(
         config, components, accelerator, stop, state, model, prepared_optimizer, batches, threads,

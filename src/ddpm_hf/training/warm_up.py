@@ -137,11 +137,9 @@ def trial_pass(run: Run) -> float:
 def _forward_and_backward(run: Run) -> Tensor:
     """Losses (B,) of a micro-batch of black images; leaves the gradients in the network."""
     size, device = run.micro_batch_size, run.accelerator.device
-    components, first = run.components, run.components.images[0, 0]
-    has_labels = not isinstance(first, torch.Tensor)
-    shape = first[0].shape if has_labels else first.shape
-    x_0 = torch.full((size, *shape), -1.0, device=device)
-    labels = torch.full((size,), NO_LABEL) if has_labels else None
+    components = run.components
+    x_0 = torch.full((size, *components.images.shape), -1.0, device=device)
+    labels = None if components.images.labels is None else torch.full((size,), NO_LABEL)
     noise, t = torch.randn_like(x_0), torch.zeros(size, dtype=torch.long, device=device)
     with run.accelerator.no_sync(run.model):
         losses = components.objective.loss(
