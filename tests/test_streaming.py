@@ -369,7 +369,7 @@ def test_the_token_of_the_hub_goes_to_no_other_server(server, tmp_path, monkeypa
     [
         ({"dataset": "https://me:pass@host/a.tar"}, "without password and query string"),
         ({"dataset": "https://host/a.tar?signature=1"}, "without password and query string"),
-        ({"resolution": None}, "`streaming` needs `dataset` and `resolution`"),
+        ({"resolution": None}, "`streaming` needs `resolution`"),
         ({"crop": "random"}, "`crop` cannot be used with `streaming`"),
         ({"validation_split": "0.1"}, "`validation_split` cannot be used"),
         ({"class_conditional": True, "evaluate_steps": 5}, "`class_conditional` and `evaluate_st"),

@@ -72,10 +72,10 @@ class TrainingConfig(
                 "`dataset` must be a URL without password and query string, which would be "
                 "recorded; use a server that needs none, or the Hub with HF_TOKEN"
             )
-        if self.dataset is None or self.resolution is None:
+        if self.resolution is None:
             raise ConfigError(
-                "`streaming` needs `dataset` and `resolution`: the sizes of images that are not "
-                "read yet are unknown"
+                "`streaming` needs `resolution`: the sizes of images that are not read yet are "
+                "unknown"
             )
         is_share = (self.validation_split or "x").replace(".", "").isdigit()
         refused = {

@@ -103,7 +103,10 @@ def open_images(
 
 def _open_stream(config: DataOptions, dataset: TrainingData | None) -> LoadedImages:
     if dataset is not None or config.dataset is None or config.resolution is None:
-        raise ConfigError("`streaming` reads the shards of the option `dataset`")
+        raise ConfigError(
+            "`streaming` reads the shards that the option `dataset` names; leave it out for images "
+            "passed in Python"
+        )
     images = open_stream(
         config.dataset,
         resolution=config.resolution,

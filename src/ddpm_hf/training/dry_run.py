@@ -16,6 +16,7 @@ from accelerate.utils import broadcast_object_list
 
 from ddpm_hf.data import ImageDataset
 from ddpm_hf.data.image_reports import describe_left_out
+from ddpm_hf.data.streaming import StreamedTrainingImages
 from ddpm_hf.text import counted
 from ddpm_hf.training.dataset_setup import Selection
 from ddpm_hf.training.run import Run
@@ -57,6 +58,10 @@ def _prepared(run: Run) -> ImageDataset | None:
 
 def _describe_data(run: Run) -> list[str]:
     images = _prepared(run)
+    if isinstance(run.components.images, StreamedTrainingImages):
+        shards = run.components.images.source.index.shards
+        size = sum(shard.num_bytes for shard in shards)
+        return [f"{_gb(size)} in {counted(len(shards), 'shard')}; the images are checked when read"]
     if images is None:
         return [f"{counted(len(run.components.images), 'tensor')} from Python"]
     lines = [images.sources]

@@ -1,0 +1,169 @@
+"""Training on a stream: killed, resumed and distributed runs see the sequence of a straight run."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from processes import LIMIT_S, forked, forked_ranks
+from shard_server import ShardServer
+from test_streaming import NUM_ROWS, NUM_SHARDS, SIZE, png, sequence, stream_of, write_parquet
+from tiny_runs import assert_equal_bits, checkpoint
+
+from ddpm_hf import TrainingConfig, train
+from ddpm_hf.data.streaming import StreamedTrainingImages
+from ddpm_hf.losses import simple_loss
+from ddpm_hf.randomness import Batches
+
+pytestmark = pytest.mark.slow
+
+STEPS, BATCH = 30, 4
+# Trains on a stream; its loss writes the numbers in the images of each update, and ends the process
+# at the call number sys.argv[3].
+PROGRAM = """
+import json, os, signal, sys
+from pathlib import Path
+from ddpm_hf import TrainingConfig, train
+from ddpm_hf.losses import simple_loss
+
+folder, options, last_call = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])
+steps = [int(path.name[5:]) for path in folder.glob("run/checkpoints/step-*")]
+calls, first = [], max(steps, default=0)
+
+def numbered(denoiser, scheduler, x_0, t, noise):
+    pixels = ((x_0[:, 0, 0, :2] + 1) * 127.5).round().int()
+    calls.append((pixels[:, 0] * 256 + pixels[:, 1]).tolist())
+    if len(calls) == last_call:
+        os.kill(os.getpid(), signal.SIGKILL)
+    with open(folder / f"seen-{os.environ.get('RANK', 0)}.jsonl", "a") as file:
+        file.write(json.dumps([first + len(calls), calls[-1]]) + "\\n")
+    return simple_loss(denoiser, scheduler, x_0, t, noise)
+
+train(TrainingConfig(output_dir=str(folder / "run"), **options), loss=numbered)
+"""
+NETWORK = {
+    "block_out_channels": [8, 8], "layers_per_block": 1, "norm_num_groups": 4,
+    "down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def stream(tmp_path_factory):
+    """Options of a run on a stream with the smallest cache."""
+    folder = tmp_path_factory.mktemp("stream")
+    for shard in range(NUM_SHARDS):
+        contents = [png(shard * NUM_ROWS + row) for row in range(NUM_ROWS)]
+        write_parquet(folder / f"train-{shard:03d}.parquet", contents)
+    (folder / "unet.json").write_text(json.dumps(NETWORK))
+    with ShardServer(folder) as server:
+        source = f"{server.url}/train-{{000..009}}.parquet"
+        least = stream_of(source, folder / "cache").least_bytes
+        yield {
+            "dataset": source, "streaming": True, "resolution": SIZE,
+            "streaming_cache_gb": (least + 1) / 1e9, "unet_config": str(folder / "unet.json"),
+            "max_train_steps": STEPS, "batch_size": BATCH, "checkpointing_steps": 5,
+            "num_samples": 0, "num_threads": 1, "report_to": ["none"],
+        }  # fmt: skip
+
+
+def arguments(folder, options, last_call=0):
+    folder.mkdir(exist_ok=True)
+    return ["-c", PROGRAM, str(folder), json.dumps(options), str(last_call)]
+
+
+def finish(folder, options):
+    with forked(arguments(folder, options)) as process:
+        output, errors = process.communicate(timeout=LIMIT_S)
+        assert process.returncode == 0, errors
+    return output
+
+
+def seen(folder, rank=0):
+    """Numbers by update; an update that was repeated must have the same ones."""
+    lines = [json.loads(line) for line in (folder / f"seen-{rank}.jsonl").open()]
+    found = dict(lines)
+    assert all(found[step] == numbers for step, numbers in lines)
+    return [found[step] for step in sorted(found)]
+
+
+@pytest.fixture(scope="module")
+def straight(stream, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("straight")
+    output = finish(folder, stream)
+    assert f"{NUM_SHARDS * NUM_ROWS} of {SIZE}x{SIZE}, RGB" in output
+    assert f"from {NUM_SHARDS} shards" in output
+    return folder
+
+
+def test_a_run_reads_every_image_once_an_epoch(straight):
+    images = [*chain(*seen(straight))]
+    size = NUM_SHARDS * NUM_ROWS
+    epochs = [images[start : start + size] for start in range(0, STEPS * BATCH, size)]
+    assert [sorted(epoch) for epoch in epochs] == [[*range(size)]] * 2
+    assert epochs[0] != epochs[1]
+
+
+def test_a_run_killed_three_times_repeats_and_loses_no_image(straight, stream, tmp_path):
+    folder = tmp_path / "killed"
+    for last_call in (8, 9, 7):
+        with forked(arguments(folder, stream, last_call)) as process:
+            assert process.wait(LIMIT_S) == -signal.SIGKILL
+    finish(folder, stream)
+    assert seen(folder) == seen(straight)
+    assert_equal_bits(checkpoint(folder / "run", STEPS), checkpoint(straight / "run", STEPS))
+
+
+def test_two_processes_see_the_sequence_of_one(straight, stream, tmp_path):
+    folder = tmp_path / "two"
+    with forked_ranks(arguments(folder, stream)) as ranks:
+        outputs = [rank.communicate(timeout=LIMIT_S) for rank in ranks]
+        assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    both = [first + second for first, second in zip(seen(folder, 0), seen(folder, 1), strict=True)]
+    assert both == seen(straight)
+
+
+def test_changed_shards_are_refused_and_a_larger_cache_is_not(straight, stream, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(straight, folder)
+    extended = stream | {"max_train_steps": STEPS + 1, "streaming_cache_gb": 1.0}
+    run = {"output_dir": str(folder / "run")}
+    fewer = {"dataset": extended["dataset"].replace("009", "008")}
+    with pytest.raises(ValueError, match="other components"):
+        train(TrainingConfig(**extended | run | fewer), loss=numbered)
+    assert train(TrainingConfig(**extended | run), loss=numbered).num_steps == STEPS + 1
+
+
+def numbered(denoiser, scheduler, x_0, t, noise):
+    """A loss with the name of the one in PROGRAM."""
+    return simple_loss(denoiser, scheduler, x_0, t, noise)
+
+
+numbered.__module__ = "__main__"  # part of the name that a resumed run compares
+
+
+def test_the_memory_of_a_stream_does_not_grow_over_ten_epochs(tmp_path):
+    for shard in range(10):
+        write_parquet(tmp_path / f"train-{shard}.parquet", [png(row) for row in range(40)])
+    images = stream_of(tmp_path / "*.parquet", tmp_path / "cache")
+    limit = images.least_bytes / 1e9
+    images = stream_of(tmp_path / "*.parquet", tmp_path / "cache", cache_gb=limit + 1e-9)
+    sequence(images, batch_size=40, stop=20)  # two epochs, for caches and allocators
+    before = psutil.Process(os.getpid()).memory_info().rss
+    sequence(images, batch_size=40, stop=100)
+    assert psutil.Process(os.getpid()).memory_info().rss - before < 20e6
+
+
+def test_a_spawned_process_reads_the_same_images(tmp_path):
+    write_parquet(tmp_path / "a.parquet", [png(row) for row in range(8)])
+    training = StreamedTrainingImages(stream_of(tmp_path / "a.parquet", tmp_path / "cache"))
+    (batch,) = Batches(8, 0, 8, 0, 1, order=training.order)
+    copied = pickle.loads(pickle.dumps(training))
+    first, second = (np.stack(each.__getitems__(batch)) for each in (training, copied))
+    assert (first == second).all()
+    assert Path(copied.source.cache.folder).is_dir()
