@@ -92,7 +92,7 @@ class ShardOrder:
         sizes: number of images of each shard.
     """
 
-    NUM_MIXED: ClassVar[int] = 4
+    NUM_MIXED: ClassVar[int] = 8
 
     def __init__(self, seed: int, sizes: Sequence[int]) -> None:
         self._seed, self._sizes = seed, list(sizes)

@@ -1,19 +1,20 @@
 """Bounded cache on disk of decoded shards, shared by all processes of a machine.
 
-A shard is downloaded, decoded and resized once, and stored as one array (N, C, H, W). The least
-recently used shards make room for others. Sizes are reserved before anything is written, so that
-the cache never exceeds its limit. Correctness does not depend on what the cache holds: a shard that
-is missing is fetched again.
+A shard is downloaded, decoded and resized once, and stored as one array (N, C, H, W) without a
+header. The least recently used shards make room for others. Sizes are reserved before anything is
+written, so that the cache never exceeds its limit. Correctness does not depend on what the cache
+holds: a shard that is missing is fetched again.
 """
 
 import json
 import logging
+import math
 import os
 import shutil
 import tarfile
 import time
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,6 @@ logger = logging.getLogger(__name__)
 _POLL_S = 0.1
 _SPACE_WAIT_S = 600.0
 _LOCK_WAIT_S = 3600.0  # for another process that fetches the same shard; it has limits of its own
-_HEADER_BYTES = 256  # of a .npy file, or more
 _MAX_REPORTED = 10
 
 
@@ -57,45 +57,61 @@ class ShardCache:
     target: Target
     on_bad_image: str
 
-    def read(self, shard: int, rows: Sequence[int]) -> NDArray[Any]:
-        """Images of a shard, (B, C, H, W), in new memory; the shard is fetched if missing.
+    def read(
+        self,
+        shard: int,
+        rows: Sequence[int],
+        output: Sequence[NDArray[Any]],
+        keep: Collection[int] = (),
+    ) -> None:
+        """Read images of a shard; the shard is fetched if it is missing.
 
+        Args:
+            shard: its number.
+            rows: rows of the images in the shard.
+            output: arrays that get the images, each (C, H, W) in the type of the cache.
+            keep: shards that are not removed to make room.
         Raises:
             DataError: if the shard cannot be fetched or decoded.
         """
-        path = self._path(shard)
+        path, expected = self._path(shard), self.decoded_bytes(shard)
         while True:
-            self.fetch(shard)
             try:
-                images = np.load(path, mmap_mode="r", allow_pickle=False)
-                os.utime(path)
-            except FileNotFoundError:  # removed in between to make room
-                continue
-            except ValueError:  # incomplete, after a power failure
-                path.unlink(missing_ok=True)
-                continue
-            return np.asarray(images[list(rows)])
+                with path.open("rb", buffering=0) as file:
+                    size = os.fstat(file.fileno()).st_size
+                    if size == expected:
+                        os.utime(file.fileno())
+                        for row, image in zip(rows, output, strict=True):
+                            file.seek(row * image.nbytes)
+                            file.readinto(image.data.cast("B"))
+                        return
+                path.unlink(missing_ok=True)  # incomplete, after a power failure
+            except FileNotFoundError:
+                self.fetch(shard, keep)
 
-    def fetch(self, shard: int, wait: bool = True) -> None:
+    def fetch(self, shard: int, keep: Collection[int] = (), wait: bool = True) -> bool:
         """Put a shard into the cache.
 
         Args:
             shard: its number.
-            wait: whether to wait for another process that is fetching it.
+            keep: shards that are not removed to make room.
+            wait: whether to wait for room, or for another process that is fetching it.
+        Returns:
+            whether the shard is in the cache.
         Raises:
             DataError: if the shard cannot be fetched or decoded, or there is no space for it.
         """
         path = self._path(shard)
         if path.exists():
-            return
+            return True
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(path.with_suffix(".lock"), timeout=_LOCK_WAIT_S if wait else 0):
-                if not path.exists():
-                    self._fetch(shard, path)
+                return path.exists() or self._fetch(shard, path, keep, wait)
         except Timeout:
-            if wait:
-                raise DataError(f"{path} is locked by another process for an hour") from None
+            if not wait:
+                return False
+            raise DataError(f"{path} is locked by another process for an hour") from None
         except OSError as error:
             raise DataError(
                 f"{self.index.shards[shard].location} cannot be stored in {self.folder}: {error}"
@@ -109,22 +125,28 @@ class ShardCache:
 
     def decoded_bytes(self, shard: int) -> int:
         """Bytes of a decoded shard."""
-        shape, dtype = self._layout(shard)
-        return int(np.prod(shape)) * dtype.itemsize + _HEADER_BYTES
+        return self.index.shards[shard].num_rows * math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape of an image, (C, H, W)."""
+        return len(self.target.mode), self.target.height, self.target.width
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the pixels."""
+        return np.dtype(np.uint16 if self.target.bit_depth == 16 else np.uint8)
 
     def _path(self, shard: int) -> Path:
-        return self.folder / f"{shard:06d}.npy"
+        return self.folder / f"{shard:06d}.bin"
 
-    def _layout(self, shard: int) -> tuple[tuple[int, ...], np.dtype[Any]]:
-        target, rows = self.target, self.index.shards[shard].num_rows
-        shape = (rows, len(target.mode), target.height, target.width)
-        return shape, np.dtype(np.uint16 if target.bit_depth == 16 else np.uint8)
-
-    def _fetch(self, shard: int, path: Path) -> None:
-        """Download and decode a shard; the caller holds its lock."""
+    def _fetch(self, shard: int, path: Path, keep: Collection[int], wait: bool) -> bool:
+        """Download and decode a shard; False without room. The caller holds its lock."""
         part = path.with_suffix(".part")
         shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
-        self._reserve(part, self.needed_bytes(shard))
+        kept = {self._path(number) for number in keep}
+        if not self._reserve(part, self.needed_bytes(shard), kept, wait):
+            return False
         try:
             facts = self.index.shards[shard]
             source = Path(facts.location)
@@ -134,18 +156,17 @@ class ShardCache:
             self._decode(shard, source, part / path.name)
             sync(part / path.name)
             os.replace(part / path.name, path)
+            return True
         finally:
             shutil.rmtree(part, ignore_errors=True)
 
     def _decode(self, shard: int, source: Path, output: Path) -> None:
         """Write the decoded images; the first pixels of an unusable image are zeros."""
-        (num_rows, *shape), dtype = self._layout(shard)
-        location, row, problems = self.index.shards[shard].location, 0, dict[int, str]()
-        blank = bytes(int(np.prod(shape)) * dtype.itemsize)
-        header = {"descr": dtype.str, "fortran_order": False, "shape": (num_rows, *shape)}
+        facts, row, problems = self.index.shards[shard], 0, dict[int, str]()
+        location, num_rows = facts.location, facts.num_rows
+        blank = bytes(math.prod(self.shape) * self.dtype.itemsize)
         try:
             with output.open("wb") as file:
-                np.lib.format.write_array_header_1_0(file, header)
                 for cells in read_cells(source, self.index.column):
                     decoded = decode_images(cells, None, self.target)
                     row += len(cells)
@@ -160,7 +181,8 @@ class ShardCache:
         except (ValueError, tarfile.TarError) as error:  # also of pyarrow
             raise DataError(f"{location} cannot be read: {error}") from error
         if problems:
-            self._replace_bad(location, np.load(output, mmap_mode="r+"), problems)
+            images = np.memmap(output, self.dtype, "r+", shape=(num_rows, *self.shape))
+            self._replace_bad(location, images, problems)
 
     def _replace_bad(self, location: str, images: Any, problems: dict[int, str]) -> None:
         """Put the next usable image of the shard in the place of each unusable one."""
@@ -175,15 +197,17 @@ class ShardCache:
         images.flush()
         logger.warning("%s and are replaced by the next one; %s", found, "; ".join(lines))
 
-    def _reserve(self, part: Path, num_bytes: int) -> None:
-        """Create the folder of a shard that is fetched, after making room for it."""
+    def _reserve(self, part: Path, num_bytes: int, kept: set[Path], wait: bool) -> bool:
+        """Create the folder of a shard that is fetched, if there is room or can be made."""
         deadline = time.monotonic() + _SPACE_WAIT_S
         while True:
             with FileLock(self.folder / "space.lock"):
-                if self._make_room(num_bytes):
+                if self._make_room(num_bytes, kept):
                     part.mkdir()
                     (part / "reserved.json").write_text(json.dumps(num_bytes))
-                    return
+                    return True
+            if not wait:
+                return False
             if time.monotonic() > deadline:
                 raise DataError(
                     f"{self.folder} has no room for {num_bytes / 1e9:.3g} GB within its limit of "
@@ -191,16 +215,20 @@ class ShardCache:
                 )
             time.sleep(_POLL_S)
 
-    def _make_room(self, num_bytes: int) -> bool:
-        """Remove the least recently used shards; whether there is enough room."""
-        used = {path: _size(path) for path in self.folder.glob("*.npy")}
-        parts = sum(self._reserved(part) for part in self.folder.glob("*.part"))
-        for path in sorted(used, key=lambda path: used[path][0]):
-            if parts + sum(size for _, size in used.values()) + num_bytes <= self.limit:
+    def _make_room(self, num_bytes: int, kept: set[Path]) -> bool:
+        """Remove the least recently used shards, if that makes enough room."""
+        used = {path: _last_use_and_size(path) for path in self.folder.glob("*.bin")}
+        excess = num_bytes - self.limit + sum(size for _, size in used.values())
+        excess += sum(self._reserved(part) for part in self.folder.glob("*.part"))
+        removable = sorted(used.keys() - kept, key=lambda path: used[path])
+        if excess > sum(used[path][1] for path in removable):
+            return False
+        for path in removable:
+            if excess <= 0:
                 break
             path.unlink(missing_ok=True)
-            del used[path]
-        return parts + sum(size for _, size in used.values()) + num_bytes <= self.limit
+            excess -= used[path][1]
+        return True
 
     def _reserved(self, part: Path) -> int:
         """Bytes that another process has reserved; what a killed process left is removed."""
@@ -215,8 +243,8 @@ class ShardCache:
         return 0
 
 
-def _size(path: Path) -> tuple[int, int]:
-    """Time of the last use, and size; zeros if the file is gone."""
+def _last_use_and_size(path: Path) -> tuple[int, int]:
+    """Nanoseconds and bytes; zeros if the file is gone."""
     with suppress(OSError):
         stat = path.stat()
         return stat.st_mtime_ns, stat.st_size

@@ -7,8 +7,9 @@ resumed run and any number of processes and loader workers see the same sequence
 
 import hashlib
 import os
-import queue
 import threading
+import time
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -27,9 +28,10 @@ from ddpm_hf.data.shard_cache import ShardCache
 from ddpm_hf.data.shards import ShardIndex, find_shards, index_shards
 from ddpm_hf.data.training_dataset import TrainingImages
 from ddpm_hf.diffusion.image_processor import ImageFacts, to_unit_range
-from ddpm_hf.randomness import ShardOrder
+from ddpm_hf.randomness import ShardOrder, seed_of
 
 _NUM_FETCHERS = 2  # shards that a process fetches ahead at a time
+_RETRY_S = 0.2
 
 
 def open_stream(
@@ -97,6 +99,7 @@ class StreamedImages:
         self.facts = ImageFacts(target.mode, target.height, target.width, target.bit_depth)
         self.digest = cache.index.digest
         self._fetchers: _Fetchers | None = None
+        self._ahead: list[int] = []
 
     def __len__(self) -> int:
         return self.cache.index.num_images
@@ -123,15 +126,18 @@ class StreamedImages:
         for place, position in enumerate(positions):
             shard, row = self.index.locate(position)
             by_shard.setdefault(shard, []).append((place, row))
-        found: list[Any] = [None] * len(positions)
+        found = np.empty((len(positions), *self.cache.shape), self.cache.dtype)
         for shard, entries in by_shard.items():
-            images = self.cache.read(shard, [row for _, row in entries])
-            for (place, _), image in zip(entries, images, strict=True):
-                found[place] = image
-        return to_unit_range(torch.from_numpy(np.stack(found)))
+            rows, output = [row for _, row in entries], [found[place] for place, _ in entries]
+            self.cache.read(shard, rows, output, self._ahead)
+        return to_unit_range(torch.from_numpy(found))
 
     def fetch_ahead(self, shards: Sequence[int]) -> None:
-        """Fetch shards in the background, in this order; an error shows when they are read."""
+        """Fetch shards in the background, in this order, and keep them in the cache.
+
+        An error shows when a shard is read.
+        """
+        self._ahead = list(shards)
         # Threads do not survive a fork.
         if self._fetchers is None or self._fetchers.pid != os.getpid():
             self._fetchers = _Fetchers(self.cache)
@@ -143,22 +149,35 @@ class _Fetchers:
 
     def __init__(self, cache: ShardCache) -> None:
         self.pid, self._cache = os.getpid(), cache
-        self._shards: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._last: list[int] = []
+        self._pending: deque[int] = deque()
+        self._changed = threading.Condition()
         for _ in range(_NUM_FETCHERS):
             threading.Thread(target=self._work, name="fetch shards", daemon=True).start()
 
     def submit(self, shards: Sequence[int]) -> None:
-        """Queue shards, unless they were queued last."""
+        """Fetch these shards, instead of those that still wait to be fetched."""
         if self._last != list(shards):
-            self._last = list(shards)
-            for shard in shards:
-                self._shards.put(shard)
+            with self._changed:
+                self._last, self._pending = list(shards), deque(shards)
+                self._changed.notify_all()
 
     def _work(self) -> None:
         while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._pending)
+                shard = self._pending.popleft()
+                shards = self._last
             with suppress(DataError):
-                self._cache.fetch(self._shards.get(), wait=False)
+                if not self._cache.fetch(shard, shards, wait=False):
+                    self._try_later(shard, shards)
+
+    def _try_later(self, shard: int, shards: list[int]) -> None:
+        """Queue a shard again that had no room, or that another process fetches."""
+        time.sleep(_RETRY_S)
+        with self._changed:
+            if self._last is shards:
+                self._pending.append(shard)
 
 
 class StreamedTrainingImages(TrainingImages):
@@ -201,5 +220,6 @@ class StreamedTrainingImages(TrainingImages):
         return torch.zeros(1, len(facts.mode), facts.height, facts.width)
 
     def _draws_of(self, epoch: int, index: int) -> NDArray[np.float32]:
-        """Drawn for each image: an array for a whole epoch of a stream could be too large."""
-        return np.random.default_rng((self.seed, epoch, index)).random(3, np.float32)
+        """Hashed for each image: an array for a whole epoch of a stream could be too large."""
+        flip = seed_of(self.seed, "flip", epoch, index) / 2**63 if self.random_flip else 0.0
+        return np.array([flip, 0.5, 0.5], np.float32)
