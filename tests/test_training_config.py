@@ -103,6 +103,8 @@ def test_a_resolved_configuration_is_a_recipe_of_itself(tmp_path):
         "crop: center",
         "random_flip: false",
         "on_bad_image: error",
+        "streaming: false",
+        "streaming_cache_gb: 20.0",
         "use_safetensors: true",
         "objective: simple",
         "loss_weighting: none",
