@@ -27,7 +27,8 @@ from ddpm_hf.data.labels import Labels
 from ddpm_hf.data.shard_cache import ShardCache
 from ddpm_hf.data.shards import ShardIndex, find_shards, index_shards
 from ddpm_hf.data.training_dataset import TrainingImages
-from ddpm_hf.diffusion.image_processor import ImageFacts, to_unit_range
+from ddpm_hf.diffusion.image_format import ImageFacts
+from ddpm_hf.diffusion.image_processor import to_unit_range
 from ddpm_hf.randomness import ShardOrder, seed_of
 
 _NUM_FETCHERS = 2  # shards that a process fetches ahead at a time
