@@ -77,7 +77,7 @@ class TrainingConfig(
                 "`streaming` needs `resolution`: the sizes of images that are not read yet are "
                 "unknown"
             )
-        is_share = (self.validation_split or "x").replace(".", "").isdigit()
+        is_share = str(self.validation_split or "x").replace(".", "").isdigit()
         refused = {
             "crop": self.crop != "center",
             "class_conditional": self.class_conditional,
