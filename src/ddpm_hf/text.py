@@ -95,6 +95,11 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
+def how_to_install(extra: str) -> str:
+    """How to install an optional dependency group of this package, which is not on PyPI."""
+    return f"run pip install '.[{extra}]' in a clone of ddpm_hf, which is not on PyPI yet"
+
+
 def counted(number: int, noun: str, plural: str | None = None) -> str:
     """Number and noun: "1 image", "2,000 images"."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"

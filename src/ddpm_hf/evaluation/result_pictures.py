@@ -29,7 +29,7 @@ def failures_as_warnings() -> Iterator[None]:
         yield
     except ImportError:
         warnings.warn(
-            "plots need matplotlib and were skipped: pip install 'ddpm-hf[eval]'", stacklevel=2
+            f"plots need matplotlib and were skipped: {how_to_install('eval')}", stacklevel=2
         )
     except Exception as error:
         warnings.warn(f"the pictures could not be drawn: {error}", stacklevel=2)

@@ -9,12 +9,13 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 from ddpm_hf.hub.retry import retry
 from ddpm_hf.hub.space_files import APP, CARD, space_files
+from ddpm_hf.text import how_to_install
 
 
 def check_gradio() -> None:
     """Raise ValueError without the extra, whose version a Space pins."""
     if find_spec("gradio") is None:
-        raise ValueError("`space` needs the extra: pip install 'ddpm-hf[app]'")
+        raise ValueError(f"`space` needs the extra `app`: {how_to_install('app')}")
 
 
 def push_space(
