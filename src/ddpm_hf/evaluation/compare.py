@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from ddpm_hf.diffusion.scheduler_interface import set_timesteps
 from ddpm_hf.diffusion.timestep_spacings import usual_num_steps
 from ddpm_hf.evaluation.comparison_results import Comparison, ComparisonRow, LeftOut
+from ddpm_hf.evaluation.expected_time import announce_time
 from ddpm_hf.evaluation.measurement import Evaluator
 from ddpm_hf.evaluation.metrics import METRICS
 from ddpm_hf.evaluation.options import (
@@ -26,7 +27,12 @@ from ddpm_hf.evaluation.options import (
 )
 from ddpm_hf.evaluation.ranking import ranked
 from ddpm_hf.evaluation.recorded_command import command_of
-from ddpm_hf.evaluation.result_files import COMPARISON_FILE, results_folder, write_result
+from ddpm_hf.evaluation.result_files import (
+    COMPARISON_FILE,
+    EVALUATION_FILE,
+    results_folder,
+    write_result,
+)
 from ddpm_hf.evaluation.result_pictures import save_comparison_pictures
 from ddpm_hf.evaluation.results import Evaluation
 from ddpm_hf.evaluation.subjects import Subject, is_model
@@ -156,7 +162,7 @@ def compare_settings(
     rows: list[ComparisonRow] = []
     evaluations: list[Evaluation] = []
     left_out: list[LeftOut] = []
-    for setting, subject in _loaded(evaluator, settings):
+    for setting, subject in _loaded(evaluator, settings, folder):
         subfolder = folder / setting.folder
         try:
             row, evaluation = _measure(evaluator, subject, setting, subfolder)
@@ -207,7 +213,9 @@ def _distinct_names(sources: Sequence[Any]) -> list[str]:
     ]
 
 
-def _loaded(evaluator: Evaluator, settings: Sequence[Setting]) -> Iterator[tuple[Setting, Subject]]:
+def _loaded(
+    evaluator: Evaluator, settings: Sequence[Setting], folder: Path
+) -> Iterator[tuple[Setting, Subject]]:
     """The settings with their subjects; consecutive settings of one source load it once."""
     source, subject = None, None
     for number, setting in enumerate(settings, start=1):
@@ -215,9 +223,21 @@ def _loaded(evaluator: Evaluator, settings: Sequence[Setting]) -> Iterator[tuple
             source, subject = setting.source, evaluator.load(setting.source)
             if evaluator.image_metrics:
                 evaluator.real_images(subject)  # an error here concerns all settings
+            mine = [setting for setting in settings if setting.source is source]
+            announce_time(evaluator, subject, _calls(subject, mine, folder))
         if evaluator.progress:
             tqdm.write(f"{number} of {len(settings)}: {setting}", file=sys.stderr)
         yield setting, subject
+
+
+def _calls(subject: Subject, settings: Sequence[Setting], folder: Path) -> list[int]:
+    """Network calls per image of the settings of a model that are not measured yet."""
+    calls = []
+    for setting in settings if subject.is_model else ():
+        if not (folder / setting.folder / EVALUATION_FILE).exists():
+            with suppress(ValueError):  # the setting is left out
+                calls.append(num_steps_and_calls(subject.source, setting)[1])
+    return calls
 
 
 def _measure(
@@ -225,9 +245,11 @@ def _measure(
 ) -> tuple[ComparisonRow, Evaluation]:
     options, num_calls = evaluator.options, None
     if subject.is_model:
-        K, num_calls = _num_steps_and_calls(subject.source, setting)
+        K, num_calls = num_steps_and_calls(subject.source, setting)
         options = replace(options, scheduler=setting.scheduler, num_inference_steps=K)
     evaluation = evaluator.evaluate(subject, folder, options)
+    if evaluation.bound is not None and not evaluation.image_metrics:
+        num_calls = evaluation.bound.num_timesteps
     seconds = [figure.measured_with.seconds_per_image for figure in evaluation.image_metrics]
     row = ComparisonRow(
         setting=str(setting),
@@ -243,7 +265,7 @@ def _measure(
     return row, evaluation
 
 
-def _num_steps_and_calls(pipeline: Any, setting: Setting) -> tuple[int, int]:
+def num_steps_and_calls(pipeline: Any, setting: Setting) -> tuple[int, int]:
     """K, and the number of network calls per image.
 
     Raises:

@@ -78,7 +78,8 @@ class ComparisonRow(SettingFacts):
 
     Attributes:
         model: the model or images.
-        num_network_calls: per image; None for images.
+        num_network_calls: per image, of drawing it or, without drawn images, of its bound; None
+            for images.
         seconds_per_image: drawing time in one process, median over batches.
         folder: of its evaluation.
         figures: by name.
@@ -217,18 +218,19 @@ def _settings_table(rows: tuple[ComparisonRow, ...], names: list[str]) -> str:
     having = {name: [row.figures[name] for row in rows if name in row.figures] for name in names}
     best = [next(f for f in having[name] if f.rank == "best") for name in names]
     width = max(len("real images"), *(len(row.setting) for row in rows))
-    head = f"{'':{width}}  {'calls':>6}  {'s/image':>8}"
+    is_timed = any(row.seconds_per_image is not None for row in rows)
+    head = f"{'':{width}}  {'calls':>6}" + f"  {'s/image':>8}" * is_timed
     lines = [head + "".join(f"  {having[name][0].label:>18}{'':5}" for name in names)]
     for row in rows:
         calls, seconds = row.num_network_calls, row.seconds_per_image
         line = f"{row.setting:{width}}  {'' if calls is None else f'{calls:,}':>6}"
-        line += f"  {'' if seconds is None else f'{seconds:.3g}':>8}"
+        line += f"  {'' if seconds is None else f'{seconds:.3g}':>8}" * is_timed
         lines.append(line + "".join(f"  {_cell(row.figures.get(name)):>23}" for name in names))
     if sizes := next((f.floor_num_images for f in best if f.floor_num_images), None):
         lines.append(f"at {sizes[1]:,} images against {sizes[0]:,}:")
         for title, kind in (("  the best", "drawn"), ("  real images", "real")):
             values = [f"{getattr(f.floor, kind):.4g}{'':5}" if f.floor else "" for f in best]
-            lines.append(f"{title:{width + 18}}" + "".join(f"  {value:>23}" for value in values))
+            lines.append(f"{title:{len(head)}}" + "".join(f"  {value:>23}" for value in values))
     return "\n".join(line.rstrip() for line in lines)
 
 

@@ -2,12 +2,15 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
+from ddpm_hf.evaluation.compare import Setting, num_steps_and_calls
+from ddpm_hf.evaluation.expected_time import announce_time
 from ddpm_hf.evaluation.measurement import Evaluator
 from ddpm_hf.evaluation.metrics import METRICS
 from ddpm_hf.evaluation.options import BITS, EvaluationOptions
-from ddpm_hf.evaluation.result_files import results_folder
+from ddpm_hf.evaluation.result_files import EVALUATION_FILE, results_folder
 from ddpm_hf.evaluation.results import Evaluation
 from ddpm_hf.evaluation.subjects import is_model
 from ddpm_hf.options import takes_options
@@ -53,4 +56,9 @@ def evaluate(
     evaluator = Evaluator(dataset, metrics, chosen, progress=progress)
     with results_folder(evaluator.state, output) as folder:
         evaluator.use_hold_out_of([model_or_images])
-        return evaluator.evaluate(evaluator.load(model_or_images), folder)
+        subject = evaluator.load(model_or_images)
+        if subject.is_model and not (folder / EVALUATION_FILE).exists():
+            setting = Setting(subject.source, "", chosen.scheduler, chosen.num_inference_steps)
+            with suppress(ValueError):  # the measurement raises it
+                announce_time(evaluator, subject, [num_steps_and_calls(subject.source, setting)[1]])
+        return evaluator.evaluate(subject, folder)

@@ -104,18 +104,22 @@ def plot_calibration(curve: CalibrationCurve, path: Path) -> None:
 
 
 def _plot_steps(axes: Any, curve: CalibrationCurve) -> None:
+    """Bits/dim against K; the axes show the calibrated curves completely."""
     rows = [row.to_dict() for row in curve.steps]
     steps = [row["num_inference_steps"] for row in rows]
-    for key, label in (
-        ("published", "as published"),
-        ("bits_per_dim", "calibrated variances"),
-        ("at_best_timesteps", "calibrated, timesteps best for the bound"),
-    ):
-        if key in rows[0]:
-            axes.semilogx(steps, [row[key] for row in rows], ".-", label=label)
-    highest, lowest = (pick(row["bits_per_dim"] for row in rows) for pick in (max, min))
-    margin = highest - lowest
-    axes.set_ylim(lowest - 0.1 * margin - 0.01, highest + margin + 0.01)
+    labels = {
+        "published": "as published",
+        "bits_per_dim": "calibrated variances",
+        "at_best_timesteps": "calibrated, timesteps best for the bound",
+    }
+    curves = {key: [row[key] for row in rows] for key in labels if key in rows[0]}
+    calibrated = [value for key in curves if key != "published" for value in curves[key]]
+    highest, lowest = max(calibrated), min(calibrated)
+    top = 2 * highest - lowest + 0.01
+    for key, values in curves.items():
+        above = f" ({min(values):.3g} and more, above the axes)" if min(values) > top else ""
+        axes.semilogx(steps, values, ".-", label=labels[key] + above)
+    axes.set_ylim(lowest - 0.1 * (highest - lowest) - 0.01, top)
     axes.set(xlabel="steps K", ylabel="bits/dim", xticks=steps, xticklabels=steps)
     axes.minorticks_off()
     axes.set_title("Loss with few steps", fontsize=11)

@@ -5,12 +5,13 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from diffusers import UNet2DModel
 from PIL import Image
@@ -135,15 +136,8 @@ def train(
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         timeout_s = config.ddp_timeout
 
-        if config.dry_run:
-            stack.enter_context(temporary_cache(accelerator))
-        else:
-            on_main_process(accelerator, lambda: stack.enter_context(run_lock(paths)), timeout_s)
-            on_main_process(accelerator, lambda: _clean_up(paths), timeout_s)
+        checkpoint, record = _open_run_folder(config, accelerator, stack), None
         pusher = on_main_process(accelerator, lambda: _create_pusher(config), timeout_s)
-        newest = on_main_process(accelerator, lambda: find_checkpoint(paths.checkpoints), timeout_s)
-        checkpoint, record = broadcast_object_list([newest])[0], None
-
         if checkpoint is not None:
             stack.enter_context(_no_advice())
             record = read_record(checkpoint)
@@ -170,15 +164,7 @@ def train(
         log = open_log(run)
         stack.callback(log.close)
         artifacts = Artifacts(run, log, pusher, validation, evaluation)
-        is_caught_up = checkpoint is None or artifacts.catch_up()
-        if run.num_updates_left == 0:
-            artifacts.calibrate()
-        elif is_caught_up:
-            reader = read_ahead(run)
-            stack.callback(reader.close)
-            # The bar is closed before any error is printed.
-            bar = stack.enter_context(_progress_bar(run))
-            _train_loop(run, reader, artifacts, log, bar)
+        _complete(run, artifacts, log)
 
         stopped_by = stop.received
         pushed = on_main_process(accelerator, lambda: _finish_push(pusher, stopped_by), timeout_s)
@@ -187,6 +173,32 @@ def train(
         if stopped_by == signal.SIGINT and hasattr(sys, "ps1"):  # set in interactive sessions only
             raise KeyboardInterrupt(f"saved after update {run.state.step}")
         return TrainingResult(paths.model.root, paths.metrics, run.state.step, stopped_by, pushed)
+
+
+def _open_run_folder(
+    config: TrainingConfig, accelerator: Accelerator, stack: ExitStack
+) -> Path | None:
+    """Reserve the folder of the run until `stack` ends; the checkpoint to resume, on all ranks."""
+    paths, timeout_s = RunPaths(config.run_folder()), config.ddp_timeout
+    if config.dry_run:
+        stack.enter_context(temporary_cache(accelerator))
+    else:
+        on_main_process(accelerator, lambda: stack.enter_context(run_lock(paths)), timeout_s)
+        on_main_process(accelerator, lambda: _clean_up(paths), timeout_s)
+    newest = on_main_process(accelerator, lambda: find_checkpoint(paths.checkpoints), timeout_s)
+    checkpoint: Path | None = broadcast_object_list([newest])[0]
+    return checkpoint
+
+
+def _complete(run: Run, artifacts: Artifacts, log: MetricsLog) -> None:
+    """Make up what an interruption left out, then make the remaining updates."""
+    is_caught_up = run.checkpoint is None or artifacts.catch_up()
+    if run.num_updates_left == 0:
+        artifacts.calibrate()
+    elif is_caught_up:
+        # The bar is closed before any error is printed.
+        with closing(read_ahead(run)) as reader, _progress_bar(run) as bar:
+            _train_loop(run, reader, artifacts, log, bar)
 
 
 def _train_loop(
