@@ -254,7 +254,11 @@ def compare(drawn: list[Image.Image]) -> Evaluation:
 
 
 def write_card(model: Path, drawn: Scores, real: Scores, evaluations: list[Evaluation]) -> None:
-    """Add the figures to the card of the model."""
+    """Add a name and the figures to the card of the model."""
+    record = model / "training.json"
+    facts = json.loads(record.read_text(encoding="utf-8")) | {"model_name": "Pixel faces, 16x16"}
+    facts["versions"]["scikit-learn"] = version("scikit-learn")
+    record.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     data = {"name": FOLDER.name, "split": "test"}
     how = f"{drawn.count:,} drawn faces, {NUM_STEPS} steps"
     figures = (
@@ -347,7 +351,9 @@ def main(argv: list[str]) -> int:
         return 128 + result.stopped_by
     model = result.model_dir
 
-    phase(3, "Measure the error at every timestep: what do few steps lose?")
+    phase(
+        3, f"Measure the error at every timestep on {NUM_CALIBRATED} faces: what do few steps lose?"
+    )
     calibration = calibrate_checkpoint(
         str(model),
         str(FOLDER),
@@ -387,7 +393,6 @@ def main(argv: list[str]) -> int:
         "few_steps": calibration.rows(),
         "largest_difference_elsewhere": difference,
         "shortcomings": wrong,
-        "versions": {"scikit-learn": version("scikit-learn")},
     }
     (folder / "scores.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     print(what_next(folder))
