@@ -147,7 +147,7 @@ def short_demo(demo, monkeypatch):
     monkeypatch.setattr(sys.modules["faces"], "NUM_TREES", 10)
     for name, value in {
         "NUM_STEPS": 2, "NUM_DRAWN": 40, "NUM_CALIBRATED": 2, "NUM_BOUND_IMAGES": 4,
-        "NUM_BOUND_CALLS": 4, "NUM_IN_ROW": 1, "NUM_IN_GRID": 6, "NUM_TRAIN_TIMESTEPS": 20,
+        "NUM_BOUND_STEPS": 4, "NUM_COMPARED": 8, "NUM_IN_ROW": 1, "NUM_IN_GRID": 6, "NUM_TRAIN_TIMESTEPS": 20,
     }.items():  # fmt: skip
         monkeypatch.setattr(demo, name, value)
     return demo
@@ -177,7 +177,7 @@ def test_the_demo_completes_and_fails_after_a_short_training_run_and_does_not_tr
     card = (folder / "model" / "README.md").read_text()
     assert "hair colour as asked" in card
     assert "license: cc0-1.0" in card
-    assert "Fewer steps" in card
+    assert [row["num_steps"] for row in scores["few_steps"]] == [2]
     assert load(folder / "model").scheduler.config["_ddpm_hf"]["x_0_mse"]
 
     weights = folder / "model" / "unet" / "diffusion_pytorch_model.safetensors"
