@@ -147,7 +147,8 @@ def short_demo(demo, monkeypatch):
     monkeypatch.setattr(sys.modules["faces"], "NUM_TREES", 10)
     for name, value in {
         "NUM_STEPS": 2, "NUM_DRAWN": 40, "NUM_CALIBRATED": 2, "NUM_BOUND_IMAGES": 4,
-        "NUM_BOUND_STEPS": 4, "NUM_COMPARED": 8, "NUM_IN_ROW": 1, "NUM_IN_GRID": 6, "NUM_TRAIN_TIMESTEPS": 20,
+        "NUM_BOUND_STEPS": 4, "NUM_COMPARED": 8,
+        "NUM_IN_ROW": 1, "NUM_IN_GRID": 6, "NUM_TRAIN_TIMESTEPS": 20,
     }.items():  # fmt: skip
         monkeypatch.setattr(demo, name, value)
     return demo
