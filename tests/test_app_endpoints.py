@@ -13,17 +13,21 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 import torch
-from checkpoints import image_facts_of, save_ours, tiny_scheduler, tiny_unet
+from checkpoints import image_facts_of, save_ours, save_stock, tiny_scheduler, tiny_unet
 from PIL import Image
 from processes import run_process, started
 
 pytest.importorskip("gradio")
 from ddpm_hf.app.comparison import compare_settings
+from ddpm_hf.app.drawing import drawing_steps
 from ddpm_hf.app.editing import EditRequest, edit_command, edit_picture
 from ddpm_hf.app.inspection import card_text, error_curve, picture_bound, snr_curve
 from ddpm_hf.app.nearest_images import TrainingSet
+from ddpm_hf.app.page import build_page
 from ddpm_hf.app.picture_input import Drawn, choose_drawn
+from ddpm_hf.app.requests import DrawRequest
 from ddpm_hf.app.served_models import load_models
+from ddpm_hf.app.site import Site
 from ddpm_hf.app.uploads import mask_picture, open_mask, open_upload
 from ddpm_hf.app.working import WorkStopped, watched
 from ddpm_hf.cli import main
@@ -252,12 +256,10 @@ def test_gradio_client_calls_the_named_functions(model, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_functions_that_call_a_network_get_the_gpu_of_a_space(model):
     """The decorator gets generator functions of plain values, as `spaces.GPU` does."""
     import inspect
-
-    from ddpm_hf.app.page import build_page
-    from ddpm_hf.app.site import Site
 
     decorated = []
 
@@ -315,3 +317,27 @@ def test_without_gradio_the_command_names_the_extra(model, monkeypatch, capsys):
     assert main(["app", str(model.folder)]) == 2
     assert "pip install 'ddpm-hf[app]'" in capsys.readouterr().err
     assert main(["app", "/no/model"]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["stock", "grey, 16 bits", "unnamed classes"])
+def test_any_model_that_loads_is_served(kind, tmp_path):
+    if kind == "stock":
+        save_stock(tmp_path / "model", tiny_unet(in_channels=3))
+    elif kind == "grey, 16 bits":
+        save_ours(tmp_path / "model", facts=image_facts_of("L", 8, 8, bit_depth=16))
+    else:
+        save_ours(tmp_path / "model", unet=tiny_unet(num_class_embeds=4))
+    (served,) = load_models([str(tmp_path / "model")])
+    build_page(Site({served.name: served}, {}))
+    request = DrawRequest.of(served, num_images=2, num_inference_steps=3)
+    *_, last = drawing_steps(served, request)
+    picture().save(tmp_path / "x.png")
+    image = open_upload(tmp_path / "x.png", served)
+    assert image.mode == {"stock": "RGB", "grey, 16 bits": "I;16"}.get(kind, "L")
+    edit = EditRequest.of(served, "vary", image, num_images=2, num_inference_steps=3)
+    assert result_of(edit_picture(served, edit)).images.shape == last.images.shape
+    taken = choose_drawn(served, Drawn(served.name, last.images, request.labels()), 1)
+    assert taken.picture.mode == image.mode
+    assert taken.label == (1 if kind == "unnamed classes" else None)
+    assert np.isfinite(result_of(picture_bound(served, taken.picture, None, 4)).value)
