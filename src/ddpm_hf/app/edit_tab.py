@@ -35,7 +35,7 @@ from ddpm_hf.app.translations import translated as t
 from ddpm_hf.app.uploads import mask_picture
 from ddpm_hf.pictures import image_grid, to_pil, to_rgb
 
-SIDE_PIXELS = 160
+SIDE_PIXELS = 144
 EDIT_TAB = "edit"
 
 

@@ -22,6 +22,7 @@ def build_page(site: Site) -> gr.Blocks:
     page = gr.Blocks(
         title="ddpm_hf",
         analytics_enabled=False,
+        fill_width=True,  # the style sheet limits it
         delete_cache=(FILE_LIFETIME_S, FILE_LIFETIME_S),
     )
     with page:
