@@ -39,7 +39,8 @@ def work(folder):
     facts = [
         json.loads((folder / name / "training.json").read_text()) for name in ("best", "model")
     ]
-    grids = {path.name: path.read_bytes() for path in (folder / "samples").iterdir()}
+    pictures = [*(folder / "samples").iterdir(), folder / "model" / "samples.png"]
+    grids = {path.name: path.read_bytes() for path in pictures}
     return (
         {step: measured for step, measured in values.items() if measured}, grids,
         [(fact["steps"], fact["metrics"]) for fact in facts],
