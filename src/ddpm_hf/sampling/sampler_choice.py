@@ -148,7 +148,8 @@ def build_scheduler(pipeline: GaussianDDPMPipeline, spec: SchedulerSpec) -> Sche
     for option, value in spec.options.items():
         is_ours = kind is GaussianDDPMScheduler
         if option not in kind._get_init_keys(kind) or (value == "quadratic" and not is_ours):
-            raise ValueError(f"{kind.__name__} does not support `{option}`={value}")
+            shown = "DDPM" if is_ours else kind.__name__
+            raise ValueError(f"{shown} does not support `{option}`={value}")
     if name is None and not spec.options:
         return own
     try:

@@ -154,7 +154,9 @@ def assemble(
     with accelerator.autocast():
         check_runs(unet.to(accelerator.device))
     training, held_out = split_off_validation(config, loaded.images, facts, unet, dataset is None)
-    facts, class_notes = _count_classes(facts, training.labels, config.class_dropout)
+    facts, class_notes = _count_classes(
+        facts, training.labels, held_out.labels if held_out else None, config.class_dropout
+    )
     set_image_facts(unet, facts)
     return config, Components(
         images=training,
@@ -220,7 +222,7 @@ def _mode_notes(options: TrainingConfig, images: object) -> list[str]:
 
 
 def _count_classes(
-    facts: ImageFacts, labels: Labels | None, class_dropout: float
+    facts: ImageFacts, labels: Labels | None, held_out: Labels | None, class_dropout: float
 ) -> tuple[ImageFacts, list[str]]:
     """The facts with the number of training images of each class, and notes for the plan."""
     names = facts.class_names
@@ -234,9 +236,11 @@ def _count_classes(
     )
     notes = []
     if untrained := [name for name, count in zip(names, counts, strict=True) if not count]:
+        of_held_out = set() if held_out is None else {names[i] for i in held_out if i >= 0}
+        why = " (`validation_split` holds out all of them)" * (of_held_out >= set(untrained))
         notes.append(
-            f"no training image has the class {_shown(untrained)}: `ddpm-hf sample` draws the other"
-            " classes by default"
+            f"no training image has the class {_shown(untrained)}{why}: `ddpm-hf sample` draws the"
+            " other classes by default"
         )
     fewest, most = min(filter(None, counts), default=0), max(counts)
     if most >= _UNBALANCED * fewest:
