@@ -101,6 +101,7 @@ def sequence(images, **facts):
 # Sources
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["parquet", "tar"])
 def test_shards_of_a_folder_a_glob_and_a_url_hold_the_same_images(suffix, folder, server, tmp_path):
     sources = (folder / f"*.{suffix}", f"{server.url}/train-{{000..019}}.{suffix}")
@@ -259,6 +260,7 @@ def least(source, tmp_path):
 # The cache
 
 
+@pytest.mark.slow
 def test_the_cache_never_exceeds_its_limit_and_fetches_each_shard_once_an_epoch(server, tmp_path):
     source = f"{server.url}/train-{{000..019}}.parquet"
     limit = least(source, tmp_path)
@@ -286,6 +288,7 @@ def test_the_cache_never_exceeds_its_limit_and_fetches_each_shard_once_an_epoch(
     assert sum(fetched) <= NUM_SHARDS + ShardOrder.NUM_MIXED  # those of the next epoch, ahead
 
 
+@pytest.mark.slow
 def test_a_cache_that_holds_everything_fetches_each_shard_once(server, tmp_path):
     images = stream_of(f"{server.url}/train-{{000..019}}.parquet", tmp_path)
     sequence(images)
@@ -341,6 +344,7 @@ def test_a_broken_transfer_continues_where_it_ended(tmp_path):
     assert (tmp_path / "copy").read_bytes() == content
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "message"),
     [

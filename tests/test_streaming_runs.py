@@ -147,6 +147,15 @@ def numbered(denoiser, scheduler, x_0, t, noise):
 numbered.__module__ = "__main__"  # part of the name that a resumed run compares
 
 
+def test_a_dry_run_of_a_stream_states_its_shards_and_writes_nothing(stream, tmp_path, capsys):
+    run = {"output_dir": str(tmp_path / "run"), "dry_run": True}
+    assert train(TrainingConfig(**stream | run)).num_steps == 0
+    assert not list(tmp_path.iterdir())
+    printed = capsys.readouterr().out
+    assert f"{NUM_SHARDS * NUM_ROWS} of {SIZE}x{SIZE}, RGB, from {NUM_SHARDS} shards" in printed
+    assert f"MB in {NUM_SHARDS} shards; the images are checked when read" in printed
+
+
 def test_the_memory_of_a_stream_does_not_grow_over_ten_epochs(tmp_path):
     for shard in range(20):
         write_parquet(tmp_path / f"train-{shard:02d}.parquet", [png(row) for row in range(20)])
