@@ -428,9 +428,7 @@ def main(argv: list[str]) -> int:
     evaluations = [compare(drawn), measure_bound(model)]
     for evaluation in evaluations:
         print(f"\n{evaluation}")
-    print(
-        "\nThe bound is high because the network estimates x_0, for clean pixels: training/README.md"
-    )
+    print("\nThe bound is high: the network estimates x_0, see training/README.md")
     print(f"\nWhat few steps lose, from the same noise: {NUM_COMPARED} faces each\n")
     known = flat(faces["image"])
     real_fd = frechet_distance(known, flat(held_out["image"])[:NUM_COMPARED])
