@@ -5,9 +5,12 @@ import shutil
 import struct
 import time
 
+import numpy as np
 import pytest
 import torch
 from checkpoints import SHORT_CHAIN, tiny_unet
+from image_sets import folder_of
+from image_zoo import encode
 from peak_memory import peak_memory_growth
 from safetensors.torch import load_file, save_file
 
@@ -293,24 +296,21 @@ def test_weights_that_do_not_fit_the_network_are_refused_in_one_line(damage, mod
 
 IMAGE = {"mode": "L", "height": 8, "width": 8, "bit_depth": 8}
 TRAINING = [
-    {"dataset": []}, {"dataset": {"image": IMAGE | {"height": 8192}}}, {"config": []},
-    {"dataset": {"held_out": []}}, {"dataset": {"held_out": {"digest": []}}},
+    {"dataset": []},
+    {"dataset": {"image": IMAGE | {"height": 8192}}},
+    {"dataset": {"held_out": {"digest": []}}},
     {"dataset": {"held_out": {"num_held_out": 10**12, "num_images": 10**13, "seed": 0}}},
     {"dataset": {"held_out": {"num_held_out": 1, "num_images": 4, "seed": 0, "digest": "x"}}},
-    {"dataset": {"image": {"height": "x"}}}, {"config": {"class_column": []}},
-    {"config": {"class_column": "../x"}}, {"config": {"class_conditional": "x"}},
-    {"config": {"crop": []}}, {"config": {"crop": "none", "resolution": 10**9}},
-    {"metrics": 7}, {"metrics": [7]}, {"steps": HUGE}, {"versions": []}, {"base": 7},
+    {"config": []},
+    {"config": {"class_column": [], "crop": [], "class_conditional": "x"}},
+    {"config": {"crop": "none", "resolution": 10**9, "class_column": "../x"}},
+    {"metrics": [7], "steps": HUGE, "versions": [], "base": 7},
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("record", TRAINING, ids=lambda record: str(record)[:60])
 def test_a_hostile_training_record_is_ignored_or_refused(record, model, tmp_path, capsys):
     """Evaluation reads the held-out images and the format from it; the card shows the rest."""
-    import numpy as np
-    from image_sets import folder_of
-    from image_zoo import encode
-
     (model / "training.json").write_text(json.dumps(record))
     photos = folder_of(tmp_path / "photos", {
         f"{i}.png": encode(np.full((8, 8), i, np.uint8)) for i in range(4)})  # fmt: skip
