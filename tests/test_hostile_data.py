@@ -1,4 +1,4 @@
-"""Data sets of strangers: images or a refusal of one message, in bounded time and memory."""
+"""Datasets of strangers: images or a refusal of one message, in bounded time and memory."""
 
 import json
 import os
@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 @pytest.fixture
 def status_of(tmp_path, capsys):
-    """The exit status of a command that prepares a data set."""
+    """The exit status of a command that prepares a dataset."""
 
     def check(source, read=load_images):
         def command(argv):

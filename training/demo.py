@@ -42,9 +42,9 @@ from ddpm_hf.hub.card import write_results
 from ddpm_hf.text import duration
 from faces import CLASS, FOLDER, Judge, Scores, load_faces, shortcomings, table, to_pixels
 
-NUM_UPDATES = 3000
+NUM_UPDATES = 1500
 NUM_TRAIN_TIMESTEPS = 1000
-NUM_STEPS = 50  # of sampling
+NUM_STEPS = 25  # of sampling
 NUM_IN_GRID = 48  # faces drawn during training, a row per class
 NUM_DRAWN = 400
 NUM_CALIBRATED = 24  # held-out faces whose error is measured at every timestep
@@ -118,8 +118,8 @@ def train_model(folder: Path, num_classes: int, num_updates: int) -> TrainingRes
         learning_rate=2e-3,
         ema_decay=0.995,
         num_samples=NUM_IN_GRID,
-        sample_steps=1000,
-        checkpointing_steps=1000,
+        sample_steps=500,
+        checkpointing_steps=500,
         license="cc0-1.0",
     )
     # Estimating x_0 gave cleaner colours than v in equal time, and hair of the colour asked for in

@@ -94,13 +94,13 @@ class ShardIndex:
 def find_shards(
     source: str, config_name: str | None = None, split: str = "train", revision: str | None = None
 ) -> list[str]:
-    """Paths or URLs of the shards of a data set, sorted by name.
+    """Paths or URLs of the shards of a dataset, sorted by name.
 
     Args:
         source: a folder or a glob of .parquet or .tar files, a URL with `{000..123}` for a range of
-            numbers, or a data set of the Hub that consists of such files.
-        config_name, revision: of a data set of the Hub.
-        split: split of a data set of the Hub or of the file names in a folder.
+            numbers, or a dataset of the Hub that consists of such files.
+        config_name, revision: of a dataset of the Hub.
+        split: split of a dataset of the Hub or of the file names in a folder.
     Raises:
         DataError: if there are none, or of several kinds.
     """

@@ -1,4 +1,4 @@
-"""Images of a stream: data sets larger than the disk, in an order that is a function of position.
+"""Images of a stream: datasets larger than the disk, in an order that is a function of position.
 
 A stream reads the shards of `ddpm_hf.data.shards` through the bounded cache of
 `ddpm_hf.data.shard_cache`. `ShardOrder` says which image is at which place of an epoch, so that a
@@ -53,12 +53,12 @@ def open_stream(
 
     Args:
         source: a folder or glob of .parquet or WebDataset .tar files, a URL such as
-            "https://host/train-{000..123}.tar", or a data set of the Hub that consists of them.
+            "https://host/train-{000..123}.tar", or a dataset of the Hub that consists of them.
         resolution: height and width of the images, which are cropped to a square in the center.
         image_mode, bit_depth: format of all images; unlike prepared images, a stream cannot look at
             all of them before.
-        config_name, revision: of a data set of the Hub.
-        split: split of a data set of the Hub or of the file names in a folder.
+        config_name, revision: of a dataset of the Hub.
+        split: split of a dataset of the Hub or of the file names in a folder.
         image_column: column of parquet files; None for the only image column.
         on_bad_image: "error", or "skip" to replace an unusable image by the next one of its shard.
         cache_gb: disk space for decoded shards and downloads, in GB (1e9 bytes).

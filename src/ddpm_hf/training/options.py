@@ -72,7 +72,7 @@ class DataOptions(Options):
     )
     streaming: bool = option(
         False,
-        "fetch parquet or .tar shards while training, for data sets larger than the disk; they may "
+        "fetch parquet or .tar shards while training, for datasets larger than the disk; they may "
         "be URLs, such as 'https://host/train-{000..123}.tar' (see docs/streaming.md)",
     )
     streaming_cache_gb: float = option(
