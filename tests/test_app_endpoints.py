@@ -315,7 +315,7 @@ def test_the_command_prints_the_address_when_the_page_answers(model, tmp_path):
 def test_without_gradio_the_command_names_the_extra(model, monkeypatch, capsys):
     monkeypatch.setattr("ddpm_hf.commands.app.find_spec", lambda name: None)
     assert main(["app", str(model.folder)]) == 2
-    assert "pip install 'ddpm-hf[app]'" in capsys.readouterr().err
+    assert "pip install '.[app]'" in capsys.readouterr().err
     assert main(["app", "/no/model"]) == 2
 
 

@@ -186,7 +186,8 @@ def test_the_command_prints_the_comparison_and_its_progress(models, photos, tmp_
     printed = capsys.readouterr()
     comparison = Comparison.from_dict(json.loads((tmp_path / "comparison.json").read_text()))
     assert len(comparison.settings) == len(comparison.left_out) == 1
-    assert printed.out.startswith(str(comparison))
+    assert printed.out.startswith(str(comparison).partition("`num_inference_steps`")[0])
+    assert "--num-inference-steps must be an int in [1, 20], got 30" in printed.out
     assert "1 of 2: K = 2" in printed.err
 
 
