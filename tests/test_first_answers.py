@@ -92,7 +92,7 @@ REFUSALS = [
         for output, message in (
             ("''", " must not be empty"),
             (".", ": name a folder to write, such as results, got '.'"),
-            ("x.zip", ": a folder is written, but x.zip has the suffix of a file"),
+            ("x.zip", ": a folder is written, but x.zip has the suffix of an archive"),
             ("there", ": there is a file, not a folder"),
         )
     ),

@@ -15,6 +15,7 @@ _OTHER_FILES = {
     ".7z", ".arrow", ".ckpt", ".h5", ".hdf5", ".npy", ".npz", ".parquet", ".pkl", ".pt", ".pth",
     ".safetensors", ".yaml", ".yml",
 }  # fmt: skip
+_ARCHIVES = {".7z", ".bz2", ".gz", ".rar", ".tar", ".tgz", ".xz", ".zip", ".zst"}
 
 
 def has_file_suffix(path: Path) -> bool:
@@ -33,15 +34,15 @@ def output_folder(output: P) -> P:
     """`output` if a folder of that name can be written.
 
     Raises:
-        ValueError: for a path without a name, such as ".", for the name of an archive or of another
-            type of files, and for an existing file.
+        ValueError: for a path without a name, such as ".", for the name of an archive, and for an
+            existing file. Results of drawn.npy may have its name.
     """
     path = Path(output)
     if not names_an_output(path):
         raise ValueError(f"name a folder to write, such as results, got {os.fspath(output)!r}")
-    if has_file_suffix(path):
+    if path.suffix.lower() in _ARCHIVES and not path.is_dir():
         raise ValueError(
-            f"a folder is written, but {path.name} has the suffix of a file; leave out"
+            f"a folder is written, but {path.name} has the suffix of an archive; leave out"
             f" {path.suffix}"
         )
     if path.exists() and not path.is_dir():
