@@ -120,4 +120,5 @@ def _folder_size(folder: Path) -> int:
 
 
 def _gb(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:.2g} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.2g} MB"
+    value, unit = (num_bytes / 1e9, "GB") if num_bytes >= 1e9 else (num_bytes / 1e6, "MB")
+    return f"{value:.0f} {unit}" if value >= 10 else f"{value:.2g} {unit}"
