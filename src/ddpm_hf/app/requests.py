@@ -144,6 +144,7 @@ def number(name: str, value: Any) -> float:
 
 
 def check_at_most(name: str, value: float, limit: float) -> None:
+    """Check that the value is at most the limit of a model; ValueError if it is not."""
     if value > limit:
         raise ValueError(f"`{name}` must be at most {limit} for this model, got {value}")
 

@@ -177,7 +177,7 @@ class ShardCache:
                             problems[n] = problem
                     file.write(b"".join(pixels or blank for pixels in decoded["pixels"]))
             if row != num_rows:
-                raise ValueError(f"it has not the expected {num_rows:,} images")
+                raise ValueError(f"it does not hold the expected {num_rows:,} images")
         except (ValueError, tarfile.TarError) as error:  # also of pyarrow
             raise DataError(f"{location} cannot be read: {error}") from error
         if problems:
