@@ -21,7 +21,7 @@ from hub_server import (
     client_environment,
 )
 from PIL import Image
-from processes import run_process
+from processes import LIMIT_S, run_process
 from safetensors.torch import load_file, save_file
 
 from ddpm_hf import load
@@ -659,13 +659,11 @@ def test_the_right_to_write_is_checked_before_training(client, hub):
 
 @pytest.mark.slow
 def test_a_hub_without_answer_does_not_block_the_exit(hub, checkpoint, tmp_path):
-    hub.fault("PUT /objects", kind="slow", seconds=30)
+    hub.fault("PUT /objects", kind="slow", seconds=10 * LIMIT_S)
     code = SETUP + PUSHER + f"pusher.submit({str(checkpoint)!r}, 1)\nprint(pusher.finish(1))"
     env = client_environment(hub, tmp_path / "home", OWNER_TOKEN)
-    start = time.monotonic()
-    done = run_process([sys.executable, "-c", code], env=env)
+    done = run_process([sys.executable, "-c", code], env=env)  # fails after LIMIT_S
     assert done.stdout.strip() == "False", done.stderr
-    assert time.monotonic() - start < 20  # imports and one second of waiting
 
 
 # The command line
