@@ -105,12 +105,16 @@ def test_two_visitors_at_once_get_their_own_images(visit):
     assert not np.array_equal(*map(drawn_png, visitors))
 
 
-def test_an_invalid_value_shows_its_message(visit):
-    visitor = visit()
+@pytest.mark.parametrize(
+    ("locale", "message"),
+    [("en-US", "`seed` must be in"), ("zh-CN", "`seed` \u5fc5\u987b\u5728")],
+)
+def test_an_invalid_value_shows_its_message_in_the_language_of_the_page(visit, locale, message):
+    visitor = visit(locale=locale)
     visitor.page.fill("#seed input", "-1")
     visitor.page.click("#draw")
     toast = visitor.page.wait_for_selector(".toast-body")
-    assert "`seed` must be in" in toast.inner_text()
+    assert message in toast.inner_text()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -9,6 +9,7 @@ from checkpoints import image_facts_of, save_ours, tiny_scheduler, tiny_unet
 from ddpm_hf.app.drawing import drawing_steps
 from ddpm_hf.app.films import columns_of, film_sheet, kept_steps, reduction
 from ddpm_hf.app.page_texts import LANGUAGES, language_of, texts
+from ddpm_hf.app.request_errors import RequestError, message_of
 from ddpm_hf.app.requests import SAMPLERS, DrawRequest
 from ddpm_hf.app.served_models import load_models
 from ddpm_hf.app.snippets import command_line, python_lines
@@ -52,16 +53,16 @@ def test_the_default_request_is_what_the_model_recommends(model):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"num_images": 0}, "`num_images` must be at least 1, got 0"),
-        ({"num_images": 65}, "`num_images` must be at most 64 for this model, got 65"),
+        ({"num_images": 0}, r"`num_images` must be in \[1, 64\], got 0"),
+        ({"num_images": 65}, r"`num_images` must be in \[1, 64\], got 65"),
         ({"num_images": math.nan}, "`num_images` must be an integer, got nan"),
         ({"num_images": "8"}, "`num_images` must be an integer, got '8'"),
         ({"num_images": True}, "`num_images` must be an integer, got True"),
         ({"seed": 2**63}, "`seed` must be in"),
         ({"seed": 1.5}, "`seed` must be an integer, got 1.5"),
         ({"seed": ["x" * 1000]}, "`seed` must be an integer, got ..x{30,40}[.]{3}$"),
-        ({"num_inference_steps": 21}, "`num_inference_steps` must be at most 20"),
-        ({"num_inference_steps": 0}, "`num_inference_steps` must be at least 1, got 0"),
+        ({"num_inference_steps": 21}, r"`num_inference_steps` must be in \[1, 20\], got 21"),
+        ({"num_inference_steps": 0}, r"`num_inference_steps` must be in \[1, 20\], got 0"),
         ({"guidance_scale": math.inf}, "`guidance_scale` must be a finite number, got inf"),
         ({"guidance_scale": 21}, "`guidance_scale` must be in"),
         ({"guidance_scale": "x"}, "`guidance_scale` must be a finite number"),
@@ -167,3 +168,20 @@ def test_the_language_is_that_of_the_browser(header, language):
     request = type("Request", (), {"headers": {"accept-language": header}})()
     assert language_of(request) == language
     assert language_of(None) == "en"
+
+
+def test_an_error_is_in_the_language_of_the_page(model):
+    with pytest.raises(RequestError) as raised:
+        DrawRequest.of(model, num_images=65)
+    english, chinese = (message_of(raised.value, texts(language)) for language in LANGUAGES)
+    assert english == str(raised.value) == "`num_images` must be in [1, 64], got 65"
+    assert chinese.startswith("`num_images` \u5fc5\u987b")
+    assert chinese.endswith(" 65")
+
+
+def test_an_error_of_the_package_is_introduced_in_the_language_of_the_page(model):
+    with pytest.raises(ValueError, match="unknown scheduler") as raised:
+        DrawRequest.of(model, sampler="Nonsense")
+    english, chinese = (message_of(raised.value, texts(language)) for language in LANGUAGES)
+    assert english == str(raised.value)
+    assert chinese == f"\u65e0\u6cd5\u5b8c\u6210\u8fd9\u4e2a\u8bf7\u6c42\uff1a{english}"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ddpm_hf.app.drawing import drawing_steps
+from ddpm_hf.app.request_errors import RequestError
 from ddpm_hf.app.requests import DrawRequest
 from ddpm_hf.app.served_models import ServedModel
 from ddpm_hf.app.working import check_time
@@ -39,7 +40,7 @@ class ComparedSetting:
     seconds: float = 0.0
     num_calls: int = 0
     bits_per_dim: float | None = None
-    problem: str = ""
+    problem: ValueError | None = None
 
 
 def step_choices(model: ServedModel) -> list[int]:
@@ -65,10 +66,8 @@ def compare_settings(
     """
     samplers, steps = _checked_list("samplers", samplers), _checked_list("steps", steps)
     if len(samplers) * len(steps) > MAX_SETTINGS:
-        raise ValueError(
-            f"`samplers` and `steps` must give at most {MAX_SETTINGS} settings, got"
-            f" {len(samplers) * len(steps)}"
-        )
+        number = len(samplers) * len(steps)
+        raise RequestError("settings", most=MAX_SETTINGS, number=number)
     DrawRequest.of(model, **options)
     start = time.monotonic()
     for sampler in samplers:
@@ -78,7 +77,7 @@ def compare_settings(
                 yield from _drawn(model, request, start)
             except ValueError as error:
                 check_time(start)
-                yield ComparedSetting(str(sampler), K, problem=str(error))
+                yield ComparedSetting(str(sampler), K, problem=error)
 
 
 def _drawn(
@@ -130,7 +129,7 @@ def _bound(model: ServedModel, request: DrawRequest) -> float | None:
 
 def _checked_list(name: str, values: Any) -> Sequence[Any]:
     if not isinstance(values, list | tuple) or not values:
-        raise ValueError(f"choose at least one of `{name}`")
+        raise RequestError("none_chosen", name=name)
     return list(dict.fromkeys(map(_hashable, values)))
 
 

@@ -11,6 +11,9 @@ from ddpm_hf.app.editing import (
     DEFAULT_STEPS,
     KINDS,
     MAX_REPETITIONS,
+    METHODS,
+    OWN_STEPS,
+    THOROUGH,
     EditRequest,
     EditResult,
     edit_command,
@@ -27,7 +30,7 @@ from ddpm_hf.app.picture_input import (
     painter_value,
 )
 from ddpm_hf.app.reported_errors import reported
-from ddpm_hf.app.requests import whole
+from ddpm_hf.app.requests import RECOMMENDED, whole
 from ddpm_hf.app.result_html import figure, picture_tag, section
 from ddpm_hf.app.served_models import ServedModel
 from ddpm_hf.app.site import PRIVATE, QUICK, Session, Site
@@ -44,12 +47,14 @@ class EditControls:
     """Components with the options of `EditRequest.of`."""
 
     strength: gr.Slider
+    method: gr.Dropdown
     repetitions: gr.Slider
     source_class: gr.Dropdown
     class_label: gr.Dropdown
     guidance_scale: gr.Slider
     num_images: gr.Slider
     seed: gr.Number
+    sampler: gr.Dropdown
     num_inference_steps: gr.Slider
 
     @classmethod
@@ -62,19 +67,35 @@ class EditControls:
         strength = gr.Slider(
             0.05, 1, 0.5, step=0.05, label=t("strength"), info=t("strength_info"), visible=False
         )
+        method = gr.Dropdown(
+            list(METHODS), value=METHODS[0], label=t("method"), info=t("method_info")
+        )
         repetitions = gr.Slider(
             1, MAX_REPETITIONS, 5, step=1, label=t("repetitions"), info=t("repetitions_info")
         )
         number = gr.Slider(1, min(16, model.max_images), 6, step=1, label=t("num_draws"))
-        steps = gr.Slider(1, T, min(DEFAULT_STEPS, T), step=1, label=t("num_steps"))
+        choices = _samplers(model)
+        sampler = gr.Dropdown(**choices, label=t("edit_sampler"), elem_id="edit-sampler")
+        is_own = choices["value"] == OWN_STEPS
+        steps = gr.Slider(1, T, min(DEFAULT_STEPS, T), step=1, label=t("num_steps"), visible=is_own)
         with gr.Accordion(t("more"), open=False):
             guidance = gr.Slider(0, 8, 1, step=0.25, label=t("guidance"), visible=is_conditional)
             seed = gr.Number(0, label=t("seed"))
-        return cls(strength, repetitions, source, label, guidance, number, seed, steps)
+        return cls(
+            strength, method, repetitions, source, label, guidance, number, seed, sampler, steps
+        )
 
     def components(self) -> list[Any]:
         """The components, in the order of the fields."""
         return [getattr(self, name) for name in self.__dataclass_fields__]
+
+
+def _samplers(model: ServedModel) -> dict[str, Any]:
+    """Choices of the sampler, and the first one."""
+    choices = [(t("edit_own"), OWN_STEPS), (t("edit_thorough"), THOROUGH)]
+    if model.recommended is not None:
+        choices.insert(0, (t("edit_recommended"), RECOMMENDED))
+    return {"choices": choices, "value": choices[0][1]}
 
 
 def edit_tab(site: Site, session: Session, film: gr.HTML, tabs: gr.Tabs) -> None:
@@ -166,6 +187,7 @@ def _follow(
         return [
             gr.update(visible=kind == "vary"),
             gr.update(visible=kind == "inpaint"),
+            gr.update(visible=kind == "inpaint"),
             gr.update(visible=kind == "class" and has_classes),
             gr.update(visible=kind != "class"),
             gr.update(visible=kind == "between"),
@@ -182,18 +204,24 @@ def _follow(
             gr.update(**classes),
             gr.update(visible=served.class_labels is not None),
             gr.update(maximum=number, value=min(6, number)),
+            gr.update(**_samplers(served)),
             gr.update(maximum=T, value=min(DEFAULT_STEPS, T)),
         ]
 
     kind.change(
         for_kind, [model, kind, picture.chosen],
-        [controls.strength, controls.repetitions, controls.source_class, controls.num_images,
+        [controls.strength, controls.method, controls.repetitions, controls.source_class,
+         controls.num_images,
          second, picture.board], **QUICK,
     )  # fmt: skip
     model.change(
         for_model, model,
         [controls.source_class, controls.class_label, controls.guidance_scale,
-         controls.num_images, controls.num_inference_steps], **QUICK,
+         controls.num_images, controls.sampler, controls.num_inference_steps], **QUICK,
+    )  # fmt: skip
+    controls.sampler.change(
+        lambda sampler: gr.update(visible=sampler == OWN_STEPS),
+        controls.sampler, controls.num_inference_steps, **QUICK,
     )  # fmt: skip
 
 

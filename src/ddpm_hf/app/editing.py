@@ -1,14 +1,23 @@
 """Edits of a picture, as `ddpm-hf edit` makes them."""
 
 import shlex
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from ddpm_hf.app.requests import MAX_GUIDANCE, check_at_most, class_of, number, whole
+from ddpm_hf.app.request_errors import RequestError
+from ddpm_hf.app.requests import (
+    MAX_GUIDANCE,
+    MAX_SEED,
+    RECOMMENDED,
+    class_of,
+    number,
+    short,
+    whole,
+)
 from ddpm_hf.app.served_models import ServedModel
 from ddpm_hf.app.working import watched
 from ddpm_hf.options import flag_of
@@ -17,6 +26,8 @@ from ddpm_hf.sampling.edit_options import EditOptions
 from ddpm_hf.sampling.edited_images import EditPictures, PictureEdit
 
 KINDS = ("inpaint", "vary", "between", "class")
+METHODS = ("repaint", "covariance")
+OWN_STEPS, THOROUGH = "steps", "thorough"
 DEFAULT_STEPS = 25
 MAX_REPETITIONS = 20
 # Names of the visitor's pictures in lines of code.
@@ -45,12 +56,14 @@ class EditRequest:
         mask: Image.Image | None = None,
         second: Image.Image | None = None,
         strength: Any = 0.5,
+        method: Any = METHODS[0],
         repetitions: Any = 5,
         source_class: Any = None,
         class_label: Any = None,
         guidance_scale: Any = 1.0,
         num_images: Any = 6,
         seed: Any = 0,
+        sampler: Any = OWN_STEPS,
         num_inference_steps: Any = None,
     ) -> "EditRequest":
         """The request for a model.
@@ -62,45 +75,65 @@ class EditRequest:
             mask: for "inpaint": white where the picture is drawn anew.
             second: for "between": the other end.
             strength: for "vary": share of the steps.
-            repetitions: for "inpaint": passes of RePaint.
+            method: for "inpaint": one of `METHODS`.
+            repetitions: passes of "repaint".
             source_class: for "class": class of the picture.
             class_label: class of the result.
-            guidance_scale, num_images, seed, num_inference_steps: as of `ddpm-hf edit`.
+            guidance_scale, num_images, seed: as of `ddpm-hf edit`.
+            sampler: "recommended" for that of `ddpm-hf edit` without options, "thorough" for all
+                steps of DDPM, "steps" for `num_inference_steps` of the model's scheduler.
+            num_inference_steps: number of steps; None for 25.
         Raises:
             ValueError: for a value out of range, and for a missing picture.
         """
-        if kind not in KINDS:
-            raise ValueError(f"`kind` must be one of {', '.join(KINDS)}, got {str(kind)[:40]!r}")
-        T = model.num_train_timesteps
-        steps = min(DEFAULT_STEPS, T) if num_inference_steps is None else num_inference_steps
+        _check_choice("kind", kind, KINDS)
         is_conditional = model.class_labels is not None
         values: dict[str, Any] = {
-            "num_images": whole("num_images", num_images),
-            "seed": whole("seed", seed),
-            "num_inference_steps": whole("num_inference_steps", steps),
-            "guidance_scale": number("guidance_scale", guidance_scale),
+            "num_images": whole("num_images", num_images, 1, model.max_images),
+            "seed": whole("seed", seed, 0, MAX_SEED),
+            "guidance_scale": number("guidance_scale", guidance_scale, 0, MAX_GUIDANCE),
+            **_sampler(model, sampler, num_inference_steps),
         }
-        check_at_most("num_images", values["num_images"], model.max_images)
-        check_at_most("num_inference_steps", values["num_inference_steps"], T)
-        check_at_most("guidance_scale", values["guidance_scale"], MAX_GUIDANCE)
         if is_conditional:
             values["class_labels"] = [model.class_name(class_of(model, class_label))]
         if kind == "inpaint":
-            values |= {"mask_image": MASK, "jump_length": 1}
-            values["jump_n_sample"] = whole("repetitions", repetitions)
-            check_at_most("repetitions", values["jump_n_sample"], MAX_REPETITIONS)
+            values |= {"mask_image": MASK, **_inpainting(method, repetitions)}
         elif kind == "vary":
-            values["strength"] = number("strength", strength)
+            values["strength"] = number("strength", strength, 0, 1)
         elif kind == "between":
             values["between"] = SECOND
             if second is None:
-                raise ValueError("choose the second picture, too")
+                raise RequestError("no_second")
         elif not is_conditional:
-            raise ValueError("this model has no classes to change to")
+            raise RequestError("no_classes")
         else:
             values |= {"num_images": 1}
             values["source_class"] = model.class_name(class_of(model, source_class))
         return cls(EditOptions(**values), EditPictures(picture, mask, second))
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise RequestError("choice", name=name, choices=", ".join(choices), value=short(value))
+
+
+def _sampler(model: ServedModel, sampler: Any, num_steps: Any) -> dict[str, Any]:
+    """Options of the sampler."""
+    _check_choice("sampler", sampler, (RECOMMENDED, OWN_STEPS, THOROUGH))
+    if sampler != OWN_STEPS:
+        return {"thorough": sampler == THOROUGH}
+    T = model.num_train_timesteps
+    steps = min(DEFAULT_STEPS, T) if num_steps is None else num_steps
+    return {"num_inference_steps": whole("num_inference_steps", steps, 1, T)}
+
+
+def _inpainting(method: Any, repetitions: Any) -> dict[str, Any]:
+    """Options of a method of inpainting."""
+    _check_choice("method", method, METHODS)
+    if method != METHODS[0]:
+        return {"method": method}
+    passes = whole("repetitions", repetitions, 1, MAX_REPETITIONS)
+    return {"jump_length": 1, "jump_n_sample": passes}
 
 
 @dataclass(frozen=True)
@@ -139,7 +172,7 @@ def edit_command(model: ServedModel, request: EditRequest) -> str:
     for field in fields(EditOptions):
         value = getattr(options, field.name)
         if value != field.default and value is not None:
-            items = value if isinstance(value, list) else [value]
+            items = value if isinstance(value, list) else [] if value is True else [value]
             words += [flag_of(field), *map(str, items)]
     if options.num_images > EditOptions().batch_size:
         words += ["--batch-size", str(options.num_images)]

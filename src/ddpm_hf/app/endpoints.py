@@ -10,7 +10,8 @@ from PIL import Image
 from ddpm_hf.app.comparison import compare_settings
 from ddpm_hf.app.drawing import drawing_steps
 from ddpm_hf.app.editing import EditRequest, EditResult, edit_picture
-from ddpm_hf.app.requests import ALL_CLASSES, RECOMMENDED, DrawRequest
+from ddpm_hf.app.request_errors import RequestError
+from ddpm_hf.app.requests import ALL_CLASSES, RECOMMENDED, DrawRequest, short
 from ddpm_hf.app.served_models import ServedModel
 from ddpm_hf.app.site import Site
 from ddpm_hf.app.snippets import command_line, python_lines
@@ -87,7 +88,7 @@ class Endpoints:
                     "seconds": s.seconds,
                     "network_calls": s.num_calls,
                     "bits_per_dim": s.bits_per_dim,
-                    "problem": s.problem or None,
+                    "problem": s.problem and str(s.problem),
                 }
                 for s in done
             ],
@@ -139,8 +140,8 @@ class Endpoints:
     def _model(self, name: Any) -> ServedModel:
         if isinstance(name, str) and name in self._models:
             return self._models[name]
-        raise ValueError(
-            f"`model` must be one of {', '.join(self._models)}, got {str(name)[:40]!r}"
+        raise RequestError(
+            "choice", name="model", choices=", ".join(self._models), value=short(name)
         )
 
 
@@ -188,8 +189,7 @@ def _optional(name: str, value: Any) -> float | None:
     try:
         return float(value)
     except (TypeError, ValueError):
-        given = repr(value)[:40]
-    raise ValueError(f"`{name}` must be a number or {AUTO!r}, got {given}")
+        raise RequestError("auto", name=name, value=short(value)) from None
 
 
 def _label(label: Any) -> Any:

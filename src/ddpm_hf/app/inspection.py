@@ -3,7 +3,6 @@
 import re
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import pandas as pd
 import torch
@@ -12,11 +11,14 @@ from PIL import Image
 from ddpm_hf.app.requests import class_of, whole
 from ddpm_hf.app.served_models import ServedModel
 from ddpm_hf.app.working import watched
+from ddpm_hf.diffusion.conditioning import denoiser_of
 from ddpm_hf.diffusion.config_extension import beta_schedule_of
+from ddpm_hf.diffusion.scheduler_interface import num_outputs
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
-from ddpm_hf.diffusion.tensor_ops import Denoiser
 from ddpm_hf.likelihood import BitsPerDim, bits_per_dim
 from ddpm_hf.paths import ModelPaths
+from ddpm_hf.sampling.sampler_choice import build_scheduler
+from ddpm_hf.scheduler_spec import SchedulerSpec
 
 MAX_CARD_CHARACTERS = 100_000
 MAX_POINTS = 250
@@ -29,17 +31,15 @@ _LOADING_TAG = re.compile(
 )
 
 
-def gaussian_scheduler(model: ServedModel) -> GaussianDDPMScheduler:
-    """The diffusion process of a model."""
-    scheduler = model.pipeline.scheduler
-    if isinstance(scheduler, GaussianDDPMScheduler):
-        return scheduler
-    return GaussianDDPMScheduler.from_config(scheduler.config)
+def diffusion_of(model: ServedModel) -> GaussianDDPMScheduler:
+    """The diffusion process of a model, whatever scheduler of diffusers it samples with."""
+    scheduler: GaussianDDPMScheduler = build_scheduler(model.pipeline, SchedulerSpec("DDPM"))
+    return scheduler
 
 
 def model_facts(model: ServedModel, words: Mapping[str, str]) -> dict[str, str]:
     """Names and values of the properties of a model, in the language of `words`."""
-    unet, config = model.pipeline.unet, gaussian_scheduler(model).config
+    unet, config = model.pipeline.unet, diffusion_of(model).config
     width, height = model.size
     channels = unet.config.in_channels
     facts = {
@@ -73,13 +73,13 @@ def card_text(model: ServedModel) -> str:
 def snr_curve(model: ServedModel) -> pd.DataFrame:
     """Log signal-to-noise ratio over t: columns t and log SNR."""
     t = _timesteps(model.num_train_timesteps)
-    log_snr = gaussian_scheduler(model).log_snr(t, torch.float64)
+    log_snr = diffusion_of(model).log_snr(t, torch.float64)
     return pd.DataFrame({"t": t.numpy(), "log SNR": log_snr.numpy()})
 
 
 def error_curve(model: ServedModel) -> pd.DataFrame | None:
     """Root mean squared error of the estimate of x_0 over t; None without a calibration."""
-    mse = gaussian_scheduler(model).x_0_mse
+    mse = diffusion_of(model).x_0_mse
     if mse is None:
         return None
     t = _timesteps(len(mse))
@@ -118,14 +118,15 @@ def picture_bound(
     Raises:
         ValueError: for a value out of range.
     """
-    terms = whole("num_terms", num_terms)
-    if not 2 <= terms <= MAX_TERMS:
-        raise ValueError(f"`num_terms` must be in [2, {MAX_TERMS}], got {terms}")
-    terms = min(terms, model.num_train_timesteps)
-    pipeline, scheduler = model.pipeline, gaussian_scheduler(model)
+    terms = min(whole("num_terms", num_terms, 2, MAX_TERMS), model.num_train_timesteps)
+    pipeline, scheduler = model.pipeline, diffusion_of(model)
     x_0 = pipeline.encode_images(picture)
     generators = [torch.Generator(x_0.device).manual_seed(i) for i in range(COPIES)]
-    denoiser = _denoiser(model, class_label)
+    labels = None
+    if model.class_labels is not None:
+        labels = torch.full((COPIES,), class_of(model, class_label), device=x_0.device)
+    outputs = num_outputs(pipeline.unet.config, scheduler)
+    denoiser = denoiser_of(pipeline.unet, labels, outputs)
 
     def measure() -> BitsPerDim:
         return bits_per_dim(
@@ -140,17 +141,3 @@ def picture_bound(
 
     bound = yield from watched(pipeline.unet, measure)
     return PictureBound(bound.mean, bound.standard_error, terms)
-
-
-def _denoiser(model: ServedModel, class_label: object) -> Denoiser:
-    unet = model.pipeline.unet
-    if model.class_labels is None:
-        whole_network: Denoiser = unet
-        return whole_network
-    label = class_of(model, class_label)
-
-    def with_label(x_t: torch.Tensor, t: torch.Tensor) -> Any:
-        labels = torch.full((len(x_t),), label, device=x_t.device)
-        return unet(x_t, t, class_labels=labels)
-
-    return with_label

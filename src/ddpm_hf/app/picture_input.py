@@ -9,6 +9,7 @@ from PIL import Image
 from ddpm_hf.app.browser_components import painter
 from ddpm_hf.app.films import data_url
 from ddpm_hf.app.reported_errors import reported
+from ddpm_hf.app.request_errors import RequestError
 from ddpm_hf.app.served_models import ServedModel
 from ddpm_hf.app.site import PRIVATE, QUICK, Session, Site
 from ddpm_hf.app.translations import translated as t
@@ -140,7 +141,7 @@ def choose_drawn(model: ServedModel, drawn: Any, index: int) -> Chosen:
         ValueError: if the visitor has drawn none with this model.
     """
     if not isinstance(drawn, Drawn) or drawn.model != model.name:
-        raise ValueError("draw images with this model first")
+        raise RequestError("no_drawn")
     index %= len(drawn.images)
     label = drawn.labels[index] if drawn.labels else None
     return Chosen(model.name, drawn.picture(index, model.bit_depth), index, label)
@@ -158,5 +159,5 @@ def chosen_picture(model: ServedModel, chosen: Any) -> Image.Image:
         ValueError: if there is none for this model.
     """
     if not isinstance(chosen, Chosen) or chosen.model != model.name:
-        raise ValueError("upload a picture, or take a drawn one")
+        raise RequestError("no_picture")
     return chosen.picture

@@ -7,13 +7,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import gradio as gr
+from gradio.context import LocalContext
 
+from ddpm_hf.app.page_texts import language_of, texts
+from ddpm_hf.app.request_errors import RequestError, message_of
 from ddpm_hf.backend_settings import is_out_of_memory
-from ddpm_hf.text import without_secrets
 
 
 def reported(function: Callable[..., Any]) -> Callable[..., Any]:
     """Show a ValueError or a lack of memory to the visitor, without a traceback on the server.
+
+    The message is in the language of the visitor's browser.
 
     Args:
         function: a function or generator function of an event.
@@ -40,8 +44,13 @@ def _shown() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise gr.Error(without_secrets(str(error)), print_exception=False) from error
+        raise _message(error) from error
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise gr.Error("out of memory: ask for fewer images", print_exception=False) from error
+        raise _message(RequestError("memory")) from error
+
+
+def _message(error: ValueError) -> gr.Error:
+    words = texts(language_of(LocalContext.request.get(None)))
+    return gr.Error(message_of(error, words), title=words["error"], print_exception=False)

@@ -7,9 +7,9 @@ import math
 from dataclasses import dataclass
 from typing import Any, Self
 
+from ddpm_hf.app.request_errors import RequestError
 from ddpm_hf.app.served_models import USUAL_STEPS, ServedModel
 from ddpm_hf.diffusion.class_choice import class_numbers
-from ddpm_hf.options import Options, option
 from ddpm_hf.sampling.class_labels import class_names_of
 from ddpm_hf.sampling.options import SamplerOptions
 from ddpm_hf.sampling.sampler_choice import SamplerSetting, choose_setting
@@ -30,26 +30,28 @@ MAX_LOG_SNR = 100.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrawRequest(Options):
+class DrawRequest:
     """Images to draw, with all values resolved and in range.
 
-    Raises:
-        OptionError: for a value out of range or of the wrong type.
+    Attributes:
+        num_images: number of images.
+        seed: seed of the noise.
+        class_labels: numbers of classes, taken in turn; None for an unconditional model.
+        guidance_scale: scale of classifier-free guidance.
+        guidance_interval: range of the log signal-to-noise ratio with guidance; None for all steps.
+        scheduler: specification of the scheduler.
+        num_inference_steps: number of steps K.
+        eta: noise of each step; None for a scheduler without it.
     """
 
-    num_images: int = option(6, "number of images", minimum=1)
-    seed: int = option(0, "seed of the noise", minimum=0, maximum=MAX_SEED)
-    class_labels: list[int] | None = option(None, "numbers of classes, taken in turn")
-    guidance_scale: float = option(1.0, "scale of guidance", minimum=0, maximum=MAX_GUIDANCE)
-    guidance_interval: tuple[float, float] | None = option(
-        None,
-        "range of the log signal-to-noise ratio with guidance",
-        minimum=-MAX_LOG_SNR,
-        maximum=MAX_LOG_SNR,
-    )
-    scheduler: str | None = option(None, "specification of the scheduler; None for the model's")
-    num_inference_steps: int = option(USUAL_STEPS, "number of steps K", minimum=1)
-    eta: float | None = option(None, "noise of each step", minimum=0, maximum=1)
+    num_images: int
+    seed: int
+    class_labels: list[int] | None
+    guidance_scale: float
+    guidance_interval: tuple[float, float] | None
+    scheduler: str
+    num_inference_steps: int
+    eta: float | None
 
     @classmethod
     def of(
@@ -79,25 +81,19 @@ class DrawRequest(Options):
         Raises:
             ValueError: for any value out of range, and for a combination that does not work.
         """
-        spec, steps = _sampler(model, sampler)
+        spec, usual = _sampler(model, sampler)
+        scale = 1.0 if guidance_scale is None else guidance_scale
+        steps = usual if num_inference_steps is None else num_inference_steps
         request = cls(
-            num_images=whole("num_images", num_images),
-            seed=whole("seed", seed),
+            num_images=whole("num_images", num_images, 1, model.max_images),
+            seed=whole("seed", seed, 0, MAX_SEED),
             class_labels=_classes(model, class_label),
-            guidance_scale=1.0
-            if guidance_scale is None
-            else number("guidance_scale", guidance_scale),
+            guidance_scale=number("guidance_scale", scale, 0, MAX_GUIDANCE),
             guidance_interval=_interval(guidance_interval),
             scheduler=str(SchedulerSpec(spec.scheduler, spec.options)),
-            num_inference_steps=(
-                steps
-                if num_inference_steps is None
-                else whole("num_inference_steps", num_inference_steps)
-            ),
+            num_inference_steps=whole("num_inference_steps", steps, 1, model.num_train_timesteps),
             eta=_eta(spec, eta),
         )
-        check_at_most("num_images", request.num_images, model.max_images)
-        check_at_most("num_inference_steps", request.num_inference_steps, model.num_train_timesteps)
         request.setting(model)
         return request
 
@@ -126,27 +122,28 @@ class DrawRequest(Options):
         )
 
 
-def whole(name: str, value: Any) -> int:
-    """An integer; ValueError for another value, such as NaN or a fraction."""
+def whole(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> int:
+    """An integer in [low, high]; RequestError for another value, such as NaN or a fraction."""
     if isinstance(value, float) and value.is_integer():
-        return int(value)
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"`{name}` must be an integer, got {_short(value)}")
+        raise RequestError("whole", name=name, value=short(value))
+    _check_range(name, value, low, high)
     return value
 
 
-def number(name: str, value: Any) -> float:
-    """A finite number; ValueError for another value."""
+def number(name: str, value: Any, low: float, high: float) -> float:
+    """A number in [low, high]; RequestError for another value, such as NaN."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value):
-        raise ValueError(f"`{name}` must be a finite number, got {_short(value)}")
+        raise RequestError("number", name=name, value=short(value))
+    _check_range(name, value, low, high)
     return float(value)
 
 
-def check_at_most(name: str, value: float, limit: float) -> None:
-    """Check that the value is at most the limit of a model; ValueError if it is not."""
-    if value > limit:
-        raise ValueError(f"`{name}` must be at most {limit} for this model, got {value}")
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise RequestError("range", name=name, low=low, high=high, value=value)
 
 
 def usual_steps(model: ServedModel, sampler: str) -> int:
@@ -164,7 +161,7 @@ def usual_steps(model: ServedModel, sampler: str) -> int:
 def _sampler(model: ServedModel, sampler: Any) -> tuple[SchedulerSpec, int]:
     """Specification and usual number of steps; without a recommended setting that of DDIM."""
     if not isinstance(sampler, str):
-        raise ValueError(f"`sampler` must be the name of a sampler, got {_short(sampler)}")
+        raise RequestError("sampler", value=short(sampler))
     if sampler != RECOMMENDED:
         return SchedulerSpec.parse_foreign(sampler), usual_steps(model, sampler)
     setting = model.recommended
@@ -182,7 +179,7 @@ def default_eta(model: ServedModel, sampler: str) -> float | None:
 
 def _eta(spec: SchedulerSpec, eta: Any) -> float | None:
     eta = spec.eta if eta is None else eta
-    return None if eta is None or not _has_eta(spec) else number("eta", eta)
+    return None if eta is None or not _has_eta(spec) else number("eta", eta, 0, 1)
 
 
 def _has_eta(spec: SchedulerSpec) -> bool:
@@ -194,12 +191,12 @@ def _interval(value: Any) -> tuple[float, float] | None:
     if value is None:
         return None
     if not isinstance(value, list | tuple) or len(value) != 2:
-        raise ValueError(f"`guidance_interval` must be two numbers, got {_short(value)}")
-    low, high = value
-    return (
-        -MAX_LOG_SNR if low is None else number("guidance_interval", low),
-        MAX_LOG_SNR if high is None else number("guidance_interval", high),
+        raise RequestError("interval", value=short(value))
+    low, high = (
+        end if bound is None else number("guidance_interval", bound, -MAX_LOG_SNR, MAX_LOG_SNR)
+        for bound, end in zip(value, (-MAX_LOG_SNR, MAX_LOG_SNR), strict=True)
     )
+    return low, high
 
 
 def _classes(model: ServedModel, label: Any) -> list[int] | None:
@@ -209,7 +206,7 @@ def _classes(model: ServedModel, label: Any) -> list[int] | None:
     if isinstance(label, float):
         label = whole("class_label", label)
     if not isinstance(label, int | str):
-        raise ValueError(f"`class_label` must be a class, got {_short(label)}")
+        raise RequestError("class", value=short(label))
     unet = model.pipeline.unet
     return class_numbers(label, unet.config.num_class_embeds, class_names_of(unet))
 
@@ -220,6 +217,7 @@ def class_of(model: ServedModel, label: Any) -> int:
     return labels[0] if label is None else (_classes(model, label) or labels)[0]
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """Beginning of a value, for a message."""
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:37]}..."

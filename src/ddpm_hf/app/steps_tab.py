@@ -9,6 +9,7 @@ import gradio as gr
 from ddpm_hf.app.comparison import ComparedSetting, compare_settings, step_choices
 from ddpm_hf.app.controls import class_choices
 from ddpm_hf.app.page_texts import texts
+from ddpm_hf.app.request_errors import message_of
 from ddpm_hf.app.requests import SAMPLERS
 from ddpm_hf.app.result_html import picture_tag, section, tiled
 from ddpm_hf.app.served_models import ServedModel
@@ -92,7 +93,8 @@ def comparison_html(settings: Sequence[ComparedSetting], words: Mapping[str, str
 def _cell(setting: ComparedSetting, words: Mapping[str, str]) -> str:
     title = f"K = {setting.num_inference_steps}"
     if setting.images is None:
-        return f"<figure><b>{title}</b><figcaption>{escape(setting.problem)}</figcaption></figure>"
+        problem = message_of(setting.problem, words) if setting.problem else ""
+        return f"<figure><b>{title}</b><figcaption>{escape(problem)}</figcaption></figure>"
     facts = [f"{setting.seconds:.2f} s", words["calls"].format(num=setting.num_calls)]
     if setting.bits_per_dim is not None:
         facts.append(words["bound"].format(bits=f"{setting.bits_per_dim:.3f}"))

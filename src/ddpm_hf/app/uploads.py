@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from ddpm_hf.app.request_errors import RequestError
 from ddpm_hf.app.served_models import ServedModel
 from ddpm_hf.diffusion.image_format import image_facts
 from ddpm_hf.pictures import to_rgb
@@ -40,28 +41,28 @@ def open_mask(path: Any, model: ServedModel) -> Image.Image:
 
 def _opened(path: Any) -> Image.Image:
     if not isinstance(path, str | Path):
-        raise ValueError("upload a picture first")
+        raise RequestError("no_upload")
     try:
         # Opening reads the header only; the size is checked before pixels are decoded.
         with Image.open(path, formats=FORMATS) as picture:
             width, height = picture.size
             if width * height > MAX_UPLOAD_PIXELS:
-                raise ValueError(
-                    f"the picture must have at most {MAX_UPLOAD_PIXELS:,} pixels, got"
-                    f" {width:,} x {height:,}"
+                raise RequestError(
+                    "upload_size",
+                    most=f"{MAX_UPLOAD_PIXELS:,}",
+                    width=f"{width:,}",
+                    height=f"{height:,}",
                 )
             return ImageOps.exif_transpose(picture).copy()
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"the file is not a picture in one of the formats {', '.join(FORMATS)}, or is damaged"
-        ) from error
+        raise RequestError("upload", formats=", ".join(FORMATS)) from error
 
 
 def fitted(picture: Image.Image, model: ServedModel) -> Image.Image:
     """A picture in the format of a model: mode, size by cropping and resizing, bit depth."""
     channels = model.pipeline.unet.config.in_channels
     if channels not in _MODES:
-        raise ValueError(f"a model with {channels} channels has no pictures to edit")
+        raise RequestError("channels", channels=channels)
     plain = picture.convert("RGBA" if _MODES[channels] in ("LA", "RGBA") else "RGB")
     if picture.mode in ("LA", "PA", "RGBA", "P") and plain.mode == "RGB":
         plain = to_rgb(picture.convert("RGBA"))
@@ -86,8 +87,8 @@ def mask_picture(value: Any, model: ServedModel) -> Image.Image:
     width, height = model.size
     text = value.get("mask") if isinstance(value, dict) else None
     if not isinstance(text, str) or "1" not in text:
-        raise ValueError("paint over the part of the picture that is to be drawn anew")
+        raise RequestError("mask")
     if len(text) != width * height or not set(text) <= {"0", "1"}:
-        raise ValueError(f"the mask must have {width} x {height} pixels")
+        raise RequestError("mask_size", width=width, height=height)
     bits = np.frombuffer(text.encode(), np.uint8) - ord("0")
     return Image.fromarray(bits.reshape(height, width) * np.uint8(255))

@@ -8,6 +8,8 @@ from typing import TypeVar
 
 import torch
 
+from ddpm_hf.app.request_errors import RequestError
+
 T = TypeVar("T")
 UPDATE_INTERVAL_S = 0.2
 TIME_LIMIT_S = 600
@@ -82,6 +84,4 @@ def watched(network: torch.nn.Module, work: Callable[[], T]) -> Generator[int, N
 def check_time(start: float) -> None:
     """Raise ValueError if the work that began at `start` takes too long."""
     if time.monotonic() - start > TIME_LIMIT_S:
-        raise ValueError(
-            f"stopped after {TIME_LIMIT_S} s, the limit of a request: use fewer images or steps"
-        )
+        raise RequestError("time", seconds=TIME_LIMIT_S)
