@@ -122,7 +122,7 @@ def test_a_phone_shows_the_page_without_overflow_in_its_language(visit, scheme):
     visitor = visit(
         viewport={"width": 390, "height": 844}, locale="zh-CN", color_scheme=scheme, has_touch=True
     )
-    assert "\u7ed8\u5236" in visitor.page.inner_text("#draw")
+    assert "\u751f\u6210" in visitor.page.inner_text("#draw")
     visitor.draw()
     assert visitor.overflow() == 0
 
