@@ -4,7 +4,7 @@ python docs/make_guide_figures.py runs/demo/model [NAME ...]     # the names of 
 """
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ def progress(_: Path) -> None:
 
 
 def fine_tuning(_: Path) -> None:
-    """Few pictures of a new kind: trained from scratch, and from a pretrained model."""
+    """A few pictures of a new kind: trained from scratch, and from a pretrained model."""
     folder = RUNS / "faces-outdoors"
     folder.mkdir(parents=True, exist_ok=True)
     faces = test_faces(NUM_NEW_FACES)
@@ -143,24 +143,9 @@ def likelihood(_: Path) -> None:
         pipeline.unet, pipeline.scheduler, x_0, num_inference_steps=50, generator=generator
     )
     order = bound.total.argsort().tolist()
-    shown = [*order[:COLUMNS], *order[-COLUMNS:]]
+    shown = [*order[:5], *order[-5:]]
     titles = [f"{bound.total[i]:.2f}" for i in shown]
-    rows = [
-        image_grid([faces[i] for i in shown[n : n + COLUMNS]], COLUMNS, [name], column_names=titles[n : n + COLUMNS])
-        for n, name in ((0, "lowest"), (COLUMNS, "highest"))
-    ]  # fmt: skip
-    stacked(rows).save(DOCS / "likelihood_faces.png")
-
-
-def stacked(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Pictures below each other, right-aligned."""
-    size = max(p.width for p in pictures), sum(p.height for p in pictures)
-    whole = Image.new("RGB", size, "white")
-    y = 0
-    for picture in pictures:
-        whole.paste(picture, (size[0] - picture.width, y))
-        y += picture.height
-    return whole
+    save_rows({"bits/dim": [faces[i] for i in shown]}, "likelihood_faces", column_names=titles)
 
 
 def three_ways(_: Path) -> None:
@@ -252,16 +237,14 @@ def symptoms(model: Path) -> None:
     save_rows(rows, "troubleshooting")
 
 
-PICTURES = {
-    function.__name__: function
-    for function in (progress, fine_tuning, likelihood, three_ways, samplers, copies, film, symptoms)
-}  # fmt: skip
+PICTURES = (progress, fine_tuning, likelihood, three_ways, samplers, copies, film, symptoms)
 
 
 def main(model: str, *names: str) -> None:
     """Draw the pictures with these names, or all."""
-    for name in names or PICTURES:
-        PICTURES[name](Path(model))
+    for picture in PICTURES:
+        if not names or picture.__name__ in names:
+            picture(Path(model))
 
 
 if __name__ == "__main__":
