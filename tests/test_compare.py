@@ -171,6 +171,7 @@ def test_a_comparison_prints_as_a_table_and_converts_to_json_and_pandas(swept):
     assert f"{fd.value:.4g} +- {fd.half_width:.2g}" in line
     assert any(line.startswith("  real images") for line in lines)
     assert any(line.startswith("left out: a/model, DPMSolver") for line in lines)
+    assert any(line.startswith("a/model, DDPM, eta 0, K = 2 ") for line in lines)
     frame = pandas.DataFrame(comparison.rows()).pivot(
         index="setting", columns="figure", values="value"
     )
@@ -242,6 +243,8 @@ def test_models_and_numbers_of_steps_are_compared_by_their_bound(models, photos)
     assert bounds[2].value == want.bound.value
     assert f"{bounds[2].value:.4g} +- " in str(comparison)
     assert "12 images of photos, test" in str(comparison)
+    assert all(row.seconds_per_image > 0 for row in comparison.settings)
+    assert "s/image: time of the bound in one process" in str(comparison)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Image sources: folders, files, saved datasets and the Hub."""
 
 import json
+import logging
 import os
 import pickle
 
@@ -251,6 +252,20 @@ def test_an_invalid_source_is_reported_in_one_line(tmp_path, monkeypatch, source
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_a_damaged_file_is_reported_once(tmp_path):
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    (tmp_path / "broken.arrow").write_bytes(b"not arrow" * 9)
+    logging.getLogger("datasets").addHandler(handler)
+    try:
+        with pytest.raises(DataError, match=r"broken\.arrow' cannot be loaded"):
+            load_images(tmp_path / "broken.arrow")
+    finally:
+        logging.getLogger("datasets").removeHandler(handler)
+    assert records == []
+
+
 def test_a_source_without_rows_is_rejected(tmp_path):
     rows().to_parquet(tmp_path / "none.parquet", batch_size=1)
     with pytest.raises(DataError, match=r"none\.parquet"):
@@ -303,3 +318,6 @@ def test_hub_datasets_are_loaded_and_cannot_name_local_files(tmp_path):
             with pytest.raises(ClientError, match=message) as caught:
                 client.run(HUB_SCRIPT, source=source, options=options)
             assert caught.value.kind == "DataError"
+        hub.stop()  # the cache answers at once
+        assert client.run(HUB_SCRIPT, source="user/rows", options={"split": "test"})[0] == 2
+        assert "Retrying" not in client.log.read_text()

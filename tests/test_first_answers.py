@@ -62,6 +62,25 @@ REFUSALS = [
     ("calibrate MODEL ./photo", "'./photo' does not exist"),
     ("evaluate MODEL ./a/b photos", "'./a/b' does not exist"),
     ("push model user/name", "model is not a folder"),
+    ("push photos user/name", "photos is not a pipeline checkpoint: it has no model_index.json"),
+    ("sample MODEL --guidance-scale 2", "--guidance-scale must be 1: this model has no numbered"),
+    ("sample MODEL --num-inference-steps 21", "--num-inference-steps must be in [1, 20], got 21"),
+    ("edit MODEL there.png --num-inference-steps 21", "--num-inference-steps must be in [1, 20]"),
+    ("edit MODEL there.png --guidance-scale 2", "--guidance-scale must be 1"),
+    ("evaluate MODEL photos --num-inference-steps 21", "--num-inference-steps must be in [1, 20]"),
+    (
+        "sample user/nothere",
+        "HF_HUB_OFFLINE is set and the cache has no complete copy",
+    ),
+    ("edit user/nothere there.png", "HF_HUB_OFFLINE is set and the cache has no complete copy"),
+    *(
+        (
+            f"{command} user/nothere",
+            "'user/nothere' is not a local path; as a Hub dataset: HF_HUB",
+        )
+        for command in ("train", "calibrate MODEL", "evaluate MODEL")
+    ),
+    ("train photo", "'photo' is not a local path (did you mean 'photos'?); as a Hub dataset: "),
     ("sample MODEL --guide ./weak", "'./weak' does not exist"),
     ("sample MODEL --output there.png", "there.png exists already"),
     ("sample MODEL --output .", "--output must name a file or folder"),
@@ -140,6 +159,16 @@ def test_an_endpoint_without_scheme_is_named_before_any_request(tmp_path):
         assert status == 2
         assert len(lines) == 2
         assert "HF_ENDPOINT must start with https://" in lines[0]
+
+
+@pytest.mark.slow
+def test_a_dataset_without_connection_is_refused_in_one_line(tmp_path):
+    environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    status, lines = answer("train", "user/name", cwd=tmp_path, NO_PROXY="127.0.0.1", **environment)
+    assert status == 2
+    assert len(lines) == 2
+    assert "no connection to http://127.0.0.1:9 for user/name" in lines[0]
+    assert lines[1] == "no torch"
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ FLOORS = (
     {
         "backend_settings",
         "bounded_yaml",
+        "connection",
         "diffusion",
         "digests",
         "fonts",

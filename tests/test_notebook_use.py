@@ -69,10 +69,10 @@ def test_next_steps_are_python_in_a_notebook(tmp_path, monkeypatch, capsys, in_k
     shell = SimpleNamespace(kernel=None) if in_kernel else None
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
     assert is_notebook() == in_kernel
-    result = run(tmp_path, num_samples=0)
+    result = run(tmp_path / "my run", num_samples=0)
     printed = capsys.readouterr().out
     assert (f"ddpm_hf.load({str(result.model_dir)!r})" in printed) == in_kernel
-    assert ("ddpm-hf sample" in printed) != in_kernel
+    assert (f"ddpm-hf sample '{result.model_dir}'" in printed) != in_kernel
 
 
 def test_schedulers_have_readable_names_in_plots():

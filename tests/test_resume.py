@@ -273,6 +273,8 @@ def test_a_run_and_its_checkpoints_are_models(photos):
         assert_equal_bits(dict(load(folder).unet.state_dict()), final)
     assert is_model(folder)
     assert is_model(early)
+    with pytest.raises(ValueError, match=r"no model_index.json; did you mean \S+run/model\?"):
+        load(folder / "checkpoints")
     before = sorted(early.iterdir())
     with pytest.raises(ValueError, match="is a training checkpoint, which must not be changed"):
         calibrate_checkpoint(early, str(photos / "photos"))

@@ -200,6 +200,25 @@ def test_changed_options_of_a_resumed_run_raise_with_old_and_new_value():
         resume_options(TrainingConfig(output_dir="a", seed=1, logging_steps=3), before)
 
 
+def test_commands_in_messages_quote_paths_with_spaces():
+    hint = TrainingConfig(output_dir="my run").resume_hint()
+    assert "`output_dir` 'my run-2' for a new network" in hint
+    assert "`pretrained` 'my run/model' to fine-tune" in hint
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["photos", "--resoluton=8"], "--resoluton=8 (did you mean '--resolution' or"),
+        (["my", "photos"], "photos; quote paths that contain spaces"),
+    ],
+)
+def test_unknown_arguments_end_with_a_hint(words, hint, capsys):
+    with pytest.raises(SystemExit):
+        parse_config(words)
+    assert hint in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("batch_size", "choices"), [(10, "9 or 12"), (2, "3"), (7, "6 or 9")])
 def test_an_indivisible_batch_size_raises_with_valid_sizes(batch_size, choices):
     options = TrainingConfig(batch_size=batch_size, gradient_accumulation_steps=3)

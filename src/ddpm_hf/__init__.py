@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ddpm_hf.calibration import Calibration, calibrate
+    from ddpm_hf.connection import HubError
     from ddpm_hf.data import DataError
     from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
     from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from ddpm_hf.evaluation.results import Evaluation
     from ddpm_hf.hub.load import load
     from ddpm_hf.hub.push import push
-    from ddpm_hf.hub.retry import HubError
     from ddpm_hf.inference_optimization import optimize
     from ddpm_hf.likelihood import BitsPerDim, bits_per_dim
     from ddpm_hf.losses import hybrid_loss, simple_loss, vlb_loss
@@ -71,6 +71,7 @@ __all__ = [
 
 _NAMES_BY_MODULE = {
     "calibration": "Calibration calibrate",
+    "connection": "HubError",
     "data": "DataError",
     "diffusion.pipeline": "GaussianDDPMPipeline",
     "diffusion.scheduling": "GaussianDDPMScheduler",
@@ -82,7 +83,6 @@ _NAMES_BY_MODULE = {
     "evaluation.results": "Evaluation",
     "hub.load": "load",
     "hub.push": "push",
-    "hub.retry": "HubError",
     "inference_optimization": "optimize",
     "likelihood": "BitsPerDim bits_per_dim",
     "openai_conversion.convert": "convert",

@@ -19,7 +19,7 @@ from ddpm_hf.commands.messages import (
     print_traceback,
     say,
 )
-from ddpm_hf.hub.options import check_endpoint
+from ddpm_hf.connection import check_endpoint
 from ddpm_hf.process_watch import watch_launcher
 from ddpm_hf.text import check_local_path
 

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from transformers import HfArgumentParser
 
 from ddpm_hf.options import REQUIRED, flag_of, flags_in_message, kinds_of
+from ddpm_hf.text import did_you_mean
 
 Kind = TypeVar("Kind")
 _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -70,6 +71,20 @@ class OptionParser(HfArgumentParser):  # type: ignore[misc]
         }
         words = None if args is None else _without_switch_values(list(args), switches)
         return super().parse_known_args(words, namespace)
+
+    def error(self, message: str) -> None:
+        """As in `argparse.ArgumentParser`, with a hint for unknown arguments."""
+        unknown = message.partition("unrecognized arguments: ")[2].partition(" ")[0]
+        hint = "; quote paths that contain spaces" if unknown else ""
+        if unknown.startswith("-"):
+            flags = [
+                flag
+                for action in self._actions
+                for flag in action.option_strings
+                if "_" not in flag
+            ]
+            hint = did_you_mean(unknown.partition("=")[0], [f for f in flags if "_" not in f])
+        super().error(message + hint)
 
     def _add_dataclass_arguments(self, dtype: type) -> None:
         hints = typing.get_type_hints(dtype)
@@ -195,7 +210,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        flags = [flag for flag in action.option_strings if "_" not in flag]
+        flags = [flag for flag in action.option_strings]
         if isinstance(action, argparse.BooleanOptionalAction):
             on, off = flags[0], flags[-1]
             return on if action.default is False else f"{on}, {off}"

@@ -192,7 +192,8 @@ def check_model(name: str) -> None:
 
 
 def not_a_model(folder: Path, name: str) -> str:
-    """Message for a folder without a model, with the folder inside that has one."""
-    inner = folder / "model"
-    hint = f"; did you mean {inner}?" if ModelPaths(inner).index.is_file() else ""
+    """Message for a folder without a model, with the folder inside or beside it that has one."""
+    models = (folder / "model", folder.parent / "model")
+    found = next((model for model in models if ModelPaths(model).index.is_file()), None)
+    hint = f"; did you mean {found}?" if found else ""
     return f"{name} is not a pipeline checkpoint: it has no model_index.json{hint}"

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ddpm_hf.commands.messages import command_options, resume_hint
+from ddpm_hf.connection import check_dataset
 from ddpm_hf.evaluation.options import DATASET_HELP, CalibrationOptions
 from ddpm_hf.hub.options import ModelArgument
 from ddpm_hf.options import REQUIRED, for_user, option
 from ddpm_hf.paths import check_model, output_folder
-from ddpm_hf.text import check_local_path
 
 HELP = "measure what a model loses in few steps, and the best variances for them"
 DESCRIPTION = """
@@ -60,7 +60,7 @@ def run(argv: list[str]) -> int:
     usage = "MODEL DATASET [--option VALUE ...]"
     with command_options(CalibrateCommand, argv, "calibrate", usage, DESCRIPTION) as options:
         check_model(options.model)
-        check_local_path(options.dataset)
+        check_dataset(options.dataset)
         with resume_hint("measurements"):
             calibrate(options)
     return 0

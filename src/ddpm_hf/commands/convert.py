@@ -1,5 +1,6 @@
 """`ddpm-hf convert`."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,5 +96,5 @@ def convert(options: ConvertCommand) -> None:
     size = sum(weight.numel() for weight in pipeline.unet.parameters())
     print(
         f"{size:,} parameters, {len(pipeline.scheduler):,} timesteps, in {options.output}\n"
-        f"next: ddpm-hf sample {options.output} --num-inference-steps 50"
+        f"next: ddpm-hf sample {shlex.quote(str(options.output))} --num-inference-steps 50"
     )

@@ -37,10 +37,15 @@ def run(argv: list[str]) -> int:
         for path in (options.image, options.mask_image, options.between):
             if path is not None and not path.is_file():
                 raise ValueError(f"{path} does not exist, or is not a file")
-        from ddpm_hf.commands.class_checks import check_classes
+        from ddpm_hf.commands.model_checks import check_model_options
 
         source = [] if options.source_class is None else [options.source_class]
-        check_classes(options.model, [*source, *(options.class_labels or ())])
+        check_model_options(
+            options.model,
+            class_labels=[*source, *(options.class_labels or ())],
+            guidance_scale=options.guidance_scale,
+            num_inference_steps=options.num_inference_steps,
+        )
         with resume_hint("batches"):
             edit(options)
     return 0
@@ -48,12 +53,18 @@ def run(argv: list[str]) -> int:
 
 def edit(options: EditCommand) -> None:
     """Load the model, edit the picture and print what was written."""
-    from ddpm_hf.hub.load import load
+    from ddpm_hf.hub.load import fetch, open_pipeline
+
+    # Before torch is loaded.
+    is_safe = options.use_safetensors
+    folder = fetch(options.model, revision=options.revision, use_safetensors=is_safe)
     from ddpm_hf.sampling.edited_images import edit_images, edit_setting
     from ddpm_hf.shared_work import distributed_state
 
     state = distributed_state()
-    pipeline = load(options.model, **options.keywords(LoadOptions)).to(state.device)
+    pipeline = open_pipeline(
+        folder, options.model, variant=options.variant, use_safetensors=is_safe
+    ).to(state.device)
     setting = edit_setting(pipeline, options)
     say_recommended(setting)
     edited = edit_images(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddpm_hf.commands.messages import command_options, resume_hint, say
+from ddpm_hf.connection import check_dataset
 from ddpm_hf.evaluation.options import DATASET_HELP, METRIC_NAMES, ComparisonOptions
 from ddpm_hf.hub.options import LoadOptions
 from ddpm_hf.options import REQUIRED, OptionError, for_user, option
@@ -145,9 +146,16 @@ def run(argv: list[str]) -> int:
     """Evaluate models or images."""
     usage = "MODEL_OR_IMAGES [MODEL_OR_IMAGES ...] DATASET [--option VALUE ...]"
     with command_options(EvaluateCommand, argv, "evaluate", usage, DESCRIPTION) as options:
-        for path in (*options.subjects, options.dataset):
-            if path is not None:
-                check_local_path(path)
+        for path in options.subjects:
+            check_local_path(path)
+        if options.dataset is not None:
+            check_dataset(options.dataset)
+        if options.is_single and options.num_inference_steps:
+            from ddpm_hf.commands.model_checks import check_model_options
+
+            check_model_options(
+                options.subjects[0], num_inference_steps=options.num_inference_steps[0]
+            )
         with resume_hint("measurements"):
             if options.verify:
                 return verify(options)

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ddpm_hf.options import Options, for_user, naming_flags_of
+from ddpm_hf.scheduler_spec import readable_names
 from ddpm_hf.text import counted, visible, without_secrets
 
 if TYPE_CHECKING:
@@ -36,8 +37,9 @@ def say_recommended(setting: "SamplerSetting") -> None:
     """Print the setting if it is the recommended one of the model."""
     if setting.recommended is not None and setting.num_inference_steps is not None:
         T = setting.scheduler.config.num_train_timesteps
+        (name,) = readable_names([setting.recommended]).values()
         say(
-            f"ddpm-hf: {setting.recommended} in {counted(setting.num_inference_steps, 'step')}, as"
+            f"ddpm-hf: {name} in {counted(setting.num_inference_steps, 'step')}, as"
             f" recommended by `ddpm-hf calibrate --sweep`; --thorough uses DDPM in all {T:,} steps"
         )
 

@@ -3,7 +3,9 @@
 import sys
 
 from ddpm_hf.commands.messages import command_options
+from ddpm_hf.connection import HubError
 from ddpm_hf.hub.options import PushOptions
+from ddpm_hf.paths import ModelPaths, not_a_model
 from ddpm_hf.text import close_paths
 
 HELP = "share a model folder on the Hub, in one commit, private unless --public"
@@ -29,7 +31,9 @@ def run(argv: list[str]) -> int:
     with command_options(PushOptions, argv, "push", usage, DESCRIPTION) as options:
         if not options.folder.is_dir():
             raise ValueError(f"{options.folder} is not a folder{close_paths(str(options.folder))}")
-        from ddpm_hf.hub.push import HubError, push
+        if not ModelPaths(options.folder).index.is_file():
+            raise ValueError(not_a_model(options.folder, f"{options.folder}"))
+        from ddpm_hf.hub.push import push
 
         try:
             print(push(**options.keywords()))

@@ -55,24 +55,33 @@ def check_paths(options: SampleCommand, output: Path) -> None:
     """Check model, classes and output before torch is imported.
 
     Raises:
-        ValueError: for a local model that does not exist or lacks the classes, and for an invalid
-            or existing output.
+        ValueError: for a local model that does not exist or does not support the options, and for
+            an invalid or existing output.
     """
-    from ddpm_hf.commands.class_checks import check_classes
+    from ddpm_hf.commands.model_checks import check_model_options
     from ddpm_hf.sampling.output_paths import batch_folder, check_is_free, check_output
 
     check_model(options.model)
     if options.guide:
         check_model(options.guide)
     check_output(output)
-    check_classes(options.model, options.class_labels)
+    check_model_options(
+        options.model,
+        class_labels=options.class_labels or (),
+        guidance_scale=None if options.guide else options.guidance_scale,
+        num_inference_steps=options.num_inference_steps,
+    )
     if not options.overwrite and not batch_folder(output).exists():
         check_is_free(output)
 
 
 def sample(options: SampleCommand, output: Path) -> None:
     """Load the model, sample the images and save them."""
-    from ddpm_hf.hub.load import load
+    from ddpm_hf.hub.load import fetch, load, open_pipeline
+
+    # Before torch is loaded.
+    is_safe = options.use_safetensors
+    folder = fetch(options.model, revision=options.revision, use_safetensors=is_safe)
     from ddpm_hf.sampling import choose_setting, save_drawn
     from ddpm_hf.sampling.image_writer import reserved_output
     from ddpm_hf.sampling.planned_optimization import optimize_for_images
@@ -83,7 +92,9 @@ def sample(options: SampleCommand, output: Path) -> None:
     state = distributed_state()
     with reserved_output(output, state):
         pass
-    pipeline = load(options.model, **options.keywords(LoadOptions)).to(state.device)
+    pipeline = open_pipeline(
+        folder, options.model, variant=options.variant, use_safetensors=is_safe
+    ).to(state.device)
     setting = choose_setting(pipeline, options)
     pipeline.scheduler = setting.scheduler
     say_recommended(setting)

@@ -1,8 +1,8 @@
 """Loading of image datasets: folders, parquet and arrow files, `save_to_disk`, the Hub."""
 
 import glob
+import logging
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +16,7 @@ from huggingface_hub import constants as hub_constants
 from huggingface_hub.file_download import repo_folder_name
 
 from ddpm_hf.backend_settings import is_out_of_memory
+from ddpm_hf.connection import is_hub_reachable
 from ddpm_hf.data.decoding import EXTENSIONS, install_hint
 from ddpm_hf.data.errors import DataError
 from ddpm_hf.data.file_limits import parquet_options
@@ -125,6 +126,9 @@ def _is_cached_imagefolder(dataset: datasets.Dataset) -> bool:
 @contextmanager
 def _as_data_error(source: str) -> Iterator[None]:
     """Convert errors of `datasets` and the Hub client to a DataError that names the source."""
+    readers = logging.getLogger("datasets.packaged_modules")
+    level = readers.level
+    readers.setLevel(logging.CRITICAL)  # they log each error before they raise it
     try:
         yield
     except DataError:
@@ -139,6 +143,8 @@ def _as_data_error(source: str) -> Iterator[None]:
             raise cause from None
         reason = " ".join(f"{cause}".split()) or type(cause).__name__
         raise DataError(f"{source!r} cannot be loaded: {reason:.500}") from None
+    finally:
+        readers.setLevel(level)
 
 
 def _from_folder(root: Path, split: str | None) -> tuple[datasets.Dataset, Origin]:
@@ -211,10 +217,13 @@ def _from_builder(
 def _from_hub(
     name: str, config_name: str | None, split: str | None, revision: str | None
 ) -> tuple[datasets.Dataset, Origin]:
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        raise DataError(f"{name!r} does not exist{close_paths(name)}")
     try:
-        builder = datasets.load_dataset_builder(name, config_name, revision=revision)
+        is_online = is_hub_reachable(name)
+    except ValueError as error:
+        raise DataError(f"{error}") from None
+    try:
+        with _reading_the_cache(not is_online):
+            builder = datasets.load_dataset_builder(name, config_name, revision=revision)
     except Exception as error:  # also ImportError, for a protocol without its library
         raise DataError(
             f"{name!r} is not a local path{close_paths(name)}; as a Hub dataset: {error}"
@@ -224,6 +233,17 @@ def _from_hub(
     folder = repo_folder_name(repo_id=builder.repo_id or name, repo_type="dataset")
     root = Path(hub_constants.HF_HUB_CACHE, folder).resolve()
     return builder.as_dataset(split=split or _every(builder.info.splits or ())), Origin(root)
+
+
+@contextmanager
+def _reading_the_cache(is_offline: bool) -> Iterator[None]:
+    """Inside, `datasets` reads its cache at once if there is no connection."""
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = before or is_offline
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
 
 
 def _every(splits: Iterable[Any]) -> str:

@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from . import config_extension
+
+NO_CLASSES = "`guidance_scale` must be 1: this model has no numbered classes"
 _MAX_NAMES = 20  # in a message
 
 
@@ -60,3 +63,27 @@ def _class_number(
     raise ValueError(
         f"`class_labels` must be in [0, {num_classes - 1}]{choices}, got {label!r}{hint}"
     )
+
+
+def check_null_class(config: Mapping[str, Any], class_names: Sequence[str] | None) -> None:
+    """Check that a network has a trained null class, which classifier-free guidance needs.
+
+    Args:
+        config: configuration of the network.
+        class_names: names of the classes, without the null class.
+    Raises:
+        ValueError: with the reason.
+    """
+    num_classes = config.get("num_class_embeds")
+    if num_classes is None or config.get("class_embed_type") is not None:
+        raise ValueError(NO_CLASSES)
+    if class_names is not None and len(class_names) >= num_classes:
+        raise ValueError(
+            "`guidance_scale` must be 1: this model was trained without a null class, all of its "
+            f"{num_classes} embeddings are classes"
+        )
+    if not config_extension.extension_of(config).get("has_null_class", True):
+        raise ValueError(
+            "`guidance_scale` must be 1: this model was trained with `class_dropout` 0, without the"
+            " null class; pass a weaker model as `guide`, or train with `class_dropout` 0.1"
+        )

@@ -9,7 +9,7 @@ from diffusers.models import UNet2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
-from . import class_choice, config_extension, tensor_ops
+from . import class_choice, tensor_ops
 
 class_numbers = class_choice.class_numbers
 ClassLabels = int | str | Sequence[int] | Sequence[str] | Tensor | None
@@ -71,18 +71,9 @@ def with_null_class(
     Raises:
         ValueError: if the network has no null class, or did not train it.
     """
-    if labels is None or config.class_embed_type is not None:
-        raise ValueError("`guidance_scale` must be 1: this model has no numbered classes")
-    if class_names is not None and len(class_names) >= config.num_class_embeds:
-        raise ValueError(
-            "`guidance_scale` must be 1: this model was trained without a null class, all of its "
-            f"{config.num_class_embeds} embeddings are classes"
-        )
-    if not config_extension.extension_of(config).get("has_null_class", True):
-        raise ValueError(
-            "`guidance_scale` must be 1: this model was trained with `class_dropout` 0, without the"
-            " null class; pass a weaker model as `guide`, or train with `class_dropout` 0.1"
-        )
+    if labels is None:
+        raise ValueError(class_choice.NO_CLASSES)
+    class_choice.check_null_class(config, class_names)
     return torch.cat([labels, torch.full_like(labels, config.num_class_embeds - 1)])
 
 

@@ -15,7 +15,13 @@ from tqdm.auto import tqdm
 
 from ddpm_hf.diffusion.scheduler_interface import set_timesteps
 from ddpm_hf.diffusion.timestep_spacings import usual_num_steps
-from ddpm_hf.evaluation.comparison_results import Comparison, ComparisonRow, LeftOut
+from ddpm_hf.evaluation.comparison_results import (
+    Comparison,
+    ComparisonRow,
+    LeftOut,
+    SettingFacts,
+    setting_labels,
+)
 from ddpm_hf.evaluation.expected_time import announce_time
 from ddpm_hf.evaluation.measurement import Evaluator
 from ddpm_hf.evaluation.metrics import METRICS
@@ -218,6 +224,8 @@ def _loaded(
 ) -> Iterator[tuple[Setting, Subject]]:
     """The settings with their subjects; consecutive settings of one source load it once."""
     source, subject = None, None
+    facts = [SettingFacts.of(s, setting=f"{s}", name=s.name or None) for s in settings]
+    labels = setting_labels(facts)
     for number, setting in enumerate(settings, start=1):
         if subject is None or setting.source is not source:
             source, subject = setting.source, evaluator.load(setting.source)
@@ -226,7 +234,7 @@ def _loaded(
             mine = [setting for setting in settings if setting.source is source]
             announce_time(evaluator, subject, _calls(subject, mine, folder))
         if evaluator.progress:
-            tqdm.write(f"{number} of {len(settings)}: {setting}", file=sys.stderr)
+            tqdm.write(f"{number} of {len(settings)}: {labels[str(setting)]}", file=sys.stderr)
         yield setting, subject
 
 
@@ -248,9 +256,9 @@ def _measure(
         K, num_calls = num_steps_and_calls(subject.source, setting)
         options = replace(options, scheduler=setting.scheduler, num_inference_steps=K)
     evaluation = evaluator.evaluate(subject, folder, options)
-    if evaluation.bound is not None and not evaluation.image_metrics:
-        num_calls = evaluation.bound.num_timesteps
     seconds = [figure.measured_with.seconds_per_image for figure in evaluation.image_metrics]
+    if evaluation.bound is not None and not evaluation.image_metrics:
+        num_calls, seconds = evaluation.bound.num_timesteps, [evaluation.bound.seconds_per_image]
     row = ComparisonRow(
         setting=str(setting),
         name=setting.name or None,

@@ -80,7 +80,7 @@ class ComparisonRow(SettingFacts):
         model: the model or images.
         num_network_calls: per image, of drawing it or, without drawn images, of its bound; None
             for images.
-        seconds_per_image: drawing time in one process, median over batches.
+        seconds_per_image: of these calls in one process, median over batches.
         folder: of its evaluation.
         figures: by name.
     """
@@ -169,17 +169,29 @@ class Sweep(SettingsResult):
 
     def __str__(self) -> str:
         chosen = self.recommended
-        recommended = f"recommended: {chosen.scheduler}, K = {chosen.num_inference_steps:,}"
+        row = next(row for row in self.settings if SweptSampler.of(row) == chosen)
+        label = setting_labels(self.settings)[row.setting]
+        recommended = f"recommended: {label} (scheduler {chosen.scheduler})"
         return "\n".join([_settings_text(self), "", recommended, *self.remarks])
 
 
-def sampler_labels(rows: Sequence[ComparisonRow]) -> dict[str, str]:
+def sampler_labels(rows: Sequence[SettingFacts]) -> dict[str, str]:
     """By setting, its model and its scheduler in readable words, which may be ""."""
     readable = readable_names({row.scheduler for row in rows if row.scheduler})
     return {
         row.setting: ", ".join(x for x in (row.name, readable.get(row.scheduler or "")) if x)
         for row in rows
     }
+
+
+def setting_labels(rows: Sequence[SettingFacts]) -> dict[str, str]:
+    """By setting, its model, scheduler and number of steps in readable words."""
+    samplers = sampler_labels(rows)
+    labels = {}
+    for row in rows:
+        steps = f"K = {row.num_inference_steps:,}" if row.num_inference_steps else ""
+        labels[row.setting] = ", ".join(filter(None, (samplers[row.setting], steps))) or row.setting
+    return labels
 
 
 def _settings_text(comparison: Comparison | Sweep) -> str:
@@ -201,15 +213,18 @@ def _comparison_notes(comparison: Comparison | Sweep) -> list[str]:
             f"{counted(images.num_drawn or 0, 'drawn image')} against {images.num_real:,} real ones"
             f" of {dataset.name}{dataset.trained_on_suffix}; by {options.features}; seed"
             f" {options.seed}",
-            "s/image: of one process while drawing, median over batches",
         ]
     elif figures:
         count = figures[0].num_images or 0
         notes.append(
             f"{counted(count, 'image')} of {dataset.name}, {dataset.split}{dataset.held_out_suffix}"
         )
+    if _is_timed(comparison.settings):
+        work = "drawing" if images is not None else "the bound"
+        notes.append(f"s/image: time of {work} in one process, median over batches")
+    labels = setting_labels((*comparison.settings, *comparison.left_out))
     for reason in dict.fromkeys(row.reason for row in comparison.left_out):
-        settings = [row.setting for row in comparison.left_out if row.reason == reason]
+        settings = [labels[row.setting] for row in comparison.left_out if row.reason == reason]
         notes.append(f"left out: {'; '.join(settings)}: {reason}")
     return notes
 
@@ -217,13 +232,13 @@ def _comparison_notes(comparison: Comparison | Sweep) -> list[str]:
 def _settings_table(rows: tuple[ComparisonRow, ...], names: list[str]) -> str:
     having = {name: [row.figures[name] for row in rows if name in row.figures] for name in names}
     best = [next(f for f in having[name] if f.rank == "best") for name in names]
-    width = max(len("real images"), *(len(row.setting) for row in rows))
-    is_timed = any(row.seconds_per_image is not None for row in rows)
+    labels, is_timed = setting_labels(rows), _is_timed(rows)
+    width = max(len("real images"), *map(len, labels.values()))
     head = f"{'':{width}}  {'calls':>6}" + f"  {'s/image':>8}" * is_timed
     lines = [head + "".join(f"  {having[name][0].label:>18}{'':5}" for name in names)]
     for row in rows:
         calls, seconds = row.num_network_calls, row.seconds_per_image
-        line = f"{row.setting:{width}}  {'' if calls is None else f'{calls:,}':>6}"
+        line = f"{labels[row.setting]:{width}}  {'' if calls is None else f'{calls:,}':>6}"
         line += f"  {'' if seconds is None else f'{seconds:.3g}':>8}" * is_timed
         lines.append(line + "".join(f"  {_cell(row.figures.get(name)):>23}" for name in names))
     if sizes := next((f.floor_num_images for f in best if f.floor_num_images), None):
@@ -232,6 +247,10 @@ def _settings_table(rows: tuple[ComparisonRow, ...], names: list[str]) -> str:
             values = [f"{getattr(f.floor, kind):.4g}{'':5}" if f.floor else "" for f in best]
             lines.append(f"{title:{len(head)}}" + "".join(f"  {value:>23}" for value in values))
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _is_timed(rows: Sequence[ComparisonRow]) -> bool:
+    return any(row.seconds_per_image is not None for row in rows)
 
 
 def _cell(figure: RankedFigure | None) -> str:

@@ -4,6 +4,8 @@ import dataclasses
 import hashlib
 import json
 import math
+import statistics
+import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -85,15 +87,28 @@ class BoundMeasurement:
         Raises:
             ValueError: if the options do not fit; see `bits_per_dim`.
         """
+        timed = self._timed_bound(folder, state, progress)
+        return None if timed is None else timed[0]
+
+    def _timed_bound(
+        self, folder: Path, state: PartialState, progress: bool
+    ) -> tuple[BitsPerDim, float] | None:
+        """The bound, and the median over shards of the seconds per image."""
         size, num_images = self.options.batch_size, len(self.images)
         rows = [range(i, min(i + size, num_images)) for i in range(0, num_images, size)]
 
         def compute(shard: int) -> Shard:
-            return vars(self._bound_of(rows[shard], progress and state.is_main_process))
+            start = time.perf_counter()
+            bound = self._bound_of(rows[shard], progress and state.is_main_process)
+            seconds = (time.perf_counter() - start) / len(rows[shard])
+            return {**vars(bound), "seconds_per_image": torch.tensor(seconds)}
 
         sizes = [len(of_shard) for of_shard in rows]
         shards = compute_shards(state, folder, sizes, compute, progress=progress)
-        return BitsPerDim.concatenate([BitsPerDim(**shard) for shard in shards]) if shards else None
+        if shards is None:
+            return None
+        seconds = statistics.median(shard.pop("seconds_per_image").item() for shard in shards)
+        return BitsPerDim.concatenate([BitsPerDim(**shard) for shard in shards]), seconds
 
     def result(
         self,
@@ -112,8 +127,8 @@ class BoundMeasurement:
         """
         if known and known.key == self.key:
             return known if state.is_main_process else None
-        bound = self.bound(_unfinished(folder, self.key), state, progress=progress)
-        return None if bound is None else _bound_result(self, bound)
+        timed = self._timed_bound(_unfinished(folder, self.key), state, progress)
+        return None if timed is None else _bound_result(self, *timed)
 
     def _bound_of(self, rows: range, progress: bool) -> BitsPerDim:
         images, labels, device = self.images, self.images.labels_of(rows), self.unet.device
@@ -144,7 +159,9 @@ def _unfinished(folder: Path, key: str) -> Path:
     return folder / f".unfinished-{key[:16]}"
 
 
-def _bound_result(measurement: BoundMeasurement, bound: BitsPerDim) -> BoundResult:
+def _bound_result(
+    measurement: BoundMeasurement, bound: BitsPerDim, seconds_per_image: float
+) -> BoundResult:
     images, options = measurement.images, measurement.options
     terms, K = bound.terms, len(bound.timesteps)
     channels, height, width = images.images.shape
@@ -168,6 +185,7 @@ def _bound_result(measurement: BoundMeasurement, bound: BitsPerDim) -> BoundResu
         eta=None if options.eta == 1 else options.eta,
         decoder=options.decoder,
         seed=options.seed,
+        seconds_per_image=seconds_per_image,
         timesteps=tuple(bound.timesteps.tolist()),
         terms=tuple(terms.mean(0).tolist()),
         x_0_mse=tuple(map(finite, bound.x_0_mse.tolist())),

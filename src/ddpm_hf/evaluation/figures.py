@@ -184,6 +184,7 @@ class BoundResult(Record):
         eta: noise of the sampler; None for 1.
         decoder: "exact" or "tanh".
         seed: of the noise.
+        seconds_per_image: time of the bound in one process, median over batches.
         timesteps: (K,), descending.
         terms: (K,), mean of each term; the decoder is the last one.
         x_0_mse, eps_mse: (K,), mean squared errors; None where not measured.
@@ -209,6 +210,7 @@ class BoundResult(Record):
     eta: float | None = optional()
     decoder: str
     seed: int
+    seconds_per_image: float | None = optional()
     timesteps: tuple[int, ...]
     terms: tuple[float, ...]
     x_0_mse: tuple[float | None, ...]

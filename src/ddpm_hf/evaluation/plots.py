@@ -15,6 +15,7 @@ from ddpm_hf.evaluation.comparison_results import (
     RankedFigure,
     Sweep,
     sampler_labels,
+    setting_labels,
 )
 from ddpm_hf.evaluation.figures import BoundResult
 from ddpm_hf.evaluation.ranking import LOWER_IS_BETTER
@@ -199,8 +200,8 @@ def _errorbars(
     ends = np.array([row.figures[name].interval for row in rows]).T
     errors = np.abs(ends - values)
     if key == "setting":
-        labels = sampler_labels(rows)
-        positions = [_setting(row, labels[row.setting]) for row in rows]
+        labels = setting_labels(rows)
+        positions = [labels[row.setting] for row in rows]
         axis.errorbar(positions, values, errors, fmt="o", capsize=2)
         axis.tick_params(axis="x", rotation=30)
         return
@@ -211,9 +212,3 @@ def _errorbars(
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter("{x:g}")
     axis.minorticks_off()
-
-
-def _setting(row: ComparisonRow, label: str) -> str:
-    """Label of a setting without a curve."""
-    K = f"K = {row.num_inference_steps:,}" if row.num_inference_steps else ""
-    return ", ".join(part for part in (label, K) if part) or row.setting

@@ -13,6 +13,7 @@ from ddpm_hf.evaluation.comparison_results import (
     ComparisonRow,
     Sweep,
     sampler_labels,
+    setting_labels,
 )
 from ddpm_hf.evaluation.figures import BoundResult
 from ddpm_hf.evaluation.sets import picture
@@ -105,7 +106,8 @@ def _samples(rows: Sequence[ComparisonRow], folder: Path) -> Image.Image:
             for drawn in sets.values()
             for i in range(_SAMPLES_PER_ROW)
         ]
-        return image_grid(cells, _SAMPLES_PER_ROW, list(sets), _MAX_NAME)
+        names = setting_labels(rows)
+        return image_grid(cells, _SAMPLES_PER_ROW, [names[key] for key in sets], _MAX_NAME)
     labels, by_sampler = sampler_labels(rows), dict[str, dict[int | None, Image.Image]]()
     for row in rows:
         drawn, label = sets[row.setting], labels[row.setting] or row.setting

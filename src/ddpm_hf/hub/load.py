@@ -12,11 +12,10 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from ddpm_hf.backend_settings import is_out_of_memory
+from ddpm_hf.connection import HubError, check_connection, check_endpoint
 from ddpm_hf.diffusion.atomic_files import check_regular, read_json
 from ddpm_hf.diffusion.config_extension import GAUSSIAN_SCHEDULER
-from ddpm_hf.hub.options import check_endpoint
-from ddpm_hf.hub.retry import WAITS_S, HubError, check_connection, retry, shorten
+from ddpm_hf.hub.retry import WAITS_S, retry, shorten
 from ddpm_hf.hub.stored_weights import count_parameters
 from ddpm_hf.paths import (
     EMA_WEIGHTS,
@@ -343,6 +342,8 @@ def _one_line_errors(name: str) -> Iterator[None]:
     except ValueError:
         raise
     except Exception as error:  # the libraries raise errors of every kind for foreign files
+        from ddpm_hf.backend_settings import is_out_of_memory  # loads torch
+
         if is_out_of_memory(error):
             raise
         reason = str(error) or type(error).__name__

@@ -1,20 +1,10 @@
 """Options of loading a model from the Hub or a folder, and of pushing one."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from ddpm_hf.options import REQUIRED, Options, option
-
-
-def check_endpoint() -> None:
-    """Raise ValueError if HF_ENDPOINT is not the address of a website."""
-    endpoint = os.environ.get("HF_ENDPOINT", "")
-    if endpoint and not endpoint.lower().startswith(("http://", "https://")):
-        raise ValueError(
-            f"HF_ENDPOINT must start with https://, as in https://huggingface.co, got {endpoint!r}"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import RepositoryNotFoundError
 
+from ddpm_hf.connection import HubError, check_connection
 from ddpm_hf.diffusion.atomic_files import read_json
 from ddpm_hf.diffusion.config_extension import GAUSSIAN_SCHEDULER
 from ddpm_hf.diffusion.portable_checkpoint import commit, is_finite
@@ -19,7 +20,7 @@ from ddpm_hf.hub.card import SharedCard, card_to_share
 from ddpm_hf.hub.card_update import metadata_of
 from ddpm_hf.hub.load import check_repo_id, refuse_links, scheduler_class
 from ddpm_hf.hub.push_space import check_gradio, push_space
-from ddpm_hf.hub.retry import TOKEN_HELP, WAITS_S, HubError, check_connection, retry, shorten
+from ddpm_hf.hub.retry import TOKEN_HELP, WAITS_S, retry, shorten
 from ddpm_hf.hub.secrets import find_leak
 from ddpm_hf.text import counted
 

@@ -8,15 +8,10 @@ its answer was lost, the next one changes nothing.
 import json
 import logging
 import random
-import socket
 import threading
-import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
-from huggingface_hub import constants
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -26,22 +21,16 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
-from ddpm_hf.hub.options import check_endpoint
+from ddpm_hf.connection import HubError
 from ddpm_hf.hub.secrets import hide_tokens
 
 T = TypeVar("T")
 E = TypeVar("E", bound=BaseException)
 WAITS_S: Sequence[float] = (1.0, 2.0, 4.0, 8.0, 16.0)
 MAX_RETRY_AFTER_S = 60.0
-CONNECTION_TIMEOUT_S = 5.0
-RESTART_WAITS_S = (0.5, 1.0, 1.5, None)
 TOKEN_HELP = "run `hf auth login` or set HF_TOKEN (https://huggingface.co/settings/tokens)"
 
 _logger = logging.getLogger(__name__)
-
-
-class HubError(OSError):
-    """The Hub could not be reached or kept failing; a later attempt may succeed."""
 
 
 def retry(
@@ -79,34 +68,6 @@ def retry(
                 raise HubError(f"the Hub failed for {repo_id}: {reason}") from None
             _logger.warning("%s: %s; next attempt in %.1f s", repo_id, reason, wait_s)
             stop.wait(wait_s)
-
-
-def check_connection(repo_id: str) -> None:
-    """Check that the Hub can be connected to, waiting a few seconds for one that restarts.
-
-    huggingface_hub repeats requests without a connection for half a minute, with two lines of log
-    for each.
-
-    Args:
-        repo_id: repository, for the message.
-    Raises:
-        ValueError: if HF_ENDPOINT has no scheme.
-        HubError: if there is no connection.
-    """
-    check_endpoint()
-    url = urlsplit(constants.ENDPOINT)
-    if constants.HF_HUB_OFFLINE or url.scheme in getproxies():
-        return
-    port = url.port or (443 if url.scheme == "https" else 80)
-    for wait_s in RESTART_WAITS_S:
-        try:
-            socket.create_connection((url.hostname or "", port), CONNECTION_TIMEOUT_S).close()
-            return
-        except OSError as error:
-            if wait_s is None or not isinstance(error, ConnectionRefusedError):
-                text = f"no connection to {constants.ENDPOINT} for {repo_id}: {error}"
-                raise HubError(text) from None
-            time.sleep(wait_s)
 
 
 def is_temporary(error: BaseException) -> bool:

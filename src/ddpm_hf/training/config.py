@@ -118,11 +118,11 @@ class TrainingConfig(
 
     def resume_hint(self) -> str:
         """Hint appended to resume errors: how to train with the changed options."""
-        folder = shlex.quote(str(self.run_folder()))
+        folder = self.run_folder()
+        other, model = (shlex.quote(path) for path in (f"{folder}-2", f"{folder}/model"))
         return (
             "resume with the original options, or train in another folder: add `output_dir` "
-            f"{folder}-2 for a new network, and also `pretrained` {folder}/model to fine-tune the "
-            "weights"
+            f"{other} for a new network, and also `pretrained` {model} to fine-tune the weights"
         )
 
     def to_yaml(self, proposed: Mapping[str, Any] | None = None) -> str:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ddpm_hf.connection import check_dataset
 from ddpm_hf.paths import RunPaths
 from ddpm_hf.text import check_local_path, close_paths
 from ddpm_hf.training.checkpoint_record import list_checkpoints, read_record
@@ -30,6 +31,11 @@ def check_before_loading(options: TrainingConfig) -> None:
 
 
 def _check_sources(options: TrainingConfig) -> None:
+    if options.dataset is not None:
+        try:
+            check_dataset(options.dataset)
+        except ValueError as error:
+            raise ConfigError(f"{error}") from None
     if options.pretrained is not None:
         try:
             check_local_path(options.pretrained)

@@ -1,6 +1,7 @@
 """The plan printed before training and the summary printed after it."""
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -207,7 +208,8 @@ def summarize(run: Run) -> str:
         again = CELL if is_notebook() else COMMAND
         return f"stopped    after update {step:,}, saved in {paths.checkpoints}; {again} to resume"
     grids = f", sample grids in {paths.samples}" * bool(run.config.num_samples)
-    sample, push = f"ddpm-hf sample {model}", f"ddpm-hf push {model} YOU/NAME"
+    folder = shlex.quote(str(model))
+    sample, push = f"ddpm-hf sample {folder}", f"ddpm-hf push {folder} YOU/NAME"
     if is_notebook():
         sample = f"ddpm_hf.load({str(model)!r})(batch_size=4).images"
         push = f"ddpm_hf.push({str(model)!r}, 'YOU/NAME')"

@@ -1,0 +1,55 @@
+"""Checks of options against the configuration of a local model, before torch is loaded."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ddpm_hf.diffusion.atomic_files import read_json
+from ddpm_hf.diffusion.class_choice import check_null_class, class_numbers
+from ddpm_hf.diffusion.config_extension import extension_of
+from ddpm_hf.paths import model_of_run, run_of_checkpoint
+from ddpm_hf.sampling.options import NOT_CONDITIONAL
+
+
+def check_model_options(
+    model: str,
+    *,
+    class_labels: Sequence[int | str] = (),
+    guidance_scale: float | None = None,
+    num_inference_steps: int | None = None,
+) -> None:
+    """Check options against the configuration of a model; a model on the Hub is skipped.
+
+    Args:
+        model: folder of a model, of a run, or of a training checkpoint.
+        class_labels: names or numbers of classes.
+        guidance_scale: scale of classifier-free guidance; None without it.
+        num_inference_steps: number of steps; None for the default.
+    Raises:
+        ValueError: for classes, guidance or steps that the model does not have.
+    """
+    given = Path(model).expanduser()
+    run = run_of_checkpoint(given)
+    folder = run.model.root if run else model_of_run(given)
+    T = read_json(folder / "scheduler" / "scheduler_config.json").get("num_train_timesteps")
+    if num_inference_steps is not None and isinstance(T, int) and num_inference_steps > T:
+        raise ValueError(f"`num_inference_steps` must be in [1, {T}], got {num_inference_steps}")
+    config = read_json(folder / "unet" / "config.json")
+    if not config:  # old repositories have another layout
+        return
+    names = extension_of(config).get("class_names")
+    names = names if isinstance(names, list) else None
+    if class_labels:
+        _check_classes(list(class_labels), config, names)
+    if guidance_scale not in (None, 1):
+        check_null_class(config, names)
+
+
+def _check_classes(
+    class_labels: list[int | str], config: Mapping[str, Any], names: list[str] | None
+) -> None:
+    num_classes = config.get("num_class_embeds")
+    if num_classes is None and config.get("class_embed_type") is None:
+        raise ValueError(NOT_CONDITIONAL)
+    if isinstance(num_classes, int):
+        class_numbers(class_labels, num_classes, names)
