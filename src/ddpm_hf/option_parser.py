@@ -77,13 +77,8 @@ class OptionParser(HfArgumentParser):  # type: ignore[misc]
         unknown = message.partition("unrecognized arguments: ")[2].partition(" ")[0]
         hint = "; quote paths that contain spaces" if unknown else ""
         if unknown.startswith("-"):
-            flags = [
-                flag
-                for action in self._actions
-                for flag in action.option_strings
-                if "_" not in flag
-            ]
-            hint = did_you_mean(unknown.partition("=")[0], [f for f in flags if "_" not in f])
+            flags = [flag for action in self._actions for flag in _shown_flags(action)]
+            hint = did_you_mean(unknown.partition("=")[0], flags)
         super().error(message + hint)
 
     def _add_dataclass_arguments(self, dtype: type) -> None:
@@ -203,6 +198,11 @@ def _without_switch_values(words: list[str], switches: Mapping[str, argparse.Act
     return spelled
 
 
+def _shown_flags(action: argparse.Action) -> list[str]:
+    """Its dashed flags, without the spelling with underscores that is also accepted."""
+    return [flag for flag in action.option_strings if "_" not in flag]
+
+
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Shows each option once, by its dashed flag; lines break at spaces only."""
 
@@ -210,7 +210,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        flags = [flag for flag in action.option_strings]
+        flags = _shown_flags(action)
         if isinstance(action, argparse.BooleanOptionalAction):
             on, off = flags[0], flags[-1]
             return on if action.default is False else f"{on}, {off}"
