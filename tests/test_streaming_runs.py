@@ -62,7 +62,7 @@ def stream(tmp_path_factory):
         write_parquet(folder / f"train-{shard:03d}.parquet", contents)
     (folder / "unet.json").write_text(json.dumps(NETWORK))
     with ShardServer(folder) as server:
-        source = f"{server.url}/train-{{000..019}}.parquet"
+        source = f"{server.url}/train-{{000..029}}.parquet"
         least = stream_of(source, folder / "cache").least_bytes
         yield {
             "dataset": source, "streaming": True, "resolution": SIZE,
@@ -133,7 +133,7 @@ def test_changed_shards_are_refused_and_a_larger_cache_is_not(straight, stream, 
     shutil.copytree(straight, folder)
     extended = stream | {"max_train_steps": STEPS + 1, "streaming_cache_gb": 1.0}
     run = {"output_dir": str(folder / "run")}
-    fewer = {"dataset": extended["dataset"].replace("019", "018")}
+    fewer = {"dataset": extended["dataset"].replace("029", "028")}
     with pytest.raises(ValueError, match="other components"):
         train(TrainingConfig(**extended | run | fewer), loss=numbered)
     assert train(TrainingConfig(**extended | run), loss=numbered).num_steps == STEPS + 1

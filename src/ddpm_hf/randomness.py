@@ -9,7 +9,8 @@ import hashlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from functools import lru_cache
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import torch
@@ -76,61 +77,115 @@ class _FullOrder:
         """The image at a place of an epoch."""
         if epoch not in self._permutations:
             before = {e: p for e, p in self._permutations.items() if e == epoch - 1}
-            permutation = _permutation(self._num_images, self._seed, "order", epoch)
-            self._permutations = before | {epoch: permutation}
+            order = permutation(self._num_images, self._seed, "order", epoch)
+            self._permutations = before | {epoch: order}
         return self._permutations[epoch][place]
 
 
 class ShardOrder:
     """Order of the images of a stream, which reads few shards at a time.
 
-    The shards are shuffled in each epoch. The images of `NUM_MIXED` consecutive ones are then
-    shuffled together. Images of different groups are never in each other's place.
+    The shards are shuffled in each epoch and pass through a window of `NUM_MIXED` shards. The rows
+    of a shard are shuffled and divided into as many parts, one for each stage that the shard is in
+    the window. The parts of a stage are shuffled together. The window starts and ends full: the
+    first stage also takes the earlier parts of its shards, the last stage the later ones.
 
     Args:
         seed: seed of the run.
         sizes: number of images of each shard.
     """
 
-    NUM_MIXED: ClassVar[int] = 8
+    NUM_MIXED: ClassVar[int] = 16
 
     def __init__(self, seed: int, sizes: Sequence[int]) -> None:
         self._seed, self._sizes = seed, list(sizes)
         self._starts = [0, *accumulate(sizes)]
-        self._groups: dict[int, list[list[int]]] = {}
-        self._ends: dict[int, list[int]] = {}
-        self._rows: dict[tuple[int, int], list[int]] = {}
+        self._width = min(self.NUM_MIXED, len(self._sizes))
+        self._last_stage = len(self._sizes) - self._width
+        self._epochs: dict[int, _ShardEpoch] = {}
+        self._stage = _Stage(0, range(0), [])
 
     def index(self, epoch: int, place: int) -> int:
         """The image at a place of an epoch, numbered through all shards."""
-        groups, ends = self.groups(epoch), self._ends[epoch]
-        number = bisect_right(ends, place)
-        if (epoch, number) not in self._rows:
-            last = dict([*self._rows.items()][-1:])  # a batch may span two groups
-            self._rows = last | {(epoch, number): self._shuffled(epoch, number, groups[number])}
-        start = ends[number - 1] if number else 0
-        return self._rows[epoch, number][place - start]
+        stage = self._stage
+        if epoch != stage.epoch or place not in stage.places:
+            stage = self._stage = self._stage_at(epoch, place)
+        return stage.images[place - stage.places.start]
 
-    def groups(self, epoch: int) -> list[list[int]]:
-        """The shards of an epoch, in groups that are read together."""
-        if epoch not in self._groups:
-            shards = _permutation(len(self._sizes), self._seed, "shards", epoch)
-            groups = [shards[i : i + self.NUM_MIXED] for i in range(0, len(shards), self.NUM_MIXED)]
-            ends = [*accumulate(sum(self._sizes[shard] for shard in group) for group in groups)]
-            before = {e: (g, self._ends[e]) for e, g in self._groups.items() if abs(e - epoch) == 1}
-            known = before | {epoch: (groups, ends)}
-            self._groups = {e: g for e, (g, _) in known.items()}
-            self._ends = {e: ends for e, (_, ends) in known.items()}
-        return self._groups[epoch]
+    def needed_shards(self, epoch: int, index: int) -> list[int]:
+        """The shards in the window of an image, and as many that enter it next, in this order."""
+        shard = bisect_right(self._starts, index) - 1
+        position = int((self._rows(epoch, shard) == index - self._starts[shard]).nonzero())
+        part = ((position + 1) * self._width - 1) // self._sizes[shard]  # see `_parts`
+        stage = self._epoch(epoch).places[shard] + part - self._width + 1
+        stage = min(max(stage, 0), self._last_stage)
+        count = 2 * self._width
+        needed = self._epoch(epoch).shards[stage : stage + count]
+        if len(needed) < count:
+            needed = [*needed, *self._epoch(epoch + 1).shards[: count - len(needed)]]
+        return [*dict.fromkeys(needed)]
 
-    def _shuffled(self, epoch: int, number: int, group: list[int]) -> list[int]:
-        ranges = (range(*self._starts[shard : shard + 2]) for shard in group)
-        rows = [*chain.from_iterable(ranges)]
-        order = _permutation(len(rows), self._seed, "rows", epoch, number)
-        return [rows[place] for place in order]
+    def _epoch(self, epoch: int) -> "_ShardEpoch":
+        if epoch not in self._epochs:
+            shards = permutation(len(self._sizes), self._seed, "shards", epoch)
+            stages = range(self._last_stage + 1)
+            sizes = (sum(stop - start for _, start, stop in self._parts(shards, s)) for s in stages)
+            places = {shard: place for place, shard in enumerate(shards)}
+            kept = {e: known for e, known in self._epochs.items() if abs(e - epoch) == 1}
+            self._epochs = kept | {epoch: _ShardEpoch(shards, places, [0, *accumulate(sizes)])}
+        return self._epochs[epoch]
+
+    def _parts(self, shards: list[int], stage: int) -> Iterator[tuple[int, int, int]]:
+        """Shard, start and stop in its shuffled rows of all that is read in a stage."""
+        for entered in range(self._width):
+            part = self._width - 1 - entered
+            first = 0 if stage == 0 else part
+            last = self._width - 1 if stage == self._last_stage else part
+            shard = shards[stage + entered]
+            size = self._sizes[shard]
+            yield shard, size * first // self._width, size * (last + 1) // self._width
+
+    def _stage_at(self, epoch: int, place: int) -> "_Stage":
+        shards, starts = self._epoch(epoch).shards, self._epoch(epoch).starts
+        stage = bisect_right(starts, place) - 1
+        parts = [
+            self._starts[shard] + self._rows(epoch, shard)[start:stop]
+            for shard, start, stop in self._parts(shards, stage)
+        ]
+        images = torch.cat(parts)
+        images = images[permutation(len(images), self._seed, "stage", epoch, stage)]
+        return _Stage(epoch, range(*starts[stage : stage + 2]), images.tolist())
+
+    def _rows(self, epoch: int, shard: int) -> Tensor:
+        return _shuffled_rows(self._sizes[shard], self._seed, epoch, shard)
 
 
-def _permutation(count: int, *position: int | str) -> list[int]:
+@dataclass(frozen=True)
+class _ShardEpoch:
+    """The shards of an epoch in their order, the place of each, and the starts of the stages."""
+
+    shards: list[int]
+    places: dict[int, int]
+    starts: list[int]
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """The images at some places of an epoch."""
+
+    epoch: int
+    places: range
+    images: list[int]
+
+
+@lru_cache(2 * ShardOrder.NUM_MIXED)
+def _shuffled_rows(count: int, seed: int, epoch: int, shard: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed_of(seed, "rows", epoch, shard))
+    return torch.randperm(count, generator=generator)
+
+
+def permutation(count: int, *position: int | str) -> list[int]:
+    """A random order of 0, 1, ... `count` - 1, which depends on the position only."""
     generator = torch.Generator().manual_seed(seed_of(*position))
     return torch.randperm(count, generator=generator).tolist()
 

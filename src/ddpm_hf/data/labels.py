@@ -72,11 +72,7 @@ def read_labels(
     Raises:
         DataError: if the column is missing or unusable; see the table above.
     """
-    column = _only_class_column(dataset, problem) if label_column is True else label_column
-    if column not in dataset.features:
-        reason = problem and f"; {problem}"
-        hint = did_you_mean(column, dataset.features)
-        raise DataError(f"there is no column {column!r}{hint}{reason}")
+    column = find_label_column(dataset, label_column, problem)
     kind = dataset.features[column]
     if isinstance(kind, datasets.ClassLabel):
         numbers, names = _class_numbers(dataset, column), tuple(kind.names)
@@ -93,6 +89,18 @@ def read_labels(
             " train without labels, or choose another split or column"
         )
     return np.maximum(numbers, NO_LABEL), names
+
+
+def find_label_column(
+    dataset: datasets.Dataset, label_column: str | Literal[True], problem: str = ""
+) -> str:
+    """Name of the label column; see `read_labels`."""
+    column = _only_class_column(dataset, problem) if label_column is True else label_column
+    if column not in dataset.features:
+        reason = problem and f"; {problem}"
+        hint = did_you_mean(column, dataset.features)
+        raise DataError(f"there is no column {column!r}{hint}{reason}")
+    return column
 
 
 def _check_declared(column: str, numbers: Labels, names: Sequence[str]) -> None:

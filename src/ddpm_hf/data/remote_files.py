@@ -1,5 +1,6 @@
-"""Files by path or URL: the end of a file, and downloads that retry, resume and never hang."""
+"""Files by path or URL: ranges of a file, and downloads that retry, resume and never hang."""
 
+import io
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ MIN_BYTES_PER_S = 1000
 WAITS_S = (1.0, 2.0, 4.0, 8.0)
 """Waits before the retries of a failed request."""
 _CHUNK = 2**16  # what a broken transfer loses
+_END_BYTES = 2**16  # the last bytes of a parquet file, which pyarrow reads first
 
 
 class BrokenTransfer(OSError):
@@ -85,6 +87,47 @@ def read_through(url: str, function: Callable[[Any], T]) -> T:
     return _retry(url, action)
 
 
+class RemoteFile(io.RawIOBase):
+    """A file behind a URL, read in ranges: one request for the end, and one for each other range.
+
+    Args:
+        url: where the file is.
+    Raises:
+        DataError: names the file, after several attempts or for a permanent error.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url, self._position = url, 0
+        self._end, self.size = read_end(url, _END_BYTES)
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def seekable(self) -> bool:
+        """True."""
+        return True
+
+    def tell(self) -> int:
+        """Offset of the next byte."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Set the offset of the next byte."""
+        self._position = offset + (0, self._position, self.size)[whence]
+        return self._position
+
+    def read(self, size: int = -1) -> bytes:
+        """The next `size` bytes, fewer at the end."""
+        start = self._position
+        stop = self.size if size < 0 else min(start + size, self.size)
+        kept_from = self.size - len(self._end)
+        self._position = max(start, stop)
+        if start >= kept_from:
+            return self._end[start - kept_from : stop - kept_from]
+        return _retry(self._url, lambda: _request_range(self._url, start, stop))
+
+
 class _Reader:
     """`read(size)` on a sequence of chunks."""
 
@@ -128,6 +171,16 @@ def _request_end(url: str, num_bytes: int) -> tuple[bytes, int]:
             end, received = (end + chunk)[-num_bytes:], received + len(chunk)
         total = response.headers.get("content-range", "").rpartition("/")[2]
         return end, int(total) if total.isdigit() else received
+
+
+def _request_range(url: str, start: int, stop: int) -> bytes:
+    with _response(url, {"Range": f"bytes={start}-{stop - 1}"}) as response:
+        if response.status_code != 206:
+            raise DataError(f"{url} is on a server that sends no ranges of a file")
+        content = b"".join(_chunks(response))
+    if len(content) != stop - start:
+        raise BrokenTransfer(f"{len(content):,} of {stop - start:,} bytes")
+    return content
 
 
 @contextmanager

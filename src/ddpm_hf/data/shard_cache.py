@@ -1,28 +1,28 @@
 """Bounded cache on disk of decoded shards, shared by all processes of a machine.
 
-A shard is downloaded, decoded and resized once, and stored as one array (N, C, H, W) without a
-header. The least recently used shards make room for others. Sizes are reserved before anything is
-written, so that the cache never exceeds its limit. Correctness does not depend on what the cache
-holds: a shard that is missing is fetched again.
+A shard is downloaded, decoded and resized once, and stored as an array of records without a header:
+the pixels of an image and its row, which differs for a replaced image. Shards that are not needed
+soon make room for others. Sizes are reserved before anything is written, so that the cache never
+exceeds its limit. Correctness does not depend on what the cache holds: a shard that is missing is
+fetched again.
 """
 
 import json
 import logging
-import math
 import os
 import shutil
 import tarfile
 import time
 from bisect import bisect_left
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
-from numpy.typing import NDArray
 
 from ddpm_hf.data.decoding import decode_images
 from ddpm_hf.data.errors import DataError
@@ -61,40 +61,43 @@ class ShardCache:
         self,
         shard: int,
         rows: Sequence[int],
-        output: Sequence[NDArray[Any]],
-        keep: Collection[int] = (),
+        output: Sequence[memoryview],
+        needed: Sequence[int] = (),
     ) -> None:
         """Read images of a shard; the shard is fetched if it is missing.
 
         Args:
             shard: its number.
             rows: rows of the images in the shard.
-            output: arrays that get the images, each (C, H, W) in the type of the cache.
-            keep: shards that are not removed to make room.
+            output: buffers of one record of type `dtype` each, which get the images.
+            needed: see `fetch`.
         Raises:
             DataError: if the shard cannot be fetched or decoded.
         """
-        path, expected = self._path(shard), self.decoded_bytes(shard)
+        path, size = self._path(shard), self.dtype.itemsize
         while True:
             try:
-                with path.open("rb", buffering=0) as file:
-                    size = os.fstat(file.fileno()).st_size
-                    if size == expected:
-                        os.utime(file.fileno())
-                        for row, image in zip(rows, output, strict=True):
-                            file.seek(row * image.nbytes)
-                            file.readinto(image.data.cast("B"))
-                        return
-                path.unlink(missing_ok=True)  # incomplete, after a power failure
+                file = os.open(path, os.O_RDONLY)
             except FileNotFoundError:
-                self.fetch(shard, keep)
+                self.fetch(shard, needed)
+                continue
+            try:
+                if os.fstat(file).st_size == self.decoded_bytes(shard):
+                    os.utime(file)
+                    for row, record in zip(rows, output, strict=True):
+                        os.preadv(file, [record], row * size)
+                    return
+            finally:
+                os.close(file)
+            path.unlink(missing_ok=True)  # incomplete, after a power failure
 
-    def fetch(self, shard: int, keep: Collection[int] = (), wait: bool = True) -> bool:
+    def fetch(self, shard: int, needed: Sequence[int] = (), wait: bool = True) -> bool:
         """Put a shard into the cache.
 
         Args:
             shard: its number.
-            keep: shards that are not removed to make room.
+            needed: the shards that are needed next, in this order. To make room, those needed
+                before `shard` are kept, and those needed after it are removed last.
             wait: whether to wait for room, or for another process that is fetching it.
         Returns:
             whether the shard is in the cache.
@@ -107,7 +110,7 @@ class ShardCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(path.with_suffix(".lock"), timeout=_LOCK_WAIT_S if wait else 0):
-                return path.exists() or self._fetch(shard, path, keep, wait)
+                return path.exists() or self._fetch(shard, path, needed, wait)
         except Timeout:
             if not wait:
                 return False
@@ -125,27 +128,24 @@ class ShardCache:
 
     def decoded_bytes(self, shard: int) -> int:
         """Bytes of a decoded shard."""
-        return self.index.shards[shard].num_rows * math.prod(self.shape) * self.dtype.itemsize
+        return self.index.shards[shard].num_rows * self.dtype.itemsize
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Shape of an image, (C, H, W)."""
-        return len(self.target.mode), self.target.height, self.target.width
-
-    @property
+    @cached_property
     def dtype(self) -> np.dtype[Any]:
-        """Type of the pixels."""
-        return np.dtype(np.uint16 if self.target.bit_depth == 16 else np.uint8)
+        """Record of an image: "pixels" (C, H, W), and the "row" of the shard that they are from."""
+        target = self.target
+        shape = (len(target.mode), target.height, target.width)
+        pixel = np.uint16 if target.bit_depth == 16 else np.uint8
+        return np.dtype([("pixels", pixel, shape), ("row", "<i8")])
 
     def _path(self, shard: int) -> Path:
         return self.folder / f"{shard:06d}.bin"
 
-    def _fetch(self, shard: int, path: Path, keep: Collection[int], wait: bool) -> bool:
+    def _fetch(self, shard: int, path: Path, needed: Sequence[int], wait: bool) -> bool:
         """Download and decode a shard; False without room. The caller holds its lock."""
         part = path.with_suffix(".part")
         shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
-        kept = {self._path(number) for number in keep}
-        if not self._reserve(part, self.needed_bytes(shard), kept, wait):
+        if not self._reserve(part, shard, needed, wait):
             return False
         try:
             facts = self.index.shards[shard]
@@ -161,28 +161,27 @@ class ShardCache:
             shutil.rmtree(part, ignore_errors=True)
 
     def _decode(self, shard: int, source: Path, output: Path) -> None:
-        """Write the decoded images; the first pixels of an unusable image are zeros."""
+        """Write the records of a shard; the first pixels of an unusable image are zeros."""
         facts, row, problems = self.index.shards[shard], 0, dict[int, str]()
         location, num_rows = facts.location, facts.num_rows
-        blank = bytes(math.prod(self.shape) * self.dtype.itemsize)
+        blank = bytes(self.dtype["pixels"].itemsize)
         try:
             with output.open("wb") as file:
                 for cells in read_cells(source, self.index.column):
                     decoded = decode_images(cells, None, self.target)
-                    row += len(cells)
+                    for pixels, problem in zip(decoded["pixels"], decoded["problem"], strict=True):
+                        if problem is not None:
+                            problems[row] = problem
+                        file.write((pixels or blank) + row.to_bytes(8, "little"))
+                        row += 1
                     if row > num_rows:
                         break
-                    for n, problem in enumerate(decoded["problem"], row - len(cells)):
-                        if problem is not None:
-                            problems[n] = problem
-                    file.write(b"".join(pixels or blank for pixels in decoded["pixels"]))
             if row != num_rows:
                 raise ValueError(f"it does not hold the expected {num_rows:,} images")
         except (ValueError, tarfile.TarError) as error:  # also of pyarrow
             raise DataError(f"{location} cannot be read: {error}") from error
         if problems:
-            images = np.memmap(output, self.dtype, "r+", shape=(num_rows, *self.shape))
-            self._replace_bad(location, images, problems)
+            self._replace_bad(location, np.memmap(output, self.dtype, "r+"), problems)
 
     def _replace_bad(self, location: str, images: Any, problems: dict[int, str]) -> None:
         """Put the next usable image of the shard in the place of each unusable one."""
@@ -197,12 +196,12 @@ class ShardCache:
         images.flush()
         logger.warning("%s and are replaced by the next one; %s", found, "; ".join(lines))
 
-    def _reserve(self, part: Path, num_bytes: int, kept: set[Path], wait: bool) -> bool:
+    def _reserve(self, part: Path, shard: int, needed: Sequence[int], wait: bool) -> bool:
         """Create the folder of a shard that is fetched, if there is room or can be made."""
-        deadline = time.monotonic() + _SPACE_WAIT_S
+        num_bytes, deadline = self.needed_bytes(shard), time.monotonic() + _SPACE_WAIT_S
         while True:
             with FileLock(self.folder / "space.lock"):
-                if self._make_room(num_bytes, kept):
+                if self._make_room(num_bytes, shard, needed):
                     part.mkdir()
                     (part / "reserved.json").write_text(json.dumps(num_bytes))
                     return True
@@ -215,12 +214,17 @@ class ShardCache:
                 )
             time.sleep(_POLL_S)
 
-    def _make_room(self, num_bytes: int, kept: set[Path]) -> bool:
-        """Remove the least recently used shards, if that makes enough room."""
+    def _make_room(self, num_bytes: int, shard: int, needed: Sequence[int]) -> bool:
+        """Remove shards, if that makes enough room; see `fetch` for their order."""
         used = {path: _last_use_and_size(path) for path in self.folder.glob("*.bin")}
         excess = num_bytes - self.limit + sum(size for _, size in used.values())
         excess += sum(self._reserved(part) for part in self.folder.glob("*.part"))
-        removable = sorted(used.keys() - kept, key=lambda path: used[path])
+        place = dict.fromkeys(used, len(needed)) | {
+            self._path(number): place for place, number in enumerate(needed)
+        }
+        own_place = place.get(self._path(shard), -1)
+        removable = [path for path in used if place[path] > own_place]
+        removable.sort(key=lambda path: (-place[path], used[path]))  # the least recently used first
         if excess > sum(used[path][1] for path in removable):
             return False
         for path in removable:

@@ -1,40 +1,39 @@
-"""Shards of a stream: parquet files or WebDataset .tar files, by path or URL, with their rows.
+"""Shards of a stream: parquet files or WebDataset .tar files, with their rows and labels.
 
-The number of rows of every shard must be known before training. Parquet files state it in their
-last bytes. For .tar files it is read from an index.json next to them, in the format of WebDataset's
-`wids`; without one every file is read once before training.
+The number of rows of every shard, and the label of every row, must be known before training.
+Parquet files state the number in their last bytes; of the columns only that of the labels is read.
+For .tar files the number is read from an index.json next to them, in the format of WebDataset's
+`wids`; without one, and for labels, every file is read once.
 """
 
-import glob
 import hashlib
-import io
 import json
-import re
+import os
 import tarfile
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate, islice, product
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from itertools import accumulate, islice
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 import datasets
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
-from huggingface_hub import HfFileSystem, hf_hub_url
 
 from ddpm_hf.data.decoding import EXTENSIONS, Cell
 from ddpm_hf.data.errors import DataError
 from ddpm_hf.data.image_column import find_image_column
-from ddpm_hf.data.image_folder import by_split
-from ddpm_hf.data.remote_files import BrokenTransfer, is_url, read_end, read_through
-from ddpm_hf.text import close_paths, did_you_mean
+from ddpm_hf.data.labels import Labels, find_label_column, known_class_names, read_labels
+from ddpm_hf.data.remote_files import BrokenTransfer, RemoteFile, is_url, read_end, read_through
 
-_FOOTER_BYTES = 2**16  # most footers are smaller
 _NUM_CONNECTIONS = 8
 _ROWS_AT_ONCE = 64  # encoded files, each up to some MB
 _INDEX_BYTES = 2**26
+_CLASS_EXTENSION = "cls"  # of WebDataset
 
 
 @dataclass(frozen=True)
@@ -64,10 +63,14 @@ class ShardIndex:
     Attributes:
         shards: in the order of their names.
         column: image column of parquet files; "" for .tar files.
+        labels: class of each image, (N,); None if not requested.
+        class_names: names of the classes, if known.
     """
 
     shards: tuple[Shard, ...]
     column: str = ""
+    labels: Labels | None = field(default=None, compare=False, repr=False)
+    class_names: tuple[str, ...] | None = field(default=None, compare=False, repr=False)
 
     @cached_property
     def starts(self) -> list[int]:
@@ -84,130 +87,139 @@ class ShardIndex:
         shard = bisect_right(self.starts, index) - 1
         return shard, index - self.starts[shard]
 
+    def select(self, numbers: Sequence[int]) -> "ShardIndex":
+        """Some of the shards."""
+        labels = self.labels
+        if labels is not None:
+            parts = [labels[self.starts[n] : self.starts[n + 1]] for n in numbers]
+            labels = np.concatenate(parts)
+        shards = tuple(self.shards[number] for number in numbers)
+        return ShardIndex(shards, self.column, labels, self.class_names)
+
     @property
     def digest(self) -> str:
-        """Identifies names, sizes and rows of the shards, wherever they are."""
+        """Identifies names, sizes, rows and labels of the shards, wherever they are."""
         facts = [(shard.name, shard.num_rows, shard.num_bytes) for shard in self.shards]
-        return hashlib.sha256(repr((self.column, facts)).encode()).hexdigest()[:16]
+        sums = hashlib.sha256(repr((self.column, facts)).encode())
+        sums.update(b"" if self.labels is None else self.labels.tobytes())
+        return sums.hexdigest()[:16]
 
 
-def find_shards(
-    source: str, config_name: str | None = None, split: str = "train", revision: str | None = None
-) -> list[str]:
-    """Paths or URLs of the shards of a dataset, sorted by name.
-
-    Args:
-        source: a folder or a glob of .parquet or .tar files, a URL with `{000..123}` for a range of
-            numbers, or a dataset of the Hub that consists of such files.
-        config_name, revision: of a dataset of the Hub.
-        split: split of a dataset of the Hub or of the file names in a folder.
-    Raises:
-        DataError: if there are none, or of several kinds.
-    """
-    path = Path(source).expanduser()
-    if is_url(source):
-        shards = _expand_braces(source)
-    elif path.is_dir():
-        files = sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file())
-        files = [file for file in files if file.endswith((".parquet", ".tar"))]
-        shards = [glob.glob(pattern)[0] for pattern in _of_split(by_split(path, files), split)]
-    elif path.is_file() or any(char in source for char in "*?["):
-        shards = sorted(glob.glob(str(path), recursive=True))
-    else:
-        shards = _on_the_hub(source, config_name, split, revision)
-    kinds = {PurePosixPath(shard).suffix for shard in shards}
-    if kinds not in ({".parquet"}, {".tar"}):
-        raise DataError(
-            f"a stream needs .parquet or .tar files, {source!r} has "
-            f"{', '.join(sorted(kind or 'no suffix' for kind in kinds)) or 'none'}"
-        )
-    return shards
-
-
-def _expand_braces(url: str) -> list[str]:
-    """URLs for every number in {first..last}."""
-    parts = re.split(r"\{(\d+)\.\.(\d+)\}", url)
-    ranges = [
-        [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
-        for first, last in zip(parts[1::3], parts[2::3], strict=True)
-    ]
-    texts = parts[::3]
-    return [
-        texts[0] + "".join(number + text for number, text in zip(numbers, texts[1:], strict=True))
-        for numbers in product(*ranges)
-    ]
-
-
-def _of_split(splits: dict[str, list[str]], split: str) -> list[str]:
-    if split not in splits:
-        hint = did_you_mean(split, splits)
-        raise DataError(f"`split` must be one of {', '.join(splits)}, got {split!r}{hint}")
-    return splits[split]
-
-
-def _on_the_hub(name: str, config: str | None, split: str, revision: str | None) -> list[str]:
-    try:
-        builder = datasets.load_dataset_builder(name, config, revision=revision)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise DataError(
-            f"{name!r} is not a local path{close_paths(name)}; as a Hub dataset: {error}"
-        ) from error
-    files = {str(key): list(value) for key, value in (builder.config.data_files or {}).items()}
-    resolved: list[Any] = [HfFileSystem().resolve_path(path) for path in _of_split(files, split)]
-    return [
-        hf_hub_url(file.repo_id, file.path_in_repo, repo_type="dataset", revision=file.revision)
-        for file in resolved
-    ]
-
-
-def index_shards(locations: Sequence[str], image_column: str | None = None) -> ShardIndex:
-    """The number of rows of every shard.
+def index_shards(
+    locations: Sequence[str],
+    image_column: str | None = None,
+    label_column: str | Literal[True] | None = None,
+) -> ShardIndex:
+    """The number of rows of every shard, and their labels.
 
     Args:
         locations: paths or URLs of .parquet or .tar files.
         image_column: name of the column in parquet files; None for the only image column.
+        label_column: column of the labels in parquet files, True for the only `ClassLabel` column;
+            key of the .json files in .tar files, True for their .cls files; None for no labels.
     Raises:
-        DataError: if a file cannot be read, or there are no images.
+        DataError: if a file cannot be read, there are no images, or the labels are unusable.
     """
-    is_tar = locations[0].endswith(".tar")
-    listed = _listed_rows(locations[0]) if is_tar else {}
-    with ThreadPoolExecutor(_NUM_CONNECTIONS) as pool:
-        if is_tar:
-            shards = list(pool.map(lambda each: _index_tar(each, listed), locations))
-            columns = {""}
-        else:
-            footers = list(pool.map(_read_footer, locations))
-            shards = [
-                Shard(location, footer.num_rows, size)
-                for location, (footer, size) in zip(locations, footers, strict=True)
-            ]
-            columns = {_image_column(footer, image_column) for footer, _ in footers}
-    if len(columns) > 1:
-        raise DataError(f"the shards have different image columns: {', '.join(sorted(columns))}")
-    index = ShardIndex(tuple(shard for shard in shards if shard.num_rows), columns.pop())
+    read = _index_parquet if locations[0].endswith(".parquet") else _index_tar_files
+    index, labels = read(locations, image_column, label_column)
     if not index.num_images:
         raise DataError("the shards have no images")
-    return index
+    if labels is None:
+        return index
+    (column,) = labels.column_names
+    numbers, names = read_labels(labels, column)
+    return ShardIndex(index.shards, index.column, numbers, names)
 
 
-def _read_footer(location: str) -> tuple[Any, int]:
-    """Metadata and size of a parquet file, from its last bytes."""
-    end, size = read_end(location, _FOOTER_BYTES)
-    needed = int.from_bytes(end[-8:-4], "little") + 8
-    if end[-4:] != b"PAR1" or needed > size:
-        raise DataError(f"{location} is not a parquet file")
-    if needed > len(end):
-        end, size = read_end(location, needed)
+Indexed = tuple[ShardIndex, datasets.Dataset | None]
+"""Index without labels, and the column of the labels."""
+
+
+def _index_parquet(
+    locations: Sequence[str], image_column: str | None, label_column: str | Literal[True] | None
+) -> Indexed:
+    read = partial(_read_parquet, image_column=image_column, label_column=label_column)
+    with ThreadPoolExecutor(_NUM_CONNECTIONS) as pool:
+        files = list(pool.map(read, locations))
+    columns = {file.column for file in files}
+    if len(columns) > 1:
+        raise DataError(f"the shards have different image columns: {', '.join(sorted(columns))}")
+    shards = _with_rows([file.shard for file in files])
+    index = ShardIndex(shards, columns.pop(), None, files[0].class_names)
+    parts = [file.labels for file in files if file.labels is not None]
+    return index, _concatenate(parts) if parts else None
+
+
+@dataclass(frozen=True)
+class _ParquetFacts:
+    """A shard, its image column, the class names that it declares, and its labels."""
+
+    shard: Shard
+    column: str
+    class_names: tuple[str, ...] | None
+    labels: datasets.Dataset | None
+
+
+def _read_parquet(
+    location: str, image_column: str | None, label_column: str | Literal[True] | None
+) -> _ParquetFacts:
     try:
-        return pq.read_metadata(io.BytesIO(end)), size
-    except (OSError, ValueError) as error:
-        raise DataError(f"{location} is not a parquet file: {error}") from error
+        with _open(location) as file, pq.ParquetFile(file) as parquet:
+            size = file.seek(0, os.SEEK_END)
+            empty, labels = _empty_dataset(parquet.schema_arrow), None
+            if label_column is not None:
+                column = find_label_column(empty, label_column)
+                features = datasets.Features({column: empty.features[column]})
+                table = parquet.read([column], use_threads=False).cast(features.arrow_schema)
+                info = datasets.DatasetInfo(features=features)
+                labels = datasets.Dataset(datasets.table.InMemoryTable(table), info=info)
+            shard = Shard(location, parquet.metadata.num_rows, size)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{location} is not a readable parquet file: {error}") from error
+    return _ParquetFacts(
+        shard, find_image_column(empty, image_column), known_class_names(empty), labels
+    )
 
 
-def _image_column(footer: Any, name: str | None) -> str:
-    schema = datasets.Features.from_arrow_schema(footer.schema.to_arrow_schema())
-    empty = {column: [None] for column in schema}
-    return find_image_column(datasets.Dataset.from_dict(empty, features=schema), name)
+def _open(location: str) -> Any:
+    return RemoteFile(location) if is_url(location) else Path(location).open("rb")
+
+
+def _empty_dataset(schema: pa.Schema) -> datasets.Dataset:
+    """A dataset with the columns of a parquet file, and a single row without values."""
+    features = datasets.Features.from_arrow_schema(schema)
+    return datasets.Dataset.from_dict({column: [None] for column in features}, features=features)
+
+
+def _concatenate(parts: Sequence[datasets.Dataset]) -> datasets.Dataset:
+    try:
+        return datasets.concatenate_datasets(parts)
+    except ValueError as error:
+        raise DataError(f"the label columns of the shards differ: {error}") from error
+
+
+def _with_rows(shards: Sequence[Shard]) -> tuple[Shard, ...]:
+    return tuple(shard for shard in shards if shard.num_rows)
+
+
+def _index_tar_files(
+    locations: Sequence[str], image_column: str | None, label_column: str | Literal[True] | None
+) -> Indexed:
+    listed = _listed_rows(locations[0]) if label_column is None else {}
+    key = "" if label_column is True else label_column
+    with ThreadPoolExecutor(_NUM_CONNECTIONS) as pool:
+        found = list(pool.map(lambda each: _index_tar(each, listed, key), locations))
+    index = ShardIndex(_with_rows([shard for shard, _ in found]))
+    if label_column is None:
+        return index, None
+    values = [value for _, labels in found for value in labels]
+    if not any(value is not None for value in values):
+        where = f"a .json file with the key {key!r}" if key else "a .cls file"
+        raise DataError(f"no image of the .tar files has {where}, which would hold its label")
+    try:
+        return index, datasets.Dataset.from_dict({key or _CLASS_EXTENSION: values})
+    except (pa.ArrowException, TypeError) as error:
+        raise DataError(f"the labels have several types: {error}") from error
 
 
 def _listed_rows(location: str) -> dict[str, int]:
@@ -220,32 +232,76 @@ def _listed_rows(location: str) -> dict[str, int]:
         return {}
 
 
-def _index_tar(location: str, listed: Mapping[str, int]) -> Shard:
+def _index_tar(
+    location: str, listed: Mapping[str, int], key: str | None
+) -> tuple[Shard, list[Any]]:
+    """A shard and the labels of its images; see `_read_labels`."""
     name, (_, size) = PurePosixPath(location).name, read_end(location, 1)
     if name in listed:
-        return Shard(location, listed[name], size)
+        return Shard(location, listed[name], size), []
+    read = partial(_read_labels, key=key)
     if is_url(location):
-        return Shard(location, read_through(location, _count_images), size)
-    try:
-        with open(location, "rb") as file:
-            return Shard(location, _count_images(file), size)
-    except OSError as error:
-        raise DataError(f"{location} cannot be read: {error}") from error
+        labels = read_through(location, read)
+    else:
+        try:
+            with open(location, "rb") as file:
+                labels = read(file)
+        except OSError as error:
+            raise DataError(f"{location} cannot be read: {error}") from error
+    return Shard(location, len(labels), size), labels
 
 
-def _count_images(file: Any) -> int:
+def _read_labels(file: Any, key: str | None) -> list[Any]:
+    """The label of each image of a .tar file, from a file of the same sample.
+
+    Args:
+        file: the .tar file, which need not be seekable.
+        key: of the .json files; "" for .cls files; None reads no labels.
+    """
     # "r|" reads without seeking, as the answer of a server requires.
     mode: Any = "r:" if hasattr(file, "seek") else "r|"
+    extension = "json" if key else _CLASS_EXTENSION
+    images: list[str] = []
+    labels: dict[str, Any] = {}
     try:
         with tarfile.open(fileobj=file, mode=mode) as tar:
-            return sum(1 for member in tar if _is_image(member))
+            for member in tar:
+                sample, kind = _sample_of(member)
+                if _is_image(member):
+                    images.append(sample)
+                elif key is not None and kind == extension:
+                    labels[sample] = _parse_label(_content(tar, member), key)
     except tarfile.TarError as error:
         raise BrokenTransfer(f"no .tar file, or an incomplete one: {error}") from error
+    return [labels.get(sample) for sample in images]
+
+
+def _sample_of(member: tarfile.TarInfo) -> tuple[str, str]:
+    """The sample of a file, which is its path up to the first dot of its name, and the rest."""
+    path = PurePosixPath(member.name)
+    name, _, kind = path.name.partition(".")
+    return str(path.parent / name), kind
+
+
+def _parse_label(content: bytes, key: str) -> Any:
+    """The label in a .json or .cls file; None if there is none."""
+    text = content.decode(errors="replace").strip()
+    if not key:
+        return int(text) if text.isdecimal() else text
+    try:
+        return json.loads(text).get(key)
+    except (ValueError, AttributeError):
+        return None
 
 
 def _is_image(member: tarfile.TarInfo) -> bool:
     path = PurePosixPath(member.name)
     return member.isfile() and path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    return file.read() if file else b""
 
 
 def read_cells(path: Path, column: str) -> Iterator[list[Cell]]:
@@ -264,14 +320,9 @@ def read_cells(path: Path, column: str) -> Iterator[list[Cell]]:
     with tarfile.open(path, "r:") as tar:
         images = (member for member in tar if _is_image(member))
         while members := list(islice(images, _ROWS_AT_ONCE)):
-            yield [_member_cell(tar, member) for member in members]
+            yield [{"bytes": _content(tar, member), "path": None} for member in members]
 
 
 def _cell(value: Any) -> Cell:
     content = value.get("bytes") if isinstance(value, dict) else value
     return {"bytes": content if isinstance(content, bytes) else b"", "path": None}
-
-
-def _member_cell(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Cell:
-    file = tar.extractfile(member)
-    return {"bytes": file.read() if file else b"", "path": None}

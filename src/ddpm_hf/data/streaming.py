@@ -6,6 +6,7 @@ resumed run and any number of processes and loader workers see the same sequence
 """
 
 import hashlib
+import logging
 import os
 import threading
 import time
@@ -13,7 +14,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -23,28 +24,30 @@ from torch import Tensor
 
 from ddpm_hf.data.errors import DataError
 from ddpm_hf.data.image_conversion import Target
-from ddpm_hf.data.labels import Labels
+from ddpm_hf.data.image_reports import describe_unlabelled
 from ddpm_hf.data.shard_cache import ShardCache
-from ddpm_hf.data.shards import ShardIndex, find_shards, index_shards
+from ddpm_hf.data.shard_files import ShardFiles
+from ddpm_hf.data.shards import ShardIndex, index_shards
 from ddpm_hf.data.training_dataset import TrainingImages
 from ddpm_hf.diffusion.image_format import ImageFacts
 from ddpm_hf.diffusion.image_processor import to_unit_range
-from ddpm_hf.randomness import ShardOrder, seed_of
+from ddpm_hf.randomness import ShardOrder, permutation, seed_of
+
+logger = logging.getLogger(__name__)
 
 _NUM_FETCHERS = 2  # shards that a process fetches ahead at a time
 _RETRY_S = 0.2
+_CENTER = np.full(3, 0.5, np.float32)
 
 
 def open_stream(
-    source: str,
+    files: ShardFiles,
     *,
     resolution: int,
     image_mode: str = "RGB",
     bit_depth: int = 8,
-    config_name: str | None = None,
-    split: str = "train",
-    revision: str | None = None,
     image_column: str | None = None,
+    label_column: str | Literal[True] | None = None,
     on_bad_image: str = "error",
     cache_gb: float = 20.0,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -52,27 +55,26 @@ def open_stream(
     """Images of shards that are fetched while they are read.
 
     Args:
-        source: a folder or glob of .parquet or WebDataset .tar files, a URL such as
-            "https://host/train-{000..123}.tar", or a dataset of the Hub that consists of them.
+        files: the shards, from `find_shards` or `shards_of`.
         resolution: height and width of the images, which are cropped to a square in the center.
         image_mode, bit_depth: format of all images; unlike prepared images, a stream cannot look at
             all of them before.
-        config_name, revision: of a dataset of the Hub.
-        split: split of a dataset of the Hub or of the file names in a folder.
-        image_column: column of parquet files; None for the only image column.
+        image_column, label_column: of `index_shards`.
         on_bad_image: "error", or "skip" to replace an unusable image by the next one of its shard.
         cache_gb: disk space for decoded shards and downloads, in GB (1e9 bytes).
         cache_dir: parent folder; by default in the cache of `datasets`.
     Raises:
-        DataError: if the shards cannot be found or read, or the cache is too small.
+        DataError: if the shards cannot be read, or the cache is too small.
     """
-    index = index_shards(find_shards(source, config_name, split, revision), image_column)
+    index = index_shards(files.locations, image_column, label_column)
+    if index.labels is not None and (line := describe_unlabelled(index.labels)):
+        logger.warning("%s", line)
     target = Target(image_mode, bit_depth, resolution, resolution)
     parent = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE, "ddpm_hf_streams"))
     key = hashlib.sha256(repr((index, target, on_bad_image)).encode()).hexdigest()[:32]
     limit = int(cache_gb * 1e9)
     cache = ShardCache(parent.expanduser() / key, limit, index, target, on_bad_image)
-    images = StreamedImages(cache)
+    images = StreamedImages(cache, range(len(index.shards)))
     if limit < images.least_bytes:
         raise DataError(
             f"`streaming_cache_gb` must be at least {images.least_bytes / 1e9:.3g} for these "
@@ -84,65 +86,109 @@ def open_stream(
 class StreamedImages:
     """An `ImageSource` of the images of a stream.
 
-    Attributes:
+    Args:
         cache: the decoded shards.
+        numbers: the shards of the cache that belong to the stream.
+
+    Attributes:
+        index: these shards.
         num_images: N.
-        facts: mode, size and bit depth.
-        digest: identifies the shards when a run is resumed.
+        labels: class of each image, (N,), or None; a replaced image has that of its replacement.
+        facts: mode, size, bit depth and class names.
     """
 
-    labels: Labels | None = None
-
-    def __init__(self, cache: ShardCache) -> None:
-        self.cache = cache
-        self.num_images: int | None = cache.index.num_images
-        target = cache.target
-        self.facts = ImageFacts(target.mode, target.height, target.width, target.bit_depth)
-        self.digest = cache.index.digest
+    def __init__(self, cache: ShardCache, numbers: Sequence[int]) -> None:
+        self.cache, self.numbers = cache, list(numbers)
+        self.index: ShardIndex = cache.index.select(self.numbers)
+        self.num_images: int | None = self.index.num_images
+        self.labels = self.index.labels
+        mode, depth, height, width = (
+            getattr(cache.target, name) for name in ("mode", "bit_depth", "height", "width")
+        )
+        self.facts = ImageFacts(mode, height, width, depth, self.index.class_names)
         self._fetchers: _Fetchers | None = None
-        self._ahead: list[int] = []
+        self._needed: list[int] = []
 
     def __len__(self) -> int:
-        return self.cache.index.num_images
+        return self.index.num_images
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_fetchers": None}
 
     @property
-    def index(self) -> ShardIndex:
-        """The shards."""
-        return self.cache.index
-
-    @property
     def least_bytes(self) -> int:
-        """Smallest useful limit of the cache: two groups of shards, and what is being fetched."""
-        count = range(len(self.index.shards))
-        decoded = sorted((self.cache.decoded_bytes(shard) for shard in count), reverse=True)
-        fetched = max(self.cache.needed_bytes(shard) for shard in count)
-        return sum(decoded[: 2 * ShardOrder.NUM_MIXED]) + fetched
+        """Smallest useful limit of the cache: the shards in the window, two more, and a download.
+
+        Processes and loader workers are not at the same place, so that some need a shard more.
+        """
+        numbers = range(len(self.cache.index.shards))
+        decoded = sorted((self.cache.decoded_bytes(number) for number in numbers), reverse=True)
+        fetched = max(self.cache.needed_bytes(number) for number in numbers)
+        return sum(decoded[: ShardOrder.NUM_MIXED + 2]) + fetched
+
+    def dataset_index(self, position: int) -> int:
+        """Index of an image among those of all shards of the dataset."""
+        shard, row = self.index.locate(position)
+        return self.cache.index.starts[self.numbers[shard]] + row
+
+    def split(self, fraction: float, seed: int) -> tuple["StreamedImages", "StreamedImages"]:
+        """Random shards for training, and others with at least a fraction of the images.
+
+        Raises:
+            DataError: if there is only one shard.
+        """
+        count = len(self.numbers)
+        if count == 1:
+            raise DataError(
+                "`validation_split` holds out whole shards of a stream, which has only one; write "
+                "the images to several shards, or name a split"
+            )
+        order, held_out = permutation(count, seed, "held-out shards"), 1
+        while held_out < count - 1 and self._num_images(order[:held_out]) < fraction * len(self):
+            held_out += 1
+        parts = sorted(order[held_out:]), sorted(order[:held_out])
+        training, validation = ([self.numbers[place] for place in part] for part in parts)
+        return StreamedImages(self.cache, training), StreamedImages(self.cache, validation)
+
+    def _num_images(self, places: Sequence[int]) -> int:
+        return sum(self.index.shards[place].num_rows for place in places)
 
     def read(self, positions: Sequence[int], offsets: NDArray[np.float32]) -> Tensor:
         """Images at these positions; see `ImageSource`."""
+        return to_unit_range(torch.from_numpy(self._records(positions)["pixels"]))
+
+    def read_labelled(self, positions: Sequence[int]) -> tuple[Tensor, list[int]]:
+        """Images at these positions, (B, C, H, W), and their classes."""
+        records = self._records(positions)
+        starts = [self.index.starts[self.index.locate(position)[0]] for position in positions]
+        labels: Any = self.labels
+        classes = labels[np.array(starts) + records["row"]].tolist()
+        return to_unit_range(torch.from_numpy(records["pixels"])), classes
+
+    def _records(self, positions: Sequence[int]) -> NDArray[Any]:
+        """Records of the cache at these positions, (B,)."""
         by_shard: dict[int, list[tuple[int, int]]] = {}
         for place, position in enumerate(positions):
             shard, row = self.index.locate(position)
             by_shard.setdefault(shard, []).append((place, row))
-        found = np.empty((len(positions), *self.cache.shape), self.cache.dtype)
+        found = np.empty(len(positions), self.cache.dtype)
+        size, content = found.itemsize, found.view(np.uint8).data
         for shard, entries in by_shard.items():
-            rows, output = [row for _, row in entries], [found[place] for place, _ in entries]
-            self.cache.read(shard, rows, output, self._ahead)
-        return to_unit_range(torch.from_numpy(found))
+            rows = [row for _, row in entries]
+            output = [content[place * size : (place + 1) * size] for place, _ in entries]
+            self.cache.read(self.numbers[shard], rows, output, self._needed)
+        return found
 
     def fetch_ahead(self, shards: Sequence[int]) -> None:
         """Fetch shards in the background, in this order, and keep them in the cache.
 
         An error shows when a shard is read.
         """
-        self._ahead = list(shards)
+        self._needed = [self.numbers[shard] for shard in shards]
         # Threads do not survive a fork.
         if self._fetchers is None or self._fetchers.pid != os.getpid():
             self._fetchers = _Fetchers(self.cache)
-        self._fetchers.submit(shards)
+        self._fetchers.submit(self._needed)
 
 
 class _Fetchers:
@@ -150,34 +196,33 @@ class _Fetchers:
 
     def __init__(self, cache: ShardCache) -> None:
         self.pid, self._cache = os.getpid(), cache
-        self._last: list[int] = []
+        self._needed: list[int] = []
         self._pending: deque[int] = deque()
         self._changed = threading.Condition()
         for _ in range(_NUM_FETCHERS):
             threading.Thread(target=self._work, name="fetch shards", daemon=True).start()
 
-    def submit(self, shards: Sequence[int]) -> None:
+    def submit(self, needed: list[int]) -> None:
         """Fetch these shards, instead of those that still wait to be fetched."""
-        if self._last != list(shards):
+        if self._needed != needed:
             with self._changed:
-                self._last, self._pending = list(shards), deque(shards)
+                self._needed, self._pending = needed, deque(needed)
                 self._changed.notify_all()
 
     def _work(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._pending)
-                shard = self._pending.popleft()
-                shards = self._last
+                shard, needed = self._pending.popleft(), self._needed
             with suppress(DataError):
-                if not self._cache.fetch(shard, shards, wait=False):
-                    self._try_later(shard, shards)
+                if not self._cache.fetch(shard, needed, wait=False):
+                    self._try_later(shard, needed)
 
-    def _try_later(self, shard: int, shards: list[int]) -> None:
+    def _try_later(self, shard: int, needed: list[int]) -> None:
         """Queue a shard again that had no room, or that another process fetches."""
         time.sleep(_RETRY_S)
         with self._changed:
-            if self._last is shards:
+            if self._needed is needed:
                 self._pending.append(shard)
 
 
@@ -206,21 +251,28 @@ class StreamedTrainingImages(TrainingImages):
         self.order = ShardOrder(seed, [shard.num_rows for shard in images.index.shards])
 
     def __getitems__(self, positions: Sequence[tuple[int, int]]) -> list[Any]:
-        """A batch, for `DataLoader`; the shards of the group after it are fetched ahead."""
-        epoch, index = positions[-1]
-        groups, (shard, _) = self.order.groups(epoch), self.source.index.locate(index)
-        number = next(n for n, group in enumerate(groups) if shard in group)
-        is_last = number + 1 == len(groups)
-        following = self.order.groups(epoch + 1)[0] if is_last else groups[number + 1]
-        self.source.fetch_ahead([*groups[number], *following])
+        """A batch, for `DataLoader`; the shards that are needed next are fetched ahead."""
+        self.source.fetch_ahead(self.order.needed_shards(*positions[-1]))
         return super().__getitems__(positions)
+
+    def first_read(self, count: int) -> list[int]:
+        """Indices of at most `count` images in few shards: those that training reads first."""
+        return sorted(self.order.index(0, place) for place in range(min(count, len(self))))
 
     def _first_image(self) -> Tensor:
         """An image of the right shape, without fetching a shard."""
         facts = self.source.facts
         return torch.zeros(1, len(facts.mode), facts.height, facts.width)
 
+    def _read(
+        self, indices: Sequence[int], offsets: NDArray[np.float32]
+    ) -> tuple[Tensor, list[int] | None]:
+        if self.labels is None:
+            return self.source.read(indices, offsets), None
+        return self.source.read_labelled(indices)
+
     def _draws_of(self, epoch: int, index: int) -> NDArray[np.float32]:
         """Hashed for each image: an array for a whole epoch of a stream could be too large."""
-        flip = seed_of(self.seed, "flip", epoch, index) / 2**63 if self.random_flip else 0.0
-        return np.array([flip, 0.5, 0.5], np.float32)
+        if not self.random_flip:
+            return _CENTER
+        return np.array([seed_of(self.seed, "flip", epoch, index) / 2**63, 0.5, 0.5], np.float32)

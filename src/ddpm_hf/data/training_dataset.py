@@ -88,14 +88,19 @@ class TrainingImages(torch.utils.data.Dataset[Any]):
         """A batch, for `DataLoader`; many times faster than single images."""
         indices = [index for _, index in positions]
         draws = np.stack([self._draws_of(epoch, index) for epoch, index in positions])  # (B, 3)
-        x_0 = self.source.read(indices, draws[:, 1:])
+        x_0, labels = self._read(indices, draws[:, 1:])
         if self.random_flip:
             is_flipped = torch.from_numpy(draws[:, 0] < 0.5)
             x_0[is_flipped] = x_0[is_flipped].flip(-1)
         padded = list(_pad_to_multiple(x_0, self.size_multiple))
-        if self.labels is None:
-            return padded
-        return list(zip(padded, self.labels[indices].tolist(), strict=True))
+        return padded if labels is None else list(zip(padded, labels, strict=True))
+
+    def _read(
+        self, indices: Sequence[int], offsets: NDArray[np.float32]
+    ) -> tuple[Tensor, list[int] | None]:
+        """Images, in new memory, and their classes if the source has labels."""
+        labels = None if self.labels is None else self.labels[indices].tolist()
+        return self.source.read(indices, offsets), labels
 
     def _draws_of(self, epoch: int, index: int) -> NDArray[np.float32]:
         """Uniform numbers in [0, 1) of an image in an epoch: flip, top and left, (3,)."""

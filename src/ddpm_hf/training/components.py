@@ -131,6 +131,9 @@ def assemble(
     loaded = main_first(
         accelerator, lambda: open_images(options, dataset, pretrained.unet), options.ddp_timeout
     )
+    if loaded.revision is not None and options.dataset_revision is None:
+        # A resumed run reads the same commit.
+        options = dataclasses.replace(options, dataset_revision=loaded.revision)
     facts, notes = _select_classes(options, loaded.facts)
     notes = _mode_notes(options, loaded.images) + notes
     if scheduler is None:

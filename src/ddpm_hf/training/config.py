@@ -77,18 +77,10 @@ class TrainingConfig(
                 "`streaming` needs `resolution`: the sizes of images that are not read yet are "
                 "unknown"
             )
-        is_share = str(self.validation_split or "x").replace(".", "").isdigit()
-        refused = {
-            "crop": self.crop != "center",
-            "class_conditional": self.class_conditional,
-            "validation_split": is_share,
-            "evaluate_steps": self.evaluate_steps is not None,
-            "calibrate": self.calibrate and self.validation_split is None,
-        }
-        if names := [f"`{name}`" for name, is_set in refused.items() if is_set]:
+        if self.crop != "center":
             raise ConfigError(
-                f"{' and '.join(names)} cannot be used with `streaming`, which reads few shards at "
-                "a time; see docs/streaming.md"
+                f"`crop` must be center with `streaming`, got {self.crop}: its cache holds images "
+                "of one size"
             )
 
     def _check_optimization(self) -> None:

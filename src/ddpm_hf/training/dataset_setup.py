@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import datasets
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 from ddpm_hf.data import ImageDataset, ImageFacts, TrainingImages, load_images, prepare_images
 from ddpm_hf.data.hold_out import HoldOut
 from ddpm_hf.data.image_source import MapStyleImages
+from ddpm_hf.data.shard_files import ShardFiles, find_shards, shards_of
 from ddpm_hf.data.streaming import StreamedImages, StreamedTrainingImages, open_stream
 from ddpm_hf.diffusion.image_format import IMAGE_MODES, image_facts, size_multiple
 from ddpm_hf.training.component_checks import mode_of_channels
@@ -22,7 +23,13 @@ from ddpm_hf.training.config import TrainingConfig
 from ddpm_hf.training.errors import ConfigError
 from ddpm_hf.training.options import DataOptions
 
-TrainingData: TypeAlias = datasets.Dataset | datasets.DatasetDict | ImageDataset | MapStyleImages
+TrainingData: TypeAlias = (
+    datasets.Dataset
+    | datasets.DatasetDict
+    | datasets.IterableDataset
+    | ImageDataset
+    | MapStyleImages
+)
 """What `train(dataset=...)` takes."""
 
 
@@ -53,7 +60,7 @@ def build_images(
     return prepare_images(
         dataset,
         image_column=config.image_column,
-        label_column=config.class_column or (True if config.class_conditional else None),
+        label_column=_label_column(config),
         resolution=config.resolution or resolution,
         image_mode=config.image_mode or mode,
         bit_depth=config.bit_depth,
@@ -81,19 +88,24 @@ class LoadedImages:
         images: decoded images, or any sequence of tensors (C, H, W) in [-1, 1].
         facts: mode, size, bit depth and class names.
         digest: identifies the images when a run is resumed.
+        revision: commit of the shards of a dataset of the Hub; None for other images.
     """
 
     images: ImageDataset | StreamedImages | MapStyleImages
     facts: ImageFacts
     digest: str
+    revision: str | None = None
 
 
 def open_images(
     config: DataOptions, dataset: TrainingData | None, pretrained: UNet2DModel | None
 ) -> LoadedImages:
-    """Like `build_images`; `dataset` may also be prepared or a map-style dataset of tensors."""
+    """Like `build_images`; `dataset` may also be any other `TrainingData`."""
+    if isinstance(dataset, datasets.IterableDataset):
+        config = dataclasses.replace(config, streaming=True)  # checks what a stream needs
+        return _open_stream(config, shards_of(dataset))
     if config.streaming:
-        return _open_stream(config, dataset)
+        return _open_stream(config, _named_shards(config, dataset))
     if dataset is None or isinstance(dataset, (datasets.Dataset, datasets.DatasetDict)):
         dataset = build_images(config, dataset, pretrained)
     if isinstance(dataset, ImageDataset):
@@ -101,25 +113,31 @@ def open_images(
     return _open_tensors(dataset, config.class_conditional)
 
 
-def _open_stream(config: DataOptions, dataset: TrainingData | None) -> LoadedImages:
-    if dataset is not None or config.dataset is None or config.resolution is None:
+def _named_shards(config: DataOptions, dataset: TrainingData | None) -> ShardFiles:
+    if dataset is not None or config.dataset is None:
         raise ConfigError(
-            "`streaming` reads the shards that the option `dataset` names; leave it out for images "
-            "passed in Python"
+            "`streaming` reads the shards that the option `dataset` names, or those of an "
+            "IterableDataset; leave it out for other images passed in Python"
         )
+    return find_shards(config.dataset, config.dataset_config, config.split, config.dataset_revision)
+
+
+def _open_stream(config: DataOptions, files: ShardFiles) -> LoadedImages:
     images = open_stream(
-        config.dataset,
-        resolution=config.resolution,
+        files,
+        resolution=config.resolution or 0,  # `TrainingConfig` requires it
         image_mode=config.image_mode or "RGB",
         bit_depth=config.bit_depth or 8,
-        config_name=config.dataset_config,
-        split=config.split,
-        revision=config.dataset_revision,
         image_column=config.image_column,
+        label_column=_label_column(config),
         on_bad_image=config.on_bad_image,
         cache_gb=config.streaming_cache_gb,
     )
-    return LoadedImages(images, images.facts, images.digest)
+    return LoadedImages(images, images.facts, images.index.digest, files.revision)
+
+
+def _label_column(config: DataOptions) -> str | Literal[True] | None:
+    return config.class_column or (True if config.class_conditional else None)
 
 
 def _open_prepared(images: ImageDataset, needs_labels: bool) -> LoadedImages:
@@ -186,6 +204,13 @@ class Selection(torch.utils.data.Dataset[Any]):
 HeldOut = Selection | TrainingImages
 
 
+def in_few_shards(images: HeldOut, count: int) -> HeldOut:
+    """Part of a stream with at least `count` images if it has them; other images unchanged."""
+    if not isinstance(images, StreamedTrainingImages):
+        return images
+    return Selection(images, images.first_read(count))
+
+
 def hold_out(images: TrainingImages, fraction: float, seed: int) -> tuple[Selection, Selection]:
     """Training images and a random fraction that is held out, at least one image of each."""
     count = min(max(1, round(fraction * len(images))), len(images) - 1)
@@ -215,6 +240,12 @@ def split_off_validation(
         "random_flip": config.random_flip,
         "size_multiple": size_multiple(unet),
     }
+    split = str(config.validation_split)
+    fraction = None if config.validation_split is None else _as_fraction(split)
+    if isinstance(images, StreamedImages) and fraction is not None:
+        parts = images.split(fraction, config.seed)
+        train, held_out = (StreamedTrainingImages(part, **options) for part in parts)
+        return train, held_out
     training = (
         StreamedTrainingImages(images, **options)
         if isinstance(images, StreamedImages)
@@ -222,8 +253,6 @@ def split_off_validation(
     )
     if config.validation_split is None:
         return training, None
-    split = str(config.validation_split)
-    fraction = _as_fraction(split)
     if fraction is None and not has_splits:
         raise ConfigError(
             f"`validation_split` must be a fraction such as 0.05 for images passed in Python, got "

@@ -13,7 +13,7 @@ from ddpm_hf.evaluation.dataset_likelihood import BoundMeasurement, BoundOptions
 from ddpm_hf.evaluation.error_curve import measure_calibration
 from ddpm_hf.evaluation.model_images import EvaluationImages
 from ddpm_hf.text import counted
-from ddpm_hf.training.dataset_setup import HeldOut
+from ddpm_hf.training.dataset_setup import HeldOut, in_few_shards
 from ddpm_hf.training.run import Run
 
 MAX_IMAGES = 64
@@ -58,7 +58,7 @@ def calibration_cost(run: Run) -> float:
 
 
 def _source(run: Run) -> HeldOut:
-    return run.components.held_out or run.components.images
+    return in_few_shards(run.components.held_out or run.components.images, MAX_IMAGES)
 
 
 def _describe_images(run: Run) -> str:

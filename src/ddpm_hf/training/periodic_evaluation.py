@@ -18,7 +18,7 @@ from ddpm_hf.evaluation.options import DEFAULT_FEATURES
 from ddpm_hf.pictures import Pixels, quantised
 from ddpm_hf.sampling import DrawnImages
 from ddpm_hf.text import counted
-from ddpm_hf.training.dataset_setup import HeldOut, Selection
+from ddpm_hf.training.dataset_setup import HeldOut, Selection, in_few_shards
 from ddpm_hf.training.ema_sampling import draw_share
 from ddpm_hf.training.errors import ConfigError
 from ddpm_hf.training.rank_coordination import main_first, on_main_process
@@ -93,7 +93,8 @@ class PeriodicEvaluation:
         """The training images, and the held-out images if there are any."""
         components = self.run.components
         sources = [components.images, *([components.held_out] if components.held_out else [])]
-        return [as_pixels(images, components.facts) for images in sources]
+        parts = [in_few_shards(images, MAX_REAL) for images in sources]
+        return [as_pixels(images, components.facts) for images in parts]
 
     def _real_features(self, images: DrawnImages) -> Tensor | None:
         """Features of real images, cached on disk for resumed runs; None on other ranks."""

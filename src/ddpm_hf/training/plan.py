@@ -103,7 +103,10 @@ def _describe_images(run: Run) -> str:
         return text
     source = images.source
     where = f"a cache of up to {source.cache.limit / 1e9:.3g} GB in {source.cache.folder}"
-    return f"{text}, from {counted(len(source.index.shards), 'shard')}, streamed through {where}"
+    held_out = len(source.cache.index.shards) - len(source.index.shards)
+    without = f" ({held_out} held out)" * bool(held_out)
+    shards = counted(len(source.index.shards), "shard")
+    return f"{text}, from {shards}{without}, streamed through {where}"
 
 
 def _describe_classes(facts: ImageFacts) -> str:

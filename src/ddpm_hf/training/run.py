@@ -15,6 +15,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from ddpm_hf.backend_settings import is_channels_last, is_out_of_memory, tf32_operations
+from ddpm_hf.data.streaming import StreamedTrainingImages
 from ddpm_hf.diffusion.tensor_ops import Denoiser
 from ddpm_hf.paths import RunPaths
 from ddpm_hf.randomness import Batches
@@ -130,6 +131,8 @@ class Run:
         )
         indices = [index for rows in batch for _, index in rows]
         images = self.components.images
+        if isinstance(images, StreamedTrainingImages):
+            return [images.source.dataset_index(i) for i in indices]
         return [images.indices[i] for i in indices] if isinstance(images, Selection) else indices
 
     def split_micro_batches(self, factor: int) -> None:

@@ -8,6 +8,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from ddpm_hf.data.streaming import StreamedTrainingImages
 from ddpm_hf.diffusion.eval_mode import evaluating
 from ddpm_hf.likelihood import bits_per_dim
 from ddpm_hf.randomness import seed_of
@@ -94,7 +95,7 @@ class Validation:
 
     def _setup(self) -> BoundSetup:
         components, split = self.run.components, self.run.config.validation_split
-        is_held_out = isinstance(self.images, Selection)
+        is_held_out = isinstance(self.images, Selection | StreamedTrainingImages)
         source = "that training held out" if is_held_out else f"of {split}"
         return BoundSetup(
             images=f"{counted(self.num_images, 'image')} {source}",
