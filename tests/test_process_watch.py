@@ -2,11 +2,15 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from contextlib import ExitStack
 
 import pytest
-from processes import LIMIT_S, forked, forked_ranks
+from processes import LIMIT_S, forked, forked_ranks, started
+
+from ddpm_hf.process_watch import is_launcher
 
 pytestmark = pytest.mark.slow
 HANG_S = 5.0
@@ -75,6 +79,46 @@ def test_the_workers_of_a_killed_launcher_end():
         launcher.send_signal(signal.SIGKILL)
         launcher.wait(LIMIT_S)
         wait_until(lambda: not _is_running(worker), 20)
+
+
+WORKER = """
+import os, sys, time
+from pathlib import Path
+from ddpm_hf.process_watch import watch_launcher
+watch_launcher()
+Path(sys.argv[1]).write_text(f"{os.getpid()} ")
+time.sleep(100)
+"""
+
+
+def test_the_worker_of_a_killed_launch_of_one_process_ends(tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    command = [*launch, "--mixed_precision", "no", "worker.py", "pid"]
+    pid = tmp_path / "pid"
+    with started(command, cwd=tmp_path) as launcher:
+        wait_until(lambda: pid.exists() and pid.read_text().endswith(" "))
+        worker = int(pid.read_text())
+        assert _is_running(worker)
+        launcher.send_signal(signal.SIGKILL)
+        launcher.wait(LIMIT_S)
+        wait_until(lambda: not _is_running(worker), 20)
+
+
+def test_only_the_command_line_of_a_launcher_makes_a_parent_a_launcher(monkeypatch, tmp_path):
+    """A shell with the variables of `accelerate launch` may end before its command."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    (tmp_path / "accelerate").write_text("input()")
+    (tmp_path / "accelerate_photos").write_text("input()")
+    for name, expected in (("accelerate", True), ("accelerate_photos", False)):
+        command = [sys.executable, str(tmp_path / name), "launch"]
+        with started(command, stdin=subprocess.PIPE) as parent:
+            assert is_launcher(parent.pid) is expected
+            monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+            assert not is_launcher(parent.pid)
+            monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert not is_launcher(parent.pid)  # it has ended
 
 
 def _is_running(pid):

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from pathlib import PurePath
 from typing import Any
 
 HANG_S = 300.0
@@ -14,14 +15,21 @@ HANG_S = 300.0
 _BEAT_S = 1.0
 _LEAVE_S = 5.0
 _LEFT = "-1"
+# Names under which `accelerate launch` runs.
+_LAUNCHERS = {
+    "accelerate",
+    "accelerate-launch",
+    "accelerate.commands.accelerate_cli",
+    "accelerate.commands.launch",
+}
 _watching = threading.Lock()
 
 
 def watch_launcher() -> None:
     """Send this process SIGTERM when its launcher is killed, which could not end it."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return
     launcher = os.getppid()
+    if not is_launcher(launcher):
+        return
 
     def watch() -> None:
         while os.getppid() == launcher:
@@ -29,6 +37,24 @@ def watch_launcher() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def is_launcher(parent: int) -> bool:
+    """Whether the parent of this process is torchrun or `accelerate launch`.
+
+    `accelerate launch` sets the same variables for one process as a user may set in a shell, which
+    a command outlives under `nohup`. Therefore the command line of the parent counts.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return True
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        return False
+    import psutil
+
+    with suppress(psutil.Error):
+        words = psutil.Process(parent).cmdline()
+        return not _LAUNCHERS.isdisjoint(PurePath(word).name.removesuffix(".exe") for word in words)
+    return False
 
 
 def watch_ranks(rank: int, num_processes: int) -> None:
