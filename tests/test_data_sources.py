@@ -290,6 +290,44 @@ result = [len(images), images.facts.to_config(), [int(image.sum()) for image in 
 """
 
 
+HUB_SCRIPT_ON_A_DISK = (
+    """
+import shutil, types
+shutil.disk_usage = lambda folder: types.SimpleNamespace(free=free)
+"""
+    + HUB_SCRIPT
+)
+
+
+@pytest.mark.slow
+def test_hub_datasets_that_do_not_fit_on_the_disk_are_refused_before_their_download(tmp_path):
+    greys(*[(8, 8)] * 50).to_parquet(tmp_path / "rows.parquet")
+    indices = pa.array([0] * 1000, pa.int32())
+    image = pa.DictionaryArray.from_arrays(indices, pa.array([bytes(2**20)]))
+    pq.write_table(pa.table({"image": image}), tmp_path / "bomb.parquet", compression="zstd")
+    with HubServer() as hub, HubClient(hub, tmp_path / "home", token=None) as client:
+
+        def load(name, free):
+            options = {"source": f"user/{name}", "options": {}, "free": free}
+            return client.run(HUB_SCRIPT_ON_A_DISK, **options)[0]
+
+        for name in ("rows", "bomb"):
+            content = (tmp_path / f"{name}.parquet").read_bytes()
+            hub.add_repo(f"user/{name}", kind="dataset", files={"train.parquet": content})
+        size = (tmp_path / "rows.parquet").stat().st_size
+        message = (
+            r"the dataset 'user/rows' \(1 file of .* MB, and their table\) needs .* free: free"
+        )
+        with pytest.raises(ClientError, match=message) as caught:
+            load("rows", 2 * size - 1)
+        assert caught.value.kind == "DataError"
+        assert not hub.count("GET .*train.parquet")
+        assert load("rows", 10**9) == 50
+        assert load("rows", 10**5) == 50  # nothing is downloaded or written again
+        with pytest.raises(ClientError, match=r"train.parquet' needs 1 GB, but"):
+            load("bomb", 10**9)
+
+
 @pytest.mark.slow
 def test_hub_datasets_are_loaded_and_cannot_name_local_files(tmp_path):
     photos = {name: data for name, data in CLASSES.items()}

@@ -1,10 +1,14 @@
 """Datasets of strangers: images or a refusal of one message, in bounded time and memory."""
 
+import contextlib
 import json
 import os
+import shutil
+import socket
 import struct
 import time
 import zlib
+from itertools import chain
 
 import datasets
 import image_zoo as zoo
@@ -18,6 +22,7 @@ from peak_memory import peak_memory_growth
 from ddpm_hf.cli import run_command
 from ddpm_hf.data import DataError, file_limits, load_images, prepare_images, preprocessing
 from ddpm_hf.data.file_limits import MAX_LINE_BYTES
+from ddpm_hf.data.shards import read_cells
 from ddpm_hf.sampling import open_drawn
 
 MAX_SECONDS, MAX_BYTES = 20, 2**28
@@ -210,14 +215,11 @@ def many_classes(folder):
     folder_of(folder, {f"{i}/x.png": IMAGE_FILE for i in range(100)})
 
 
-def socket_in_the_folder(folder):
-    import socket
-
+def bind_socket(path):
+    """A Unix socket, whose address is limited to about 100 characters."""
     server = socket.socket(socket.AF_UNIX)
-    here = os.getcwd()
-    os.chdir(folder)  # the path of a socket is short
-    server.bind("x.png")
-    os.chdir(here)
+    with contextlib.chdir(path.parent):
+        server.bind(path.name)
     server.close()
 
 
@@ -226,10 +228,25 @@ def loading_script(folder):
         b"---\nconfigs:\n- config_name: default\n  data_files: /etc/passwd\n---\n")})  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["x.png", "a/x.png", "metadata.csv", "dataset.json", "x.txt"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "socket"])
+def test_a_special_file_in_a_folder_is_refused_by_name(kind, name, tmp_path):
+    """Opening a pipe would wait for ever, and a device may have no end."""
+    path = folder_of(tmp_path / "x", {"good.png": IMAGE_FILE, "a/good.png": IMAGE_FILE}) / name
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        bind_socket(path)
+    with pytest.raises(DataError, match=rf"{path.name}' is not a regular file: move it out"):
+        load_images(tmp_path / "x")
+
+
 FOLDERS = [
     folder_with_itself, folder_with_nothing, deep_folders, dangling_link,
     folder_named_like_an_image, names_with_control_characters, name_that_is_not_text,
-    pattern_in_the_name, many_classes, socket_in_the_folder, loading_script,
+    pattern_in_the_name, many_classes, loading_script,
 ]  # fmt: skip
 
 
@@ -360,13 +377,67 @@ def test_a_parquet_file_with_huge_rows_is_refused_by_its_metadata(tmp_path, monk
     pq.write_table(table, folder / "metadata.parquet")
     with pytest.raises(DataError, match=r"metadata.parquet' has rows of 2 MiB"):
         load_images(folder)
+    monkeypatch.setattr(file_limits, "MAX_METADATA_BYTES", 2**20)
+    names = {"file_name": ["good.png"] * 30, "text": ["x" * 2**19] * 30}
+    pq.write_table(pa.table(names), folder / "metadata.parquet")
+    with pytest.raises(DataError, match=r"metadata.parquet' has .* MB of rows in memory"):
+        load_images(folder)
+
+
+def repeated(value, count, path):
+    """A parquet file whose rows hold the same image, which is stored once."""
+    indices = pa.array(np.zeros(count, np.int32))
+    images = pa.DictionaryArray.from_arrays(indices, pa.array([value]))
+    names = pa.DictionaryArray.from_arrays(indices, pa.array(["x.png"]))
+    cells = pa.StructArray.from_arrays([images, names], ["bytes", "path"])
+    pq.write_table(pa.table({"image": cells}), path, compression="zstd", store_schema=False)
+
+
+def test_a_small_parquet_file_with_more_rows_than_the_disk_holds_is_refused(status_of, tmp_path):
+    count = 2 * shutil.disk_usage(tmp_path).free // 2**20
+    repeated(bytes(2**20), count, tmp_path / "x.parquet")
+    assert (tmp_path / "x.parquet").stat().st_size < 2**20
+    message = r"the table of .*x.parquet' needs [\d,]+ GB, but .* free: free disk space"
+    with pytest.raises(DataError, match=message):
+        load_images(tmp_path / "x.parquet")
+    assert status_of(tmp_path) == 2
+
+
+def test_repeated_rows_are_counted_and_read_in_small_batches(tmp_path):
+    file = tmp_path / "x.parquet"
+    repeated(bytes(2**23), 40, file)
+    size = file_limits.parquet_size([str(file)])
+    assert size.of_row == pytest.approx(2**23, rel=1e-3)
+    assert size.of_table == pytest.approx(41 * 2**23, rel=1e-3)  # and the dictionary
+    assert size.reader_options()["batch_size"] * size.of_row <= 2**28
+    with peak_memory_growth() as memory:
+        batches = [[len(cell["bytes"]) for cell in cells] for cells in read_cells(file, "image")]
+    assert max(map(len, batches)) * 2**23 <= 2**28
+    assert [*chain(*batches)] == [2**23] * 40
+    assert memory.num_bytes < 2**28 * 3  # a batch in Arrow's memory and as Python bytes
+
+
+def test_distinct_images_need_their_own_size(tmp_path):
+    images = [bytes([i]) * 1000 * (1 + i % 5) for i in range(256)]
+    pq.write_table(pa.table({"image": images}), tmp_path / "x.parquet", row_group_size=64)
+    size = file_limits.parquet_size([str(tmp_path / "x.parquet")])
+    assert size.of_table == pytest.approx(sum(map(len, images)), rel=0.05)
+    assert size.of_row < 6000
+
+
+def test_rows_of_few_distinct_values_are_no_large_rows(tmp_path):
+    table = pa.table({"image": [IMAGE_FILE] * 9999, "text": ["ab"] * 9999, "label": [1] * 9999})
+    pq.write_table(table, tmp_path / "x.parquet")
+    size = file_limits.parquet_size([str(tmp_path / "x.parquet")])
+    assert size.of_row < len(IMAGE_FILE) + 100
+    assert size.reader_options() == {}
 
 
 def test_a_parquet_file_with_a_large_row_group_is_read_in_batches(status_of, tmp_path, monkeypatch):
     monkeypatch.setattr(file_limits, "_BATCH_BYTES", 1000)
     files = [zoo.encode(zoo.grey(8, 8) + np.uint8(i)) for i in range(20)]
     pq.write_table(pa.table({"image": files}), tmp_path / "x.parquet")
-    options = file_limits.parquet_options([str(tmp_path / "x.parquet")])
+    options = file_limits.parquet_size([str(tmp_path / "x.parquet")]).reader_options()
     assert 1 <= options["batch_size"] < 20
     images = prepare(load_images(tmp_path / "x.parquet"), cache_dir=tmp_path / "cache")
     assert [image[0, 0, 0].item() for image in images] == list(range(20))

@@ -105,6 +105,12 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
+def file_size(num_bytes: float) -> str:
+    """Readable size: "0.25 MB", "12 GB", "1,200 GB"."""
+    value, unit = (num_bytes / 1e9, "GB") if num_bytes >= 1e9 else (num_bytes / 1e6, "MB")
+    return f"{value:,.0f} {unit}" if value >= 10 else f"{value:.2g} {unit}"
+
+
 def duration(seconds: float) -> str:
     """Readable duration: "45 s", "12 min", "3 h 20 min"."""
     if seconds < 90:

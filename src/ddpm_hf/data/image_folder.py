@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from ddpm_hf.data.decoding import EXTENSIONS
 from ddpm_hf.data.errors import DataError
-from ddpm_hf.data.file_limits import MAX_LINE_BYTES, check_lines, parquet_options
+from ddpm_hf.data.file_limits import MAX_LINE_BYTES, check_lines, check_metadata
 from ddpm_hf.data.folder_labels import (
     LABEL_FILE,
     FolderLabels,
@@ -279,7 +279,7 @@ def _read_metadata(root: Path, metadata: Sequence[str]) -> datasets.Dataset:
     tables = []
     for file in metadata:
         if suffix(file) == ".parquet":
-            parquet_options([str(root / file)])
+            check_metadata(root / file)
         else:
             check_lines(root / file)
         pattern = glob.escape(str(root / file))

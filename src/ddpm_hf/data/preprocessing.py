@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from ddpm_hf.data.decoding import (
     read_headers,
 )
 from ddpm_hf.data.errors import DataError, SeveralShapes
-from ddpm_hf.data.file_limits import MAX_IMAGE_BYTES
+from ddpm_hf.data.file_limits import MAX_IMAGE_BYTES, check_free_space
 from ddpm_hf.data.image_conversion import Target, resize_shorter_side
 from ddpm_hf.data.image_reports import bad_images_error, describe_files, quality_remarks
 from ddpm_hf.diffusion.image_format import MAX_SIZE, ImageFacts
@@ -156,7 +155,9 @@ def _map(
 
 def _decode_all(source: Source, target: Target, folder: Path, num_pixels: int) -> Columns:
     num_bytes = target.height * target.width * len(target.mode) * target.bit_depth // 8
-    _check_free_space(folder, num_bytes * len(source.cells))
+    advice = "set HF_DATASETS_CACHE to another folder, or lower `resolution`"
+    num_bytes *= len(source.cells)
+    check_free_space(folder, num_bytes, "the set of prepared images", advice)
     return _map(
         source,
         decode_images,
@@ -239,13 +240,3 @@ def _output_size(sizes: list[tuple[int, int]], resolution: int, crop: str) -> tu
             f" `resolution` {resolution}; lower it"
         )
     return height, width
-
-
-def _check_free_space(folder: Path, num_bytes: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if num_bytes > free:
-        raise DataError(
-            f"the prepared images need {num_bytes / 1e9:.1f} GB, but {str(folder.parent)!r} has"
-            f" {free / 1e9:.1f} GB free: set HF_DATASETS_CACHE to another folder, or lower"
-            " `resolution`"
-        )

@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 
 from ddpm_hf.data.decoding import EXTENSIONS, Cell
 from ddpm_hf.data.errors import DataError
+from ddpm_hf.data.file_limits import parquet_size
 from ddpm_hf.data.image_column import find_image_column
 from ddpm_hf.data.labels import Labels, find_label_column, known_class_names, read_labels
 from ddpm_hf.data.remote_files import BrokenTransfer, RemoteFile, is_url, read_end, read_through
@@ -314,7 +315,8 @@ def read_cells(path: Path, column: str) -> Iterator[list[Cell]]:
         column: image column of a parquet file; "" for a .tar file.
     """
     if column:
-        for batch in pq.ParquetFile(path).iter_batches(_ROWS_AT_ONCE, columns=[column]):
+        num_rows = min(_ROWS_AT_ONCE, parquet_size([str(path)]).rows_per_batch)
+        for batch in pq.ParquetFile(path).iter_batches(num_rows, columns=[column]):
             yield [_cell(value) for value in batch.column(0).to_pylist()]
         return
     with tarfile.open(path, "r:") as tar:

@@ -15,16 +15,18 @@ import datasets
 from huggingface_hub import constants as hub_constants
 from huggingface_hub.file_download import repo_folder_name
 
-from ddpm_hf.backend_settings import is_out_of_memory
 from ddpm_hf.connection import is_hub_reachable
 from ddpm_hf.data.decoding import EXTENSIONS, install_hint
 from ddpm_hf.data.errors import DataError
-from ddpm_hf.data.file_limits import parquet_options
+from ddpm_hf.data.file_limits import check_table, parquet_size
+from ddpm_hf.data.hub_downloads import prepare_checked
 from ddpm_hf.data.image_folder import Folder, by_split, image_splits, suffix
+from ddpm_hf.data.labels import read_labels
 from ddpm_hf.diffusion.atomic_files import read_json
 from ddpm_hf.text import close_paths, did_you_mean
 
 _ORIGIN_ATTRIBUTE = "_ddpm_hf_origin"
+_SAVED_FILES = ("state.json", "dataset_dict.json")  # of `save_to_disk`
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,23 @@ def load_images(
     return dataset
 
 
+def check_folder_labels(folder: Path, split: str, label_column: str | None) -> None:
+    """Check that an image folder has labels; other folders are left unchecked.
+
+    Args:
+        folder: the folder.
+        split: the split to train on.
+        label_column: name of the column; None for the declared one.
+    Raises:
+        DataError: if it has none, or cannot be loaded.
+    """
+    files = Folder(folder.resolve())
+    if files.images() and not {*_SAVED_FILES} & {*files.files}:
+        dataset = load_images(folder, split=split)
+        problem = origin_of(dataset, "image").label_problem
+        read_labels(dataset, label_column or True, problem)
+
+
 def origin_of(dataset: datasets.Dataset, column: str) -> Origin:
     """Origin of rows; without root if unknown.
 
@@ -134,6 +153,8 @@ def _as_data_error(source: str) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:  # the libraries raise errors of every kind for foreign files
+        from ddpm_hf.backend_settings import is_out_of_memory  # loads torch
+
         if is_out_of_memory(error):
             raise
         # The message of DatasetGenerationError is uninformative; that of its cause is not.
@@ -149,7 +170,7 @@ def _as_data_error(source: str) -> Iterator[None]:
 
 def _from_folder(root: Path, split: str | None) -> tuple[datasets.Dataset, Origin]:
     folder = Folder(root)
-    if {"state.json", "dataset_dict.json"} & {*folder.files}:
+    if {*_SAVED_FILES} & {*folder.files}:
         return _from_saved(root, split), Origin()
     if folder.images():
         splits = image_splits(folder, lambda known: _check_split(split, known))
@@ -206,10 +227,15 @@ def _from_files(pattern: str, split: str | None) -> datasets.Dataset:
 def _from_builder(
     kind: str, split: str | None, data_files: dict[str, list[str]]
 ) -> datasets.Dataset:
-    options = parquet_options(chain(*data_files.values())) if kind == "parquet" else {}
+    paths = list(chain(*data_files.values()))
+    size = parquet_size(paths) if kind == "parquet" else None
+    options = size.reader_options() if size else {}
     patterns = {name: list(map(glob.escape, files)) for name, files in data_files.items()}
     builder = datasets.load_dataset_builder(kind, data_files=patterns, **options)
     _check_split(split, builder.config.data_files)
+    if size:
+        advice = "free disk space, or set HF_HOME to a folder on another disk"
+        check_table(paths, size, Path(builder.cache_dir), advice)
     builder.download_and_prepare()
     return builder.as_dataset(split=split or _every(data_files))
 
@@ -229,7 +255,7 @@ def _from_hub(
             f"{name!r} is not a local path{close_paths(name)}; as a Hub dataset: {error}"
         ) from None
     _check_split(split, builder.info.splits or builder.config.data_files or ())
-    builder.download_and_prepare()
+    prepare_checked(builder, name)
     folder = repo_folder_name(repo_id=builder.repo_id or name, repo_type="dataset")
     root = Path(hub_constants.HF_HUB_CACHE, folder).resolve()
     return builder.as_dataset(split=split or _every(builder.info.splits or ())), Origin(root)

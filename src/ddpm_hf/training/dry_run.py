@@ -17,7 +17,7 @@ from accelerate.utils import broadcast_object_list
 from ddpm_hf.data import ImageDataset
 from ddpm_hf.data.image_reports import describe_left_out
 from ddpm_hf.data.streaming import StreamedTrainingImages
-from ddpm_hf.text import counted
+from ddpm_hf.text import counted, file_size
 from ddpm_hf.training.dataset_setup import Selection
 from ddpm_hf.training.run import Run
 
@@ -61,7 +61,8 @@ def _describe_data(run: Run) -> list[str]:
     if isinstance(run.components.images, StreamedTrainingImages):
         shards = run.components.images.source.index.shards
         size = sum(shard.num_bytes for shard in shards)
-        return [f"{_gb(size)} in {counted(len(shards), 'shard')}; the images are checked when read"]
+        found = f"{file_size(size)} in {counted(len(shards), 'shard')}"
+        return [f"{found}; the images are checked when read"]
     if images is None:
         return [f"{counted(len(run.components.images), 'tensor')} from Python"]
     lines = [images.sources]
@@ -87,7 +88,7 @@ def _describe_memory(run: Run) -> str:
         peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         where = "per process, with all libraries"
     size = counted(run.micro_batch_size, "image")
-    return f"{_gb(peak + _moments(run))} {where}, for {size} at once"
+    return f"{file_size(peak + _moments(run))} {where}, for {size} at once"
 
 
 def _moments(run: Run) -> int:
@@ -110,15 +111,11 @@ def _describe_disk(run: Run) -> str:
     cached = 0 if images is None else _folder_size(images.folder)
     free = shutil.disk_usage(folder).free
     return (
-        f"up to {_gb(checkpoints + models)} in {run.paths.root} (checkpoints {_gb(checkpoints)}), "
-        f"{_gb(free)} free; {_gb(cached)} of prepared images in the cache"
+        f"up to {file_size(checkpoints + models)} in {run.paths.root} (checkpoints "
+        f"{file_size(checkpoints)}), {file_size(free)} free; {file_size(cached)} of prepared images"
+        " in the cache"
     )
 
 
 def _folder_size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.iterdir())
-
-
-def _gb(num_bytes: float) -> str:
-    value, unit = (num_bytes / 1e9, "GB") if num_bytes >= 1e9 else (num_bytes / 1e6, "MB")
-    return f"{value:.0f} {unit}" if value >= 10 else f"{value:.2g} {unit}"

@@ -16,6 +16,7 @@ def check_before_loading(options: TrainingConfig) -> None:
 
     Raises:
         ConfigError: for options that a resumed run may not change, and for a missing file.
+        DataError: for a folder of images without the labels that the options request.
         CheckpointError: for a folder with files that no run wrote.
     """
     paths = RunPaths(options.run_folder())
@@ -44,6 +45,11 @@ def _check_sources(options: TrainingConfig) -> None:
     file = options.unet_config
     if file is not None and not Path(file).is_file():
         raise ConfigError(f"`unet_config`: {file!r} is not a file{close_paths(file)}")
+    folder = Path(options.dataset or "").expanduser()
+    if options.class_conditional and options.dataset and folder.is_dir():
+        from ddpm_hf.data.sources import check_folder_labels  # loads pandas
+
+        check_folder_labels(folder, options.split, options.class_column)
 
 
 def refuse_foreign_files(paths: RunPaths) -> None:
