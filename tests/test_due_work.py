@@ -36,15 +36,21 @@ def work(folder):
         entry["step"]: {key: entry[key] for key in MEASURED if key in entry}
         for entry in metrics(folder)
     }
-    facts = [
-        json.loads((folder / name / "training.json").read_text()) for name in ("best", "model")
-    ]
     pictures = [*(folder / "samples").iterdir(), folder / "model" / "samples.png"]
     grids = {path.name: path.read_bytes() for path in pictures}
     return (
         {step: measured for step, measured in values.items() if measured}, grids,
-        [(fact["steps"], fact["metrics"]) for fact in facts],
+        facts_of(folder),
     )  # fmt: skip
+
+
+def facts_of(folder):
+    """What the best and the last model record."""
+    names = ("steps", "metrics", "kept_by")
+    facts = [
+        json.loads((folder / name / "training.json").read_text()) for name in ("best", "model")
+    ]
+    return [{name: fact.get(name) for name in names} for fact in facts]
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +87,19 @@ def test_an_interrupted_measurement_is_made_up(call, straight, tmp_path, monkeyp
     assert run(tmp_path).num_steps == 3 * call
     run(tmp_path)
     assert work(tmp_path) == straight
+
+
+def test_the_best_model_by_the_frechet_distance_survives_stops(tmp_path):
+    """Stopped at both updates where the distance is due, the last one included."""
+    by_distance = {"best_metric": "fd", "validation_split": None, "num_samples": 0}
+    run(tmp_path / "straight", **by_distance)
+    for read in (12, 12):
+        run(tmp_path / "stopped", dataset=Images(on_grid(), read, stop), **by_distance)
+    run(tmp_path / "stopped", **by_distance)
+    straight, stopped = (facts_of(tmp_path / name) for name in ("straight", "stopped"))
+    assert straight == stopped
+    assert straight[0]["kept_by"] == "fd"
+    assert [metric["type"] for metric in straight[0]["metrics"]] == ["fd", "copies"]
 
 
 @pytest.mark.parametrize("call", [1, 2, 3])

@@ -154,10 +154,11 @@ def test_a_claim_that_cannot_be_checked_gives_status_1(figure, model, photos, tm
     assert "Traceback" not in printed.err
 
 
+@pytest.mark.parametrize("setup", ["bound", "samples"])
 def test_a_figure_of_training_is_listed_and_leaves_the_status_to_the_others(
-    model, photos, tmp_path, capsys
+    setup, model, photos, tmp_path, capsys
 ):
-    of_training = {**FIGURE, "name": "validation", "args": {"bound": {"num_images": 64}}}
+    of_training = {**FIGURE, "name": "validation", "args": {setup: {"num_images": 64}}}
     write_card(model, of_training)
     assert verify(model, photos, tmp_path) == 0
     (line,) = capsys.readouterr().out.splitlines()

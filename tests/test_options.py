@@ -130,6 +130,7 @@ DIFFERENCES = {
     "validation_images": (2, {"metrics"}, VALIDATED),
     "validation_timesteps": (4, {"metrics"}, VALIDATED),
     "keep_best": (True, {"files"}, VALIDATED),
+    "best_metric": ("fd", {"files"}, EVALUATED),
     "evaluate_steps": (2, {"metrics"}, EVALUATED),
     "evaluate_num_images": (6, {"metrics"}, EVALUATED),
     "evaluate_features": ("efficientnet-lite0", {"metrics"}, EVALUATED),

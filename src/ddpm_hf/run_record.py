@@ -80,6 +80,21 @@ class BoundSetup:
 
 
 @dataclass(frozen=True)
+class SampleSetup:
+    """How samples were compared with training images during training.
+
+    Attributes:
+        num_images: number of samples.
+        num_inference_steps: number of steps K of deterministic DDIM.
+        features: name of the feature network.
+    """
+
+    num_images: int
+    num_inference_steps: int
+    features: str
+
+
+@dataclass(frozen=True)
 class MetricRecord:
     """A measured value, as the model card shows it.
 
@@ -89,7 +104,7 @@ class MetricRecord:
         value: the value.
         standard_error: its standard error.
         how: one line about the measurement.
-        args: "bound", the setup of the bound.
+        args: "bound", the setup of the bound, or "samples", that of a comparison of samples.
     """
 
     type: str
@@ -97,7 +112,7 @@ class MetricRecord:
     value: float
     standard_error: float
     how: str
-    args: Mapping[str, BoundSetup]
+    args: Mapping[str, BoundSetup | SampleSetup]
 
 
 @dataclass(frozen=True)
@@ -114,7 +129,8 @@ class RunRecord:
         computation: how the updates were computed.
         versions: of the main libraries.
         created: UTC time, ISO 8601.
-        metrics: values measured on held-out images.
+        metrics: values measured with these weights during training.
+        kept_by: figure by which these weights were the best of the run; None for the last ones.
         base_model: the pretrained model that was fine-tuned.
         base: entries of its own `training.json`.
         license: of the model.
@@ -130,6 +146,7 @@ class RunRecord:
     versions: Mapping[str, str]
     created: str
     metrics: tuple[MetricRecord, ...] = ()
+    kept_by: str | None = None
     base_model: str | None = None
     base: Mapping[str, object] | None = None
     license: str | None = None

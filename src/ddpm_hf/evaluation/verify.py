@@ -106,7 +106,8 @@ def verify(model: str | os.PathLike[str], dataset: Any = None, **options: Any) -
 def _unchecked(result: EvalResult, reason: str) -> Claim:
     """The claim of an entry that records no measurement of `evaluate`."""
     value, args = _number(result.metric_value), result.metric_args
-    is_of_training = isinstance(args, dict) and "evaluate" not in args and "bound" in args
+    keys = set(args) if isinstance(args, dict) else set()
+    is_of_training = "evaluate" not in keys and not keys.isdisjoint({"bound", "samples"})
     if is_of_training:
         reason = "measured in training; `ddpm-hf evaluate --card` adds figures to verify"
     value = math.nan if value is None else value

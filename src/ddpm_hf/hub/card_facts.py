@@ -191,6 +191,7 @@ class CardFacts(TrainingFacts):
     computation: dict[str, object]
     versions: dict[str, object]
     created: str | None
+    kept_by: str | None
     metrics: tuple[MetricFacts, ...]
     calibration: CalibrationFacts
     unet: NetworkFacts

@@ -19,6 +19,11 @@ from ddpm_hf.text import counted
 TASK = "unconditional-image-generation"
 CONDITIONAL_TAG = "class-conditional-image-generation"
 _MAX_CLASSES = 12  # a longer table of classes is folded
+# By `kept_by` of a training.json.
+_KEPT_BY = {
+    "bits-per-dim": "the lowest bits/dim measured in the run",
+    "fd": "the lowest Frechet distance measured in the run without copies of training images",
+}
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
 
@@ -184,8 +189,10 @@ def _left_out(dataset: DataFacts) -> list[str]:
 
 def _training_rows(facts: CardFacts) -> list[tuple[str, str]]:
     seconds, computation = facts.duration_s, _listing(facts.computation)
+    kept_by = _KEPT_BY.get(facts.kept_by or "")
     rows: list[tuple[str, object]] = [
         ("optimizer updates", facts.steps),
+        *([("kept for", kept_by)] if kept_by else []),
         ("images seen", facts.num_images_seen),
         ("training time", None if seconds is None else f"{seconds:,.0f} s"),
         ("hardware", facts.hardware),

@@ -19,6 +19,7 @@ from ddpm_hf.training.periodic_evaluation import PeriodicEvaluation
 from ddpm_hf.training.progress_pictures import draw_denoising, save_loss_picture
 from ddpm_hf.training.run import Run
 from ddpm_hf.training.run_log import MetricsLog
+from ddpm_hf.training.sample_figures import SampleFigures
 from ddpm_hf.training.state import save_checkpoint
 from ddpm_hf.training.validation import Validation, ValidationResult
 
@@ -41,8 +42,7 @@ class Artifacts:
         evaluation: compares samples with real images, or None.
 
     Attributes:
-        validated: the last result of `validation`, or None.
-        evaluated: the last result of `evaluation`, as values for the log.
+        evaluated: the last result of `evaluation`, or None.
     """
 
     def __init__(
@@ -55,8 +55,9 @@ class Artifacts:
     ) -> None:
         self.run, self.log, self.pusher = run, log, pusher
         self.validation, self.evaluation = validation, evaluation
-        self.validated: ValidationResult | None = None
-        self.evaluated: dict[str, float] = {}
+        self.evaluated: SampleFigures | None = None
+        self._measured: tuple[int, list[ValidationResult | SampleFigures]] = (-1, [])
+        self._has_warned_of_copies = False
 
     def save_checkpoint(self, must_succeed: bool) -> None:
         """Save the state of the run; a full disk is a warning, or an error if `must_succeed`."""
@@ -94,24 +95,48 @@ class Artifacts:
         """Measure bits/dim of the held-out images; export the model to best/ if it is the best."""
         if self.validation is None:
             return {}
-        run = self.run
-        self.validated = self.validation.measure()
-        if run.config.keep_best and run.accelerator.is_main_process:
-            metrics = read_json(run.paths.best.facts).get("metrics")
-            lowest = metrics[0]["value"] if metrics else math.inf
-            if self.validated.bits_per_dim < lowest:
-                with self.warn_on_disk_error("keep the best model"):
-                    self._export_to(run.paths.best)
-        return self.validated.log_values()
+        result = self.validation.measure()
+        self._add_result(result)
+        self._keep_if_best("bits-per-dim", result.bits_per_dim)
+        return result.log_values()
 
     def evaluate(self) -> dict[str, float]:
-        """Measure the distance between samples and real images; a failure is a warning."""
-        if self.evaluation is None:
+        """Compare samples with the training images; export the model to best/ if it is the best.
+
+        Warns once when samples are copies; such a model is not kept by its Frechet distance, which
+        is low for copies. A failure is a warning, too.
+        """
+        figures = None
+        if self.evaluation is not None:
+            with self._warn_on_any_error("evaluate the model"):
+                figures = self.evaluation.measure()
+        if self.evaluation is None or figures is None:
             return {}
-        with self._warn_on_any_error("evaluate the model"):
-            self.evaluated = self.evaluation.measure()
-            return self.evaluated
-        return {}
+        self.evaluated = figures
+        self._add_result(figures)
+        if not figures.are_copies:
+            self._keep_if_best("fd", figures.fd.value)
+        elif not self._has_warned_of_copies:
+            self._has_warned_of_copies = True
+            best = read_json(self.run.paths.best.facts).get("steps")
+            logger.warning("%s", self.evaluation.describe_copies(figures, best))
+        return figures.log_values()
+
+    def _add_result(self, result: ValidationResult | SampleFigures) -> None:
+        """Keep a result for the models that are exported after this update."""
+        step, results = self._measured
+        is_same = step == self.run.state.step
+        self._measured = self.run.state.step, [*(results if is_same else []), result]
+
+    def _keep_if_best(self, metric: str, value: float) -> None:
+        """Export the model to best/ if it has the lowest `metric` so far, and that one counts."""
+        run = self.run
+        if run.config.kept_by != metric or not run.accelerator.is_main_process:
+            return
+        kept = read_json(run.paths.best.facts).get("metrics") or []
+        if value < next((m["value"] for m in kept if m["type"] == metric), math.inf):
+            with self.warn_on_disk_error("keep the best model"):
+                self._export_to(run.paths.best, kept_by=metric)
 
     def draw_samples(self) -> None:
         """Draw a grid of samples from the EMA weights on all ranks; a failure is a warning."""
@@ -160,8 +185,9 @@ class Artifacts:
                 read_json(run.paths.model.facts).get("steps") == step,
             ]
         )
-        if self.validation is not None:
-            self.validated = self.validation.logged(done)
+        for measurement in (self.validation, self.evaluation):
+            if measurement and (result := measurement.logged(done)):
+                self._add_result(result)
         measurements = self.due_measurements(ending, done)
         measured: dict[str, float] = {}
         for measure in measurements:
@@ -178,8 +204,11 @@ class Artifacts:
             self._push()
         return not run.stop.synchronize()
 
-    def _export_to(self, target: ModelPaths) -> None:
-        export_model(self.run, target, [self.validated.record()] if self.validated else [])
+    def _export_to(self, target: ModelPaths, kept_by: str | None = None) -> None:
+        step, results = self._measured
+        current = results if step == self.run.state.step else []
+        records = [record for result in current for record in result.records()]
+        export_model(self.run, target, records, kept_by)
 
     def _push(self) -> None:
         if self.pusher is not None:

@@ -46,7 +46,9 @@ class TrainingConfig(
         super().__post_init__()
         is_conditional = self.class_conditional or self.class_column is not None
         object.__setattr__(self, "class_conditional", is_conditional)
+        object.__setattr__(self, "keep_best", self.keep_best or self.best_metric is not None)
         self._check_data_and_output()
+        self._check_best()
         self._check_optimization()
 
     def _check_data_and_output(self) -> None:
@@ -100,6 +102,23 @@ class TrainingConfig(
                 f"`lr_warmup_steps` must not exceed `max_train_steps`, got {self.lr_warmup_steps} "
                 f"and {self.max_train_steps}"
             )
+
+    def _check_best(self) -> None:
+        needs = "validation_split" if self.kept_by == "bits-per-dim" else "evaluate_steps"
+        if self.keep_best and getattr(self, needs) is None:
+            raise ConfigError(
+                "`keep_best` needs `validation_split`, for bits/dim, or `evaluate_steps`, for the "
+                "Frechet distance"
+                if self.best_metric is None
+                else f"`best_metric` {self.best_metric} needs `{needs}`"
+            )
+
+    @property
+    def kept_by(self) -> Literal["bits-per-dim", "fd"] | None:
+        """The figure of the model in best/; None if none is kept."""
+        if not self.keep_best or self.best_metric is not None:
+            return self.best_metric
+        return "fd" if self.validation_split is None else "bits-per-dim"
 
     def run_folder(self) -> Path:
         """Folder of the run: `output_dir`, by default runs/NAME with the name of the dataset."""

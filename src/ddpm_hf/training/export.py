@@ -34,20 +34,23 @@ _LOCAL_OPTIONS = (
 )  # fmt: skip
 
 
-def export_model(run: Run, target: ModelPaths, metrics: Sequence[MetricRecord]) -> None:
+def export_model(
+    run: Run, target: ModelPaths, metrics: Sequence[MetricRecord], kept_by: str | None = None
+) -> None:
     """Write a model that loads with `DiffusionPipeline.from_pretrained` and is ready to be pushed.
 
     Args:
         run: its EMA weights are written.
         target: folder that is replaced; its other files, such as a licence, are kept.
         metrics: values measured with these weights.
+        kept_by: figure by which these weights are the best of the run, if they are.
     """
     config = run.config
     with run.state.ema_weights() as unet, replacing_folder(target.root) as folder:
         model = ModelPaths(folder)
         scheduler = copy.deepcopy(run.components.scheduler)
         GaussianDDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(folder)
-        write_json(model.facts, run_record(run, metrics).to_dict())
+        write_json(model.facts, run_record(run, metrics, kept_by).to_dict())
         network = "# --unet-config unet/config.json\n" * (config.unet_config is not None)
         model.recipe.write_text(network + _public_config(config).to_yaml(), encoding="utf-8")
         shutil.copy2(run.paths.metrics, model.metrics)
@@ -68,8 +71,8 @@ def _copy_other_files(source: Path, folder: Path) -> None:
             shutil.copy2(path, folder)
 
 
-def run_record(run: Run, metrics: Sequence[MetricRecord]) -> RunRecord:
-    """The record of `run` for `training.json` and the model card."""
+def run_record(run: Run, metrics: Sequence[MetricRecord], kept_by: str | None = None) -> RunRecord:
+    """The record of `run` for `training.json` and the model card; see `export_model`."""
     config, step = run.config, run.state.step
     base_keys = ("base_model", "dataset", "steps", "num_images_seen")
     base = {key: value for key, value in run.components.base.items() if key in base_keys}
@@ -84,6 +87,7 @@ def run_record(run: Run, metrics: Sequence[MetricRecord]) -> RunRecord:
         versions={name: version(name) for name in ("ddpm-hf", "diffusers", "torch")},
         created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         metrics=tuple(metrics),
+        kept_by=kept_by,
         base_model=public_name(config.pretrained) if config.pretrained is not None else None,
         base=base if config.pretrained is not None else None,
         license=config.license,

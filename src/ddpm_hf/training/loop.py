@@ -43,6 +43,7 @@ from ddpm_hf.training.resolve import implied_options, resume_options
 from ddpm_hf.training.run import Run, start_run
 from ddpm_hf.training.run_folder import remove_leftovers, run_lock
 from ddpm_hf.training.run_log import MetricsLog, RunningMetrics, SkippedUpdate, open_log
+from ddpm_hf.training.sample_figures import SampleFigures
 from ddpm_hf.training.signals import StopSignal, is_under_a_launcher
 from ddpm_hf.training.train_step import train_step
 from ddpm_hf.training.validation import Validation
@@ -220,7 +221,7 @@ def _train_loop(
         values |= {"learning_rate": learning_rate(config, state.step - 1), **measured}
         with artifacts.warn_on_disk_error("log"):
             log.write(state.step, values, _describe_skipped(run, metrics))
-        bar.set_postfix(_progress_values(artifacts.evaluated | values), refresh=False)
+        bar.set_postfix(_progress_values(values, artifacts.evaluated), refresh=False)
 
     run.model.train()
     for step in range(state.step, last_step):
@@ -297,10 +298,13 @@ def _progress_bar(run: Run) -> "tqdm[Any]":
     )
 
 
-def _progress_values(values: dict[str, float]) -> dict[str, str]:
+def _progress_values(
+    values: Mapping[str, float], evaluated: SampleFigures | None
+) -> dict[str, str]:
     """The values at the end of the progress bar."""
     shown = {"loss": f"{values['loss']:.4f}", "lr": f"{values['learning_rate']:.2g}"}
-    shown |= {"fd": f"{values['evaluation_fd']:.4g}"} if "evaluation_fd" in values else {}
+    if evaluated is not None:
+        shown |= {"fd": f"{evaluated.fd.value:.4g}", "copies": f"{evaluated.copies.value:.0%}"}
     skipped = int(values["skipped_updates"])
     return shown | ({"skipped": f"{skipped}"} if skipped else {})
 

@@ -260,19 +260,28 @@ class ValidationOptions(Options):
         minimum=2,
         limit=100_000,
     )
-    keep_best: bool = option(False, "keep the model with the lowest bits/dim in the folder best/")
+    keep_best: bool = option(
+        False, "keep the best model measured during training in the folder best/"
+    )
+    best_metric: Literal["bits-per-dim", "fd"] | None = option(
+        None,
+        "the best model has the lowest bits/dim, or the lowest Frechet distance among those that "
+        "draw no copies of training images; implies `keep_best` (default: bits-per-dim with "
+        "`validation_split`, else fd)",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class PeriodicEvaluationOptions(Options):
-    """Frechet distance during training; `ddpm-hf evaluate` has more metrics."""
+    """Frechet distance and copies during training; `ddpm-hf evaluate` has more metrics."""
 
     _argument_group_name: ClassVar[str] = "evaluation"
 
     evaluate_steps: int | None = option(
         None,
         "updates between two measurements of the Frechet distance of generated images to the "
-        "training images, with its interval and the distance of held-out images (default: none)",
+        "training images and of the share of copies of these, with standard errors and the values "
+        "of held-out images; a warning says when generated images become copies (default: none)",
         minimum=1,
     )
     evaluate_num_images: int = option(

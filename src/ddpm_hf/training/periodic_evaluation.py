@@ -1,8 +1,8 @@
-"""Frechet distance between samples and real images during training, as `ddpm-hf evaluate` does."""
+"""Comparison of samples with real images during training, as `ddpm-hf evaluate` does."""
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import numpy as np
@@ -16,6 +16,7 @@ from ddpm_hf.evaluation.features import Features, features_of, load_features
 from ddpm_hf.evaluation.metrics import measure
 from ddpm_hf.evaluation.options import DEFAULT_FEATURES
 from ddpm_hf.pictures import Pixels, quantised
+from ddpm_hf.run_record import SampleSetup
 from ddpm_hf.sampling import DrawnImages
 from ddpm_hf.text import counted
 from ddpm_hf.training.dataset_setup import HeldOut, Selection, in_few_shards
@@ -23,6 +24,7 @@ from ddpm_hf.training.ema_sampling import draw_share
 from ddpm_hf.training.errors import ConfigError
 from ddpm_hf.training.rank_coordination import main_first, on_main_process
 from ddpm_hf.training.run import Run
+from ddpm_hf.training.sample_figures import SampleFigures
 
 T = TypeVar("T")
 
@@ -33,10 +35,11 @@ _BATCH_SIZE = 64  # of the feature network, as in `ddpm-hf evaluate`
 
 
 class PeriodicEvaluation:
-    """Measures the Frechet distance between samples of the EMA weights and the training images.
+    """Compares samples of the EMA weights with the training images.
 
-    Every rank draws a share, seeded by the run: two measurements differ by the weights alone. The
-    floor comes from held-out images, or from halves of the training images if there are none.
+    Measures the Frechet distance and the share of copies. Every rank draws a share, seeded by the
+    run: two measurements differ by the weights alone. The floor comes from held-out images, or from
+    halves of the training images if there are none.
 
     Args:
         run: its network and diffusion draw the samples.
@@ -54,8 +57,8 @@ class PeriodicEvaluation:
         self.every = every
         self._real: list[Tensor | None] | None = None
 
-    def measure(self) -> dict[str, float]:
-        """The distance and its floor, on the main process; {} on other ranks and when stopped.
+    def measure(self) -> SampleFigures | None:
+        """The figures, on the main process; None on other ranks and when stopped.
 
         Raises:
             ValueError: on all ranks, if one of them fails.
@@ -70,24 +73,55 @@ class PeriodicEvaluation:
         is_stopped = run.stop.received is not None
         failures, shares, stopped = zip(*gather_object([(failure, drawn, is_stopped)]), strict=True)
         if any(stopped):
-            return {}
+            return None
         if reason := next(filter(None, failures), None):
             raise ValueError(reason)
         real = [features for features in self._real if features is not None]
         y = torch.cat(shares)[: run.config.evaluate_num_images]
 
-        def distance() -> dict[str, float]:
+        def compare() -> SampleFigures:
             x, *z = real
             device, seed = run.accelerator.device, run.config.seed
-            (fd,) = _as_value_errors(lambda: measure("fd", x, y, *z, seed=seed, device=device))
-            return {
-                "evaluation_fd": fd.value,
-                "evaluation_fd_standard_error": fd.standard_error,
-                "evaluation_fd_half": fd.floor.drawn,
-                "evaluation_fd_half_real": fd.floor.real,
-            }
+            results = _as_value_errors(
+                lambda: measure(["fd", "memorisation"], x, y, *z, seed=seed, device=device)
+            )
+            return SampleFigures.of(results, self._setup())
 
-        return on_main_process(run.accelerator, distance, run.config.ddp_timeout) or {}
+        return on_main_process(run.accelerator, compare, run.config.ddp_timeout)
+
+    def logged(self, entry: Mapping[str, object]) -> SampleFigures | None:
+        """The figures in an entry of the log; None without them."""
+        return SampleFigures.logged(entry, self._setup())
+
+    def describe_copies(self, figures: SampleFigures, best: int | None) -> str:
+        """A warning that samples are copies: figures, and what to do.
+
+        Args:
+            figures: of the current weights.
+            best: update of the model in best/, if any.
+        """
+        config, copies = self.run.config, figures.copies
+        others = "held-out" if self.run.components.held_out else "other training"
+        again = ["`keep_best`"] * (config.kept_by is None)
+        again += ["`random_flip`"] * (not config.random_flip) + ["dropout in `unet_config`"]
+        return (
+            f"update {self.run.state.step:,}: {copies.value:.0%} of "
+            f"{counted(figures.setup.num_images, 'sample')} are copies of training images "
+            f"({copies.half_real:.0%} of {others} images are as close to one); "
+            + (f"best/ has the model of update {best:,}; " if best is not None else "")
+            + f"stop here, add training images, or train again with {' and '.join(again)}: see "
+            "docs/few_images.md"
+        )
+
+    def _setup(self) -> SampleSetup:
+        return SampleSetup(
+            self.run.config.evaluate_num_images, self._num_inference_steps, self.features.name
+        )
+
+    @property
+    def _num_inference_steps(self) -> int:
+        config, scheduler = self.run.config, self.run.components.scheduler
+        return min(config.sample_inference_steps, len(scheduler))
 
     def _real_images(self) -> list[DrawnImages]:
         """The training images, and the held-out images if there are any."""
@@ -119,20 +153,19 @@ class PeriodicEvaluation:
     @property
     def relative_cost(self) -> float:
         """Time of sampling relative to that of the updates."""
-        config = self.run.config
-        K = min(config.sample_inference_steps, len(self.run.components.scheduler))
-        return self.run.relative_cost(config.evaluate_num_images * K, self.every)
+        num_calls = self.run.config.evaluate_num_images * self._num_inference_steps
+        return self.run.relative_cost(num_calls, self.every)
 
     def describe(self) -> str:
         """A line of the plan: what is measured, and the cost of sampling relative to training."""
         config, components = self.run.config, self.run.components
-        K = min(config.sample_inference_steps, len(components.scheduler))
         floor = "held-out images" if components.held_out else "halves of the training images"
         return (
-            f"evaluation FD between {counted(config.evaluate_num_images, 'sample')} of {K} steps "
-            f"and {len(_evenly(len(components.images))):,} training images, with the floor of "
-            f"{floor}, features {self.features.name}, every {counted(self.every, 'update')}: "
-            f"adds about {self.relative_cost:.0%} of the time"
+            f"evaluation FD and copies: {counted(config.evaluate_num_images, 'sample')} of "
+            f"{self._num_inference_steps} steps against "
+            f"{len(_evenly(len(components.images))):,} training images, with the floor of {floor}, "
+            f"features {self.features.name}, every {counted(self.every, 'update')}: adds about "
+            f"{self.relative_cost:.0%} of the time"
         )
 
 
@@ -163,7 +196,8 @@ def build_evaluation(run: Run) -> PeriodicEvaluation | None:
     if config.evaluate_features is not None and run.checkpoint is None:
         raise ConfigError(f"`evaluate_features` must be a feature network: {reason}")
     if accelerator.is_main_process:
-        logger.warning("this run is not evaluated: %s", reason)
+        lacking = " and keeps no best model" * (config.kept_by == "fd")
+        logger.warning("this run is not evaluated%s: %s", lacking, reason)
     return None
 
 

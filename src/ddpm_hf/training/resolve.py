@@ -30,6 +30,7 @@ CHANGEABLE_ON_RESUME = frozenset(
         "checkpointing_steps", "checkpoints_total_limit", "push_to_hub", "public", "license",
         "use_safetensors", "calibrate", "ddp_timeout",
         "validation_steps", "validation_images", "validation_timesteps", "keep_best",
+        "best_metric",
         "evaluate_steps", "evaluate_num_images", "evaluate_features",
     }
 )  # fmt: skip

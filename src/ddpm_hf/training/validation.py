@@ -40,7 +40,7 @@ class ValidationResult:
             "validation_standard_error": self.standard_error,
         }
 
-    def record(self) -> MetricRecord:
+    def records(self) -> list[MetricRecord]:
         """The values in the model card."""
         setup = self.setup
         name = f"bits/dim of {setup.num_images} held-out images (bound)"
@@ -51,7 +51,8 @@ class ValidationResult:
             f"{setup.images}, standard error {error:.2g}; K = {K:,} steps{measured}{variances};"
             " decoder exact; measured by the trainer"
         )
-        return MetricRecord("bits-per-dim", name, self.bits_per_dim, error, how, {"bound": setup})
+        args = {"bound": setup}
+        return [MetricRecord("bits-per-dim", name, self.bits_per_dim, error, how, args)]
 
 
 class Validation:
