@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from itertools import takewhile
 
 from ddpm_hf import __version__
-from ddpm_hf.commands import app, calibrate, convert, edit, evaluate, push, sample, train
+from ddpm_hf.commands import app, calibrate, convert, edit, ema, evaluate, push, sample, train
 from ddpm_hf.commands.messages import (
     command_messages,
     escape_unencodable_output,
@@ -28,6 +28,7 @@ COMMANDS = {
     "sample": sample,
     "edit": edit,
     "calibrate": calibrate,
+    "ema": ema,
     "evaluate": evaluate,
     "app": app,
     "push": push,

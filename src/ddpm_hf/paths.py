@@ -127,6 +127,20 @@ class RunPaths:
         return self.root / "checkpoints"
 
     @property
+    def ema_snapshots(self) -> Path:
+        """Snapshots of the averages for post-hoc EMA."""
+        return self.root / "ema_snapshots"
+
+    @property
+    def ema_sweep(self) -> Path:
+        """Results of `ddpm-hf ema --sweep`."""
+        return self.root / "ema" / "sweep"
+
+    def ema_model(self, sigma_rel: float) -> Path:
+        """Model with an average of this relative length."""
+        return self.root / "ema" / f"std-{sigma_rel:g}"
+
+    @property
     def model(self) -> ModelPaths:
         """Portable checkpoint of the latest weights."""
         return ModelPaths(self.root / "model")

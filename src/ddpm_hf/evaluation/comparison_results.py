@@ -102,7 +102,10 @@ class LeftOut(SettingFacts):
 class SettingsResult(Result):
     """Rows of a comparison or a sweep."""
 
+    dataset: DatasetFacts
+    options: ComparisonOptions | EvaluationOptions
     settings: tuple[ComparisonRow, ...]
+    left_out: tuple[LeftOut, ...]
 
     def rows(self) -> list[Row]:
         """One row per setting and figure."""
@@ -135,7 +138,7 @@ class Comparison(SettingsResult, Report):
     created: str = field(default_factory=utc_now)
 
     def __str__(self) -> str:
-        return _settings_text(self)
+        return settings_text(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +175,7 @@ class Sweep(SettingsResult):
         row = next(row for row in self.settings if SweptSampler.of(row) == chosen)
         label = setting_labels(self.settings)[row.setting]
         recommended = f"recommended: {label} (scheduler {chosen.scheduler})"
-        return "\n".join([_settings_text(self), "", recommended, *self.remarks])
+        return "\n".join([settings_text(self), "", recommended, *self.remarks])
 
 
 def sampler_labels(rows: Sequence[SettingFacts]) -> dict[str, str]:
@@ -194,7 +197,7 @@ def setting_labels(rows: Sequence[SettingFacts]) -> dict[str, str]:
     return labels
 
 
-def _settings_text(comparison: Comparison | Sweep) -> str:
+def settings_text(comparison: SettingsResult) -> str:
     """Settings against figures, each with its interval and its rank, and the floor."""
     rows = comparison.settings
     names = list(dict.fromkeys(name for row in rows for name in row.figures))
@@ -203,7 +206,7 @@ def _settings_text(comparison: Comparison | Sweep) -> str:
     return "\n\n".join([*tables, "\n".join(_comparison_notes(comparison))])
 
 
-def _comparison_notes(comparison: Comparison | Sweep) -> list[str]:
+def _comparison_notes(comparison: SettingsResult) -> list[str]:
     options, dataset = comparison.options, comparison.dataset
     notes = ["value +- half of the 95 % interval; a tie is too close to the best to tell"]
     figures = [figure for row in comparison.settings for figure in row.figures.values()]

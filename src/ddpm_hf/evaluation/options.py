@@ -194,6 +194,13 @@ class EvaluationOptions(
 
 
 @dataclass(frozen=True, kw_only=True)
+class EmaSweepOptions(
+    BatchOptions, LikelihoodOptions, SchedulerOptions, DataOptions, DataSelection, FeatureOptions
+):
+    """Options of `sweep_ema`, which measure each length."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CalibrationOptions(LoadOptions, BatchOptions, DataOptions, FeatureOptions):
     """Options of `calibrate_checkpoint`."""
 

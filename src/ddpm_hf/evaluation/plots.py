@@ -1,6 +1,6 @@
 """Plots of the bound (2006.11239, section 4.3), of a calibration, and of a comparison."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +167,37 @@ def plot_comparison(comparison: Comparison | Sweep, path: Path) -> None:
             axis.grid(alpha=0.3)
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", fontsize=9, ncols=len(keys))
+    figure.savefig(path, dpi=110)
+
+
+def plot_ema_sweep(rows: Sequence[ComparisonRow], lengths: Mapping[str, float], path: Path) -> None:
+    """Each figure over the relative length of the weight average, with intervals.
+
+    Args:
+        rows: measured averages; those without a length, the run's own model, are a band.
+        lengths: sigma_rel by name of the row.
+        path: of the picture.
+    """
+    averages = [(lengths[row.name], row) for row in rows if row.name and row.name in lengths]
+    averages.sort(key=lambda average: average[0])
+    names = list(dict.fromkeys(name for row in rows for name in row.figures))
+    figure = Figure(figsize=(6.5, 3.6 * len(names) + 0.4), layout="constrained")
+    for axis, name in zip(figure.subplots(len(names), squeeze=False)[:, 0], names, strict=True):
+        values = np.array([row.figures[name].value for _, row in averages])
+        ends = np.array([row.figures[name].interval for _, row in averages]).T
+        x = [sigma_rel for sigma_rel, _ in averages]
+        axis.errorbar(x, values, np.abs(ends - values), fmt=".-", capsize=2, elinewidth=0.8)
+        for own in (row.figures[name] for row in rows if row.name not in lengths):
+            axis.axhspan(*own.interval, color="tab:orange", alpha=0.15)
+            axis.axhline(own.value, color="tab:orange", label="traditional EMA")
+            axis.legend(fontsize=9)
+        best = averages[0][1].figures[name]
+        direction = "lower" if LOWER_IS_BETTER.get(name, True) else "higher"
+        axis.set(xlabel="length of the average, sigma_rel", xscale="log", xticks=x)
+        axis.set_ylabel(f"{best.label} ({direction} is better)")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 
 

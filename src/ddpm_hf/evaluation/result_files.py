@@ -46,17 +46,26 @@ def known_results(folder: Path) -> tuple[BoundResult | MetricResult, ...]:
     """Results of an earlier evaluation in this folder; empty without a valid file."""
     path = folder / EVALUATION_FILE
     try:
-        content = json.loads(read_text(path, MAX_BYTES))
-        if not isinstance(content, dict):
-            raise ValueError("it is not a JSON object")
-        if content.pop("sha256", None) not in (None, json_digest(content)):
-            raise ValueError("it differs from its checksum")
-        return Evaluation.from_dict(content).results
+        return read_evaluation(folder).results
     except FileNotFoundError:
         return ()
     except (OSError, AttributeError, ValueError, RecursionError) as error:
         _report(f"{path} is damaged, and measured again: {error!s:.200}")
         return ()
+
+
+def read_evaluation(folder: Path) -> Evaluation:
+    """The evaluation in a folder.
+
+    Raises:
+        ValueError, OSError: if there is none, or it is damaged.
+    """
+    content = json.loads(read_text(folder / EVALUATION_FILE, MAX_BYTES))
+    if not isinstance(content, dict):
+        raise ValueError("it is not a JSON object")
+    if content.pop("sha256", None) not in (None, json_digest(content)):
+        raise ValueError("it differs from its checksum")
+    return Evaluation.from_dict(content)
 
 
 @functools.cache  # several metrics read the file

@@ -1,7 +1,7 @@
 """Pictures next to the result files; a failure to draw them is a warning, not an error."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -86,6 +86,25 @@ def save_comparison_pictures(comparison: Comparison | Sweep, folder: Path) -> No
         from ddpm_hf.evaluation import plots
 
         plots.plot_comparison(comparison, folder / "comparison.png")
+
+
+def save_ema_pictures(
+    rows: Sequence[ComparisonRow], lengths: Mapping[str, float], folder: Path
+) -> None:
+    """Write ema.png, the figures over the length, and samples.png with a row per length.
+
+    Args:
+        rows: of a sweep over averages; a row without a length is the run's own model.
+        lengths: sigma_rel by name of the row.
+        folder: of the sweep.
+    """
+    with failures_as_warnings():
+        drawn = [row for row in rows if (folder / row.folder / "drawn").is_dir()]
+        if drawn:
+            _samples(drawn, folder).save(folder / "samples.png")
+        from ddpm_hf.evaluation import plots
+
+        plots.plot_ema_sweep(rows, lengths, folder / "ema.png")
 
 
 def _group(pictures: Sequence[Image.Image]) -> Image.Image:

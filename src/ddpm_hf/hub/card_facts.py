@@ -178,6 +178,15 @@ class TrainingFacts(Facts):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EmaFacts(Facts):
+    """Average of weights made after training; see `post_hoc_ema.models.EmaFacts`."""
+
+    sigma_rel: float | None
+    steps: int | None
+    num_snapshots: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class CardFacts(TrainingFacts):
     """All facts of a card: `run_record.RunRecord`, and those of the configurations."""
 
@@ -193,6 +202,7 @@ class CardFacts(TrainingFacts):
     created: str | None
     kept_by: str | None
     metrics: tuple[MetricFacts, ...]
+    ema: EmaFacts
     calibration: CalibrationFacts
     unet: NetworkFacts
     scheduler: SchedulerFacts

@@ -9,7 +9,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ddpm_hf.diffusion.timestep_spacings import usual_num_steps
-from ddpm_hf.hub.card_facts import CardFacts, DataFacts, MetricFacts
+from ddpm_hf.hub.card_facts import CardFacts, DataFacts, EmaFacts, MetricFacts
 from ddpm_hf.hub.card_few_steps import parsed_sampler, sampler_tables, steps_table, stock_code
 from ddpm_hf.hub.card_metrics_table import bound_differences, evaluate_commands, metric_row
 from ddpm_hf.hub.markdown import NOT_RECORDED, inline, number, setting_name
@@ -195,6 +195,7 @@ def _training_rows(facts: CardFacts) -> list[tuple[str, str]]:
         *([("kept for", kept_by)] if kept_by else []),
         ("images seen", facts.num_images_seen),
         ("training time", None if seconds is None else f"{seconds:,.0f} s"),
+        *([("weights", _average(facts.ema))] if facts.ema.sigma_rel else []),
         ("hardware", facts.hardware),
         *([("computed with", computation)] if computation else []),
         *((setting_name(key), value) for key, value in facts.scheduler.settings.items()),
@@ -202,6 +203,14 @@ def _training_rows(facts: CardFacts) -> list[tuple[str, str]]:
         ("finished", facts.created),
     ]
     return [(name, NOT_RECORDED if value is None else number(value)) for name, value in rows]
+
+
+def _average(ema: EmaFacts) -> str:
+    steps, count = ema.steps or 0, ema.num_snapshots or 0
+    return (
+        f"average of the first {steps:,} updates with a power-function profile, sigma_rel "
+        f"{ema.sigma_rel:g}, reconstructed from {count:,} snapshots (arXiv 2312.02696)"
+    )
 
 
 def _listing(facts: dict[str, object]) -> str:

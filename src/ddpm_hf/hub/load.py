@@ -3,7 +3,7 @@
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -237,7 +237,6 @@ def _open_training_checkpoint(
     from safetensors.torch import load_file
 
     from ddpm_hf.diffusion.portable_checkpoint import check_finite
-    from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 
     if not run.model.index.is_file():
         raise ValueError(
@@ -248,10 +247,23 @@ def _open_training_checkpoint(
     weights = load_file(folder / EMA_WEIGHTS)
     check_finite(weights, name)
     # Checkpoints of compiled runs may have the parameter names of the compiled network.
-    pipeline.unet.load_state_dict(
-        {key.removeprefix("_orig_mod."): value for key, value in weights.items()}
+    return with_weights(
+        pipeline, {key.removeprefix("_orig_mod."): value for key, value in weights.items()}
     )
-    # The calibration of the finished model is that of other weights.
+
+
+def with_weights(
+    pipeline: "GaussianDDPMPipeline", weights: Mapping[str, "torch.Tensor"]
+) -> "GaussianDDPMPipeline":
+    """The pipeline with other weights, and without its calibration, which is that of the old ones.
+
+    Args:
+        pipeline: changed in place.
+        weights: of the network, by name.
+    """
+    from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
+
+    pipeline.unet.load_state_dict(weights)
     pipeline.scheduler = GaussianDDPMScheduler.from_config(
         pipeline.scheduler.config, x_0_mse=None, calibrated_timesteps=None, recommended=None
     )

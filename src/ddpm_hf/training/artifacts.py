@@ -16,6 +16,7 @@ from ddpm_hf.training.ema_sampling import draw_share
 from ddpm_hf.training.export import export_model
 from ddpm_hf.training.final_calibration import calibrate_model, is_calibrated
 from ddpm_hf.training.periodic_evaluation import PeriodicEvaluation
+from ddpm_hf.training.post_hoc_averages import is_snapshot_due, save_snapshots
 from ddpm_hf.training.progress_pictures import draw_denoising, save_loss_picture
 from ddpm_hf.training.run import Run
 from ddpm_hf.training.run_log import MetricsLog
@@ -66,6 +67,15 @@ class Artifacts:
             with self.warn_on_disk_error("save", must_succeed):
                 keep = run.config.checkpoints_total_limit
                 save_checkpoint(run.paths.checkpoints, run.state, run.checkpoint_record(), keep)
+
+    def save_snapshots(self) -> None:
+        """Write snapshots of the averages if they are due; a failure is a warning.
+
+        Called before the checkpoint of the same update: a resumed run removes later snapshots.
+        """
+        if self.run.accelerator.is_main_process and is_snapshot_due(self.run):
+            with self._warn_on_any_error("write a snapshot of the averages"):
+                save_snapshots(self.run)
 
     def due_measurements(
         self, ending: bool, done: Collection[str] = ()

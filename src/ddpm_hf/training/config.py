@@ -47,6 +47,8 @@ class TrainingConfig(
         is_conditional = self.class_conditional or self.class_column is not None
         object.__setattr__(self, "class_conditional", is_conditional)
         object.__setattr__(self, "keep_best", self.keep_best or self.best_metric is not None)
+        has_snapshots = self.post_hoc_ema or self.post_hoc_ema_steps is not None
+        object.__setattr__(self, "post_hoc_ema", has_snapshots)
         self._check_data_and_output()
         self._check_best()
         self._check_optimization()

@@ -19,6 +19,7 @@ from ddpm_hf.data.image_reports import describe_left_out
 from ddpm_hf.data.streaming import StreamedTrainingImages
 from ddpm_hf.text import counted, file_size
 from ddpm_hf.training.dataset_setup import Selection
+from ddpm_hf.training.post_hoc_averages import snapshot_bytes
 from ddpm_hf.training.run import Run
 
 
@@ -103,7 +104,9 @@ def _weights(run: Run) -> int:
 def _describe_disk(run: Run) -> str:
     config, weights = run.config, _weights(run)
     # Weights, averages and two moments; a new checkpoint is complete before an old one is removed.
-    checkpoints = 4 * weights * (config.checkpoints_total_limit + 1)
+    tensors = 4 + len(run.state.averages)
+    checkpoints = tensors * weights * (config.checkpoints_total_limit + 1)
+    snapshots = snapshot_bytes(run)
     models = weights * (2 + config.keep_best)  # a new model is complete before the old is removed
     root = run.paths.root.absolute()
     folder = next(path for path in (root, *root.parents) if path.exists())
@@ -111,9 +114,9 @@ def _describe_disk(run: Run) -> str:
     cached = 0 if images is None else _folder_size(images.folder)
     free = shutil.disk_usage(folder).free
     return (
-        f"up to {file_size(checkpoints + models)} in {run.paths.root} (checkpoints "
-        f"{file_size(checkpoints)}), {file_size(free)} free; {file_size(cached)} of prepared images"
-        " in the cache"
+        f"up to {file_size(checkpoints + models + snapshots)} in {run.paths.root} (checkpoints "
+        f"{file_size(checkpoints)}{f', snapshots {file_size(snapshots)}' * bool(snapshots)}), "
+        f"{file_size(free)} free; {file_size(cached)} of prepared images in the cache"
     )
 
 

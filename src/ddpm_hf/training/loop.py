@@ -22,6 +22,7 @@ from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.hub.background_push import BackgroundPusher
 from ddpm_hf.losses import Loss
 from ddpm_hf.paths import RunPaths
+from ddpm_hf.post_hoc_ema.snapshots import remove_snapshots_after
 from ddpm_hf.training.accelerator import (
     configure_compile,
     create_accelerator,
@@ -161,6 +162,7 @@ def train(
         if accelerator.is_main_process:
             recipe = run.config.to_yaml(implied_options(components.identity()))
             paths.config.write_text(recipe, encoding="utf-8")
+            remove_snapshots_after(paths.ema_snapshots, run.state.step)
 
         log = open_log(run)
         stack.callback(log.close)
@@ -248,6 +250,7 @@ def _train_loop(
             write_log(measured)
             _check_gradients(metrics, state.step)
 
+        artifacts.save_snapshots()
         # Save. The checkpoint comes first, because drawing may fail; the model includes the grid.
         if saving:
             artifacts.save_checkpoint(must_succeed=ending)

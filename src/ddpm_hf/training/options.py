@@ -192,6 +192,17 @@ class OptimizationOptions(Options):
         "and exported; the decay at update n is at most (1 + n) / (10 + n)",
         minimum=0,
     )
+    post_hoc_ema: bool = option(
+        False,
+        "also keep two averages with power-function profiles and write snapshots of them, from "
+        "which `ddpm-hf ema` makes the average of any length after training",
+    )
+    post_hoc_ema_steps: int | None = option(
+        None,
+        "updates between two snapshots, each as large as the model (default: a 32nd of the run); "
+        "implies `post_hoc_ema`",
+        minimum=1,
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
         None, "mixed precision (default: the configuration of accelerate)"
     )

@@ -17,6 +17,7 @@ from ddpm_hf.training.checkpoint_record import read_record
 from ddpm_hf.training.final_calibration import calibration_cost, describe_calibration
 from ddpm_hf.training.learning_rate import learning_rate
 from ddpm_hf.training.periodic_evaluation import PeriodicEvaluation
+from ddpm_hf.training.post_hoc_averages import averaging_s, describe_averages
 from ddpm_hf.training.run import Run
 from ddpm_hf.training.trackers import installed_trackers, requested_trackers
 from ddpm_hf.training.validation import Validation
@@ -70,6 +71,9 @@ def plan_training(
         update_s: seconds per update; None if unknown.
     """
     calibration = [describe_calibration(run)] if run.config.calibrate else []
+    share = averaging_s(run) / update_s if update_s and run.state.averages else 0.0
+    averages = [describe_averages(run, share)] if run.state.averages else []
+    costs = [measurement.relative_cost for measurement in measurements]
     return TrainingPlan(
         resumed_from=_describe_resume(run),
         images=_describe_images(run),
@@ -79,9 +83,9 @@ def plan_training(
         training=_describe_training(run),
         machine=_describe_machine(run),
         output=f"{run.paths.root}, losses in {_describe_losses(run)}",
-        measurements=(*(measurement.describe() for measurement in measurements), *calibration),
+        measurements=(*(m.describe() for m in measurements), *calibration, *averages),
         notes=run.components.notes,
-        time=_describe_time(run, update_s, measurements) if update_s is not None else "",
+        time="" if update_s is None else _describe_time(run, update_s, [*costs, share]),
     )
 
 
@@ -185,14 +189,18 @@ def _describe_resume(run: Run) -> tuple[str, ...]:
     )
 
 
-def _describe_time(
-    run: Run, update_s: float, measurements: Sequence[Validation | PeriodicEvaluation]
-) -> str:
-    """Duration of the remaining updates with their measurements, grids and calibration."""
+def _describe_time(run: Run, update_s: float, costs: Sequence[float]) -> str:
+    """Duration of the remaining updates with all that is done between them, and the calibration.
+
+    Args:
+        run: the run.
+        update_s: seconds per update.
+        costs: of measurements and averages, relative to the updates.
+    """
     config = run.config
     steps = min(config.sample_inference_steps, len(run.components.scheduler))
-    costs = [measurement.relative_cost for measurement in measurements]
-    costs.append(run.relative_cost(config.num_samples * steps, config.sample_steps))
+    grids = run.relative_cost(config.num_samples * steps, config.sample_steps)
+    costs = [*costs, grids]
     all_updates_s = run.config.max_train_steps * update_s
     total_s = run.num_updates_left * update_s * (1 + sum(costs))
     total_s += all_updates_s * calibration_cost(run) if config.calibrate else 0.0

@@ -18,6 +18,7 @@ from ddpm_hf.backend_settings import is_channels_last, is_out_of_memory, tf32_op
 from ddpm_hf.data.streaming import StreamedTrainingImages
 from ddpm_hf.diffusion.tensor_ops import Denoiser
 from ddpm_hf.paths import RunPaths
+from ddpm_hf.post_hoc_ema.profiles import SIGMA_RELS, PowerFunctionEMA
 from ddpm_hf.randomness import Batches
 from ddpm_hf.run_record import Computation
 from ddpm_hf.training.checkpoint_record import CheckpointRecord, read_record
@@ -181,7 +182,14 @@ def start_run(
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     ema = EMAModel(unet.parameters(), decay=config.ema_decay, foreach=True)
-    state = TrainState(unet, ema, optimizer, components.objective.timesteps, accelerator.scaler)
+    timesteps, averages = (
+        components.objective.timesteps,
+        [
+            PowerFunctionEMA(unet.parameters(), sigma_rel)
+            for sigma_rel in SIGMA_RELS * config.post_hoc_ema
+        ],
+    )
+    state = TrainState(unet, ema, optimizer, timesteps, accelerator.scaler, averages=averages)
     record = None
     if checkpoint is not None:
         record = read_record(checkpoint)

@@ -6,7 +6,7 @@ newest complete checkpoint intact.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ddpm_hf.diffusion.atomic_files import remove_folder, replacing_folder
 from ddpm_hf.diffusion.portable_checkpoint import check_finite
+from ddpm_hf.post_hoc_ema.profiles import PowerFunctionEMA
 from ddpm_hf.timestep_samplers import TimestepSampler
 from ddpm_hf.training.checkpoint_record import (
     MANIFEST,
@@ -43,6 +44,7 @@ class TrainState:
     timesteps: TimestepSampler
     scaler: torch.amp.GradScaler | None = None
     step: int = 0
+    averages: Sequence[PowerFunctionEMA] = ()
 
     @contextlib.contextmanager
     def ema_weights(self) -> Iterator[torch.nn.Module]:
@@ -60,15 +62,23 @@ class TrainState:
         names = [name for name, _ in self.unet.named_parameters()]
         moments = self.optimizer.state_dict()["state"]
         history = self.timesteps.state_dict()
-        return ({"timesteps.safetensors": history} if history else {}) | {
-            "unet.safetensors": dict(self.unet.state_dict()),
-            "ema.safetensors": dict(zip(names, self.ema.shadow_params, strict=True)),
-            "optimizer.safetensors": {
-                f"{index}.{key}": value
-                for index, entry in moments.items()
-                for key, value in entry.items()
-            },
+        averages = {
+            _average_file(average): dict(zip(names, average.averages, strict=True))
+            for average in self.averages
         }
+        return (
+            ({"timesteps.safetensors": history} if history else {})
+            | averages
+            | {
+                "unet.safetensors": dict(self.unet.state_dict()),
+                "ema.safetensors": dict(zip(names, self.ema.shadow_params, strict=True)),
+                "optimizer.safetensors": {
+                    f"{index}.{key}": value
+                    for index, entry in moments.items()
+                    for key, value in entry.items()
+                },
+            }
+        )
 
     def restore(self, tensors: TensorFiles, record: CheckpointRecord) -> None:
         """Load the tensors and the record of a checkpoint."""
@@ -78,17 +88,20 @@ class TrainState:
             for file in ("unet.safetensors", "ema.safetensors")
         )
         self.unet.load_state_dict(weights)
-        for (name, _), shadow in zip(
-            self.unet.named_parameters(), self.ema.shadow_params, strict=True
-        ):
-            _check_shape(f"EMA weight {name}", averages[name], shadow.shape)
-            shadow.copy_(averages[name])
+        self._restore_average(self.ema.shadow_params, averages)
+        for average in self.averages:
+            self._restore_average(average.averages, tensors[_average_file(average)])
         self.ema.optimization_step = record.ema_step
         self._restore_moments(tensors["optimizer.safetensors"])
         if self.scaler is not None and record.scaler:
             self.scaler.load_state_dict(record.scaler)
         self.timesteps.load_state_dict(tensors.get("timesteps.safetensors", {}))
         self.step = record.step
+
+    def _restore_average(self, averages: list[Tensor], tensors: Mapping[str, Tensor]) -> None:
+        for (name, _), average in zip(self.unet.named_parameters(), averages, strict=True):
+            _check_shape(f"EMA weight {name}", tensors[name], average.shape)
+            average.copy_(tensors[name])
 
     def _restore_moments(self, tensors: Mapping[str, Tensor]) -> None:
         """Load the moments of the optimizer, which does not check their shapes."""
@@ -101,6 +114,10 @@ class TrainState:
             moments.setdefault(int(index), {})[name] = value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+
+
+def _average_file(average: PowerFunctionEMA) -> str:
+    return f"ema-std-{average.sigma_rel:g}.safetensors"
 
 
 def _check_shape(name: str, tensor: Tensor, shape: torch.Size) -> None:

@@ -52,6 +52,8 @@ def train_step(run: Run, micro_batches: list[Any], step: int) -> tuple[Tensor, T
     run.optimizer.step()
     run.optimizer.zero_grad()
     run.state.ema.step(run.state.unet.parameters())
+    for average in run.state.averages:
+        average.update(run.state.unet.parameters(), step + 1)
     if objective.timesteps.needs_losses:
         objective.timesteps.update(all_t, in_order_of_rows(all_losses, accelerator))
     return total_loss, grad_norm, all_t
