@@ -176,8 +176,8 @@ def test_a_model_of_any_length_is_written_next_to_that_of_the_run(copy, capsys):
     }  # fmt: skip
     assert (record["steps"], record["num_images_seen"]) == (12, 48)
     card = (copy / "ema" / "std-0.03" / "README.md").read_text()
-    assert "sigma_rel 0.03, reconstructed from 12 snapshots" in card
-    assert "sigma_rel" not in (copy / "model" / "README.md").read_text()
+    assert "12 updates with a power-function profile of relative length 0.03, reconstructed" in card
+    assert "power-function" not in (copy / "model" / "README.md").read_text()
     assert f"sigma_rel 0.03 at update 12, from 12 snapshots: profile off by {error:.2g}" in printed
 
 

@@ -60,6 +60,7 @@ REFUSALS = [
     ("calibrate ./model photos", "'./model' does not exist"),
     ("calibrate photos photos", "photos is not a pipeline checkpoint"),
     ("calibrate MODEL ./photo", "'./photo' does not exist"),
+    ("ema photos --std 0.05", "photos has no snapshots in ema_snapshots/: train with"),
     ("evaluate MODEL ./a/b photos", "'./a/b' does not exist"),
     ("push model user/name", "model is not a folder"),
     ("push photos user/name", "photos is not a pipeline checkpoint: it has no model_index.json"),

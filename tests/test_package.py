@@ -144,7 +144,7 @@ def loaded_by(*argv):
         assert main(argv) == 0
     return sorted(sys.modules.keys() & set(sys.argv[1].split()))
 
-for name in ("", "app", "push", "sample", "calibrate", "evaluate", "train"):
+for name in ("", "app", "push", "sample", "calibrate", "ema", "evaluate", "train"):
     argv = f"{name} --help".strip()
     print(argv, *loaded_by(*argv.split()))
 
@@ -171,6 +171,7 @@ def test_commands_import_heavy_libraries_only_when_needed(tmp_path):
         "push --help transformers",  # for its HfArgumentParser
         "sample --help transformers",
         "calibrate --help transformers",
+        "ema --help transformers",
         "evaluate --help transformers",
         "train --help transformers",
         "sample",  # nothing besides the imports of diffusers and of the lines above

@@ -9,7 +9,7 @@ import typing
 import pytest
 
 from ddpm_hf.cli import main
-from ddpm_hf.commands import app, calibrate, convert, edit, evaluate, sample
+from ddpm_hf.commands import app, calibrate, convert, edit, ema, evaluate, sample
 from ddpm_hf.hub.options import PushOptions
 from ddpm_hf.hub.retry import TOKEN_HELP
 from ddpm_hf.options import flag_of, kinds_of
@@ -22,6 +22,7 @@ COMMANDS = {
     "sample": (sample.SampleCommand, ["m"]),
     "edit": (edit.EditCommand, ["m", "x.png"]),
     "calibrate": (calibrate.CalibrateCommand, ["m", "."]),
+    "ema": (ema.EmaCommand, ["r"]),
     "evaluate": (evaluate.EvaluateCommand, ["m", "."]),
     "app": (app.AppCommand, ["m"]),
     "push": (PushOptions, [".", "user/name"]),

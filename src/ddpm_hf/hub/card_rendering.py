@@ -208,7 +208,7 @@ def _training_rows(facts: CardFacts) -> list[tuple[str, str]]:
 def _average(ema: EmaFacts) -> str:
     steps, count = ema.steps or 0, ema.num_snapshots or 0
     return (
-        f"average of the first {steps:,} updates with a power-function profile, sigma_rel "
+        f"average over {steps:,} updates with a power-function profile of relative length "
         f"{ema.sigma_rel:g}, reconstructed from {count:,} snapshots (arXiv 2312.02696)"
     )
 
