@@ -31,6 +31,7 @@ FLOORS = (
         "paths",
         "process_watch",
         "randomness",
+        "rendezvous",
         "run_record",
         "scheduler_spec",
         "shared_work",

@@ -25,6 +25,7 @@ from ddpm_hf.diffusion.atomic_files import (
     write_bytes,
 )
 from ddpm_hf.process_watch import watch_ranks
+from ddpm_hf.rendezvous import connection
 
 T = TypeVar("T")
 
@@ -39,7 +40,7 @@ def distributed_state() -> PartialState:
     # On a machine without accelerator, `PartialState()` would give every process rank 0 of 1.
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     # Processes wait for each other at the end of `compute_missing_files`.
-    state = PartialState(cpu=cpu, timeout=timedelta(days=1))
+    state = PartialState(cpu=cpu, **connection(timedelta(days=1)))
     watch_ranks(state.process_index, state.num_processes)
     return state
 

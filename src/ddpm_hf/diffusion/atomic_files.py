@@ -149,7 +149,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     with path.open("wb") as file:
         file.write(content)
         file.flush()
-        os.fsync(file.fileno())
+        _fsync(file.fileno())
     if (size := path.stat().st_size) != len(content):
         raise OSError(errno.ENOSPC, f"only {size:,} of {len(content):,} bytes were written", path)
 
@@ -188,10 +188,18 @@ def _sync_all(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flush a file or folder to disk."""
+    """Flush a file or folder to disk, if the file system can."""
     with suppress(PermissionError):  # Windows cannot open folders
         descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
         try:
-            os.fsync(descriptor)
+            _fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _fsync(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # has no fsync
+            raise

@@ -17,6 +17,7 @@ from accelerate.utils import (
 )
 
 from ddpm_hf.backend_settings import is_out_of_memory
+from ddpm_hf.rendezvous import connection
 from ddpm_hf.training.config import TrainingConfig
 from ddpm_hf.training.errors import ConfigError, TrainingError
 from ddpm_hf.training.rank_coordination import (
@@ -44,6 +45,7 @@ def create_accelerator(config: TrainingConfig) -> Iterator[Accelerator]:
         ConfigError: for a precision that the device lacks, or a launch that shards the weights or
             leaves the processes unconnected.
         ProcessError: if another rank ends or hangs.
+        TimeoutError: if another rank does not start.
     """
     is_ours = not AcceleratorState._shared_state
     _refuse_sharding()
@@ -55,7 +57,7 @@ def create_accelerator(config: TrainingConfig) -> Iterator[Accelerator]:
                 num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
             ),
             project_dir=config.run_folder(),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=_timeout(config))],
+            kwargs_handlers=[InitProcessGroupKwargs(**connection(_timeout(config)))],
         )
         _refuse_unconnected_processes(accelerator)
         if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
@@ -75,9 +77,11 @@ def join_processes(config: TrainingConfig) -> PartialState:
 
     Raises:
         ConfigError: for a launch that shards the weights or leaves the processes unconnected.
+        TimeoutError: if another process does not start.
     """
     _refuse_sharding()
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=_timeout(config))
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+    state = PartialState(cpu=cpu, **connection(_timeout(config)))
     _refuse_unconnected_processes(state)
     return state
 

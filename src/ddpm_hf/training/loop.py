@@ -18,6 +18,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ddpm_hf.backend_settings import is_out_of_memory
+from ddpm_hf.diffusion.atomic_files import write_text
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.hub.background_push import BackgroundPusher
 from ddpm_hf.losses import Loss
@@ -35,10 +36,15 @@ from ddpm_hf.training.config import TrainingConfig
 from ddpm_hf.training.dataset_setup import TrainingData
 from ddpm_hf.training.dry_run import describe_needs, temporary_cache
 from ddpm_hf.training.errors import ConfigError, TrainingError
+from ddpm_hf.training.file_system import FileSystem
 from ddpm_hf.training.learning_rate import learning_rate
 from ddpm_hf.training.periodic_evaluation import build_evaluation
 from ddpm_hf.training.plan import plan_training, summarize
-from ddpm_hf.training.rank_coordination import free_gradient_reducer, on_main_process
+from ddpm_hf.training.rank_coordination import (
+    free_gradient_reducer,
+    leave_to_launcher,
+    on_main_process,
+)
 from ddpm_hf.training.read_ahead import ReadAhead, read_ahead
 from ddpm_hf.training.resolve import implied_options, resume_options
 from ddpm_hf.training.run import Run, start_run
@@ -138,7 +144,8 @@ def train(
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         timeout_s = config.ddp_timeout
 
-        checkpoint, record = _open_run_folder(config, accelerator, stack), None
+        file_system, checkpoint = _open_run_folder(config, accelerator, stack)
+        record = None
         pusher = on_main_process(accelerator, lambda: _create_pusher(config), timeout_s)
         if checkpoint is not None:
             stack.enter_context(_no_advice())
@@ -148,6 +155,7 @@ def train(
         resolved, components = assemble(config, accelerator, unet, scheduler, dataset, loss, record)
 
         stop = stack.enter_context(StopSignal(config.ddp_timeout))
+        stack.enter_context(leave_to_launcher(stop))
         stack.enter_context(resources_as_training_errors(accelerator))
         run = start_run(resolved, components, accelerator, stop, checkpoint)
         stack.callback(free_gradient_reducer, run.model)
@@ -155,13 +163,13 @@ def train(
         evaluation = build_evaluation(run)
         update_s = warm_up(run)
         measurements = [m for m in (validation, evaluation) if m]
-        accelerator.print(plan_training(run, measurements, update_s))
+        accelerator.print(plan_training(run, measurements, update_s, file_system))
         if config.dry_run:
             on_main_process(accelerator, lambda: print(describe_needs(run)), timeout_s)
             return TrainingResult(paths.model.root, paths.metrics, run.state.step)
         if accelerator.is_main_process:
             recipe = run.config.to_yaml(implied_options(components.identity()))
-            paths.config.write_text(recipe, encoding="utf-8")
+            write_text(paths.config, recipe)
             remove_snapshots_after(paths.ema_snapshots, run.state.step)
 
         log = open_log(run)
@@ -180,17 +188,24 @@ def train(
 
 def _open_run_folder(
     config: TrainingConfig, accelerator: Accelerator, stack: ExitStack
-) -> Path | None:
-    """Reserve the folder of the run until `stack` ends; the checkpoint to resume, on all ranks."""
+) -> tuple[FileSystem | None, Path | None]:
+    """Reserve the folder of the run until `stack` ends.
+
+    Returns:
+        its file system, on the main process and not for a dry run, and the checkpoint to resume, on
+        all ranks.
+    """
     paths, timeout_s = RunPaths(config.run_folder()), config.ddp_timeout
+    file_system: FileSystem | None = None
     if config.dry_run:
         stack.enter_context(temporary_cache(accelerator))
     else:
-        on_main_process(accelerator, lambda: stack.enter_context(run_lock(paths)), timeout_s)
+        lock = run_lock(paths)
+        file_system = on_main_process(accelerator, lambda: stack.enter_context(lock), timeout_s)
         on_main_process(accelerator, lambda: _clean_up(paths), timeout_s)
     newest = on_main_process(accelerator, lambda: find_checkpoint(paths.checkpoints), timeout_s)
     checkpoint: Path | None = broadcast_object_list([newest])[0]
-    return checkpoint
+    return file_system, checkpoint
 
 
 def _complete(run: Run, artifacts: Artifacts, log: MetricsLog) -> None:

@@ -14,6 +14,7 @@ from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.options import for_user
 from ddpm_hf.text import counted, duration, is_notebook
 from ddpm_hf.training.checkpoint_record import read_record
+from ddpm_hf.training.file_system import FileSystem
 from ddpm_hf.training.final_calibration import calibration_cost, describe_calibration
 from ddpm_hf.training.learning_rate import learning_rate
 from ddpm_hf.training.periodic_evaluation import PeriodicEvaluation
@@ -61,7 +62,10 @@ class TrainingPlan:
 
 
 def plan_training(
-    run: Run, measurements: Sequence[Validation | PeriodicEvaluation], update_s: float | None
+    run: Run,
+    measurements: Sequence[Validation | PeriodicEvaluation],
+    update_s: float | None,
+    file_system: FileSystem | None,
 ) -> TrainingPlan:
     """The plan of a run.
 
@@ -69,6 +73,7 @@ def plan_training(
         run: the run before its first update.
         measurements: what is measured during training.
         update_s: seconds per update; None if unknown.
+        file_system: that of the run folder; None if unknown.
     """
     calibration = [describe_calibration(run)] if run.config.calibrate else []
     share = averaging_s(run) / update_s if update_s and run.state.averages else 0.0
@@ -82,7 +87,8 @@ def plan_training(
         diffusion=_describe_diffusion(run.components.scheduler),
         training=_describe_training(run),
         machine=_describe_machine(run),
-        output=f"{run.paths.root}, losses in {_describe_losses(run)}",
+        output=f"{run.paths.root}, losses in {_describe_losses(run)}"
+        + (f"; {file_system}" if file_system else ""),
         measurements=(*(m.describe() for m in measurements), *calibration, *averages),
         notes=run.components.notes,
         time="" if update_s is None else _describe_time(run, update_s, [*costs, share]),

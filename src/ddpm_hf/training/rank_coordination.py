@@ -14,11 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ddpm_hf import shared_work
 from ddpm_hf.training.errors import TrainingError
+from ddpm_hf.training.signals import StopSignal, is_under_a_launcher
 
 T = TypeVar("T")
 
 _HEARTBEAT_S = 1.0
 _ANSWER_S = 2.0  # for requests to the store of the process group
+_LAUNCHER_S = 2.0  # for the signal of a launcher, which looks for ended processes ten times a second
 
 
 class ProcessError(TrainingError):
@@ -133,8 +135,7 @@ def name_missing_ranks(process: Accelerator | PartialState, timeout_s: float) ->
     try:
         yield
     except RuntimeError as error:
-        is_connection = isinstance(error, dist.DistError) or "gloo" in str(error)
-        if process.num_processes == 1 or not is_connection:
+        if process.num_processes == 1 or not _is_lost_connection(error):
             raise
         wait_s = roll_call_s(timeout_s)
         missing = _missing_ranks(process.process_index, process.num_processes, wait_s)
@@ -146,6 +147,30 @@ def name_missing_ranks(process: Accelerator | PartialState, timeout_s: float) ->
             "the process was only slow, raise `ddp_timeout`",
             is_reporting_rank=process.process_index == min(remaining),
         ) from None
+
+
+@contextmanager
+def leave_to_launcher(stop: StopSignal) -> Iterator[None]:
+    """End this rank without a roll call if the launcher ends it because another rank has ended.
+
+    torchrun names that rank and restarts all ranks, if `--max-restarts` permits.
+
+    Raises:
+        ProcessError: if a collective operation fails and the launcher sends a signal.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        is_lost = is_under_a_launcher() and _is_lost_connection(error)
+        if not (is_lost and stop.wait(_LAUNCHER_S)):
+            raise
+        raise ProcessError(
+            "another process has ended; the last checkpoint is complete", is_reporting_rank=False
+        ) from None
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def _missing_ranks(rank: int, num_processes: int, wait_s: float) -> list[int]:

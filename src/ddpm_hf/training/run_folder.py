@@ -12,6 +12,7 @@ from ddpm_hf.locks import InUseError, hold_lock
 from ddpm_hf.paths import RunPaths
 from ddpm_hf.training.early_checks import refuse_foreign_files
 from ddpm_hf.training.errors import CheckpointError
+from ddpm_hf.training.file_system import PROBE_PREFIX, FileSystem, probe_file_system
 
 _LEFTOVER = re.compile(r"(\.del-)?(?P<kind>\.(new|old|del)-)(?P<name>model|best|step-\d{8})")
 
@@ -25,19 +26,20 @@ def remove_leftovers(folder: Path) -> None:
         match = _LEFTOVER.fullmatch(leftover.name) if leftover.is_dir() else None
         if match and match["kind"] == ".old-" and not (folder / match["name"]).exists():
             os.rename(leftover, folder / match["name"])
-        elif match:
+        elif match or leftover.name.startswith(PROBE_PREFIX):
             remove_folder(leftover)
 
 
 @contextlib.contextmanager
-def run_lock(paths: RunPaths) -> Iterator[None]:
+def run_lock(paths: RunPaths) -> Iterator[FileSystem]:
     """Hold the exclusive lock of a run folder until the block or the process ends.
 
-    The folder is created if missing, and removed if the run fails before it writes anything.
+    The folder is created if missing, and removed if the run fails before it writes anything. Its
+    file system is probed; one without locks costs a warning.
 
     Raises:
-        CheckpointError: if another run holds the lock, the folder cannot be written, or it contains
-            files of that name that no run wrote.
+        CheckpointError: if another run holds the lock, the folder cannot be written or cannot hold
+            complete checkpoints, or it contains files of that name that no run wrote.
     """
     output_dir, file = paths.root, paths.lock
     created = [path for path in (output_dir, *output_dir.parents) if not path.exists()]
@@ -45,7 +47,9 @@ def run_lock(paths: RunPaths) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(hold_lock(file, output_dir, "output_dir"))
+            file_system = probe_file_system(output_dir)
+            if "locks" not in file_system.missing:
+                stack.enter_context(hold_lock(file, output_dir, "output_dir"))
         except InUseError as error:
             raise CheckpointError(f"{error}") from None
         except OSError as error:
@@ -53,10 +57,10 @@ def run_lock(paths: RunPaths) -> Iterator[None]:
                 f"`output_dir` {output_dir} cannot be written: {error.strerror}; choose another one"
             ) from None
         try:
-            yield
+            yield file_system
         finally:
-            if created and list(output_dir.iterdir()) == [file]:
-                file.unlink()
+            if created and set(output_dir.iterdir()) <= {file}:
+                file.unlink(missing_ok=True)
                 with contextlib.suppress(OSError):  # another process has created files there
                     for path in created:
                         path.rmdir()

@@ -161,8 +161,12 @@ class MetricsLog:
     def append(self, entry: Mapping[str, object]) -> None:
         """Append an entry to the file, without the trackers."""
         if self._accelerator.is_main_process:
-            with self._file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
+            line = json.dumps(entry) + "\n"
+            try:
+                with self._file.open("a", encoding="utf-8") as file:
+                    file.write(line)
+            except PermissionError:  # of a bucket, where files cannot be continued
+                write_text(self._file, self._file.read_text(encoding="utf-8") + line)
 
     def show(self, step: int, grid: Image) -> None:
         """Send the sample grid of update `step` to the trackers."""

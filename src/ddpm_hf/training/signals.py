@@ -75,6 +75,13 @@ class StopSignal:
             self._restore_handlers()
             signal.raise_signal(number)
 
+    def wait(self, timeout_s: float) -> bool:
+        """Whether this process receives a signal within `timeout_s` seconds, or has received one."""
+        until = time.monotonic() + timeout_s
+        while self.received is None and time.monotonic() < until:
+            time.sleep(0.05)
+        return self.received is not None
+
     def synchronize(self, failed: bool = False) -> bool:
         """Whether any rank received a signal or has `failed`; the same answer on all ranks."""
         self.failed = failed
