@@ -228,7 +228,7 @@ def started_ranks(
     with ExitStack() as stack:
         yield [
             stack.enter_context(started(command, env={**env, **rank}, **options, **pipes))
-            for rank in _ranks(count)
+            for rank in rank_environments(count)
         ]
 
 
@@ -245,7 +245,7 @@ def forked_ranks(
     with ExitStack() as stack:
         yield [
             stack.enter_context(forked(arguments, env={**env, **rank}, cwd=cwd, merged=True))
-            for rank in _ranks(count)
+            for rank in rank_environments(count)
         ]
 
 
@@ -257,10 +257,16 @@ def finish_ranks(arguments: Sequence[str | Path], cache: Path) -> None:
     assert [process.returncode for process in processes] == [0, 0], outputs
 
 
-def _ranks(count: int) -> list[dict[str, str]]:
-    """The environment variables of each rank."""
+def free_port() -> int:
+    """A port of this machine that is free at the moment."""
     with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+        port: int = free.getsockname()[1]
+    return port
+
+
+def rank_environments(count: int) -> list[dict[str, str]]:
+    """The environment variables of each rank."""
+    port = free_port()
     common = {
         "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count),

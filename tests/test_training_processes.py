@@ -1,4 +1,4 @@
-"""`ddpm-hf train` in subprocesses: killed and resumed, and with two ranks."""
+"""`ddpm-hf train` in subprocesses: killed and resumed, restarted, and with two ranks."""
 
 import json
 import os
@@ -6,16 +6,23 @@ import random
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
-import torch
 from PIL import Image
-from processes import LIMIT_S, forked, forked_ranks, run_process
+from processes import (
+    LIMIT_S,
+    forked,
+    forked_ranks,
+    free_port,
+    rank_environments,
+    run_process,
+)
 from safetensors.torch import load_file
-from tiny_runs import metrics
+from tiny_runs import assert_equal_bits, metrics
 
 from ddpm_hf.cli import main
 
@@ -37,7 +44,9 @@ OPTIONS = ["--max-train-steps", str(STEPS), "--batch-size", "4", "--checkpointin
            "--num-samples", "2", "--sample-steps", "15", "--sample-inference-steps", "4",
            "--gradient-accumulation-steps", "2"]  # fmt: skip
 COMMAND = ["-m", "ddpm_hf", "train"]
-SCRIPT = [str(Path(__file__).parents[1] / "training" / "train.py")]
+TRAINING = Path(__file__).parents[1] / "training"
+SCRIPT = [str(TRAINING / "train.py")]
+MULTI_NODE = str(TRAINING / "accelerate" / "multi_node.yaml")
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
           "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
           "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
@@ -86,6 +95,21 @@ def weights(output):
     }
 
 
+@pytest.fixture(scope="module")
+def straight(photos):
+    """The tensors of uninterrupted runs, by number of processes."""
+    done = {}
+
+    def of(num_processes):
+        if num_processes not in done:
+            output = photos.parent / f"straight{num_processes}"
+            finish(num_processes, COMMAND, photos, output)
+            done[num_processes] = weights(output)
+        return done[num_processes]
+
+    return of
+
+
 def wait_for_another_checkpoint(output, process):
     reached, began = steps_logged(output), time.monotonic()
     while steps_logged(output) <= reached and process.poll() is None:
@@ -104,9 +128,8 @@ def steps_logged(output):
     ids=["one process", "two processes"],
 )
 def test_a_run_killed_at_random_and_resumed_equals_an_uninterrupted_run(
-    program, num_processes, photos, tmp_path
+    program, num_processes, photos, tmp_path, straight
 ):
-    finish(num_processes, program, photos, tmp_path / "straight")
     rng = random.Random(5)
     for _ in range(2 if num_processes == 1 else 1):
         with running(num_processes, program, photos, tmp_path / "killed") as processes:
@@ -115,9 +138,71 @@ def test_a_run_killed_at_random_and_resumed_equals_an_uninterrupted_run(
     output = finish(num_processes, program, photos, tmp_path / "killed")
     assert "resuming after update" in output
 
-    straight, killed = weights(tmp_path / "straight"), weights(tmp_path / "killed")
-    assert straight.keys() == killed.keys()
-    assert all(torch.equal(straight[name], killed[name]) for name in straight)
+    assert_equal_bits(weights(tmp_path / "killed"), straight(num_processes))
+
+
+LAUNCHERS = {
+    "torchrun": [[
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        "--max-restarts", "1",
+    ]],
+    "two machines": [[
+        "-m", "accelerate.commands.launch", "--config_file", MULTI_NODE, "--rdzv_backend", "c10d",
+        "--num_processes", "2", "--machine_rank", rank, "--main_process_ip", "127.0.0.1",
+        "--main_process_port", "PORT", "--num_cpu_threads_per_process", "1",
+        "--mixed_precision", "no", "--max_restarts", "1",
+    ] for rank in ("0", "1")],
+}  # fmt: skip
+
+
+@contextmanager
+def launched(launchers, photos, output):
+    """The launchers, one for each machine, of a training run on two processes."""
+    port, env = str(free_port()), os.environ | {"ACCELERATE_USE_CPU": "true"}
+    with ExitStack() as stack:
+        processes = []
+        for words in launchers:
+            program = [port if word == "PORT" else word for word in [*words, *COMMAND]]
+            command = arguments(program, photos, output)
+            processes.append(stack.enter_context(forked(command, env=env, merged=True)))
+        yield processes
+
+
+def process_of_rank(launchers, rank):
+    children = [p for launcher in launchers for p in psutil.Process(launcher.pid).children()]
+    return next(p for p in children if p.environ().get("RANK") == str(rank))
+
+
+@pytest.mark.parametrize("how", LAUNCHERS)
+def test_a_launch_restarts_by_itself_and_equals_an_uninterrupted_run(
+    how, photos, tmp_path, straight
+):
+    with launched(LAUNCHERS[how], photos, tmp_path / "run") as launchers:
+        wait_for_another_checkpoint(tmp_path / "run", launchers[0])
+        process_of_rank(launchers, 1).kill()
+        outputs = [launcher.communicate()[0] for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0] * len(launchers), outputs
+    assert "resuming after update" in outputs[0]
+    assert_equal_bits(weights(tmp_path / "run"), straight(2))
+
+
+def test_a_process_or_machine_that_never_comes_is_an_error_within_the_time_limit(photos, tmp_path):
+    command = arguments(COMMAND, photos, tmp_path / "run", "--ddp-timeout", "2")
+    waits = [*LAUNCHERS["two machines"][0], "--rdzv_conf", "join_timeout=2"]
+    first, second = rank_environments(2)[0], rank_environments(2)[1] | {"LOCAL_RANK": "0"}
+    with ExitStack() as stack:
+        alone = [
+            stack.enter_context(forked(command, env=os.environ | env, merged=True))
+            for env in (first, second)
+        ]
+        (launcher,) = stack.enter_context(launched([waits], photos, tmp_path / "run"))
+        for process in alone:
+            output = process.communicate()[0]
+            assert process.returncode == 1
+            assert "\nddpm-hf: error: the 2 processes of this launch did not" in f"\n{output}"
+            assert "Traceback" not in output
+        assert "RendezvousTimeoutError" in launcher.communicate()[0]
+    assert not (tmp_path / "run").exists()
 
 
 def test_two_ranks_train_the_same_network_as_one_and_sigterm_stops_both(photos, tmp_path):

@@ -48,7 +48,7 @@ def _connect(url: str, timeout: timedelta, **options: Any) -> Iterator[tuple[Sto
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise TimeoutError(
             f"the {os.environ['WORLD_SIZE']} processes of this launch did not connect through"
-            f" {where} in {limit.total_seconds():g} s: {reason}. Start the command on every machine,"
+            f" {where} in {limit.total_seconds():g} s: {reason}. Run the command on every machine,"
             " and check that each one reaches this address"
         ) from None
 

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 _HEARTBEAT_S = 1.0
 _ANSWER_S = 2.0  # for requests to the store of the process group
-_LAUNCHER_S = 2.0  # for the signal of a launcher, which looks for ended processes ten times a second
+_LAUNCHER_S = 2.0  # for the signal of a launcher, which looks for ended processes every 0.1 s
 
 
 class ProcessError(TrainingError):

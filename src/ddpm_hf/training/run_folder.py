@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ddpm_hf.diffusion.atomic_files import remove_folder
@@ -47,7 +47,7 @@ def run_lock(paths: RunPaths) -> Iterator[FileSystem]:
     with contextlib.ExitStack() as stack:
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
-            file_system = probe_file_system(output_dir)
+            file_system = _probe(output_dir, created)
             if "locks" not in file_system.missing:
                 stack.enter_context(hold_lock(file, output_dir, "output_dir"))
         except InUseError as error:
@@ -56,14 +56,29 @@ def run_lock(paths: RunPaths) -> Iterator[FileSystem]:
             raise CheckpointError(
                 f"`output_dir` {output_dir} cannot be written: {error.strerror}; choose another one"
             ) from None
-        try:
-            yield file_system
-        finally:
-            if created and set(output_dir.iterdir()) <= {file}:
-                file.unlink(missing_ok=True)
-                with contextlib.suppress(OSError):  # another process has created files there
-                    for path in created:
-                        path.rmdir()
+        stack.callback(_remove_unused, created, file)  # before the lock is released
+        yield file_system
+
+
+def _probe(folder: Path, created: Sequence[Path]) -> FileSystem:
+    try:
+        return probe_file_system(folder)
+    except (CheckpointError, OSError):
+        _remove_empty(created)
+        raise
+
+
+def _remove_unused(created: Sequence[Path], lock: Path) -> None:
+    """Remove the folders `created` for a run, innermost first, if they hold only its lock."""
+    if created and set(created[0].iterdir()) <= {lock}:
+        lock.unlink(missing_ok=True)
+        _remove_empty(created)
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    with contextlib.suppress(OSError):  # another process has created files there
+        for folder in folders:
+            folder.rmdir()
 
 
 def write_json(path: Path, value: object) -> None:

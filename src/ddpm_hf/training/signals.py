@@ -76,7 +76,7 @@ class StopSignal:
             signal.raise_signal(number)
 
     def wait(self, timeout_s: float) -> bool:
-        """Whether this process receives a signal within `timeout_s` seconds, or has received one."""
+        """Whether this process has received a signal or receives one within `timeout_s` s."""
         until = time.monotonic() + timeout_s
         while self.received is None and time.monotonic() < until:
             time.sleep(0.05)
