@@ -48,13 +48,16 @@ def test_the_client_reads_machine_secret_and_volume_and_submits_nothing_in_a_dry
 
 @pytest.mark.slow
 def test_the_job_trains_in_the_folder_given_and_refuses_one_that_ends_with_the_job(tmp_path):
+    (tmp_path / "photos").mkdir()
     for i in range(8):
-        Image.new("RGB", (8, 8), (i, 2 * i, 3 * i)).save(tmp_path / f"{i}.png")
-    config = tiny_unet(in_channels=3).config
+        Image.new("RGB", (8, 8), (i, 2 * i, 3 * i)).save(tmp_path / "photos" / f"{i}.png")
+    config = tiny_unet(in_channels=3, out_channels=3).config
     network = {key: value for key, value in config.items() if not key.startswith("_")}
     (tmp_path / "unet.json").write_text(json.dumps(network))
-    options = [SCRIPT, tmp_path, "--unet-config", tmp_path / "unet.json", "--max-train-steps", "2",
-               "--batch-size", "4", "--num-samples", "0"]  # fmt: skip
+    options = [
+        SCRIPT, tmp_path / "photos", "--unet-config", tmp_path / "unet.json",
+        "--max-train-steps", "2", "--batch-size", "4", "--num-samples", "0",
+    ]  # fmt: skip
     refused = run_forked(options)
     assert refused.returncode == 2
     (line,) = refused.stderr.splitlines()

@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 import torch.distributed as dist
-from torch.distributed import Store
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 CONNECT_S = 300.0
@@ -41,7 +41,7 @@ def _connect(url: str, timeout: timedelta, **options: Any) -> Iterator[tuple[Sto
         for store, rank, count in rendezvous(f"env://?{urlparse(url).query}", timeout=limit):
             if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
                 prefix = _common_prefix(store, rank, count, limit.total_seconds())
-                store = dist.PrefixStore(prefix, store)
+                store = PrefixStore(prefix, store)
             yield store, rank, count
     except dist.DistError as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
@@ -76,4 +76,4 @@ def _common_prefix(store: Store, rank: int, count: int, limit_s: float) -> str:
     return name
 
 
-register_rendezvous_handler(_SCHEME, _connect)
+register_rendezvous_handler(_SCHEME, _connect)  # type: ignore[no-untyped-call]
