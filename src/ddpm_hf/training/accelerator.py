@@ -35,8 +35,8 @@ _SHARDED = {
 }
 
 
-BYTES_PER_PARAMETER = 21
-"""Weights, gradients, two moments and averages in float32, and 5 % measured on top."""
+BYTES_PER_PARAMETER = 24
+"""Weights, gradients, two moments, averages, and for a moment new gradient buckets, in float32."""
 
 
 @contextmanager
@@ -107,7 +107,7 @@ def _refuse_sharding() -> None:
             raise ConfigError(
                 f"accelerate's configuration asks for {name}, which shards the weights; training "
                 f"needs all of them on every rank, {BYTES_PER_PARAMETER} bytes per parameter with "
-                "optimizer and averages, so that 80 GB suffice for 2e9 parameters and activations. "
+                "optimizer and averages: a GPU of 80 GB holds 2e9 parameters and their activations. "
                 "Choose multi-GPU (accelerate config), or launch with --multi_gpu"
             )
 
