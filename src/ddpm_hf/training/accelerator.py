@@ -107,7 +107,7 @@ def _refuse_sharding() -> None:
             raise ConfigError(
                 f"accelerate's configuration asks for {name}, which shards the weights; training "
                 f"needs all of them on every rank, {BYTES_PER_PARAMETER} bytes per parameter with "
-                "optimizer and averages: a GPU of 80 GB holds 2e9 parameters and their activations. "
+                "optimizer and averages: a GPU of 80 GB holds 2e9 parameters and activations. "
                 "Choose multi-GPU (accelerate config), or launch with --multi_gpu"
             )
 
