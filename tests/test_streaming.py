@@ -330,12 +330,15 @@ def test_a_replaced_image_has_the_class_of_its_replacement(tmp_path):
 
 @pytest.mark.parametrize(("fraction", "count"), [(0.01, 1), (0.1, 3), (0.5, 15), (0.99, 29)])
 def test_whole_shards_are_held_out_until_they_have_the_fraction(fraction, count, folder, tmp_path):
-    images = stream_of(folder / "*.tar", tmp_path)
+    images = stream_of(folder / "*.parquet", tmp_path, label_column=True)
     training, held_out = images.split(fraction, seed=0)
     assert (len(held_out), len(training)) == (2 * count, 60 - 2 * count)
     parts = [numbers(part.read(range(len(part)), NO_CROPS)) for part in (training, held_out)]
     assert sorted(chain(*parts)) == [*range(60)]
+    pairs = [(0, place) for place in range(len(training))]
     assert parts[0] == [training.dataset_index(place) for place in range(len(training))]
+    classes = [each for _, each in StreamedTrainingImages(training).__getitems__(pairs)]
+    assert classes == [number % 2 for number in parts[0]]
     assert images.split(fraction, seed=0)[1].numbers == held_out.numbers
     if count == 3:
         assert images.split(fraction, seed=1)[1].numbers != held_out.numbers

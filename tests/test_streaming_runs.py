@@ -8,12 +8,22 @@ import signal
 from itertools import chain
 from pathlib import Path
 
+import datasets
 import numpy as np
 import psutil
 import pytest
 from processes import LIMIT_S, forked, forked_ranks
 from shard_server import ShardServer
-from test_streaming import NUM_ROWS, NUM_SHARDS, SIZE, png, sequence, stream_of, write_parquet
+from test_streaming import (
+    NUM_ROWS,
+    NUM_SHARDS,
+    SIZE,
+    numbers,
+    png,
+    sequence,
+    stream_of,
+    write_parquet,
+)  # fmt: skip
 from tiny_runs import assert_equal_bits, checkpoint
 
 from ddpm_hf import TrainingConfig, train
@@ -145,6 +155,68 @@ def numbered(denoiser, scheduler, x_0, t, noise):
 
 
 numbered.__module__ = "__main__"  # part of the name that a resumed run compares
+
+
+def test_a_streaming_dataset_gives_the_run_of_its_files(tmp_path):
+    seen = []
+
+    def noted(denoiser, scheduler, x_0, t, noise):
+        seen.append(numbers(x_0))
+        return simple_loss(denoiser, scheduler, x_0, t, noise)
+
+    (tmp_path / "unet.json").write_text(json.dumps(NETWORK))
+    for shard in range(3):
+        write_parquet(tmp_path / f"{shard}.parquet", [png(4 * shard + row) for row in range(4)])
+    pattern = str(tmp_path / "*.parquet")
+    options = {
+        "resolution": SIZE, "unet_config": str(tmp_path / "unet.json"), "batch_size": 3,
+        "num_samples": 0, "report_to": ["none"], "lr_scheduler": "constant", "lr_warmup_steps": 0,
+    }  # fmt: skip
+    named = {"dataset": pattern, "streaming": True, "output_dir": str(tmp_path / "named")}
+    train(TrainingConfig(max_train_steps=6, **options | named), loss=noted)
+    expected, seen[:] = [*seen], []
+    for steps in (2, 6):
+        run = {"max_train_steps": steps, "output_dir": str(tmp_path / "passed")}
+        rows = datasets.load_dataset("parquet", data_files=pattern, split="train", streaming=True)
+        train(TrainingConfig(**options | run), dataset=rows, loss=noted)
+    assert seen == expected
+    with pytest.raises(ValueError, match="`streaming` needs `resolution`"):
+        train(TrainingConfig(output_dir=str(tmp_path / "none")), dataset=rows)
+
+
+def test_a_stream_with_classes_measures_images_that_it_does_not_train_on(tmp_path):
+    seen = []
+
+    def noted(denoiser, scheduler, x_0, t, noise):
+        seen.extend(numbers(x_0))
+        return simple_loss(denoiser, scheduler, x_0, t, noise)
+
+    (tmp_path / "unet.json").write_text(json.dumps(NETWORK))
+    for shard in range(4):
+        write_parquet(tmp_path / f"{shard}.parquet", [png(4 * shard + row) for row in range(4)])
+    result = train(
+        TrainingConfig(
+            dataset=str(tmp_path / "*.parquet"), streaming=True, resolution=SIZE, batch_size=6,
+            unet_config=str(tmp_path / "unet.json"), num_train_timesteps=4, max_train_steps=6,
+            class_conditional=True, validation_split=0.3, validation_images=4,
+            validation_timesteps=2, evaluate_steps=3, evaluate_num_images=4, calibrate=True,
+            evaluate_features="pixels", sample_inference_steps=2, num_samples=0,
+            report_to=["none"], output_dir=str(tmp_path / "run"),
+        ),
+        loss=noted,
+    )  # fmt: skip
+    # Two of four shards hold the 30 % of the images; the others are read in 4.5 epochs.
+    training = sorted(set(seen))
+    assert len(training) == 8
+    assert len({number // 4 for number in training}) == 2
+    entries = [json.loads(line) for line in result.metrics_file.open()]
+    measured = [entry for entry in entries if "evaluation_fd" in entry]
+    assert [entry["step"] for entry in measured] == [3, 6]
+    assert "validation_bits_per_dim" in entries[-1]
+    facts = json.loads((result.model_dir / "unet" / "config.json").read_text())["_ddpm_hf"]
+    assert (facts["class_names"], facts["class_counts"]) == (["even", "odd"], [4, 4])
+    scheduler = json.loads((result.model_dir / "scheduler" / "scheduler_config.json").read_text())
+    assert "x_0_mse" in json.dumps(scheduler)
 
 
 def test_a_dry_run_of_a_stream_states_its_shards_and_writes_nothing(stream, tmp_path, capsys):

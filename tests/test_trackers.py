@@ -53,10 +53,21 @@ def test_the_configuration_in_trackers_has_no_secrets(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_missing_tracker_is_a_warning_and_the_run_continues(tmp_path, caplog, monkeypatch):
+def test_missing_trackers_are_warnings_and_the_run_continues(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(trackers, "get_available_trackers", lambda: [])
-    assert run(tmp_path, report_to=["comet_ml"]).num_steps == 6
+    assert run(tmp_path, report_to="all,comet_ml,swanlab").num_steps == 6
     assert "comet_ml is not installed: pip install comet-ml" in caplog.text
+    assert "swanlab is not installed: pip install swanlab" in caplog.text
+
+
+@pytest.mark.parametrize("name", TRACKERS)
+def test_a_tracker_that_is_not_installed_is_a_warning(name, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(trackers, "get_available_trackers", lambda: [])
+    tracked = TrackedRun(tmp_path, tmp_path / "tracking.json", "project", None, {})
+    tracking = Trackers([name], tracked)
+    tracking.log(1, {"loss": 2.0})
+    tracking.close()
+    assert f"the tracker {name} is not installed: pip install" in caplog.text
 
 
 class Recorder(GeneralTracker):
@@ -195,7 +206,8 @@ def test_trackio_holds_the_series_of_a_resumed_run_once(tmp_path, monkeypatch, c
 
 @pytest.mark.slow
 def test_mlflow_holds_the_series_of_a_resumed_run_once(tmp_path, monkeypatch):
-    mlflow = pytest.importorskip("mlflow")
+    reason = "mlflow-skinny, which downgrades importlib_metadata, is no development package"
+    mlflow = pytest.importorskip("mlflow", reason=reason)
     monkeypatch.setenv("HF_TOKEN", CANARY)
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     store = tmp_path / "store"

@@ -119,7 +119,8 @@ def train(
         unet: network to train, instead of the one that `config` describes.
         scheduler: diffusion to train, instead of the one that `config` describes.
         dataset: images to train on, instead of `config.dataset`: a `datasets.Dataset`, the result
-            of `prepare_images`, or a map-style dataset of float tensors (C, H, W) in [-1, 1].
+            of `prepare_images`, a map-style dataset of float tensors (C, H, W) in [-1, 1], or the
+            result of `load_dataset(..., streaming=True)`, which is read as with `streaming`.
         loss: objective, instead of `config.objective`: a function `(denoiser, scheduler, x_0, t,
             noise)` as in `ddpm_hf.losses`, which returns one value per image, (B,). A resumed run
             must have a loss of the same name.

@@ -1,0 +1,92 @@
+"""Streaming a dataset of a Hub on the loopback interface: faults, the token, and its revision."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hub_server import HubClient, HubServer
+from test_streaming import png, write_parquet
+from test_streaming_runs import NETWORK
+
+pytestmark = pytest.mark.slow
+
+SHARDS, ROWS = 3, 4
+SETUP = """
+import sys
+sys.path.insert(0, tests)
+from ddpm_hf.data import remote_files
+from test_streaming import numbers
+remote_files.WAITS_S, remote_files.TIMEOUT_S = (0.01,) * 4, 0.5
+"""
+OPEN = """
+from ddpm_hf.data.shard_files import find_shards
+from ddpm_hf.data.streaming import open_stream
+import numpy as np
+images = open_stream(find_shards("user/photos"), resolution=8, cache_dir=cache)
+result = len(images)
+"""
+READ = """
+result = numbers(images.read(range(len(images)), np.zeros((0, 2), np.float32)))
+"""
+# Trains up to update `steps`; the result is the numbers in the images of each update.
+TRAIN = """
+from ddpm_hf import TrainingConfig, train
+from ddpm_hf.losses import simple_loss
+seen = []
+def numbered(denoiser, scheduler, x_0, t, noise):
+    seen.append(numbers(x_0))
+    return simple_loss(denoiser, scheduler, x_0, t, noise)
+train(
+    TrainingConfig(
+        dataset="user/photos", streaming=True, resolution=8, unet_config=network, batch_size=2,
+        max_train_steps=steps, num_samples=0, num_threads=1, report_to=["none"], output_dir=folder,
+        lr_scheduler="constant", lr_warmup_steps=0,
+    ),
+    loss=numbered,
+)
+result = seen
+"""
+
+
+def shard(tmp_path: Path, first: int) -> bytes:
+    write_parquet(tmp_path / "shard.parquet", [png(first + row) for row in range(ROWS)])
+    return (tmp_path / "shard.parquet").read_bytes()
+
+
+@pytest.fixture
+def hub(tmp_path):
+    names = [f"data/train-{number:05d}-of-{SHARDS:05d}.parquet" for number in range(SHARDS)]
+    files = {name: shard(tmp_path, ROWS * number) for number, name in enumerate(names)}
+    with HubServer() as server:
+        server.add_repo("user/photos", files, kind="dataset", private=True)
+        yield server
+
+
+@pytest.fixture
+def client(hub, tmp_path):
+    with HubClient(hub, tmp_path / "home") as client:
+        client.run(SETUP, tests=Path(__file__).parent)
+        yield client
+
+
+def test_shards_that_fail_break_off_or_stall_are_fetched_again(client, hub, tmp_path):
+    every = [*range(SHARDS * ROWS)]
+    for fault in ({"status": 503}, {"kind": "cut"}, {"kind": "slow", "seconds": 2}):
+        assert client.run(OPEN, cache=tmp_path / str(fault)) == len(every)
+        before = hub.count("GET /objects/")
+        hub.fault("GET /objects/", **fault)
+        assert client.run(READ) == every
+        assert hub.count("GET /objects/") == before + SHARDS + 1
+    assert hub.count(r"GET /datasets/user/photos/resolve/[0-9a-f]{40}/data") > 0
+    assert not hub.tokens_at_storage
+
+
+def test_a_resumed_run_reads_the_commit_that_it_started_with(client, hub, tmp_path):
+    (tmp_path / "unet.json").write_text(json.dumps(NETWORK))
+    options = {"network": tmp_path / "unet.json", "cache": tmp_path / "cache"}
+    straight = client.run(TRAIN, steps=6, folder=tmp_path / "straight", **options)
+    begun = client.run(TRAIN, steps=3, folder=tmp_path / "run", **options)
+    changed = {f"data/train-00000-of-{SHARDS:05d}.parquet": shard(tmp_path, 100)}
+    hub.edit("user/photos", changed, kind="dataset")
+    assert begun + client.run(TRAIN, steps=6, folder=tmp_path / "run", **options) == straight
+    assert max(map(max, client.run(TRAIN, steps=6, folder=tmp_path / "new", **options))) >= 100
