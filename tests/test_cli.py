@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -466,6 +467,17 @@ def test_python_functions_show_the_options_in_their_signature():
 def test_training_errors_name_flags(capsys):
     assert main(["train", "user/photos", "--max-train-steps", "0"]) == 2
     assert "--max-train-steps must be at least 1, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("always:a folder without labels")
+def test_a_repeated_warning_is_printed_once(capsys):
+    def command(argv):
+        for _ in range(2):
+            warnings.warn("a folder without labels", stacklevel=1)
+        return 0
+
+    assert run_command(command, []) == 0
+    assert capsys.readouterr().err == "ddpm-hf: warning: a folder without labels\n"
 
 
 def test_an_unexpected_error_keeps_its_traceback():

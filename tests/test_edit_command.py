@@ -177,7 +177,10 @@ def test_bad_options_are_one_line_with_the_fix(models, files, capsys, options, m
 @pytest.mark.parametrize(
     ("picture", "message"),
     [
-        (Image.new("RGB", (9, 8)), "(3, 8, 8) for this model, got (3, 8, 9)"),
+        (
+            Image.new("RGB", (9, 8)),
+            "PICTURE must have 8x8 pixels, as the images of this model, got",
+        ),
         (Image.new("RGBA", (8, 8)), "must have mode RGB for this model, got RGBA"),
     ],
 )

@@ -27,6 +27,8 @@ def test_load_accepts_the_old_name_of_dtype(tmp_path):
     assert ddpm_hf.load(model).dtype == torch.float32
     with pytest.raises(ValueError, match="pass `dtype` or `torch_dtype`"):
         ddpm_hf.load(model, dtype=torch.float16, torch_dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match=r"`dtype` must be a torch.dtype.*, got 'float16'"):
+        ddpm_hf.load(model, dtype="float16")
 
 
 @pytest.mark.parametrize(

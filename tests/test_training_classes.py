@@ -7,6 +7,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from checkpoints import image_facts_of
 from datasets import ClassLabel, Dataset
 from PIL import Image
 from tiny_runs import assert_equal_bits, checkpoint, few_steps, tiny_config, tiny_images, tiny_unet
@@ -24,6 +25,7 @@ from ddpm_hf.commands.messages import command_messages
 from ddpm_hf.data import DataError, load_images, prepare_images
 from ddpm_hf.data.hold_out import HoldOut
 from ddpm_hf.diffusion.image_format import image_facts
+from ddpm_hf.evaluation.model_images import images_for
 from ddpm_hf.pictures import image_grid
 from ddpm_hf.randomness import dropped_labels
 from ddpm_hf.sampling.class_labels import label_cycle
@@ -105,6 +107,19 @@ def with_labels(numbers, names=("cat", "dog", "eel")):
     images = [Image.new("L", (8, 8), 20 * i) for i in range(len(numbers))]
     rows = Dataset.from_dict({"image": images, "label": numbers})
     return rows.cast_column("label", ClassLabel(names=list(names)))
+
+
+@pytest.mark.filterwarnings("ignore:1 of 5 images have no label")
+def test_images_without_a_label_are_left_out_of_measurements():
+    unet = tiny_unet(num_class_embeds=3)
+    unet.register_to_config(_ddpm_hf=image_facts_of("L", 8, 8, class_names=["dog", "cat"]))
+    rows = with_labels([0, None, 1, 1, 0], ["cat", "dog"])
+    with pytest.warns(UserWarning, match="1 image without a label left out"):
+        images = images_for(unet, rows, progress=False)
+    assert images.indices == [0, 2, 3, 4]
+    assert images.labels_of(range(4)).tolist() == [1, 0, 0, 1]
+    with pytest.raises(DataError, match="no image has a label"):
+        images_for(unet, rows, rows=[1], progress=False)
 
 
 @pytest.mark.slow
@@ -293,5 +308,5 @@ def test_measurements_read_the_classes_from_the_column_of_training(tmp_path, pet
     how = {"num_images": 4, "num_timesteps": 2, "progress": False}
     assert evaluate(model, pets, metrics=["bits-per-dim"], **how).results
     (tmp_path / "pets" / "metadata.csv").write_text("\n".join(["file_name,name", *rows]))
-    with pytest.raises(DataError, match=r"label column \(`class_column`\), one of image, name"):
+    with pytest.raises(DataError, match=r"label column \(`class_column`\), one of name"):
         evaluate(model, pets, metrics=["bits-per-dim"], **how)

@@ -110,15 +110,22 @@ def resume_hint(finished: str) -> Iterator[None]:
 
 @contextmanager
 def command_messages(options: type | None = None) -> Iterator[None]:
-    """Inside, warnings are one line without source location, and messages name flags.
+    """Inside, each warning is one line, printed once, and messages name flags.
 
     Args:
         options: dataclass of the options whose names in backticks become flags, in warnings and in
             the text of a ValueError or RuntimeError.
     """
 
-    def show(message: Warning | str, *_: object, **__: object) -> None:
+    shown = set[str]()
+
+    def show(message: str) -> None:
         say(f"ddpm-hf: warning: {for_user(' '.join(str(message).split()))}")
+
+    def show_once(message: Warning | str, *_: object, **__: object) -> None:
+        if f"{message}" not in shown:
+            shown.add(f"{message}")
+            show(f"{message}")
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -126,7 +133,7 @@ def command_messages(options: type | None = None) -> Iterator[None]:
 
     logger = logging.getLogger("ddpm_hf")
     before = warnings.showwarning, logger.handlers, logger.propagate
-    warnings.showwarning, logger.handlers, logger.propagate = show, [Handler("WARNING")], False
+    warnings.showwarning, logger.handlers, logger.propagate = show_once, [Handler("WARNING")], False
     try:
         with naming_flags_of(options):
             try:

@@ -118,15 +118,15 @@ def _only_class_column(dataset: datasets.Dataset, problem: str) -> str:
     columns = class_columns(dataset)
     if "label" in columns or len(columns) == 1:
         return "label" if "label" in columns else columns[0]
-    choices = f"name the label column (`class_column`), one of {', '.join(dataset.features)}"
+    others = [n for n, kind in dataset.features.items() if not isinstance(kind, datasets.Image)]
+    hint = f"name the label column (`class_column`), one of {', '.join(others)}"
     if columns:
-        raise DataError(f"the dataset has several class columns, {', '.join(columns)}; {choices}")
+        raise DataError(f"the dataset has several class columns, {', '.join(columns)}; {hint}")
     if problem:
         raise DataError(f"the dataset has no class labels: {problem}")
-    raise DataError(
-        f"the dataset has no class labels; {choices}; in a folder, put the images of each class"
-        " into a sub-folder"
-    )
+    hints = [hint] * bool(others)
+    hints.append("in a folder, put the images of each class into a sub-folder")
+    raise DataError("; ".join(["the dataset has no class labels", *hints]))
 
 
 def _check_type(column: str, kind: Any) -> None:

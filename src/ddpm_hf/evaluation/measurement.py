@@ -51,6 +51,8 @@ class Evaluator:
         *,
         progress: bool = True,
     ) -> None:
+        if isinstance(metrics, str):
+            raise ValueError(f"`metrics` must be a list, such as [{metrics!r}], got {metrics!r}")
         if unknown := [name for name in metrics if name not in METRIC_NAMES]:
             choices = ", ".join(METRIC_NAMES)
             raise ValueError(f"`metrics` must be of {choices}, got {unknown[0]!r}")

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from ddpm_hf.data.image_column import find_image_column
 from ddpm_hf.data.sources import origin_of
 from ddpm_hf.diffusion.image_format import MODE_CHANNELS, ImageFacts, image_facts, size_multiple
 from ddpm_hf.randomness import seed_of
+from ddpm_hf.text import counted
 
 # Must agree between images and model.
 _FACTS = ("mode", "height", "width", "bit_depth")
@@ -91,6 +93,8 @@ def images_for(
             one.
         on_bad_image: "error" or "skip".
         progress: show progress bars.
+    Returns:
+        the images; for a class-conditional model those with a label.
     Raises:
         DataError: if the data cannot be used, or does not fit the model.
     """
@@ -106,10 +110,12 @@ def images_for(
     )
     images = TrainingImages(prepared, size_multiple=size_multiple(unet))
     rows = range(len(images)) if rows is None else rows
+    labels = _labels(prepared, facts.class_names) if is_conditional else None
+    if labels is not None:
+        rows = _labelled(rows, labels)
     if num_images is not None and num_images > len(rows):
         kind = "the dataset has" if len(rows) == len(images) else "training held out"
         raise DataError(f"`num_images` is {num_images:,}, but {kind} {len(rows):,}")
-    labels = _labels(prepared, facts.class_names) if is_conditional else None
     generator = torch.Generator().manual_seed(seed_of(seed, "evaluation images"))
     order: list[int] = torch.randperm(len(rows), generator=generator).tolist()
     indices = sorted(rows[i] for i in order[: num_images or at_most])
@@ -199,19 +205,33 @@ def _check_fit(images: ImageFacts, facts: ImageFacts, fits: str) -> None:
         raise DataError(f"the images do not fit {fits}: {', '.join(differing)}")
 
 
+def _labelled(rows: Sequence[int], labels: Tensor) -> Sequence[int]:
+    """The rows with a label; the others are left out with a warning."""
+    kept = [row for row in rows if labels[row] >= 0]
+    if not kept:
+        raise DataError("no image has a label, which a class-conditional model needs")
+    if missing := len(rows) - len(kept):
+        text = counted(missing, "image without a label", "images without a label")
+        warnings.warn(f"{text} left out: the model is class-conditional", stacklevel=3)
+    return kept
+
+
 def _labels(images: ImageDataset, names: Sequence[str] | None) -> Tensor:
-    """Classes of the images by the model's numbers, matched by name if both have names."""
+    """Classes of the images by the model's numbers, matched by name if both have names.
+
+    -1 for an image without a label.
+    """
     labels, dataset_names = images.labels, images.facts.class_names
-    if labels is None or (labels < 0).any():
-        missing = len(images) if labels is None else int((labels < 0).sum())
-        raise DataError(f"{missing:,} images have no label; a class-conditional model needs labels")
+    if labels is None:
+        raise DataError("the images have no labels, which a class-conditional model needs")
     if names is None or dataset_names is None:
         return torch.from_numpy(labels)
-    unknown = sorted({*(dataset_names[label] for label in np.unique(labels))} - {*names})
+    present = np.unique(labels[labels >= 0])
+    unknown = sorted({*(dataset_names[label] for label in present)} - {*names})
     if unknown:
         raise DataError(
             f"the model has no classes {', '.join(map(repr, unknown))}; its classes:"
             f" {', '.join(map(repr, names))}"
         )
     number_of = {name: number for number, name in enumerate(names)}
-    return torch.tensor([number_of[dataset_names[label]] for label in labels])
+    return torch.tensor([-1 if n < 0 else number_of[dataset_names[n]] for n in labels])

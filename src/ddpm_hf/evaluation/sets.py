@@ -111,7 +111,7 @@ class DataSource:
             warnings.warn(
                 f"there is no split {' or '.join(HELD_OUT)}: measured on"
                 f" {self.reference_split!r}; the likelihood of training images is higher than that"
-                " of others",
+                " of others; train with `validation_split` to hold images out",
                 stacklevel=2,
             )
         return ImageSubset(split or self.reference_split)

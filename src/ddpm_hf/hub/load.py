@@ -69,6 +69,8 @@ def load(
         if dtype not in (None, torch_dtype):
             raise ValueError(f"pass `dtype` or `torch_dtype`, got {dtype} and {torch_dtype}")
         dtype = torch_dtype
+    if isinstance(dtype, str):
+        raise TypeError(f"`dtype` must be a torch.dtype, such as torch.float16, got {dtype!r}")
     name = os.fspath(repo_or_path)
     folder = fetch(name, revision=revision, token=token, use_safetensors=use_safetensors)
     return open_pipeline(

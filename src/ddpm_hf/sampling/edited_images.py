@@ -19,6 +19,7 @@ from ddpm_hf.diffusion.atomic_files import (
     replacing_file,
     write_text,
 )
+from ddpm_hf.diffusion.image_format import image_facts, size_and_window
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 from ddpm_hf.diffusion.pipeline_editing import Conditioning, EditingOutput
 from ddpm_hf.digests import weights_digest
@@ -186,7 +187,8 @@ class PictureEdit:
             "class_labels": labels[0] if labels else None,
             "guidance_scale": options.guidance_scale,
         }
-        self._image = _in_mode(pictures.image, pipeline)
+        self._image = _fitted("image", pictures.image, pipeline)
+        self._between = pictures.between and _fitted("between", pictures.between, pipeline)
 
     def batches(self) -> list[range]:
         """Indices of the draws in each batch; one batch for edits without noise."""
@@ -238,7 +240,7 @@ class PictureEdit:
     def _interpolate(self, generators: list[torch.Generator]) -> EditingOutput:
         return self._pipeline.interpolate(
             self._image,
-            _in_mode(self._pictures.between, self._pipeline),
+            self._between,
             len(generators),
             generator=generators,
             output_type="np",
@@ -269,11 +271,21 @@ class PictureEdit:
         )
 
 
-def _in_mode(picture: Image.Image | None, pipeline: GaussianDDPMPipeline) -> Image.Image | None:
-    """The picture in the model's mode, where the conversion loses nothing."""
-    mode = {1: "L", 3: "RGB", 4: "RGBA"}.get(pipeline.unet.config.in_channels)
-    if picture is None or mode is None:
-        return picture
+def _fitted(name: str, picture: Image.Image, pipeline: GaussianDDPMPipeline) -> Image.Image:
+    """The picture in the model's mode, where the conversion loses nothing.
+
+    Raises:
+        ValueError: for a picture of another size; `name` is the option that it comes from.
+    """
+    unet = pipeline.unet
+    _, window = size_and_window(unet, image_facts(unet))
+    height, width = (side.stop - side.start for side in window)
+    if picture.size != (width, height):
+        raise ValueError(
+            f"`{name}` must have {width}x{height} pixels, as the images of this model, got"
+            f" {picture.width}x{picture.height}: resize it"
+        )
+    mode = {1: "L", 3: "RGB", 4: "RGBA"}.get(unet.config.in_channels)
     is_lossless = mode in _LOSSLESS.get(picture.mode, ())
     return picture.convert(mode) if is_lossless else picture
 
