@@ -110,7 +110,7 @@ def test_an_index_accepts_the_metadata(built):
     assert "docs/samples.png" not in metadata.description
     required = {r.name.lower() for r in metadata.requires_dist if r.marker is None}
     hub = {"diffusers", "transformers", "accelerate", "torch", "datasets", "huggingface-hub"}
-    others = {"filelock", "numpy", "pillow", "pyarrow", "pyyaml", "safetensors", "tqdm"}
+    others = {"filelock", "numpy", "pillow", "psutil", "pyarrow", "pyyaml", "safetensors", "tqdm"}
     assert required == hub | others
 
 

@@ -183,7 +183,7 @@ def test_copies_are_reported_once_and_are_not_kept_as_the_best_model(tmp_path, c
     assert (facts["steps"], facts["kept_by"]) == (best, "fd")
     assert facts["metrics"][0]["value"] == distances[best]
     card = (tmp_path / "best" / "README.md").read_text()
-    assert "the lowest Frechet distance measured in the run" in card
+    assert "| kept for | the lowest Frechet distance in the run, among models" in card
     (warning,) = (text for text in caplog.messages if "copies" in text)
     assert warning.startswith("update 6: 100% of 12 samples are copies of training images (")
     assert f"best/ has the model of update {best}; stop here, add training images, or" in warning

@@ -21,8 +21,8 @@ CONDITIONAL_TAG = "class-conditional-image-generation"
 _MAX_CLASSES = 12  # a longer table of classes is folded
 # By `kept_by` of a training.json.
 _KEPT_BY = {
-    "bits-per-dim": "the lowest bits/dim measured in the run",
-    "fd": "the lowest Frechet distance measured in the run without copies of training images",
+    "bits-per-dim": "the lowest bits/dim of held-out images in the run",
+    "fd": "the lowest Frechet distance in the run, among models that draw no copies",
 }
 TEMPLATE = Path(__file__).with_name("card_template.md")
 

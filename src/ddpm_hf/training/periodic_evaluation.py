@@ -103,14 +103,15 @@ class PeriodicEvaluation:
         config, copies = self.run.config, figures.copies
         others = "held-out" if self.run.components.held_out else "other training"
         again = ["`keep_best`"] * (config.kept_by is None)
-        again += ["`random_flip`"] * (not config.random_flip) + ["dropout in `unet_config`"]
+        again += ["`random_flip`"] * (not config.random_flip)
+        options = f"{', '.join(again)} and dropout" if again else "dropout"
         return (
             f"update {self.run.state.step:,}: {copies.value:.0%} of "
             f"{counted(figures.setup.num_images, 'sample')} are copies of training images "
             f"({copies.half_real:.0%} of {others} images are as close to one); "
             + (f"best/ has the model of update {best:,}; " if best is not None else "")
-            + f"stop here, add training images, or train again with {' and '.join(again)}: see "
-            "docs/few_images.md"
+            + f"stop here, add training images, or train again with {options} in "
+            "`unet_config`: see docs/few_images.md"
         )
 
     def _setup(self) -> SampleSetup:
