@@ -59,7 +59,7 @@ def check_scheduler_config(path: Path) -> None:
         for order in _SOLVER_ORDERS:
             checks.check_int(order, config.get(order, 1), 1, _MAX_SOLVER_ORDER)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise checks.error_in_file(path, error) from None
 
 
 def check_unet_config(

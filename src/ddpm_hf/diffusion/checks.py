@@ -36,6 +36,12 @@ def warn(message: str) -> None:
     warnings.warn(message, stacklevel=level + 1)
 
 
+def error_in_file(file: object, error: Exception) -> ValueError:
+    """The error of an argument that comes from a file: in double quotes, as a key of JSON."""
+    reason = f"{error}".replace("`", '"')
+    return ValueError(f"{file}: {reason}")
+
+
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """Check that the value is one of the choices."""
     if not isinstance(value, str) or value not in choices:

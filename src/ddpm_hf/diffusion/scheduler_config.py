@@ -82,9 +82,12 @@ class PortableScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             scheduler, unused = super().from_pretrained(
                 pretrained_model_name_or_path, subfolder, return_unused_kwargs=True, **kwargs
             )
-        except (AttributeError, LookupError, TypeError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            named = [cls.config_name, *(f"`{name}`" for name in kwargs)]
+            if isinstance(error, ValueError) and any(name in f"{error}" for name in named):
+                raise
             where = f"{cls.config_name} of {pretrained_model_name_or_path}"
-            raise ValueError(f"{where}: {error}") from None
+            raise checks.error_in_file(where, error) from None
         # As tested in diffusers, no loaded value is marked as a default.
         loaded = {k: v for k, v in scheduler.config.items() if k != "_use_default_values"}
         scheduler._internal_dict = FrozenDict(loaded)

@@ -297,18 +297,19 @@ def open_unet(
     _check_variant(folder, name, variant)
     with _one_line_errors(name):
         _check_size(folder, name, dtype or torch.float32, is_safe)
-        # diffusers initialises missing weights at random and only logs it.
-        unet, report = UNet2DModel.from_pretrained(
-            folder,
-            dtype=dtype,
-            variant=variant,
-            use_safetensors=is_safe,
-            output_loading_info=True,
-        )
-    if mismatches := {kind: keys for kind, keys in report.items() if keys}:
-        raise ValueError(
-            f"the weights of {name} do not fit its config.json: {shorten(str(mismatches))}"
-        )
+        try:  # diffusers initialises missing weights at random and only logs it
+            unet, report = UNet2DModel.from_pretrained(
+                folder,
+                dtype=dtype,
+                variant=variant,
+                use_safetensors=is_safe,
+                output_loading_info=True,
+            )
+            mismatches = str({kind: keys for kind, keys in report.items() if keys} or "")
+        except ValueError as error:  # a weight of another shape, with advice for programmers
+            mismatches = f"{error}".removeprefix("Cannot load  because ").partition(". If you")[0]
+    if mismatches:
+        raise ValueError(f"the weights of {name} do not fit its config.json: {shorten(mismatches)}")
     check_finite(unet.state_dict(), name)
     move_into_memory(unet)
     return unet
