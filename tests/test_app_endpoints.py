@@ -3,8 +3,6 @@
 import io
 import json
 import signal
-import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -15,7 +13,7 @@ import pytest
 import torch
 from checkpoints import image_facts_of, save_ours, save_stock, tiny_scheduler, tiny_unet
 from PIL import Image
-from processes import run_process, started
+from processes import LIMIT_S, forked, run_forked
 
 pytest.importorskip("gradio")
 from ddpm_hf.app.comparison import compare_settings
@@ -300,13 +298,18 @@ def test_a_setting_that_does_not_work_does_not_end_a_comparison(model):
 
 @pytest.mark.slow
 def test_the_command_prints_the_address_when_the_page_answers(model, tmp_path):
-    command = [sys.executable, "-m", "ddpm_hf", "app", model.folder]
-    with started(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        address = process.stdout.readline().strip()
+    command = ["-m", "ddpm_hf", "app", model.folder]
+    with forked(command) as process:
+        until = time.monotonic() + LIMIT_S
+        while "\n" not in process.output():
+            assert process.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        address = process.output().strip()
         port = urlsplit(address).port
         with urllib.request.urlopen(address, timeout=60) as answer:
             assert answer.status == 200
-        taken = run_process([*command, "--port", str(port)])
+        taken = run_forked([*command, "--port", str(port)])
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     assert address.startswith("http://127.0.0.1:")

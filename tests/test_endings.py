@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -212,15 +213,21 @@ def test_a_missing_rank_is_named_within_twice_the_timeout(timeout_s):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("frozen", [0, 1])
-def test_a_hanging_rank_ends_the_run_with_one_line_that_names_it(photos, tmp_path, frozen):
-    with forked_ranks([*TRAIN, *endless(photos, tmp_path / "run")]) as processes:
-        wait_until_training(tmp_path / "run", processes[0])
-        processes[frozen].send_signal(signal.SIGSTOP)
-        output = processes[1 - frozen].communicate(timeout=LIMIT_S)[0]
-        assert processes[1 - frozen].returncode == 1
-        assert re.search(f"ddpm-hf: error: rank {frozen} of 2 processes .* hangs", output)
-        assert "Traceback" not in output
+def test_a_hanging_rank_ends_the_run_with_one_line_that_names_it(photos, tmp_path):
+    """Two runs side by side: in one the first rank hangs, in the other the second."""
+    with ExitStack() as stack:
+        runs = [
+            stack.enter_context(forked_ranks([*TRAIN, *endless(photos, tmp_path / name)]))
+            for name in "01"
+        ]
+        for frozen, processes in enumerate(runs):
+            wait_until_training(tmp_path / str(frozen), processes[0])
+            processes[frozen].send_signal(signal.SIGSTOP)
+        for frozen, processes in enumerate(runs):
+            output = processes[1 - frozen].communicate(timeout=LIMIT_S)[0]
+            assert processes[1 - frozen].returncode == 1
+            assert re.search(f"ddpm-hf: error: rank {frozen} of 2 processes .* hangs", output)
+            assert "Traceback" not in output
 
 
 # The main process stops while the other one waits for it: before that, connecting would time out.
@@ -241,15 +248,6 @@ try:
 except ProcessError as error:
     print(error.is_reporting_rank, error)
 """
-
-
-@pytest.mark.slow
-def test_ranks_wait_for_a_slow_main_process_but_not_for_a_hanging_one():
-    with forked_ranks(["-c", PREPARE_TOGETHER]) as (_, other):
-        output = other.communicate(timeout=LIMIT_S)[0]
-    assert re.search(r"^ready$.*^True rank 0 of 2 processes", output, re.MULTILINE | re.DOTALL), (
-        output
-    )
 
 
 LOSE_A_RANK = """
@@ -274,14 +272,39 @@ os._exit(0)
 """
 
 
+@pytest.fixture(scope="module")
+def outputs():
+    """Output of the ranks that are left, by number of the lost one; groups run side by side."""
+    losses = {0: signal.SIGSTOP, 2: signal.SIGKILL}
+    with ExitStack() as stack:
+        groups = {
+            lost: stack.enter_context(
+                forked_ranks(["-c", LOSE_A_RANK, str(lost), str(int(number))], 3)
+            )
+            for lost, number in losses.items()
+        }
+        groups["main"] = stack.enter_context(forked_ranks(["-c", PREPARE_TOGETHER]))
+        return {
+            lost: [
+                process.communicate(timeout=LIMIT_S)[0]
+                for rank, process in enumerate(processes)
+                if rank != (0 if lost == "main" else lost)
+            ]
+            for lost, processes in groups.items()
+        }
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("lost", "number"), [(0, signal.SIGSTOP), (2, signal.SIGKILL)])
-def test_every_remaining_rank_names_the_lost_one_and_the_lowest_reports_it(lost, number):
-    with forked_ranks(["-c", LOSE_A_RANK, str(lost), str(int(number))], 3) as processes:
-        remaining = [process for rank, process in enumerate(processes) if rank != lost]
-        outputs = [process.communicate(timeout=LIMIT_S)[0] for process in remaining]
-    for output, reports in zip(outputs, ("True", "False"), strict=True):
+@pytest.mark.parametrize("lost", [0, 2])
+def test_every_remaining_rank_names_the_lost_one_and_the_lowest_reports_it(outputs, lost):
+    for output, reports in zip(outputs[lost], ("True", "False"), strict=True):
         assert f"{reports} rank {lost} of 3 processes has ended or hangs" in output
+
+
+@pytest.mark.slow
+def test_ranks_wait_for_a_slow_main_process_but_not_for_a_hanging_one(outputs):
+    (output,) = outputs["main"]
+    assert re.search(r"^ready$.*^True rank 0 of 2 processes", output, re.M | re.S), output
 
 
 # Prints, when the process group is destroyed, whether a gradient reducer is left: it would hold the

@@ -230,7 +230,7 @@ sys.exit(run_command(command, []))
 """
     (tmp_path / "command.py").write_text(code)
     # The reader closes its end before the command prints.
-    line = f"(sleep 3) | {sys.executable} command.py 2> errors | true; echo ${{PIPESTATUS[1]}}"
+    line = f"(sleep 1) | {sys.executable} command.py 2> errors | true; echo ${{PIPESTATUS[1]}}"
     environment = {**os.environ, "PYTHONUNBUFFERED": is_unbuffered}
     done = run_process(["bash", "-c", line], cwd=tmp_path, env=environment)
     assert (tmp_path / "errors").read_text() == ""

@@ -108,6 +108,7 @@ def test_step_kl_at_smaller_eta_is_the_kl_of_the_ddim_processes(variance_type):
 # The bound -------------------------------------------------------------------------------------
 
 
+@functools.cache
 def chain(num_inference_steps):
     """Timesteps spaced as in Improved DDPM's code, with 40-digit coefficients.
 

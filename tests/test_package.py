@@ -124,11 +124,10 @@ def test_the_installed_wheel_trains_and_samples(installed, tmp_path):
     where = "import ddpm_hf; print(ddpm_hf.__file__)"
     home = run(installed / "python", "-c", where, cwd=tmp_path).strip()
     assert Path(home).is_relative_to(installed.parent)
-    train = "train photos --output-dir run --max-train-steps 2 --batch-size 4 --num-samples 0"
-    run(installed / "ddpm-hf", *train.split(), cwd=tmp_path)
-    sample = "sample run/model --num-images 2 --num-inference-steps 2 --output two.png"
-    run(installed / "ddpm-hf", *sample.split(), cwd=tmp_path)
-    assert Image.open(tmp_path / "two.png").mode == "RGB"
+    train = "train photos --output-dir run --max-train-steps 2 --batch-size 4 --num-samples 2"
+    options = "--sample-steps 2 --sample-inference-steps 2 --num-train-timesteps 10"
+    run(installed / "ddpm-hf", *train.split(), *options.split(), cwd=tmp_path)
+    assert Image.open(tmp_path / "run" / "model" / "samples.png").mode == "RGB"
     assert (tmp_path / "run" / "model" / "README.md").read_text().startswith("---")
 
 

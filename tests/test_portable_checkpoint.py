@@ -24,7 +24,7 @@ from checkpoints import (
 )
 from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline
 from diffusers.utils.dynamic_modules_utils import get_relative_imports
-from processes import run_process
+from processes import run_forked
 from safetensors.torch import load_file, save_file
 
 import ddpm_hf
@@ -49,7 +49,7 @@ def files_of(folder):
 
 
 # ----------------------------------------------------------------------------------------------
-# Three ways to load, each in a process of its own
+# Three ways to load, each in a process of its own with an empty cache of downloaded code
 
 PROLOGUE = """
 import json, logging, sys
@@ -63,6 +63,8 @@ if not {with_package}:
     else:
         raise SystemExit("the package can be imported")
 import diffusers, numpy, torch
+from diffusers.utils import dynamic_modules_utils
+dynamic_modules_utils.HF_MODULES_CACHE = {cache!r}
 warned = []
 class Warned(logging.Handler):
     def emit(self, record):
@@ -139,11 +141,11 @@ facts["warnings"] = warned
 
 
 def run_fresh(name, script, root, with_package=False):
-    """Run `script` in a new process with an empty cache; returns its images and facts."""
-    code = PROLOGUE.format(root=str(root), with_package=with_package) + script
+    """Run `script` in a process without this package; returns its images and facts."""
+    cache = str(root / f"cache of {name}")
+    code = PROLOGUE.format(root=str(root), cache=cache, with_package=with_package) + script
     (root / f"{name}.py").write_text(code + EPILOGUE.format(name=name))
-    environment = os.environ | {"HF_HOME": str(root / f"cache of {name}")}
-    done = run_process([sys.executable, f"{name}.py"], cwd=root, env=environment)
+    done = run_forked([root / f"{name}.py"], cwd=root)
     assert done.returncode == 0, done.stderr
     return np.load(root / f"{name}.npz"), json.loads((root / f"{name}.json").read_text())
 
@@ -402,7 +404,9 @@ def test_a_full_disk_changes_nothing(tmp_path, exists):
 
 
 def save_and_die(pipeline, folder, at_event):
-    """Save a pipeline in a child process that is killed at its n-th change of the file system.
+    """Save a pipeline in a child process that is killed at its n-th visible change of files.
+
+    New files in the hidden folder `.saving-...` are no visible change.
 
     Returns:
         whether the child finished first.
@@ -412,9 +416,10 @@ def save_and_die(pipeline, folder, at_event):
         events = iter(range(at_event))
 
         def count(event, args):
-            changes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
-            creates = event == "open" and (args[2] or 0) & os.O_CREAT
-            if (changes or creates) and next(events, None) is None:
+            changes = event in ("os.rename", "os.remove", "os.rmdir")
+            creates = event == "os.mkdir" or (event == "open" and (args[2] or 0) & os.O_CREAT)
+            is_new = creates and ".saving-" not in str(args[0]) and not os.path.exists(args[0])
+            if (changes or is_new) and next(events, None) is None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(count)
