@@ -34,6 +34,9 @@ for name in (
 ):
     os.environ.pop(name, None)
 
+# Without flushing files to the disk, which would take longer than everything else: no test cuts the
+# power. test_damaged_parts.py checks what is flushed, and when.
+os.fsync = lambda descriptor: None
 
 # Background jobs may ignore these signals, for example under nohup, and a training run does not
 # handle a signal that was ignored when it started; the tests send them.

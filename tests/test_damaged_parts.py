@@ -1,6 +1,8 @@
 """Damage in files that a command uses again, and full disks: never other results without a word."""
 
 import errno
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from test_sampling import CALL, all_of, build_pipeline
 from ddpm_hf import shared_work
 from ddpm_hf.data import preparation_cache, prepare_images
 from ddpm_hf.diffusion import atomic_files
+from ddpm_hf.diffusion.atomic_files import replacing_file, replacing_files, replacing_folder
 from ddpm_hf.evaluation.sharded_tensors import compute_shards
 from ddpm_hf.sampling import draw_to, open_drawn
 from ddpm_hf.shared_work import distributed_state, sealed, unsealed
@@ -120,6 +123,61 @@ def test_damaged_prepared_images_are_prepared_again(
     np.testing.assert_array_equal(as_numpy(prepare_images(greys((8, 8), (8, 8)), **options)), want)
     is_older = damage is remove and name == "checksums.json"
     assert ("is damaged: the images are prepared again" in caplog.text) != is_older
+
+
+@pytest.fixture
+def events(monkeypatch):
+    """Names of the files and folders that are flushed to the disk or renamed, in order."""
+    events = []
+
+    def record(kind, function, name_of):
+        def recorded(*args):
+            events.append((kind, name_of(args[0])))
+            return function(*args)
+
+        return recorded
+
+    name_of_descriptor = lambda fd: Path(os.readlink(f"/proc/self/fd/{fd}")).name  # noqa: E731
+    monkeypatch.setattr(os, "fsync", record("flush", os.fsync, name_of_descriptor))
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, record("rename", getattr(os, name), lambda p: Path(p).name))
+    return events
+
+
+def write_two(folder):
+    (folder / "inner").mkdir()
+    (folder / "a").write_text("a")
+    (folder / "inner" / "b").write_text("b")
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="names of descriptors are in /proc")
+@pytest.mark.parametrize("exists", [False, True])
+@pytest.mark.parametrize("kind", ["files", "folder"])
+def test_files_are_flushed_before_the_first_rename_and_names_after_the_last(
+    kind, exists, events, tmp_path
+):
+    folder = tmp_path / "model"
+    if exists:
+        folder.mkdir()
+    with (
+        replacing_folder(folder)
+        if kind == "folder"
+        else replacing_files(folder, last="b", stale=list)
+    ) as staging:
+        write_two(staging)
+    first = [event for event, _ in events].index("rename")
+    last = max(events.index(("rename", n)) for n in (staging.name, "b") if ("rename", n) in events)
+    assert {"a", "b", "inner", staging.name} == {name for _, name in events[:first]}
+    in_place = exists and kind == "files"
+    names = {"model", "inner"} if in_place else {tmp_path.name}
+    assert {("flush", name) for name in names} <= set(events[last:])
+    assert (folder / "inner" / "b").read_text() == "b"
+
+
+def test_a_file_is_flushed_before_it_replaces_another_one(events, tmp_path):
+    with replacing_file(tmp_path / "a") as temporary:
+        temporary.write_text("a")
+    assert events == [("flush", ".new-a"), ("rename", ".new-a")]
 
 
 class FullDisk:
