@@ -22,7 +22,8 @@ Figures
     sharded_tensors         tensors computed in shards by all ranks
 
 Images
-    sets                    drawn images, image files, arrays, datasets
+    sets                    image files and arrays
+    data_source             dataset of an evaluation: splits, hold-out, images
     model_images            a dataset in the format of a model
     training_record         images that training held out
 

@@ -20,6 +20,7 @@ from ddpm_hf.diffusion.checkpoint_limits import component_folder
 from ddpm_hf.diffusion.config_extension import extension_of, with_extension
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.evaluation.calibration_results import CheckpointCalibration, StepsRow
+from ddpm_hf.evaluation.data_source import DataSource
 from ddpm_hf.evaluation.dataset_likelihood import BoundMeasurement, BoundOptions
 from ddpm_hf.evaluation.error_curve import (
     calibration_curve,
@@ -33,7 +34,6 @@ from ddpm_hf.evaluation.options import CalibrationOptions
 from ddpm_hf.evaluation.result_files import CALIBRATION_FILE, results_folder, write_result
 from ddpm_hf.evaluation.result_pictures import save_calibration_plot
 from ddpm_hf.evaluation.results import utc_now
-from ddpm_hf.evaluation.sets import DataSource
 from ddpm_hf.evaluation.sweep import FIGURE, sweep
 from ddpm_hf.evaluation.training_record import as_in_training
 from ddpm_hf.hub.card import write_calibration

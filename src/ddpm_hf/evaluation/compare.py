@@ -1,10 +1,8 @@
 """`compare`: models, image sets, samplers and numbers of steps side by side."""
 
-import copy
 import os
 import re
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -13,8 +11,6 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ddpm_hf.diffusion.scheduler_interface import set_timesteps
-from ddpm_hf.diffusion.timestep_spacings import usual_num_steps
 from ddpm_hf.evaluation.comparison_results import (
     Comparison,
     ComparisonRow,
@@ -22,15 +18,9 @@ from ddpm_hf.evaluation.comparison_results import (
     SettingFacts,
     setting_labels,
 )
-from ddpm_hf.evaluation.expected_time import announce_time
+from ddpm_hf.evaluation.expected_time import announce_time, num_steps_and_calls
 from ddpm_hf.evaluation.measurement import Evaluator
-from ddpm_hf.evaluation.metrics import METRICS
-from ddpm_hf.evaluation.options import (
-    BITS,
-    ComparisonOptions,
-    EvaluationOptions,
-    public_name_of,
-)
+from ddpm_hf.evaluation.options import ComparisonOptions, EvaluationOptions, public_name_of
 from ddpm_hf.evaluation.ranking import ranked
 from ddpm_hf.evaluation.recorded_command import command_of
 from ddpm_hf.evaluation.result_files import (
@@ -41,9 +31,8 @@ from ddpm_hf.evaluation.result_files import (
 )
 from ddpm_hf.evaluation.result_pictures import save_comparison_pictures
 from ddpm_hf.evaluation.results import Evaluation
-from ddpm_hf.evaluation.subjects import Subject, is_model
+from ddpm_hf.evaluation.subjects import Subject, default_metrics, is_model
 from ddpm_hf.options import takes_options
-from ddpm_hf.sampling.sampler_choice import sampled_by
 from ddpm_hf.scheduler_spec import SchedulerSpec
 from ddpm_hf.shared_work import on_main_process
 
@@ -121,8 +110,7 @@ def compare(
         raise ValueError("`schedulers` and `num_inference_steps` need a model; all are images")
     schedulers = [str(SchedulerSpec.parse(name)) for name in schedulers]
     if metrics is None:
-        is_bound = all(map(is_model, models_or_images)) and not schedulers
-        metrics = (BITS,) if is_bound else tuple(METRICS)
+        metrics = default_metrics(models_or_images, bool(schedulers))
     settings = list(_settings(models_or_images, schedulers, num_inference_steps))
     evaluator = Evaluator(dataset, metrics, EvaluationOptions(**vars(shared)), progress=progress)
     with results_folder(evaluator.state, output) as folder:
@@ -244,8 +232,12 @@ def _calls(subject: Subject, settings: Sequence[Setting], folder: Path) -> list[
     for setting in settings if subject.is_model else ():
         if not (folder / setting.folder / EVALUATION_FILE).exists():
             with suppress(ValueError):  # the setting is left out
-                calls.append(num_steps_and_calls(subject.source, setting)[1])
+                calls.append(_num_steps_and_calls(subject, setting)[1])
     return calls
+
+
+def _num_steps_and_calls(subject: Subject, setting: Setting) -> tuple[int, int]:
+    return num_steps_and_calls(subject.source, setting.scheduler, setting.num_inference_steps)
 
 
 def _measure(
@@ -253,7 +245,7 @@ def _measure(
 ) -> tuple[ComparisonRow, Evaluation]:
     options, num_calls = evaluator.options, None
     if subject.is_model:
-        K, num_calls = num_steps_and_calls(subject.source, setting)
+        K, num_calls = _num_steps_and_calls(subject, setting)
         options = replace(options, scheduler=setting.scheduler, num_inference_steps=K)
     evaluation = evaluator.evaluate(subject, folder, options)
     seconds = [figure.measured_with.seconds_per_image for figure in evaluation.image_metrics]
@@ -271,20 +263,3 @@ def _measure(
         figures={},
     )
     return row, evaluation
-
-
-def num_steps_and_calls(pipeline: Any, setting: Setting) -> tuple[int, int]:
-    """K, and the number of network calls per image.
-
-    Raises:
-        ValueError: if the scheduler does not support K steps.
-    """
-    sampler = SchedulerSpec.parse(setting.scheduler) if setting.scheduler else SchedulerSpec()
-    with sampled_by(pipeline, sampler):
-        scheduler = copy.deepcopy(pipeline.scheduler)
-    kind, T = type(scheduler).__name__, scheduler.config.num_train_timesteps
-    K = setting.num_inference_steps or usual_num_steps(kind, T)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the measurement warns again
-        set_timesteps(scheduler, K, None)
-    return K, len(scheduler.timesteps)

@@ -5,14 +5,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from ddpm_hf.evaluation.compare import Setting, num_steps_and_calls
-from ddpm_hf.evaluation.expected_time import announce_time
+from ddpm_hf.evaluation.expected_time import announce_time, num_steps_and_calls
 from ddpm_hf.evaluation.measurement import Evaluator
-from ddpm_hf.evaluation.metrics import METRICS
-from ddpm_hf.evaluation.options import BITS, EvaluationOptions
+from ddpm_hf.evaluation.options import EvaluationOptions
 from ddpm_hf.evaluation.result_files import EVALUATION_FILE, results_folder
 from ddpm_hf.evaluation.results import Evaluation
-from ddpm_hf.evaluation.subjects import is_model
+from ddpm_hf.evaluation.subjects import default_metrics
 from ddpm_hf.options import takes_options
 
 
@@ -51,14 +49,14 @@ def evaluate(
     """
     chosen = EvaluationOptions.from_keywords(**options)
     if metrics is None:
-        is_bound = is_model(model_or_images) and chosen.scheduler is None
-        metrics = (BITS,) if is_bound else tuple(METRICS)
+        metrics = default_metrics([model_or_images], chosen.scheduler is not None)
     evaluator = Evaluator(dataset, metrics, chosen, progress=progress)
     with results_folder(evaluator.state, output) as folder:
         evaluator.use_hold_out_of([model_or_images])
         subject = evaluator.load(model_or_images)
         if subject.is_model and not (folder / EVALUATION_FILE).exists():
-            setting = Setting(subject.source, "", chosen.scheduler, chosen.num_inference_steps)
+            K = chosen.num_inference_steps
             with suppress(ValueError):  # the measurement raises it
-                announce_time(evaluator, subject, [num_steps_and_calls(subject.source, setting)[1]])
+                _, num_calls = num_steps_and_calls(subject.source, chosen.scheduler, K)
+                announce_time(evaluator, subject, [num_calls])
         return evaluator.evaluate(subject, folder)

@@ -1,5 +1,6 @@
 """Expected time of evaluations, stated before the work, from one timed call of the network."""
 
+import copy
 import math
 import sys
 import time
@@ -11,13 +12,40 @@ import torch
 from tqdm.auto import tqdm
 
 from ddpm_hf.diffusion.eval_mode import evaluating
-from ddpm_hf.evaluation.measurement import MAX_DRAWN, Evaluator
+from ddpm_hf.diffusion.scheduler_interface import set_timesteps
+from ddpm_hf.diffusion.timestep_spacings import usual_num_steps
+from ddpm_hf.evaluation.measurement import Evaluator, num_drawn
 from ddpm_hf.evaluation.options import BITS
 from ddpm_hf.evaluation.subjects import Subject
+from ddpm_hf.sampling.sampler_choice import sampled_by
+from ddpm_hf.scheduler_spec import SchedulerSpec
 from ddpm_hf.text import counted, duration
 
 # Fewer batches take too little time to be announced.
 _FEW_CALLS = 20
+
+
+def num_steps_and_calls(
+    pipeline: Any, scheduler: str | None, num_inference_steps: int | None
+) -> tuple[int, int]:
+    """Number of steps K of a sampler, and the number of network calls per image.
+
+    Args:
+        pipeline: the model.
+        scheduler: name of a scheduler; None for the model's own.
+        num_inference_steps: K; None for the usual number of the scheduler.
+    Raises:
+        ValueError: if the scheduler does not support K steps.
+    """
+    sampler = SchedulerSpec.parse(scheduler) if scheduler else SchedulerSpec()
+    with sampled_by(pipeline, sampler):
+        chosen = copy.deepcopy(pipeline.scheduler)
+    kind, T = type(chosen).__name__, chosen.config.num_train_timesteps
+    K = num_inference_steps or usual_num_steps(kind, T)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the measurement warns again
+        set_timesteps(chosen, K, None)
+    return K, len(chosen.timesteps)
 
 
 def announce_time(evaluator: Evaluator, subject: Subject, calls: Sequence[int]) -> None:
@@ -36,7 +64,7 @@ def announce_time(evaluator: Evaluator, subject: Subject, calls: Sequence[int]) 
     options, num_batches, num_images = evaluator.options, 0, 0
     if evaluator.image_metrics:
         num_real = len(evaluator.real_images(subject).reference.images)
-        num_images = options.num_images or min(num_real, MAX_DRAWN)
+        num_images = num_drawn(options, num_real)
         num_batches += math.ceil(num_images / options.batch_size) * sum(calls)
     if BITS in evaluator.metrics:
         num_images = options.num_images or _num_held_out(evaluator)

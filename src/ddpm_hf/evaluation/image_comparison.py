@@ -84,34 +84,15 @@ def compare_images(
             features=FeatureNetwork.of(network, dims=y.shape[1]),
             inputs=inputs,
         )
-        measured = _measure(missing, x, y, z, options.seed, rows, device)
+        measured = measure(missing, x, y, z, seed=options.seed, device=device)
+        if rows is not None:
+            measured = with_classes(measured, rows, x, y, z, seed=options.seed, device=device)
         results += [replace(result, setup=setup) for result in measured]
     with failures_as_warnings():
         has_pairs = "memorisation" in metrics
         pairs = closest_pairs(x, y, _NUM_CLOSEST_PAIRS) if has_pairs else []
         save_samples(folder, images, reference.images, pairs)
     return [r for metric in metrics for r in results if r.metric == metric]
-
-
-def _measure(
-    metrics: Sequence[str],
-    x: Tensor,
-    y: Tensor,
-    z: Tensor | None,
-    seed: int,
-    rows: RowsByClass | None,
-    device: Any,
-) -> list[MetricResult]:
-    results = measure(metrics, x, y, z, seed=seed, device=device)
-    if rows is None:
-        return results
-    return [
-        result
-        for metric in metrics
-        for result in with_classes(
-            [r for r in results if r.metric == metric], rows, x, y, z, seed=seed, device=device
-        )
-    ]
 
 
 def _digest(x: Tensor, y: Tensor, z: Tensor | None, seed: int, rows: RowsByClass | None) -> str:

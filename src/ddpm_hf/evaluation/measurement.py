@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ddpm_hf.diffusion.image_format import ImageFacts
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler, as_gaussian_scheduler
+from ddpm_hf.evaluation.data_source import DataSource, ImageSubset
 from ddpm_hf.evaluation.dataset_likelihood import BoundMeasurement, BoundOptions, remove_shards
 from ddpm_hf.evaluation.features import Features, features_of, load_features
 from ddpm_hf.evaluation.figures import BoundResult, ImageFormat, MetricResult, ModelFacts
@@ -20,7 +21,6 @@ from ddpm_hf.evaluation.options import BITS, METRIC_NAMES, EvaluationOptions
 from ddpm_hf.evaluation.recorded_command import command_of
 from ddpm_hf.evaluation.result_files import EVALUATION_FILE, known_results, write_result
 from ddpm_hf.evaluation.results import Evaluation
-from ddpm_hf.evaluation.sets import DataSource, ImageSubset
 from ddpm_hf.evaluation.subjects import Subject, is_model, load_subject
 from ddpm_hf.evaluation.training_record import as_in_training
 from ddpm_hf.sampling import DrawnImages, draw_to
@@ -29,6 +29,11 @@ from ddpm_hf.scheduler_spec import SchedulerSpec
 from ddpm_hf.shared_work import distributed_state, on_main_process
 
 MAX_DRAWN = 10_000
+
+
+def num_drawn(options: EvaluationOptions, num_real: int) -> int:
+    """Number of images that are drawn to be compared with `num_real` ones."""
+    return options.num_images or min(num_real, MAX_DRAWN)
 
 
 class Evaluator:
@@ -219,13 +224,13 @@ class Evaluator:
         options: EvaluationOptions,
         folder: Path,
         eta: float | None,
-        num_reference: int,
+        num_real: int,
     ) -> DrawnImages:
         """Draw as many images as there are real ones; classes are drawn in turn."""
         return draw_to(
             pipeline,
             folder / "drawn",
-            options.num_images or min(num_reference, MAX_DRAWN),
+            num_drawn(options, num_real),
             seed=options.seed,
             batch_size=options.batch_size,
             overwrite=True,

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -69,17 +70,32 @@ def with_classes(
     seed: int,
     device: Any = "cpu",
 ) -> list[MetricResult]:
-    """The results of one metric with `classes`, the worst first.
+    """The results with `classes`, the worst first.
 
     A class with too few images has a note in place of a value.
 
     Args:
-        results: of `measure` for one metric.
+        results: of `measure`.
         rows: of `rows_by_class`.
         real, drawn, held_out, seed, device: see `measure`.
     """
-    metric = results[0].metric
     sets = (real, drawn) if held_out is None else (real, drawn, held_out)
+    return [
+        result
+        for metric, of_metric in groupby(results, key=lambda result: result.metric)
+        for result in _with_classes(metric, list(of_metric), rows, sets, seed, device)
+    ]
+
+
+def _with_classes(
+    metric: str,
+    results: Sequence[MetricResult],
+    rows: RowsByClass,
+    sets: tuple[Tensor, ...],
+    seed: int,
+    device: Any,
+) -> list[MetricResult]:
+    """The results of one metric with `classes`."""
     by_result: list[list[ClassResult]] = [[] for _ in results]
     for name, of_class in rows.items():
         x, y, *z = (features[subset] for features, subset in zip(sets, of_class, strict=True))

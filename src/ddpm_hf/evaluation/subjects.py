@@ -1,6 +1,7 @@
 """Subjects of an evaluation: models and sets of images."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from ddpm_hf.diffusion.image_format import ImageFacts
 from ddpm_hf.digests import weights_digest
 from ddpm_hf.evaluation.model_images import facts_of
-from ddpm_hf.evaluation.options import public_name_of
+from ddpm_hf.evaluation.options import BITS, METRIC_NAMES, public_name_of
 from ddpm_hf.evaluation.sets import facts_of_set, image_set
 from ddpm_hf.hub.load import load
 from ddpm_hf.hub.options import LoadOptions
@@ -47,6 +48,13 @@ def is_model(source: Any) -> bool:
     path = model_of_run(Path(source).expanduser())
     has_weights = ModelPaths(path).index.is_file() or run_of_checkpoint(path) is not None
     return has_weights or not path.exists()
+
+
+def default_metrics(sources: Sequence[Any], has_scheduler: bool) -> tuple[str, ...]:
+    """Bits/dim for models with their own schedulers, else the metrics that compare images."""
+    if not has_scheduler and all(map(is_model, sources)):
+        return (BITS,)
+    return tuple(name for name in METRIC_NAMES if name != BITS)
 
 
 def load_subject(

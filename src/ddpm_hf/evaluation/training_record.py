@@ -13,8 +13,8 @@ from ddpm_hf.diffusion.atomic_files import read_json
 from ddpm_hf.diffusion.checkpoint_limits import component_folder
 from ddpm_hf.diffusion.config_extension import EXTENSION_KEY
 from ddpm_hf.diffusion.image_format import ImageFacts
+from ddpm_hf.evaluation.data_source import DataSource
 from ddpm_hf.evaluation.model_images import prepared_like
-from ddpm_hf.evaluation.sets import DataSource
 from ddpm_hf.hub.load import fetch
 from ddpm_hf.hub.options import LoadOptions
 from ddpm_hf.paths import ModelPaths
