@@ -2,8 +2,9 @@
 PYTHON ?= $(shell for p in python3.11 python3; do $$p -c 'import ensurepip, venv' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 READY := .venv/ready
-# One worker per core of a machine with two cores; each test uses one thread.
-PYTEST := $(BIN)/pytest -n 2 --dist worksteal
+# One worker per core, for example `make test WORKERS=8`; each test uses one thread.
+WORKERS ?= 2
+PYTEST = $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo fmt lint type test-quick test test-all bench docs notebooks reference

@@ -95,14 +95,14 @@ def verify(model, photos, tmp_path):
         ({"decoder": "none"}, "decoder"),
         ({"features": 7}, "features"),
         ({"features": {"a": []}}, "features"),
-        ({"metrics": "fd"}, "metric"),
-        ({"metrics": []}, "metric"),
-        ({"metrics": [["fd"]]}, "metric"),
-        ({"metrics": ["fid"]}, "metric"),
-        ({"use_safetensors": False}, "use_safetensors"),
-        ({"output": "elsewhere"}, "output"),
-        ({"revision": "main"}, "revision"),
-        ({1: 2}, "may not set"),
+        ({"metrics": "fd"}, "it records no valid metric"),
+        ({"metrics": []}, "it records no valid metric"),
+        ({"metrics": [["fd"]]}, "it records no valid metric"),
+        ({"metrics": ["fid"]}, "it records no valid metric"),
+        ({"use_safetensors": False}, "may not set the option 'use_safetensors'"),
+        ({"output": "elsewhere"}, "may not set the option 'output'"),
+        ({"revision": "main"}, "may not set the option 'revision'"),
+        ({1: 2}, "may not set the option 1"),
     ],
 )
 def test_options_that_a_card_may_not_choose_are_refused_with_the_reason(
@@ -112,7 +112,7 @@ def test_options_that_a_card_may_not_choose_are_refused_with_the_reason(
         **FIGURE, "args": {"evaluate": {**GOOD, **options}, "interval": [0.0, 1.0]}})  # fmt: skip
     assert verify(model, photos, tmp_path) == 1
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("not checked")
+    assert line.startswith("not checked     bits: 1 in the card (")
     assert reason in line
 
 

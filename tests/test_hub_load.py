@@ -393,7 +393,7 @@ BAD = {
     ),
     "number as text": (
         lambda f: edit_config(f, "scheduler", num_train_timesteps="1000"),
-        "`num_train_timesteps` must be an int",
+        '"num_train_timesteps" must be an int',
     ),
     "channels as text": (unet_with(in_channels="1"), "invalid for UNet2DModel: TypeError"),
     "no groups": (unet_with(norm_num_groups=0), "invalid for UNet2DModel: ZeroDivision"),
@@ -425,7 +425,7 @@ BAD = {
     "five megabytes of config": (fill_config, "at most 4,194,304 are read"),
     "many steps": (
         lambda f: edit_config(f, "scheduler", num_train_timesteps=10**12),
-        "`num_train_timesteps` must be an int",
+        '"num_train_timesteps" must be an int',
     ),
     "bad facts": (
         lambda f: edit_config(f, "unet", _ddpm_hf={**image_facts_of("L", 8, 8), "class_names": 3}),

@@ -265,9 +265,16 @@ def test_weights_are_finite_at_zero_snr():
         assert weighting(scheduler, t).isfinite().all()
 
 
-@pytest.mark.parametrize("make", [lambda: MinSNR(0), lambda: P2(k=0), lambda: P2(gamma=-1)])
-def test_invalid_parameters_of_weightings_are_rejected(make):
-    with pytest.raises(ValueError, match="must be"):
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: MinSNR(0), "`gamma` must be positive, got 0"),
+        (lambda: P2(k=0), "`k` must be positive, got 0"),
+        (lambda: P2(gamma=-1), "`gamma` must be at least 0, got -1"),
+    ],
+)
+def test_invalid_parameters_of_weightings_are_rejected(make, message):
+    with pytest.raises(ValueError, match=message):
         make()
 
 

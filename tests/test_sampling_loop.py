@@ -132,7 +132,7 @@ def test_only_the_network_runs_without_gradients(pipeline):
 def test_bad_arguments_are_refused_before_the_first_step(pipeline):
     with pytest.raises(ValueError, match=r"num_inference_steps.*21"):
         pipeline.sample_steps(num_inference_steps=21)
-    with pytest.raises(ValueError, match="latents"):
+    with pytest.raises(ValueError, match=r"`latents` must be a tensor of shape .*, got .*9, 9"):
         pipeline.sample_steps(latents=torch.zeros(1, 1, 9, 9))
 
 
