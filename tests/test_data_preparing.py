@@ -63,7 +63,7 @@ def test_small_datasets_are_accepted(count):
 
 
 def test_empty_datasets_several_splits_and_other_types_are_rejected():
-    with pytest.raises(DataError, match="^the dataset has no rows$"):
+    with pytest.raises(DataError, match=r"^the dataset has no rows$"):
         prepare(rows())
     with pytest.raises(DataError, match=r"several splits.*test, train"):
         prepare(datasets.DatasetDict(test=greys((8, 8)), train=greys((8, 8))))
