@@ -413,7 +413,7 @@ def save_and_die(pipeline, folder, at_event):
     """
     child = os.fork()
     if child == 0:
-        events = iter(range(at_event))
+        events = iter(range(at_event - 1))
 
         def count(event, args):
             changes = event in ("os.rename", "os.remove", "os.rmdir")
