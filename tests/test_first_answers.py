@@ -92,7 +92,10 @@ REFUSALS = [
     ("train ./photo", "'./photo' does not exist (did you mean 'photos'?)"),
     ("train photos --pretrained ./weak", "--pretrained: './weak' does not exist"),
     ("train photos --unet-config net.json", "--unet-config: 'net.json' is not a file"),
-    ("train photos --class-conditional", "no class labels; name the label column (--class-column)"),
+    (
+        "train photos --class-conditional",
+        "the dataset has no class labels; in a folder, put the images",
+    ),
     ("train photos --class-column breed", "there is no column 'breed'"),
     ("train photos --keep-best", "--keep-best needs --validation-split, for bits/dim, or"),
     ("train photos --validation-split 1.5", "--validation-split: a fraction must be in (0, 1)"),
