@@ -225,6 +225,9 @@ def test_a_sweep_measures_all_lengths_and_writes_the_best(copy, world, capsys):
     averages = {name: facts.sigma_rel for name, facts in result.averages.items()}
     assert averages == {"std-0.05": 0.05, "std-0.1": 0.1, "std-0.2": 0.2}
     by_length = {row.name: row.figures["fd"].value for row in result.settings[:3]}
+    assert result.command.startswith(
+        "ddpm-hf ema run photos --sweep --std 0.05 0.1 0.2 --metrics fd"
+    )
     assert result.best == averages[min(by_length, key=by_length.get)]
     assert {"ema.png", "samples.png"} <= {path.name for path in folder.iterdir()}
 

@@ -1,11 +1,14 @@
 """`ddpm-hf ema`."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from ddpm_hf.bounded_yaml import check_yaml
 from ddpm_hf.commands.messages import command_options, resume_hint
-from ddpm_hf.diffusion.atomic_files import read_json
+from ddpm_hf.diffusion.atomic_files import read_json, read_text
 from ddpm_hf.evaluation.options import DATASET_HELP, METRIC_NAMES, EmaSweepOptions
 from ddpm_hf.options import REQUIRED, OptionError, for_user, option
 from ddpm_hf.paths import ModelPaths, RunPaths, output_folder
@@ -33,6 +36,9 @@ EMA, is not changed, unless --output names it.
 --sweep measures each length, and RUN/model for comparison, with the same noise. The first metric
 decides. The results and the curve are in RUN/ema/sweep. Repeat an interrupted command to resume it.
 """
+_DATASET_OPTIONS = (
+    "dataset", "dataset_config", "dataset_revision", "image_column", "class_column"
+)  # fmt: skip
 _RUN_HELP = "folder of a run that was trained with `--post-hoc-ema`"
 
 
@@ -99,10 +105,10 @@ def run(argv: list[str]) -> int:
         for sigma_rel in options.std or ():
             check_target(options.folder, options.model_folder(sigma_rel))
         if options.sweep:
-            dataset = options.dataset or dataset_of(options.folder)
-            check_local_path(dataset)
+            options = with_dataset_of_run(options)
+            check_local_path(f"{options.dataset}")
             with resume_hint("measurements"):
-                sweep(options, dataset)
+                sweep(options)
         else:
             reconstruct(options)
     return 0
@@ -133,30 +139,38 @@ def check_target(run: Path, target: Path) -> None:
         raise ValueError(f"{target} is not empty: choose another `output`")
 
 
-def dataset_of(folder: Path) -> str:
-    """The dataset in the configuration of a run.
+def with_dataset_of_run(options: EmaCommand) -> EmaCommand:
+    """The options with the dataset that the configuration of the run names, if none is given.
 
     Raises:
-        ValueError: if it has none.
+        ValueError: if it names none.
     """
-    import yaml
-
-    from ddpm_hf.bounded_yaml import check_yaml
-    from ddpm_hf.diffusion.atomic_files import read_text
-
-    file = RunPaths(folder).config
-    content: Any = None
-    if file.is_file():
-        text = read_text(file)
-        try:
-            check_yaml(text)
-            content = yaml.safe_load(text)
-        except (ValueError, yaml.YAMLError) as error:
-            raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())}") from None
-    dataset = content.get("dataset") if isinstance(content, dict) else None
-    if not isinstance(dataset, str):
+    if options.dataset is not None:
+        return options
+    file = RunPaths(options.folder).config
+    content = read_config(file)
+    if not isinstance(content.get("dataset"), str):
         raise ValueError(f"`dataset` is missing, and {file} names none: pass the real images")
-    return dataset
+    recorded = {name: content.get(name) for name in _DATASET_OPTIONS}
+    missing = {name: v for name, v in recorded.items() if v and getattr(options, name) is None}
+    return replace(options, **missing)
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """The options in the config.yaml of a run; empty without the file.
+
+    Raises:
+        ValueError: if it is not valid.
+    """
+    if not file.is_file():
+        return {}
+    text = read_text(file)
+    try:
+        check_yaml(text)
+        content = yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())}") from None
+    return content if isinstance(content, dict) else {}
 
 
 def reconstruct(options: EmaCommand) -> None:
@@ -166,14 +180,17 @@ def reconstruct(options: EmaCommand) -> None:
         ValueError, OSError, SafetensorError: see `PostHocEMA`.
     """
     from ddpm_hf.post_hoc_ema.models import PostHocEMA
+    from ddpm_hf.shared_work import distributed_state
 
+    if not distributed_state().is_main_process:
+        return
     ema = PostHocEMA(options.folder)
     for sigma_rel in options.std or ():
         target = options.model_folder(sigma_rel)
         print(f"{ema.write_model(sigma_rel, target)}, in {target}")
 
 
-def sweep(options: EmaCommand, dataset: str) -> None:
+def sweep(options: EmaCommand) -> None:
     """Measure all lengths, write the best model and print the result.
 
     Raises:
@@ -186,7 +203,7 @@ def sweep(options: EmaCommand, dataset: str) -> None:
     results = RunPaths(options.folder).ema_sweep
     result = sweep_ema(
         options.folder,
-        dataset,
+        options.dataset,
         lengths=options.std or LENGTHS,
         metrics=options.metrics or ("fd",),
         output=results,

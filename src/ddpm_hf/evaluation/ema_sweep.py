@@ -24,6 +24,7 @@ from ddpm_hf.evaluation.measurement import Evaluator
 from ddpm_hf.evaluation.metrics import METRICS
 from ddpm_hf.evaluation.options import BITS, EmaSweepOptions, EvaluationOptions
 from ddpm_hf.evaluation.ranking import LOWER_IS_BETTER
+from ddpm_hf.evaluation.recorded_command import command_of
 from ddpm_hf.evaluation.result_files import read_evaluation, results_folder, write_result
 from ddpm_hf.evaluation.result_pictures import save_ema_pictures
 from ddpm_hf.evaluation.results import Report, package_versions, utc_now
@@ -134,23 +135,25 @@ def sweep_ema(
     evaluator = _EmaEvaluator(
         ema, dataset, metrics, EvaluationOptions(**vars(chosen)), progress=progress
     )
-    own = str(ema.run.model.root)
+    own, name = str(ema.run.model.root), public_name(os.fspath(run))
     settings = [Setting(float(s), label(s)) for s in dict.fromkeys(lengths)] + [Setting(own, OWN)]
     with results_folder(evaluator.state, output) as folder:
         evaluator.use_hold_out_of([own])
         rows, left_out = compare_settings(evaluator, settings, folder)
         measured = {row.name for row in rows}
         averages = {name: f for name, f in evaluator.averages.items() if name in measured}
+        facts, recorded = evaluator.data.facts(), evaluator.options.recorded()
+        asked = {"sweep": True, "std": [f"{s:g}" for s in lengths], "metrics": list(metrics)}
         result = EmaSweep(
-            run=public_name(str(run)),
+            run=name,
             averages=averages,
             best=_best(rows, averages, figure_name(metrics[0])),
-            dataset=evaluator.data.facts(),
+            dataset=facts,
             settings=rows,
             left_out=left_out,
             metrics=tuple(metrics),
-            options=evaluator.options.recorded(),
-            command=f"ddpm-hf ema {public_name(str(run))} --sweep --metrics {' '.join(metrics)}",
+            options=recorded,
+            command=command_of([name], facts.name, asked | recorded.to_dict(), "ema"),
         )
 
         def write() -> EmaSweep:

@@ -18,12 +18,14 @@ from ddpm_hf.evaluation.options import (
 _DEFAULTS = {field.name: field.default for field in fields(EvaluationOptions)}
 
 
-def command_of(subjects: Sequence[str], dataset: str, options: Mapping[str, object]) -> str:
+def command_of(
+    subjects: Sequence[str], dataset: str, options: Mapping[str, object], command: str = "evaluate"
+) -> str:
     """Command line that measures the same, without options at their default."""
     defaults: dict[str, object] = dict(_DEFAULTS)
-    if not options.get("scheduler") and not options.get("schedulers"):
+    if command == "evaluate" and not options.get("scheduler") and not options.get("schedulers"):
         defaults["metrics"] = [BITS]
-    words = ["ddpm-hf", "evaluate", *subjects, dataset]
+    words = ["ddpm-hf", command, *subjects, dataset]
     for name, value in options.items():
         if value is not None and value != defaults.get(name):
             values = value if isinstance(value, list) else [value] if value is not True else []

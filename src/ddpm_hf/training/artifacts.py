@@ -69,10 +69,7 @@ class Artifacts:
                 save_checkpoint(run.paths.checkpoints, run.state, run.checkpoint_record(), keep)
 
     def save_snapshots(self) -> None:
-        """Write snapshots of the averages if they are due; a failure is a warning.
-
-        Called before the checkpoint of the same update: a resumed run removes later snapshots.
-        """
+        """Write snapshots of the averages if they are due; a failure is a warning."""
         if self.run.accelerator.is_main_process and is_snapshot_due(self.run):
             with self._warn_on_any_error("write a snapshot of the averages"):
                 save_snapshots(self.run)

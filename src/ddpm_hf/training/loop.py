@@ -266,8 +266,9 @@ def _train_loop(
             write_log(measured)
             _check_gradients(metrics, state.step)
 
+        # Save. The checkpoint comes before the grid, because drawing may fail, and after the
+        # snapshots, because a resumed run removes later ones; the model includes the grid.
         artifacts.save_snapshots()
-        # Save. The checkpoint comes first, because drawing may fail; the model includes the grid.
         if saving:
             artifacts.save_checkpoint(must_succeed=ending)
         if not stopping and artifacts.is_grid_due(ending):
