@@ -118,7 +118,7 @@ def test_the_plan_and_a_dry_run_state_the_cost(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
     parameters = sum(p.numel() for p in tiny_unet().parameters())
     size = f"{40 * 4 * parameters / 1e6:.2g} MB"
-    assert f"40 snapshots, one every 100 updates, {size} in" in printed
+    assert f"80 snapshots, 2 every 100 updates, {size} in" in printed
     assert f"snapshots {size})" in printed
     assert "of the time\n" in printed
 

@@ -186,15 +186,26 @@ def plot_ema_sweep(rows: Sequence[ComparisonRow], lengths: Mapping[str, float], 
         values = np.array([row.figures[name].value for _, row in averages])
         ends = np.array([row.figures[name].interval for _, row in averages]).T
         x = [sigma_rel for sigma_rel, _ in averages]
-        axis.errorbar(x, values, np.abs(ends - values), fmt=".-", capsize=2, elinewidth=0.8)
+        axis.errorbar(
+            x,
+            values,
+            np.abs(ends - values),
+            fmt=".-",
+            capsize=2,
+            elinewidth=0.8,
+            label="post-hoc EMA",
+        )
         for own in (row.figures[name] for row in rows if row.name not in lengths):
             axis.axhspan(*own.interval, color="tab:orange", alpha=0.15)
             axis.axhline(own.value, color="tab:orange", label="traditional EMA")
-            axis.legend(fontsize=9)
-        best = averages[0][1].figures[name]
+        first = averages[0][1].figures[name]
+        if first.floor is not None:
+            style = {"color": "black", "linestyle": "--", "linewidth": 1}
+            axis.axhline(first.floor.real, label=_real_images(first), **style)
         direction = "lower" if LOWER_IS_BETTER.get(name, True) else "higher"
         axis.set(xlabel="length of the average, sigma_rel", xscale="log", xticks=x)
-        axis.set_ylabel(f"{best.label} ({direction} is better)")
+        axis.set_ylabel(f"{first.label} ({direction} is better)")
+        axis.legend(fontsize=9)
         axis.xaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()
         axis.grid(alpha=0.3)

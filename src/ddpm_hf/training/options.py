@@ -199,8 +199,8 @@ class OptimizationOptions(Options):
     )
     post_hoc_ema_steps: int | None = option(
         None,
-        "updates between two snapshots, each as large as the model (default: a 32nd of the run); "
-        "implies `post_hoc_ema`",
+        "updates between two snapshots of both averages, together as large as the model (default: "
+        "a 32nd of the run); implies `post_hoc_ema`",
         minimum=1,
     )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(

@@ -7,7 +7,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ddpm_hf.post_hoc_ema.snapshots import compact, save_snapshot
-from ddpm_hf.text import file_size
+from ddpm_hf.text import counted, file_size
 from ddpm_hf.training.run import Run
 
 
@@ -70,11 +70,12 @@ def describe_averages(run: Run, share: float) -> str:
         run: the run.
         share: `averaging_s` relative to the time of an update; 0 if unknown.
     """
-    every, steps = run.config.post_hoc_ema_steps or 1, run.config.max_train_steps
-    lengths = " and ".join(f"{average.sigma_rel:g}" for average in run.state.averages)
+    every, averages = run.config.post_hoc_ema_steps or 1, run.state.averages
+    count = len(averages) * -(-run.config.max_train_steps // every)
+    lengths = " and ".join(f"{average.sigma_rel:g}" for average in averages)
     cost = f"; adds about {share:.1%} of the time" * bool(share)
     return (
-        f"averages   for post-hoc EMA, sigma_rel {lengths}: {-(-steps // every)} snapshots, one "
-        f"every {every:,} updates, {file_size(snapshot_bytes(run))} in "
+        f"averages   for post-hoc EMA, sigma_rel {lengths}: {count:,} snapshots, "
+        f"{len(averages)} every {counted(every, 'update')}, {file_size(snapshot_bytes(run))} in "
         f"{run.paths.ema_snapshots}{cost}"
     )

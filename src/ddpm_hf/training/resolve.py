@@ -35,7 +35,7 @@ CHANGEABLE_ON_RESUME = frozenset(
     }
 )  # fmt: skip
 
-# From 32 snapshots, profiles with sigma_rel .03 to .2 are reconstructed to 1 % (docs/ema.md).
+# Snapshots at 32 times give profiles with sigma_rel .03 to .2 to 1 % (docs/ema.md).
 _NUM_SNAPSHOTS = 32
 _VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned_range")
 
