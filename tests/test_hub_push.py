@@ -690,6 +690,8 @@ def test_the_command_has_a_dry_run_and_pushes_to_private_repositories(client, hu
     status, out, _ = client.run(CLI, argv=["push", str(checkpoint), "user/cli"])
     assert (status, hub.repo("user/cli").private) == (0, True)
     assert "Pushed to" in out
+    _, out, _ = client.run(CLI, argv=["push", str(checkpoint), "user/cli"])
+    assert out.startswith(f"No changes since {hub.url}/user/cli/commit/")
     client.run(CLI, argv=["push", str(checkpoint), "user/open", "--public"])
     assert not hub.repo("user/open").private
 

@@ -130,6 +130,7 @@ class PushResult:
         card: the uploaded README.md.
         url: of the commit or pull request; None in a dry run.
         private: whether the repository is private; None in a dry run.
+        is_new: whether a commit was made; False if the repository had the same files.
         card_kept: whether the card on the Hub differed from the local one, and its text was kept.
         space_url: of the Space, if one was pushed.
     """
@@ -139,6 +140,7 @@ class PushResult:
     card: str
     url: str | None = None
     private: bool | None = None
+    is_new: bool = True
     card_kept: bool = False
     space_url: str | None = None
 
@@ -150,7 +152,8 @@ class PushResult:
             title = "Model card, if there is none on the Hub:"
             return "\n".join([*listing, "", title, "", self.card])
         kept = "; the text of the card on the Hub was kept, edit it there" if self.card_kept else ""
-        pushed = f"Pushed to {self.url} ({'private' if self.private else 'public'}{kept})"
+        done = "Pushed to" if self.is_new else "No changes since"
+        pushed = f"{done} {self.url} ({'private' if self.private else 'public'}{kept})"
         return pushed if self.space_url is None else f"{pushed}\nSpace: {self.space_url}"
 
 
@@ -308,7 +311,13 @@ class Target:
         card = cards[-1]
         sizes, url = _sizes(files, card.text), new_commit.pr_url or str(new_commit.commit_url)
         return PushResult(
-            self.repo_id, sizes, card.text, url, head.private, card_kept=card.is_from_hub
+            self.repo_id,
+            sizes,
+            card.text,
+            url,
+            head.private,
+            is_new=bool(new_commit.pr_url) or new_commit.oid != head.sha,
+            card_kept=card.is_from_hub,
         )
 
 
