@@ -218,6 +218,13 @@ def test_characters_that_the_output_cannot_encode_are_escaped(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_command_runs_without_standard_streams(tmp_path):
+    line = f"{sys.executable} -m ddpm_hf sample ./none >&- 2>&-; echo $? > status"
+    run_process(["bash", "-c", line], cwd=tmp_path)
+    assert (tmp_path / "status").read_text() == "2\n"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("is_unbuffered", ["", "1"])
 @pytest.mark.parametrize("num_lines", [1, 100_000])
 def test_a_closed_pipe_ends_a_command_quietly(tmp_path, num_lines, is_unbuffered):

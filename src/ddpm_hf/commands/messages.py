@@ -65,10 +65,11 @@ class _WithoutSecrets:
 @contextmanager
 def hidden_secrets() -> Iterator[None]:
     """Inside, nothing that is printed contains passwords or tokens."""
-    out: Any = _WithoutSecrets(sys.stdout)
-    err: Any = _WithoutSecrets(sys.stderr)
-    with redirect_stdout(out), redirect_stderr(err):
-        yield
+    with open(os.devnull, "w") as null:  # Python has no stream for a closed descriptor
+        out: Any = _WithoutSecrets(sys.stdout or null)
+        err: Any = _WithoutSecrets(sys.stderr or null)
+        with redirect_stdout(out), redirect_stderr(err):
+            yield
 
 
 def print_traceback(
