@@ -278,7 +278,7 @@ def test_a_card_with_other_options_than_those_of_evaluate_cannot_be_verified(
 
 
 REFUSED = [
-    ({"metrics": ["fid"]}, "`metrics` must be of bits-per-dim, fd, .*, got 'fid'"),
+    ({"metrics": ["fid"]}, "`metrics` must contain only bits-per-dim, fd, .*, got 'fid'"),
     ({"metrics": "fd"}, r"`metrics` must be a list, such as \['fd'\], got 'fd'"),
     ({"metrics": []}, "`metrics` is empty; choices: bits-per-dim, fd"),
     ({"metrics": ["bits-per-dim"]}, "`metrics`: bits-per-dim needs a model; ndarray is a set"),

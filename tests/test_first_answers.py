@@ -117,8 +117,8 @@ REFUSALS = [
         )
         for output, message in (
             ("''", " must not be empty"),
-            (".", ": name a folder to write, such as results, got '.'"),
-            ("x.zip", ": a folder is written, but x.zip has the suffix of an archive"),
+            (".", ": name an output folder, such as results, got '.'"),
+            ("x.zip", ": the output is a folder, but x.zip has the suffix of an archive"),
             ("there", ": there is a file, not a folder"),
         )
     ),

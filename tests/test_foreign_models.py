@@ -78,6 +78,6 @@ def test_images_are_not_enlarged_to_the_size_that_a_model_claims(tmp_path, capsy
     command = ["evaluate", str(model), str(tmp_path / "photos"), "--output", str(tmp_path / "out")]
     assert main(command) == 2
     assert (
-        "at most 7 pixels per side, more than 8 times less than 8192x8192"
+        "8192x8192 would enlarge them more than 8 times; the largest one has 7 pixels per side"
         in capsys.readouterr().err
     )

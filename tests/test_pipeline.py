@@ -888,7 +888,7 @@ BAD_CALLS = [
     (
         {"callback_on_step_end_tensor_inputs": ["x"]},
         ValueError,
-        "must be of ('latents', 'pred_original_sample'), got ['x']",
+        "must contain only names of ('latents', 'pred_original_sample'), got ['x']",
     ),
 ]
 

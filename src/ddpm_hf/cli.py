@@ -45,9 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments, by default those of this process.
     """
-    # Must be set before torch is loaded. With a long spin of waiting threads, an update takes
-    # several times as long on a CPU that is busy with other work; without a spin, almost twice as
-    # long on one that is not. A short spin (of GNU OpenMP) suits both.
+    # How long idle threads of GNU OpenMP spin; read when torch is loaded. On a busy CPU, a long
+    # spin makes an update take several times as long; on a quiet CPU, no spin makes it take almost
+    # twice as long. A short spin suits both.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     return run_command(_dispatch, argv)
 
@@ -75,8 +75,8 @@ def run_command(
 ) -> int:
     """Run a command and return its exit status; failures are reported in one line.
 
-    Invalid input gives status 2, a failure of the disk or the Hub status 1, and a reader of the
-    output that has left, as in `| head`, that of SIGPIPE without a message.
+    Invalid input gives status 2, and a failure of the disk or the Hub status 1. A closed output, as
+    after `| head`, gives the status of SIGPIPE, without a message.
 
     Args:
         command: takes its arguments and returns the exit status.

@@ -195,7 +195,7 @@ class _NetworkOptimizer:
             )
 
     def _compile(self, must_be_faster: bool) -> None:
-        """Compile the network, or note why it stays as it is."""
+        """Compile the network, or note why it is not compiled."""
         unet, call = self.unet, partial(self.trial.call, self.unet)
         outputs_before = self.trial.outputs(unet)
 

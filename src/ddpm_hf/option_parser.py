@@ -48,7 +48,7 @@ class OptionParser(HfArgumentParser):  # type: ignore[misc]
 
     Each base class with a title in `_argument_group_name` is a group in `--help`. Values are
     checked by the dataclass, not here. A boolean has the switches `--name` and `--no-name`;
-    `--name true` and `--name false` work, too.
+    `--name true` and `--name false` also work.
 
     Args:
         kinds: dataclasses of options.

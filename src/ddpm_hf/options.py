@@ -232,7 +232,7 @@ _COMMAND: ContextVar[type | None] = ContextVar("command", default=None)
 
 @contextmanager
 def naming_flags_of(kind: type | None) -> Iterator[None]:
-    """Inside, `for_user` replaces the backticked options of `kind` by their flags.
+    """Make `for_user` replace the backticked options of `kind` by their flags in the block.
 
     Args:
         kind: the options of a command; None for no replacement.

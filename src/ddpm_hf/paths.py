@@ -39,10 +39,10 @@ def output_folder(output: P) -> P:
     """
     path = Path(output)
     if not names_an_output(path):
-        raise ValueError(f"name a folder to write, such as results, got {os.fspath(output)!r}")
+        raise ValueError(f"name an output folder, such as results, got {os.fspath(output)!r}")
     if path.suffix.lower() in _ARCHIVES and not path.is_dir():
         raise ValueError(
-            f"a folder is written, but {path.name} has the suffix of an archive; leave out"
+            f"the output is a folder, but {path.name} has the suffix of an archive; leave out"
             f" {path.suffix}"
         )
     if path.exists() and not path.is_dir():

@@ -27,11 +27,11 @@ class ComparedSetting:
     Attributes:
         sampler: specification of the scheduler.
         num_inference_steps: K.
-        images: (N, H, W, C) in [0, 1]; None for a setting that does not work.
+        images: (N, H, W, C) in [0, 1]; None after an error.
         seconds: duration.
         num_calls: evaluations of the network per image.
-        bits_per_dim: bound of K steps, where the model is calibrated and the sampler is DDPM.
-        problem: why there are no images.
+        bits_per_dim: bound of K steps, if the model is calibrated and the sampler is DDPM.
+        problem: the error; None if there are images.
     """
 
     sampler: str

@@ -64,7 +64,7 @@ class _WithoutSecrets:
 
 @contextmanager
 def hidden_secrets() -> Iterator[None]:
-    """Inside, nothing that is printed contains passwords or tokens."""
+    """Hide passwords and tokens in everything that the block prints."""
     with open(os.devnull, "w") as null:  # Python has no stream for a closed descriptor
         out: Any = _WithoutSecrets(sys.stdout or null)
         err: Any = _WithoutSecrets(sys.stderr or null)
@@ -90,7 +90,7 @@ def escape_unencodable_output() -> None:
 
 
 def is_stdout_closed() -> bool:
-    """Whether the reader of stdout has left; then later output is dropped, without an error."""
+    """Whether the reader of stdout has closed it; if so, further output is dropped silently."""
     try:
         print(flush=True)  # without a buffer, the first failure leaves nothing to flush
     except BrokenPipeError:
@@ -101,7 +101,7 @@ def is_stdout_closed() -> bool:
 
 @contextmanager
 def resume_hint(finished: str) -> Iterator[None]:
-    """Inside, an interrupt prints that `finished` work is kept and how to resume."""
+    """On an interrupt, print that `finished` work is kept, and how to resume."""
     try:
         yield
     except KeyboardInterrupt:
@@ -111,7 +111,7 @@ def resume_hint(finished: str) -> Iterator[None]:
 
 @contextmanager
 def command_messages(options: type | None = None) -> Iterator[None]:
-    """Inside, each warning is one line, printed once, and messages name flags.
+    """Print each warning of the block once, in one line, and name flags in messages.
 
     Args:
         options: dataclass of the options whose names in backticks become flags, in warnings and in
@@ -150,7 +150,7 @@ def command_messages(options: type | None = None) -> Iterator[None]:
 def command_options(
     kind: type[Kind], argv: list[str], name: str, usage: str, description: str
 ) -> Iterator[Kind]:
-    """The options of `ddpm-hf NAME`; inside, messages are as in `command_messages`.
+    """Parse the options of `ddpm-hf NAME`; for messages see `command_messages`.
 
     Args:
         kind: dataclass of the options.

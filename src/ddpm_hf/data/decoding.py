@@ -137,7 +137,7 @@ def _read(
 ) -> Row:
     """Result of `read` for the image in a cell, or a row with only a `problem`."""
     try:
-        # Pillow warns of unusual palettes, EXIF and sizes; what matters is checked here.
+        # Pillow warns of unusual palettes, EXIF data and sizes; the relevant ones are checked here.
         with warnings.catch_warnings(), closing(_open_file(cell, root)) as file:
             warnings.simplefilter("ignore")
             return read(_open_image(file))

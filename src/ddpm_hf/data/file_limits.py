@@ -18,7 +18,7 @@ MAX_IMAGE_BYTES = 2**29
 """Image files may be this large: 64 million pixels of 64 bits."""
 MAX_LINE_BYTES = 2**20
 MAX_METADATA_BYTES = 2**30
-"""A parquet file of metadata may have this many bytes of rows, all of which are in memory."""
+"""Limit of the rows of a parquet file of metadata in bytes: all rows are in memory at once."""
 _BATCH_BYTES = 2**28  # of parquet rows in memory
 _BYTES_UNPROBED = 2**20  # a column of a row group that cannot exceed this is not opened
 # Different images of one dataset differ in size by less: their dictionaries repeat no value.
@@ -27,7 +27,7 @@ _PROBE_BYTES = 2**16  # a small buffer reads little beyond the first pages of a 
 
 
 def check_lines(path: Path) -> None:
-    """Check the length of the lines of a text file, of which readers keep several in memory."""
+    """Check the length of the lines of a text file: readers keep several lines in memory."""
     with path.open("rb") as file:
         while line := file.readline(MAX_LINE_BYTES + 1):
             if len(line) > MAX_LINE_BYTES:
@@ -133,7 +133,7 @@ def check_table(files: Sequence[str], size: ParquetSize, folder: Path, advice: s
 
 
 def check_metadata(path: Path) -> None:
-    """Check the size of a parquet file of metadata, all rows of which are read into memory."""
+    """Check the size of a parquet file of metadata: all rows are read into memory."""
     size = parquet_size([str(path)])
     if size.of_table > MAX_METADATA_BYTES:
         raise DataError(

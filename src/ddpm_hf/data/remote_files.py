@@ -20,7 +20,7 @@ T = TypeVar("T")
 TIMEOUT_S = 30.0
 """Seconds without a byte after which a request counts as stalled."""
 MIN_BYTES_PER_S = 1000
-"""Lower speeds, averaged over at least `TIMEOUT_S`, count as stalled, too."""
+"""Lower speeds, averaged over at least `TIMEOUT_S`, also count as stalled."""
 WAITS_S = (1.0, 2.0, 4.0, 8.0)
 """Waits before the retries of a failed request."""
 _CHUNK = 2**16  # what a broken transfer loses

@@ -114,7 +114,9 @@ class ShardCache:
         except Timeout:
             if not wait:
                 return False
-            raise DataError(f"{path} is locked by another process for an hour") from None
+            raise DataError(
+                f"another process has held the lock on {path} for an hour: end that process"
+            ) from None
         except OSError as error:
             raise DataError(
                 f"{self.index.shards[shard].location} cannot be stored in {self.folder}: {error}"

@@ -263,7 +263,7 @@ def _from_hub(
 
 @contextmanager
 def _reading_the_cache(is_offline: bool) -> Iterator[None]:
-    """Inside, `datasets` reads its cache at once if there is no connection."""
+    """Let `datasets` read its cache without attempts to connect, if there is no connection."""
     before = datasets.config.HF_HUB_OFFLINE
     datasets.config.HF_HUB_OFFLINE = before or is_offline
     try:

@@ -38,7 +38,8 @@ def step_end_function(
     names = ("latents",) if tensor_inputs is None else tensor_inputs
     if unknown := [name for name in names if name not in TENSOR_INPUTS]:
         raise ValueError(
-            f"`callback_on_step_end_tensor_inputs` must be of {TENSOR_INPUTS}, got {unknown}"
+            f"`callback_on_step_end_tensor_inputs` must contain only names of {TENSOR_INPUTS}, got"
+            f" {unknown}"
         )
     if callback is not None and not callable(callback):
         raise TypeError(f"`callback_on_step_end` must be a function, got {callback!r}")

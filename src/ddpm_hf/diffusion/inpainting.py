@@ -196,8 +196,8 @@ def _covariance(
 class LinearisedEstimate:
     """p(x_0 | x_t) as a Gaussian: the network's estimate of x_0 and products by its covariance.
 
-    C = (1 - alpha_bar) / sqrt(alpha_bar) d x_0_hat / d x_t, exact for an exact network, of which
-    only vector-Jacobian products are computed.
+    C = (1 - alpha_bar) / sqrt(alpha_bar) d x_0_hat / d x_t, which is exact for an exact network.
+    Only vector-Jacobian products are computed.
 
     Args:
         denoiser: callable (x_t, t), differentiable.

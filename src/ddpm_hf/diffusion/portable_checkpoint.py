@@ -143,7 +143,7 @@ def upload(folder: Path, repo_id: str, prefix: str = "", **options: Any) -> Any:
     The model card in the folder is uploaded only if the repository has none.
 
     Args:
-        folder: folder of which all files are uploaded.
+        folder: all of its files are uploaded.
         repo_id: existing repository.
         prefix: folder in the repository with a final "/", or empty.
         **options: `token`, `commit_message`, `create_pr`.

@@ -60,7 +60,7 @@ class Evaluator:
             raise ValueError(f"`metrics` must be a list, such as [{metrics!r}], got {metrics!r}")
         if unknown := [name for name in metrics if name not in METRIC_NAMES]:
             choices = ", ".join(METRIC_NAMES)
-            raise ValueError(f"`metrics` must be of {choices}, got {unknown[0]!r}")
+            raise ValueError(f"`metrics` must contain only {choices}, got {unknown[0]!r}")
         if not metrics:
             raise ValueError(f"`metrics` is empty; choices: {', '.join(METRIC_NAMES)}")
         self.metrics, self.options = tuple(metrics), options

@@ -170,8 +170,8 @@ def _check_enlargement(
     side = max(facts.height, facts.width)
     if side > _MAX_ENLARGEMENT * largest > 0:
         raise DataError(
-            f"the images do not fit {fits}: they have at most {largest} pixels per side, more than"
-            f" {_MAX_ENLARGEMENT} times less than {facts.width}x{facts.height}"
+            f"the images do not fit {fits}: {facts.width}x{facts.height} would enlarge them more"
+            f" than {_MAX_ENLARGEMENT} times; the largest one has {largest} pixels per side"
         )
 
 
@@ -188,8 +188,8 @@ def facts_of(unet: UNet2DModel) -> ImageFacts:
     mode = next((mode for mode, number in MODE_CHANNELS.items() if number == channels), None)
     if mode is None or height is None:
         raise DataError(
-            f"the model takes {channels} channels of size {size}, which no image of a dataset has;"
-            " use ddpm_hf.bits_per_dim"
+            f"the model takes {channels} channels of size {size}, which is no format of images; use"
+            " ddpm_hf.bits_per_dim"
         )
     return ImageFacts(mode=mode, height=height, width=width)
 

@@ -24,9 +24,8 @@ def unet_config(flags: OpenAIFlags, num_classes: int | None) -> dict[str, Any]:
     widths = [int(multiple * flags.num_channels) for multiple in multiples]
     if widths[0] != flags.num_channels:
         raise ValueError(
-            f"UNet2DModel embeds timesteps in as many channels as its first level has, {widths[0]},"
-            f" but this network in num_channels {flags.num_channels}: channel_mult must begin with"
-            " 1"
+            f"channel_mult must begin with 1, got {text}: UNet2DModel embeds timesteps in the"
+            f" {widths[0]} channels of its first level, this network in {flags.num_channels}"
         )
     resolutions = {int(part) for part in flags.attention_resolutions.split(",")}
     has_attention = [flags.image_size // 2**level in resolutions for level in range(len(widths))]
@@ -61,8 +60,9 @@ def _head_width(flags: OpenAIFlags, widths: list[int], has_attention: list[bool]
         return flags.num_head_channels
     if flags.num_heads_upsample not in (-1, flags.num_heads):
         raise ValueError(
-            f"UNet2DModel has the same heads in encoder and decoder, but num_heads is"
-            f" {flags.num_heads} and num_heads_upsample {flags.num_heads_upsample}"
+            f"num_heads_upsample must equal num_heads, {flags.num_heads}, got"
+            f" {flags.num_heads_upsample}: UNet2DModel has as many heads in the decoder as in the"
+            " encoder"
         )
     if flags.num_heads == 1:
         return None
@@ -94,9 +94,9 @@ def scheduler_of(flags: OpenAIFlags) -> GaussianDDPMScheduler:
         return every
     if rest:
         raise ValueError(
-            f"rescale_timesteps with {flags.diffusion_steps} diffusion_steps gives the network"
-            " fractions of timesteps, which UNet2DModel is not called with; diffusion_steps must be"
-            f" a multiple of {NETWORK_TIMESTEPS}"
+            f"diffusion_steps must be a multiple of {NETWORK_TIMESTEPS} with rescale_timesteps, got"
+            f" {flags.diffusion_steps}: others give the network fractions of timesteps, which"
+            " pipelines of diffusers do not"
         )
     every.set_timesteps(timesteps=range(flags.diffusion_steps - stride, -1, -stride))
     return scheduler(NETWORK_TIMESTEPS, trained_betas=every.trajectory_betas())

@@ -155,7 +155,7 @@ def resources_as_training_errors(accelerator: Accelerator) -> Iterator[None]:
 
 
 def raise_compiler_error(error: Exception) -> NoReturn:
-    """Raise a TrainingError for an error of the compiler, and any other error as it is."""
+    """Raise a TrainingError for an error of the compiler; raise any other error unchanged."""
     if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         raise error
     reason = str(error).strip().partition("\n")[0]

@@ -264,7 +264,7 @@ def _without_calibration(
 ) -> tuple[GaussianDDPMScheduler, list[str]]:
     """The scheduler without the calibration of other weights, and notes for the plan.
 
-    The loss uses the published variances, too.
+    Training uses the published variances.
     """
     if scheduler.x_0_mse is None and not (scheduler.calibrated_timesteps or scheduler.recommended):
         return scheduler, []

@@ -24,7 +24,7 @@ class CpuThreads:
             get theirs from the launcher, and the updates on a GPU do not depend on it.
 
     Attributes:
-        is_unmeasured: whether `choose` is to be called before the first update.
+        is_unmeasured: whether `choose` must be called before the first update.
     """
 
     def __init__(

@@ -133,7 +133,7 @@ class PretrainedModel:
     """A model to fine-tune; empty for a new model.
 
     Attributes:
-        scheduler: None for a bare network, too.
+        scheduler: None for a bare network and for a new model.
         record: its training.json, if any.
         identity: digest of the weights and number of class embeddings, as JSON values.
     """
