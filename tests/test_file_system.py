@@ -22,7 +22,7 @@ def refuse(number):
 
 @pytest.fixture
 def bucket(monkeypatch, tmp_path):
-    """A folder as hf-mount 0.6 mounts a bucket by default: a file is written once, in order."""
+    """A folder as hf-mount 0.9 mounts a bucket by default: a file is written once, in order."""
     folder, open_text, open_file = tmp_path / "bucket", io.open, os.open
     folder.mkdir()
 
