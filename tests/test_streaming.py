@@ -292,6 +292,25 @@ def test_labels_of_tar_shards_come_from_cls_and_json_files(server, folder):
     (folder / "classes.tar").unlink()
 
 
+def test_files_that_hold_no_label_are_no_label(tmp_path):
+    odd = [b"[" * 10**5, b"[1]", b"\xff", b'{"kind": null}', b'{"kind": "a"}' + b" " * 2**20]
+    others = [{"json": content, "cls": b"1" * 5000} for content in odd]
+    others += [{"json": b'{"kind": "%s"}' % kind, "cls": b"-1"} for kind in (b"a", b"b")]
+    write_tar(tmp_path / "a.tar", [png(0)] * len(others), others)
+    assert labels_of(tmp_path, "kind") == ([-1] * 5 + [0, 1], ("a", "b"))
+    with pytest.raises(DataError, match="the labels have several types"):
+        labels_of(tmp_path)
+
+
+def test_tar_files_are_read_once_for_their_labels(server, folder, tmp_path):
+    write_tar(folder / "a-0.tar", [png(0), png(1)], [{"cls": b"0"}, {"cls": b"1"}])
+    url = f"{server.url}/a-{{0..0}}.tar"
+    first, second = (stream_of(url, tmp_path, label_column=True).labels for _ in range(2))
+    assert first.tolist() == second.tolist() == [0, 1]
+    assert server.requests["a-0.tar"] == 1
+    (folder / "a-0.tar").unlink()
+
+
 @pytest.mark.parametrize(
     ("write", "column", "message"),
     [

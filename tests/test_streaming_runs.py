@@ -226,6 +226,7 @@ def test_a_dry_run_of_a_stream_states_its_shards_and_writes_nothing(stream, tmp_
     printed = capsys.readouterr().out
     assert f"{NUM_SHARDS * NUM_ROWS} of {SIZE}x{SIZE}, RGB, from {NUM_SHARDS} shards" in printed
     assert f"MB in {NUM_SHARDS} shards; the images are checked when read" in printed
+    assert "of streamed images in the cache" in printed
 
 
 def test_the_memory_of_a_stream_does_not_grow_over_ten_epochs(tmp_path):

@@ -74,10 +74,10 @@ class ShardCache:
         Raises:
             DataError: if the shard cannot be fetched or decoded.
         """
-        path, size = self._path(shard), self.dtype.itemsize
+        name, size = self._name(shard), self.dtype.itemsize
         while True:
             try:
-                file = os.open(path, os.O_RDONLY)
+                file = os.open(name, os.O_RDONLY)
             except FileNotFoundError:
                 self.fetch(shard, needed)
                 continue
@@ -89,7 +89,7 @@ class ShardCache:
                     return
             finally:
                 os.close(file)
-            path.unlink(missing_ok=True)  # incomplete, after a power failure
+            Path(name).unlink(missing_ok=True)  # incomplete, after a power failure
 
     def fetch(self, shard: int, needed: Sequence[int] = (), wait: bool = True) -> bool:
         """Put a shard into the cache.
@@ -140,8 +140,11 @@ class ShardCache:
         pixel = np.uint16 if target.bit_depth == 16 else np.uint8
         return np.dtype([("pixels", pixel, shape), ("row", "<i8")])
 
+    def _name(self, shard: int) -> str:
+        return f"{self.folder}/{shard:06d}.bin"  # composing a Path takes longer than reading
+
     def _path(self, shard: int) -> Path:
-        return self.folder / f"{shard:06d}.bin"
+        return Path(self._name(shard))
 
     def _fetch(self, shard: int, path: Path, needed: Sequence[int], wait: bool) -> bool:
         """Download and decode a shard; False without room. The caller holds its lock."""

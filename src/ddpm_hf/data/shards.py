@@ -3,38 +3,35 @@
 The number of rows of every shard, and the label of every row, must be known before training.
 Parquet files state the number in their last bytes; of the columns only that of the labels is read.
 For .tar files the number is read from an index.json next to them, in the format of WebDataset's
-`wids`; without one, and for labels, every file is read once.
+`wids`; without one, and for labels, every file is read once, and the result is kept in a cache.
 """
 
 import hashlib
 import json
-import os
-import tarfile
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from itertools import accumulate, islice
+from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from ddpm_hf.data.decoding import EXTENSIONS, Cell
+from ddpm_hf.data.decoding import Cell
 from ddpm_hf.data.errors import DataError
-from ddpm_hf.data.file_limits import parquet_size
-from ddpm_hf.data.image_column import find_image_column
-from ddpm_hf.data.labels import Labels, find_label_column, known_class_names, read_labels
-from ddpm_hf.data.remote_files import BrokenTransfer, RemoteFile, is_url, read_end, read_through
+from ddpm_hf.data.labels import Labels, read_labels
+from ddpm_hf.data.parquet_shards import parquet_cells, read_parquet_facts
+from ddpm_hf.data.remote_files import read_end
+from ddpm_hf.data.tar_shards import CLASS_EXTENSION, listed_rows, read_tar_labels, tar_cells
+from ddpm_hf.diffusion.atomic_files import write_text
 
 _NUM_CONNECTIONS = 8
 _ROWS_AT_ONCE = 64  # encoded files, each up to some MB
-_INDEX_BYTES = 2**26
-_CLASS_EXTENSION = "cls"  # of WebDataset
 
 
 @dataclass(frozen=True)
@@ -110,6 +107,7 @@ def index_shards(
     locations: Sequence[str],
     image_column: str | None = None,
     label_column: str | Literal[True] | None = None,
+    cache: Path | None = None,
 ) -> ShardIndex:
     """The number of rows of every shard, and their labels.
 
@@ -118,213 +116,100 @@ def index_shards(
         image_column: name of the column in parquet files; None for the only image column.
         label_column: column of the labels in parquet files, True for the only `ClassLabel` column;
             key of the .json files in .tar files, True for their .cls files; None for no labels.
+        cache: folder that keeps what was read of .tar files; None to read them again.
     Raises:
         DataError: if a file cannot be read, there are no images, or the labels are unusable.
     """
-    read = _index_parquet if locations[0].endswith(".parquet") else _index_tar_files
-    index, labels = read(locations, image_column, label_column)
+    if locations[0].endswith(".parquet"):
+        index, labels = _index_parquet_files(locations, image_column, label_column)
+    else:
+        index, labels = _index_tar_files(locations, label_column, cache)
     if not index.num_images:
         raise DataError("the shards have no images")
     if labels is None:
         return index
-    (column,) = labels.column_names
-    numbers, names = read_labels(labels, column)
+    numbers, names = read_labels(labels, labels.column_names[0])
     return ShardIndex(index.shards, index.column, numbers, names)
 
 
-Indexed = tuple[ShardIndex, datasets.Dataset | None]
-"""Index without labels, and the column of the labels."""
+_Indexed = tuple[ShardIndex, datasets.Dataset | None]  # without labels, and the column of labels
 
 
-def _index_parquet(
+def _index_parquet_files(
     locations: Sequence[str], image_column: str | None, label_column: str | Literal[True] | None
-) -> Indexed:
-    read = partial(_read_parquet, image_column=image_column, label_column=label_column)
+) -> _Indexed:
+    read = partial(read_parquet_facts, image_column=image_column, label_column=label_column)
     with ThreadPoolExecutor(_NUM_CONNECTIONS) as pool:
-        files = list(pool.map(read, locations))
-    columns = {file.column for file in files}
+        files = dict(zip(locations, pool.map(read, locations), strict=True))
+    columns = {file.image_column for file in files.values()}
     if len(columns) > 1:
         raise DataError(f"the shards have different image columns: {', '.join(sorted(columns))}")
-    shards = _with_rows([file.shard for file in files])
-    index = ShardIndex(shards, columns.pop(), None, files[0].class_names)
-    parts = [file.labels for file in files if file.labels is not None]
-    return index, _concatenate(parts) if parts else None
-
-
-@dataclass(frozen=True)
-class _ParquetFacts:
-    """A shard, its image column, the class names that it declares, and its labels."""
-
-    shard: Shard
-    column: str
-    class_names: tuple[str, ...] | None
-    labels: datasets.Dataset | None
-
-
-def _read_parquet(
-    location: str, image_column: str | None, label_column: str | Literal[True] | None
-) -> _ParquetFacts:
+    shards = [Shard(path, file.num_rows, file.num_bytes) for path, file in files.items()]
+    index = _with_images(shards, columns.pop(), files[locations[0]].class_names)
+    parts = [file.labels for file in files.values() if file.labels is not None]
     try:
-        with _open(location) as file, pq.ParquetFile(file) as parquet:
-            size = file.seek(0, os.SEEK_END)
-            empty, labels = _empty_dataset(parquet.schema_arrow), None
-            if label_column is not None:
-                column = find_label_column(empty, label_column)
-                features = datasets.Features({column: empty.features[column]})
-                table = parquet.read([column], use_threads=False).cast(features.arrow_schema)
-                info = datasets.DatasetInfo(features=features)
-                labels = datasets.Dataset(datasets.table.InMemoryTable(table), info=info)
-            shard = Shard(location, parquet.metadata.num_rows, size)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{location} is not a readable parquet file: {error}") from error
-    return _ParquetFacts(
-        shard, find_image_column(empty, image_column), known_class_names(empty), labels
-    )
-
-
-def _open(location: str) -> Any:
-    return RemoteFile(location) if is_url(location) else Path(location).open("rb")
-
-
-def _empty_dataset(schema: pa.Schema) -> datasets.Dataset:
-    """A dataset with the columns of a parquet file, and a single row without values."""
-    features = datasets.Features.from_arrow_schema(schema)
-    return datasets.Dataset.from_dict({column: [None] for column in features}, features=features)
-
-
-def _concatenate(parts: Sequence[datasets.Dataset]) -> datasets.Dataset:
-    try:
-        return datasets.concatenate_datasets(parts)
+        return index, datasets.concatenate_datasets(parts) if parts else None
     except ValueError as error:
         raise DataError(f"the label columns of the shards differ: {error}") from error
 
 
-def _with_rows(shards: Sequence[Shard]) -> tuple[Shard, ...]:
-    return tuple(shard for shard in shards if shard.num_rows)
+def _with_images(
+    shards: Sequence[Shard], column: str = "", class_names: tuple[str, ...] | None = None
+) -> ShardIndex:
+    used = tuple(shard for shard in shards if shard.num_rows)
+    return ShardIndex(used, column, class_names=class_names)
 
 
 def _index_tar_files(
-    locations: Sequence[str], image_column: str | None, label_column: str | Literal[True] | None
-) -> Indexed:
-    listed = _listed_rows(locations[0]) if label_column is None else {}
+    locations: Sequence[str], label_column: str | Literal[True] | None, cache: Path | None
+) -> _Indexed:
+    listed = listed_rows(locations[0]) if label_column is None else {}
     key = "" if label_column is True else label_column
+
+    def read(location: str) -> tuple[Shard, list[Any]]:
+        name, (_, size) = PurePosixPath(location).name, read_end(location, 1)
+        if name in listed:
+            return Shard(location, listed[name], size), []
+        digest = hashlib.sha256(repr((location, size, key)).encode()).hexdigest()[:32]
+        file = cache and cache / f"{digest}.json"
+        labels = _cached(file, lambda: read_tar_labels(location, key))
+        return Shard(location, len(labels), size), labels
+
     with ThreadPoolExecutor(_NUM_CONNECTIONS) as pool:
-        found = list(pool.map(lambda each: _index_tar(each, listed, key), locations))
-    index = ShardIndex(_with_rows([shard for shard, _ in found]))
-    if label_column is None:
-        return index, None
+        found = list(pool.map(read, locations))
+    index = _with_images([shard for shard, _ in found])
     values = [value for _, labels in found for value in labels]
+    return index, None if key is None else _label_dataset(values, key)
+
+
+def _cached(file: Path | None, read: Callable[[], list[Any]]) -> list[Any]:
+    """The values in a JSON file, which is written if it is missing or damaged."""
+    if file is None:
+        return read()
+    with suppress(OSError, ValueError):
+        return list(json.loads(file.read_text(encoding="utf-8")))
+    values = read()
+    with suppress(OSError):  # a full disk costs another reading
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(values))
+    return values
+
+
+def _label_dataset(values: list[Any], key: str) -> datasets.Dataset:
     if not any(value is not None for value in values):
         where = f"a .json file with the key {key!r}" if key else "a .cls file"
         raise DataError(f"no image of the .tar files has {where}, which would hold its label")
     try:
-        return index, datasets.Dataset.from_dict({key or _CLASS_EXTENSION: values})
+        return datasets.Dataset.from_dict({key or CLASS_EXTENSION: values})
     except (pa.ArrowException, TypeError) as error:
         raise DataError(f"the labels have several types: {error}") from error
-
-
-def _listed_rows(location: str) -> dict[str, int]:
-    """Rows by file name from the index.json next to a .tar file; {} without one."""
-    try:
-        text, _ = read_end(location.rpartition("/")[0] + "/index.json", _INDEX_BYTES)
-        shards = json.loads(text)["shardlist"]
-        return {PurePosixPath(shard["url"]).name: int(shard["nsamples"]) for shard in shards}
-    except (DataError, ValueError, KeyError, TypeError):
-        return {}
-
-
-def _index_tar(
-    location: str, listed: Mapping[str, int], key: str | None
-) -> tuple[Shard, list[Any]]:
-    """A shard and the labels of its images; see `_read_labels`."""
-    name, (_, size) = PurePosixPath(location).name, read_end(location, 1)
-    if name in listed:
-        return Shard(location, listed[name], size), []
-    read = partial(_read_labels, key=key)
-    if is_url(location):
-        labels = read_through(location, read)
-    else:
-        try:
-            with open(location, "rb") as file:
-                labels = read(file)
-        except OSError as error:
-            raise DataError(f"{location} cannot be read: {error}") from error
-    return Shard(location, len(labels), size), labels
-
-
-def _read_labels(file: Any, key: str | None) -> list[Any]:
-    """The label of each image of a .tar file, from a file of the same sample.
-
-    Args:
-        file: the .tar file, which need not be seekable.
-        key: of the .json files; "" for .cls files; None reads no labels.
-    """
-    # "r|" reads without seeking, as the answer of a server requires.
-    mode: Any = "r:" if hasattr(file, "seek") else "r|"
-    extension = "json" if key else _CLASS_EXTENSION
-    images: list[str] = []
-    labels: dict[str, Any] = {}
-    try:
-        with tarfile.open(fileobj=file, mode=mode) as tar:
-            for member in tar:
-                sample, kind = _sample_of(member)
-                if _is_image(member):
-                    images.append(sample)
-                elif key is not None and kind == extension:
-                    labels[sample] = _parse_label(_content(tar, member), key)
-    except tarfile.TarError as error:
-        raise BrokenTransfer(f"no .tar file, or an incomplete one: {error}") from error
-    return [labels.get(sample) for sample in images]
-
-
-def _sample_of(member: tarfile.TarInfo) -> tuple[str, str]:
-    """The sample of a file, which is its path up to the first dot of its name, and the rest."""
-    path = PurePosixPath(member.name)
-    name, _, kind = path.name.partition(".")
-    return str(path.parent / name), kind
-
-
-def _parse_label(content: bytes, key: str) -> Any:
-    """The label in a .json or .cls file; None if there is none."""
-    text = content.decode(errors="replace").strip()
-    if not key:
-        return int(text) if text.isdecimal() else text
-    try:
-        return json.loads(text).get(key)
-    except (ValueError, AttributeError):
-        return None
-
-
-def _is_image(member: tarfile.TarInfo) -> bool:
-    path = PurePosixPath(member.name)
-    return member.isfile() and path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")
-
-
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(member)
-    return file.read() if file else b""
 
 
 def read_cells(path: Path, column: str) -> Iterator[list[Cell]]:
     """The encoded images of a shard, some at a time.
 
-    Only bytes in the shard are read: a path in a row is ignored, because it could name any file.
-
     Args:
         path: the file.
         column: image column of a parquet file; "" for a .tar file.
     """
-    if column:
-        num_rows = min(_ROWS_AT_ONCE, parquet_size([str(path)]).rows_per_batch)
-        for batch in pq.ParquetFile(path).iter_batches(num_rows, columns=[column]):
-            yield [_cell(value) for value in batch.column(0).to_pylist()]
-        return
-    with tarfile.open(path, "r:") as tar:
-        images = (member for member in tar if _is_image(member))
-        while members := list(islice(images, _ROWS_AT_ONCE)):
-            yield [{"bytes": _content(tar, member), "path": None} for member in members]
-
-
-def _cell(value: Any) -> Cell:
-    content = value.get("bytes") if isinstance(value, dict) else value
-    return {"bytes": content if isinstance(content, bytes) else b"", "path": None}
+    return parquet_cells(path, column, _ROWS_AT_ONCE) if column else tar_cells(path, _ROWS_AT_ONCE)

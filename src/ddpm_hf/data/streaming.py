@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,13 +32,12 @@ from ddpm_hf.data.shards import ShardIndex, index_shards
 from ddpm_hf.data.training_dataset import TrainingImages
 from ddpm_hf.diffusion.image_format import ImageFacts
 from ddpm_hf.diffusion.image_processor import to_unit_range
-from ddpm_hf.randomness import ShardOrder, permutation, seed_of
+from ddpm_hf.randomness import ShardOrder, permutation
 
 logger = logging.getLogger(__name__)
 
 _NUM_FETCHERS = 2  # shards that a process fetches ahead at a time
 _RETRY_S = 0.2
-_CENTER = np.full(3, 0.5, np.float32)
 
 
 def open_stream(
@@ -66,14 +66,15 @@ def open_stream(
     Raises:
         DataError: if the shards cannot be read, or the cache is too small.
     """
-    index = index_shards(files.locations, image_column, label_column)
+    parent = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE, "ddpm_hf_streams"))
+    parent = parent.expanduser()
+    index = index_shards(files.locations, image_column, label_column, parent / "index")
     if index.labels is not None and (line := describe_unlabelled(index.labels)):
         logger.warning("%s", line)
     target = Target(image_mode, bit_depth, resolution, resolution)
-    parent = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE, "ddpm_hf_streams"))
     key = hashlib.sha256(repr((index, target, on_bad_image)).encode()).hexdigest()[:32]
     limit = int(cache_gb * 1e9)
-    cache = ShardCache(parent.expanduser() / key, limit, index, target, on_bad_image)
+    cache = ShardCache(parent / key, limit, index, target, on_bad_image)
     images = StreamedImages(cache, range(len(index.shards)))
     if limit < images.least_bytes:
         raise DataError(
@@ -272,7 +273,12 @@ class StreamedTrainingImages(TrainingImages):
         return self.source.read_labelled(indices)
 
     def _draws_of(self, epoch: int, index: int) -> NDArray[np.float32]:
-        """Hashed for each image: an array for a whole epoch of a stream could be too large."""
-        if not self.random_flip:
-            return _CENTER
-        return np.array([seed_of(self.seed, "flip", epoch, index) / 2**63, 0.5, 0.5], np.float32)
+        """Drawn for each shard: an array for a whole epoch of a stream could be too large."""
+        shard, row = self.source.index.locate(index)
+        count = self.source.index.shards[shard].num_rows
+        return _shard_draws(count, self.seed, epoch, shard)[row]  # type: ignore[no-any-return]
+
+
+@lru_cache(2 * ShardOrder.NUM_MIXED)
+def _shard_draws(count: int, *position: int) -> NDArray[np.float32]:
+    return np.random.default_rng(position).random((count, 3), np.float32)

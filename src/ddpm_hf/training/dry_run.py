@@ -58,12 +58,12 @@ def _prepared(run: Run) -> ImageDataset | None:
 
 
 def _describe_data(run: Run) -> list[str]:
-    images = _prepared(run)
     if isinstance(run.components.images, StreamedTrainingImages):
-        shards = run.components.images.source.index.shards
+        shards = run.components.images.source.cache.index.shards
         size = sum(shard.num_bytes for shard in shards)
         found = f"{file_size(size)} in {counted(len(shards), 'shard')}"
         return [f"{found}; the images are checked when read"]
+    images = _prepared(run)
     if images is None:
         return [f"{counted(len(run.components.images), 'tensor')} from Python"]
     lines = [images.sources]
@@ -110,15 +110,17 @@ def _describe_disk(run: Run) -> str:
     models = weights * (2 + config.keep_best)  # a new model is complete before the old is removed
     root = run.paths.root.absolute()
     folder = next(path for path in (root, *root.parents) if path.exists())
-    images = _prepared(run)
-    cached = 0 if images is None else _folder_size(images.folder)
     free = shutil.disk_usage(folder).free
     return (
         f"up to {file_size(checkpoints + models + snapshots)} in {run.paths.root} (checkpoints "
         f"{file_size(checkpoints)}{f', snapshots {file_size(snapshots)}' * bool(snapshots)}), "
-        f"{file_size(free)} free; {file_size(cached)} of prepared images in the cache"
+        f"{file_size(free)} free; {_describe_cache(run)} in the cache"
     )
 
 
-def _folder_size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.iterdir())
+def _describe_cache(run: Run) -> str:
+    if isinstance(run.components.images, StreamedTrainingImages):
+        return f"up to {file_size(run.components.images.source.cache.limit)} of streamed images"
+    images = _prepared(run)
+    files = () if images is None else images.folder.iterdir()
+    return f"{file_size(sum(file.stat().st_size for file in files))} of prepared images"
