@@ -200,7 +200,7 @@ def test_a_resume_error_ends_with_options_for_a_new_run(tmp_path, monkeypatch, c
     assert main([*command, "--max-train-steps", "1"]) == 0
     assert "1 update of 1 image (0 epochs)" in capsys.readouterr().out
     # Another learning rate needs a new run, also if the options come from the saved recipe.
-    same = ["train", "--config", "runs/photos/config.yaml", "--learning-rate", "2e-3"]
+    same = ["train", "--config", "runs/photos/config.yaml", "--learning-rate", "3e-3"]
     assert main(same) == 2
     *_, hint = capsys.readouterr().err.strip().split(": add ")
     assert hint == (
@@ -215,9 +215,9 @@ def test_a_resume_error_ends_with_options_for_a_new_run(tmp_path, monkeypatch, c
     assert main([*command, "--max-train-steps", "1"]) == 2
     assert capsys.readouterr().err.strip().endswith(hint)
     Path("photos/more.png").unlink()
-    # A longer run resumes; its learning rate rises again: 4e-4 (1 + cos(pi / 2)) / 2.
+    # A longer run resumes; its learning rate rises again: 2e-3 (1 + cos(pi / 2)) / 2.
     assert main([*command, "--max-train-steps", "2"]) == 0
-    assert "the learning rate goes from 0.0004 to 0.0002" in capsys.readouterr().out
+    assert "the learning rate goes from 0.002 to 0.001" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

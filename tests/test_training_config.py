@@ -19,16 +19,16 @@ CPU, GPU = Machine("cpu"), Machine("cuda")
     ("machine", "num_images", "image_size", "options", "expected"),
     [
         # batch_size, max_train_steps, lr_warmup_steps, learning_rate, sample_steps
-        (CPU, 1000, 32, {}, (32, 5000, 250, 4e-4, 250)),
-        (CPU, 100, 32, {}, (32, 2000, 100, 4e-4, 250)),
-        (CPU, 1000, 64, {}, (16, 3000, 150, 4e-4, 250)),
+        (CPU, 1000, 32, {}, (16, 10_000, 500, 2e-3, 250)),
+        (CPU, 100, 32, {}, (16, 2500, 125, 2e-3, 250)),
+        (CPU, 1000, 64, {}, (16, 3000, 150, 2e-3, 250)),
         (GPU, 5000, 64, {}, (64, 31250, 1000, 1e-4, 1000)),
         (GPU, 50_000, 256, {}, (32, 50_000, 1000, 1e-4, 1000)),
         (GPU, 50_000, 256, {"batch_size": 8, "max_train_steps": 60}, (8, 60, 3, 1e-4, 1000)),
-        (CPU, 1000, 32, {"pretrained": "x"}, (32, 5000, 250, 1e-4, 250)),
-        (CPU, 1000, 32, {"learning_rate": 1e-3, "sample_steps": 7}, (32, 5000, 250, 1e-3, 7)),
-        (CPU, 1000, 32, {"lr_warmup_steps": 0}, (32, 5000, 0, 4e-4, 250)),
-        (CPU, 1000, 32, {"gradient_accumulation_steps": 3}, (30, 5000, 250, 4e-4, 250)),
+        (CPU, 1000, 32, {"pretrained": "x"}, (16, 10_000, 500, 1e-4, 250)),
+        (CPU, 1000, 32, {"learning_rate": 1e-3, "sample_steps": 7}, (16, 10_000, 500, 1e-3, 7)),
+        (CPU, 1000, 32, {"lr_warmup_steps": 0}, (16, 10_000, 0, 2e-3, 250)),
+        (CPU, 1000, 32, {"gradient_accumulation_steps": 3}, (15, 10_000, 500, 2e-3, 250)),
         (Machine("cuda", 8), 5000, 64, {}, (64, 31250, 1000, 1e-4, 1000)),
         (Machine("cuda", 100), 5000, 64, {}, (100, 20_000, 1000, 1e-4, 1000)),
     ],
@@ -54,10 +54,20 @@ def test_open_options_are_proposed_from_images_and_machine(
 
 
 @pytest.mark.parametrize(
-    ("num_channels", "rate"), [(8, 4e-4), (64, 2e-4), (128, 1e-4), (192, 1e-4)]
+    ("machine", "num_channels", "rate"),
+    [
+        (CPU, 8, 2e-3),
+        (CPU, 64, 1e-3),
+        (CPU, 1024, 1e-4),
+        (GPU, 8, 4e-4),
+        (GPU, 64, 2e-4),
+        (GPU, 128, 1e-4),
+        (GPU, 192, 1e-4),
+    ],
 )
-def test_a_new_network_gets_a_learning_rate_by_its_width(num_channels, rate):
-    assert resolved(TrainingConfig(), num_channels=num_channels).learning_rate == rate
+def test_a_new_network_gets_a_learning_rate_by_its_width(machine, num_channels, rate):
+    config = resolved(TrainingConfig(), machine, num_channels=num_channels)
+    assert config.learning_rate == rate
 
 
 @pytest.mark.parametrize(
@@ -110,12 +120,12 @@ def test_a_resolved_configuration_is_a_recipe_of_itself(tmp_path):
         "loss_weighting: none",
         "timestep_sampling: uniform",
         "class_dropout: 0.1",
-        "max_train_steps: 2000",
-        "batch_size: 32",
+        "max_train_steps: 2500",
+        "batch_size: 16",
         "gradient_accumulation_steps: 1",
-        "learning_rate: 0.0004",
+        "learning_rate: 0.002",
         "lr_scheduler: cosine",
-        "lr_warmup_steps: 100",
+        "lr_warmup_steps: 125",
         "weight_decay: 0.0",
         "max_grad_norm: 1.0",
         "ema_decay: 0.9999",

@@ -150,6 +150,10 @@ def wider(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"block_out_channels": tuple(width * 3 // 2 for width in config["block_out_channels"])}
 
 
+def one_layer(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {"layers_per_block": 1}
+
+
 def attention(config: Mapping[str, Any]) -> dict[str, Any]:
     """Attention at the second level."""
     down, up = list(config["down_block_types"]), list(config["up_block_types"])
@@ -199,8 +203,12 @@ BASE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def changed(network: Changes | None = None, **options: Any) -> Arm:
-    return Arm(options=BASE | options, network=network)
+def changed(network: Changes = lambda config: {}, **options: Any) -> Arm:
+    """The base setting, whose network has 2 layers per block, with changes."""
+    return Arm(
+        options=BASE | options,
+        network=lambda config: {"layers_per_block": 2} | network(config),
+    )
 
 
 FACTORS = {
@@ -220,12 +228,15 @@ FACTORS = {
     "min-SNR": changed(loss_weighting="min_snr"),
     "P2": changed(loss_weighting="p2"),
     "low-discrepancy t": changed(timestep_sampling="low_discrepancy"),
-    "1 layer per block": changed(lambda config: {"layers_per_block": 1}),
+    "1 layer per block": changed(one_layer),
     "1.5 x the width": changed(wider),
     "attention": changed(attention),
     "dropout 0.1": changed(lambda config: {"dropout": 0.1}),
     "flips": changed(random_flip=True),
+    "x_0, rate 4e-4": changed(prediction_type="sample", learning_rate=4e-4),
     "batch 16, rate 4e-4": changed(batch_size=16, learning_rate=4e-4),
-    "batch 16, x_0": changed(batch_size=16, prediction_type="sample"),
+    "batch 8, rate 4e-4": changed(batch_size=8, learning_rate=4e-4),
+    "batch 16, 1 layer per block": changed(one_layer, batch_size=16),
+    "batch 16, 1 layer per block, rate 1e-3": changed(one_layer, batch_size=16, learning_rate=1e-3),
 }
 ARMS = PEERS | STOCK_NETWORK | FACTORS

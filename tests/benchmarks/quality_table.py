@@ -85,6 +85,6 @@ def plot(results: Results, names: Sequence[str], path: Path) -> None:
     axes.axhline(results["held_out"]["fd"], color="gray", ls="--", label="held-out images")
     axes.set(xlabel="CPU seconds of training", ylabel="Frechet distance")
     axes.set_xticks(times, [f"{seconds:g}" for seconds in times], minor=False)
-    axes.minorticks_off()
+    axes.set_xticks([], minor=True)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)

@@ -173,8 +173,8 @@ class OptimizationOptions(Options):
     )
     learning_rate: float | None = option(
         None,
-        "peak learning rate of AdamW (default: 1e-4; up to 4e-4 for a new network with fewer than "
-        "128 channels)",
+        "peak learning rate of AdamW (default: 1e-4; more for a new network with few channels, up "
+        "to 4e-4, or 2e-3 on a CPU)",
     )
     lr_scheduler: Literal["cosine", "constant"] = option(
         "cosine", "learning rate after the warmup: cosine decay to 0, or constant"

@@ -155,7 +155,7 @@ def resolve(
         "objective": options.objective or ("hybrid" if learns_variance else "simple"),
         "max_train_steps": max_train_steps,
         "batch_size": batch_size,
-        "learning_rate": _learning_rate(num_channels, pretrained) if rate is None else rate,
+        "learning_rate": _learning_rate(num_channels, pretrained, on_cpu) if rate is None else rate,
         "lr_warmup_steps": min(max_train_steps // 20, 1000) if warmup is None else warmup,
         "mixed_precision": machine.mixed_precision,
         "validation_steps": options.validation_steps or checkpointing_steps,
@@ -177,11 +177,14 @@ def _check_precision(options: TrainingConfig, machine: Machine) -> None:
 
 
 def _batch_size(options: TrainingConfig, machine: Machine, image_size: int) -> int:
-    """The batch size: given, or 16 to 64 images by size and device."""
+    """The batch size: given, 16 on a CPU, or 32 to 64 on a GPU by the size of the images.
+
+    On a CPU, images per second hardly depend on the batch size, and after equal time 16 images gave
+    the better samples (docs/training_quality.md).
+    """
     shares = machine.num_processes * options.gradient_accumulation_steps
     if options.batch_size is None:
-        on_cpu = machine.device == "cpu"
-        usual = (32 if image_size <= 32 else 16) if on_cpu else (64 if image_size <= 64 else 32)
+        usual = 16 if machine.device == "cpu" else (64 if image_size <= 64 else 32)
         return max(usual // shares, 1) * shares
     if options.batch_size % shares:
         lower = options.batch_size // shares * shares
@@ -195,14 +198,18 @@ def _batch_size(options: TrainingConfig, machine: Machine, image_size: int) -> i
 
 def _num_updates(num_images: int, batch_size: int, image_size: int, on_cpu: bool) -> int:
     """400 epochs, within the limits of an evening (CPU) or a night (GPU)."""
-    longest = (5000 if image_size <= 32 else 3000) if on_cpu else 50_000
+    longest = (10_000 if image_size <= 32 else 3000) if on_cpu else 50_000
     return min(max(400 * num_images // batch_size, 2000), longest)
 
 
-def _learning_rate(num_channels: int, is_pretrained: bool) -> float:
+def _learning_rate(num_channels: int, is_pretrained: bool, on_cpu: bool) -> float:
     """Peak learning rate of AdamW.
 
     DDPM's networks, with 128 channels, used 1e-4 to 2e-4 (2006.11239, appendix B); Adam's best
-    rate falls with the width (2203.03466). The upper bound was tested with 32 channels.
+    rate falls with the width (2203.03466). In the short runs of a CPU, 2e-3 was best for 32
+    channels (docs/training_quality.md).
     """
-    return 1e-4 if is_pretrained else min(max(1e-4 * 128 / num_channels, 1e-4), 4e-4)
+    if is_pretrained:
+        return 1e-4
+    highest = 2e-3 if on_cpu else 4e-4
+    return min(max((highest * 32) / num_channels, 1e-4), highest)
