@@ -36,7 +36,7 @@ test-all: lint type test ## Style, types and all tests: what CI runs
 
 bench: $(READY) ## Compare timings with stock diffusers and save them in runs/bench
 	mkdir -p runs/bench
-	for name in $(filter-out bench_quality,$(basename $(notdir $(wildcard tests/benchmarks/bench_*.py)))); do $(BIN)/python tests/benchmarks/$$name.py --json runs/bench/$$name.json || exit 1; done
+	for name in $(filter-out bench_gpu bench_quality,$(basename $(notdir $(wildcard tests/benchmarks/bench_*.py)))); do $(BIN)/python tests/benchmarks/$$name.py --json runs/bench/$$name.json || exit 1; done
 
 docs: $(READY) ## Make the figures of docs/ and check all pages
 	$(BIN)/python docs/make.py

@@ -133,6 +133,7 @@ def train(
             all its checkpoints are damaged.
         KeyboardInterrupt: after Ctrl-C in a notebook or another interactive session, once the run
             is saved. Elsewhere the result says which signal ended it.
+        TimeoutError: if another process of the launch does not start.
         TrainingError: if the loss stays non-finite, images become unreadable, or memory runs out.
     """
     if not isinstance(config, TrainingConfig):
