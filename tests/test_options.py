@@ -68,7 +68,7 @@ def outputs_of(folder):
     metrics = [{k: v for k, v in json.loads(x).items() if k != "images_per_s"} for x in lines]
     files = sorted(
         str(path.relative_to(folder))
-        for pattern in ("checkpoints/*", "samples/*", "best", "model")
+        for pattern in ("checkpoints/*", "samples/*", "ema_snapshots/*", "best", "model")
         for path in folder.glob(pattern)
     )
     grids = [hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("samples/*")]
@@ -122,6 +122,8 @@ DIFFERENCES = {
     "weight_decay": (0.1, LEARNED, {}),
     "max_grad_norm": (0.01, LEARNED, {}),
     "ema_decay": (0.1, {"average"}, {}),
+    "post_hoc_ema": (True, {"files"}, {}),
+    "post_hoc_ema_steps": (1, {"files"}, {"post_hoc_ema_steps": 3}),
     "mixed_precision": ("bf16", LEARNED, {}),
     "gradient_checkpointing": (True, set(), {}),
     "seed": (1, LEARNED, {}),

@@ -129,6 +129,7 @@ def test_a_resolved_configuration_is_a_recipe_of_itself(tmp_path):
         "weight_decay: 0.0",
         "max_grad_norm: 1.0",
         "ema_decay: 0.9999",
+        "post_hoc_ema: false",
         "mixed_precision: 'no'",
         "gradient_checkpointing: false",
         "ddp_timeout: 300",
