@@ -1,4 +1,4 @@
-"""Copies of training images over a run, for few images: the table and figure of few_images.md.
+"""Copies of training images over a run, for few images: the table and figures of few_images.md.
 
 python docs/make_few_images.py       # measures; runs that are complete are not repeated
 """
@@ -11,23 +11,30 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from diffusers import UNet2DModel
 
-from ddpm_hf import TrainingConfig, train
+from ddpm_hf import TrainingConfig, image_grid, load, train
+from ddpm_hf.data import load_images, prepare_images
+from ddpm_hf.sampling import draw_images
 
 FOLDER = Path(__file__).parent
 FACES = FOLDER.parent / "training" / "faces16"
 SIZE = 8  # pixels per side, so that a run takes a minute or two of CPU time
 EVERY = 200  # updates between two measurements
-# Name of the run: number of training images, dropout of the network, and options.
-RUNS: dict[str, tuple[int, float, dict[str, Any]]] = {
-    "50 images": (50, 0.0, {}),
-    "200 images": (200, 0.0, {}),
-    "1,000 images": (1000, 0.0, {}),
-    "50 images, dropout 0.3": (50, 0.3, {}),
-    "50 images, flips": (50, 0.0, {"random_flip": True}),
+# By name: number of training images, and dropout of the network.
+RUNS: dict[str, tuple[int, float]] = {
+    "50 images": (50, 0.0),
+    "200 images": (200, 0.0),
+    "1,000 images": (1000, 0.0),
+    "50 images, dropout 0.3": (50, 0.3),
 }
+
+
+def run_folder(folder: Path, name: str) -> Path:
+    """The folder of a run."""
+    return folder / name.replace(" ", "_").replace(",", "")
 
 
 def measure(name: str, num_updates: int, folder: Path) -> list[dict[str, float]]:
@@ -38,7 +45,7 @@ def measure(name: str, num_updates: int, folder: Path) -> list[dict[str, float]]
         num_updates: length of the run, of 16 images each.
         folder: of all runs.
     """
-    num_images, dropout, options = RUNS[name]
+    num_images, dropout = RUNS[name]
     torch.manual_seed(0)
     unet = UNet2DModel(
         sample_size=SIZE,
@@ -53,7 +60,7 @@ def measure(name: str, num_updates: int, folder: Path) -> list[dict[str, float]]
         dataset=str(FACES),
         split=f"train[:{num_images}]",
         resolution=SIZE,
-        output_dir=str(folder / name.replace(" ", "_").replace(",", "")),
+        output_dir=str(run_folder(folder, name)),
         max_train_steps=num_updates,
         batch_size=16,
         prediction_type="sample",
@@ -74,7 +81,6 @@ def measure(name: str, num_updates: int, folder: Path) -> list[dict[str, float]]
         num_samples=0,
         best_metric="fd",
         report_to=["none"],
-        **options,
     )
     start = time.process_time()
     result = train(config, unet=unet)
@@ -112,9 +118,23 @@ def draw_figure(measured: dict[str, list[dict[str, float]]], path: Path) -> None
         axis.grid(alpha=0.2)
     floors = [e["evaluation_copies_half_real"] for entries in measured.values() for e in entries]
     axes[0].axhline(max(floors), color="gray", linestyle=":", label="largest floor")
-    axes[0].set_ylim(-0.02, 1.02)
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=80)
+
+
+def draw_pairs(folder: Path, names: list[str], path: Path) -> None:
+    """Samples of runs above their nearest training images, by pixels."""
+    cells: list[Any] = []
+    for name in names:
+        faces = load_images(FACES, split=f"train[:{RUNS[name][0]}]")
+        training = prepare_images(faces, resolution=SIZE, progress=False)
+        real = torch.stack([*training]).permute(0, 2, 3, 1).numpy() / 255  # (N, H, W, 3)
+        pipe = load(run_folder(folder, name) / "model")
+        samples = draw_images(pipe, 10, batch_size=10, num_inference_steps=10, eta=0.0)
+        distances = [np.square(real - sample).sum((1, 2, 3)) for sample in samples]
+        cells += [*samples, *(real[distance.argmin()] for distance in distances)]
+    rows = [row for name in names for row in (f"samples, {name}", "nearest")]
+    image_grid(cells, len(cells) // len(rows), rows).save(path)
 
 
 def main(folder: Path, num_updates: int, names: list[str]) -> None:
@@ -123,6 +143,8 @@ def main(folder: Path, num_updates: int, names: list[str]) -> None:
         measured[name] = measure(name, num_updates, folder)
         print(table(measured), flush=True)
     draw_figure(measured, FOLDER / "few_images.png")
+    shown = [name for name in ("50 images", "1,000 images") if name in measured]
+    draw_pairs(folder, shown, FOLDER / "few_images_pairs.png")
 
 
 if __name__ == "__main__":
