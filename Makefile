@@ -7,7 +7,7 @@ WORKERS ?= 2
 PYTEST = $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo fmt lint type test-quick test test-all bench docs notebooks reference
+.PHONY: help setup demo fmt lint type test-quick test test-all bench docs site notebooks reference
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' Makefile | while IFS='|' read -r name text; do printf '%-12s %s\n' "$$name" "$$text"; done
@@ -41,6 +41,10 @@ bench: $(READY) ## Compare timings with stock diffusers and save them in runs/be
 docs: $(READY) ## Make the figures of docs/ and check all pages
 	$(BIN)/python docs/make.py
 	$(PYTEST) tests/test_docs.py
+
+site: $(READY) ## HTML site of the documentation in runs/site, readable offline
+	@$(BIN)/python -c 'import furo, sphinx' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[site]"
+	$(BIN)/python docs/make_site.py
 
 reference: $(READY) ## Reference from the docstrings and the help of the commands, in runs/reference
 	$(BIN)/python docs/make_reference.py

@@ -1,11 +1,14 @@
-"""Run the pages of this folder, whose code draws their figures.
+"""Make the figures of this folder, by the code of pages and by the other programs of this folder.
 
-python docs/make.py                        # all figures; those of editing.md need `make demo`
-python docs/make.py walkthrough.md         # the figures of one page
+python docs/make.py                        # all figures; those of the guides need `make demo` first
+python docs/make.py walkthrough.md         # the figures that the code of a page draws
+
+samples.png, guidance.png, few_steps.png and denoising.png are those that `make demo` writes.
 """
 
 import contextlib
-import runpy
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +21,7 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 FOLDER = Path(__file__).parent
 PAGES_WITH_FIGURES = ("walkthrough.md",)
 DEMO_MODEL = FOLDER.parent / "runs" / "demo" / "model"
+CHROMIUM = shutil.which("chromium")
 
 
 def section_of(text: str, number: int) -> tuple[int, int]:
@@ -54,18 +58,36 @@ def stopwatch(what: str) -> Iterator[None]:
     print(f"{what}: {time.monotonic() - start:.0f} s", flush=True)
 
 
+def make_all() -> None:
+    """Make the figures of all pages; those that need something that is missing are listed."""
+    for page in PAGES_WITH_FIGURES:
+        main([page])
+    run_script("make_gan_comparison.py")
+    needs = {
+        "make_editing_figures.py": DEMO_MODEL.is_dir(),
+        "make_guide_figures.py": DEMO_MODEL.is_dir(),
+        "make_app_screenshots.py": DEMO_MODEL.is_dir() and CHROMIUM is not None,
+    }
+    for script, is_possible in needs.items():
+        if is_possible:
+            run_script(script, str(DEMO_MODEL))
+        else:
+            print(f"skipped {script}: it needs the model of `make demo`, and chromium for the app")
+
+
+def run_script(name: str, *arguments: str) -> None:
+    """Run a program of this folder in a process of its own."""
+    with stopwatch(name):
+        subprocess.run([sys.executable, FOLDER / name, *arguments], check=True)
+
+
 def main(pages: Sequence[str]) -> None:
-    for name in pages or PAGES_WITH_FIGURES:
+    """Make the figures of the pages, or all figures."""
+    if not pages:
+        make_all()
+    for name in pages:
         with stopwatch(name), contextlib.chdir(FOLDER):
             run_page(FOLDER / name)
-    if pages:
-        return
-    if not DEMO_MODEL.is_dir():
-        print(f"skipped the figures of editing.md: no model in {DEMO_MODEL}; run `make demo`")
-        return
-    script = FOLDER / "make_editing_figures.py"
-    with stopwatch(script.name):
-        runpy.run_path(str(script))["main"](str(DEMO_MODEL))
 
 
 if __name__ == "__main__":

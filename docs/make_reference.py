@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ def signature_of(name: str, value: Any) -> str:
         parameters = inspect.signature(value).parameters.values()
     except (TypeError, ValueError):
         return name
-    return "\n".join([f"{name}(", *(f"    {parameter}," for parameter in parameters), ")"])
+    lines = (re.sub(r"\*<class '([\w.]+)'>", r"\1", str(parameter)) for parameter in parameters)
+    return "\n".join([f"{name}(", *(f"    {line}," for line in lines), ")"])
 
 
 def entry(name: str, value: Any, level: int = 2) -> Iterator[str]:

@@ -199,6 +199,16 @@ def test_the_reference_has_every_public_name_and_command(tmp_path):
     assert commands.count("usage:") == len(cli.COMMANDS)
 
 
+@pytest.mark.slow
+def test_the_site_has_every_page_and_no_broken_link():
+    for name in ("furo", "myst_parser", "sphinx"):
+        pytest.importorskip(name)
+    site = runpy.run_path(str(DOCS / "make_site.py"))
+    assert site["main"]() == 0
+    pages = {page.relative_to(ROOT).with_suffix(".html") for page in TEXTS}
+    assert {page for page in pages if not (site["SITE"] / page).is_file()} == set()
+
+
 @pytest.mark.parametrize(**each(TRANSLATIONS))
 def test_a_translation_has_the_code_formulas_and_figures_of_the_original(page):
     original = page.with_name(page.name.replace(".zh.md", ".md"))

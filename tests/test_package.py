@@ -185,7 +185,7 @@ def test_the_constraints_satisfy_all_requirements():
     extras = project["optional-dependencies"]
     direct = [
         *project["dependencies"],
-        *(r for name in ("app", "heic", "eval", "dev") for r in extras[name]),
+        *(r for name in ("app", "heic", "eval", "dev", "site") for r in extras[name]),
     ]
     for requirement in map(Requirement, direct):
         (pin,) = pinned[requirement.name.lower()].specifier
