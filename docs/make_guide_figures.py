@@ -227,12 +227,12 @@ def symptoms(model: Path) -> None:
 
     rows = {
         "none": drawn(),
-        "1  another prediction type": drawn(prediction_type="epsilon"),
-        "2  other betas": drawn(beta_schedule="linear"),
-        "3  starts too late": drawn(3, timestep_spacing="leading"),
-        "4  too few steps": drawn(3, timestep_spacing="linspace"),
-        "5  guidance scale 12": drawn(guidance_scale=12),
-        "6  25 updates": samples_at(small_run(), SHOWN_UPDATES[0]),
+        "1: another prediction type": drawn(prediction_type="epsilon"),
+        "2: other betas": drawn(beta_schedule="linear"),
+        "3: starts too late": drawn(3, timestep_spacing="leading"),
+        "4: too few steps": drawn(3, timestep_spacing="linspace"),
+        "5: guidance scale 12": drawn(guidance_scale=12),
+        "6: 25 updates": samples_at(small_run(), SHOWN_UPDATES[0]),
     }
     save_rows(rows, "troubleshooting")
 
