@@ -247,7 +247,7 @@ def verify(options: EvaluateCommand) -> int:
         figures = f"{escaped(claim.name)}: {claim.claimed:.6g} in the card"
         if claim.measured is not None:
             figures += f", {claim.measured:.6g} measured"
-        remark = f" ({escaped(claim.remark)})" if claim.remark else ""
+        remark = f" ({for_user(escaped(claim.remark))})" if claim.remark else ""
         print(f"{verdicts[claim.is_reproduced]:15} {figures}{remark}")
     is_verified = all(claim.is_reproduced for claim in claims if claim.is_checkable)
     return 0 if is_verified else NOT_REPRODUCED

@@ -13,6 +13,7 @@ from typing import Any, Self
 from huggingface_hub import EvalResult, hf_hub_download
 
 from ddpm_hf.diffusion.atomic_files import read_text
+from ddpm_hf.diffusion.checks import error_in_file
 from ddpm_hf.evaluation.card_metrics import card_metrics
 from ddpm_hf.evaluation.evaluate import evaluate
 from ddpm_hf.evaluation.features import OFFLINE_FEATURES
@@ -193,14 +194,17 @@ def _options(recorded: Mapping[Any, Any]) -> EvaluationOptions:
     """
     if foreign := [name for name in recorded if name not in CARD_OPTIONS]:
         raise ValueError(f"a card may not set the option {foreign[0]!r:.100}")
-    options = EvaluationOptions.from_keywords(**recorded)
+    try:
+        options = EvaluationOptions.from_keywords(**recorded)
+    except (TypeError, ValueError) as error:
+        raise error_in_file("the card", error) from None
     for name, limit in _LIMITS.items():
         if (getattr(options, name) or 0) > limit:
-            raise ValueError(f"`{name}` of a card must be at most {limit:,}")
+            raise ValueError(f'the card: "{name}" must be at most {limit:,}')
     if options.scheduler is not None:
         SchedulerSpec.parse_foreign(options.scheduler)
     if not isinstance(options.features, str):
-        raise ValueError(f"`features` must be a name, got {options.features!r:.100}")
+        raise ValueError(f'the card: "features" must be a name, got {options.features!r:.100}')
     return options
 
 
