@@ -8,7 +8,10 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+from ddpm_hf.data import ImageFacts
 
 pytestmark = pytest.mark.slow
 
@@ -70,3 +73,13 @@ def test_results_of_other_settings_are_not_continued(tmp_path, bench, monkeypatc
     monkeypatch.setattr(sys, "argv", ["bench_quality", "--json", str(file)])
     with pytest.raises(SystemExit, match="other settings"):
         bench.earlier_results(bench.parse())
+
+
+def test_every_setting_has_a_network_for_the_images(bench):
+    with torch.device("meta"):
+        for name, arm in bench.ARMS.items():
+            facts = ImageFacts("RGB", 32, 32)
+            unet, images = arm.build_unet(facts, 0), torch.zeros(1, 3, 32, 32)
+            assert unet(images, torch.zeros(1)).sample.shape == images.shape, name
+        stock = bench.ARMS["stock, own network"].build_unet(facts, 0)
+    assert round(sum(p.numel() for p in stock.parameters()) / 1e6) == 114

@@ -136,7 +136,7 @@ class Loop:
 
 
 def stock_network(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The network of train_unconditional.py: 113M parameters, 6 levels."""
+    """The network of train_unconditional.py: 114M parameters, 6 levels."""
     down = ["DownBlock2D"] * 6
     up = ["UpBlock2D"] * 6
     down[4], up[1] = "AttnDownBlock2D", "AttnUpBlock2D"
@@ -147,7 +147,9 @@ def stock_network(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def wider(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {"block_out_channels": tuple(width * 3 // 2 for width in config["block_out_channels"])}
+    """One and a half times the channels; they must be multiples of the groups."""
+    widths = tuple(width * 3 // 2 for width in config["block_out_channels"])
+    return {"block_out_channels": widths, "norm_num_groups": 16}
 
 
 def one_layer(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -196,7 +198,7 @@ PEERS = {
 }
 STOCK_NETWORK = {"stock, own network": Arm(loop=STOCK, network=stock_network, multiple=32)}
 
-# The factors change one setting of this one.
+# Base of the factors: each changes one setting, the last ones several.
 BASE: dict[str, Any] = {
     "prediction_type": "v_prediction", "beta_schedule": "squaredcos_cap_v2", "batch_size": 32,
     "learning_rate": 2e-3, "ema_decay": 0.9999,
