@@ -77,14 +77,14 @@ def test_images_outside_split_folders_are_counted(tmp_path):
 @pytest.mark.parametrize("place", ["", "runs/photos/", "my runs/1/"])
 def test_outputs_of_training_runs_are_left_out(tmp_path, place):
     files = ["samples/step-1.png", "model/samples.png", "model/model_index.json"]
-    files += ["config.yaml", "metrics.jsonl"]
+    files += ["config.yaml", "metrics.jsonl", "loss.png", "denoising.png"]
     drawn = {f"{place}{name}": zoo.encode(zoo.GREY) for name in files}
     folder_of(tmp_path, {**CLASSES, **drawn, "models/7/model_index.json": b"{}"})
     folder_of(tmp_path, {"models/7/samples.png": zoo.encode(zoo.GREY)})
     dataset = load_images(tmp_path)
-    with pytest.warns(UserWarning, match="6 images used, 3 left out"):
+    with pytest.warns(UserWarning, match="6 images used, 5 left out"):
         images = prepare(dataset)
-    assert images.left_out == {"in folders of training runs": 3}
+    assert images.left_out == {"in folders of training runs": 5}
     with pytest.raises(DataError, match=r"contains no images.*1 in folders of training runs"):
         load_images(tmp_path / "models")
 

@@ -38,6 +38,7 @@ _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _SYSTEM_FILES = ("Thumbs.db", "desktop.ini")
 _RUN = RunPaths(Path())
 _RUN_FILES = {_RUN.config.name, _RUN.metrics.name}
+_RUN_PICTURES = {_RUN.loss_picture.name, _RUN.denoising_picture.name}
 _RUN_FOLDERS = {_RUN.samples.name, _RUN.model.root.name, _RUN.checkpoints.name, "logs"}
 _MODEL_INDEX = ModelPaths(Path()).index.name
 
@@ -92,7 +93,8 @@ class Folder:
                 subfolders.clear()
                 continue
             if is_output:
-                names = [name for name in names if name not in _RUN_FILES]
+                self.left_out[IN_RUNS] += len(_RUN_PICTURES.intersection(names))
+                names = [name for name in names if name not in _RUN_FILES | _RUN_PICTURES]
                 for name in _RUN_FOLDERS.intersection(subfolders):
                     self._leave_out_images(os.path.join(parent, name))
                     subfolders.remove(name)

@@ -181,7 +181,7 @@ def _from_folder(root: Path, split: str | None) -> tuple[datasets.Dataset, Origi
         if tables := folder.with_suffix(f".{kind}"):
             return _from_builder(kind, split, by_split(root, tables)), Origin()
     content = [f"{count} {name or 'other'}" for name, count in suffixes.most_common(5)]
-    content += [f"{count} {reason}" for reason, count in folder.left_out.items()]
+    content += [f"{count} {reason}" for reason, count in (+folder.left_out).items()]
     raise DataError(
         f"{str(root)!r} contains no images, parquet or arrow files, but "
         f"{', '.join(content) or 'nothing'}; supported images are {' '.join(sorted(EXTENSIONS))}"
@@ -218,7 +218,7 @@ def _from_files(pattern: str, split: str | None) -> datasets.Dataset:
     if kinds not in ({".parquet"}, {".arrow"}):
         raise DataError(
             f"the files of {pattern!r} must be all parquet or all arrow, got"
-            f" {', '.join(sorted(kinds)) or 'no suffix'}; pass a folder for image files"
+            f" {', '.join(sorted(kinds)) or 'no suffix'}; pass a folder for image files, and unpack archives"
         )
     data_files = {"train": [os.path.abspath(file) for file in files]}
     return _from_builder(kinds.pop()[1:], split, data_files)
