@@ -218,7 +218,8 @@ def _from_files(pattern: str, split: str | None) -> datasets.Dataset:
     if kinds not in ({".parquet"}, {".arrow"}):
         raise DataError(
             f"the files of {pattern!r} must be all parquet or all arrow, got"
-            f" {', '.join(sorted(kinds)) or 'no suffix'}; pass a folder for image files, and unpack archives"
+            f" {', '.join(sorted(kinds)) or 'no suffix'}; pass a folder for image files,"
+            " and unpack archives"
         )
     data_files = {"train": [os.path.abspath(file) for file in files]}
     return _from_builder(kinds.pop()[1:], split, data_files)
