@@ -167,7 +167,9 @@ def main() -> None:
                 print(f"\n{part}\n{HEAD}")
                 show(found, peak)
             else:
-                print(f"\n{part}\n  {found}", flush=True)
+                print(f"\n{part}")
+                for row in [found] if isinstance(found, dict) else found:
+                    print("  " + ", ".join(f"{key} {value}" for key, value in row.items()))
     keep({"machine": about, "gflop_per_s": peak, "rows": rows}, options)
 
 
