@@ -263,6 +263,8 @@ REFUSALS = [
     (["nowhere", "--std", "0.05"], "nowhere is not the folder of a run"),
     (["empty", "--std", "0.05"], "empty has no snapshots in ema_snapshots/: train with"),
     (["new", "--std", "0.05"], "new has no model yet"),
+    (["RUN", "--sweep", "--output", "empty/.."], "--output: name an output folder"),
+    (["RUN", "--sweep", "--output", "python"], "python is not empty: choose another --output"),
     (["python", "--sweep"], "DATASET is missing"),
     (["broken", "--sweep"], "config.yaml cannot be read"),
     (["moved", "--sweep"], "'./gone' does not exist"),

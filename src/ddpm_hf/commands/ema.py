@@ -102,8 +102,9 @@ def run(argv: list[str]) -> int:
     usage = "RUN [DATASET] (--std X [X ...] | --sweep) [--option VALUE ...]"
     with command_options(EmaCommand, argv, "ema", usage, DESCRIPTION) as options:
         check_run(options.folder)
-        for sigma_rel in options.std or ():
-            check_target(options.folder, options.model_folder(sigma_rel))
+        written = (options.model_folder(sigma_rel) for sigma_rel in options.std or ())
+        for target in [options.output] if options.output else written:
+            check_target(options.folder, target)
         if options.sweep:
             options = with_dataset_of_run(options)
             check_local_path(f"{options.dataset}")

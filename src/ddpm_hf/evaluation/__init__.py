@@ -4,6 +4,7 @@ Measuring
     evaluate                one model or set of images; `evaluate`
     compare                 several models, samplers and numbers of steps; `compare`
     sweep                   the cheapest sampler that is as good as the best
+    ema_sweep               the best length of a run's weight average; `sweep_ema`
     checkpoint_calibration  error curve of a checkpoint; `calibrate_checkpoint`
     verify                  figures of a model card, measured again
     measurement             the `Evaluator` that these share

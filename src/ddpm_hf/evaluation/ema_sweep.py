@@ -37,6 +37,18 @@ from ddpm_hf.text import public_name
 
 EMA_FILE = "ema.json"
 LENGTHS = (0.02, 0.03, 0.05, 0.07, 0.1, 0.14, 0.2, 0.25)
+OWN = "model"
+"""Name of the run's own model in tables and folders."""
+
+
+def label(sigma_rel: float) -> str:
+    """Name of an average in tables and folders."""
+    return f"std-{sigma_rel:g}"
+
+
+def figure_name(metric: str) -> str:
+    """The figure of a metric that decides, such as precision for precision-recall."""
+    return metric if metric == BITS else METRICS[metric][1][0].name
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -44,7 +56,7 @@ class EmaSweep(SettingsResult, Report):
     """Result of `sweep_ema`. See `Report` for the rest.
 
     Attributes:
-        averages: the reconstructed averages by name; "model" is the run's own.
+        averages: the reconstructed averages by the names of their settings.
         best: relative length of the best average by the first metric.
     """
 
@@ -63,24 +75,13 @@ class EmaSweep(SettingsResult, Report):
 
     def __str__(self) -> str:
         name = figure_name(self.metrics[0])
-        own = next((row.figures[name] for row in self.settings if row.name == OWN), None)
-        verdict = {"best": "better", "tie": "as good", "": "worse"}[own.rank if own else ""]
-        comparison = f"; model, the run's own with traditional EMA, is {verdict}" * bool(own)
-        best = f"best: {self.averages[label(self.best)]}{comparison}"
+        ranks = {row.name: row.figures[name].rank for row in self.settings}
+        best = f"best: {self.averages[label(self.best)]}"
+        if OWN in ranks:
+            is_worse, is_better = ranks[OWN] == "", ranks[label(self.best)] == ""
+            verdict = "worse" if is_worse else "better" if is_better else "as good"
+            best += f"; the model of the run, with traditional EMA, is {verdict}"
         return f"{settings_text(self)}\n\n{best}"
-
-
-OWN = "model"
-
-
-def label(sigma_rel: float) -> str:
-    """Name of an average in tables and folders."""
-    return f"std-{sigma_rel:g}"
-
-
-def figure_name(metric: str) -> str:
-    """The figure of a metric that decides, such as precision for precision-recall."""
-    return metric if metric == BITS else METRICS[metric][1][0].name
 
 
 class _EmaEvaluator(Evaluator):

@@ -1,7 +1,7 @@
 """Snapshots of the power-function averages of a run, and weighted sums of them.
 
 A snapshot is RUN/ema_snapshots/step-<update>-std-<sigma_rel>.safetensors: the parameters of the
-network in float16, as in 2312.02696. It is written once and kept.
+network in float16, as the authors of 2312.02696 store them. It is written once and kept.
 """
 
 import logging
@@ -89,7 +89,7 @@ def usable_snapshots(folder: Path, shapes: Mapping[str, torch.Size]) -> list[Sna
             logger.warning("%s is left out: %s", snapshot.path, error)
     if not usable:
         raise ValueError(
-            f"{folder} has no usable snapshots; train with `--post-hoc-ema` to write them"
+            f"{folder} has no usable snapshots; train with `post_hoc_ema` to write them"
         )
     return usable
 
