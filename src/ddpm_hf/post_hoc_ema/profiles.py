@@ -60,7 +60,7 @@ def profile(tau: npt.ArrayLike, t: npt.ArrayLike, gamma: npt.ArrayLike) -> Float
 
 
 def beta(t: int, gamma: float) -> float:
-    """Decay of the running average at update `t` = 1, 2, ... (section 3.1).
+    """Decay of the running average at update `t` = 1, 2, ... (eq. 127).
 
     It is 0 at t = 1, so that the initial value of the average has no influence. The weight that
     theta(s) then has at time t, s^(gamma + 1) - (s - 1)^(gamma + 1) over t^(gamma + 1), is exactly
@@ -94,7 +94,7 @@ class PowerFunctionEMA:
 def inner_product(
     t_a: npt.ArrayLike, gamma_a: npt.ArrayLike, t_b: npt.ArrayLike, gamma_b: npt.ArrayLike
 ) -> Floats:
-    """Integral of p_a p_b, for profiles of times `t_*` and exponents `gamma_*` (appendix C).
+    """Integral of p_a p_b, for profiles of times `t_*` and exponents `gamma_*` (eq. 151).
 
     The integral of tau^(gamma_a + gamma_b) up to the earlier time, written with the ratio of the
     times, which is at most 1, so that no power overflows. Arguments are broadcast.
@@ -108,12 +108,12 @@ def inner_product(
 def solve_weights(
     times: npt.ArrayLike, gammas: npt.ArrayLike, t: float, gamma: float
 ) -> tuple[Floats, float]:
-    """Weights of snapshots whose sum has almost the profile (`t`, `gamma`) (appendix C).
+    """Weights of snapshots whose sum has almost the profile (`t`, `gamma`) (algorithm 3).
 
     They minimize the integral of (sum of x_i p_i - p)^2, where p_i is the profile of snapshot i.
 
-    Differs from the paper: the weights sum to 1, as p integrates to 1. Networks without normalized
-    weights depend on their scale; with few snapshots the free sum is off by up to 1 %.
+    Differs from the authors' code: the weights minimize it among those that sum to 1, as p
+    integrates to 1. The code divides the free solution, which is off by up to 1 %, by its sum.
 
     Args:
         times: of the snapshots, (N,), none after `t`.
