@@ -25,6 +25,7 @@ from ddpm_hf import (
     load,
     train,
 )
+from ddpm_hf.evaluation.plots import plot_terms
 
 DOCS = Path(__file__).parent
 TRAINING = DOCS.parent / "training"
@@ -134,13 +135,13 @@ def fine_tuning(_: Path) -> None:
 def likelihood(_: Path) -> None:
     """Bound of held-out faces by timestep, and the faces with the lowest and highest one."""
     model, output = small_run() / "model", RUNS / "likelihood"
-    options = {"num_inference_steps": 100, "num_images": 32}
-    evaluate(str(model), str(FACES), metrics=["bits-per-dim"], output=output, **options)
-    (DOCS / "likelihood_terms.png").write_bytes((output / "bits-per-timestep.png").read_bytes())
+    options = {"num_timesteps": 64, "num_images": 64}
+    measured = evaluate(str(model), str(FACES), metrics=["bits-per-dim"], output=output, **options)
+    plot_terms(measured.bound, DOCS / "likelihood_terms.png")
     pipeline, faces = load(str(model)), test_faces(64)
     x_0, generator = pipeline.encode_images(faces), torch.Generator().manual_seed(0)
     bound = bits_per_dim(
-        pipeline.unet, pipeline.scheduler, x_0, num_inference_steps=50, generator=generator
+        pipeline.unet, pipeline.scheduler, x_0, num_timesteps=64, generator=generator
     )
     order = bound.total.argsort().tolist()
     shown = [*order[:5], *order[-5:]]
