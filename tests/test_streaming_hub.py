@@ -81,6 +81,24 @@ def test_shards_that_fail_break_off_or_stall_are_fetched_again(client, hub, tmp_
     assert not hub.tokens_at_storage
 
 
+def test_a_streaming_dataset_of_the_hub_is_read_from_its_commit(client, tmp_path):
+    code = """
+import datasets
+from ddpm_hf.data.shard_files import find_shards, shards_of
+rows = datasets.load_dataset("user/photos", split="train", streaming=True)
+found = find_shards("user/photos")
+result = [shards_of(rows).locations, found.locations, found.revision]
+try:
+    find_shards("hf://datasets/user/none/a.tar")
+except ValueError as error:
+    result.append(str(error))
+"""
+    streamed, found, revision, message = client.run(code)
+    assert streamed == found
+    assert all(f"/user/photos/resolve/{revision}/data/" in location for location in found)
+    assert message.startswith("hf://datasets/user/none/a.tar is not found: ")
+
+
 def test_a_resumed_run_reads_the_commit_that_it_started_with(client, hub, tmp_path):
     (tmp_path / "unet.json").write_text(json.dumps(NETWORK))
     options = {"network": tmp_path / "unet.json", "cache": tmp_path / "cache"}

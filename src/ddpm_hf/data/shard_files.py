@@ -103,12 +103,21 @@ def _web_address(url: str) -> str:
             "URLs with a password or a query string are not read, because messages and records "
             "would show them; use a server that needs none, or the Hub with HF_TOKEN"
         )
-    return _hub_address(HfFileSystem().resolve_path(url)) if url.startswith("hf://") else url
+    if not url.startswith("hf://"):
+        return url
+    try:
+        return _hub_address(HfFileSystem().resolve_path(url))
+    except Exception as error:  # the client raises errors of every kind
+        raise DataError(f"{url} is not found: {_reason(error)}") from error
 
 
 def _hub_address(file: Any) -> str:
     kind = file.repo_type
     return hf_hub_url(file.repo_id, file.path_in_repo, repo_type=kind, revision=file.revision)
+
+
+def _reason(error: Exception) -> str:
+    return (" ".join(f"{error}".split()) or type(error).__name__)[:500]
 
 
 def _expand_braces(url: str) -> list[str]:
@@ -140,8 +149,7 @@ def _on_the_hub(name: str, config: str | None, split: str, revision: str | None)
     except DataError:
         raise
     except Exception as error:  # the libraries raise errors of every kind
-        reason = " ".join(f"{error}".split()) or type(error).__name__
         raise DataError(
-            f"{name!r} is not a local path{close_paths(name)}; as a Hub dataset: {reason:.500}"
+            f"{name!r} is not a local path{close_paths(name)}; as a Hub dataset: {_reason(error)}"
         ) from error
     return ShardFiles(tuple(map(_hub_address, found)), found[0].revision if found else None)

@@ -9,7 +9,6 @@ import hashlib
 import logging
 import os
 import threading
-import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
@@ -37,7 +36,6 @@ from ddpm_hf.randomness import ShardOrder, permutation
 logger = logging.getLogger(__name__)
 
 _NUM_FETCHERS = 2  # shards that a process fetches ahead at a time
-_RETRY_S = 0.2
 
 
 def open_stream(
@@ -103,10 +101,8 @@ class StreamedImages:
         self.index: ShardIndex = cache.index.select(self.numbers)
         self.num_images: int | None = self.index.num_images
         self.labels = self.index.labels
-        mode, depth, height, width = (
-            getattr(cache.target, name) for name in ("mode", "bit_depth", "height", "width")
-        )
-        self.facts = ImageFacts(mode, height, width, depth, self.index.class_names)
+        target, names = cache.target, self.index.class_names
+        self.facts = ImageFacts(target.mode, target.height, target.width, target.bit_depth, names)
         self._fetchers: _Fetchers | None = None
         self._needed: list[int] = []
 
@@ -216,15 +212,7 @@ class _Fetchers:
                 self._changed.wait_for(lambda: self._pending)
                 shard, needed = self._pending.popleft(), self._needed
             with suppress(DataError):
-                if not self._cache.fetch(shard, needed, wait=False):
-                    self._try_later(shard, needed)
-
-    def _try_later(self, shard: int, needed: list[int]) -> None:
-        """Queue a shard again that had no room, or that another process fetches."""
-        time.sleep(_RETRY_S)
-        with self._changed:
-            if self._needed is needed:
-                self._pending.append(shard)
+                self._cache.fetch(shard, needed, wait=False)
 
 
 class StreamedTrainingImages(TrainingImages):
