@@ -20,7 +20,14 @@ from PIL import Image
 from shard_server import ShardServer, break_off, refuse, stall
 from torch.utils.data import DataLoader
 
-from ddpm_hf.data import DataError, prepare_images, read_batches, remote_files, to_unit_range
+from ddpm_hf.data import (
+    DataError,
+    prepare_images,
+    read_batches,
+    remote_files,
+    shard_cache,
+    to_unit_range,
+)  # fmt: skip
 from ddpm_hf.data.shard_files import find_shards, shards_of
 from ddpm_hf.data.shards import ShardIndex, index_shards
 from ddpm_hf.data.streaming import StreamedTrainingImages, open_stream
@@ -487,6 +494,20 @@ def test_a_cache_that_holds_everything_fetches_each_shard_once(server, tmp_path)
 def test_a_cache_that_is_too_small_states_the_least_size(server, tmp_path):
     with pytest.raises(DataError, match=r"`streaming_cache_gb` must be at least .* got 1e-06"):
         stream_of(f"{server.url}/train-{{000..029}}.tar", tmp_path, cache_gb=1e-6)
+
+
+def test_a_shard_that_is_read_finds_room_though_others_are_needed_too(
+    folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(shard_cache, "_SPACE_WAIT_S", 0.1)
+    limit = least(folder / "*.tar", tmp_path)
+    images = stream_of(folder / "*.tar", tmp_path, cache_gb=limit / 1e9)
+    cache, last, needed = images.cache, NUM_SHARDS - 1, range(NUM_SHARDS)
+    found = [cache.fetch(shard, needed, wait=False) for shard in needed]
+    assert found == [shard < ShardOrder.NUM_MIXED + 3 for shard in needed]
+    record = np.empty(1, cache.dtype)
+    cache.read(last, [1], [record.view(np.uint8).data], needed)
+    assert record["pixels"][0, 0, 0, 1] == 2 * last + 1
 
 
 def test_what_a_killed_process_left_is_removed(folder, tmp_path):

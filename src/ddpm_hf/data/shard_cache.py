@@ -79,7 +79,7 @@ class ShardCache:
             try:
                 file = os.open(name, os.O_RDONLY)
             except FileNotFoundError:
-                self.fetch(shard, needed)
+                self.fetch(shard, [shard, *needed])
                 continue
             try:
                 if os.fstat(file).st_size == self.decoded_bytes(shard):
@@ -227,7 +227,7 @@ class ShardCache:
         place = dict.fromkeys(used, len(needed)) | {
             self._path(number): place for place, number in enumerate(needed)
         }
-        own_place = place.get(self._path(shard), -1)
+        own_place = needed.index(shard) if shard in needed else -1
         removable = [path for path in used if place[path] > own_place]
         removable.sort(key=lambda path: (-place[path], used[path]))  # the least recently used first
         if excess > sum(used[path][1] for path in removable):

@@ -241,7 +241,7 @@ class StreamedTrainingImages(TrainingImages):
 
     def __getitems__(self, positions: Sequence[tuple[int, int]]) -> list[Any]:
         """A batch, for `DataLoader`; the shards that are needed next are fetched ahead."""
-        self.source.fetch_ahead(self.order.needed_shards(*positions[-1]))
+        self.source.fetch_ahead(self.order.needed_shards(*positions[0]))
         return super().__getitems__(positions)
 
     def first_read(self, count: int) -> list[int]:
