@@ -25,9 +25,10 @@ def bench(monkeypatch):
 
 
 def write_images(folder):
-    """20 training and 8 held-out images, half transparent."""
+    """20 training and 8 held-out images, half transparent, one in grey."""
     pixels = np.random.default_rng(0).integers(0, 256, (28, 16, 16, 4), np.uint8)
     images = [Image.fromarray(each) for each in pixels]
+    images[0] = images[0].convert("LA")
     for split, chosen in (("train", images[:20]), ("test", images[20:])):
         features = datasets.Features({"image": datasets.Image()})
         data = datasets.Dataset.from_dict({"image": chosen}, features)

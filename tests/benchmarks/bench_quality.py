@@ -63,7 +63,8 @@ def read(options: argparse.Namespace) -> Images:
     def convert(row: dict[str, Any]) -> dict[str, Any]:
         image = row["image"]
         if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
         image = image.convert(options.mode)
         side = options.size or image.width
         if image.size != (side, side):
