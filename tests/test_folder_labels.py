@@ -55,7 +55,7 @@ def test_images_at_another_depth_are_named_and_counted(tmp_path):
     assert "1 of 4 images are outside of the class folders, such as 'cover.png'" in text
     assert "1 of 4 images are in a sub-folder of their class folder" in text
     assert "'cats/more/2.png'" in text
-    assert "1 of 4 images have no label" in text
+    assert "1 of 4 images has no label" in text
 
 
 def test_images_at_another_depth_are_silent_without_classes(tmp_path, recwarn):

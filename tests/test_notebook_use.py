@@ -51,6 +51,13 @@ def test_an_empty_first_cell_and_column_names_are_drawn():
 
 
 @pytest.mark.slow
+def test_train_without_options_asks_for_images(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ddpm_hf.ConfigError, match="`dataset`"):
+        ddpm_hf.train()
+
+
+@pytest.mark.slow
 def test_a_run_returns_its_samples_and_writes_pictures_of_its_progress(tmp_path):
     result = run(tmp_path, num_samples=4, sample_steps=2, sample_inference_steps=3)
     newest = max((result.model_dir.parent / "samples").glob("*.png"))

@@ -17,7 +17,7 @@ from ddpm_hf.evaluation.results import Evaluation
 
 NAMES = ("ant", "bee", "cow")
 NUM = {"train": 14, "test": 10}
-small_classes = pytest.mark.filterwarnings("ignore:3 classes of 3 have fewer than 100")
+small_classes = pytest.mark.filterwarnings("ignore:3 of 3 classes have fewer than 100")
 pytestmark = [pytest.mark.slow, small_classes]
 
 
@@ -104,7 +104,7 @@ def test_a_model_draws_its_classes_in_turn_and_they_are_matched_by_name(tmp_path
     pipeline = GaussianDDPMPipeline(unet, GaussianDDPMScheduler(**SHORT_CHAIN))
     options = {"metrics": ["fd"], "features": "pixels", "num_images": 14, "per_class": True,
                "num_inference_steps": 2, "progress": False}  # fmt: skip
-    with pytest.warns(UserWarning, match="3 classes of 3 have fewer than 100 real or drawn images"):
+    with pytest.warns(UserWarning, match="3 of 3 classes have fewer than 100 real or drawn images"):
         (fd,) = ddpm_hf.evaluate(pipeline, photos, **options).results
     assert {row.class_name: row.num_drawn for row in fd.classes} == dict(
         zip(NAMES[::-1], (5, 5, 4), strict=True)

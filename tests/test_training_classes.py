@@ -109,7 +109,7 @@ def with_labels(numbers, names=("cat", "dog", "eel")):
     return rows.cast_column("label", ClassLabel(names=list(names)))
 
 
-@pytest.mark.filterwarnings("ignore:1 of 5 images have no label")
+@pytest.mark.filterwarnings("ignore:1 of 5 images has no label")
 def test_images_without_a_label_are_left_out_of_measurements():
     unet = tiny_unet(num_class_embeds=3)
     unet.register_to_config(_ddpm_hf=image_facts_of("L", 8, 8, class_names=["dog", "cat"]))

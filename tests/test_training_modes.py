@@ -30,10 +30,10 @@ def channels_of(images, options):
 @pytest.mark.parametrize(
     ("images", "options", "note"),
     [
-        ([RED] * 8 + [CLEAR], {}, "1 of 9 images have transparent pixels"),
+        ([RED] * 8 + [CLEAR], {}, "1 of 9 images has transparent pixels"),
         ([CLEAR] * 6, {}, "6 of 6 images have transparent pixels"),
         ([RED] * 8 + [CLEAR], {"image_mode": "RGB"}, None),
-        ([GREY] * 30 + [RED], {}, "1 of 31 images have colours, so the model gets colour"),
+        ([GREY] * 30 + [RED], {}, "1 of 31 images has colours, so the model gets colour"),
         ([GREY] * 2 + [RED] * 4, {}, None),
     ],
 )

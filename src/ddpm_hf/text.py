@@ -105,6 +105,11 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
+def share_that_has(part: int, number: int, noun: str, plural: str | None = None) -> str:
+    """Subject and verb: "1 of 241 images has", "3 of 241 images have"."""
+    return f"{part:,} of {counted(number, noun, plural)} {'has' if part == 1 else 'have'}"
+
+
 def file_size(num_bytes: float) -> str:
     """Readable size: "0.25 MB", "12 GB", "1,200 GB"."""
     value, unit = (num_bytes / 1e9, "GB") if num_bytes >= 1e9 else (num_bytes / 1e6, "MB")

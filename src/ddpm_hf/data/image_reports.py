@@ -11,7 +11,7 @@ from ddpm_hf.data.decoding import install_hint
 from ddpm_hf.data.errors import DataError
 from ddpm_hf.data.image_conversion import MAX_ASPECT, Target
 from ddpm_hf.data.labels import NO_LABEL, Labels
-from ddpm_hf.text import counted
+from ddpm_hf.text import counted, share_that_has
 
 _MAX_PROBLEMS, _MAX_SKIPPED, _MAX_KINDS = 200, 10, 10
 
@@ -63,7 +63,7 @@ def describe_files(headers: Mapping[str, NDArray[Any]]) -> str:
 def describe_unlabelled(labels: Labels) -> str | None:
     """A line with the number of images without label, if any."""
     count = int((labels == NO_LABEL).sum())
-    return f"{count:,} of {counted(len(labels), 'image')} have no label" if count else None
+    return f"{share_that_has(count, len(labels), 'image')} no label" if count else None
 
 
 def quality_remarks(notes: Mapping[str, NDArray[Any]], target: Target) -> list[str]:

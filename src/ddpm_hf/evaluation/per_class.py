@@ -13,7 +13,7 @@ from torch import Tensor
 from ddpm_hf.evaluation.figures import ClassResult, MetricResult
 from ddpm_hf.evaluation.metrics import METRICS, MIN_IMAGES, measure
 from ddpm_hf.sampling import DrawnImages
-from ddpm_hf.text import counted
+from ddpm_hf.text import share_that_has
 
 FEW_IMAGES = 100  # per class, below which only large differences are significant
 
@@ -110,7 +110,7 @@ def _with_classes(
     num_small = sum(min(map(len, of_class[:2])) < FEW_IMAGES for of_class in rows.values())
     if num_small:
         warnings.warn(
-            f"{counted(num_small, 'class', 'classes')} of {len(rows)} have fewer than {FEW_IMAGES}"
+            f"{share_that_has(num_small, len(rows), 'class', 'classes')} fewer than {FEW_IMAGES}"
             f" real or drawn images: {metric} detects large differences only",
             stacklevel=2,
         )

@@ -17,7 +17,7 @@ from ddpm_hf.diffusion.image_format import set_image_facts, size_multiple
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.losses import Loss
 from ddpm_hf.paths import RunPaths
-from ddpm_hf.text import counted
+from ddpm_hf.text import counted, share_that_has
 from ddpm_hf.training.checkpoint_record import CheckpointRecord
 from ddpm_hf.training.component_checks import check_runs, check_scheduler, check_trainable
 from ddpm_hf.training.config import ResolvedConfig, TrainingConfig
@@ -208,17 +208,18 @@ def _mode_notes(options: TrainingConfig, images: object) -> list[str]:
     mode, count = images.facts.mode, len(images)
     colour, alpha = images.num_with_colour, images.num_with_alpha
     if options.pretrained is not None:
-        text = "have colours, which are removed because the pretrained model is grayscale"
-        return [f"{colour:,} of {count:,} images {text}"] if colour and mode in ("L", "LA") else []
+        text = "colours, which are removed because the pretrained model is grayscale"
+        is_reduced = colour and mode in ("L", "LA")
+        return [f"{share_that_has(colour, count, 'image')} {text}"] if is_reduced else []
     notes = []
     if mode.endswith("A"):
         notes.append(
-            f"{alpha:,} of {count:,} images have transparent pixels, so the model gets an alpha "
-            f"channel; `image_mode` {mode[:-1]} places them on white instead"
+            f"{share_that_has(alpha, count, 'image')} transparent pixels, so the model gets an "
+            f"alpha channel; `image_mode` {mode[:-1]} places them on white instead"
         )
     if mode.startswith("RGB") and colour < _FEW_COLOURED * count:
         notes.append(
-            f"{colour:,} of {count:,} images have colours, so the model gets colour channels; "
+            f"{share_that_has(colour, count, 'image')} colours, so the model gets colour channels; "
             f"`image_mode` L removes them"
         )
     return notes

@@ -105,7 +105,7 @@ class TrainingResult:
 
 
 def train(
-    config: TrainingConfig,
+    config: TrainingConfig | None = None,
     *,
     unet: UNet2DModel | None = None,
     scheduler: GaussianDDPMScheduler | None = None,
@@ -115,7 +115,8 @@ def train(
     """Train a DDPM, or resume an interrupted run.
 
     Args:
-        config: the options; None means chosen from the images and the device.
+        config: the options, by default those of `TrainingConfig()`. Open options are chosen from
+            the images and the device.
         unet: network to train, instead of the one that `config` describes.
         scheduler: diffusion to train, instead of the one that `config` describes.
         dataset: images to train on, instead of `config.dataset`: a `datasets.Dataset`, the result
@@ -136,6 +137,7 @@ def train(
         TimeoutError: if another process of the launch does not start.
         TrainingError: if the loss stays non-finite, images become unreadable, or memory runs out.
     """
+    config = TrainingConfig() if config is None else config
     if not isinstance(config, TrainingConfig):
         raise ConfigError(
             f"`config` must be a TrainingConfig, got {config!r:.100}; for the usual options "
