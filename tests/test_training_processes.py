@@ -175,6 +175,7 @@ def process_of_rank(launchers, rank):
     return next(p for p in children if p.environ().get("RANK") == str(rank))
 
 
+@pytest.mark.timeout(600)  # each launch starts its processes twice
 @pytest.mark.parametrize("how", LAUNCHERS)
 def test_a_launch_restarts_by_itself_and_equals_an_uninterrupted_run(
     how, photos, tmp_path, straight

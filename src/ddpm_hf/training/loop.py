@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -150,7 +151,7 @@ def train(
 
         file_system, checkpoint = _open_run_folder(config, accelerator, stack)
         record = None
-        pusher = on_main_process(accelerator, lambda: _create_pusher(config), timeout_s)
+        pusher = on_main_process(accelerator, partial(_create_pusher, config), timeout_s)
         if checkpoint is not None:
             stack.enter_context(_no_advice())
             record = read_record(checkpoint)
