@@ -137,9 +137,10 @@ def _in_turn(classes: Sequence[tuple[str, str]]) -> str:
 
 
 def _samplers(model: ServedModel) -> list[tuple[str, str]]:
-    """Labels and values of the choices, the recommended one first."""
+    """Labels and values of the choices, the recommended one first, or DDIM without one."""
     setting = model.recommended
     first = setting.recommended if setting and setting.recommended else "DDIM"
     readable = readable_names([first, *SAMPLERS])
-    star = f"\u2605 {readable[first]}, {usual_steps(model, RECOMMENDED)}"
-    return [(star, RECOMMENDED), *((readable[name], name) for name in SAMPLERS)]
+    star = "\u2605 " if model.recommended else ""
+    label = f"{star}{readable[first]}, {usual_steps(model, RECOMMENDED)}"
+    return [(label, RECOMMENDED), *((readable[name], name) for name in SAMPLERS)]
