@@ -178,7 +178,8 @@ def test_the_configuration_for_a_hub_model_goes_to_the_output_folder(tmp_path, c
     assert torch.equal(
         GaussianDDPMScheduler.from_pretrained(path.parent).x_0_mse, scheduler.x_0_mse
     )
-    assert main(command("someone/model", "photos", tmp_path / "out", "--card")) == 2
+    (photos := tmp_path / "photos").mkdir()
+    assert main(command("someone/model", photos, tmp_path / "out", "--card")) == 2
     assert "'someone/model'" in capsys.readouterr().err
 
 

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from processes import LIMIT_S, run_process, started
@@ -21,20 +22,25 @@ def reserve(folder):
 @pytest.mark.parametrize(
     "command",
     [
-        ["sample", "no/model"],
-        ["evaluate", "no/model", "no/photos"],
-        ["evaluate", "no/model", "no/other", "no/photos"],
-        ["calibrate", "no/model", "no/photos"],
+        "sample MODEL",
+        "evaluate MODEL PHOTOS",
+        "evaluate MODEL OTHER PHOTOS",
+        "calibrate MODEL PHOTOS",
     ],
-    ids=["sample", "evaluate", "compare", "calibrate"],
 )
-def test_a_command_reports_an_output_in_use_before_it_loads_anything(command, tmp_path, capsys):
+def test_a_command_reports_an_output_in_use_before_it_loads_anything(
+    command, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    for folder in map(Path, ("MODEL", "OTHER", "PHOTOS")):  # none can be loaded
+        folder.mkdir()
+        (folder / "model_index.json").touch()
     output = tmp_path / "out"
-    with reserve(batch_folder(output) if command[0] == "sample" else output):
-        assert main([*command, "--output", str(output)]) == 2
+    with reserve(batch_folder(output) if command.startswith("sample") else output):
+        assert main([*command.split(), "--output", str(output)]) == 2
     message = capsys.readouterr().err
     assert f"{output} is in use by process {os.getpid()}; wait for it, or choose another" in message
-    assert list(tmp_path.iterdir()) == []
+    assert not output.exists()
 
 
 def test_a_released_folder_keeps_its_files_and_can_be_reserved_again(tmp_path):

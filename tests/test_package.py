@@ -102,7 +102,7 @@ def test_an_index_accepts_the_metadata(built):
     assert metadata.name == "ddpm-hf"
     assert metadata.version == Version(ddpm_hf.__version__)
     assert metadata.license_expression == "Apache-2.0"
-    assert set(metadata.provides_extra) == {"app", "heic", "eval", "dev", "all"}
+    assert set(metadata.provides_extra) == {"app", "heic", "eval", "dev", "site", "all"}
     # Relative links do not work on an index.
     links = re.findall(r"\]\(([^)]*)\)", metadata.description)
     assert links

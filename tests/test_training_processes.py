@@ -225,7 +225,8 @@ def test_two_ranks_train_the_same_network_as_one_and_sigterm_stops_both(photos, 
     finish(*two)
 
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    for name in (n for n in one if n.startswith("unet")):
+    # The gradient of the bias of keys is 0 up to rounding, which Adam enlarges.
+    for name in (n for n in one if n.startswith("unet") and not n.endswith("to_k.bias")):
         # The sum over a batch is rounded in another order; Adam divides by its size.
         assert (one[name] - two[name]).abs().mean() < 1e-4, name
     one, two = (metrics(tmp_path / name)[-1] for name in ("one", "two"))

@@ -318,7 +318,8 @@ def open_unet(
 def _has_safetensors(folder: Path, name: str, use_safetensors: bool) -> bool:
     """Whether a folder has safetensors; raises ValueError for no weights and refused ones."""
     is_safe = any(folder.glob("*.safetensors"))
-    if not is_safe and not any(folder.glob("*.bin")):
+    is_local = Path(name).expanduser().exists()  # pickled weights of the Hub are not downloaded
+    if is_local and not is_safe and not any(folder.glob("*.bin")):
         raise ValueError(f"{name} has no weights: it contains no .safetensors file")
     if use_safetensors and not is_safe:
         raise ValueError(
