@@ -69,11 +69,16 @@ REFUSALS = [
     ("edit MODEL there.png --num-inference-steps 21", "--num-inference-steps must be in [1, 20]"),
     ("edit MODEL there.png --guidance-scale 2", "--guidance-scale must be 1"),
     ("evaluate MODEL photos --num-inference-steps 21", "--num-inference-steps must be in [1, 20]"),
-    (
-        "sample user/nothere",
-        "HF_HUB_OFFLINE is set and the cache has no complete copy",
+    *(
+        (line, "HF_HUB_OFFLINE is set and the cache has no complete copy")
+        for line in (
+            "sample user/nothere",
+            "edit user/nothere there.png",
+            "evaluate user/nothere photos",
+            "calibrate user/nothere photos",
+            "app user/nothere",
+        )
     ),
-    ("edit user/nothere there.png", "HF_HUB_OFFLINE is set and the cache has no complete copy"),
     *(
         (
             f"{command} user/nothere",

@@ -59,8 +59,11 @@ def run(argv: list[str]) -> int:
     """Calibrate a model."""
     usage = "MODEL DATASET [--option VALUE ...]"
     with command_options(CalibrateCommand, argv, "calibrate", usage, DESCRIPTION) as options:
+        from ddpm_hf.commands.model_checks import download_models
+
         check_model(options.model)
         check_dataset(options.dataset)
+        download_models([options.model], options)
         with resume_hint("measurements"):
             calibrate(options)
     return 0
