@@ -258,14 +258,16 @@ import torch.distributed as dist
 from accelerate import PartialState
 from ddpm_hf.training import ProcessError
 from ddpm_hf.training.rank_coordination import name_missing_ranks
-state = PartialState(cpu=True, timeout=timedelta(seconds=6))
+state = PartialState(cpu=True, timeout=timedelta(seconds=60))
+# A remaining rank may notice the loss only after this time, and must then answer the others.
+group = dist.new_group(timeout=timedelta(seconds=2))
 lost, number = map(int, sys.argv[1:])
 state.wait_for_everyone()  # until all are connected
 if state.process_index == lost:
     os.kill(os.getpid(), number)
 try:
-    with name_missing_ranks(state, timeout_s=6):
-        dist.all_reduce(torch.ones(1))
+    with name_missing_ranks(state, timeout_s=10):
+        dist.all_reduce(torch.ones(1), group=group)
 except ProcessError as error:
     print(error.is_reporting_rank, error, flush=True)
 os._exit(0)
