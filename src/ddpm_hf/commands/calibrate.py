@@ -63,7 +63,8 @@ def run(argv: list[str]) -> int:
 
         check_model(options.model)
         check_dataset(options.dataset)
-        download_models([options.model], options)
+        if not options.card:  # which needs a local model
+            download_models([options.model], options)
         with resume_hint("measurements"):
             calibrate(options)
     return 0
