@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from accelerate.utils import is_port_in_use
 from PIL import Image
 from processes import (
     LIMIT_S,
@@ -164,6 +165,11 @@ def launched(launchers, photos, output):
     with ExitStack() as stack:
         processes = []
         for words in launchers:
+            # The first launcher refuses to start if the port of the rendezvous is in use, and on
+            # one host any launcher may open it.
+            while processes and not is_port_in_use(int(port)):
+                assert processes[0].poll() is None, processes[0].output()
+                time.sleep(0.02)
             program = [port if word == "PORT" else word for word in [*words, *COMMAND]]
             command = arguments(program, photos, output)
             processes.append(stack.enter_context(forked(command, env=env, merged=True)))
@@ -180,18 +186,14 @@ def process_of_rank(launchers, rank):
 def test_a_launch_restarts_by_itself_and_equals_an_uninterrupted_run(
     how, photos, tmp_path, straight
 ):
-    for number in range(3):  # two launchers on one host may race for the port
-        run = tmp_path / f"run{number}"
-        with launched(LAUNCHERS[how], photos, run) as launchers:
-            wait_for_another_checkpoint(run, launchers[0])
-            if all(process.poll() is None for process in launchers):
-                process_of_rank(launchers, 1).kill()
-            outputs = [launcher.communicate()[0] for launcher in launchers]
-        if all(launcher.returncode == 0 for launcher in launchers):
-            break
+    with launched(LAUNCHERS[how], photos, tmp_path / "run") as launchers:
+        wait_for_another_checkpoint(tmp_path / "run", launchers[0])
+        assert all(process.poll() is None for process in launchers), launchers[0].output()
+        process_of_rank(launchers, 1).kill()
+        outputs = [launcher.communicate()[0] for launcher in launchers]
     assert [launcher.returncode for launcher in launchers] == [0] * len(launchers), outputs
     assert "resuming after update" in outputs[0]
-    assert_equal_bits(weights(run), straight(2))
+    assert_equal_bits(weights(tmp_path / "run"), straight(2))
 
 
 def test_a_process_or_machine_that_never_comes_is_an_error_within_the_time_limit(photos, tmp_path):
