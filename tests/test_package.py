@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import tarfile
@@ -20,7 +19,7 @@ from packaging.metadata import Metadata
 from packaging.requirements import Requirement
 from packaging.version import Version
 from PIL import Image
-from processes import LIMIT_S, run_process, started
+from processes import LIMIT_S, free_port, run_process, started
 
 import ddpm_hf
 
@@ -219,10 +218,8 @@ def test_the_cpu_configuration_uses_the_cpu(tmp_path):
 @pytest.mark.slow
 def test_the_multi_node_configuration_connects_two_machines(tmp_path):
     """Two launchers on this machine, each with two CPU processes in place of eight GPUs."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     options = ("--num_processes", "4", "--main_process_ip", "127.0.0.1")
-    options += ("--main_process_port", str(port), "--machine_rank")
+    options += ("--main_process_port", str(free_port()), "--machine_rank")
     with ExitStack() as running:
         machines = [
             running.enter_context(
