@@ -21,6 +21,7 @@ FLOORS = (
         "connection",
         "diffusion",
         "digests",
+        "first_use",
         "fonts",
         "image_batches",
         "inference_optimization",

@@ -157,16 +157,26 @@ def numbered(denoiser, scheduler, x_0, t, noise):
 numbered.__module__ = "__main__"  # part of the name that a resumed run compares
 
 
-def test_a_streaming_dataset_gives_the_run_of_its_files(tmp_path):
+def noted_images():
+    """A list, and a loss that adds the images of each batch to it."""
     seen = []
 
     def noted(denoiser, scheduler, x_0, t, noise):
         seen.append(numbers(x_0))
         return simple_loss(denoiser, scheduler, x_0, t, noise)
 
-    (tmp_path / "unet.json").write_text(json.dumps(NETWORK))
-    for shard in range(3):
-        write_parquet(tmp_path / f"{shard}.parquet", [png(4 * shard + row) for row in range(4)])
+    return seen, noted
+
+
+def write_shards_and_network(folder, num_shards):
+    (folder / "unet.json").write_text(json.dumps(NETWORK))
+    for shard in range(num_shards):
+        write_parquet(folder / f"{shard}.parquet", [png(4 * shard + row) for row in range(4)])
+
+
+def test_a_streaming_dataset_gives_the_run_of_its_files(tmp_path):
+    seen, noted = noted_images()
+    write_shards_and_network(tmp_path, 3)
     pattern = str(tmp_path / "*.parquet")
     options = {
         "resolution": SIZE, "unet_config": str(tmp_path / "unet.json"), "batch_size": 3,
@@ -185,15 +195,8 @@ def test_a_streaming_dataset_gives_the_run_of_its_files(tmp_path):
 
 
 def test_a_stream_with_classes_measures_images_that_it_does_not_train_on(tmp_path):
-    seen = []
-
-    def noted(denoiser, scheduler, x_0, t, noise):
-        seen.extend(numbers(x_0))
-        return simple_loss(denoiser, scheduler, x_0, t, noise)
-
-    (tmp_path / "unet.json").write_text(json.dumps(NETWORK))
-    for shard in range(4):
-        write_parquet(tmp_path / f"{shard}.parquet", [png(4 * shard + row) for row in range(4)])
+    seen, noted = noted_images()
+    write_shards_and_network(tmp_path, 4)
     result = train(
         TrainingConfig(
             dataset=str(tmp_path / "*.parquet"), streaming=True, resolution=SIZE, batch_size=6,
@@ -206,7 +209,7 @@ def test_a_stream_with_classes_measures_images_that_it_does_not_train_on(tmp_pat
         loss=noted,
     )  # fmt: skip
     # Two of four shards hold the 30 % of the images; the others are read in 4.5 epochs.
-    training = sorted(set(seen))
+    training = sorted({*chain(*seen)})
     assert len(training) == 8
     assert len({number // 4 for number in training}) == 2
     entries = [json.loads(line) for line in result.metrics_file.open()]

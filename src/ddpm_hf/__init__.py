@@ -3,8 +3,9 @@
 Public names are imported on first use, so that `ddpm-hf --help` does not import torch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ddpm_hf.first_use import imported_on_first_use
 
 if TYPE_CHECKING:
     from ddpm_hf.calibration import Calibration, calibrate
@@ -69,35 +70,31 @@ __all__ = [
     "vlb_loss",
 ]
 
-_NAMES_BY_MODULE = {
-    "calibration": "Calibration calibrate",
-    "connection": "HubError",
-    "data": "DataError",
-    "diffusion.pipeline": "GaussianDDPMPipeline",
-    "diffusion.scheduling": "GaussianDDPMScheduler",
-    "evaluation.calibration_results": "CheckpointCalibration",
-    "evaluation.checkpoint_calibration": "calibrate_checkpoint",
-    "evaluation.compare": "compare",
-    "evaluation.comparison_results": "Comparison",
-    "evaluation.evaluate": "evaluate",
-    "evaluation.results": "Evaluation",
-    "hub.load": "load",
-    "hub.push": "push",
-    "inference_optimization": "optimize",
-    "likelihood": "BitsPerDim bits_per_dim",
-    "openai_conversion.convert": "convert",
-    "losses": "hybrid_loss simple_loss vlb_loss",
-    "pictures": "image_grid",
-    "sampling": "draw_to save_drawn",
-    "training": "CheckpointError ConfigError TrainingConfig TrainingError TrainingResult train",
-}
-_MODULES = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names.split()}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"ddpm_hf.{_MODULES[name]}"), name)
+__getattr__ = imported_on_first_use(
+    __name__,
+    {
+        "calibration": "Calibration calibrate",
+        "connection": "HubError",
+        "data": "DataError",
+        "diffusion.pipeline": "GaussianDDPMPipeline",
+        "diffusion.scheduling": "GaussianDDPMScheduler",
+        "evaluation.calibration_results": "CheckpointCalibration",
+        "evaluation.checkpoint_calibration": "calibrate_checkpoint",
+        "evaluation.compare": "compare",
+        "evaluation.comparison_results": "Comparison",
+        "evaluation.evaluate": "evaluate",
+        "evaluation.results": "Evaluation",
+        "hub.load": "load",
+        "hub.push": "push",
+        "inference_optimization": "optimize",
+        "likelihood": "BitsPerDim bits_per_dim",
+        "openai_conversion.convert": "convert",
+        "losses": "hybrid_loss simple_loss vlb_loss",
+        "pictures": "image_grid",
+        "sampling": "draw_to save_drawn",
+        "training": "CheckpointError ConfigError TrainingConfig TrainingError TrainingResult train",
+    },
+)
 
 
 def __dir__() -> list[str]:

@@ -8,8 +8,9 @@ The docstring of `decoding` lists the supported file modes. Public names load on
 a folder is checked before torch is imported.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ddpm_hf.first_use import imported_on_first_use
 
 if TYPE_CHECKING:
     from ddpm_hf.data.errors import DataError
@@ -32,20 +33,15 @@ __all__ = [
     "to_unit_range",
 ]
 
-_HOME_OF = {
-    "DataError": "data.errors",
-    "ImageDataset": "data.image_dataset",
-    "ImageFacts": "diffusion.image_format",
-    "ImageSource": "data.image_source",
-    "TrainingImages": "data.training_dataset",
-    "load_images": "data.sources",
-    "prepare_images": "data.image_dataset",
-    "read_batches": "data.training_dataset",
-    "to_unit_range": "diffusion.image_processor",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"ddpm_hf.{_HOME_OF[name]}"), name)
+__getattr__ = imported_on_first_use(
+    __name__,
+    {
+        "data.errors": "DataError",
+        "data.image_dataset": "ImageDataset prepare_images",
+        "diffusion.image_format": "ImageFacts",
+        "data.image_source": "ImageSource",
+        "data.training_dataset": "TrainingImages read_batches",
+        "data.sources": "load_images",
+        "diffusion.image_processor": "to_unit_range",
+    },
+)

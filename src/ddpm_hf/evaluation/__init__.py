@@ -39,8 +39,9 @@ Options and results
     plots, result_pictures  figures as plots, images as grids
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ddpm_hf.first_use import imported_on_first_use
 
 if TYPE_CHECKING:
     from ddpm_hf.evaluation.distances import (
@@ -59,8 +60,4 @@ __all__ = [
     "precision_recall",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module("ddpm_hf.evaluation.distances"), name)
+__getattr__ = imported_on_first_use(__name__, {"evaluation.distances": " ".join(__all__)})

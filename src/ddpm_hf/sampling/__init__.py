@@ -15,8 +15,9 @@ differed by at most 7e-6 of the range from those in batches of 16, and no 8-bit 
 Public names load on first use, so that options are parsed before torch is imported.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ddpm_hf.first_use import imported_on_first_use
 
 if TYPE_CHECKING:
     from ddpm_hf.sampling.batches import draw_images
@@ -26,17 +27,6 @@ if TYPE_CHECKING:
     from ddpm_hf.sampling.sampler_choice import SamplerSetting, choose_setting, use_recommended
     from ddpm_hf.sampling.sharded_sampling import draw_to
 
-_MODULE_OF = {
-    "DrawnImages": "image_reader",
-    "SamplerOptions": "options",
-    "SamplerSetting": "sampler_choice",
-    "choose_setting": "sampler_choice",
-    "draw_images": "batches",
-    "draw_to": "sharded_sampling",
-    "open_drawn": "image_reader",
-    "save_drawn": "image_writer",
-    "use_recommended": "sampler_choice",
-}
 __all__ = [
     "DrawnImages",
     "SamplerOptions",
@@ -49,8 +39,14 @@ __all__ = [
     "use_recommended",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"ddpm_hf.sampling.{_MODULE_OF[name]}"), name)
+__getattr__ = imported_on_first_use(
+    __name__,
+    {
+        "sampling.image_reader": "DrawnImages open_drawn",
+        "sampling.options": "SamplerOptions",
+        "sampling.sampler_choice": "SamplerSetting choose_setting use_recommended",
+        "sampling.batches": "draw_images",
+        "sampling.sharded_sampling": "draw_to",
+        "sampling.image_writer": "save_drawn",
+    },
+)

@@ -7,8 +7,9 @@ program as `ddpm-hf train`.
 Public names load on first use, so that options are checked before torch is imported.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ddpm_hf.first_use import imported_on_first_use
 
 if TYPE_CHECKING:
     from ddpm_hf.training.accelerator import join_processes
@@ -36,24 +37,16 @@ __all__ = [
     "train",
 ]
 
-_HOME_OF = {
-    "CheckpointError": "errors",
-    "ConfigError": "errors",
-    "ProcessError": "rank_coordination",
-    "TrainingConfig": "config",
-    "TrainingError": "errors",
-    "TrainingResult": "loop",
-    "build_images": "dataset_setup",
-    "build_scheduler": "network",
-    "build_unet": "network",
-    "join_processes": "accelerator",
-    "main_first": "rank_coordination",
-    "parse_config": "arguments",
-    "train": "loop",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"ddpm_hf.training.{_HOME_OF[name]}"), name)
+__getattr__ = imported_on_first_use(
+    __name__,
+    {
+        "training.errors": "CheckpointError ConfigError TrainingError",
+        "training.rank_coordination": "ProcessError main_first",
+        "training.config": "TrainingConfig",
+        "training.loop": "TrainingResult train",
+        "training.dataset_setup": "build_images",
+        "training.network": "build_scheduler build_unet",
+        "training.accelerator": "join_processes",
+        "training.arguments": "parse_config",
+    },
+)
