@@ -250,56 +250,63 @@ except ProcessError as error:
 """
 
 
+# One rank is lost. The next one waits for it, and notices a killed process at once; the third one
+# waits for the second one, and notices nothing before its timeout.
 LOSE_A_RANK = """
 import os, signal, sys
 from datetime import timedelta
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from ddpm_hf.training import ProcessError
-from ddpm_hf.training.rank_coordination import name_missing_ranks
-state = PartialState(cpu=True, timeout=timedelta(seconds=60))
-# A remaining rank may notice the loss only after this time, and must then answer the others.
-group = dist.new_group(timeout=timedelta(seconds=2))
+from ddpm_hf.training import ProcessError, rank_coordination
+rank_coordination._ROLL_CALL_S = 3.0  # shorter than the timeout, as 10 s are in a run
+state, timeout_s = PartialState(cpu=True, timeout=timedelta(seconds=60)), 4
+group = dist.new_group(timeout=timedelta(seconds=timeout_s))
 lost, number = map(int, sys.argv[1:])
-state.wait_for_everyone()  # until all are connected
+before = (state.process_index - 1) % 3
+for rank in (lost + 1) % 3, (lost + 2) % 3:  # connects them
+    if rank == state.process_index:
+        dist.recv(torch.ones(1), before, group=group)
+    elif state.process_index == (rank - 1) % 3:
+        dist.send(torch.ones(1), rank, group=group)
+state.wait_for_everyone()
 if state.process_index == lost:
     os.kill(os.getpid(), number)
 try:
-    with name_missing_ranks(state, timeout_s=10):
-        dist.all_reduce(torch.ones(1), group=group)
+    with rank_coordination.name_missing_ranks(state, timeout_s):
+        dist.recv(torch.ones(1), before, group=group)
 except ProcessError as error:
     print(error.is_reporting_rank, error, flush=True)
 os._exit(0)
 """
+LOSSES = [(0, "SIGSTOP"), (0, "SIGKILL"), (1, "SIGKILL"), (2, "SIGKILL")]
 
 
 @pytest.fixture(scope="module")
 def outputs():
-    """Output of the ranks that are left, by number of the lost one; groups run side by side."""
-    losses = {0: signal.SIGSTOP, 2: signal.SIGKILL}
+    """Output of the remaining ranks, by lost rank and signal; the groups run side by side."""
     with ExitStack() as stack:
         groups = {
-            lost: stack.enter_context(
-                forked_ranks(["-c", LOSE_A_RANK, str(lost), str(int(number))], 3)
+            (lost, name): stack.enter_context(
+                forked_ranks(["-c", LOSE_A_RANK, str(lost), str(int(getattr(signal, name)))], 3)
             )
-            for lost, number in losses.items()
+            for lost, name in LOSSES
         }
         groups["main"] = stack.enter_context(forked_ranks(["-c", PREPARE_TOGETHER]))
         return {
-            lost: [
+            key: [
                 process.communicate(timeout=LIMIT_S)[0]
                 for rank, process in enumerate(processes)
-                if rank != (0 if lost == "main" else lost)
+                if rank != (0 if key == "main" else key[0])
             ]
-            for lost, processes in groups.items()
+            for key, processes in groups.items()
         }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lost", [0, 2])
-def test_every_remaining_rank_names_the_lost_one_and_the_lowest_reports_it(outputs, lost):
-    for output, reports in zip(outputs[lost], ("True", "False"), strict=True):
+@pytest.mark.parametrize(("lost", "name"), LOSSES)
+def test_every_remaining_rank_names_the_lost_one_and_the_lowest_reports_it(outputs, lost, name):
+    for output, reports in zip(outputs[lost, name], ("True", "False"), strict=True):
         assert f"{reports} rank {lost} of 3 processes has ended or hangs" in output
 
 

@@ -211,6 +211,14 @@ def test_changed_options_of_a_resumed_run_raise_with_old_and_new_value():
         resume_options(TrainingConfig(output_dir="a", seed=1, logging_steps=3), before)
 
 
+def test_a_resumed_run_may_not_be_shorter_than_its_warmup():
+    before = resolved(TrainingConfig(output_dir="a", lr_warmup_steps=50)).to_dict()
+    message = r"^`max_train_steps` must be at least 50, the number of warmup updates .* a, got 49;"
+    with pytest.raises(ConfigError, match=message):
+        resume_options(TrainingConfig(output_dir="a", max_train_steps=49), before)
+    assert resume_options(TrainingConfig(output_dir="a", max_train_steps=50), before)
+
+
 def test_commands_in_messages_quote_paths_with_spaces():
     hint = TrainingConfig(output_dir="my run").resume_hint()
     assert "`output_dir` 'my run-2' for a new network" in hint

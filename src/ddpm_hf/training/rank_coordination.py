@@ -1,8 +1,9 @@
 """Rank coordination and hang detection for the processes of one training run."""
 
+import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -20,6 +21,9 @@ T = TypeVar("T")
 
 _HEARTBEAT_S = 1.0
 _ANSWER_S = 2.0  # for requests to the store of the process group
+_ROLL_CALL_S = 10.0
+_POLL_S = 0.1
+_RESULT = "ddpm_hf/missing"  # key of the result in the store
 _LAUNCHER_S = 2.0  # for the signal of a launcher, which looks for ended processes every 0.1 s
 
 
@@ -117,12 +121,12 @@ def _broadcast_is_over(value: bool, group: Any) -> bool:
 
 
 def roll_call_s(timeout_s: float) -> float:
-    """Seconds in which every rank must answer after a collective operation failed.
+    """Largest delay in seconds between ranks that notice the same timeout.
 
     Longer than an update, because ranks may be one update apart. With `_ANSWER_S`, a lost rank is
     named within twice the timeout.
     """
-    return min(timeout_s, 10.0)
+    return min(timeout_s, _ROLL_CALL_S)
 
 
 @contextmanager
@@ -130,15 +134,16 @@ def name_missing_ranks(process: Accelerator | PartialState, timeout_s: float) ->
     """Turn a failed collective operation into a ProcessError that names the missing ranks.
 
     Raises:
-        ProcessError: on every remaining rank.
+        ProcessError: on every remaining rank, with the same ranks.
     """
     try:
         yield
     except RuntimeError as error:
         if process.num_processes == 1 or not _is_lost_connection(error):
             raise
-        wait_s = roll_call_s(timeout_s)
-        missing = _missing_ranks(process.process_index, process.num_processes, wait_s)
+        # A closed connection shows that a process has ended; other ranks may notice it later.
+        has_ended = "Timed out" not in str(error)
+        missing = _missing_ranks(process.process_index, process.num_processes, has_ended, timeout_s)
         remaining = [rank for rank in range(process.num_processes) if rank not in missing]
         which = f"rank {', '.join(map(str, missing))}" if missing else "one"
         raise ProcessError(
@@ -173,31 +178,62 @@ def _is_lost_connection(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
-def _missing_ranks(rank: int, num_processes: int, wait_s: float) -> list[int]:
-    """The ranks that do not report to the store of the process group within `wait_s` seconds.
+def _missing_ranks(rank: int, num_processes: int, has_ended: bool, timeout_s: float) -> list[int]:
+    """The ranks that do not report to the store of the process group; the same on all ranks.
+
+    A rank with a connection to a process that ended notices it at once, and another rank only by
+    its timeout. Therefore the first one waits for the answer of the other one, and the first result
+    holds for all ranks.
 
     Differs from `torch.distributed.monitored_barrier` (torch 2.13, 3 ranks on gloo), which names a
     hanging rank on rank 0 only, while the other ranks name rank 0; which names no rank if one was
     killed ("Connection closed by peer"); and which needs a group that did not fail. Here every
     remaining rank has to know which one reports the error.
+
+    Args:
+        rank: this rank.
+        num_processes: number of ranks.
+        has_ended: whether a process has ended. If not, the operation timed out, and all ranks that
+            wait for it notice it at the same time.
+        timeout_s: timeout of collective operations.
     """
     store = dist.distributed_c10d._get_default_store()  # on the launcher or rank 0
-    missing: list[int] = []
+    late_s = roll_call_s(timeout_s)
+    wait_s = late_s + (timeout_s if has_ended else 0)
+    results = [[0]]  # if the store does not answer
 
     def call() -> None:
-        try:
-            store.set(f"ddpm_hf/alive/{rank}", "")
-            time.sleep(wait_s)
-            ranks = range(num_processes)
-            missing.extend(r for r in ranks if not store.check([f"ddpm_hf/alive/{r}"]))
-        except dist.DistError:
-            missing.append(0)
+        with suppress(dist.DistError):
+            results.append(_call_roll(store, rank, range(num_processes), has_ended, wait_s))
 
     # In a thread: a request never returns if the process that holds the store hangs.
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
     thread.join(wait_s + _ANSWER_S)
-    return [0] if thread.is_alive() else missing
+    missing = results[-1]
+    if rank == 0:  # the store ends with this process: the others read the result first
+        readers = [f"ddpm_hf/read/{r}" for r in range(num_processes) if r not in missing]
+        with suppress(dist.DistError):
+            store.wait(readers, timedelta(seconds=late_s))
+    return missing
+
+
+def _call_roll(
+    store: Any, rank: int, ranks: Sequence[int], has_ended: bool, wait_s: float
+) -> list[int]:
+    """The ranks that do not answer within `wait_s` seconds, or the result of an earlier rank."""
+    store.set(f"ddpm_hf/alive/{rank}", "")
+    until, missing = time.monotonic() + wait_s, ranks
+    while True:
+        missing = [r for r in missing if not store.check([f"ddpm_hf/alive/{r}"])]
+        # If all others answer, the last one is the process that has ended.
+        is_known = len(missing) <= int(has_ended) or store.check([_RESULT])
+        if is_known or time.monotonic() > until:
+            break
+        time.sleep(_POLL_S)
+    result = json.loads(store.compare_set(_RESULT, "", json.dumps(missing)))  # sets it only once
+    store.set(f"ddpm_hf/read/{rank}", "")
+    return result  # type: ignore[no-any-return]
 
 
 def free_gradient_reducer(model: torch.nn.Module) -> None:

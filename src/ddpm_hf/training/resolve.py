@@ -4,6 +4,7 @@
 `resolve` fills the rest from the images, the network and the machine. Imports no torch.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -114,6 +115,12 @@ def resume_options(
             + options.resume_hint()
         )
     kept = {name: before[name] for name in vars(options) if name not in given or name in proposed}
+    warmup, num_updates = kept.get("lr_warmup_steps") or 0, given.get("max_train_steps", math.inf)
+    if num_updates < warmup:
+        raise ConfigError(
+            f"`max_train_steps` must be at least {warmup}, the number of warmup updates of the run "
+            f"in {options.run_folder()}, got {num_updates}; " + options.resume_hint()
+        )
     return TrainingConfig(**(given | kept))
 
 
