@@ -307,7 +307,7 @@ def test_a_transient_download_error_is_retried(client, hub, checkpoint, fault):
 @pytest.mark.slow
 def test_an_unreachable_hub_raises_an_error_of_one_line(client, hub, checkpoint):
     hub.fault("user/down", times=99, status=503)
-    client.run("from ddpm_hf.hub import load as loading; loading.WAITS_S = (0.01, 0.01)")
+    client.run("from ddpm_hf.hub import download as loading; loading.WAITS_S = (0.01, 0.01)")
     with pytest.raises(ClientError, match="the Hub failed for user/down") as caught:
         client.run("load('user/down')")
     assert caught.value.kind == "HubError"
@@ -538,7 +538,7 @@ def test_an_incomplete_copy_in_the_cache_is_not_loaded(
     )
     if why == "answer":
         hub.fault(repo, times=99, status=503)
-        client.run("from ddpm_hf.hub import load as loading; loading.WAITS_S = (0.01,)")
+        client.run("from ddpm_hf.hub import download as loading; loading.WAITS_S = (0.01,)")
     if why == "token":
         set_token(client, None)
     with pytest.raises(ClientError, match=expected):

@@ -23,7 +23,7 @@ from ddpm_hf.app.working import watched
 from ddpm_hf.options import flag_of
 from ddpm_hf.pictures import Pixels
 from ddpm_hf.sampling.edit_options import EditOptions
-from ddpm_hf.sampling.edited_images import EditPictures, PictureEdit
+from ddpm_hf.sampling.picture_edit import EditPictures, PictureEdit
 
 KINDS = ("inpaint", "vary", "between", "class")
 METHODS = ("repaint", "covariance")

@@ -12,7 +12,8 @@ import torch
 
 from ddpm_hf.diffusion.image_format import image_facts, size_and_window
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
-from ddpm_hf.hub.load import fetch, open_pipeline
+from ddpm_hf.hub.download import fetch
+from ddpm_hf.hub.load import open_pipeline
 from ddpm_hf.sampling.class_labels import class_names_of, label_cycle
 from ddpm_hf.sampling.sampler_choice import SamplerSetting, recommended_setting
 from ddpm_hf.text import public_name

@@ -76,14 +76,14 @@ def run(argv: list[str]) -> int:
     """Serve the page until it is interrupted."""
     usage = "MODEL [MODEL ...] [--option VALUE ...]"
     with command_options(AppCommand, argv, "app", usage, DESCRIPTION) as options:
-        from ddpm_hf.commands.model_checks import download_models
+        from ddpm_hf.commands.model_checks import downloaded_models
 
         for name in [*options.models, *filter(None, [options.data])]:
             check_local_path(name)
         if find_spec("gradio") is None:
             raise ValueError(f"`ddpm-hf app` needs the extra `app`: {how_to_install('app')}")
-        download_models(options.models, options)
-        serve(options)
+        with downloaded_models(options.models, options):
+            serve(options)
     return 0
 
 

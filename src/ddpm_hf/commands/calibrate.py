@@ -59,13 +59,12 @@ def run(argv: list[str]) -> int:
     """Calibrate a model."""
     usage = "MODEL DATASET [--option VALUE ...]"
     with command_options(CalibrateCommand, argv, "calibrate", usage, DESCRIPTION) as options:
-        from ddpm_hf.commands.model_checks import download_models
+        from ddpm_hf.commands.model_checks import downloaded_models
 
         check_model(options.model)
         check_dataset(options.dataset)
-        if not options.card:  # which needs a local model
-            download_models([options.model], options)
-        with resume_hint("measurements"):
+        models = [] if options.card else [options.model]  # `card` needs a local model
+        with downloaded_models(models, options), resume_hint("measurements"):
             calibrate(options)
     return 0
 

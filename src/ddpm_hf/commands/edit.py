@@ -37,7 +37,7 @@ def run(argv: list[str]) -> int:
         for path in (options.image, options.mask_image, options.between):
             if path is not None and not path.is_file():
                 raise ValueError(f"{path} does not exist, or is not a file")
-        from ddpm_hf.commands.model_checks import check_model_options
+        from ddpm_hf.commands.model_checks import check_model_options, downloaded_models
 
         source = [] if options.source_class is None else [options.source_class]
         check_model_options(
@@ -46,33 +46,26 @@ def run(argv: list[str]) -> int:
             guidance_scale=options.guidance_scale,
             num_inference_steps=options.num_inference_steps,
         )
-        with resume_hint("batches"):
+        with downloaded_models([options.model], options), resume_hint("batches"):
             edit(options)
     return 0
 
 
 def edit(options: EditCommand) -> None:
     """Load the model, edit the picture and print what was written."""
-    from ddpm_hf.hub.load import fetch, open_pipeline
-
-    # Before torch is loaded.
-    is_safe = options.use_safetensors
-    folder = fetch(options.model, revision=options.revision, use_safetensors=is_safe)
-    from ddpm_hf.sampling.edited_images import edit_images, edit_setting
+    from ddpm_hf.hub.load import load
+    from ddpm_hf.sampling.edited_images import edit_images
+    from ddpm_hf.sampling.picture_edit import EditPictures, PictureEdit
     from ddpm_hf.shared_work import distributed_state
 
     state = distributed_state()
-    pipeline = open_pipeline(
-        folder, options.model, variant=options.variant, use_safetensors=is_safe
-    ).to(state.device)
-    setting = edit_setting(pipeline, options)
-    say_recommended(setting)
+    pipeline = load(options.model, **options.keywords(LoadOptions)).to(state.device)
+    pictures = EditPictures.read(options.image, options)
+    edit = PictureEdit(pipeline, pictures, EditOptions(**options.keywords(EditOptions)))
+    say_recommended(edit.setting)
     edited = edit_images(
-        pipeline,
-        options.image,
+        edit,
         options.output,
-        EditOptions(**options.keywords(EditOptions)),
-        setting=setting,
         overwrite=options.overwrite,
         model={"name": public_name(options.model), "revision": options.revision},
     )

@@ -146,18 +146,17 @@ def run(argv: list[str]) -> int:
     """Evaluate models or images."""
     usage = "MODEL_OR_IMAGES [MODEL_OR_IMAGES ...] DATASET [--option VALUE ...]"
     with command_options(EvaluateCommand, argv, "evaluate", usage, DESCRIPTION) as options:
-        from ddpm_hf.commands.model_checks import check_model_options, download_models
+        from ddpm_hf.commands.model_checks import check_model_options, downloaded_models
 
         for path in options.subjects:
             check_local_path(path)
         if options.dataset is not None:
             check_dataset(options.dataset)
-        download_models(options.subjects, options)
         if options.is_single and options.num_inference_steps:
             check_model_options(
                 options.subjects[0], num_inference_steps=options.num_inference_steps[0]
             )
-        with resume_hint("measurements"):
+        with downloaded_models(options.subjects, options), resume_hint("measurements"):
             if options.verify:
                 return verify(options)
             (evaluate if options.is_single else compare)(options)

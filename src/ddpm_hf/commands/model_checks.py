@@ -1,27 +1,33 @@
 """Checks of models, and of options against their configuration, before torch is loaded."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ddpm_hf.diffusion.atomic_files import read_json
 from ddpm_hf.diffusion.class_choice import check_null_class, class_numbers
 from ddpm_hf.diffusion.config_extension import extension_of
-from ddpm_hf.hub.load import fetch
+from ddpm_hf.hub.download import downloading_once, fetch
 from ddpm_hf.hub.options import LoadOptions
 from ddpm_hf.paths import model_of_run, run_of_checkpoint
 from ddpm_hf.sampling.options import NOT_CONDITIONAL
 
 
-def download_models(names: Iterable[str], options: LoadOptions) -> None:
-    """Download the models on the Hub to the cache; local paths are skipped.
+@contextmanager
+def downloaded_models(names: Iterable[str], options: LoadOptions) -> Iterator[None]:
+    """Context manager: downloads the models on the Hub, which the block loads without a request.
+
+    Local paths are skipped.
 
     Raises:
         ValueError, HubError: see `fetch`.
     """
-    for name in names:
-        if not Path(name).expanduser().exists():
-            fetch(name, revision=options.revision, use_safetensors=options.use_safetensors)
+    with downloading_once():
+        for name in names:
+            if not Path(name).expanduser().exists():
+                fetch(name, revision=options.revision, use_safetensors=options.use_safetensors)
+        yield
 
 
 def check_model_options(

@@ -1,17 +1,13 @@
 """`ddpm-hf sample`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ddpm_hf.commands.messages import command_options, resume_hint, say_recommended
 from ddpm_hf.hub.options import LoadOptions, ModelArgument
 from ddpm_hf.paths import check_model
-from ddpm_hf.sampling.options import ImageOptions, SamplingOptions
+from ddpm_hf.sampling.options import DrawOptions, ImageOptions, SamplingOptions
 from ddpm_hf.text import counted, public_name
-
-if TYPE_CHECKING:
-    from ddpm_hf.inference_settings import OptimizedInference
 
 HELP = "draw images from a model on the Hub or in a folder"
 DESCRIPTION = """
@@ -44,9 +40,11 @@ def run(argv: list[str]) -> int:
     """Sample images from a model."""
     usage = "MODEL [--option VALUE ...]"
     with command_options(SampleCommand, argv, "sample", usage, DESCRIPTION) as options:
+        from ddpm_hf.commands.model_checks import downloaded_models
+
         output = options.output_path()
         check_paths(options, output)
-        with resume_hint("batches"):
+        with downloaded_models([options.model], options), resume_hint("batches"):
             sample(options, output)
     return 0
 
@@ -77,14 +75,10 @@ def check_paths(options: SampleCommand, output: Path) -> None:
 
 def sample(options: SampleCommand, output: Path) -> None:
     """Load the model, sample the images and save them."""
-    from ddpm_hf.hub.load import fetch, load, open_pipeline
-
-    # Before torch is loaded.
-    is_safe = options.use_safetensors
-    folder = fetch(options.model, revision=options.revision, use_safetensors=is_safe)
-    from ddpm_hf.sampling import choose_setting, save_drawn
-    from ddpm_hf.sampling.image_writer import reserved_output
+    from ddpm_hf.hub.load import load
+    from ddpm_hf.sampling.image_writer import reserved_output, save_images
     from ddpm_hf.sampling.planned_optimization import optimize_for_images
+    from ddpm_hf.sampling.sampler_choice import choose_setting
     from ddpm_hf.shared_work import distributed_state
 
     # Reserve the output before the model is loaded.
@@ -92,27 +86,30 @@ def sample(options: SampleCommand, output: Path) -> None:
     state = distributed_state()
     with reserved_output(output, state):
         pass
-    pipeline = open_pipeline(
-        folder, options.model, variant=options.variant, use_safetensors=is_safe
-    ).to(state.device)
+    pipeline = load(options.model, **options.keywords(LoadOptions)).to(state.device)
     setting = choose_setting(pipeline, options)
-    pipeline.scheduler = setting.scheduler
     say_recommended(setting)
-    images = dict(options.keywords(ImageOptions))
-    if options.guide:
-        images["guide"] = load(options.guide)
-        images["guidance_scale"] = 2.0 if options.guidance_scale is None else options.guidance_scale
-    optimized = None
-    if options.optimize:
-        optimized = optimize_for_images(pipeline, setting, options, output, images["guide"])
-        _print_optimized(optimized, state.is_main_process)
-    is_new = save_drawn(
-        pipeline,
-        output,
-        **images,
+    pipeline.scheduler = setting.scheduler
+    drawing = DrawOptions(
+        **options.keywords(ImageOptions),
         **setting.arguments(),
         batch_size=options.batch_size,
         overwrite=options.overwrite,
+    )
+    if options.guide:
+        scale = 2.0 if options.guidance_scale is None else options.guidance_scale
+        drawing = replace(drawing, guide=load(options.guide), guidance_scale=scale)
+    optimized = None
+    if options.optimize:
+        optimized = optimize_for_images(pipeline, drawing, output)
+        if state.is_main_process:
+            print(f"optimized: {optimized}")
+            if optimized.guide is not None:
+                print(f"optimized guide: {optimized.guide}")
+    is_new = save_images(
+        pipeline,
+        output,
+        drawing,
         model={"name": public_name(options.model), "revision": options.revision},
         optimized=optimized,
     )
@@ -120,10 +117,3 @@ def sample(options: SampleCommand, output: Path) -> None:
     if state.is_main_process:
         already = "" if is_new else ", sampled before with the same options"
         print(f"{counted(options.num_images, 'image')} in {output}{already}")
-
-
-def _print_optimized(optimized: "OptimizedInference", is_main_process: bool) -> None:
-    if is_main_process:
-        print(f"optimized: {optimized}")
-        if optimized.guide is not None:
-            print(f"optimized guide: {optimized.guide}")

@@ -24,7 +24,7 @@ from ddpm_hf.evaluation.options import (
     public_name_of,
 )
 from ddpm_hf.hub.card_update import metadata_of
-from ddpm_hf.hub.load import check_repo_id
+from ddpm_hf.hub.download import check_repo_id
 from ddpm_hf.hub.options import LoadOptions
 from ddpm_hf.hub.retry import WAITS_S, retry
 from ddpm_hf.scheduler_spec import SchedulerSpec

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
-from ddpm_hf.hub.load import check_repo_id
-from ddpm_hf.hub.push import Target, prepare, push_command, shared_files
+from ddpm_hf.hub.download import check_repo_id
+from ddpm_hf.hub.push import Target, push_command
 from ddpm_hf.hub.retry import WAITS_S, shorten
+from ddpm_hf.hub.shared_files import prepare, shared_files
 
 _PREFIX = ".pushing-"
 

@@ -12,7 +12,7 @@ from typing import Any, Self
 from ddpm_hf.diffusion.atomic_files import read_json
 from ddpm_hf.diffusion.config_extension import Config, beta_schedule_of, extension_of
 from ddpm_hf.evaluation.records import JsonObject, from_json
-from ddpm_hf.hub.stored_weights import count_parameters
+from ddpm_hf.hub.model_files import count_parameters
 from ddpm_hf.paths import ModelPaths
 
 

@@ -1,6 +1,5 @@
-"""Upload of a checkpoint to the Hub: an allow-list of files, in one commit."""
+"""Upload of a checkpoint to the Hub in one commit."""
 
-import json
 import os
 import shlex
 import threading
@@ -12,112 +11,13 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from ddpm_hf.connection import HubError, check_connection
-from ddpm_hf.diffusion.atomic_files import read_json
-from ddpm_hf.diffusion.config_extension import GAUSSIAN_SCHEDULER
-from ddpm_hf.diffusion.portable_checkpoint import commit, is_finite
-from ddpm_hf.hub.card import SharedCard, card_to_share
-from ddpm_hf.hub.card_update import metadata_of
-from ddpm_hf.hub.load import check_repo_id, refuse_links, scheduler_class
+from ddpm_hf.connection import check_connection
+from ddpm_hf.diffusion.portable_checkpoint import commit
+from ddpm_hf.hub.download import check_repo_id
 from ddpm_hf.hub.push_space import check_gradio, push_space
 from ddpm_hf.hub.retry import TOKEN_HELP, WAITS_S, retry, shorten
-from ddpm_hf.hub.secrets import find_leak
+from ddpm_hf.hub.shared_files import REPLACED_FILES, Files, checked_card, prepare
 from ddpm_hf.text import counted
-
-__all__ = ["HubError", "PushResult", "push", "push_command"]
-
-UNET_CONFIG, SCHEDULER_CONFIG = "unet/config.json", "scheduler/scheduler_config.json"
-# A push deletes files on the Hub that match these patterns and that it does not upload.
-REPLACED_FILES = (
-    "unet/diffusion_pytorch_model*.safetensors",
-    "unet/diffusion_pytorch_model*.json",
-    "ddpm_hf_*/*.py",
-)
-SHARED_FILES = (
-    *REPLACED_FILES,
-    *("model_index.json", UNET_CONFIG, SCHEDULER_CONFIG, "pipeline.py"),
-    *("README.md", "LICENSE*", "training.json", "recipe.yaml", "metrics.jsonl", "*.png"),
-)
-"""Patterns of the files that are uploaded; no other file is."""
-Files = dict[str, Path | bytes]
-"""Files to upload, by path in the repository."""
-
-
-def prepare(folder: Path, repo_id: str) -> Files:
-    """The files to upload without the card, after all checks that need no connection.
-
-    Raises:
-        ValueError: if the folder is not a checkpoint, is incomplete or damaged, has weights that
-            are not finite, links, a secret or a local path.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder")
-    if scheduler_class(folder, str(folder)) == GAUSSIAN_SCHEDULER:
-        raise ValueError(
-            f"{folder} was saved by a pipeline of diffusers and loads only where ddpm_hf is"
-            " installed: save it with ddpm_hf.load(...).save_pretrained(...)"
-        )
-    files: Files = {path.relative_to(folder).as_posix(): path for path in shared_files(folder)}
-    _check_weights(folder, list(files))
-    files.pop("README.md", None)
-    _checked_card(folder, repo_id)
-    for name in (UNET_CONFIG, SCHEDULER_CONFIG):
-        config = read_json(folder / name)
-        if config.pop("_name_or_path", None):  # diffusers writes where it was loaded from
-            files[name] = (json.dumps(config, indent=2) + "\n").encode()
-    for name, content in files.items():
-        _refuse_leaks(name, content)
-    return files
-
-
-def shared_files(folder: Path) -> list[Path]:
-    """The files of a checkpoint that may be uploaded; ValueError for a link."""
-    files = {path for pattern in SHARED_FILES for path in folder.glob(pattern) if path.is_file()}
-    refuse_links(folder, files)
-    return sorted(files)
-
-
-def _checked_card(
-    folder: Path,
-    repo_id: str,
-    remote: str | None = None,
-    license: str | None = None,
-    space: str | None = None,
-) -> SharedCard:
-    """The card to upload; see `card_to_share`."""
-    card = card_to_share(folder, repo_id, remote, license, space)
-    if not card.is_from_hub:  # that text is on the Hub already
-        _refuse_leaks("README.md", card.text.encode())
-        metadata_of(card.text)
-    return card
-
-
-def _check_weights(folder: Path, names: list[str]) -> None:
-    from safetensors import SafetensorError, safe_open
-
-    weights = [name for name in names if name.endswith(".safetensors")]
-    for required in (UNET_CONFIG, SCHEDULER_CONFIG):
-        if required not in names:
-            raise ValueError(f"{folder} is not a complete checkpoint: no {required}")
-    if not weights:
-        raise ValueError(f"{folder} has no safetensors weights; save_pretrained(...) writes them")
-    for name in weights:
-        try:
-            with safe_open(folder / name, framework="pt") as file:
-                finite = {key: is_finite(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{folder / name} is damaged: {error}") from None
-        if not all(finite.values()):
-            weight = next(key for key in finite if not finite[key])
-            raise ValueError(f"weight {weight} in {folder / name} is not finite")
-
-
-def _refuse_leaks(name: str, content: Path | bytes) -> None:
-    if name.endswith((".safetensors", ".png")):
-        return
-    data = content if isinstance(content, bytes) else content.read_bytes()
-    if leak := find_leak(data.decode(errors="replace"), paths=not name.endswith(".py")):
-        raise ValueError(f"{name} contains {leak}: remove it before you share the model")
 
 
 @dataclass(frozen=True)
@@ -173,8 +73,8 @@ def push(
 ) -> PushResult:
     """Upload a checkpoint and its model card to the Hub in one commit.
 
-    Uploads only `SHARED_FILES`. A second push without changes makes no commit. If the Hub has a
-    card, only its generated sections and metadata are updated.
+    Uploads only the files of `hub.shared_files.SHARED_FILES`. A second push without changes makes
+    no commit. If the Hub has a card, only its generated sections and metadata are updated.
 
     Args:
         folder: a checkpoint written by `save_pretrained` or by the trainer.
@@ -201,7 +101,7 @@ def push(
     folder = Path(folder).expanduser()
     files = prepare(folder, repo_id)
     if dry_run:
-        card = _checked_card(folder, repo_id, license=license, space=space)
+        card = checked_card(folder, repo_id, license=license, space=space)
         return PushResult(repo_id, _sizes(files, card.text), card.text)
     target = Target(
         repo_id, public, revision, create_pr, token, tuple(waits_s), license=license, space=space
@@ -295,7 +195,7 @@ class Target:
         cards = []
 
         def card_text(remote: str | None) -> str:
-            cards.append(_checked_card(folder, self.repo_id, remote, self.license, self.space))
+            cards.append(checked_card(folder, self.repo_id, remote, self.license, self.space))
             return cards[-1].text
 
         new_commit, head = commit(

@@ -78,22 +78,35 @@ def save_drawn(
         TypeError: for an unknown option.
         OSError: if the output cannot be written.
     """
-    output, state = Path(output).expanduser(), distributed_state()
-    check_output(output)
     drawing = DrawOptions.from_keywords(num_images=num_images, **options)
-    dtype = pixel_type_of(output, pipeline.unet)
-    record = sampling_record(pipeline, drawing, dtype=dtype, model=model, optimized=optimized)
+    return save_images(
+        pipeline, Path(output).expanduser(), drawing, model=model, optimized=optimized
+    )
+
+
+def save_images(
+    pipeline: GaussianDDPMPipeline,
+    output: Path,
+    options: DrawOptions,
+    *,
+    model: Mapping[str, Any] | None = None,
+    optimized: OptimizedInference | None = None,
+) -> bool:
+    """As `save_drawn`, with the options in one object."""
+    check_output(output)
+    state, dtype = distributed_state(), pixel_type_of(output, pipeline.unet)
+    record = sampling_record(pipeline, options, dtype=dtype, model=model, optimized=optimized)
     folder = batch_folder(output)
     with reserved_output(output, state):
-        if on_main_process(state, lambda: _is_complete(output, record.settings, drawing.overwrite)):
+        if on_main_process(state, lambda: _is_complete(output, record.settings, options.overwrite)):
             if state.is_main_process:
                 shutil.rmtree(deleted_folder(folder), ignore_errors=True)  # of a killed process
             return False
         if is_picture(output):  # half a grid with other options is of no use
-            drawing = replace(drawing, overwrite=True)
-        draw_batch_files(state, pipeline, folder, record, drawing)
+            options = replace(options, overwrite=True)
+        draw_batch_files(state, pipeline, folder, record, options)
         if state.is_main_process:
-            write_images(open_batch_files(folder), output, drawing.progress)
+            write_images(open_batch_files(folder), output, options.progress)
             if not is_picture(output):
                 size = _bytes_of(output)
                 write_record(record_path(output), replace(record, output_bytes=size))
@@ -104,14 +117,6 @@ def save_drawn(
 def reserved_output(output: Path, state: PartialState) -> AbstractContextManager[None]:
     """Reserve `output` for these processes; raises InUseError if another process uses it."""
     return exclusive_folder(state, batch_folder(output), "output", output=output)
-
-
-def recorded_settings(output: Path, overwrite: bool) -> SamplingSettings | None:
-    """Settings of the incomplete images, or of the complete ones unless `overwrite`."""
-    record = SamplingRecord.read(batch_folder(output) / RECORD_NAME)
-    if record is None and not overwrite:
-        record = SamplingRecord.read(record_path(output))
-    return None if record is None else record.settings
 
 
 def _bytes_of(output: Path) -> int:

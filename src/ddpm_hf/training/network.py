@@ -16,7 +16,8 @@ from ddpm_hf.diffusion.checkpoint_limits import check_unet_config
 from ddpm_hf.diffusion.image_format import image_facts, padded_size, set_image_facts
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.digests import weights_digest
-from ddpm_hf.hub.load import fetch, open_pipeline, open_unet
+from ddpm_hf.hub.download import fetch
+from ddpm_hf.hub.load import open_pipeline, open_unet
 from ddpm_hf.paths import ModelPaths, RunPaths, run_of_checkpoint
 from ddpm_hf.text import did_you_mean
 from ddpm_hf.training.checkpoint_record import CheckpointRecord
