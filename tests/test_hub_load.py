@@ -270,6 +270,21 @@ def test_a_revision_loads_its_own_weights(client, hub, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_command_asks_the_hub_once_for_a_repository(client, hub, tmp_path):
+    first, second = (save_ours(tmp_path / n, unet=tiny_unet(seed=i)) for i, n in enumerate("ab"))
+    hub.add_folder("user/pushed", first)
+    client.run("from ddpm_hf.hub.download import downloading_once\nblock = downloading_once()")
+    client.run("block.__enter__()\nload('user/pushed')")
+    hub.edit("user/pushed", {WEIGHTS: (second / WEIGHTS).read_bytes()})
+    hub.requests.clear()
+    inside = client.run("result = show(load('user/pushed'))")
+    assert hub.requests == []
+    after = client.run("block.__exit__(None, None, None)\nresult = show(load('user/pushed'))")
+    np.testing.assert_allclose(images_of(inside), draw(load(first)), atol=ATOL)
+    np.testing.assert_allclose(images_of(after), draw(load(second)), atol=ATOL)
+
+
+@pytest.mark.slow
 def test_a_private_repository_loads_only_with_the_token_of_its_owner(client, hub, checkpoint):
     hub.add_folder("user/private", checkpoint, private=True)
     set_token(client, None)

@@ -20,7 +20,7 @@ def weights_digest(unet: "torch.nn.Module") -> str:
     return digest.hexdigest()
 
 
-def file_digest(path: Path) -> dict[str, Any]:
+def file_digest(path: Path) -> dict[str, int | str]:
     """Size and SHA-256 of a file, as JSON values."""
     with path.open("rb") as file:
         return {

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from ddpm_hf.text import check_local_path
-
 P = TypeVar("P", str, Path)
 _STANDARD_TYPES = mimetypes.MimeTypes()  # without the files of this machine
 # File types that the standard library does not know.
@@ -194,15 +192,6 @@ def run_of_checkpoint(folder: Path) -> RunPaths | None:
     run = RunPaths(folder.resolve().parent.parent)
     is_inside = folder.resolve().parent == run.checkpoints
     return run if is_inside and (folder / EMA_WEIGHTS).is_file() else None
-
-
-def check_model(name: str) -> None:
-    """Raise ValueError for a local path that does not exist or is not the folder of a model."""
-    check_local_path(name)
-    given = Path(name).expanduser()
-    folder = model_of_run(given)
-    if folder.is_dir() and not ModelPaths(folder).index.is_file() and not run_of_checkpoint(given):
-        raise ValueError(not_a_model(folder, name))
 
 
 def not_a_model(folder: Path, name: str) -> str:

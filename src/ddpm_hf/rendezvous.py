@@ -5,7 +5,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypedDict
 from urllib.parse import urlparse
 
 import torch.distributed as dist
@@ -18,7 +18,14 @@ _SCHEME = "ddpm-hf"
 _POLL_S = 0.05
 
 
-def connection(timeout: timedelta) -> dict[str, Any]:
+class Connection(TypedDict):
+    """Arguments of `init_process_group`."""
+
+    init_method: str
+    timeout: timedelta
+
+
+def connection(timeout: timedelta) -> Connection:
     """Arguments of `PartialState` and `InitProcessGroupKwargs` that connect the processes.
 
     A process that does not start within `CONNECT_S` or `timeout`, whichever is shorter, is a
@@ -27,7 +34,7 @@ def connection(timeout: timedelta) -> dict[str, Any]:
     Args:
         timeout: of the collective operations afterwards.
     """
-    return {"init_method": f"{_SCHEME}://", "timeout": timeout}
+    return Connection(init_method=f"{_SCHEME}://", timeout=timeout)
 
 
 def _connect(url: str, timeout: timedelta, **options: Any) -> Iterator[tuple[Store, int, int]]:

@@ -45,6 +45,13 @@ def distributed_state() -> PartialState:
     return state
 
 
+def leave_process_group() -> bool:
+    """End the work of this process with the others; whether it is the main one, which reports."""
+    state = distributed_state()
+    state.destroy_process_group()
+    return bool(state.is_main_process)
+
+
 def on_main_process(state: PartialState, action: Callable[[], T]) -> T:
     """Run `action` on the main process and return its result on all processes.
 

@@ -99,10 +99,13 @@ class DrawRequest:
 
     def setting(self, model: ServedModel) -> SamplerSetting:
         """The scheduler with its arguments, as `ddpm-hf sample` chooses it."""
-        return choose_setting(model.pipeline, SamplerOptions(**self.sampler_options()))
+        options = SamplerOptions(
+            scheduler=self.scheduler, num_inference_steps=self.num_inference_steps, eta=self.eta
+        )
+        return choose_setting(model.pipeline, options)
 
-    def sampler_options(self) -> dict[str, Any]:
-        """Keyword arguments of `SamplerOptions`, without those that are None."""
+    def sampler_options(self) -> dict[str, object]:
+        """The values of `setting` by the name of the option, without those that are None."""
         names = ("scheduler", "num_inference_steps", "eta")
         values = {name: getattr(self, name) for name in names}
         return {name: value for name, value in values.items() if value is not None}

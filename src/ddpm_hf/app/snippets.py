@@ -1,7 +1,6 @@
 """Lines of Python and of the command line that make the images of a request."""
 
 import shlex
-from typing import Any
 
 from ddpm_hf.app.requests import DrawRequest
 from ddpm_hf.app.served_models import ServedModel
@@ -41,7 +40,7 @@ def python_lines(model: ServedModel, request: DrawRequest) -> str:
 
 def command_line(model: ServedModel, request: DrawRequest) -> str:
     """The command that draws the images of a request."""
-    values: dict[str, Any] = {"num_images": request.num_images, "seed": request.seed}
+    values: dict[str, object] = {"num_images": request.num_images, "seed": request.seed}
     if request.class_labels != model.class_labels:
         values["class_labels"] = _labels(model, request)
     values |= request.guidance() | request.sampler_options()

@@ -8,7 +8,7 @@ from ddpm_hf.connection import check_dataset
 from ddpm_hf.evaluation.options import DATASET_HELP, CalibrationOptions
 from ddpm_hf.hub.options import ModelArgument
 from ddpm_hf.options import REQUIRED, for_user, option
-from ddpm_hf.paths import check_model, output_folder
+from ddpm_hf.paths import output_folder
 
 HELP = "measure what a model loses in few steps, and the best variances for them"
 DESCRIPTION = """
@@ -59,7 +59,7 @@ def run(argv: list[str]) -> int:
     """Calibrate a model."""
     usage = "MODEL DATASET [--option VALUE ...]"
     with command_options(CalibrateCommand, argv, "calibrate", usage, DESCRIPTION) as options:
-        from ddpm_hf.commands.model_checks import downloaded_models
+        from ddpm_hf.commands.model_checks import check_model, downloaded_models
 
         check_model(options.model)
         check_dataset(options.dataset)
@@ -76,7 +76,7 @@ def calibrate(options: CalibrateCommand) -> None:
         ValueError, OSError: see `calibrate_checkpoint`.
     """
     from ddpm_hf.evaluation.checkpoint_calibration import calibrate_checkpoint
-    from ddpm_hf.shared_work import distributed_state
+    from ddpm_hf.shared_work import leave_process_group
 
     calibration = calibrate_checkpoint(
         options.model,
@@ -84,9 +84,7 @@ def calibrate(options: CalibrateCommand) -> None:
         output=options.output,
         **options.keywords(CalibrationOptions),
     )
-    state = distributed_state()
-    state.destroy_process_group()
-    if state.is_main_process:
+    if leave_process_group():
         print(for_user(f"{calibration}"))
         if calibration.card is not None:
             print(f"in {calibration.card}")

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from ddpm_hf.commands.messages import command_options, resume_hint, say_recommended
 from ddpm_hf.hub.options import LoadOptions, ModelArgument
-from ddpm_hf.paths import check_model
 from ddpm_hf.sampling.edit_options import EditOptions, EditOutputOptions, PictureArgument
 from ddpm_hf.text import counted, public_name
 
@@ -33,12 +32,16 @@ def run(argv: list[str]) -> int:
     """Edit a picture."""
     usage = "MODEL PICTURE [--option VALUE ...]"
     with command_options(EditCommand, argv, "edit", usage, DESCRIPTION) as options:
+        from ddpm_hf.commands.model_checks import (
+            check_model,
+            check_model_options,
+            downloaded_models,
+        )
+
         check_model(options.model)
         for path in (options.image, options.mask_image, options.between):
             if path is not None and not path.is_file():
                 raise ValueError(f"{path} does not exist, or is not a file")
-        from ddpm_hf.commands.model_checks import check_model_options, downloaded_models
-
         source = [] if options.source_class is None else [options.source_class]
         check_model_options(
             options.model,
@@ -56,7 +59,7 @@ def edit(options: EditCommand) -> None:
     from ddpm_hf.hub.load import load
     from ddpm_hf.sampling.edited_images import edit_images
     from ddpm_hf.sampling.picture_edit import EditPictures, PictureEdit
-    from ddpm_hf.shared_work import distributed_state
+    from ddpm_hf.shared_work import distributed_state, leave_process_group
 
     state = distributed_state()
     pipeline = load(options.model, **options.keywords(LoadOptions)).to(state.device)
@@ -69,8 +72,7 @@ def edit(options: EditCommand) -> None:
         overwrite=options.overwrite,
         model={"name": public_name(options.model), "revision": options.revision},
     )
-    state.destroy_process_group()
-    if not state.is_main_process:
+    if not leave_process_group():
         return
     if edited.expected_gain is not None:
         print(f"about {edited.expected_gain:.0%} of the picture's contrast is kept")

@@ -199,7 +199,7 @@ def sweep(options: EmaCommand) -> None:
     """
     from ddpm_hf.evaluation.ema_sweep import EMA_FILE, LENGTHS, sweep_ema, write_best
     from ddpm_hf.post_hoc_ema.models import PostHocEMA
-    from ddpm_hf.shared_work import distributed_state
+    from ddpm_hf.shared_work import leave_process_group
 
     results = RunPaths(options.folder).ema_sweep
     result = sweep_ema(
@@ -210,9 +210,7 @@ def sweep(options: EmaCommand) -> None:
         output=results,
         **options.keywords(EmaSweepOptions),
     )
-    state = distributed_state()
-    state.destroy_process_group()
-    if not state.is_main_process:
+    if not leave_process_group():
         return
     print(for_user(f"{result}"))
     target = options.model_folder(result.best)

@@ -172,7 +172,7 @@ def evaluate(options: EvaluateCommand) -> None:
     from ddpm_hf.evaluation.evaluate import evaluate
     from ddpm_hf.evaluation.result_files import EVALUATION_FILE, known_results
     from ddpm_hf.evaluation.result_pictures import save_bound_plots
-    from ddpm_hf.shared_work import distributed_state
+    from ddpm_hf.shared_work import leave_process_group
 
     known = known_results(options.output)
     evaluation = evaluate(
@@ -184,9 +184,7 @@ def evaluate(options: EvaluateCommand) -> None:
         num_inference_steps=options.num_inference_steps[0] if options.num_inference_steps else None,
         **options.keywords(ComparisonOptions),
     )
-    state = distributed_state()
-    state.destroy_process_group()
-    if not state.is_main_process:
+    if not leave_process_group():
         return
     if evaluation.results == known:
         say(f"ddpm-hf: measured before, in {options.output}")
@@ -206,7 +204,7 @@ def compare(options: EvaluateCommand) -> None:
     """
     from ddpm_hf.evaluation.compare import compare
     from ddpm_hf.evaluation.result_files import COMPARISON_FILE
-    from ddpm_hf.shared_work import distributed_state
+    from ddpm_hf.shared_work import leave_process_group
 
     comparison = compare(
         options.subjects,
@@ -217,9 +215,7 @@ def compare(options: EvaluateCommand) -> None:
         output=options.output,
         **options.keywords(ComparisonOptions),
     )
-    state = distributed_state()
-    state.destroy_process_group()
-    if state.is_main_process:
+    if leave_process_group():
         print(for_user(f"{comparison}"))
         print(f"\nin {options.output / COMPARISON_FILE}")
 
@@ -231,7 +227,7 @@ def verify(options: EvaluateCommand) -> int:
         ValueError, OSError: see `evaluation.verify.verify`.
     """
     from ddpm_hf.evaluation.verify import verify
-    from ddpm_hf.shared_work import distributed_state
+    from ddpm_hf.shared_work import leave_process_group
 
     claims = verify(
         options.subjects[0],
@@ -240,10 +236,8 @@ def verify(options: EvaluateCommand) -> int:
         output=options.output,
         **options.keywords(LoadOptions),
     )
-    state = distributed_state()
-    state.destroy_process_group()
     verdicts = {True: "reproduced", False: "NOT reproduced", None: "not checked"}
-    for claim in claims if state.is_main_process else []:
+    for claim in claims if leave_process_group() else []:
         figures = f"{escaped(claim.name)}: {claim.claimed:.6g} in the card"
         if claim.measured is not None:
             figures += f", {claim.measured:.6g} measured"

@@ -10,8 +10,18 @@ from ddpm_hf.diffusion.class_choice import check_null_class, class_numbers
 from ddpm_hf.diffusion.config_extension import extension_of
 from ddpm_hf.hub.download import downloading_once, fetch
 from ddpm_hf.hub.options import LoadOptions
-from ddpm_hf.paths import model_of_run, run_of_checkpoint
+from ddpm_hf.paths import ModelPaths, model_of_run, not_a_model, run_of_checkpoint
 from ddpm_hf.sampling.options import NOT_CONDITIONAL
+from ddpm_hf.text import check_local_path
+
+
+def check_model(name: str) -> None:
+    """Raise ValueError for a local path that does not exist or is not the folder of a model."""
+    check_local_path(name)
+    given = Path(name).expanduser()
+    folder = model_of_run(given)
+    if folder.is_dir() and not ModelPaths(folder).index.is_file() and not run_of_checkpoint(given):
+        raise ValueError(not_a_model(folder, name))
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from ddpm_hf.commands.messages import command_options, resume_hint, say_recommended
 from ddpm_hf.hub.options import LoadOptions, ModelArgument
-from ddpm_hf.paths import check_model
 from ddpm_hf.sampling.options import DrawOptions, ImageOptions, SamplingOptions
 from ddpm_hf.text import counted, public_name
 
@@ -56,7 +55,7 @@ def check_paths(options: SampleCommand, output: Path) -> None:
         ValueError: for a local model that does not exist or does not support the options, and for
             an invalid or existing output.
     """
-    from ddpm_hf.commands.model_checks import check_model_options
+    from ddpm_hf.commands.model_checks import check_model, check_model_options
     from ddpm_hf.sampling.output_paths import batch_folder, check_is_free, check_output
 
     check_model(options.model)
@@ -79,7 +78,7 @@ def sample(options: SampleCommand, output: Path) -> None:
     from ddpm_hf.sampling.image_writer import reserved_output, save_images
     from ddpm_hf.sampling.planned_optimization import optimize_for_images
     from ddpm_hf.sampling.sampler_choice import choose_setting
-    from ddpm_hf.shared_work import distributed_state
+    from ddpm_hf.shared_work import distributed_state, leave_process_group
 
     # Reserve the output before the model is loaded.
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +112,6 @@ def sample(options: SampleCommand, output: Path) -> None:
         model={"name": public_name(options.model), "revision": options.revision},
         optimized=optimized,
     )
-    state.destroy_process_group()
-    if state.is_main_process:
+    if leave_process_group():
         already = "" if is_new else ", sampled before with the same options"
         print(f"{counted(options.num_images, 'image')} in {output}{already}")

@@ -79,7 +79,7 @@ class ParquetSize:
         """Number of rows to read at once."""
         return int(_BATCH_BYTES // max(self.of_row, 1)) or 1
 
-    def reader_options(self) -> dict[str, Any]:
+    def reader_options(self) -> dict[str, object]:
         """Options of the parquet builder of `datasets` that bound its memory.
 
         The builder reads one row group at a time. Large row groups, which pandas writes by default,

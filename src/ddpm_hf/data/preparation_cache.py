@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
@@ -73,7 +72,7 @@ def _is_intact(folder: Path) -> bool:
         return False
 
 
-def _checksums(folder: Path) -> dict[str, Any]:
+def _checksums(folder: Path) -> dict[str, object]:
     """Size and SHA-256 of each file; the sizes alone if SHA-256 would take seconds."""
     files = [path for path in sorted(folder.iterdir()) if path.name != _CHECKSUMS]
     sizes = {path.name: path.stat().st_size for path in files}

@@ -55,7 +55,7 @@ def _read_labels(file: Any, key: str | None) -> list[Any]:
     mode: Any = "r:" if hasattr(file, "seek") else "r|"
     extension = "json" if key else CLASS_EXTENSION
     images: list[str] = []
-    labels: dict[str, Any] = {}
+    labels: dict[str, object] = {}
     try:
         with tarfile.open(fileobj=file, mode=mode) as tar:
             for member in tar:

@@ -113,13 +113,14 @@ def draw_batch_files(
     is_shown = options.progress and state.is_main_process
     disable = None if is_shown else True  # None: only without a terminal
     pipeline.set_progress_bar_config(leave=False, desc="denoising", disable=disable)
-    call = dict(pipeline_arguments(options), seed=settings.seed)
-    call["class_labels"] = settings.class_labels
+    call = pipeline_arguments(options)
     seconds_per_image: list[float] = []
 
     def content(number: int) -> bytes:
         indices, start = range(number * size, (number + 1) * size), time.monotonic()
-        images = draw_batch(pipeline, indices, **call)[: sizes[number]]
+        images = draw_batch(
+            pipeline, indices, seed=settings.seed, class_labels=settings.class_labels, **call
+        )[: sizes[number]]
         seconds_per_image.append((time.monotonic() - start) / size)
         return array_bytes(quantised(images, bit_depth) if bit_depth else images)
 

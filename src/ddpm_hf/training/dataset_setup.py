@@ -235,22 +235,22 @@ def split_off_validation(
     Raises:
         ConfigError: if `validation_split` is neither a valid fraction nor a usable split.
     """
-    options: dict[str, Any] = {
-        "seed": config.seed,
-        "random_flip": config.random_flip,
-        "size_multiple": size_multiple(unet),
-    }
+
+    def padded(images: Any) -> TrainingImages:
+        kind = StreamedTrainingImages if isinstance(images, StreamedImages) else TrainingImages
+        return kind(
+            images,
+            seed=config.seed,
+            random_flip=config.random_flip,
+            size_multiple=size_multiple(unet),
+        )
+
     split = str(config.validation_split)
     fraction = None if config.validation_split is None else _as_fraction(split)
     if isinstance(images, StreamedImages) and fraction is not None:
-        parts = images.split(fraction, config.seed)
-        train, held_out = (StreamedTrainingImages(part, **options) for part in parts)
+        train, held_out = map(padded, images.split(fraction, config.seed))
         return train, held_out
-    training = (
-        StreamedTrainingImages(images, **options)
-        if isinstance(images, StreamedImages)
-        else TrainingImages(images, **options)
-    )
+    training = padded(images)
     if config.validation_split is None:
         return training, None
     if fraction is None and not has_splits:

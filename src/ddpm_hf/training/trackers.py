@@ -190,7 +190,7 @@ def requested_trackers(report_to: list[str] | None) -> list[str]:
     return [*dict.fromkeys([*names, *(installed_trackers() if "all" in report_to else [])])]
 
 
-def public_config(options: Mapping[str, Any]) -> dict[str, Any]:
+def public_config(options: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
     """Options as values that every tracker takes, without secrets and open options."""
     return {
         name: value if isinstance(value, bool | int | float) else without_secrets(_as_text(value))
