@@ -11,7 +11,7 @@ from hub_server import ClientError, HubClient, HubServer
 pytest.importorskip("gradio")
 from ddpm_hf.cli import main
 from ddpm_hf.hub.card_update import updated_card, with_space
-from ddpm_hf.hub.space_files import space_files
+from ddpm_hf.hub.space import space_files
 
 MODEL, SPACE = "user/digits", "user/digits-page"
 

@@ -1,9 +1,24 @@
 """Limits of YAML that others wrote, checked before it is loaded."""
 
+from typing import Any
+
 import yaml
 
 MAX_CHARACTERS = 2**18
 MAX_DEPTH = 32
+
+
+def load_yaml(text: str) -> Any:
+    """The content of a YAML document.
+
+    Raises:
+        ValueError: if it is invalid, or refused by `check_yaml`, in one line.
+    """
+    try:
+        check_yaml(text)
+        return yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(" ".join(str(error).split())) from None
 
 
 def check_yaml(text: str) -> None:

@@ -4,9 +4,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ddpm_hf.bounded_yaml import check_yaml
+from ddpm_hf.bounded_yaml import load_yaml
 from ddpm_hf.commands.messages import command_options, resume_hint
 from ddpm_hf.diffusion.atomic_files import read_json, read_text
 from ddpm_hf.evaluation.options import DATASET_HELP, METRIC_NAMES, EmaSweepOptions
@@ -165,12 +163,10 @@ def read_config(file: Path) -> dict[str, Any]:
     """
     if not file.is_file():
         return {}
-    text = read_text(file)
     try:
-        check_yaml(text)
-        content = yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())}") from None
+        content = load_yaml(read_text(file))
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
     return content if isinstance(content, dict) else {}
 
 

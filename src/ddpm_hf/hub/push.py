@@ -14,9 +14,9 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from ddpm_hf.connection import check_connection
 from ddpm_hf.diffusion.portable_checkpoint import commit
 from ddpm_hf.hub.download import check_repo_id
-from ddpm_hf.hub.push_space import check_gradio, push_space
 from ddpm_hf.hub.retry import TOKEN_HELP, WAITS_S, retry, shorten
 from ddpm_hf.hub.shared_files import REPLACED_FILES, Files, checked_card, prepare
+from ddpm_hf.hub.space import check_gradio, push_space
 from ddpm_hf.text import counted
 
 

@@ -99,10 +99,8 @@ def recommended_setting(pipeline: GaussianDDPMPipeline) -> SamplerSetting | None
         scheduler = GaussianDDPMScheduler.from_config(scheduler.config)
     if (recommended := scheduler.recommended) is None:
         return None
-    spec, K = (
-        SchedulerSpec.parse_foreign(recommended["scheduler"]),
-        recommended["num_inference_steps"],
-    )
+    spec = SchedulerSpec.parse_foreign(recommended["scheduler"])
+    K = recommended["num_inference_steps"]
     chosen = build_scheduler(pipeline, spec)
     try:
         chosen.set_timesteps(K)

@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ddpm_hf.bounded_yaml import check_yaml
+from ddpm_hf.bounded_yaml import load_yaml
 from ddpm_hf.diffusion.atomic_files import read_text
 from ddpm_hf.text import did_you_mean, without_secrets
 from ddpm_hf.training.config import TrainingConfig
@@ -87,12 +85,9 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         ConfigError: if the file cannot be read or has an unknown option.
     """
     try:
-        text = read_text(path)
-        check_yaml(text)
-        recipe = yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"cannot read the recipe {path}: {reason}") from None
+        recipe = load_yaml(read_text(path))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the recipe {path}: {error}") from None
     if not isinstance(recipe, dict):
         raise ConfigError(f"the recipe {path} must consist of 'option: value' lines")
     if "allow_pickle" in recipe:  # its name in earlier versions
