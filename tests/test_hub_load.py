@@ -383,8 +383,8 @@ def unet_with(**changes):
     return lambda folder: edit_config(folder, "unet", **changes)
 
 
-def cut_weights(folder):
-    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:1000])
+def cut_weights(folder, name=WEIGHTS):
+    (folder / name).write_bytes((folder / name).read_bytes()[:1000])
 
 
 BAD = {
@@ -463,6 +463,27 @@ def test_an_invalid_checkpoint_raises_an_error_of_one_line(checkpoint, tmp_path,
     damage(folder)
     with pytest.raises(ValueError, match=re.escape(expected)) as caught:
         load(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", ["cut", "another network"])
+def test_damaged_averages_of_a_training_checkpoint_raise_an_error_of_one_line(
+    checkpoint, tmp_path, damage
+):
+    from safetensors.torch import save_file
+
+    shutil.copytree(checkpoint, tmp_path / "run" / "model")
+    step = tmp_path / "run" / "checkpoints" / "step-2"
+    step.mkdir(parents=True)
+    averages = step / "ema.safetensors"
+    averages.write_bytes((checkpoint / WEIGHTS).read_bytes())
+    assert load(step).unet.config.sample_size == 8
+    if damage == "cut":
+        cut_weights(tmp_path, averages)
+    else:
+        save_file({"conv_in.bias": torch.zeros(3)}, averages)
+    with pytest.raises(ValueError, match="cannot be loaded: ") as caught:
+        load(step)
     assert "\n" not in str(caught.value)
 
 
