@@ -14,6 +14,7 @@ from ddpm_hf.diffusion.image_format import image_facts, size_and_window
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 from ddpm_hf.hub.download import fetch
 from ddpm_hf.hub.load import open_pipeline
+from ddpm_hf.image_batches import recorded_bit_depth
 from ddpm_hf.sampling.class_labels import class_names_of, label_cycle
 from ddpm_hf.sampling.sampler_choice import SamplerSetting, recommended_setting
 from ddpm_hf.text import public_name
@@ -54,8 +55,7 @@ class ServedModel:
     @property
     def bit_depth(self) -> int:
         """Bits per channel of its images."""
-        facts = image_facts(self.pipeline.unet)
-        return facts.bit_depth if facts else 8
+        return recorded_bit_depth(self.pipeline.unet)
 
     @property
     def max_images(self) -> int:

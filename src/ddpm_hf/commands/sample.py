@@ -2,11 +2,15 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ddpm_hf.commands.messages import command_options, resume_hint, say_recommended
 from ddpm_hf.hub.options import LoadOptions, ModelArgument
 from ddpm_hf.sampling.options import DrawOptions, ImageOptions, SamplingOptions
 from ddpm_hf.text import counted, public_name
+
+if TYPE_CHECKING:
+    from ddpm_hf.sampling import SamplerSetting
 
 HELP = "draw images from a model on the Hub or in a folder"
 DESCRIPTION = """
@@ -89,15 +93,7 @@ def sample(options: SampleCommand, output: Path) -> None:
     setting = choose_setting(pipeline, options)
     say_recommended(setting)
     pipeline.scheduler = setting.scheduler
-    drawing = DrawOptions(
-        **options.keywords(ImageOptions),
-        **setting.arguments(),
-        batch_size=options.batch_size,
-        overwrite=options.overwrite,
-    )
-    if options.guide:
-        scale = 2.0 if options.guidance_scale is None else options.guidance_scale
-        drawing = replace(drawing, guide=load(options.guide), guidance_scale=scale)
+    drawing = draw_options(options, setting)
     optimized = None
     if options.optimize:
         optimized = optimize_for_images(pipeline, drawing, output)
@@ -115,3 +111,19 @@ def sample(options: SampleCommand, output: Path) -> None:
     if leave_process_group():
         already = "" if is_new else ", sampled before with the same options"
         print(f"{counted(options.num_images, 'image')} in {output}{already}")
+
+
+def draw_options(options: SampleCommand, setting: "SamplerSetting") -> DrawOptions:
+    """Options of the images with the chosen sampler; loads the guide."""
+    from ddpm_hf.hub.load import load
+
+    drawing = DrawOptions(
+        **options.keywords(ImageOptions),
+        **setting.arguments(),
+        batch_size=options.batch_size,
+        overwrite=options.overwrite,
+    )
+    if options.guide is None:
+        return drawing
+    scale = 2.0 if options.guidance_scale is None else options.guidance_scale
+    return replace(drawing, guide=load(options.guide), guidance_scale=scale)

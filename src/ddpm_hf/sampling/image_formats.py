@@ -13,10 +13,10 @@ from diffusers import UNet2DModel
 from tqdm.auto import tqdm
 
 from ddpm_hf.diffusion.atomic_files import replacing_file, replacing_files
+from ddpm_hf.image_batches import recorded_bit_depth
 from ddpm_hf.pictures import MAX_PICTURE_CHANNELS, grid_by_row, image_grid, is_picture, to_pil
 from ddpm_hf.sampling.array_files import Array, Labels
 from ddpm_hf.sampling.image_reader import DrawnImages
-from ddpm_hf.sampling.sampling_record import bit_depth_of
 
 CHUNK_SIZE = 128  # images; also the row group of parquet, which `datasets` reads as a whole
 
@@ -35,7 +35,7 @@ def pixel_type_of(output: Path, unet: UNet2DModel) -> str:
     suffix = output.suffix.lower()
     if suffix == ".npy" or is_picture(output):
         return "float32"
-    bit_depth, num_channels = bit_depth_of(unet), unet.config.in_channels
+    bit_depth, num_channels = recorded_bit_depth(unet), unet.config.in_channels
     if suffix == ".npz":
         return f"uint{bit_depth}"
     if num_channels > MAX_PICTURE_CHANNELS:

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from diffusers import UNet2DModel
 
 from ddpm_hf.diffusion import config_extension
 from ddpm_hf.diffusion.atomic_files import read_json
-from ddpm_hf.diffusion.image_format import image_facts
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 from ddpm_hf.diffusion.timestep_spacings import usual_num_steps
 from ddpm_hf.digests import json_digest, weights_digest
+from ddpm_hf.image_batches import recorded_bit_depth
 from ddpm_hf.inference_settings import OptimizedInference
 from ddpm_hf.sampling.class_labels import class_names_of, label_cycle
 from ddpm_hf.sampling.options import DrawOptions
@@ -199,7 +198,7 @@ def sampling_settings(
     optimized: OptimizedInference | None = None,
 ) -> SamplingSettings:
     """Everything that determines the images; see `sampling_record`."""
-    dtype = dtype or f"uint{bit_depth_of(pipeline.unet)}"
+    dtype = dtype or f"uint{recorded_bit_depth(pipeline.unet)}"
     if dtype not in PIXEL_TYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(PIXEL_TYPES)}, got {dtype!r}")
     scheduler, K, guide = pipeline.scheduler, options.num_inference_steps, options.guide
@@ -231,12 +230,6 @@ def sampling_settings(
         device=pipeline.device.type,
         dtype=dtype,
     )
-
-
-def bit_depth_of(unet: UNet2DModel) -> int:
-    """Bits per channel of the training images: 8 or 16."""
-    facts = image_facts(unet)
-    return facts.bit_depth if facts else 8
 
 
 def _difference(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
