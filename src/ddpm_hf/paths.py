@@ -48,6 +48,16 @@ def output_folder(output: P) -> P:
     return output
 
 
+class _UnderRoot:
+    """Attribute with a path in the folder `root` of its owner."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, owner: "ModelPaths | RunPaths", kind: type) -> Path:
+        return owner.root / self.name
+
+
 @dataclass(frozen=True)
 class ModelPaths:
     """Files of a portable checkpoint.
@@ -58,35 +68,12 @@ class ModelPaths:
 
     root: Path
 
-    @property
-    def index(self) -> Path:
-        """Index of the pipeline's components, which diffusers reads first."""
-        return self.root / "model_index.json"
-
-    @property
-    def facts(self) -> Path:
-        """Facts about the training for the model card."""
-        return self.root / "training.json"
-
-    @property
-    def recipe(self) -> Path:
-        """Training options, readable by `--config`."""
-        return self.root / "recipe.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        """Training log, JSON lines."""
-        return self.root / "metrics.jsonl"
-
-    @property
-    def card(self) -> Path:
-        """Model card."""
-        return self.root / "README.md"
-
-    @property
-    def samples(self) -> Path:
-        """Sample grid in the model card."""
-        return self.root / "samples.png"
+    index = _UnderRoot("model_index.json")  # the pipeline's components; diffusers reads it first
+    facts = _UnderRoot("training.json")  # facts about the training for the model card
+    recipe = _UnderRoot("recipe.yaml")  # training options, readable by `--config`
+    metrics = _UnderRoot("metrics.jsonl")  # training log, JSON lines
+    card = _UnderRoot("README.md")  # model card
+    samples = _UnderRoot("samples.png")  # sample grid in the model card
 
 
 @dataclass(frozen=True)
@@ -99,44 +86,16 @@ class RunPaths:
 
     root: Path
 
-    @property
-    def lock(self) -> Path:
-        """Lock of the training process."""
-        return self.root / ".lock"
-
-    @property
-    def config(self) -> Path:
-        """Complete options of the run."""
-        return self.root / "config.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        """Training log, JSON lines."""
-        return self.root / "metrics.jsonl"
-
-    @property
-    def tracking(self) -> Path:
-        """Identity of the run in experiment trackers."""
-        return self.root / "tracking.json"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Training checkpoints, from which a run resumes."""
-        return self.root / "checkpoints"
-
-    @property
-    def ema_snapshots(self) -> Path:
-        """Snapshots of the averages for post-hoc EMA."""
-        return self.root / "ema_snapshots"
-
-    @property
-    def ema_sweep(self) -> Path:
-        """Results of `ddpm-hf ema --sweep`."""
-        return self.root / "ema" / "sweep"
-
-    def ema_model(self, sigma_rel: float) -> Path:
-        """Model with an average of this relative length."""
-        return self.root / "ema" / f"std-{sigma_rel:g}"
+    lock = _UnderRoot(".lock")  # of the training process
+    config = _UnderRoot("config.yaml")  # complete options of the run
+    metrics = _UnderRoot("metrics.jsonl")  # training log, JSON lines
+    tracking = _UnderRoot("tracking.json")  # identity of the run in experiment trackers
+    checkpoints = _UnderRoot("checkpoints")  # training checkpoints, from which a run resumes
+    ema_snapshots = _UnderRoot("ema_snapshots")  # snapshots of the averages for post-hoc EMA
+    ema_sweep = _UnderRoot("ema/sweep")  # results of `ddpm-hf ema --sweep`
+    samples = _UnderRoot("samples")  # sample grids
+    loss_picture = _UnderRoot("loss.png")  # curve of the training loss
+    denoising_picture = _UnderRoot("denoising.png")  # trajectories of a few samples at the end
 
     @property
     def model(self) -> ModelPaths:
@@ -148,20 +107,9 @@ class RunPaths:
         """Portable checkpoint with the best validation result."""
         return ModelPaths(self.root / "best")
 
-    @property
-    def samples(self) -> Path:
-        """Sample grids."""
-        return self.root / "samples"
-
-    @property
-    def loss_picture(self) -> Path:
-        """Curve of the training loss."""
-        return self.root / "loss.png"
-
-    @property
-    def denoising_picture(self) -> Path:
-        """Trajectories of a few samples of the finished model."""
-        return self.root / "denoising.png"
+    def ema_model(self, sigma_rel: float) -> Path:
+        """Model with an average of this relative length."""
+        return self.root / "ema" / f"std-{sigma_rel:g}"
 
     def sample_grid(self, step: int) -> Path:
         """Sample grid after update `step`."""

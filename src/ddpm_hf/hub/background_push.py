@@ -12,9 +12,9 @@ from pathlib import Path
 from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
 from ddpm_hf.hub.download import check_repo_id
+from ddpm_hf.hub.published_files import prepare, published_files
 from ddpm_hf.hub.push import Target, push_command
 from ddpm_hf.hub.retry import WAITS_S, shorten
-from ddpm_hf.hub.shared_files import prepare, shared_files
 
 _PREFIX = ".pushing-"
 
@@ -161,7 +161,7 @@ class _Snapshot:
 
     def copy(self) -> None:
         self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=self.folder.parent))
-        for source in shared_files(self.folder):
+        for source in published_files(self.folder):
             target = self.path / source.relative_to(self.folder)
             target.parent.mkdir(exist_ok=True)
             if source.suffix == ".safetensors":

@@ -14,8 +14,8 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from ddpm_hf.connection import check_connection
 from ddpm_hf.diffusion.portable_checkpoint import commit
 from ddpm_hf.hub.download import check_repo_id
+from ddpm_hf.hub.published_files import REPLACED_FILES, Files, checked_card, prepare
 from ddpm_hf.hub.retry import TOKEN_HELP, WAITS_S, retry, shorten
-from ddpm_hf.hub.shared_files import REPLACED_FILES, Files, checked_card, prepare
 from ddpm_hf.hub.space import check_gradio, push_space
 from ddpm_hf.text import counted
 
@@ -73,7 +73,7 @@ def push(
 ) -> PushResult:
     """Upload a checkpoint and its model card to the Hub in one commit.
 
-    Uploads only the files of `hub.shared_files.SHARED_FILES`. A second push without changes makes
+    Uploads only the files of `hub.published_files.PUBLISHED_FILES`. A second push without changes makes
     no commit. If the Hub has a card, only its generated sections and metadata are updated.
 
     Args:

@@ -18,7 +18,7 @@ REPLACED_FILES = (
     "unet/diffusion_pytorch_model*.json",
     "ddpm_hf_*/*.py",
 )
-SHARED_FILES = (
+PUBLISHED_FILES = (
     *REPLACED_FILES,
     *("model_index.json", UNET_CONFIG, SCHEDULER_CONFIG, "pipeline.py"),
     *("README.md", "LICENSE*", "training.json", "recipe.yaml", "metrics.jsonl", "*.png"),
@@ -42,7 +42,7 @@ def prepare(folder: Path, repo_id: str) -> Files:
             f"{folder} was saved by a pipeline of diffusers and loads only where ddpm_hf is"
             " installed: save it with ddpm_hf.load(...).save_pretrained(...)"
         )
-    files: Files = {path.relative_to(folder).as_posix(): path for path in shared_files(folder)}
+    files: Files = {path.relative_to(folder).as_posix(): path for path in published_files(folder)}
     _check_weights(folder, list(files))
     files.pop("README.md", None)
     checked_card(folder, repo_id)
@@ -55,9 +55,9 @@ def prepare(folder: Path, repo_id: str) -> Files:
     return files
 
 
-def shared_files(folder: Path) -> list[Path]:
+def published_files(folder: Path) -> list[Path]:
     """The files of a checkpoint that may be uploaded; ValueError for a link."""
-    files = {path for pattern in SHARED_FILES for path in folder.glob(pattern) if path.is_file()}
+    files = {path for pattern in PUBLISHED_FILES for path in folder.glob(pattern) if path.is_file()}
     refuse_links(folder, files)
     return sorted(files)
 
