@@ -73,7 +73,7 @@ def push(
 ) -> PushResult:
     """Upload a checkpoint and its model card to the Hub in one commit.
 
-    Uploads only the files of `hub.published_files.PUBLISHED_FILES`. A second push without changes makes
+    Uploads only the files of `published_files.PUBLISHED_FILES`. A second push without changes makes
     no commit. If the Hub has a card, only its generated sections and metadata are updated.
 
     Args:
