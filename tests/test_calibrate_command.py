@@ -16,7 +16,7 @@ import ddpm_hf
 from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler, calibrate, load
 from ddpm_hf.cli import main
 from ddpm_hf.data import ImageFacts
-from ddpm_hf.evaluation import checkpoint_calibration, dataset_likelihood, error_curve
+from ddpm_hf.evaluation import checkpoint_calibration, dataset_likelihood
 from ddpm_hf.evaluation.calibration_results import CheckpointCalibration
 from ddpm_hf.randomness import seed_of
 
@@ -146,7 +146,7 @@ def test_an_interrupted_calibration_resumes(model, photos, tmp_path, monkeypatch
 
 @pytest.mark.slow
 def test_a_model_with_another_scheduler_keeps_it_and_gets_timesteps(photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(error_curve, "NUM_TRAJECTORIES", 2)
+    monkeypatch.setattr(checkpoint_calibration, "NUM_TRAJECTORIES", 2)
     folder = tmp_path / "stock"
     tiny_unet().save_pretrained(folder / "unet")
     DDIMScheduler(num_train_timesteps=20, beta_end=0.5).save_pretrained(folder / "scheduler")

@@ -19,13 +19,12 @@ from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler, bits_per_dim
 from ddpm_hf.cli import main
 from ddpm_hf.data import ImageFacts, load_images
 from ddpm_hf.evaluation import image_comparison
+from ddpm_hf.evaluation.compare import gap_of_chance, ranked_figure
 from ddpm_hf.evaluation.comparison_results import Comparison
-from ddpm_hf.evaluation.expected_time import announce_time
+from ddpm_hf.evaluation.evaluate import Evaluator
 from ddpm_hf.evaluation.figures import FeatureNetwork, Floor, MeasurementSetup, MetricResult
 from ddpm_hf.evaluation.model_images import images_for
 from ddpm_hf.evaluation.options import EvaluationOptions
-from ddpm_hf.evaluation.ranking import gap_of_chance, ranked_figure
-from ddpm_hf.evaluation.subjects import Subject
 from ddpm_hf.randomness import seed_of
 from ddpm_hf.sampling import open_drawn, sharded_sampling
 from ddpm_hf.sampling.sampler_choice import build_scheduler, sampled_by
@@ -97,19 +96,16 @@ def swept(models, photos, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_time_of_a_comparison_is_stated_before_the_work(capsys):
+def test_the_time_of_a_comparison_is_stated_before_the_work(photos, tmp_path, capsys):
     pipeline = GaussianDDPMPipeline(tiny_unet(), GaussianDDPMScheduler(**SHORT_CHAIN))
-    evaluator = SimpleNamespace(
-        progress=True,
-        metrics=("fd",),
-        image_metrics=("fd",),
-        options=EvaluationOptions(num_images=10, batch_size=4),
-        state=SimpleNamespace(num_processes=1),
-        real_images=lambda _: SimpleNamespace(reference=SimpleNamespace(images=range(50))),
-    )
-    announce_time(evaluator, Subject(pipeline, "model", "digest"), [5, 10])
+    options = EvaluationOptions(num_images=10, batch_size=4, features="pixels")
+    evaluator = Evaluator(photos, ["fd"], options)
+    model, measured = evaluator.load(pipeline), tmp_path / "evaluation.json"
+    samplers = {tmp_path / "a": (None, 5), tmp_path / "b": (None, 10), tmp_path: (None, 20)}
+    measured.touch()
+    evaluator.announce_time(model, samplers)
     assert "s: 2 settings of 10 images, 45 network calls" in capsys.readouterr().err
-    announce_time(evaluator, Subject(pipeline, "model", "digest"), [5])
+    evaluator.announce_time(model, {tmp_path / "a": (None, 5)})
     assert capsys.readouterr().err == ""
 
 

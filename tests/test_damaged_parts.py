@@ -14,9 +14,8 @@ from ddpm_hf import shared_work
 from ddpm_hf.data import preparation_cache, prepare_images
 from ddpm_hf.diffusion import atomic_files
 from ddpm_hf.diffusion.atomic_files import replacing_file, replacing_files, replacing_folder
-from ddpm_hf.evaluation.sharded_tensors import compute_shards
 from ddpm_hf.sampling import draw_to, open_drawn
-from ddpm_hf.shared_work import distributed_state, sealed, unsealed
+from ddpm_hf.shared_work import compute_shards, distributed_state, sealed, unsealed
 
 
 def flip(path, position):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ddpm_hf import evaluate
 from ddpm_hf.cli import main
-from ddpm_hf.evaluation.sets import facts_of_set, image_set
+from ddpm_hf.evaluation.subjects import facts_of_set, image_set
 from ddpm_hf.sampling import open_drawn
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3), dtype=np.uint8)

@@ -36,7 +36,6 @@ FLOORS = (
         "run_record",
         "scheduler_spec",
         "shared_work",
-        "statistics",
         "text",
         "timing",
     },

@@ -27,8 +27,7 @@ from torch import Tensor
 
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler, as_gaussian_scheduler
 from ddpm_hf.diffusion.tensor_ops import Denoiser, Generators
-from ddpm_hf.likelihood import BitsPerDim, bits_per_dim, prior_bits_per_dim
-from ddpm_hf.statistics import standard_error
+from ddpm_hf.likelihood import BitsPerDim, bits_per_dim, prior_bits_per_dim, standard_error
 
 P = TypeVar("P", bound=DiffusionPipeline)
 

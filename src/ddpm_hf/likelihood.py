@@ -10,6 +10,7 @@ print(f"{result.mean:.3f} +- {result.standard_error:.3f} bits/dim")
 """
 
 import copy
+import math
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -26,7 +27,6 @@ from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler, StepKL, as_gauss
 from ddpm_hf.diffusion.tensor_ops import Denoiser, Generators, at_least_float32, draw_noise
 from ddpm_hf.image_batches import batches_of, check_batch, num_batches, recorded_bit_depth, unet_of
 from ddpm_hf.losses import denoise, nats_to_bits_per_dim
-from ddpm_hf.statistics import standard_error
 
 
 @dataclass(frozen=True)
@@ -266,6 +266,11 @@ class _BoundEstimator:
             num_measured=positions.flatten().bincount(minlength=K),
             num_expected=self.num_expected,
         )
+
+
+def standard_error(values: Tensor) -> float:
+    """Standard error of the mean of independent values, (N,); NaN for one value."""
+    return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def prior_bits_per_dim(x_0_square: Tensor, snr: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
+from safetensors.torch import load, save
 from tqdm.auto import tqdm
 
 from ddpm_hf.diffusion.atomic_files import (
@@ -28,6 +29,7 @@ from ddpm_hf.process_watch import watch_ranks
 from ddpm_hf.rendezvous import connection
 
 T = TypeVar("T")
+Shard = dict[str, torch.Tensor]
 
 logger = logging.getLogger(__name__)
 
@@ -198,6 +200,41 @@ def compute_missing_files(
         failures = [error for error in gather_object([failure]) if error is not None]
     if failures:
         raise failures[0]
+
+
+def compute_shards(
+    state: PartialState,
+    folder: Path,
+    sizes: Sequence[int],
+    compute: Callable[[int], Shard],
+    *,
+    progress: bool = True,
+) -> list[Shard] | None:
+    """Tensors in shards, all in order; those that are missing in `folder` are computed.
+
+    See `compute_missing_files`.
+
+    Args:
+        state: the processes.
+        folder: belongs to this computation only; the caller removes it once the result is written.
+        sizes: images per shard, for the progress bar.
+        compute: returns the tensors of shard i by name.
+        progress: show a progress bar.
+    Returns:
+        the shards on the main process, None on others.
+    Raises:
+        Exception: on all processes, the first exception that `compute` raised on any of them.
+    """
+    paths = [folder / f"part-{i:06d}.safetensors" for i in range(len(sizes))]
+
+    def content(i: int) -> bytes:
+        return bytes(save({name: tensor.contiguous() for name, tensor in compute(i).items()}))
+
+    def read(path: Path) -> Shard:
+        return dict(load(unsealed(path)))
+
+    compute_missing_files(state, paths, sizes, content, read, progress=progress)
+    return [read(path) for path in paths] if state.is_main_process else None
 
 
 def _damage(path: Path, read: Callable[[Path], object]) -> str | None:

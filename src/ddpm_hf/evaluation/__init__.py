@@ -1,42 +1,40 @@
 """Evaluation of models and images: figures with confidence intervals and floors.
 
-Measuring
-    evaluate                one model or set of images; `evaluate`
+Functions, and their options in `options`
+    evaluate                one model or set of images; `evaluate`, and the `Evaluator` of all
     compare                 several models, samplers and numbers of steps; `compare`
     sweep                   the cheapest sampler that is as good as the best
     ema_sweep               the best length of a run's weight average; `sweep_ema`
     checkpoint_calibration  error curve of a checkpoint; `calibrate_checkpoint`
     verify                  figures of a model card, measured again
-    measurement             the `Evaluator` that these share
-    subjects                models and image sets that are measured
-    image_comparison        metrics of drawn images against real ones
-    ranking                 the best setting of a comparison, and ties
 
-Figures
-    dataset_likelihood      bits/dim of a dataset
+Metrics of drawn images
     distances               Frechet and kernel distance, precision, recall, density, coverage
-    metrics                 these with confidence intervals and floors; memorisation
-    per_class               the same for each class
-    error_curve             error of the network at every timestep
-    features                feature networks
     neighbour_statistics    pairwise nearest-neighbour statistics of many sets in one pass
-    sharded_tensors         tensors computed in shards by all ranks
+    metrics                 the figures with confidence intervals and floors; memorisation
+    per_class               the same for each class
+    features                feature networks
+    image_comparison        metrics of sets of images, or those of an earlier evaluation
+
+Bits/dim
+    dataset_likelihood      variational bound of a dataset
 
 Images
-    sets                    image files and arrays
-    data_source             dataset of an evaluation: splits, hold-out, images
+    subjects                models and sets of images that are measured
+    data_source             the real images: splits, hold-out
     model_images            a dataset in the format of a model
-    training_record         images that training held out
+    recorded_hold_out       images that training held out
 
-Options and results
-    options                 options of the functions above
-    figures                 measured figures, facts about model and dataset
-    results                 result of `evaluate`; also comparison_results, calibration_results
-    records                 dataclasses as JSON objects
+Results
+    figures, records        measured figures; dataclasses as JSON objects
+    results                 result of `evaluate`, and its tables
+    comparison_results      results of `compare` and `sweep`
+    calibration_results     result of `calibrate_checkpoint`
     result_files            folders and JSON files
+    result_pictures, plots  grids of images and plots
     card_metrics            figures for the model card
-    tables                  figures as text
-    plots, result_pictures  figures as plots, images as grids
+    recorded_command        command that measures the same
+    expected_time           time of a measurement, stated before it
 """
 
 from typing import TYPE_CHECKING

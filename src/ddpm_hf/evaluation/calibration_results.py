@@ -1,15 +1,19 @@
-"""Result of `calibrate_checkpoint`."""
+"""Result of `calibrate_checkpoint`: the error curve, and bits/dim that follow from it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
+from ddpm_hf.calibration import STABLE_RELATIVE_ERROR, Calibration
+from ddpm_hf.diffusion.likelihood_timesteps import MAX_TIMESTEPS
 from ddpm_hf.evaluation.comparison_results import Sweep
-from ddpm_hf.evaluation.figures import BoundPart, DatasetFacts, ModelSourceFacts
+from ddpm_hf.evaluation.figures import BoundPart, DatasetFacts, ModelSourceFacts, finite
 from ddpm_hf.evaluation.records import Record, Row, excluded, optional, renamed
-from ddpm_hf.evaluation.results import Result, package_versions, utc_now
+from ddpm_hf.evaluation.results import Report
 from ddpm_hf.text import counted
 
+NUM_STEPS = (5, 10, 25, 50, 100, 250)
 _STEPS_COLUMNS = {
     "bits_per_dim": "evenly spaced",
     "at_best_timesteps": "best timesteps",
@@ -74,25 +78,91 @@ class CalibrationCurve(Record):
     calibrated_timesteps: Timesteps | None = optional()
 
 
+def predicted_steps(calibration: Calibration) -> tuple[StepsRow, ...]:
+    """Predicted bits/dim of K steps, the fewest first, and of all T steps."""
+    T = len(calibration.scheduler)
+    return tuple(_predicted(calibration, K) for K in [K for K in NUM_STEPS if K < T] + [T])
+
+
+def _predicted(calibration: Calibration, K: int) -> StepsRow:
+    predict, scheduler = calibration.bits_per_dim, calibration.scheduler
+    even, best, published = predict(K, timestep_spacing="linspace"), None, None
+    if 2 <= len(scheduler) <= MAX_TIMESTEPS:
+        best = predict(K, timestep_spacing="likelihood").value
+    if not scheduler.learns_variance:
+        published = predict(K, timestep_spacing="linspace", published=True).value
+    return StepsRow(
+        num_inference_steps=K,
+        bits_per_dim=even.value,
+        standard_error=finite(even.standard_error),
+        at_best_timesteps=best,
+        published=published,
+    )
+
+
+def calibration_curve(
+    calibration: Calibration, indices: Sequence[int], seed: int, seconds: float
+) -> CalibrationCurve:
+    """The curve and its consequences as a result.
+
+    Args:
+        calibration: of a network.
+        indices: images that were measured.
+        seed: of the noise.
+        seconds: duration of the measurement.
+    """
+    measured = calibration.measured
+    return CalibrationCurve(
+        num_images=len(indices),
+        indices=tuple(indices),
+        seed=seed,
+        x_0_mse=tuple(calibration.x_0_mse.tolist()),
+        standard_error=tuple(map(finite, calibration.standard_error.tolist())),
+        steps=predicted_steps(calibration),
+        measured=MeasuredBound(
+            value=measured.mean,
+            standard_error=finite(measured.standard_error),
+            variance_type=calibration.scheduler.config.variance_type,
+        ),
+        remarks=tuple(_remarks(calibration)),
+        seconds=seconds,
+    )
+
+
+def _remarks(calibration: Calibration) -> list[str]:
+    """Caveats: too few images, or signs of another schedule."""
+    notes = []
+    num_images = len(calibration.errors)
+    relative = calibration.relative_error
+    if num_images == 1:
+        notes.append("one image gives no standard error: use 256 for a stable curve")
+    elif relative.max() > STABLE_RELATIVE_ERROR:
+        t = int(relative.argmax())
+        notes.append(
+            f"{num_images:,} images are few: the relative standard error at t={t} is"
+            f" {relative.max():.0%}; {calibration.num_images_for():,} images would reduce it to"
+            f" {STABLE_RELATIVE_ERROR:.0%} everywhere"
+        )
+    return notes + calibration.mismatch_warnings()
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
-class CheckpointCalibration(Result):
+class CheckpointCalibration(Report):
     """Result of `calibrate_checkpoint`.
 
     Attributes:
         results: the curve, then the sweep if asked for.
-        options, command: not recorded.
-        versions, created: see `Evaluation`.
+        options, command: not recorded; see `Report` for the rest.
         file, scheduler_config, card: files that were written, the card if asked for.
     """
 
-    format_version: Literal[1] = 1
+    _IN_OPTIONS: ClassVar[tuple[str, ...]] = ()
+
     model: ModelSourceFacts
     dataset: DatasetFacts
     results: tuple[CalibrationCurve | Sweep, ...]
     options: dict[str, str] = field(default_factory=dict)
     command: str | None = None
-    versions: dict[str, str] = field(default_factory=package_versions)
-    created: str = field(default_factory=utc_now)
     file: Path | None = excluded()
     scheduler_config: Path | None = excluded()
     card: Path | None = excluded()

@@ -5,8 +5,7 @@ from dataclasses import asdict, dataclass
 from ddpm_hf.evaluation.figures import BoundResult, DatasetFacts, MetricResult
 from ddpm_hf.evaluation.options import BITS
 from ddpm_hf.evaluation.records import JsonObject, Record
-from ddpm_hf.evaluation.results import Evaluation
-from ddpm_hf.evaluation.tables import VERDICTS, bound_setup
+from ddpm_hf.evaluation.results import VERDICTS, Evaluation, bound_setup
 from ddpm_hf.run_record import BoundSetup
 from ddpm_hf.text import counted
 

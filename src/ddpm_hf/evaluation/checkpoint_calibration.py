@@ -12,39 +12,49 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from diffusers import UNet2DModel
 
-from ddpm_hf.calibration import Calibration
+from ddpm_hf.calibration import Calibration, calibration_of, with_curve, without_curve
 from ddpm_hf.diffusion.atomic_files import read_json, remove_folder, write_text
 from ddpm_hf.diffusion.checkpoint_limits import component_folder
+from ddpm_hf.diffusion.conditioning import denoiser_of
 from ddpm_hf.diffusion.config_extension import extension_of, with_extension
+from ddpm_hf.diffusion.scheduler_interface import num_outputs
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
-from ddpm_hf.evaluation.calibration_results import CheckpointCalibration, StepsRow
+from ddpm_hf.evaluation.calibration_results import (
+    CheckpointCalibration,
+    StepsRow,
+    Timesteps,
+    calibration_curve,
+    predicted_steps,
+)
 from ddpm_hf.evaluation.data_source import DataSource
 from ddpm_hf.evaluation.dataset_likelihood import BoundMeasurement, BoundOptions
-from ddpm_hf.evaluation.error_curve import (
-    calibration_curve,
-    measure_calibration,
-    predicted_steps,
-    search_timesteps,
-)
+from ddpm_hf.evaluation.evaluate import Evaluator
 from ddpm_hf.evaluation.figures import ImageFormat, ModelSourceFacts
-from ddpm_hf.evaluation.measurement import Evaluator
+from ddpm_hf.evaluation.model_images import EvaluationImages
 from ddpm_hf.evaluation.options import CalibrationOptions
+from ddpm_hf.evaluation.recorded_hold_out import as_in_training
 from ddpm_hf.evaluation.result_files import CALIBRATION_FILE, results_folder, write_result
 from ddpm_hf.evaluation.result_pictures import save_calibration_plot
 from ddpm_hf.evaluation.results import utc_now
 from ddpm_hf.evaluation.sweep import FIGURE, sweep
-from ddpm_hf.evaluation.training_record import as_in_training
 from ddpm_hf.hub.card import write_calibration
 from ddpm_hf.hub.load import load
 from ddpm_hf.hub.options import LoadOptions
+from ddpm_hf.likelihood import BitsPerDim
 from ddpm_hf.options import takes_options
 from ddpm_hf.paths import model_of_run, run_of_checkpoint
+from ddpm_hf.randomness import seed_of
 from ddpm_hf.shared_work import distributed_state, on_main_process
 from ddpm_hf.text import public_name
+from ddpm_hf.trajectory_timesteps import SAMPLERS, trajectory_matching_timesteps
 
 NUM_IMAGES = 256
+NUM_TRAJECTORIES = 32  # of the search for timesteps
 
 
 @takes_options(CalibrationOptions)
@@ -110,13 +120,7 @@ def _calibrate(
     if options.sweep:
         evaluator = Evaluator(data, [FIGURE], options.sweep_options(), progress=progress)
         _ = evaluator.network  # fails before the work, if at all
-    images = data.likelihood_images(
-        pipeline.unet,
-        num_images=options.num_images,
-        at_most=NUM_IMAGES,
-        seed=options.seed,
-        progress=progress,
-    )
+    images = data.likelihood_images(pipeline.unet, default=NUM_IMAGES, progress=progress)
     how = BoundOptions(seed=options.seed, batch_size=options.batch_size)
     unfinished, start = folder / ".unfinished-calibration", time.monotonic()
     measurement = BoundMeasurement(pipeline.unet, pipeline.scheduler, images, how)
@@ -127,7 +131,7 @@ def _calibrate(
         if measured is None:
             raise RuntimeError("only the main process has the measurement")
         seconds, scheduler = time.monotonic() - start, measured.scheduler
-        curve = calibration_curve(measured, images, options.seed, seconds)
+        curve = calibration_curve(measured, images.indices, options.seed, seconds)
         if options.timesteps:
             timesteps = search_timesteps(pipeline.unet, scheduler, images, options.seed)
             curve = replace(curve, calibrated_timesteps=timesteps)
@@ -148,6 +152,61 @@ def _calibrate(
         result = replace(result, results=(result.curve, swept), created=utc_now())
         result = on_main_process(state, lambda: _written(result, scheduler, model, folder))
     return on_main_process(state, lambda: _finish(result, model, unfinished, options.card))
+
+
+def measure_calibration(
+    measurement: BoundMeasurement, folder: Path, state: PartialState, *, progress: bool = True
+) -> Calibration | None:
+    """Error at every timestep; independent of the number of ranks and of interruptions.
+
+    Args:
+        measurement: of the whole chain; the curve of its scheduler is ignored.
+        folder: holds unfinished shards.
+        state: the ranks, which share the work.
+        progress: show progress bars.
+    Returns:
+        the calibration on the main rank, None on others.
+    """
+    scheduler = without_curve(GaussianDDPMScheduler.from_config(measurement.scheduler.config))
+
+    def measure(**changes: Any) -> BitsPerDim | None:
+        changed = replace(measurement, **changes)
+        timed = changed.bound(folder / changed.key[:16], state, progress=progress)
+        return None if timed is None else timed[0]
+
+    chain = measure(scheduler=scheduler)
+    shared: list[Any] = [with_curve(scheduler, chain) if chain else None]
+    broadcast_object_list(shared)  # the variance of the decoder depends on all images
+    end = measure(scheduler=shared[0], options=replace(measurement.options, timesteps=(0,)))
+    if chain is None or end is None:
+        return None
+    return calibration_of(scheduler, chain, end)
+
+
+def search_timesteps(
+    unet: UNet2DModel, scheduler: GaussianDDPMScheduler, images: EvaluationImages, seed: int
+) -> Timesteps:
+    """Timesteps by sampler and number of steps, searched on noise with all classes alike."""
+    seeds = [seed_of(seed, "timesteps", i) for i in range(NUM_TRAJECTORIES)]
+    shape, generators = images.images.shape, [torch.Generator().manual_seed(s) for s in seeds]
+    noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(unet.device)
+    labels = None
+    if images.labels is not None:
+        classes = sorted({*images.labels.tolist()})
+        in_turn = [classes[i % len(classes)] for i in range(NUM_TRAJECTORIES)]
+        labels = torch.tensor(in_turn, device=unet.device)
+    T, channels = len(scheduler), num_outputs(unet.config, scheduler)
+    return {
+        sampler: trajectory_matching_timesteps(
+            denoiser_of(unet, labels, channels),
+            scheduler,
+            noise,
+            sampler=sampler,
+            max_num_steps=min(25, T),
+            num_fine_steps=min(100, T),
+        )
+        for sampler in SAMPLERS
+    }
 
 
 def _written(

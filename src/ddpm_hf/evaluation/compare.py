@@ -1,11 +1,14 @@
 """`compare`: models, image sets, samplers and numbers of steps side by side."""
 
+import itertools
+import math
 import os
 import re
+import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +18,17 @@ from ddpm_hf.evaluation.comparison_results import (
     Comparison,
     ComparisonRow,
     LeftOut,
-    SettingFacts,
+    RankedFigure,
+    Setting,
     setting_labels,
 )
-from ddpm_hf.evaluation.expected_time import announce_time, num_steps_and_calls
-from ddpm_hf.evaluation.measurement import Evaluator
+from ddpm_hf.evaluation.evaluate import Evaluator
+from ddpm_hf.evaluation.expected_time import num_steps_and_calls
+from ddpm_hf.evaluation.figures import NORMAL_95, BoundResult, MetricResult
+from ddpm_hf.evaluation.metrics import LOWER_IS_BETTER, T_19
 from ddpm_hf.evaluation.options import ComparisonOptions, EvaluationOptions, public_name_of
-from ddpm_hf.evaluation.ranking import ranked
 from ddpm_hf.evaluation.recorded_command import command_of
-from ddpm_hf.evaluation.result_files import (
-    COMPARISON_FILE,
-    EVALUATION_FILE,
-    results_folder,
-    write_result,
-)
+from ddpm_hf.evaluation.result_files import COMPARISON_FILE, results_folder, write_result
 from ddpm_hf.evaluation.result_pictures import save_comparison_pictures
 from ddpm_hf.evaluation.results import Evaluation
 from ddpm_hf.evaluation.subjects import Subject, default_metrics, is_model
@@ -36,33 +36,8 @@ from ddpm_hf.options import takes_options
 from ddpm_hf.scheduler_spec import SchedulerSpec
 from ddpm_hf.shared_work import on_main_process
 
-
-@dataclass(frozen=True)
-class Setting:
-    """A row of the comparison before it is measured.
-
-    Attributes:
-        source: a model or images.
-        name: label of the source.
-        scheduler: for a model, None for its own.
-        num_inference_steps: for a model, K; None for the scheduler's usual number.
-    """
-
-    source: Any
-    name: str
-    scheduler: str | None = None
-    num_inference_steps: int | None = None
-
-    def __str__(self) -> str:
-        steps = self.num_inference_steps
-        parts = [self.name, self.scheduler, steps and f"K = {steps:,}"]
-        return ", ".join(part for part in parts if part) or "own scheduler"
-
-    @property
-    def folder(self) -> str:
-        """Name of the folder of its evaluation."""
-        parts = (self.name, self.scheduler, self.num_inference_steps)
-        return re.sub(r"[^\w.+=-]+", "-", "-".join(str(part) for part in parts if part))
+Plan = Sequence[tuple[Any, Sequence[Setting]]]
+"""Models or images, each with its settings."""
 
 
 @takes_options(ComparisonOptions)
@@ -111,12 +86,18 @@ def compare(
     schedulers = [str(SchedulerSpec.parse(name)) for name in schedulers]
     if metrics is None:
         metrics = default_metrics(models_or_images, bool(schedulers))
-    settings = list(_settings(models_or_images, schedulers, num_inference_steps))
+    plan = list(_combinations(models_or_images, schedulers, num_inference_steps))
     evaluator = Evaluator(dataset, metrics, EvaluationOptions(**vars(shared)), progress=progress)
     with results_folder(evaluator.state, output) as folder:
         evaluator.use_hold_out_of(models_or_images)
-        rows, left_out = compare_settings(evaluator, settings, folder)
-        facts, names = evaluator.data.facts(), list(map(public_name_of, models_or_images))
+        rows, left_out = compare_settings(evaluator, plan, folder)
+        facts, recorded = evaluator.data.facts(), shared.recorded()
+        asked = {
+            "metrics": list(metrics),
+            "schedulers": schedulers,
+            "num_inference_steps": list(num_inference_steps),
+            **recorded.to_dict(),
+        }
         comparison = Comparison(
             dataset=facts,
             settings=rows,
@@ -124,11 +105,9 @@ def compare(
             metrics=tuple(metrics),
             schedulers=tuple(schedulers),
             num_inference_steps=tuple(num_inference_steps),
-            options=shared.recorded(),
-            command="",
+            options=recorded,
+            command=command_of(list(map(public_name_of, models_or_images)), facts.name, asked),
         )
-        recorded = {key: value for key, value in comparison.to_dict()["options"].items() if value}
-        comparison = replace(comparison, command=command_of(names, facts.name, recorded))
 
         def write() -> Comparison:
             if output is not None:
@@ -139,52 +118,18 @@ def compare(
         return on_main_process(evaluator.state, write)
 
 
-def compare_settings(
-    evaluator: Evaluator, settings: Sequence[Setting], folder: Path
-) -> tuple[tuple[ComparisonRow, ...], tuple[LeftOut, ...]]:
-    """Measure and rank settings, each in its own subfolder.
-
-    Args:
-        evaluator: measures them.
-        settings: what is compared.
-        folder: of the comparison.
-    Returns:
-        the measured settings, and those left out.
-    Raises:
-        ValueError, OSError: see `compare`.
-    """
-    rows: list[ComparisonRow] = []
-    evaluations: list[Evaluation] = []
-    left_out: list[LeftOut] = []
-    for setting, subject in _loaded(evaluator, settings, folder):
-        subfolder = folder / setting.folder
-        try:
-            row, evaluation = _measure(evaluator, subject, setting, subfolder)
-        except ValueError as error:
-            names = {"setting": str(setting), "name": setting.name or None}
-            left_out.append(LeftOut.of(setting, **names, reason=str(error)))
-            with suppress(OSError):
-                subfolder.rmdir()  # if it is empty
-            continue
-        rows.append(row)
-        evaluations.append(evaluation)
-    if not rows:
-        raise ValueError(f"none of the settings can be measured: {left_out[0].reason}")
-    return tuple(ranked(rows, evaluations)), tuple(left_out)
-
-
-def _settings(
+def _combinations(
     sources: Sequence[Any], schedulers: Sequence[str], steps: Sequence[int]
-) -> Iterator[Setting]:
-    """All combinations without duplicates; images have neither scheduler nor steps."""
-    names = _distinct_names(sources) if len(sources) > 1 else [""]
+) -> Iterator[tuple[Any, list[Setting]]]:
+    """The settings of each source without duplicates; images have neither scheduler nor steps."""
+    names = _distinct_names(sources) if len(sources) > 1 else [None]
     for source, name in zip(sources, names, strict=True):
-        if not is_model(source):
-            yield Setting(source, name or public_name_of(source))
-            continue
-        for scheduler in dict.fromkeys(schedulers) or (None,):
-            for K in dict.fromkeys(steps) or (None,):
-                yield Setting(source, name, scheduler, K)
+        if is_model(source):
+            samplers = dict.fromkeys(schedulers) or (None,)
+            numbers = dict.fromkeys(steps) or (None,)
+            yield source, [Setting.named(name, s, K) for s in samplers for K in numbers]
+        else:
+            yield source, [Setting.named(name or public_name_of(source))]
 
 
 def _distinct_names(sources: Sequence[Any]) -> list[str]:
@@ -207,54 +152,66 @@ def _distinct_names(sources: Sequence[Any]) -> list[str]:
     ]
 
 
-def _loaded(
-    evaluator: Evaluator, settings: Sequence[Setting], folder: Path
-) -> Iterator[tuple[Setting, Subject]]:
-    """The settings with their subjects; consecutive settings of one source load it once."""
-    source, subject = None, None
-    facts = [SettingFacts.of(s, setting=f"{s}", name=s.name or None) for s in settings]
-    labels = setting_labels(facts)
-    for number, setting in enumerate(settings, start=1):
-        if subject is None or setting.source is not source:
-            source, subject = setting.source, evaluator.load(setting.source)
-            if evaluator.image_metrics:
-                evaluator.real_images(subject)  # an error here concerns all settings
-            mine = [setting for setting in settings if setting.source is source]
-            announce_time(evaluator, subject, _calls(subject, mine, folder))
-        if evaluator.progress:
-            tqdm.write(f"{number} of {len(settings)}: {labels[str(setting)]}", file=sys.stderr)
-        yield setting, subject
+def compare_settings(
+    evaluator: Evaluator, plan: Plan, folder: Path
+) -> tuple[tuple[ComparisonRow, ...], tuple[LeftOut, ...]]:
+    """Measure and rank settings, each in its own subfolder.
+
+    Args:
+        evaluator: measures them.
+        plan: what is compared; each source is loaded once.
+        folder: of the comparison.
+    Returns:
+        the measured settings, and those left out.
+    Raises:
+        ValueError, OSError: see `compare`.
+    """
+    settings = [setting for _, of_source in plan for setting in of_source]
+    labels, numbers = setting_labels(settings), itertools.count(1)
+    measured: list[tuple[ComparisonRow, Evaluation]] = []
+    left_out: list[LeftOut] = []
+    for source, of_source in plan:
+        subject = evaluator.load(source)
+        if evaluator.image_metrics:
+            evaluator.real_images(subject)  # an error here concerns all settings
+        samplers = [(s.scheduler, s.num_inference_steps) for s in of_source]
+        folders = [folder / _folder_name(setting) for setting in of_source]
+        evaluator.announce_time(subject, dict(zip(folders, samplers, strict=True)))
+        for setting, subfolder in zip(of_source, folders, strict=True):
+            if evaluator.progress:
+                text = f"{next(numbers)} of {len(settings)}: {labels[setting.setting]}"
+                tqdm.write(text, file=sys.stderr)
+            try:
+                measured.append(_measure(evaluator, subject, setting, subfolder))
+            except ValueError as error:
+                left_out.append(LeftOut.of(setting, reason=str(error)))
+                with suppress(OSError):
+                    subfolder.rmdir()  # if it is empty
+    if not measured:
+        raise ValueError(f"none of the settings can be measured: {left_out[0].reason}")
+    return tuple(_ranked(measured)), tuple(left_out)
 
 
-def _calls(subject: Subject, settings: Sequence[Setting], folder: Path) -> list[int]:
-    """Network calls per image of the settings of a model that are not measured yet."""
-    calls = []
-    for setting in settings if subject.is_model else ():
-        if not (folder / setting.folder / EVALUATION_FILE).exists():
-            with suppress(ValueError):  # the setting is left out
-                calls.append(_num_steps_and_calls(subject, setting)[1])
-    return calls
-
-
-def _num_steps_and_calls(subject: Subject, setting: Setting) -> tuple[int, int]:
-    return num_steps_and_calls(subject.source, setting.scheduler, setting.num_inference_steps)
+def _folder_name(setting: Setting) -> str:
+    parts = (setting.name, setting.scheduler, setting.num_inference_steps)
+    return re.sub(r"[^\w.+=-]+", "-", "-".join(str(part) for part in parts if part))
 
 
 def _measure(
     evaluator: Evaluator, subject: Subject, setting: Setting, folder: Path
 ) -> tuple[ComparisonRow, Evaluation]:
+    """The evaluation of a setting, and its row without figures."""
     options, num_calls = evaluator.options, None
     if subject.is_model:
-        K, num_calls = _num_steps_and_calls(subject, setting)
-        options = replace(options, scheduler=setting.scheduler, num_inference_steps=K)
+        scheduler = setting.scheduler
+        K, num_calls = num_steps_and_calls(subject.source, scheduler, setting.num_inference_steps)
+        options = replace(options, scheduler=scheduler, num_inference_steps=K)
     evaluation = evaluator.evaluate(subject, folder, options)
     seconds = [figure.measured_with.seconds_per_image for figure in evaluation.image_metrics]
     if evaluation.bound is not None and not evaluation.image_metrics:
         num_calls, seconds = evaluation.bound.num_timesteps, [evaluation.bound.seconds_per_image]
-    row = ComparisonRow(
-        setting=str(setting),
-        name=setting.name or None,
-        scheduler=setting.scheduler,
+    row = ComparisonRow.of(
+        setting,
         num_inference_steps=options.num_inference_steps,
         model=evaluation.model,
         num_network_calls=num_calls,
@@ -263,3 +220,50 @@ def _measure(
         figures={},
     )
     return row, evaluation
+
+
+def _ranked(measured: Sequence[tuple[ComparisonRow, Evaluation]]) -> Iterator[ComparisonRow]:
+    """The rows with their figures, each ranked among all rows."""
+    by_name: dict[str, list[BoundResult | MetricResult]] = {}
+    for _, evaluation in measured:
+        for name, figure in evaluation.figures.items():
+            by_name.setdefault(name, []).append(figure)
+    best = {
+        name: min(figures, key=lambda f: f.value if LOWER_IS_BETTER[f.name] else -f.value)
+        for name, figures in by_name.items()
+    }
+    for row, evaluation in measured:
+        figures = {name: ranked_figure(f, best[name]) for name, f in evaluation.figures.items()}
+        yield replace(row, figures=figures)
+
+
+def ranked_figure(
+    figure: BoundResult | MetricResult, best: BoundResult | MetricResult
+) -> RankedFigure:
+    """A figure of one setting, ranked against that of the best setting."""
+    gap, of_chance = figure.value - best.value, gap_of_chance(figure, best)
+    is_tie = of_chance is None or abs(gap) <= of_chance
+    dims = figure.measured_with.features.dims if isinstance(figure, MetricResult) else None
+    return RankedFigure.of(
+        figure,
+        num_features=dims,
+        rank="best" if figure is best else "tie" if is_tie else "",
+        gap=gap,
+        gap_of_chance=of_chance,
+    )
+
+
+def gap_of_chance(a: BoundResult | MetricResult, b: BoundResult | MetricResult) -> float | None:
+    """Half-width of the 95 % interval of the difference of two figures; None for one image.
+
+    Paired if possible: the settings share the real images, their halves, and the noise of each
+    drawn image.
+    """
+    # Bounds of the images, or values of the halves.
+    first, second = (f.total if isinstance(f, BoundResult) else f.halves for f in (a, b))
+    if len(first) < 2:
+        return None
+    factor = NORMAL_95 / math.sqrt(len(first)) if isinstance(a, BoundResult) else T_19
+    if len(first) == len(second):
+        return factor * statistics.stdev(x - y for x, y in zip(first, second, strict=True))
+    return factor * math.hypot(statistics.stdev(first), statistics.stdev(second))

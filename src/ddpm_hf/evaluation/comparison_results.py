@@ -1,13 +1,13 @@
 """Results of `compare` and `sweep`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
 
 from ddpm_hf.evaluation.figures import DatasetFacts, Floor, Interval, ModelFacts, Verdict
 from ddpm_hf.evaluation.options import ComparisonOptions, EvaluationOptions
 from ddpm_hf.evaluation.records import Record, Row, optional
-from ddpm_hf.evaluation.results import Report, Result, package_versions, utc_now
+from ddpm_hf.evaluation.results import Report, Result
 from ddpm_hf.scheduler_spec import readable_names
 from ddpm_hf.text import counted
 
@@ -56,14 +56,14 @@ class RankedFigure(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SettingFacts(Record):
-    """A combination of model, scheduler and number of steps.
+class Setting(Record):
+    """A combination of a model, a scheduler and a number of steps, or a set of images.
 
     Attributes:
         setting: label of the combination.
         name: label of the model or images, if there are several.
         scheduler: None for the model's own.
-        num_inference_steps: K; None for images.
+        num_inference_steps: K; None for images, and for the usual number of the scheduler.
     """
 
     setting: str
@@ -71,9 +71,16 @@ class SettingFacts(Record):
     scheduler: str | None
     num_inference_steps: int | None
 
+    @classmethod
+    def named(cls, name: str | None, scheduler: str | None = None, K: int | None = None) -> Self:
+        """The setting with the label that follows from its parts."""
+        parts = (name, scheduler, K and f"K = {K:,}")
+        label = ", ".join(part for part in parts if part) or "own scheduler"
+        return cls(setting=label, name=name, scheduler=scheduler, num_inference_steps=K)
+
 
 @dataclass(frozen=True, kw_only=True)
-class ComparisonRow(SettingFacts):
+class ComparisonRow(Setting):
     """A measured setting.
 
     Attributes:
@@ -93,17 +100,18 @@ class ComparisonRow(SettingFacts):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LeftOut(SettingFacts):
+class LeftOut(Setting):
     """A setting that cannot be measured, and why."""
 
     reason: str
 
 
+@dataclass(frozen=True, kw_only=True, repr=False)
 class SettingsResult(Result):
-    """Rows of a comparison or a sweep."""
+    """Measured settings of a comparison or a sweep, and those left out."""
 
     dataset: DatasetFacts
-    options: ComparisonOptions | EvaluationOptions
+    options: Any
     settings: tuple[ComparisonRow, ...]
     left_out: tuple[LeftOut, ...]
 
@@ -118,27 +126,21 @@ class SettingsResult(Result):
             for figure in row.figures.values()
         ]
 
+    def __str__(self) -> str:
+        return _settings_text(self)
+
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Comparison(SettingsResult, Report):
-    """Result of `compare`: the measured settings and those left out."""
+    """Result of `compare`. See `Report` for the rest."""
 
     _IN_OPTIONS: ClassVar[tuple[str, ...]] = ("metrics", "schedulers", "num_inference_steps")
 
-    format_version: Literal[1] = 1
-    dataset: DatasetFacts
-    settings: tuple[ComparisonRow, ...]
-    left_out: tuple[LeftOut, ...]
     metrics: tuple[str, ...]
     schedulers: tuple[str, ...]
     num_inference_steps: tuple[int, ...]
     options: ComparisonOptions
     command: str
-    versions: dict[str, str] = field(default_factory=package_versions)
-    created: str = field(default_factory=utc_now)
-
-    def __str__(self) -> str:
-        return settings_text(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,10 +163,7 @@ class Sweep(SettingsResult):
     """
 
     name: Literal["sweep"] = "sweep"
-    dataset: DatasetFacts
     options: EvaluationOptions
-    settings: tuple[ComparisonRow, ...]
-    left_out: tuple[LeftOut, ...]
     recommended: SweptSampler
     for_stock: SweptSampler | None
     all_steps: SweptSampler | None
@@ -175,10 +174,10 @@ class Sweep(SettingsResult):
         row = next(row for row in self.settings if SweptSampler.of(row) == chosen)
         label = setting_labels(self.settings)[row.setting]
         recommended = f"recommended: {label} (scheduler {chosen.scheduler})"
-        return "\n".join([settings_text(self), "", recommended, *self.remarks])
+        return "\n".join([super().__str__(), "", recommended, *self.remarks])
 
 
-def sampler_labels(rows: Sequence[SettingFacts]) -> dict[str, str]:
+def sampler_labels(rows: Sequence[Setting]) -> dict[str, str]:
     """By setting, its model and its scheduler in readable words, which may be ""."""
     readable = readable_names({row.scheduler for row in rows if row.scheduler})
     return {
@@ -187,7 +186,7 @@ def sampler_labels(rows: Sequence[SettingFacts]) -> dict[str, str]:
     }
 
 
-def setting_labels(rows: Sequence[SettingFacts]) -> dict[str, str]:
+def setting_labels(rows: Sequence[Setting]) -> dict[str, str]:
     """By setting, its model, scheduler and number of steps in readable words."""
     samplers = sampler_labels(rows)
     labels = {}
@@ -197,31 +196,29 @@ def setting_labels(rows: Sequence[SettingFacts]) -> dict[str, str]:
     return labels
 
 
-def settings_text(comparison: SettingsResult) -> str:
+def _settings_text(comparison: SettingsResult) -> str:
     """Settings against figures, each with its interval and its rank, and the floor."""
     rows = comparison.settings
     names = list(dict.fromkeys(name for row in rows for name in row.figures))
     starts = range(0, len(names), _FIGURES_PER_TABLE)
     tables = [_settings_table(rows, names[start : start + _FIGURES_PER_TABLE]) for start in starts]
-    return "\n\n".join([*tables, "\n".join(_comparison_notes(comparison))])
+    return "\n\n".join([*tables, "\n".join(_notes(comparison))])
 
 
-def _comparison_notes(comparison: SettingsResult) -> list[str]:
+def _notes(comparison: SettingsResult) -> list[str]:
     options, dataset = comparison.options, comparison.dataset
     notes = ["value +- half of the 95 % interval; a tie is too close to the best to tell"]
     figures = [figure for row in comparison.settings for figure in row.figures.values()]
     images = next((figure for figure in figures if figure.num_drawn is not None), None)
     if images is not None:
-        notes += [
+        notes.append(
             f"{counted(images.num_drawn or 0, 'drawn image')} against {images.num_real:,} real ones"
             f" of {dataset.name}{dataset.trained_on_suffix}; by {options.features}; seed"
-            f" {options.seed}",
-        ]
-    elif figures:
-        count = figures[0].num_images or 0
-        notes.append(
-            f"{counted(count, 'image')} of {dataset.name}, {dataset.split}{dataset.held_out_suffix}"
+            f" {options.seed}"
         )
+    elif figures:
+        count = counted(figures[0].num_images or 0, "image")
+        notes.append(f"{count} of {dataset.name}, {dataset.split}{dataset.held_out_suffix}")
     if _is_timed(comparison.settings):
         work = "drawing" if images is not None else "the bound"
         notes.append(f"s/image: time of {work} in one process, median over batches")

@@ -39,7 +39,7 @@ class DataSource:
     Attributes:
         dataset: what `load_images` accepts, a `datasets.Dataset`, or those by split.
         options: splits, columns and policy for unreadable images.
-        hold_out: images of the reference split that training held out; see `as_in_training`.
+        hold_out: images of the reference split that training held out; see `recorded_hold_out`.
         trained_class_column: column that training read the classes from, if it was named.
     """
 
@@ -112,29 +112,44 @@ class DataSource:
         return ImageSubset(split or self.reference_split)
 
     def likelihood_images(
-        self, unet: UNet2DModel, *, progress: bool, **choice: Any
+        self,
+        unet: UNet2DModel,
+        *,
+        default: int | None = None,
+        may_be_fewer: bool = False,
+        progress: bool = True,
     ) -> EvaluationImages:
-        """The images of `likelihood_subset` in the format of a model.
+        """The images of `likelihood_subset` in the format of a model, chosen by the seed.
 
         Args:
             unet: network of the model.
+            default: number of images if none is requested; None for all.
+            may_be_fewer: whether the dataset may have fewer images than requested.
             progress: show progress bars.
-            **choice: number of images and seed; see `images_for`.
         """
-        subset = self.likelihood_subset()
+        split, rows = self.likelihood_subset()
+        requested = self.options.num_images
         return images_for(
             unet,
-            self.rows(subset.split),
-            rows=subset.rows,
-            image_column=self.options.image_column,
-            label_column=self.label_column(subset.split),
-            on_bad_image=self.options.on_bad_image,
+            self.rows(split),
+            rows=rows,
+            num_images=None if may_be_fewer else requested,
+            at_most=requested or default,
+            seed=self.options.seed,
+            label_column=self.label_column(split),
             progress=progress,
-            **choice,
+            **self.reading_options,
         )
 
+    def num_likelihood_images(self) -> int:
+        """Number of rows of `likelihood_subset`, without its warning."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            subset = self.likelihood_subset()
+        return len(self.rows(subset.split) if subset.rows is None else subset.rows)
+
     def reference_and_held_out(self) -> tuple[ImageSubset, ImageSubset | None]:
-        """The reference images and the held-out images; the only set is the reference."""
+        """The reference images, and the held-out ones; None if there is only one set of images."""
         if self.hold_out is not None:
             trained_on, held_out = self.hold_out.rows()
             split = self.reference_split
@@ -192,12 +207,17 @@ class DataSource:
             facts,
             self.rows(subset.split),
             fits="the drawn images",
-            image_column=self.options.image_column,
             label_column=label_column,
-            on_bad_image=self.options.on_bad_image,
             progress=progress,
+            **self.reading_options,
         )
         return _as_set(prepared, range(len(prepared)) if subset.rows is None else subset.rows)
+
+    @property
+    def reading_options(self) -> dict[str, Any]:
+        """Options of `prepare_images` that are the same for all splits."""
+        options = self.options
+        return {"image_column": options.image_column, "on_bad_image": options.on_bad_image}
 
 
 def _as_set(images: ImageDataset, indices: Sequence[int]) -> DrawnImages:

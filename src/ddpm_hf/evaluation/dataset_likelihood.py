@@ -3,12 +3,12 @@
 import dataclasses
 import hashlib
 import json
-import math
 import statistics
 import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 from accelerate import PartialState
@@ -18,14 +18,15 @@ from torch import Tensor
 from ddpm_hf.diffusion.atomic_files import remove_folder
 from ddpm_hf.diffusion.conditioning import denoiser_of
 from ddpm_hf.diffusion.scheduler_interface import num_outputs
-from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
+from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler, as_gaussian_scheduler
 from ddpm_hf.digests import weights_digest
-from ddpm_hf.evaluation.figures import BoundPart, BoundParts, BoundResult
+from ddpm_hf.evaluation.figures import BoundPart, BoundParts, BoundResult, finite
 from ddpm_hf.evaluation.model_images import EvaluationImages
-from ddpm_hf.evaluation.sharded_tensors import Shard, compute_shards
-from ddpm_hf.likelihood import BitsPerDim, bits_per_dim
+from ddpm_hf.evaluation.options import BITS, EvaluationOptions
+from ddpm_hf.evaluation.result_files import known_results
+from ddpm_hf.likelihood import BitsPerDim, bits_per_dim, standard_error
 from ddpm_hf.randomness import seed_of
-from ddpm_hf.statistics import standard_error
+from ddpm_hf.shared_work import Shard, compute_shards
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,12 @@ class BoundOptions:
     decoder: str = "exact"
     seed: int = 0
     batch_size: int = 64
+
+    @classmethod
+    def of(cls, options: EvaluationOptions, eta: float) -> Self:
+        """The options of `evaluate` that concern the bound."""
+        names = ("num_inference_steps", "num_timesteps", "decoder", "seed", "batch_size")
+        return cls(eta=eta, **{name: getattr(options, name) for name in names})
 
 
 @dataclass(frozen=True)
@@ -77,23 +84,18 @@ class BoundMeasurement:
 
     def bound(
         self, folder: Path, state: PartialState, *, progress: bool = True
-    ) -> BitsPerDim | None:
-        """The bound of each image on the main rank, None on others.
+    ) -> tuple[BitsPerDim, float] | None:
+        """The bound of each image, and the median over shards of the seconds per image.
 
         Args:
             folder: holds the shards of this measurement only.
             state: the ranks, which share the work.
             progress: show progress bars.
+        Returns:
+            the bound on the main rank, None on others.
         Raises:
             ValueError: if the options do not fit; see `bits_per_dim`.
         """
-        timed = self._timed_bound(folder, state, progress)
-        return None if timed is None else timed[0]
-
-    def _timed_bound(
-        self, folder: Path, state: PartialState, progress: bool
-    ) -> tuple[BitsPerDim, float] | None:
-        """The bound, and the median over shards of the seconds per image."""
         size, num_images = self.options.batch_size, len(self.images)
         rows = [range(i, min(i + size, num_images)) for i in range(0, num_images, size)]
 
@@ -111,23 +113,18 @@ class BoundMeasurement:
         return BitsPerDim.concatenate([BitsPerDim(**shard) for shard in shards]), seconds
 
     def result(
-        self,
-        folder: Path,
-        state: PartialState,
-        *,
-        known: BoundResult | None = None,
-        progress: bool = True,
+        self, folder: Path, state: PartialState, *, progress: bool = True
     ) -> BoundResult | None:
         """The mean over the images with its parts, on the main rank; None on others.
 
         Args:
-            folder: holds unfinished shards.
-            known: an earlier result, returned if it is of the same measurement.
+            folder: of an evaluation; its result is reused if it is of the same measurement.
             state, progress: see `bound`.
         """
-        if known and known.key == self.key:
-            return known if state.is_main_process else None
-        timed = self._timed_bound(_unfinished(folder, self.key), state, progress)
+        known = [r for r in known_results(folder) if isinstance(r, BoundResult)]
+        if known and known[0].key == self.key:
+            return known[0] if state.is_main_process else None
+        timed = self.bound(_unfinished(folder, self.key), state, progress=progress)
         return None if timed is None else _bound_result(self, *timed)
 
     def _bound_of(self, rows: range, progress: bool) -> BitsPerDim:
@@ -148,6 +145,29 @@ class BoundMeasurement:
             progress=progress,
             **options,
         )
+
+
+def scheduler_of_bound(scheduler: Any, eta: float) -> GaussianDDPMScheduler:
+    """The scheduler whose bound is measured.
+
+    Args:
+        scheduler: any scheduler of diffusers.
+        eta: noise of the sampler.
+    Raises:
+        ValueError: if the sampler has no bound.
+    """
+    name = type(scheduler).__name__.removesuffix("Scheduler").removeprefix("Gaussian")
+    reason = "which is deterministic"
+    try:
+        own = as_gaussian_scheduler(scheduler)
+        if eta > 0:
+            return GaussianDDPMScheduler.from_config(own.config)
+    except TypeError:
+        reason = "whose steps define no bound"
+    noise = "" if eta == 1 else f":eta={eta:g}"
+    raise ValueError(
+        f"`metrics`: {BITS} needs the scheduler DDPM with eta above 0, got {name}{noise}, {reason}"
+    )
 
 
 def remove_shards(folder: Path, result: BoundResult) -> None:
@@ -199,8 +219,3 @@ def _bound_result(
 
 def _part(values: Tensor) -> BoundPart:
     return BoundPart(value=values.mean().item(), standard_error=finite(standard_error(values)))
-
-
-def finite(value: float) -> float | None:
-    """None for NaN and infinity, which JSON does not have."""
-    return value if math.isfinite(value) else None

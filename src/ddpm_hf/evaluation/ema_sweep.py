@@ -7,27 +7,20 @@ measured for comparison.
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ddpm_hf.evaluation.card_metrics import card_metrics
-from ddpm_hf.evaluation.compare import Setting, compare_settings
-from ddpm_hf.evaluation.comparison_results import (
-    ComparisonRow,
-    LeftOut,
-    SettingsResult,
-    settings_text,
-)
-from ddpm_hf.evaluation.figures import DatasetFacts
-from ddpm_hf.evaluation.measurement import Evaluator
-from ddpm_hf.evaluation.metrics import METRICS
+from ddpm_hf.evaluation.compare import compare_settings
+from ddpm_hf.evaluation.comparison_results import ComparisonRow, Setting, SettingsResult
+from ddpm_hf.evaluation.evaluate import Evaluator
+from ddpm_hf.evaluation.metrics import LOWER_IS_BETTER, METRICS
 from ddpm_hf.evaluation.options import BITS, EmaSweepOptions, EvaluationOptions
-from ddpm_hf.evaluation.ranking import LOWER_IS_BETTER
 from ddpm_hf.evaluation.recorded_command import command_of
 from ddpm_hf.evaluation.result_files import read_evaluation, results_folder, write_result
 from ddpm_hf.evaluation.result_pictures import save_ema_pictures
-from ddpm_hf.evaluation.results import Report, package_versions, utc_now
+from ddpm_hf.evaluation.results import Report
 from ddpm_hf.evaluation.subjects import Subject
 from ddpm_hf.hub.card import write_results
 from ddpm_hf.options import takes_options
@@ -56,22 +49,17 @@ class EmaSweep(SettingsResult, Report):
     """Result of `sweep_ema`. See `Report` for the rest.
 
     Attributes:
+        run: name of the run.
         averages: the reconstructed averages by the names of their settings.
         best: relative length of the best average by the first metric.
     """
 
-    format_version: Literal[1] = 1
     run: str
     averages: dict[str, EmaFacts]
     best: float
-    dataset: DatasetFacts
-    settings: tuple[ComparisonRow, ...]
-    left_out: tuple[LeftOut, ...]
     metrics: tuple[str, ...]
     options: EvaluationOptions
     command: str
-    versions: dict[str, str] = field(default_factory=package_versions)
-    created: str = field(default_factory=utc_now)
 
     def __str__(self) -> str:
         name = figure_name(self.metrics[0])
@@ -81,7 +69,7 @@ class EmaSweep(SettingsResult, Report):
             is_worse, is_better = ranks[OWN] == "", ranks[label(self.best)] == ""
             verdict = "worse" if is_worse else "better" if is_better else "as good"
             best += f"; the model of the run, with traditional EMA, is {verdict}"
-        return f"{settings_text(self)}\n\n{best}"
+        return f"{super().__str__()}\n\n{best}"
 
 
 class _EmaEvaluator(Evaluator):
@@ -137,10 +125,11 @@ def sweep_ema(
         ema, dataset, metrics, EvaluationOptions(**vars(chosen)), progress=progress
     )
     own, name = str(ema.run.model.root), public_name(os.fspath(run))
-    settings = [Setting(float(s), label(s)) for s in dict.fromkeys(lengths)] + [Setting(own, OWN)]
+    sources = {label(sigma_rel): float(sigma_rel) for sigma_rel in lengths} | {OWN: own}
+    plan = [(source, [Setting.named(name)]) for name, source in sources.items()]
     with results_folder(evaluator.state, output) as folder:
         evaluator.use_hold_out_of([own])
-        rows, left_out = compare_settings(evaluator, settings, folder)
+        rows, left_out = compare_settings(evaluator, plan, folder)
         measured = {row.name for row in rows}
         averages = {name: f for name, f in evaluator.averages.items() if name in measured}
         facts, recorded = evaluator.data.facts(), evaluator.options.recorded()

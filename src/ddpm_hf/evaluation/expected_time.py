@@ -1,11 +1,9 @@
 """Expected time of evaluations, stated before the work, from one timed call of the network."""
 
 import copy
-import math
 import sys
 import time
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,12 +12,9 @@ from tqdm.auto import tqdm
 from ddpm_hf.diffusion.eval_mode import evaluating
 from ddpm_hf.diffusion.scheduler_interface import set_timesteps
 from ddpm_hf.diffusion.timestep_spacings import usual_num_steps
-from ddpm_hf.evaluation.measurement import Evaluator, num_drawn
-from ddpm_hf.evaluation.options import BITS
-from ddpm_hf.evaluation.subjects import Subject
 from ddpm_hf.sampling.sampler_choice import sampled_by
 from ddpm_hf.scheduler_spec import SchedulerSpec
-from ddpm_hf.text import counted, duration
+from ddpm_hf.text import duration
 
 # Fewer batches take too little time to be announced.
 _FEW_CALLS = 20
@@ -48,50 +43,26 @@ def num_steps_and_calls(
     return K, len(chosen.timesteps)
 
 
-def announce_time(evaluator: Evaluator, subject: Subject, calls: Sequence[int]) -> None:
-    """Print the expected time of the settings of a model; nothing for few calls or images.
+def announce_time(unet: Any, num_batches: int, batch_size: int, work: str) -> None:
+    """Print the expected time of network calls; nothing for few calls.
 
     Args:
-        evaluator: measures them.
-        subject: the model.
-        calls: network calls per drawn image of each setting that is to be measured.
+        unet: network of the model.
+        num_batches: number of calls per process.
+        batch_size: images per call.
+        work: what is measured.
     """
-    if not evaluator.progress or not subject.is_model:
+    if unet.config.class_embed_type is not None:  # its labels are of any kind
         return
-    config = subject.source.unet.config
-    if config.class_embed_type is not None:  # its labels are of any kind
-        return
-    options, num_batches, num_images = evaluator.options, 0, 0
-    if evaluator.image_metrics:
-        num_real = len(evaluator.real_images(subject).reference.images)
-        num_images = num_drawn(options, num_real)
-        num_batches += math.ceil(num_images / options.batch_size) * sum(calls)
-    if BITS in evaluator.metrics:
-        num_images = options.num_images or _num_held_out(evaluator)
-        of_bound = sum(min(options.num_timesteps or K, K) for K in calls)
-        num_batches += math.ceil(num_images / options.batch_size) * of_bound
-    num_batches = math.ceil(num_batches / evaluator.state.num_processes)
     if num_batches < _FEW_CALLS:
         return
-    seconds = num_batches * _seconds_per_call(subject.source, min(num_images, options.batch_size))
-    tqdm.write(
-        f"about {duration(seconds)}: {counted(len(calls), 'setting')} of"
-        f" {counted(num_images, 'image')}, {num_batches:,} network calls",
-        file=sys.stderr,
-    )
+    seconds = num_batches * _seconds_per_call(unet, batch_size)
+    text = f"about {duration(seconds)}: {work}, {num_batches:,} network calls"
+    tqdm.write(text, file=sys.stderr)
 
 
-def _num_held_out(evaluator: Evaluator) -> int:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the measurement warns again
-        subset = evaluator.data.likelihood_subset()
-    rows = subset.rows
-    return len(evaluator.data.rows(subset.split) if rows is None else rows)
-
-
-def _seconds_per_call(pipeline: Any, batch_size: int) -> float:
+def _seconds_per_call(unet: Any, batch_size: int) -> float:
     """Seconds of one network call, after a first one that warms up."""
-    unet = pipeline.unet
     size = unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     shape = (batch_size, unet.config.in_channels, height, width)

@@ -1,6 +1,6 @@
 """Measured figures, and the facts about model and dataset that belong to them."""
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -12,9 +12,14 @@ Verdict = Literal["worse", "better", "tie"]
 Interval = tuple[float, float]
 
 
+def finite(value: float) -> float | None:
+    """None for NaN and infinity, which JSON does not have."""
+    return value if math.isfinite(value) else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Floor(Record):
-    """Value between real images, next to the value of as many drawn ones; means over resamples."""
+    """Values of real images and of as many drawn images; means over resamples."""
 
     real: float
     drawn: float
@@ -121,17 +126,18 @@ class MetricResult(Record):
 
     def rows(self) -> list[Row]:
         """One row, and one for each class."""
-        return [_figure_row(self), *(_figure_row(self, of) for of in self.classes or ())]
+        measured: list[tuple[str | None, MetricResult | ClassResult]] = [(None, self)]
+        measured += [(of_class.class_name, of_class) for of_class in self.classes or ()]
+        return [
+            {"name": self.name, "label": self.label, "class": name, **_columns(row)}
+            for name, row in measured
+        ]
 
 
-def _figure_row(figure: MetricResult, of_class: ClassResult | None = None) -> Row:
-    measured = of_class or figure
+def _columns(measured: MetricResult | ClassResult) -> Row:
     low, high = measured.interval or (None, None)
     floor = measured.floor
     return {
-        "name": figure.name,
-        "label": figure.label,
-        "class": of_class.class_name if of_class else None,
         "value": measured.value,
         "low": low,
         "high": high,
@@ -161,10 +167,6 @@ class BoundParts(Record):
     diffusion: BoundPart
     decoder: BoundPart
     total: BoundPart
-
-    def items(self) -> Sequence[tuple[str, BoundPart]]:
-        """The parts with their names."""
-        return list(vars(self).items())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,17 +231,9 @@ class BoundResult(Record):
     def rows(self) -> list[Row]:
         """One row."""
         low, high = self.interval
-        return [
-            {
-                "name": self.name,
-                "label": self.label,
-                "value": self.value,
-                "low": low,
-                "high": high,
-                "standard_error": self.standard_error,
-                "num_real": self.num_images,
-            }
-        ]
+        row: Row = {"name": self.name, "label": self.label, "value": self.value}
+        row |= {"low": low, "high": high, "standard_error": self.standard_error}
+        return [row | {"num_real": self.num_images}]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ Shao and Wu 1989); for distances it is too wide rather than too narrow.
 
 The Frechet distance of the first pair of halves is computed in all dimensions. If these are many,
 the other pairs use the leading directions, which hold nearly all of the variance between pairs, and
-are shifted by the remainder of the first pair.
+the remaining directions count as in the first pair.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -35,6 +35,7 @@ from ddpm_hf.evaluation.neighbour_statistics import (
     leading_components,
     pair_statistics,
 )
+from ddpm_hf.evaluation.options import BITS
 from ddpm_hf.randomness import seed_of
 
 NUM_RESAMPLES = 20
@@ -48,7 +49,7 @@ Pair = tuple[FeatureSet, FeatureSet]
 
 @dataclass(frozen=True)
 class Quantity:
-    """Name of a figure, its direction, and its bounds."""
+    """Name of a figure, which direction is better, and its bounds."""
 
     name: str
     label: str
@@ -98,6 +99,11 @@ METRICS: dict[str, tuple[Callable[..., Any], tuple[Quantity, ...]]] = {
     "memorisation": (share_of_copies, (Quantity("copies", "share of copies", True),)),
 }
 
+LOWER_IS_BETTER = {BITS: True} | {
+    quantity.name: quantity.lower_is_better
+    for _, quantities in METRICS.values()
+    for quantity in quantities
+}
 
 # Images that each set needs, so that a half holds one more than the neighbours of the metric.
 MIN_IMAGES = {"fd": 4, "kid": 6, "precision-recall": 8, "coverage": 12, "memorisation": 4}
@@ -182,8 +188,8 @@ def _resamples(
 ) -> list[tuple[Pair, Pair, Pair]]:
     """Random halves of the real images, each paired with three other sets.
 
-    These are a half of the drawn images, and, of equal size, drawn and other real images for the
-    floor.
+    The first is a half of the drawn images. The other two, of equal size, are for the floor: drawn
+    images and other real images.
     """
     generator = torch.Generator().manual_seed(seed_of(seed, "halves"))
 

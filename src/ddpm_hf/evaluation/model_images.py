@@ -74,10 +74,8 @@ def images_for(
     num_images: int | None = None,
     at_most: int | None = None,
     seed: int = 0,
-    image_column: str | None = None,
     label_column: str | Literal[True] = True,
-    on_bad_image: str = "error",
-    progress: bool = True,
+    **options: Any,
 ) -> EvaluationImages:
     """Images of a dataset in the size, mode and bit depth of a model, padded as in training.
 
@@ -88,11 +86,9 @@ def images_for(
         num_images: number of images, chosen by the seed; None for all, or `at_most`.
         at_most: limit if `num_images` is None.
         seed: of the choice.
-        image_column: required only if there are several.
         label_column: column of the classes, for a class-conditional model; True for the declared
             one.
-        on_bad_image: "error" or "skip".
-        progress: show progress bars.
+        **options: further options of `prepare_images`.
     Returns:
         the images; for a class-conditional model those with a label.
     Raises:
@@ -100,14 +96,8 @@ def images_for(
     """
     facts = facts_of(unet)
     is_conditional = unet.config.num_class_embeds is not None
-    prepared = prepared_like(
-        facts,
-        dataset,
-        image_column=image_column,
-        label_column=label_column if is_conditional else None,
-        on_bad_image=on_bad_image,
-        progress=progress,
-    )
+    columns = label_column if is_conditional else None
+    prepared = prepared_like(facts, dataset, label_column=columns, **options)
     images = TrainingImages(prepared, size_multiple=size_multiple(unet))
     rows = range(len(images)) if rows is None else rows
     labels = _labels(prepared, facts.class_names) if is_conditional else None
@@ -130,7 +120,8 @@ def prepared_like(
     Args:
         facts: required format.
         dataset: from `load_images` or `datasets`.
-        fits: whose format it is, for messages; 8 bits are widened to 16 unless it is "the model".
+        fits: owner of the format, for messages; 8-bit images are converted to 16 bits unless it is
+            "the model".
         **options: further options of `prepare_images`.
     Raises:
         DataError: if the data cannot be used, or does not fit.
@@ -158,7 +149,7 @@ def prepared_like(
 def _check_enlargement(
     facts: ImageFacts, dataset: Any, image_column: str | None, fits: str
 ) -> None:
-    """Raise DataError if the images would be enlarged beyond use, which fills the disk."""
+    """Raise DataError for images that would be enlarged so much that they fill the disk."""
     if not isinstance(dataset, datasets.Dataset):
         return  # `prepare_images` reports it
     column = find_image_column(dataset, image_column)

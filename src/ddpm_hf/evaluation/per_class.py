@@ -1,9 +1,8 @@
-"""Metrics of each class, which reveal what the metrics of all images hide."""
+"""Metrics of the images of each class."""
 
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ddpm_hf.evaluation.figures import ClassResult, MetricResult
-from ddpm_hf.evaluation.metrics import METRICS, MIN_IMAGES, measure
+from ddpm_hf.evaluation.metrics import LOWER_IS_BETTER, METRICS, MIN_IMAGES, measure
 from ddpm_hf.sampling import DrawnImages
 from ddpm_hf.text import share_that_has
 
@@ -80,51 +79,39 @@ def with_classes(
         real, drawn, held_out, seed, device: see `measure`.
     """
     sets = (real, drawn) if held_out is None else (real, drawn, held_out)
-    return [
-        result
-        for metric, of_metric in groupby(results, key=lambda result: result.metric)
-        for result in _with_classes(metric, list(of_metric), rows, sets, seed, device)
-    ]
-
-
-def _with_classes(
-    metric: str,
-    results: Sequence[MetricResult],
-    rows: RowsByClass,
-    sets: tuple[Tensor, ...],
-    seed: int,
-    device: Any,
-) -> list[MetricResult]:
-    """The results of one metric with `classes`."""
-    by_result: list[list[ClassResult]] = [[] for _ in results]
-    for name, of_class in rows.items():
-        x, y, *z = (features[subset] for features, subset in zip(sets, of_class, strict=True))
-        z = [others for others in z if len(others) >= MIN_IMAGES[metric]]
-        if min(len(x), len(y)) < MIN_IMAGES[metric]:
-            measured = [_too_few_images(metric, name, len(x), len(y))] * len(results)
-        else:
-            figures = measure(metric, x, y, *z, seed=seed, device=device)
-            measured = [ClassResult.of(figure, class_name=name) for figure in figures]
-        for classes, row in zip(by_result, measured, strict=True):
-            classes.append(row)
+    classes: dict[str, list[ClassResult]] = {result.name: [] for result in results}
     num_small = sum(min(map(len, of_class[:2])) < FEW_IMAGES for of_class in rows.values())
-    if num_small:
-        warnings.warn(
-            f"{share_that_has(num_small, len(rows), 'class', 'classes')} fewer than {FEW_IMAGES}"
-            f" real or drawn images: {metric} detects large differences only",
-            stacklevel=2,
-        )
+    for metric in dict.fromkeys(result.metric for result in results):
+        for name, of_class in rows.items():
+            features = [of_set[subset] for of_set, subset in zip(sets, of_class, strict=True)]
+            for figure, measured in _of_class(metric, name, features, seed, device).items():
+                classes[figure].append(measured)
+        if num_small:
+            warnings.warn(
+                f"{share_that_has(num_small, len(rows), 'class', 'classes')} fewer than"
+                f" {FEW_IMAGES} real or drawn images: {metric} detects large differences only",
+                stacklevel=2,
+            )
     return [
-        replace(result, classes=_worst_first(classes, quantity.lower_is_better))
-        for result, quantity, classes in zip(results, METRICS[metric][1], by_result, strict=True)
+        replace(result, classes=_worst_first(classes[result.name], LOWER_IS_BETTER[result.name]))
+        for result in results
     ]
 
 
-def _too_few_images(metric: str, name: str, num_real: int, num_drawn: int) -> ClassResult:
-    note = f"too few images: {metric} needs {MIN_IMAGES[metric]} of each"
-    return ClassResult(
-        class_name=name, value=None, note=note, num_real=num_real, num_drawn=num_drawn
-    )
+def _of_class(
+    metric: str, name: str, features: Sequence[Tensor], seed: int, device: Any
+) -> dict[str, ClassResult]:
+    """The figures of a metric for one class, by their names."""
+    x, y, *z = features
+    if min(len(x), len(y)) < MIN_IMAGES[metric]:
+        note = f"too few images: {metric} needs {MIN_IMAGES[metric]} of each"
+        too_few = ClassResult(
+            class_name=name, value=None, note=note, num_real=len(x), num_drawn=len(y)
+        )
+        return {quantity.name: too_few for quantity in METRICS[metric][1]}
+    z = [others for others in z if len(others) >= MIN_IMAGES[metric]]
+    figures = measure(metric, x, y, *z, seed=seed, device=device)
+    return {figure.name: ClassResult.of(figure, class_name=name) for figure in figures}
 
 
 def _worst_first(classes: list[ClassResult], lower_is_better: bool) -> tuple[ClassResult, ...]:

@@ -18,7 +18,7 @@ from ddpm_hf.evaluation.comparison_results import (
     setting_labels,
 )
 from ddpm_hf.evaluation.figures import BoundResult
-from ddpm_hf.evaluation.ranking import LOWER_IS_BETTER
+from ddpm_hf.evaluation.metrics import LOWER_IS_BETTER
 
 
 def plot_terms(bound: BoundResult, path: Path) -> None:
@@ -149,21 +149,18 @@ def plot_comparison(comparison: Comparison | Sweep, path: Path) -> None:
     for axes, name in zip(grid, names, strict=True):
         figures = [row.figures[name] for row in rows if name in row.figures]
         best = next(ranked for ranked in figures if ranked.rank == "best")
-        direction = "lower" if LOWER_IS_BETTER.get(name, True) else "higher"
         for axis, key in zip(axes, keys, strict=True):
             for i, (label, points) in enumerate(curves.items()):
                 dodge = _DODGE ** (i - (len(curves) - 1) / 2) if key == keys[0] else 1.0
-                _errorbars(axis, points, name, key, label, dodge)
+                _plot_curve(axis, points, name, key, label, dodge)
             axis.axhspan(
                 *best.interval, color="tab:green", alpha=0.15, label="interval of the best"
             )
-            if best.floor is not None:
-                style = {"color": "black", "linestyle": "--", "linewidth": 1}
-                axis.axhline(best.floor.real, label=_real_images(best), **style)
+            _plot_floor(axis, best)
             if key == "num_inference_steps":
                 numbers = sorted({row.num_inference_steps or 0 for row in rows} - {0})
                 axis.set_xticks(numbers, [f"{K:,}" for K in numbers])
-            axis.set(ylabel=f"{best.label} ({direction} is better)", xlabel=_AXES.get(key, ""))
+            axis.set(ylabel=_label(best), xlabel=_AXES.get(key, ""))
             axis.grid(alpha=0.3)
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", fontsize=9, ncols=len(keys))
@@ -180,36 +177,28 @@ def plot_ema_sweep(rows: Sequence[ComparisonRow], lengths: Mapping[str, float], 
     """
     averages = [(lengths[row.name], row) for row in rows if row.name and row.name in lengths]
     averages.sort(key=lambda average: average[0])
+    x = [sigma_rel for sigma_rel, _ in averages]
     names = list(dict.fromkeys(name for row in rows for name in row.figures))
     figure = Figure(figsize=(6.5, 3.6 * len(names) + 0.4), layout="constrained")
     for axis, name in zip(figure.subplots(len(names), squeeze=False)[:, 0], names, strict=True):
-        values = np.array([row.figures[name].value for _, row in averages])
-        ends = np.array([row.figures[name].interval for _, row in averages]).T
-        x = [sigma_rel for sigma_rel, _ in averages]
-        axis.errorbar(
-            x,
-            values,
-            np.abs(ends - values),
-            fmt=".-",
-            capsize=2,
-            elinewidth=0.8,
-            label="post-hoc EMA",
-        )
+        figures = [row.figures[name] for _, row in averages]
+        _errorbars(axis, x, figures, fmt=".-", elinewidth=0.8, label="post-hoc EMA")
         for own in (row.figures[name] for row in rows if row.name not in lengths):
             axis.axhspan(*own.interval, color="tab:orange", alpha=0.15)
             axis.axhline(own.value, color="tab:orange", label="traditional EMA")
-        first = averages[0][1].figures[name]
-        if first.floor is not None:
-            style = {"color": "black", "linestyle": "--", "linewidth": 1}
-            axis.axhline(first.floor.real, label=_real_images(first), **style)
-        direction = "lower" if LOWER_IS_BETTER.get(name, True) else "higher"
+        _plot_floor(axis, figures[0])
         axis.set(xlabel="length of the average, sigma_rel", xscale="log", xticks=x)
-        axis.set_ylabel(f"{first.label} ({direction} is better)")
+        axis.set_ylabel(_label(figures[0]))
         axis.legend(fontsize=9)
         axis.xaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
+
+
+def _label(figure: RankedFigure) -> str:
+    direction = "lower" if LOWER_IS_BETTER.get(figure.name, True) else "higher"
+    return f"{figure.label} ({direction} is better)"
 
 
 def _spread(rows: Sequence[ComparisonRow], key: str) -> float:
@@ -226,31 +215,37 @@ def _curves(rows: Sequence[ComparisonRow]) -> dict[str, list[ComparisonRow]]:
     return curves
 
 
-def _real_images(figure: RankedFigure) -> str:
-    sizes = figure.floor_num_images
-    return f"real images, {sizes[1]:,} against {sizes[0]:,}" if sizes else "real images"
+def _plot_floor(axis: Any, figure: RankedFigure) -> None:
+    if figure.floor is not None:
+        sizes = figure.floor_num_images
+        label = f"real images, {sizes[1]:,} against {sizes[0]:,}" if sizes else "real images"
+        axis.axhline(figure.floor.real, label=label, color="black", linestyle="--", linewidth=1)
 
 
-def _errorbars(
+def _plot_curve(
     axis: Any, rows: Sequence[ComparisonRow], name: str, key: str, label: str, dodge: float
 ) -> None:
     """Values of a figure with their intervals, at `key` of each row."""
     rows = [row for row in rows if getattr(row, key) is not None and name in row.figures]
     if not rows:
         return
-    values = np.array([row.figures[name].value for row in rows])
-    ends = np.array([row.figures[name].interval for row in rows]).T
-    errors = np.abs(ends - values)
+    figures = [row.figures[name] for row in rows]
     if key == "setting":
         labels = setting_labels(rows)
-        positions = [labels[row.setting] for row in rows]
-        axis.errorbar(positions, values, errors, fmt="o", capsize=2)
+        _errorbars(axis, [labels[row.setting] for row in rows], figures, fmt="o")
         axis.tick_params(axis="x", rotation=30)
         return
     positions = [dodge * getattr(row, key) for row in rows]
-    axis.errorbar(positions, values, errors, fmt=".-", capsize=2, elinewidth=0.8, label=label)
+    _errorbars(axis, positions, figures, fmt=".-", elinewidth=0.8, label=label)
     axis.set_xscale("log")
     if key != "num_inference_steps":
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter("{x:g}")
     axis.minorticks_off()
+
+
+def _errorbars(axis: Any, x: Sequence[Any], figures: Sequence[RankedFigure], **style: Any) -> None:
+    """Values and intervals of figures at the positions `x`."""
+    values = np.array([figure.value for figure in figures])
+    ends = np.array([figure.interval for figure in figures]).T
+    axis.errorbar(x, values, np.abs(ends - values), capsize=2, **style)

@@ -27,7 +27,7 @@ def command_of(
         defaults["metrics"] = [BITS]
     words = ["ddpm-hf", command, *subjects, dataset]
     for name, value in options.items():
-        if value is not None and value != defaults.get(name):
+        if value not in (None, [], defaults.get(name)):
             values = value if isinstance(value, list) else [value] if value is not True else []
             words += [f"--{name.replace('_', '-')}", *map(str, values)]
     return shlex.join(words)

@@ -1,7 +1,7 @@
 """Conversion between frozen dataclasses and JSON objects, checked against the annotations."""
 
 import dataclasses
-import math
+import sys
 import types
 import typing
 from collections.abc import Iterator
@@ -146,7 +146,7 @@ def _first_match(kinds: tuple[Any, ...], value: Any) -> Any:
 def _is_instance(annotation: Any, value: Any) -> bool:
     if annotation is float:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return is_number and math.isfinite(value)
+        return is_number and abs(value) <= sys.float_info.max  # neither infinite nor NaN
     if annotation is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(annotation, type) and isinstance(value, annotation)

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from ddpm_hf.evaluation.calibration_results import CalibrationCurve
@@ -16,8 +17,7 @@ from ddpm_hf.evaluation.comparison_results import (
     setting_labels,
 )
 from ddpm_hf.evaluation.figures import BoundResult
-from ddpm_hf.evaluation.sets import picture
-from ddpm_hf.pictures import image_grid, to_rgb
+from ddpm_hf.pictures import image_grid, to_pil, to_rgb
 from ddpm_hf.sampling import DrawnImages, open_drawn
 from ddpm_hf.text import how_to_install
 
@@ -48,9 +48,9 @@ def save_samples(
         pairs: (drawn, real) indices; no picture for an empty list.
     """
     shown = range(min(_NUM_SAMPLES, len(drawn)))
-    image_grid([picture(drawn, row) for row in shown]).save(folder / "samples.png")
+    image_grid([_picture(drawn, row) for row in shown]).save(folder / "samples.png")
     if pairs:
-        groups = [_group([picture(drawn, i), picture(real, j)]) for i, j in pairs]
+        groups = [_group([_picture(drawn, i), _picture(real, j)]) for i, j in pairs]
         columns = min(len(groups), _PAIRS_PER_ROW)
         titles = ["drawn | real"] * columns
         image_grid(groups, columns, column_names=titles).save(folder / "closest-pairs.png")
@@ -80,9 +80,7 @@ def save_comparison_pictures(comparison: Comparison | Sweep, folder: Path) -> No
     a single number of steps, a row per setting and a column per seed.
     """
     with failures_as_warnings():
-        rows = [row for row in comparison.settings if (folder / row.folder / "drawn").is_dir()]
-        if rows:
-            _samples(rows, folder).save(folder / "samples.png")
+        _save_samples_of(comparison.settings, folder)
         from ddpm_hf.evaluation import plots
 
         plots.plot_comparison(comparison, folder / "comparison.png")
@@ -99,9 +97,7 @@ def save_ema_pictures(
         folder: of the sweep.
     """
     with failures_as_warnings():
-        drawn = [row for row in rows if (folder / row.folder / "drawn").is_dir()]
-        if drawn:
-            _samples(drawn, folder).save(folder / "samples.png")
+        _save_samples_of(rows, folder)
         from ddpm_hf.evaluation import plots
 
         plots.plot_ema_sweep(rows, lengths, folder / "ema.png")
@@ -116,22 +112,37 @@ def _group(pictures: Sequence[Image.Image]) -> Image.Image:
     return ImageOps.expand(group, max(1, width // 16), "white")
 
 
-def _samples(rows: Sequence[ComparisonRow], folder: Path) -> Image.Image:
+def _save_samples_of(rows: Sequence[ComparisonRow], folder: Path) -> None:
+    """Write samples.png of the settings with drawn images, if there are any."""
+    rows = [row for row in rows if (folder / row.folder / "drawn").is_dir()]
     sets = {row.setting: open_drawn(folder / row.folder / "drawn") for row in rows}
+    if not sets:
+        return
     numbers = sorted({row.num_inference_steps for row in rows if row.num_inference_steps})
     if len(numbers) < 2:
-        cells = [
-            picture(drawn, i) if i < len(drawn) else None
-            for drawn in sets.values()
-            for i in range(_SAMPLES_PER_ROW)
-        ]
-        names = setting_labels(rows)
-        return image_grid(cells, _SAMPLES_PER_ROW, [names[key] for key in sets], _MAX_NAME)
-    labels, by_sampler = sampler_labels(rows), dict[str, dict[int | None, Image.Image]]()
-    for row in rows:
-        drawn, label = sets[row.setting], labels[row.setting] or row.setting
-        four = [picture(drawn, i) for i in range(min(4, len(drawn)))]
-        by_sampler.setdefault(label, {})[row.num_inference_steps] = _group(four)
-    groups = [cells.get(K) for cells in by_sampler.values() for K in numbers]
-    titles = [f"K = {K:,}" for K in numbers]
-    return image_grid(groups, len(numbers), list(by_sampler), _MAX_NAME, titles)
+        grid = _row_per_setting(sets, setting_labels(rows))
+    else:
+        labels, by_sampler = sampler_labels(rows), dict[str, dict[int | None, Image.Image]]()
+        for row in rows:
+            drawn, label = sets[row.setting], labels[row.setting] or row.setting
+            four = [_picture(drawn, i) for i in range(min(4, len(drawn)))]
+            by_sampler.setdefault(label, {})[row.num_inference_steps] = _group(four)
+        groups = [cells.get(K) for cells in by_sampler.values() for K in numbers]
+        titles = [f"K = {K:,}" for K in numbers]
+        grid = image_grid(groups, len(numbers), list(by_sampler), _MAX_NAME, titles)
+    grid.save(folder / "samples.png")
+
+
+def _row_per_setting(sets: Mapping[str, DrawnImages], labels: Mapping[str, str]) -> Image.Image:
+    cells = [
+        _picture(drawn, i) if i < len(drawn) else None
+        for drawn in sets.values()
+        for i in range(_SAMPLES_PER_ROW)
+    ]
+    return image_grid(cells, _SAMPLES_PER_ROW, [labels[key] for key in sets], _MAX_NAME)
+
+
+def _picture(images: DrawnImages, row: int) -> Image.Image:
+    """One image of a set."""
+    (pixels,) = images.read(range(row, row + 1))
+    return to_pil(pixels / np.iinfo(pixels.dtype).max)

@@ -1,23 +1,23 @@
 """`sweep`: samplers and numbers of steps, and the cheapest one that is as good as the best.
 
 Quality is the Frechet distance of drawn images. Cost is the number of network calls per image,
-which does not depend on the load of the machine. Each image has its own noise, so that narrower
-intervals take more images, not more seeds.
+which does not depend on the load of the machine. Each image has its own noise: more images narrow
+the intervals, other seeds do not.
 """
 
 from collections.abc import Iterable
 from pathlib import Path
 
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
-from ddpm_hf.evaluation.compare import Setting, compare_settings
-from ddpm_hf.evaluation.comparison_results import ComparisonRow, Sweep, SweptSampler
-from ddpm_hf.evaluation.measurement import Evaluator
+from ddpm_hf.evaluation.compare import compare_settings
+from ddpm_hf.evaluation.comparison_results import ComparisonRow, Setting, Sweep, SweptSampler
+from ddpm_hf.evaluation.evaluate import Evaluator
 from ddpm_hf.evaluation.result_pictures import save_comparison_pictures
 from ddpm_hf.scheduler_spec import stock_scheduler
 
 NUM_STEPS = (5, 10, 25, 50, 100)
 FIGURE = "fd"
-# With trailing timesteps all of them start at the noisiest step for any number of steps.
+# With trailing timesteps every sampler starts at the noisiest step.
 PUBLISHED = "DDPM:x_0_mse=null,timestep_spacing=trailing"
 SAMPLERS = (
     "DDPM:timestep_spacing=trailing",
@@ -43,8 +43,8 @@ def sweep(pipeline: GaussianDDPMPipeline, evaluator: Evaluator, folder: Path) ->
         ValueError, OSError: see `compare`.
     """
     T = pipeline.scheduler.config.num_train_timesteps
-    settings = [Setting(pipeline, "", *choice) for choice in planned(T)]
-    rows, left_out = compare_settings(evaluator, settings, folder)
+    settings = [Setting.named(None, *choice) for choice in planned(T)]
+    rows, left_out = compare_settings(evaluator, [(pipeline, settings)], folder)
     is_conditional = pipeline.unet.config.num_class_embeds is not None  # stock cannot sample it
     for_stock = [] if is_conditional else [r for r in rows if stock_scheduler(f"{r.scheduler}")]
     all_steps = next((row for row in rows if _has_all_steps(row, T)), None)

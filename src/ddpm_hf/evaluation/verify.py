@@ -4,7 +4,6 @@ import json
 import math
 import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,15 +13,12 @@ from huggingface_hub import EvalResult, hf_hub_download
 
 from ddpm_hf.diffusion.atomic_files import read_text
 from ddpm_hf.diffusion.checks import error_in_file
-from ddpm_hf.evaluation.card_metrics import card_metrics
+from ddpm_hf.evaluation.card_metrics import CardMetric, card_metrics
 from ddpm_hf.evaluation.evaluate import evaluate
 from ddpm_hf.evaluation.features import OFFLINE_FEATURES
-from ddpm_hf.evaluation.options import (
-    BITS,
-    METRIC_NAMES,
-    EvaluationOptions,
-    public_name_of,
-)
+from ddpm_hf.evaluation.figures import Interval
+from ddpm_hf.evaluation.options import BITS, METRIC_NAMES, EvaluationOptions, public_name_of
+from ddpm_hf.evaluation.records import from_json
 from ddpm_hf.hub.card_update import metadata_of
 from ddpm_hf.hub.download import check_repo_id
 from ddpm_hf.hub.options import LoadOptions
@@ -34,7 +30,7 @@ from ddpm_hf.text import escaped
 CARD_OPTIONS = {field.name for field in fields(EvaluationOptions)} - {
     field.name for field in fields(LoadOptions)
 }
-# A card may not make this machine draw or keep any number of images.
+# Limits of the work that a card can request.
 _LIMITS = {"num_images": 50_000, "batch_size": 1024}
 # Digests in a card that identify what a figure was measured on.
 _IDENTITY = {"weights": "weights", "features": "features", "held_out": "held-out images"}
@@ -84,11 +80,11 @@ def verify(model: str | os.PathLike[str], dataset: Any = None, **options: Any) -
     Raises:
         ValueError, OSError: if the card cannot be read, or has no figure.
     """
-    groups: dict[str, list[_RecordedFigure]] = {}
+    groups: dict[str, list[_CardFigure]] = {}
     claims = []
     for result in metadata_of(_card(model, options.get("revision"))).get("eval_results") or []:
         try:
-            figure = _RecordedFigure.of(result)
+            figure = _CardFigure.of(result)
         except (TypeError, ValueError, OverflowError) as error:
             claims.append(_unchecked(result, f"{error}"))
             continue
@@ -106,29 +102,29 @@ def verify(model: str | os.PathLike[str], dataset: Any = None, **options: Any) -
 
 def _unchecked(result: EvalResult, reason: str) -> Claim:
     """The claim of an entry that records no measurement of `evaluate`."""
-    value, args = _number(result.metric_value), result.metric_args
-    keys = set(args) if isinstance(args, dict) else set()
+    try:
+        value = from_json(float, result.metric_value)
+    except ValueError:
+        value = math.nan
+    keys = set(result.metric_args) if isinstance(result.metric_args, dict) else set()
     is_of_training = "evaluate" not in keys and not keys.isdisjoint({"bound", "samples"})
     if is_of_training:
         reason = "measured in training; `ddpm-hf evaluate --card` adds figures to verify"
-    value = math.nan if value is None else value
     return Claim(_name(result), value, remark=reason, is_checkable=not is_of_training)
 
 
 def _card(model: str | os.PathLike[str], revision: str | None) -> str:
     """The text of the model card."""
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return read_text(path / "README.md")
-    check_repo_id(os.fspath(model), may_be_folder=True)
-    name = os.fspath(model)
-    return read_text(
-        Path(retry(lambda: hf_hub_download(name, "README.md", revision=revision), name, WAITS_S))
-    )
+    folder, name = Path(model).expanduser(), os.fspath(model)
+    if folder.is_dir():
+        return read_text(folder / "README.md")
+    check_repo_id(name, may_be_folder=True)
+    path = retry(lambda: hf_hub_download(name, "README.md", revision=revision), name, WAITS_S)
+    return read_text(Path(path))
 
 
 @dataclass(frozen=True)
-class _RecordedFigure:
+class _CardFigure:
     """A figure of a card with valid options of `evaluate`.
 
     Attributes:
@@ -161,25 +157,23 @@ class _RecordedFigure:
         recorded = args.get("evaluate") if isinstance(args, dict) else None
         if not isinstance(recorded, dict):
             raise ValueError("the card records no options of `evaluate` for it")
-        value = _number(result.metric_value)
-        ends = args.get("interval") if isinstance(args.get("interval"), list) else []
-        interval = tuple(end for end in map(_number, ends) if end is not None)
-        if value is None or len(interval) != 2 or interval[0] > interval[1] or len(ends) != 2:
-            raise ValueError("its value and interval must be finite numbers")
+        try:
+            value = from_json(float, result.metric_value)
+            low, high = from_json(Interval, args.get("interval"))
+        except ValueError:
+            raise ValueError("its value and interval must be finite numbers") from None
+        if low > high:
+            raise ValueError("its interval must not end before it starts")
         metrics = recorded.get("metrics")
-        if (
-            not isinstance(metrics, list)
-            or not metrics
-            or not all(isinstance(metric, str) and metric in METRIC_NAMES for metric in metrics)
-        ):
+        is_list = isinstance(metrics, list) and all(isinstance(name, str) for name in metrics)
+        if not is_list or not metrics or not {*metrics} <= {*METRIC_NAMES}:
             raise ValueError("it records no valid metric of `evaluate`")
-        options = {name: value for name, value in recorded.items() if name != "metrics"}
         return cls(
             name=_name(result),
             value=value,
-            interval=(interval[0], interval[1]),
+            interval=(low, high),
             metrics=tuple(metrics),
-            options=_options(options),
+            options=_options({key: recorded[key] for key in recorded if key != "metrics"}),
             hub_id=result.dataset_type if is_hub_id(result.dataset_type) else None,
             dataset_name=str(result.dataset_name),
             args=args,
@@ -218,13 +212,6 @@ def _name(result: EvalResult) -> str:
     return escaped(result.metric_name)
 
 
-def _number(value: Any) -> float | None:
-    """A finite number, or None for anything else."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return None
-    return float(value) if abs(value) <= sys.float_info.max else None
-
-
 def _features(options: EvaluationOptions, metrics: Sequence[str], features: Any) -> Any:
     """`features` if the card means these, else the name in the card."""
     name = options.features
@@ -239,7 +226,7 @@ def _features(options: EvaluationOptions, metrics: Sequence[str], features: Any)
 
 
 def _measured(
-    model: Any, dataset: Any, group: Sequence[_RecordedFigure], options: Mapping[str, Any]
+    model: Any, dataset: Any, group: Sequence[_CardFigure], options: Mapping[str, Any]
 ) -> list[Claim]:
     """The claims of figures that one evaluation measures."""
     first = group[0]
@@ -250,26 +237,20 @@ def _measured(
             " `dataset`"
         )
     features = _features(first.options, metrics, options.get("features"))
-    chosen = {
-        **first.options.to_dict(),
-        **{name: value for name, value in options.items() if name != "features"},
-        "features": features,
-        "metrics": metrics,
-    }
+    chosen = {**first.options.to_dict(), **options, "features": features, "metrics": metrics}
     evaluation = evaluate(model, first.hub_id if dataset is None else dataset, **chosen)
     measured = {metric.name: metric for metric in card_metrics(evaluation)}
-    claims = []
-    for figure in group:
-        if figure.name not in measured:
-            claims.append(Claim(figure.name, figure.value, remark="no such figure was measured"))
-            continue
-        now = measured[figure.name]
-        changed = [
-            what for key, what in _IDENTITY.items() if figure.args.get(key) != now.args.get(key)
-        ]
-        remark = f"the {' and '.join(changed)} differ from the card's" if changed else ""
-        # A wide interval in the card does not help: the measured one counts then.
-        intervals = (figure.interval, tuple(now.args["interval"]))
-        low, high = min(intervals, key=lambda ends: ends[1] - ends[0])
-        claims.append(Claim(figure.name, figure.value, now.value, (low, high), remark))
-    return claims
+    return [_claim(figure, measured.get(figure.name)) for figure in group]
+
+
+def _claim(figure: _CardFigure, measured: CardMetric | None) -> Claim:
+    """The claim of a figure, next to what was measured."""
+    if measured is None:
+        return Claim(figure.name, figure.value, remark="no such figure was measured")
+    args = measured.args
+    changed = [what for key, what in _IDENTITY.items() if figure.args.get(key) != args.get(key)]
+    remark = f"the {' and '.join(changed)} differ from the card's" if changed else ""
+    # The narrower interval decides: a wide one in the card cannot hide a difference.
+    intervals = (figure.interval, tuple(args["interval"]))
+    low, high = min(intervals, key=lambda ends: ends[1] - ends[0])
+    return Claim(figure.name, figure.value, measured.value, (low, high), remark)

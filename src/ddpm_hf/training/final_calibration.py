@@ -8,9 +8,8 @@ from accelerate import PartialState
 from ddpm_hf.diffusion.atomic_files import read_json, remove_folder
 from ddpm_hf.diffusion.config_extension import extension_of
 from ddpm_hf.diffusion.eval_mode import evaluating
-from ddpm_hf.evaluation.checkpoint_calibration import save_calibration
+from ddpm_hf.evaluation.checkpoint_calibration import measure_calibration, save_calibration
 from ddpm_hf.evaluation.dataset_likelihood import BoundMeasurement, BoundOptions
-from ddpm_hf.evaluation.error_curve import measure_calibration
 from ddpm_hf.evaluation.model_images import EvaluationImages
 from ddpm_hf.text import counted
 from ddpm_hf.training.dataset_setup import HeldOut, in_few_shards
