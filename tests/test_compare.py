@@ -18,7 +18,7 @@ import ddpm_hf
 from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler, bits_per_dim
 from ddpm_hf.cli import main
 from ddpm_hf.data import ImageFacts, load_images
-from ddpm_hf.evaluation import image_comparison
+from ddpm_hf.evaluation import image_metrics
 from ddpm_hf.evaluation.compare import gap_of_chance, ranked_figure
 from ddpm_hf.evaluation.comparison_results import Comparison
 from ddpm_hf.evaluation.evaluate import Evaluator
@@ -193,7 +193,7 @@ def test_finished_settings_are_reused_and_interrupted_ones_resume(
     models, photos, tmp_path, monkeypatch, capsys
 ):
     batches, measured = [], []
-    draw, measure = sharded_sampling.draw_batch, image_comparison.measure
+    draw, measure = sharded_sampling.draw_batch, image_metrics.measure
 
     def drawing(*args, **kwargs):
         if len(batches) == stop_at:
@@ -206,7 +206,7 @@ def test_finished_settings_are_reused_and_interrupted_ones_resume(
         return measure(*args, **kwargs)
 
     monkeypatch.setattr(sharded_sampling, "draw_batch", drawing)
-    monkeypatch.setattr(image_comparison, "measure", measuring)
+    monkeypatch.setattr(image_metrics, "measure", measuring)
     options = ["--num-inference-steps", "2", "3", "--metrics", "coverage"]
     arguments = command(models[:1], photos, tmp_path / "out", *options)
     stop_at = 3  # in the second of two settings, of two batches each

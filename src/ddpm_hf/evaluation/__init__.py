@@ -14,7 +14,7 @@ Metrics of drawn images
     metrics                 the figures with confidence intervals and floors; memorisation
     per_class               the same for each class
     features                feature networks
-    image_comparison        metrics of sets of images, or those of an earlier evaluation
+    image_metrics           metrics of sets of images, or those of an earlier evaluation
 
 Bits/dim
     dataset_likelihood      variational bound of a dataset

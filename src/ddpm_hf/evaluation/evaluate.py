@@ -25,7 +25,7 @@ from ddpm_hf.evaluation.dataset_likelihood import (
 from ddpm_hf.evaluation.expected_time import announce_time, num_steps_and_calls
 from ddpm_hf.evaluation.features import Features, features_of, load_features
 from ddpm_hf.evaluation.figures import BoundResult, ImageFormat, MetricResult, ModelFacts
-from ddpm_hf.evaluation.image_comparison import ComparedImages, RealImages, compare_images
+from ddpm_hf.evaluation.image_metrics import ComparedImages, RealImages, measure_images
 from ddpm_hf.evaluation.metrics import MIN_IMAGES
 from ddpm_hf.evaluation.options import BITS, METRIC_NAMES, EvaluationOptions
 from ddpm_hf.evaluation.recorded_command import command_of
@@ -221,7 +221,7 @@ class Evaluator:
             results: list[BoundResult | MetricResult] = [bound] if bound else []
             if real is not None and drawn is not None:
                 metrics, network, device = self.image_metrics, self.network, self.state.device
-                results += compare_images(metrics, real, drawn, network, options, folder, device)
+                results += measure_images(metrics, real, drawn, network, options, folder, device)
             evaluation = self._evaluation(subject, options, results)
             write_result(folder, evaluation, EVALUATION_FILE)
             if bound is not None:

@@ -43,7 +43,7 @@ class RealImages(NamedTuple):
     held_out: ComparedImages | None
 
 
-def compare_images(
+def measure_images(
     metrics: Sequence[str],
     real: RealImages,
     drawn: ComparedImages,
