@@ -202,6 +202,12 @@ def test_several_processes_keep_the_order_of_many_images():
     assert [int(image[0, 0, 0]) for image in images] == values.tolist()
 
 
+def test_the_batches_of_many_images_are_as_large_as_those_of_few():
+    images = prepare(greys(*[(128, 128)] * 100), resolution=256)
+    (file,) = images.folder.glob("images*.arrow")
+    assert datasets.Dataset.from_file(str(file)).data.column("pixels").num_chunks == 2
+
+
 def test_prepared_images_are_pickled_without_pixels():
     images = prepare(greys(*[(64, 64)] * 20))
     sent = pickle.dumps(images)

@@ -20,7 +20,7 @@ from image_sets import folder_of, greys, prepare, rows
 from peak_memory import peak_memory_growth
 
 from ddpm_hf.cli import run_command
-from ddpm_hf.data import DataError, file_limits, load_images, prepare_images, preprocessing
+from ddpm_hf.data import DataError, encoded_images, file_limits, load_images, prepare_images
 from ddpm_hf.data.file_limits import MAX_LINE_BYTES
 from ddpm_hf.data.shards import read_cells
 from ddpm_hf.sampling import open_drawn
@@ -461,7 +461,7 @@ def test_a_parquet_file_with_a_large_row_group_is_read_in_batches(status_of, tmp
 
 
 def test_a_row_with_a_huge_file_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(preprocessing, "MAX_IMAGE_BYTES", 2**20)
+    monkeypatch.setattr(encoded_images, "MAX_IMAGE_BYTES", 2**20)
     found = rows(IMAGE_FILE, None, IMAGE_FILE + bytes(2**20), IMAGE_FILE)
     with pytest.raises(DataError, match="row 2 has 1 MiB"):
         prepare(found, on_bad_image="skip", cache_dir=tmp_path)

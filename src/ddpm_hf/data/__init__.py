@@ -4,6 +4,24 @@
     images = prepare_images(dataset)     # memory-mapped uint8 or uint16, (C, H, W)
     training = TrainingImages(images)    # (epoch, index) -> float32 (C, H, W) in [-1, 1]
 
+A set of images is prepared once before training, or streamed while training reads it:
+
+|                       | prepared                           | streamed                            |
+|-----------------------|------------------------------------|-------------------------------------|
+| files are found by    | sources: image_folder, splits,     | shard_files                         |
+|                       | hub_datasets                       |                                     |
+| labels are read by    | labels; of a folder: folder_labels,| labels; shards: parquet_shards,     |
+|                       | folder_metadata                    | tar_shards                          |
+| files are checked by  | encoded_images, file_limits        | file_limits, remote_files           |
+| images are decoded by | decoding, image_conversion         | decoding, image_conversion          |
+|  as asked for by      | preprocessing                      | shard_cache                         |
+| the result is kept in | image_dataset, preparation_cache:  | shard_cache: the shards that are    |
+|                       | all images, until they are deleted | needed next, up to a limit          |
+| folder of the cache   | ddpm_hf next to the Arrow files of | ddpm_hf_streams next to it; labels  |
+|                       | `datasets` (HF_DATASETS_CACHE)     | of .tar files in its folder index   |
+| batches are read by   | training_dataset, from an          | streaming, in the order of          |
+|                       | image_source                       | `ddpm_hf.randomness.ShardOrder`     |
+
 The docstring of `decoding` lists the supported file modes. Public names load on first use, so that
 a folder is checked before torch is imported.
 """

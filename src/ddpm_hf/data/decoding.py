@@ -39,6 +39,8 @@ from ddpm_hf.data.image_conversion import GREY_16, Target, to_target
 
 MAX_PIXELS = 64_000_000
 """Images with more pixels, according to their header, are rejected before decoding."""
+FILES_AT_ONCE = 64
+"""Number of encoded files to hold in memory, each of up to some MB."""
 
 with suppress(ImportError):  # optional codec of iPhone photos
     from pillow_heif import register_heif_opener

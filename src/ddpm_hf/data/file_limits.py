@@ -15,13 +15,13 @@ from ddpm_hf.data.errors import DataError
 from ddpm_hf.text import file_size
 
 MAX_IMAGE_BYTES = 2**29
-"""Image files may be this large: 64 million pixels of 64 bits."""
+"""Largest supported image file: 64 million pixels of 64 bits."""
 MAX_LINE_BYTES = 2**20
 MAX_METADATA_BYTES = 2**30
-"""Limit of the rows of a parquet file of metadata in bytes: all rows are in memory at once."""
+"""Largest supported parquet file of metadata, in bytes of its rows, which are all in memory."""
 _BATCH_BYTES = 2**28  # of parquet rows in memory
 _BYTES_UNPROBED = 2**20  # a column of a row group that cannot exceed this is not opened
-# Different images of one dataset differ in size by less: their dictionaries repeat no value.
+# Sizes of different images differ by less than this factor: a larger one means repeated values.
 _REPETITION = 10
 _PROBE_BYTES = 2**16  # a small buffer reads little beyond the first pages of a column
 
@@ -67,7 +67,7 @@ class ParquetSize:
     Attributes:
         of_table: of all rows.
         of_group: of the largest row group.
-        of_row: of a row, the mean of the row group where it is largest.
+        of_row: of a row: the largest mean of a row group.
     """
 
     of_table: int
@@ -151,10 +151,10 @@ def _reader(file: str) -> Any:
 
 
 def _row_groups(file: str) -> Iterator[tuple[int, int, int]]:
-    """Of each row group the number of rows, and the bytes of the stored and the repeated values.
+    """Number of rows, bytes of stored values and bytes of repeated values of each row group.
 
-    Dictionary encoding stores a repeated value once, and repeated indices as their number. Every
-    value of a dictionary may be the longest one, any number of times.
+    Dictionary encoding stores a repeated value once, and a run of equal indices as its length. The
+    bytes of repeated values are an upper bound: each value could be the longest of its dictionary.
     """
     reader = _reader(file)
     for i in range(reader.num_row_groups):

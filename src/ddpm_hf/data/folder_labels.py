@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -11,7 +11,7 @@ from ddpm_hf.diffusion.atomic_files import read_text
 from ddpm_hf.text import printable
 
 _MAX_BYTES = 2**28  # of a file that lists every image
-LABEL_FILE = "dataset.json"
+_LABEL_FILE = "dataset.json"
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class FolderLabels:
     Attributes:
         classes: class of each image, a number in dataset.json and otherwise a folder name; None for
             an image without label. Empty if there are no labels.
-        problem: why there are no labels, if the folder suggests some.
+        problem: why a folder that seems to contain classes has no labels; else empty.
         remarks: lines about images that are not directly in a class folder or not in dataset.json.
     """
 
@@ -30,7 +30,33 @@ class FolderLabels:
     remarks: tuple[str, ...] = ()
 
 
-def labels_of_class_folders(files: Sequence[PurePath], depth: int) -> FolderLabels:
+def labels_by_split(
+    root: Path, groups: Mapping[str, Sequence[PurePath]], others: Container[str]
+) -> tuple[dict[str, FolderLabels], set[str]]:
+    """Labels of the images of each split, and the dataset.json files that they are from.
+
+    A dataset.json in the folder of a split takes precedence over one in the root, and both over
+    class folders.
+
+    Args:
+        root: the image folder.
+        groups: images by split, relative to `root`.
+        others: files that are not images, relative to `root`.
+    """
+    is_split = all(file.parts[0] == name for name, files in groups.items() for file in files)
+    labels: dict[str, FolderLabels] = {}
+    used = set()
+    for name, files in groups.items():
+        labels[name] = _labels_of_class_folders(files, depth=int(is_split))
+        for parent in [PurePath(), PurePath(name)][: 1 + is_split]:
+            file = str(parent / _LABEL_FILE)
+            if file in others and (of_file := _labels_of_file(root, parent, files)):
+                labels[name] = of_file
+                used.add(file)
+    return labels, used
+
+
+def _labels_of_class_folders(files: Sequence[PurePath], depth: int) -> FolderLabels:
     """Labels from the first folder below the root, or below the folder of the split.
 
     Args:
@@ -67,7 +93,7 @@ def _single_folder(folder: str, parts: Sequence[Sequence[str]]) -> str:
     return f"{problem}; to use its sub-folders {shown} as classes, pass the folder {folder!r}"
 
 
-def labels_of_file(root: Path, folder: PurePath, files: Sequence[PurePath]) -> FolderLabels | None:
+def _labels_of_file(root: Path, folder: PurePath, files: Sequence[PurePath]) -> FolderLabels | None:
     """Labels from a dataset.json; None if it holds other content.
 
     Args:
@@ -75,7 +101,7 @@ def labels_of_file(root: Path, folder: PurePath, files: Sequence[PurePath]) -> F
         folder: folder of the dataset.json, relative to `root`.
         files: images, relative to `root`.
     """
-    name = str(folder / LABEL_FILE)
+    name = str(folder / _LABEL_FILE)
     try:
         content = json.loads(read_text(root / name, _MAX_BYTES))
     except (OSError, RecursionError, ValueError) as error:

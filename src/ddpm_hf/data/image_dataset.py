@@ -16,11 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddpm_hf.data.image_column import declared_mode, find_image_column
-from ddpm_hf.data.image_reports import bad_images_error, describe_left_out, describe_unlabelled
-from ddpm_hf.data.labels import Labels, known_class_names, read_labels
-from ddpm_hf.data.preparation_cache import cached_folder
-from ddpm_hf.data.preprocessing import Plan, Source, prepare_into
+from ddpm_hf.data.encoded_images import EncodedImages, declared_mode, find_image_column
+from ddpm_hf.data.image_reports import bad_images_error, describe_left_out
+from ddpm_hf.data.labels import Labels, describe_unlabelled, known_class_names, read_labels
+from ddpm_hf.data.preparation_cache import prepared_folder
+from ddpm_hf.data.preprocessing import Plan
 from ddpm_hf.data.sources import origin_of
 from ddpm_hf.diffusion.image_format import BIT_DEPTHS, IMAGE_MODES, MAX_SIZE, ImageFacts, is_size
 
@@ -155,22 +155,17 @@ def prepare_images(
         (dataset,) = dataset.values()
     column = find_image_column(dataset, image_column)
     image_mode = image_mode or declared_mode(dataset.features[column])
-    cells = dataset.with_format(None).select_columns([column])
-    cells = cells.cast_column(column, datasets.Image(decode=False))
     origin = origin_of(dataset, column)
-    root = Path(image_root).expanduser() if image_root else origin.root
-    source = Source(cells, column, os.path.realpath(root) if root else None)
+    encoded = EncodedImages.of(dataset, column, image_root or origin.root)
     labels, class_names = None, known_class_names(dataset)
     if label_column is not None:
         labels, class_names = read_labels(dataset, label_column, origin.label_problem)
     plan = Plan(resolution, image_mode, bit_depth, crop)
     with _progress_bars(progress):
-        folder = cached_folder(
-            source, plan, cache_dir, lambda folder: prepare_into(source, plan, on_bad_image, folder)
-        )
+        folder = prepared_folder(encoded, plan, on_bad_image, cache_dir)
     images = ImageDataset(folder, origin.left_out, class_names, labels)
     if images.skipped and on_bad_image == "error":
-        raise bad_images_error(images.skipped, len(cells))
+        raise bad_images_error(images.skipped, len(dataset))
     label_remarks = origin.label_remarks if label_column in (True, "label") else ()
     for remark in [*_remarks(images), *label_remarks]:
         warnings.warn(remark, stacklevel=2)

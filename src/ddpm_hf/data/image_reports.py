@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 from ddpm_hf.data.decoding import install_hint
 from ddpm_hf.data.errors import DataError
 from ddpm_hf.data.image_conversion import MAX_ASPECT, Target
-from ddpm_hf.data.labels import NO_LABEL, Labels
-from ddpm_hf.text import counted, share_that_has
+from ddpm_hf.text import counted
 
 _MAX_PROBLEMS, _MAX_SKIPPED, _MAX_KINDS = 200, 10, 10
 
@@ -58,12 +57,6 @@ def describe_files(headers: Mapping[str, NDArray[Any]]) -> str:
     shown = dict.fromkeys(f"{width}x{height}" for width, height in (sizes[0], sizes[-1]))
     listed = ", ".join(f"{mode} {count:,}" for mode, count in modes.most_common())
     return f"{listed}; {counted(len(sizes), 'size')}, {' to '.join(shown)}"
-
-
-def describe_unlabelled(labels: Labels) -> str | None:
-    """A line with the number of images without label, if any."""
-    count = int((labels == NO_LABEL).sum())
-    return f"{share_that_has(count, len(labels), 'image')} no label" if count else None
 
 
 def quality_remarks(notes: Mapping[str, NDArray[Any]], target: Target) -> list[str]:

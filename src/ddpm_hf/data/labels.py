@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm_hf.data.errors import DataError
-from ddpm_hf.text import did_you_mean
+from ddpm_hf.text import did_you_mean, share_that_has
 
 NO_LABEL = -1
 
@@ -32,32 +32,37 @@ Labels = NDArray[np.int64]
 _MANY_CLASSES, _ROWS_PER_CLASS = 10, 2
 
 
-def class_columns(dataset: datasets.Dataset) -> list[str]:
-    """Names of the `ClassLabel` columns."""
-    features = dataset.features
-    return [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
-
-
 def known_class_names(dataset: datasets.Dataset) -> tuple[str, ...] | None:
     """Class names of the `ClassLabel` column "label", or of the only `ClassLabel` column."""
-    columns = class_columns(dataset)
-    name = "label" if "label" in columns else columns[0] if len(columns) == 1 else None
-    return tuple(dataset.features[name].names) if name else None
+    column = _class_column(dataset)
+    return tuple(dataset.features[column].names) if column else None
 
 
 def declared_labels(dataset: datasets.Dataset) -> Labels | None:
     """Class of each row by the `ClassLabel` column that `known_class_names` uses, if any."""
-    if known_class_names(dataset) is None:
-        return None
-    columns = class_columns(dataset)
-    name = "label" if "label" in columns else columns[0]
-    return _class_numbers(dataset, name)
+    column = _class_column(dataset)
+    return _class_numbers(dataset, column) if column else None
+
+
+def _class_column(dataset: datasets.Dataset) -> str | None:
+    """The `ClassLabel` column "label", or the only `ClassLabel` column."""
+    columns = _class_columns(dataset)
+    return "label" if "label" in columns else columns[0] if len(columns) == 1 else None
+
+
+def _class_columns(dataset: datasets.Dataset) -> list[str]:
+    features = dataset.features
+    return [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
 
 
 def _class_numbers(dataset: datasets.Dataset, column: str) -> Labels:
-    values = dataset.with_format("arrow").select_columns([column])[:].column(column)
-    numbers: Labels = values.fill_null(NO_LABEL).to_numpy().astype(np.int64)
+    numbers: Labels = _values(dataset, column).fill_null(NO_LABEL).to_numpy().astype(np.int64)
     return numbers
+
+
+def _values(dataset: datasets.Dataset, column: str) -> Any:
+    """A column as Arrow array."""
+    return dataset.with_format("arrow").select_columns([column])[:].column(column)
 
 
 def read_labels(
@@ -68,7 +73,7 @@ def read_labels(
     Args:
         dataset: rows with a label column.
         label_column: name of the column; True for the only `ClassLabel` column.
-        problem: why the source of the rows gave them no labels, if known, for the error.
+        problem: reason for missing labels, for the error message; empty if unknown.
     Raises:
         DataError: if the column is missing or unusable; see the table above.
     """
@@ -79,8 +84,7 @@ def read_labels(
         _check_declared(column, numbers, names)
     else:
         _check_type(column, kind)
-        values = dataset.with_format("arrow").select_columns([column])[:].column(column)
-        numbers, names = _number_classes(column, values.to_pylist())
+        numbers, names = _number_classes(column, _values(dataset, column).to_pylist())
     present = np.unique(numbers[numbers >= 0])
     if len(present) < 2:
         content = f"only the class {names[present[0]]!r}" if len(present) else "no label"
@@ -95,7 +99,9 @@ def find_label_column(
     dataset: datasets.Dataset, label_column: str | Literal[True], problem: str = ""
 ) -> str:
     """Name of the label column; see `read_labels`."""
-    column = _only_class_column(dataset, problem) if label_column is True else label_column
+    column = label_column if label_column is not True else _class_column(dataset)
+    if column is None:
+        raise _no_class_column(dataset, problem)
     if column not in dataset.features:
         reason = problem and f"; {problem}"
         hint = did_you_mean(column, dataset.features)
@@ -114,19 +120,17 @@ def _check_declared(column: str, numbers: Labels, names: Sequence[str]) -> None:
         )
 
 
-def _only_class_column(dataset: datasets.Dataset, problem: str) -> str:
-    columns = class_columns(dataset)
-    if "label" in columns or len(columns) == 1:
-        return "label" if "label" in columns else columns[0]
+def _no_class_column(dataset: datasets.Dataset, problem: str) -> DataError:
+    columns = _class_columns(dataset)
     others = [n for n, kind in dataset.features.items() if not isinstance(kind, datasets.Image)]
     hint = f"name the label column (`class_column`), one of {', '.join(others)}"
     if columns:
-        raise DataError(f"the dataset has several class columns, {', '.join(columns)}; {hint}")
+        return DataError(f"the dataset has several class columns, {', '.join(columns)}; {hint}")
     if problem:
-        raise DataError(f"the dataset has no class labels: {problem}")
+        return DataError(f"the dataset has no class labels: {problem}")
     hints = [hint] * bool(others)
     hints.append("in a folder, put the images of each class into a sub-folder")
-    raise DataError("; ".join(["the dataset has no class labels", *hints]))
+    return DataError("; ".join(["the dataset has no class labels", *hints]))
 
 
 def _check_type(column: str, kind: Any) -> None:
@@ -155,3 +159,9 @@ def _number_classes(column: str, values: list[Any]) -> tuple[Labels, tuple[str, 
 
 def _is_label(value: Any) -> bool:
     return value not in (None, "") and (isinstance(value, str) or value >= 0)
+
+
+def describe_unlabelled(labels: Labels) -> str | None:
+    """A line with the number of images without label, if any."""
+    count = int((labels == NO_LABEL).sum())
+    return f"{share_that_has(count, len(labels), 'image')} no label" if count else None

@@ -1,8 +1,10 @@
-"""Parquet shards: number of rows, image column, labels, and the encoded images."""
+"""Parquet shards: their index, and the encoded images."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,54 +12,65 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ddpm_hf.data.decoding import Cell
+from ddpm_hf.data.decoding import FILES_AT_ONCE, Cell
+from ddpm_hf.data.encoded_images import find_image_column
 from ddpm_hf.data.errors import DataError
 from ddpm_hf.data.file_limits import parquet_size
-from ddpm_hf.data.image_column import find_image_column
 from ddpm_hf.data.labels import find_label_column, known_class_names
-from ddpm_hf.data.remote_files import RemoteFile, is_url
+from ddpm_hf.data.remote_files import NUM_CONNECTIONS, RemoteFile, is_url
+from ddpm_hf.data.shard_index import Shard, ShardIndex
 
 
 @dataclass(frozen=True)
-class ParquetFacts:
-    """What a parquet file holds.
+class _File:
+    """A parquet file: its facts, and its label column if requested."""
 
-    Attributes:
-        num_rows, num_bytes: its numbers of rows and bytes.
-        image_column: name of the column.
-        class_names: names of the classes in its `ClassLabel` column, if it has one.
-        labels: the label column, if requested.
-    """
-
-    num_rows: int
-    num_bytes: int
+    shard: Shard
     image_column: str
     class_names: tuple[str, ...] | None
     labels: datasets.Dataset | None
 
 
-def read_parquet_facts(
-    location: str, image_column: str | None, label_column: str | Literal[True] | None
-) -> ParquetFacts:
-    """Read the last bytes of a parquet file and its labels, not its images.
+def index_parquet_files(
+    locations: Sequence[str], image_column: str | None, label_column: str | Literal[True] | None
+) -> tuple[ShardIndex, datasets.Dataset | None]:
+    """The index without labels, and the label column of all files.
+
+    Reads the last bytes of each file and its labels, not its images.
 
     Args:
-        location: path or URL.
-        image_column, label_column: of `ddpm_hf.data.shards.index_shards`.
+        locations, image_column, label_column: of `ddpm_hf.data.shards.index_shards`.
     Raises:
-        DataError: if the file cannot be read, or lacks a column.
+        DataError: if a file cannot be read, or the files do not have the same columns.
     """
+    read = partial(_read_file, image_column=image_column, label_column=label_column)
+    with ThreadPoolExecutor(NUM_CONNECTIONS) as pool:
+        files = list(pool.map(read, locations))
+    columns = {file.image_column for file in files}
+    if len(columns) > 1:
+        raise DataError(f"the shards have different image columns: {', '.join(sorted(columns))}")
+    shards = tuple(file.shard for file in files if file.shard.num_rows)
+    index = ShardIndex(shards, columns.pop(), class_names=files[0].class_names)
+    parts = [file.labels for file in files if file.labels is not None]
+    try:
+        return index, datasets.concatenate_datasets(parts) if parts else None
+    except ValueError as error:
+        raise DataError(f"the label columns of the shards differ: {error}") from error
+
+
+def _read_file(
+    location: str, image_column: str | None, label_column: str | Literal[True] | None
+) -> _File:
     try:
         with _open(location) as file, pq.ParquetFile(file) as parquet:
             empty = _empty_dataset(parquet.schema_arrow)
             labels = None
             if label_column is not None:
                 labels = _read_column(parquet, find_label_column(empty, label_column), empty)
-            num_rows, num_bytes = parquet.metadata.num_rows, file.seek(0, os.SEEK_END)
+            shard = Shard(location, parquet.metadata.num_rows, file.seek(0, os.SEEK_END))
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{location} is not a readable parquet file: {error}") from error
-    column, names = find_image_column(empty, image_column), known_class_names(empty)
-    return ParquetFacts(num_rows, num_bytes, column, names, labels)
+    return _File(shard, find_image_column(empty, image_column), known_class_names(empty), labels)
 
 
 def _open(location: str) -> Any:
@@ -77,12 +90,12 @@ def _read_column(file: pq.ParquetFile, column: str, like: datasets.Dataset) -> d
     return datasets.Dataset(datasets.table.InMemoryTable(table), info=info)
 
 
-def parquet_cells(path: Path, column: str, max_rows: int) -> Iterator[list[Cell]]:
-    """The encoded images of a parquet file, at most `max_rows` at a time.
+def parquet_cells(path: Path, column: str) -> Iterator[list[Cell]]:
+    """The encoded images of a parquet file, some at a time.
 
     Only bytes in the file are read: a path in a row is ignored, because it could name any file.
     """
-    num_rows = min(max_rows, parquet_size([str(path)]).rows_per_batch)
+    num_rows = min(FILES_AT_ONCE, parquet_size([str(path)]).rows_per_batch)
     for batch in pq.ParquetFile(path).iter_batches(num_rows, columns=[column]):
         yield [_cell(value) for value in batch.column(0).to_pylist()]
 

@@ -4,15 +4,14 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import datasets
-import numpy as np
 from filelock import FileLock
 
+from ddpm_hf.data.encoded_images import EncodedImages
 from ddpm_hf.data.errors import DataError
-from ddpm_hf.data.preprocessing import Plan, Source
+from ddpm_hf.data.preprocessing import Plan, prepare_into
 from ddpm_hf.diffusion.atomic_files import read_json, replacing_folder
 from ddpm_hf.digests import file_digest
 
@@ -23,24 +22,21 @@ _CHECKSUMS = "checksums.json"
 _MAX_HASHED_BYTES = 2**30
 
 
-def cached_folder(
-    source: Source,
-    plan: Plan,
-    cache_dir: str | os.PathLike[str] | None,
-    prepare: Callable[[Path], object],
+def prepared_folder(
+    images: EncodedImages, plan: Plan, on_bad_image: str, cache_dir: str | os.PathLike[str] | None
 ) -> Path:
-    """The folder with the prepared images.
+    """The folder with the prepared images, which are prepared if the cache does not have them.
 
     Args:
-        source: undecoded images.
+        images: encoded images.
         plan: requested format.
+        on_bad_image: of `prepare_into`.
         cache_dir: parent folder; None for a folder in the cache of `datasets`.
-        prepare: writes the images to a given folder if they are not in the cache.
     Raises:
-        DataError: if the folder cannot be written, or a row names a file outside the root.
+        DataError: if the images cannot be used, or the folder cannot be written.
     """
     cache = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE, "ddpm_hf")).expanduser()
-    folder = cache / _key(source, plan)
+    folder = cache / _key(images, plan)
     if _is_intact(folder):
         return folder
     try:
@@ -50,7 +46,7 @@ def cached_folder(
                 if folder.exists():
                     logger.warning("%s is damaged: the images are prepared again", folder)
                 with replacing_folder(folder) as temporary:
-                    prepare(temporary)
+                    prepare_into(temporary, images, plan, on_bad_image)
                     (temporary / _CHECKSUMS).write_text(json.dumps(_checksums(temporary)))
     except OSError as error:
         raise DataError(
@@ -80,57 +76,8 @@ def _checksums(folder: Path) -> dict[str, object]:
     return dict(sizes) if is_large else {path.name: file_digest(path) for path in files}
 
 
-def _key(source: Source, plan: Plan) -> str:
+def _key(images: EncodedImages, plan: Plan) -> str:
     """Hash of the rows, the options and the state of files that rows refer to."""
-    rows = (source.cells._fingerprint, _files_by_path(source))
+    rows = (images.cells._fingerprint, images.named_files())
     text = repr((_CACHE_VERSION, plan, rows))
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:32]
-
-
-def _files_by_path(source: Source) -> list[tuple[str, int, int]]:
-    """Path, size and modification time of the files that rows name instead of holding bytes.
-
-    Raises:
-        DataError: if a row names a URL, or a file that is not under the root.
-    """
-    files, refused = [], []
-    for row, path in _paths_without_bytes(source):
-        real = os.path.realpath(os.path.join(source.root or "", path))
-        is_inside = source.root is not None and real.startswith(source.root + os.sep)
-        if is_inside and "://" not in path:
-            files.append((path, *_size_and_time(real)))
-        else:
-            refused.append(f"row {row} ({path!r})")
-    if refused:
-        reason = (
-            f"to a file that is not under {source.root!r}"
-            if source.root
-            else "to a file, which is read only under `image_root`"
-        )
-        raise DataError(
-            f"{len(refused)} of {len(source.cells)} rows contain no image but a path {reason}, such"
-            f" as {refused[0]}: embed the bytes, or pass the folder as `image_root` to"
-            " prepare_images()"
-        )
-    return files
-
-
-def _size_and_time(path: str) -> tuple[int, int]:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return -1, 0  # reported when the image is decoded
-    return status.st_size, status.st_mtime_ns
-
-
-def _paths_without_bytes(source: Source) -> Iterator[tuple[int, str]]:
-    """Row number and path of the cells that contain only a path."""
-    first = 0
-    for table in source.cells.with_format("arrow").iter(batch_size=1000):
-        for cells in table.column(source.column).chunks:
-            is_missing = cells.field("bytes").is_null().to_numpy(zero_copy_only=False)
-            for offset in np.flatnonzero(is_missing).tolist():
-                path = cells.field("path")[offset].as_py()
-                if path:
-                    yield first + offset, path
-            first += len(cells)

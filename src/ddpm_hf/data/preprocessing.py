@@ -10,18 +10,19 @@ from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from ddpm_hf.data.decoding import (
+    FILES_AT_ONCE,
     DecodedImage,
     ImageHeader,
     cell_name,
     decode_images,
     read_headers,
 )
+from ddpm_hf.data.encoded_images import EncodedImages
 from ddpm_hf.data.errors import DataError, SeveralShapes
-from ddpm_hf.data.file_limits import MAX_IMAGE_BYTES, check_free_space
+from ddpm_hf.data.file_limits import check_free_space
 from ddpm_hf.data.image_conversion import Target, resize_shorter_side
 from ddpm_hf.data.image_reports import bad_images_error, describe_files, quality_remarks
 from ddpm_hf.diffusion.image_format import MAX_SIZE, ImageFacts
@@ -29,7 +30,7 @@ from ddpm_hf.diffusion.image_format import MAX_SIZE, ImageFacts
 NATIVE_SIZE_LIMIT = 256
 """Images of one size keep it up to this side length; larger ones get a proposed resolution."""
 
-# Below this, decoding is finished before another process has started.
+# For less work, starting another process takes longer than decoding.
 _ROWS_PER_WORKER = 1000
 _PIXELS_PER_WORKER = 20_000_000
 _ARROW_TYPES = {int: "int32", bool: "bool", bytes: "binary", str | None: "string"}
@@ -48,41 +49,26 @@ class Plan:
     crop: str
 
 
-@dataclass(frozen=True)
-class Source:
-    """Undecoded images.
-
-    Attributes:
-        cells: dataset with one column.
-        column: its name.
-        root: real path of the folder from which paths in cells may be read, or None.
-    """
-
-    cells: datasets.Dataset
-    column: str
-    root: str | None
-
-
-def prepare_into(source: Source, plan: Plan, on_bad_image: str, folder: Path) -> None:
+def prepare_into(folder: Path, images: EncodedImages, plan: Plan, on_bad_image: str) -> None:
     """Decode all images into Arrow files in `folder`.
 
     Raises:
         DataError: if an image cannot be used and `on_bad_image` is "error", or none can be used.
     """
-    num_rows = len(source.cells)
-    _check_file_sizes(source)
+    num_rows = len(images.cells)
+    images.check_sizes()
     headers = _map(
-        source, read_headers, ImageHeader, folder / "headers.arrow", "Reading image headers"
+        images, read_headers, ImageHeader, folder / "headers.arrow", "Reading image headers"
     )
-    unreadable = _problems(source, headers)
+    unreadable = _problems(images, headers)
     if unreadable and (on_bad_image == "error" or len(unreadable) == num_rows):
         raise bad_images_error(unreadable, num_rows)
     if plan.crop == "native":
-        _check_one_size(source, headers)
+        _check_one_size(images, headers)
     target = _choose_target(headers, plan)
     num_pixels = int(headers["height"].astype(np.int64) @ headers["width"])
-    notes = _decode_all(source, target, folder, num_pixels)
-    skipped = _problems(source, notes)
+    notes = _decode_all(images, target, folder, num_pixels)
+    skipped = _problems(images, notes)
     if len(skipped) == num_rows:
         raise bad_images_error(skipped, num_rows)
     # Damaged images with a good header must not affect the format. A mode that only they needed
@@ -91,7 +77,7 @@ def prepare_into(source: Source, plan: Plan, on_bad_image: str, folder: Path) ->
     without_skipped = replace(_choose_target(headers, plan), mode=target.mode)
     if without_skipped != target:
         target = without_skipped
-        notes = _decode_all(source, target, folder, num_pixels)
+        notes = _decode_all(images, target, folder, num_pixels)
     mode = plan.image_mode or _smallest_mode(notes["colour"], notes["alpha"])
     summary = {
         "facts": ImageFacts(mode, target.height, target.width, target.bit_depth).to_config(),
@@ -107,78 +93,66 @@ def prepare_into(source: Source, plan: Plan, on_bad_image: str, folder: Path) ->
         file.unlink()
 
 
-def _check_file_sizes(source: Source) -> None:
-    """Raise DataError for an encoded image that would take too much memory."""
-    first = 0
-    for table in source.cells.with_format("arrow").iter(batch_size=1000):
-        for cells in table.column(source.column).chunks:
-            sizes = pc.fill_null(pc.binary_length(cells.field("bytes")), 0).to_numpy()
-            if sizes.max() > MAX_IMAGE_BYTES:
-                raise DataError(
-                    f"row {first + sizes.argmax()} has {sizes.max() / 2**20:,.0f} MiB; image files"
-                    f" of up to {MAX_IMAGE_BYTES // 2**20:,} MiB are supported"
-                )
-            first += len(cells)
-
-
 def _map(
-    source: Source,
+    images: EncodedImages,
     function: Callable[..., Any],
     row: type[ImageHeader] | type[DecodedImage],
     file: Path,
     desc: str,
     num_pixels: int = 0,
-    batch_size: int = 64,  # encoded files, each up to some MB
+    batch_size: int = FILES_AT_ONCE,
     **options: Any,
 ) -> Columns:
     """Apply `function` to all cells, write the result to an Arrow file and return its columns."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    work = max(len(source.cells) // _ROWS_PER_WORKER, num_pixels // _PIXELS_PER_WORKER)
-    workers = min(cpus, work, len(source.cells))
+    work = max(len(images.cells) // _ROWS_PER_WORKER, num_pixels // _PIXELS_PER_WORKER)
+    workers = min(cpus, work, len(images.cells))
     types = {name: _ARROW_TYPES[hint] for name, hint in typing.get_type_hints(row).items()}
-    rows = source.cells.map(
+    rows = images.cells.map(
         function,
         batched=True,
         batch_size=batch_size,
-        input_columns=[source.column],
-        remove_columns=[source.column],
+        input_columns=[images.column],
+        remove_columns=[images.column],
         features=datasets.Features({name: datasets.Value(kind) for name, kind in types.items()}),
         cache_file_name=str(file),
         load_from_cache_file=False,
         num_proc=workers if workers > 1 else None,
         desc=desc,
-        fn_kwargs={"root": source.root, **options},
+        fn_kwargs={"root": images.root, **options},
         new_fingerprint=file.stem,
     )
     return {name: rows.data.column(name).to_numpy() for name in types if name != "pixels"}
 
 
-def _decode_all(source: Source, target: Target, folder: Path, num_pixels: int) -> Columns:
-    num_bytes = target.height * target.width * len(target.mode) * target.bit_depth // 8
+def _decode_all(images: EncodedImages, target: Target, folder: Path, num_pixels: int) -> Columns:
+    image_bytes = target.height * target.width * len(target.mode) * target.bit_depth // 8
     advice = "set HF_DATASETS_CACHE to another folder, or lower `resolution`"
-    num_bytes *= len(source.cells)
+    num_bytes = image_bytes * len(images.cells)
     check_free_space(folder, num_bytes, "the set of prepared images", advice)
+    # Arrow holds up to 2 GiB in a batch.
+    batch_size = max(1, min(FILES_AT_ONCE, 2**26 // image_bytes))
     return _map(
-        source,
+        images,
         decode_images,
         DecodedImage,
         folder / "images.arrow",
         f"Preparing {target.width}x{target.height} {target.mode} images",
         num_pixels,
-        batch_size=max(1, min(64, 2**26 // num_bytes)),  # Arrow holds up to 2 GiB in a batch
+        batch_size=batch_size,
         target=target,
     )
 
 
-def _problems(source: Source, columns: Columns) -> list[str]:
+def _problems(images: EncodedImages, columns: Columns) -> list[str]:
     """One line for each unusable row."""
     bad_rows = np.flatnonzero(columns["height"] == 0).tolist()
-    cells = source.cells.select(bad_rows)[source.column]
+    cells = images.cells.select(bad_rows)[images.column]
     lines = zip(bad_rows, cells, columns["problem"][bad_rows], strict=True)
     return [f"row {row}{cell_name(cell)}: {reason}" for row, cell, reason in lines]
 
 
-def _check_one_size(source: Source, headers: Columns) -> None:
+def _check_one_size(images: EncodedImages, headers: Columns) -> None:
     """Raise DataError with two images if the sizes differ."""
     usable = np.flatnonzero(headers["height"])
     sizes = np.stack([headers["width"], headers["height"]], 1)[usable]
@@ -186,7 +160,7 @@ def _check_one_size(source: Source, headers: Columns) -> None:
     if not is_other.any():
         return
     pair = [0, int(is_other.argmax())]
-    cells = source.cells.select(usable[pair].tolist())[source.column]
+    cells = images.cells.select(usable[pair].tolist())[images.column]
     examples = " and ".join(
         f"{sizes[i][0]}x{sizes[i][1]} in row {usable[i]}{cell_name(cell)}"
         for i, cell in zip(pair, cells, strict=True)

@@ -23,7 +23,9 @@ MIN_BYTES_PER_S = 1000
 """Lower speeds, averaged over at least `TIMEOUT_S`, also count as stalled."""
 WAITS_S = (1.0, 2.0, 4.0, 8.0)
 """Waits before the retries of a failed request."""
-_CHUNK = 2**16  # what a broken transfer loses
+NUM_CONNECTIONS = 8
+"""Number of files to read at a time."""
+_CHUNK = 2**16  # bytes that a broken transfer loses at most
 _END_BYTES = 2**16  # the last bytes of a parquet file, which pyarrow reads first
 
 

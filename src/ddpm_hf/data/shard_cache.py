@@ -28,7 +28,8 @@ from ddpm_hf.data.decoding import decode_images
 from ddpm_hf.data.errors import DataError
 from ddpm_hf.data.image_conversion import Target
 from ddpm_hf.data.remote_files import download, is_url
-from ddpm_hf.data.shards import ShardIndex, read_cells
+from ddpm_hf.data.shard_index import ShardIndex
+from ddpm_hf.data.shards import read_cells
 from ddpm_hf.diffusion.atomic_files import sync
 
 logger = logging.getLogger(__name__)

@@ -12,9 +12,9 @@ import datasets
 from huggingface_hub import HfFileSystem, hf_hub_url
 
 from ddpm_hf.data.errors import DataError
-from ddpm_hf.data.image_folder import by_split
+from ddpm_hf.data.hub_datasets import hub_dataset
 from ddpm_hf.data.remote_files import is_url
-from ddpm_hf.text import close_paths, did_you_mean
+from ddpm_hf.data.splits import split_by_name, unknown_split
 
 _PASS_FILES = (
     "pass load_dataset(..., streaming=True) without map, filter, shuffle and similar methods, "
@@ -63,8 +63,8 @@ def find_shards(
         files = [file for file in files if file.endswith((".parquet", ".tar"))]
         if not files:
             raise DataError(f"a stream needs .parquet or .tar files, {source!r} has none")
-        patterns = _of_split(by_split(path, files), split)
-        return ShardFiles(tuple(glob.glob(pattern)[0] for pattern in patterns))
+        chosen = _of_split(split_by_name(files), split)
+        return ShardFiles(tuple(str(path / file) for file in chosen))
     if path.is_file() or any(char in source for char in "*?["):
         return ShardFiles(tuple(sorted(glob.glob(str(path), recursive=True))))
     return _on_the_hub(source, config_name, split, revision)
@@ -103,21 +103,21 @@ def _web_address(url: str) -> str:
             "URLs with a password or a query string are not read, because messages and records "
             "would show them; use a server that needs none, or the Hub with HF_TOKEN"
         )
-    if not url.startswith("hf://"):
-        return url
+    return _hub_address(_resolved(url)) if url.startswith("hf://") else url
+
+
+def _resolved(url: str) -> Any:
+    """Repository, revision and path of a file of the Hub."""
     try:
-        return _hub_address(HfFileSystem().resolve_path(url))
+        return HfFileSystem().resolve_path(url)
     except Exception as error:  # the client raises errors of every kind
-        raise DataError(f"{url} is not found: {_reason(error)}") from error
+        reason = " ".join(f"{error}".split()) or type(error).__name__
+        raise DataError(f"{url} is not found: {reason:.500}") from error
 
 
 def _hub_address(file: Any) -> str:
     kind = file.repo_type
     return hf_hub_url(file.repo_id, file.path_in_repo, repo_type=kind, revision=file.revision)
-
-
-def _reason(error: Exception) -> str:
-    return (" ".join(f"{error}".split()) or type(error).__name__)[:500]
 
 
 def _expand_braces(url: str) -> list[str]:
@@ -136,20 +136,12 @@ def _expand_braces(url: str) -> list[str]:
 
 def _of_split(splits: dict[str, list[str]], split: str) -> list[str]:
     if split not in splits:
-        hint = did_you_mean(split, splits)
-        raise DataError(f"`split` must be one of {', '.join(splits)}, got {split!r}{hint}")
+        raise unknown_split(split, splits)
     return splits[split]
 
 
 def _on_the_hub(name: str, config: str | None, split: str, revision: str | None) -> ShardFiles:
-    try:
-        builder = datasets.load_dataset_builder(name, config, revision=revision)
-        files = {str(key): list(value) for key, value in (builder.config.data_files or {}).items()}
-        found: list[Any] = [HfFileSystem().resolve_path(path) for path in _of_split(files, split)]
-    except DataError:
-        raise
-    except Exception as error:  # the libraries raise errors of every kind
-        raise DataError(
-            f"{name!r} is not a local path{close_paths(name)}; as a Hub dataset: {_reason(error)}"
-        ) from error
+    builder = hub_dataset(name, config, revision)
+    files = {str(key): list(value) for key, value in (builder.config.data_files or {}).items()}
+    found = [_resolved(path) for path in _of_split(files, split)]
     return ShardFiles(tuple(map(_hub_address, found)), found[0].revision if found else None)

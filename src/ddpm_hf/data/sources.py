@@ -4,46 +4,26 @@ import glob
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import datasets
 from huggingface_hub import constants as hub_constants
 from huggingface_hub.file_download import repo_folder_name
 
-from ddpm_hf.connection import is_hub_reachable
 from ddpm_hf.data.decoding import EXTENSIONS, install_hint
 from ddpm_hf.data.errors import DataError
 from ddpm_hf.data.file_limits import check_table, parquet_size
-from ddpm_hf.data.hub_downloads import prepare_checked
-from ddpm_hf.data.image_folder import Folder, by_split, image_splits, suffix
+from ddpm_hf.data.hub_datasets import hub_dataset, prepare_checked
+from ddpm_hf.data.image_folder import Folder, Origin, image_rows, suffix
 from ddpm_hf.data.labels import read_labels
+from ddpm_hf.data.splits import all_splits, split_by_name, split_names, take_split
 from ddpm_hf.diffusion.atomic_files import read_json
-from ddpm_hf.text import close_paths, did_you_mean
 
 _ORIGIN_ATTRIBUTE = "_ddpm_hf_origin"
 _SAVED_FILES = ("state.json", "dataset_dict.json")  # of `save_to_disk`
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Origin of the rows of a dataset.
-
-    Attributes:
-        root: folder from which images may be read for rows that contain only a path, if any.
-        left_out: number of files of a folder that are not in the rows, by kind or reason.
-        label_problem: why a folder gave no labels, if it suggests some.
-        label_remarks: lines about the labels of a folder, for a class-conditional model.
-    """
-
-    root: Path | None = None
-    left_out: Mapping[str, int] = field(default_factory=dict)
-    label_problem: str = ""
-    label_remarks: tuple[str, ...] = ()
 
 
 def load_images(
@@ -173,13 +153,14 @@ def _from_folder(root: Path, split: str | None) -> tuple[datasets.Dataset, Origi
     if {*_SAVED_FILES} & {*folder.files}:
         return _from_saved(root, split), Origin()
     if folder.images():
-        splits = image_splits(folder, lambda known: _check_split(split, known))
-        origin = Origin(root, +folder.left_out, folder.label_problem, tuple(folder.label_remarks))
-        return _take(splits, split), origin
+        splits, origin = image_rows(folder, split)
+        return take_split(splits, split), origin
     suffixes = Counter(map(suffix, folder.files))
     for kind in ("parquet", "arrow"):
         if tables := folder.with_suffix(f".{kind}"):
-            return _from_builder(kind, split, by_split(root, tables)), Origin()
+            groups = split_by_name(tables)
+            paths = {name: [str(root / file) for file in files] for name, files in groups.items()}
+            return _from_builder(kind, split, paths), Origin()
     content = [f"{count} {name or 'other'}" for name, count in suffixes.most_common(5)]
     content += [f"{count} {reason}" for reason, count in (+folder.left_out).items()]
     raise DataError(
@@ -204,7 +185,7 @@ def _from_saved(root: Path, split: str | None) -> datasets.Dataset:
     is_dict = isinstance(saved, datasets.DatasetDict)
     if split is None and not is_dict:
         return saved
-    return _take(dict(saved) if is_dict else {"train": saved, str(saved.split): saved}, split)
+    return take_split(dict(saved) if is_dict else {"train": saved, str(saved.split): saved}, split)
 
 
 def _from_files(pattern: str, split: str | None) -> datasets.Dataset:
@@ -233,67 +214,20 @@ def _from_builder(
     options = size.reader_options() if size else {}
     patterns = {name: list(map(glob.escape, files)) for name, files in data_files.items()}
     builder = datasets.load_dataset_builder(kind, data_files=patterns, **options)
-    _check_split(split, builder.config.data_files)
+    split_names(split, builder.config.data_files)
     if size:
         advice = "free disk space, or set HF_HOME to a folder on another disk"
         check_table(paths, size, Path(builder.cache_dir), advice)
     builder.download_and_prepare()
-    return builder.as_dataset(split=split or _every(data_files))
+    return builder.as_dataset(split=split or all_splits(data_files))
 
 
 def _from_hub(
     name: str, config_name: str | None, split: str | None, revision: str | None
 ) -> tuple[datasets.Dataset, Origin]:
-    try:
-        is_online = is_hub_reachable(name)
-    except ValueError as error:
-        raise DataError(f"{error}") from None
-    try:
-        with _reading_the_cache(not is_online):
-            builder = datasets.load_dataset_builder(name, config_name, revision=revision)
-    except Exception as error:  # also ImportError, for a protocol without its library
-        raise DataError(
-            f"{name!r} is not a local path{close_paths(name)}; as a Hub dataset: {error}"
-        ) from None
-    _check_split(split, builder.info.splits or builder.config.data_files or ())
+    builder = hub_dataset(name, config_name, revision)
+    split_names(split, builder.info.splits or builder.config.data_files or ())
     prepare_checked(builder, name)
     folder = repo_folder_name(repo_id=builder.repo_id or name, repo_type="dataset")
     root = Path(hub_constants.HF_HUB_CACHE, folder).resolve()
-    return builder.as_dataset(split=split or _every(builder.info.splits or ())), Origin(root)
-
-
-@contextmanager
-def _reading_the_cache(is_offline: bool) -> Iterator[None]:
-    """Let `datasets` read its cache without attempts to connect, if there is no connection."""
-    before = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = before or is_offline
-    try:
-        yield
-    finally:
-        datasets.config.HF_HUB_OFFLINE = before
-
-
-def _every(splits: Iterable[Any]) -> str:
-    """The expression for all splits."""
-    return "+".join(sorted(map(str, splits)))
-
-
-def _check_split(split: str | None, known: Iterable[Any]) -> list[str]:
-    """The names in a split expression; raises DataError for an unknown one, if any is known."""
-    split = split or _every(known)
-    names = [part.split("[")[0].strip() for part in split.split("+")]
-    choices = sorted(map(str, known))
-    for name in names:
-        if choices and name not in choices:
-            hint = did_you_mean(name, choices)
-            raise DataError(f"`split` must be one of {', '.join(choices)}, got {name!r}{hint}")
-    return names
-
-
-def _take(splits: dict[str, datasets.Dataset], split: str | None) -> datasets.Dataset:
-    split = split or _every(splits)
-    _check_split(split, splits)
-    sizes = {name: len(rows) for name, rows in splits.items()}
-    parts = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
-    chosen = [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
-    return datasets.concatenate_datasets(chosen)
+    return builder.as_dataset(split=split or all_splits(builder.info.splits or ())), Origin(root)

@@ -24,10 +24,11 @@ from torch import Tensor
 
 from ddpm_hf.data.errors import DataError
 from ddpm_hf.data.image_conversion import Target
-from ddpm_hf.data.image_reports import describe_unlabelled
+from ddpm_hf.data.labels import describe_unlabelled
 from ddpm_hf.data.shard_cache import ShardCache
 from ddpm_hf.data.shard_files import ShardFiles
-from ddpm_hf.data.shards import ShardIndex, index_shards
+from ddpm_hf.data.shard_index import ShardIndex
+from ddpm_hf.data.shards import index_shards
 from ddpm_hf.data.training_dataset import TrainingImages
 from ddpm_hf.diffusion.image_format import ImageFacts
 from ddpm_hf.diffusion.image_processor import to_unit_range
@@ -55,8 +56,8 @@ def open_stream(
     Args:
         files: the shards, from `find_shards` or `shards_of`.
         resolution: height and width of the images, which are cropped to a square in the center.
-        image_mode, bit_depth: format of all images; unlike prepared images, a stream cannot look at
-            all of them before.
+        image_mode, bit_depth: format of all images, which cannot be derived from the files as in
+            preparation.
         image_column, label_column: of `index_shards`.
         on_bad_image: "error", or "skip" to replace an unusable image by the next one of its shard.
         cache_gb: disk space for decoded shards and downloads, in GB (1e9 bytes).
@@ -116,7 +117,7 @@ class StreamedImages:
     def least_bytes(self) -> int:
         """Smallest useful limit of the cache: the shards in the window, two more, and a download.
 
-        Processes and loader workers are not at the same place, so that some need a shard more.
+        Processes and loader workers read at different places, so that some need one shard more.
         """
         numbers = range(len(self.cache.index.shards))
         decoded = sorted((self.cache.decoded_bytes(number) for number in numbers), reverse=True)
@@ -179,7 +180,7 @@ class StreamedImages:
     def fetch_ahead(self, shards: Sequence[int]) -> None:
         """Fetch shards in the background, in this order, and keep them in the cache.
 
-        An error shows when a shard is read.
+        Errors are raised when the shard is read.
         """
         self._needed = [self.numbers[shard] for shard in shards]
         # Threads do not survive a fork.
@@ -200,7 +201,7 @@ class _Fetchers:
             threading.Thread(target=self._work, name="fetch shards", daemon=True).start()
 
     def submit(self, needed: list[int]) -> None:
-        """Fetch these shards, instead of those that still wait to be fetched."""
+        """Fetch these shards next, in place of the pending ones."""
         if self._needed != needed:
             with self._changed:
                 self._needed, self._pending = needed, deque(needed)

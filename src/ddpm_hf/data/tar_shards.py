@@ -1,28 +1,70 @@
-"""WebDataset shards (.tar): number of images, their labels, and the encoded images.
+"""WebDataset shards (.tar): their index, and the encoded images.
 
 Every image file is one image. Files of a sample share the path up to the first dot of the name.
 """
 
+import hashlib
 import json
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
-from ddpm_hf.data.decoding import EXTENSIONS, Cell
+import datasets
+import pyarrow as pa
+
+from ddpm_hf.data.decoding import EXTENSIONS, FILES_AT_ONCE, Cell
 from ddpm_hf.data.errors import DataError
-from ddpm_hf.data.remote_files import BrokenTransfer, is_url, read_end, read_through
+from ddpm_hf.data.remote_files import (
+    NUM_CONNECTIONS,
+    BrokenTransfer,
+    is_url,
+    read_end,
+    read_through,
+)
+from ddpm_hf.data.shard_index import Shard, ShardIndex
+from ddpm_hf.diffusion.atomic_files import write_text
 
-CLASS_EXTENSION = "cls"
-"""Extension of the files with the class of a sample."""
+_CLASS_EXTENSION = "cls"  # of the files with the class of a sample
 _INDEX_BYTES = 2**26
 _LABEL_BYTES = 2**20  # a larger file holds no label
 
 
-def listed_rows(location: str) -> dict[str, int]:
+def index_tar_files(
+    locations: Sequence[str], label_column: str | Literal[True] | None, cache: Path | None
+) -> tuple[ShardIndex, datasets.Dataset | None]:
+    """The index without labels, and the labels of all images as a dataset of one column.
+
+    Args:
+        locations, label_column, cache: of `ddpm_hf.data.shards.index_shards`.
+    Raises:
+        DataError: if a file cannot be read, or no image has a label.
+    """
+    listed = _listed_rows(locations[0]) if label_column is None else {}
+    key = "" if label_column is True else label_column
+
+    def read(location: str) -> tuple[Shard, list[Any]]:
+        name, (_, size) = PurePosixPath(location).name, read_end(location, 1)
+        if name in listed:
+            return Shard(location, listed[name], size), []
+        digest = hashlib.sha256(repr((location, size, key)).encode()).hexdigest()[:32]
+        file = cache and cache / f"{digest}.json"
+        labels = _cached(file, lambda: _labels_of_file(location, key))
+        return Shard(location, len(labels), size), labels
+
+    with ThreadPoolExecutor(NUM_CONNECTIONS) as pool:
+        found = list(pool.map(read, locations))
+    index = ShardIndex(tuple(shard for shard, _ in found if shard.num_rows))
+    values = [value for _, labels in found for value in labels]
+    return index, None if key is None else _label_dataset(values, key)
+
+
+def _listed_rows(location: str) -> dict[str, int]:
     """Rows by file name from the index.json next to a .tar file; {} without one."""
     try:
         text, _ = read_end(location.rpartition("/")[0] + "/index.json", _INDEX_BYTES)
@@ -32,7 +74,30 @@ def listed_rows(location: str) -> dict[str, int]:
         return {}
 
 
-def read_tar_labels(location: str, key: str | None) -> list[Any]:
+def _cached(file: Path | None, read: Callable[[], list[Any]]) -> list[Any]:
+    """The values in a JSON file, which is written if it is missing or damaged."""
+    if file is None:
+        return read()
+    with suppress(OSError, ValueError):
+        return list(json.loads(file.read_text(encoding="utf-8")))
+    values = read()
+    with suppress(OSError):  # a full disk costs another reading
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(values))
+    return values
+
+
+def _label_dataset(values: list[Any], key: str) -> datasets.Dataset:
+    if not any(value is not None for value in values):
+        where = f"a .json file with the key {key!r}" if key else "a .cls file"
+        raise DataError(f"no image of the .tar files has {where}, which would hold its label")
+    try:
+        return datasets.Dataset.from_dict({key or _CLASS_EXTENSION: values})
+    except (pa.ArrowException, TypeError) as error:
+        raise DataError(f"the labels have several types: {error}") from error
+
+
+def _labels_of_file(location: str, key: str | None) -> list[Any]:
     """The label of each image of a .tar file, None for an image without one.
 
     Args:
@@ -53,7 +118,7 @@ def read_tar_labels(location: str, key: str | None) -> list[Any]:
 def _read_labels(file: Any, key: str | None) -> list[Any]:
     # "r|" reads without seeking, as the answer of a server requires.
     mode: Any = "r:" if hasattr(file, "seek") else "r|"
-    extension = "json" if key else CLASS_EXTENSION
+    extension = "json" if key else _CLASS_EXTENSION
     images: list[str] = []
     labels: dict[str, object] = {}
     try:
@@ -97,9 +162,9 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     return file.read() if file else b""
 
 
-def tar_cells(path: Path, max_rows: int) -> Iterator[list[Cell]]:
-    """The encoded images of a .tar file, at most `max_rows` at a time."""
+def tar_cells(path: Path) -> Iterator[list[Cell]]:
+    """The encoded images of a .tar file, some at a time."""
     with tarfile.open(path, "r:") as tar:
         images = (member for member in tar if _is_image(member))
-        while members := list(islice(images, max_rows)):
+        while members := list(islice(images, FILES_AT_ONCE)):
             yield [{"bytes": _content(tar, member), "path": None} for member in members]

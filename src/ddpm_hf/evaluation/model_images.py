@@ -1,7 +1,6 @@
 """A dataset in the format of a model: size, mode, bit depth and classes."""
 
 import hashlib
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ from torch import Tensor
 
 from ddpm_hf.data import DataError, ImageDataset, TrainingImages, prepare_images
 from ddpm_hf.data.decoding import read_headers
+from ddpm_hf.data.encoded_images import EncodedImages, find_image_column
 from ddpm_hf.data.errors import SeveralShapes
-from ddpm_hf.data.image_column import find_image_column
 from ddpm_hf.data.sources import origin_of
 from ddpm_hf.diffusion.image_format import MODE_CHANNELS, ImageFacts, image_facts, size_multiple
 from ddpm_hf.randomness import seed_of
@@ -153,10 +152,9 @@ def _check_enlargement(
     if not isinstance(dataset, datasets.Dataset):
         return  # `prepare_images` reports it
     column = find_image_column(dataset, image_column)
-    cells = dataset.with_format(None).select(range(min(len(dataset), 64))).select_columns([column])
-    cells = cells.cast_column(column, datasets.Image(decode=False))[column]
-    root = origin_of(dataset, column).root
-    headers = read_headers(cells, None if root is None else os.path.realpath(root))
+    first = dataset.select(range(min(len(dataset), 64)))
+    images = EncodedImages.of(first, column, origin_of(dataset, column).root)
+    headers = read_headers(images.cells[column], images.root)
     largest = max(headers["height"] + headers["width"])
     side = max(facts.height, facts.width)
     if side > _MAX_ENLARGEMENT * largest > 0:

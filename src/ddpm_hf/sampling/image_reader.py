@@ -156,7 +156,7 @@ def _open_pictures(path: Path, on_bad_image: str) -> DrawnImages:
     """An image folder or a parquet file: decoded once, then read from the cache."""
     # These libraries take seconds to load, and sampling does not need them.
     from ddpm_hf.data import load_images, prepare_images
-    from ddpm_hf.data.image_column import find_image_column
+    from ddpm_hf.data.encoded_images import find_image_column
     from ddpm_hf.data.labels import declared_labels, known_class_names
 
     rows, record = load_images(path, split=None), _record_beside(path)

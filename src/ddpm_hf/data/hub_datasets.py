@@ -1,7 +1,8 @@
-"""Files of a dataset on the Hub, checked against the disk before they are downloaded."""
+"""Datasets on the Hub: opened, and downloaded after a check of the disk space."""
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import escape
 from itertools import chain
@@ -13,16 +14,75 @@ from datasets.packaged_modules.parquet.parquet import ParquetConfig
 from huggingface_hub import HfApi, HfFileSystem, snapshot_download, try_to_load_from_cache
 from huggingface_hub import constants as hub_constants
 
+from ddpm_hf.connection import is_hub_reachable
+from ddpm_hf.data.errors import DataError
 from ddpm_hf.data.file_limits import (
     check_free_space,
     check_table,
     existing_parent,
     parquet_size,
 )
-from ddpm_hf.text import counted, file_size
+from ddpm_hf.text import close_paths, counted, file_size
 
 _PATHS_AT_ONCE = 500  # in one request
 _ADVICE = "free disk space, set HF_HOME to a folder on another disk, or use `streaming`"
+
+
+def hub_dataset(
+    name: str, config_name: str | None = None, revision: str | None = None
+) -> datasets.DatasetBuilder:
+    """Builder of a dataset on the Hub, which has downloaded no data files yet.
+
+    Args:
+        name, config_name, revision: as of `load_images`.
+    Raises:
+        DataError: if there is no such dataset, or neither a connection nor a copy in the cache.
+    """
+    try:
+        is_online = is_hub_reachable(name)
+    except ValueError as error:
+        raise DataError(f"{error}") from None
+    try:
+        with _reading_the_cache(not is_online):
+            return datasets.load_dataset_builder(name, config_name, revision=revision)
+    except Exception as error:  # also ImportError, for a protocol without its library
+        raise DataError(
+            f"{name!r} is not a local path{close_paths(name)}; as a Hub dataset: {error}"
+        ) from None
+
+
+@contextmanager
+def _reading_the_cache(is_offline: bool) -> Iterator[None]:
+    """Let `datasets` read its cache without attempts to connect, if there is no connection."""
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = before or is_offline
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+
+
+def prepare_checked(builder: datasets.DatasetBuilder, name: str) -> None:
+    """Download and prepare a dataset of the Hub, within the disk space and in bounded memory.
+
+    Args:
+        builder: of the dataset; its reader gets the options that bound its memory.
+        name: of the dataset.
+    Raises:
+        DataError: if the files or their rows are too large.
+    """
+    config, cache = builder.config, Path(builder.cache_dir)
+    if not cache.is_dir():
+        files = list(_files_of(chain(*(config.data_files or {}).values())))
+        is_parquet = isinstance(config, ParquetConfig)
+        _check_downloads(files, name, cache if is_parquet else None)
+        if is_parquet:
+            paths = [path for each in files for path in each.download()]
+            size = parquet_size(paths)
+            check_table(paths, size, cache, _ADVICE)
+            for option, value in size.reader_options().items():
+                setattr(config, option, value)
+    builder.download_and_prepare()
 
 
 @dataclass(frozen=True)
@@ -58,29 +118,6 @@ class _Files:
             allow_patterns=[escape(path) for path in self.paths],
         )
         return [os.path.join(root, path) for path in self.paths]
-
-
-def prepare_checked(builder: datasets.DatasetBuilder, name: str) -> None:
-    """Download and prepare a dataset of the Hub, within the disk space and in bounded memory.
-
-    Args:
-        builder: of the dataset; its reader gets the options that bound its memory.
-        name: of the dataset.
-    Raises:
-        DataError: if the files or their rows are too large.
-    """
-    config, cache = builder.config, Path(builder.cache_dir)
-    if not cache.is_dir():
-        files = list(_files_of(chain(*(config.data_files or {}).values())))
-        is_parquet = isinstance(config, ParquetConfig)
-        _check_downloads(files, name, cache if is_parquet else None)
-        if is_parquet:
-            paths = [path for each in files for path in each.download()]
-            size = parquet_size(paths)
-            check_table(paths, size, cache, _ADVICE)
-            for option, value in size.reader_options().items():
-                setattr(config, option, value)
-    builder.download_and_prepare()
 
 
 def _files_of(locations: Iterable[str]) -> Iterator[_Files]:
