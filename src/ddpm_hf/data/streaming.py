@@ -153,15 +153,16 @@ class StreamedImages:
 
     def read(self, positions: Sequence[int], offsets: NDArray[np.float32]) -> Tensor:
         """Images at these positions; see `ImageSource`."""
-        return to_unit_range(torch.from_numpy(self._records(positions)["pixels"]))
+        return self.read_labelled(positions)[0]
 
-    def read_labelled(self, positions: Sequence[int]) -> tuple[Tensor, list[int]]:
-        """Images at these positions, (B, C, H, W), and their classes."""
+    def read_labelled(self, positions: Sequence[int]) -> tuple[Tensor, list[int] | None]:
+        """Images at these positions, (B, C, H, W), and their classes if the stream has labels."""
         records = self._records(positions)
+        images = to_unit_range(torch.from_numpy(records["pixels"]))
+        if self.labels is None:
+            return images, None
         starts = [self.index.starts[self.index.locate(position)[0]] for position in positions]
-        labels: Any = self.labels
-        classes = labels[np.array(starts) + records["row"]].tolist()
-        return to_unit_range(torch.from_numpy(records["pixels"])), classes
+        return images, self.labels[np.array(starts) + records["row"]].tolist()
 
     def _records(self, positions: Sequence[int]) -> NDArray[Any]:
         """Records of the cache at these positions, (B,)."""
@@ -257,8 +258,6 @@ class StreamedTrainingImages(TrainingImages):
     def _read(
         self, indices: Sequence[int], offsets: NDArray[np.float32]
     ) -> tuple[Tensor, list[int] | None]:
-        if self.labels is None:
-            return self.source.read(indices, offsets), None
         return self.source.read_labelled(indices)
 
     def _draws_of(self, epoch: int, index: int) -> NDArray[np.float32]:
