@@ -23,7 +23,8 @@ from tqdm.auto import tqdm
 from ddpm_hf.decoders import check_images, decoder_of
 from ddpm_hf.diffusion.checks import to_int
 from ddpm_hf.diffusion.eval_mode import evaluating
-from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler, StepKL, as_gaussian_scheduler
+from ddpm_hf.diffusion.scheduler_outputs import StepKL
+from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler, as_gaussian_scheduler
 from ddpm_hf.diffusion.tensor_ops import Denoiser, Generators, at_least_float32, draw_noise
 from ddpm_hf.image_batches import batches_of, check_batch, num_batches, recorded_bit_depth, unet_of
 from ddpm_hf.losses import denoise, nats_to_bits_per_dim

@@ -1,11 +1,13 @@
-"""Coefficients looked up by timestep, without host-device synchronization.
+"""Coefficients of the distributions of DDPM (2006.11239) at a timestep, and their lookup.
 
-Travels with the weights.
+`CoefficientTable.at` returns one of the named tuples below. Their fields are tensors on the device
+and in the dtype of the sample: 0-dim for a single timestep, (B, 1, ...) for one timestep per image.
+The lookup needs no host-device synchronization. Travels with the weights.
 """
 
 import operator
-from collections.abc import Callable, Mapping
-from typing import Any, Generic, NoReturn, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +22,92 @@ Timestep = int | Tensor
 Coefficients = TypeVar("Coefficients", bound=tuple[Tensor, ...])
 
 
+class Marginal(NamedTuple):
+    """q(x_t | x_0): x_t = signal x_0 + sigma eps (eq. 4)."""
+
+    signal: Tensor
+    sigma: Tensor
+    variance: Tensor
+    log_variance: Tensor
+    snr: Tensor
+    log_snr: Tensor
+
+
+class ForwardStep(NamedTuple):
+    """q(x_t | x_prev): x_t = signal x_prev + sigma eps (eq. 2)."""
+
+    signal: Tensor
+    sigma: Tensor
+
+
+class Posterior(NamedTuple):
+    """q(x_prev | x_t, x_0) (eq. 7)."""
+
+    coef_x_0: Tensor
+    coef_x_t: Tensor
+    variance: Tensor
+    log_variance: Tensor
+
+
+class ReverseStep(NamedTuple):
+    """One sampling step; with a learned variance, its std is `std * std_base ** v`.
+
+    x_0_hat = x_0_from_output output + x_0_from_x_t x_t (eq. 15), and
+    x_prev = coef_x_0 x_0_hat + coef_x_t x_t + std eps (eq. 7).
+    """
+
+    x_0_from_output: Tensor
+    x_0_from_x_t: Tensor
+    coef_x_0: Tensor
+    coef_x_t: Tensor
+    std: Tensor
+    std_base: Tensor
+
+
+class ReverseVariance(NamedTuple):
+    """Variance of p(x_prev | x_t); a learned one has the log `log_variance + slope * v`."""
+
+    variance: Tensor
+    log_variance: Tensor
+    slope: Tensor
+
+
+class BoundTerm(NamedTuple):
+    """KL(q || p) of one step, (expm1 r - r)/2 + weight e^r (x_0 - x_0_hat)^2, in nats.
+
+    r = log_ratio + slope * v is log sigma_q^2 - log sigma_p^2; log_variance is log sigma_q^2.
+    weight is coef_x_0^2 / (2 sigma_q^2): for eta = 1, half the decrease of the SNR in the step.
+    """
+
+    weight: Tensor
+    log_ratio: Tensor
+    slope: Tensor
+    log_variance: Tensor
+    is_last: Tensor
+
+
+class PixelVariance(NamedTuple):
+    """Calibrated variance of p, distributed over the values of an image by the network's v.
+
+    log_ratio + slope * v is log(sigma^2 / beta~) predicted by v for the training chain, and
+    log sigma^2 at t = 0. posterior is beta~ of this trajectory, calibrated the mean variance that
+    m_t adds; both are divided by eta^2.
+    """
+
+    posterior: Tensor
+    calibrated: Tensor
+    log_ratio: Tensor
+    slope: Tensor
+    is_zero: Tensor
+
+
+class InversionStep(NamedTuple):
+    """x_next = coef_x_0 x_0 + coef_x_t x_t: the noiseless step to the next noisier timestep."""
+
+    coef_x_0: Tensor
+    coef_x_t: Tensor
+
+
 class CoefficientTable(Generic[Coefficients]):
     """Coefficients per timestep, cached per device and dtype.
 
@@ -27,7 +115,7 @@ class CoefficientTable(Generic[Coefficients]):
 
     Args:
         kind: named tuple that holds the coefficients of one timestep.
-        columns: the fields of `kind` in order, each (K,) float64.
+        columns: the fields of `kind` in their order, each (K,) float64.
         timesteps: timesteps of the columns, (K,) in [0, T).
         num_train_timesteps: T.
         timesteps_name: name of these timesteps in error messages.
@@ -37,7 +125,7 @@ class CoefficientTable(Generic[Coefficients]):
     def __init__(
         self,
         kind: Callable[..., Coefficients],
-        columns: Mapping[str, Array],
+        columns: Sequence[Array],
         timesteps: Steps,
         num_train_timesteps: int,
         timesteps_name: str,
@@ -46,7 +134,7 @@ class CoefficientTable(Generic[Coefficients]):
         self._timesteps = frozenset(timesteps.tolist())
         # Refusing an invalid timestep on a device would need a synchronization: it gives NaN.
         table = np.full((num_train_timesteps, len(columns)), np.nan)
-        table[timesteps] = np.stack([*columns.values()], axis=1)
+        table[timesteps] = np.stack(columns, axis=1)
         self._float64 = torch.from_numpy(table)
         self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._rows: dict[tuple[int, torch.device, torch.dtype], Coefficients] = {}

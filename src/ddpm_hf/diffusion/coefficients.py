@@ -5,21 +5,61 @@ sample. Notation as in `scheduling.py`. Travels with the weights.
 """
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, wraps
+from typing import Any, TypeVar
 
 import numpy as np
 
-from . import coefficient_rows, coefficient_tables, schedules, timestep_spacings
+from . import coefficient_tables, schedules, timestep_spacings
 
 Array = schedules.Array
 Steps = timestep_spacings.Steps
 Timestep = coefficient_tables.Timestep
+BoundTerm = coefficient_tables.BoundTerm
 CoefficientTable = coefficient_tables.CoefficientTable
+ForwardStep = coefficient_tables.ForwardStep
+InversionStep = coefficient_tables.InversionStep
+Marginal = coefficient_tables.Marginal
+PixelVariance = coefficient_tables.PixelVariance
+Posterior = coefficient_tables.Posterior
+ReverseStep = coefficient_tables.ReverseStep
+ReverseVariance = coefficient_tables.ReverseVariance
+
+Table = TypeVar("Table", bound=CoefficientTable[Any])
 
 
 def is_learned(variance_type: str | None) -> bool:
     """Whether the network predicts the reverse variance in a second half of output channels."""
     return variance_type is not None and variance_type.startswith("learned")
+
+
+def marginal(log_alphas: Array) -> CoefficientTable[Marginal]:
+    """q(x_t | x_0) (eq. 4) at all timesteps, from log(1 - beta), (T,)."""
+    T, log_alpha_bar = len(log_alphas), log_alphas.cumsum()
+    variance = -np.expm1(log_alpha_bar)
+    log_variance = np.log(variance)
+    log_snr = log_alpha_bar - log_variance
+    signal, sigma, snr = np.exp(log_alpha_bar / 2), np.sqrt(variance), np.exp(log_snr)
+    columns = (signal, sigma, variance, log_variance, snr, log_snr)
+    return CoefficientTable(Marginal, columns, np.arange(T), T, f"[0, {T - 1}]")
+
+
+def cached_by_eta(
+    make: Callable[["Trajectory", float], Table],
+) -> Callable[["Trajectory", float], Table]:
+    """Cache a method that returns the table of an eta."""
+
+    @wraps(make)
+    def cached(trajectory: "Trajectory", eta: float) -> Table:
+        tables = trajectory.tables_by_eta[make.__name__]
+        table: Table | None = tables.get(eta)
+        if table is None:
+            if len(tables) == 8:  # bounds memory where eta changes at every step
+                tables.popitem()  # the newest: the tables of 1 and 0 were made first
+            table = tables[eta] = make(trajectory, eta)
+        return table
+
+    return cached
 
 
 class Trajectory:
@@ -31,6 +71,13 @@ class Trajectory:
         prediction_type: prediction target of the network.
         variance_type: type of the reverse variance.
         x_0_mse: mean squared error m_t at the timesteps, (K,), for calibrated variances; or None.
+
+    Attributes:
+        log_alpha_bar, log_alpha_bar_prev: log of alpha_bar at t and at prev, (K,).
+        signal, sigma: sqrt(alpha_bar) and sqrt(1 - alpha_bar), (K,).
+        log_alpha, beta: log(alpha_bar / alpha_bar_prev), and 1 minus this ratio, (K,).
+        noise_ratio: (1 - alpha_bar_prev) / (1 - alpha_bar), (K,).
+        last: the timestep of the last step.
     """
 
     def __init__(
@@ -55,15 +102,14 @@ class Trajectory:
         first_of_segment = np.concatenate([[0], timesteps[:-1] + 1])
         self.log_alpha = np.add.reduceat(log_alphas[: timesteps[-1] + 1], first_of_segment)
         self.beta = -np.expm1(self.log_alpha)
-        # (1 - alpha_bar_prev) / (1 - alpha_bar_t)
         self.noise_ratio = np.expm1(self.log_alpha_bar_prev) / np.expm1(self.log_alpha_bar)
         self.noise_ratio[0] = 0.0  # not -0.0: 1 / variance must be inf, not -inf
         steps: list[int] = timesteps.tolist()
         self.last = steps[0]
         self._previous = dict(zip(steps, [-1, *steps[:-1]], strict=True))
-        self._reverse: dict[float, CoefficientTable[coefficient_rows.ReverseStep]] = {}
-        self._step_kl: dict[float, CoefficientTable[coefficient_rows.StepKL]] = {}
-        self._pixel_variance: dict[float, CoefficientTable[coefficient_rows.PixelVariance]] = {}
+        self.tables_by_eta: dict[str, dict[float, Any]] = {
+            "reverse": {}, "bound_term": {}, "pixel_variance": {}
+        }  # fmt: skip
 
     def previous(self, t: Timestep) -> int:
         """The next timestep of sampling after `t`; -1, the clean image, after the last."""
@@ -81,119 +127,103 @@ class Trajectory:
         )
 
     def _table(
-        self, kind: Callable[..., coefficient_tables.Coefficients], **columns: Array
+        self, kind: Callable[..., coefficient_tables.Coefficients], *columns: Array
     ) -> CoefficientTable[coefficient_tables.Coefficients]:
-        return CoefficientTable(
-            kind, columns, self.timesteps, self.num_train_timesteps, self._timesteps_name
-        )
+        T, name = self.num_train_timesteps, self._timesteps_name
+        return CoefficientTable(kind, columns, self.timesteps, T, name)
 
     @cached_property
-    def forward(self) -> CoefficientTable[coefficient_rows.ForwardStep]:
-        """Coefficients of one forward step."""
-        return self._table(
-            coefficient_rows.ForwardStep,
-            signal=np.exp(self.log_alpha / 2),
-            sigma=np.sqrt(self.beta),
-        )
+    def forward(self) -> CoefficientTable[ForwardStep]:
+        """q(x_t | x_prev) (eq. 2)."""
+        return self._table(ForwardStep, np.exp(self.log_alpha / 2), np.sqrt(self.beta))
 
     @cached_property
-    def posterior(self) -> CoefficientTable[coefficient_rows.Posterior]:
-        """Coefficients of the posterior of one step."""
-        coef_x_0, coef_x_t = self._mean_coefficients(1.0)
-        variance, log_variance = self._posterior_variance()
-        return self._table(
-            coefficient_rows.Posterior,
-            coef_x_0=coef_x_0,
-            coef_x_t=coef_x_t,
-            variance=variance,
-            log_variance=log_variance,
-        )
+    def posterior(self) -> CoefficientTable[Posterior]:
+        """q(x_prev | x_t, x_0) (eq. 7)."""
+        return self._table(Posterior, *self._mean_coefficients(1.0), *self._posterior_variance())
 
     @cached_property
-    def reverse_variance(self) -> CoefficientTable[coefficient_rows.ReverseVariance]:
-        """Variance of one reverse step."""
-        variance, log_variance, slope = self._reverse_variance(1.0)
-        return self._table(
-            coefficient_rows.ReverseVariance,
-            variance=variance,
-            log_variance=log_variance,
-            slope=slope,
-        )
+    def reverse_variance(self) -> CoefficientTable[ReverseVariance]:
+        """Variance of p(x_prev | x_t)."""
+        return self._table(ReverseVariance, *self._reverse_variance(1.0))
 
     @cached_property
-    def inversion(self) -> CoefficientTable[coefficient_rows.InversionStep]:
+    def inversion(self) -> CoefficientTable[InversionStep]:
         """DDIM inversion: the step of 2010.02502, eq. 12 with sigma = 0, in reverse order."""
         coef_x_t = self.sigma[1:] / self.sigma[:-1]
         coef_x_0 = self.signal[1:] - coef_x_t * self.signal[:-1]
-        columns = {"coef_x_0": coef_x_0, "coef_x_t": coef_x_t}
-        steps = self.timesteps[:-1]
-        name = "scheduler.timesteps[1:]"
-        return CoefficientTable(
-            coefficient_rows.InversionStep, columns, steps, self.num_train_timesteps, name
-        )
+        steps, T, name = self.timesteps[:-1], self.num_train_timesteps, "scheduler.timesteps[1:]"
+        return CoefficientTable(InversionStep, (coef_x_0, coef_x_t), steps, T, name)
 
-    def reverse(self, eta: float) -> CoefficientTable[coefficient_rows.ReverseStep]:
-        """Coefficients of a sampling step with this `eta`."""
-        table = self._reverse.get(eta)
-        if table is None:
-            if len(self._reverse) == 8:  # bounds memory where eta changes at every step
-                self._reverse.popitem()  # the newest: the tables of 1 and 0 were made first
-            table = self._reverse[eta] = self._make_reverse(eta)
-        return table
-
-    def _make_reverse(self, eta: float) -> CoefficientTable[coefficient_rows.ReverseStep]:
-        x_0_from_output, x_0_from_x_t = self._x_0_coefficients()
-        coef_x_0, coef_x_t = self._mean_coefficients(eta)
-        std, std_base = self._std(eta)
+    @cached_by_eta
+    def reverse(self, eta: float) -> CoefficientTable[ReverseStep]:
+        """A sampling step: estimate of x_0, mean and standard deviation of p(x_prev | x_t)."""
+        _, log_variance, slope = self._reverse_variance(eta)
+        std = eta * np.exp(log_variance / 2)
+        std[0] = 0.0  # the last step returns the mean
         return self._table(
-            coefficient_rows.ReverseStep,
-            x_0_from_output=x_0_from_output,
-            x_0_from_x_t=x_0_from_x_t,
-            coef_x_0=coef_x_0,
-            coef_x_t=coef_x_t,
-            std=std,
-            std_base=std_base,
+            ReverseStep,
+            *self._x_0_coefficients(),
+            *self._mean_coefficients(eta),
+            std,
+            np.exp(slope / 2),
         )
 
-    def step_kl(self, eta: float) -> CoefficientTable[coefficient_rows.StepKL]:
-        """Coefficients of a term of the bound (2006.11239, eq. 5; 2010.02502, eq. 11)."""
-        if eta not in self._step_kl:
-            self._step_kl = {eta: self._make_step_kl(eta)}  # only the latest eta is cached
-        return self._step_kl[eta]
-
-    def _make_step_kl(self, eta: float) -> CoefficientTable[coefficient_rows.StepKL]:
+    @cached_by_eta
+    def bound_term(self, eta: float) -> CoefficientTable[BoundTerm]:
+        """A term of the variational bound (2006.11239, eq. 5; 2010.02502, eq. 11)."""
+        coef_x_0, _ = self._mean_coefficients(eta)
         _, log_variance = self._posterior_variance()
         _, log_variance_p, slope = self._reverse_variance(eta)
-        coef_x_0, _ = self._mean_coefficients(eta)
-        return self._table(
-            coefficient_rows.StepKL,
-            weight=(coef_x_0 / eta) ** 2 * np.exp(-log_variance) / 2,
-            log_ratio=log_variance - log_variance_p,
-            slope=-slope,
-            log_variance=log_variance,
-            is_last=np.arange(len(log_variance)) == 0,
-        )
+        weight = (coef_x_0 / eta) ** 2 * np.exp(-log_variance) / 2
+        log_ratio, is_last = log_variance - log_variance_p, np.arange(len(log_variance)) == 0
+        return self._table(BoundTerm, weight, log_ratio, -slope, log_variance, is_last)
 
-    def pixel_variance(self, eta: float) -> CoefficientTable[coefficient_rows.PixelVariance]:
-        """Coefficients of the calibrated variance where the network predicts v."""
-        if eta not in self._pixel_variance:
-            self._pixel_variance = {eta: self._make_pixel_variance(eta)}
-        return self._pixel_variance[eta]
-
-    def _make_pixel_variance(self, eta: float) -> CoefficientTable[coefficient_rows.PixelVariance]:
+    @cached_by_eta
+    def pixel_variance(self, eta: float) -> CoefficientTable[PixelVariance]:
+        """The calibrated variance where the network predicts v."""
         all_t = np.arange(self.num_train_timesteps)
         chain = Trajectory(self._log_alphas, all_t, self.prediction_type, self.variance_type)
-        _, log_var, slope = chain._reverse_variance(1.0)
+        _, log_ratio, slope = chain._reverse_variance(1.0)
         small, _ = chain._posterior_variance()
-        log_var[1:] -= np.log(small[1:])
+        log_ratio[1:] -= np.log(small[1:])
         return self._table(
-            coefficient_rows.PixelVariance,
-            posterior=self.noise_ratio * self.beta,
-            calibrated=self._calibrated_variance(eta),
-            log_ratio=log_var[self.timesteps],
-            slope=slope[self.timesteps],
-            is_zero=self.timesteps == 0,
+            PixelVariance,
+            self.noise_ratio * self.beta,
+            self._calibrated_variance(eta),
+            log_ratio[self.timesteps],
+            slope[self.timesteps],
+            self.timesteps == 0,
         )
+
+    def _x_0_coefficients(self) -> tuple[Array, Array]:
+        """Factors of output and x_t in the estimate of x_0: eq. 15; for v 2202.00512, app. D."""
+        signal, sigma = self.signal, self.sigma
+        if self.prediction_type == "epsilon":
+            return -sigma / signal, 1 / signal
+        if self.prediction_type == "v_prediction":
+            return -sigma, signal
+        return np.ones_like(sigma), np.zeros_like(sigma)
+
+    def _mean_coefficients(self, eta: float) -> tuple[Array, Array]:
+        """coef_x_0 and coef_x_t of eq. 7; for eta < 1 of 2010.02502, eq. 12 and 16.
+
+        In eq. 12, eps is expressed by x_t and x_0:
+
+            coef_x_t = sqrt(1 - alpha_bar_prev - sigma^2) / sqrt(1 - alpha_bar_t)
+            coef_x_0 = sqrt(alpha_bar_prev) - coef_x_t sqrt(alpha_bar_t)
+
+        With g = alpha_t (1 - alpha_bar_prev) / (1 - alpha_bar_t) and k = 1 - eta^2 + eta^2 g, sigma
+        of eq. 16 gives 1 - alpha_bar_prev - sigma^2 = (1 - alpha_bar_prev) k. The difference in
+        coef_x_0 is then sqrt(alpha_bar_prev) (1 - sqrt(g k)), which is computed as a product by
+        1 - g k = (1 - g) (1 + eta^2 g).
+        """
+        g = np.exp(self.log_alpha) * self.noise_ratio
+        one_minus_g = self.beta / -np.expm1(self.log_alpha_bar)
+        k = (1 - eta**2) + eta**2 * g
+        coef_x_0 = np.exp(self.log_alpha_bar_prev / 2) * one_minus_g
+        coef_x_0 *= (1 + eta**2 * g) / (1 + np.sqrt(g * k))  # 1 for eta = 1
+        return coef_x_0, np.sqrt(self.noise_ratio * k)
 
     def _posterior_variance(self) -> tuple[Array, Array]:
         """beta~_t of eq. 7, and its log.
@@ -204,29 +234,6 @@ class Trajectory:
         variance = self.noise_ratio * self.beta
         neighbour = variance[1] if len(variance) > 1 else self.beta[0]
         return variance, np.log(np.concatenate([[neighbour], variance[1:]]))
-
-    def _mean_coefficients(self, eta: float) -> tuple[Array, Array]:
-        """coef_x_0 and coef_x_t of eq. 7; for eta < 1 of 2010.02502, eq. 12 and 16.
-
-        In eq. 12, eps is expressed by x_t and x_0. With g = alpha_t (1 - alpha_bar_prev) /
-        (1 - alpha_bar_t), eq. 16 gives 1 - alpha_bar_prev - sigma^2 = (1 - alpha_bar_prev) k.
-        """
-        g = np.exp(self.log_alpha) * self.noise_ratio
-        one_minus_g = self.beta / -np.expm1(self.log_alpha_bar)
-        k = (1 - eta**2) + eta**2 * g
-        coef_x_0 = np.exp(self.log_alpha_bar_prev / 2) * one_minus_g
-        # sqrt(alpha_bar_prev) - coef_x_t sqrt(alpha_bar_t) as a product; the factor is 1 for eta 1.
-        coef_x_0 *= (1 + eta**2 * g) / (1 + np.sqrt(g * k))
-        return coef_x_0, np.sqrt(self.noise_ratio * k)
-
-    def _x_0_coefficients(self) -> tuple[Array, Array]:
-        """Factors of output and x_t in the estimate of x_0: eq. 15; for v 2202.00512, app. D."""
-        signal, sigma = self.signal, self.sigma
-        if self.prediction_type == "epsilon":
-            return -sigma / signal, 1 / signal
-        if self.prediction_type == "v_prediction":
-            return -sigma, signal
-        return np.ones_like(sigma), np.zeros_like(sigma)
 
     def _reverse_variance(self, eta: float) -> tuple[Array, Array, Array]:
         """Variance, log-variance and slope of v, divided by eta^2.
@@ -266,31 +273,3 @@ class Trajectory:
         """
         coef_x_0, _ = self._mean_coefficients(eta)
         return np.concatenate([[1.0], coef_x_0[1:] / eta]) ** 2 * self.x_0_mse
-
-    def _std(self, eta: float) -> tuple[Array, Array]:
-        _, log_var, slope = self._reverse_variance(eta)
-        std = eta * np.exp(log_var / 2)
-        std[0] = 0.0  # the last step returns the mean
-        return std, np.exp(slope / 2)
-
-
-def marginal(log_alphas: Array) -> CoefficientTable[coefficient_rows.Marginal]:
-    """Coefficients of q(x_t | x_0) at all timesteps.
-
-    Args:
-        log_alphas: log(1 - beta), (T,).
-    """
-    log_signal_var = log_alphas.cumsum()
-    variance = -np.expm1(log_signal_var)
-    log_variance = np.log(variance)
-    log_snr = log_signal_var - log_variance
-    columns = {
-        "signal": np.exp(log_signal_var / 2),
-        "sigma": np.sqrt(variance),
-        "variance": variance,
-        "log_variance": log_variance,
-        "snr": np.exp(log_snr),
-        "log_snr": log_snr,
-    }
-    T = len(log_alphas)
-    return CoefficientTable(coefficient_rows.Marginal, columns, np.arange(T), T, f"[0, {T - 1}]")

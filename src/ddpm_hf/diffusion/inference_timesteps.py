@@ -17,7 +17,6 @@ from . import (
     coefficients,
     config_checks,
     forward_process,
-    likelihood_timesteps,
     scheduler_config,
     timestep_spacings,
 )
@@ -106,10 +105,12 @@ class InferenceTimesteps(scheduler_config.PortableScheduler, forward_process.For
                 "`timestep_spacing` 'likelihood' needs a calibrated scheduler, but `x_0_mse` is"
                 " None; run `ddpm-hf calibrate` or ddpm_hf.calibrate"
             )
-        checks.check_int("num_train_timesteps", len(self), 2, likelihood_timesteps.MAX_TIMESTEPS)
+        checks.check_int(
+            "num_train_timesteps", len(self), 2, timestep_spacings.MAX_LIKELIHOOD_TIMESTEPS
+        )
         num_steps = checks.to_int("num_inference_steps", num_steps, 2, len(self))
         snr = self.snr(torch.arange(len(self)), torch.float64).numpy()
-        return likelihood_timesteps.likelihood_timesteps(snr, self.x_0_mse.numpy(), num_steps)
+        return timestep_spacings.likelihood_timesteps(snr, self.x_0_mse.numpy(), num_steps)
 
     def _ddim_timesteps(self, num_steps: Any) -> Steps:
         by_num_steps = self.calibrated_timesteps.get("DDIM", {})

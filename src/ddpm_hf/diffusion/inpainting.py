@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, krylov, scheduling, tensor_ops
+from . import checks, krylov, scheduler_outputs, scheduling, tensor_ops
 
 Denoiser = tensor_ops.Denoiser
 Generators = tensor_ops.Generators
@@ -148,7 +148,7 @@ class RePaintScheduler:
         sample: Tensor,
         generator: Generators = None,
         eta: float = 1.0,
-    ) -> scheduling.GaussianDDPMOutput:
+    ) -> scheduler_outputs.GaussianDDPMOutput:
         """x_t of the next denoising step, and the estimate of x_0."""
         ours, (position, following) = self._scheduler, next(self._steps)
         result = ours.step(model_output, timestep, sample, generator, eta=eta)
@@ -159,7 +159,7 @@ class RePaintScheduler:
         x = torch.where(self._is_known, known, result.prev_sample)
         for t in self._ascending[position : following + 1].tolist():
             x = ours.diffuse_one_step(x, t, tensor_ops.draw_noise(x, generator))
-        return scheduling.GaussianDDPMOutput(x, result.pred_original_sample)
+        return scheduler_outputs.GaussianDDPMOutput(x, result.pred_original_sample)
 
 
 # Covariance -----------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, coefficient_rows
+from . import checks, coefficients
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 # (x_t, t) -> network output: a tensor, or an object with a tensor `sample`.
@@ -50,14 +50,16 @@ def expm1_minus(r: Tensor) -> Tensor:
 
 
 def variance_and_log(
-    row: coefficient_rows.Marginal | coefficient_rows.Posterior | coefficient_rows.ReverseVariance,
+    row: coefficients.Marginal
+    | coefficients.Posterior
+    | coefficients.ReverseVariance,
     like: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Copies of the variance and the log-variance among coefficients."""
     return as_tensor(row.variance, like), as_tensor(row.log_variance, like)
 
 
-def pixel_log_variance(row: coefficient_rows.PixelVariance, v: Tensor) -> Tensor:
+def pixel_log_variance(row: coefficients.PixelVariance, v: Tensor) -> Tensor:
     """log(posterior + calibrated cov / mean(cov)), with var(x_0 | x_t) predicted from v as cov.
 
     v is trained where beta~ is nearly the whole variance. The predicted cov is therefore wrong by a
@@ -74,7 +76,7 @@ def pixel_log_variance(row: coefficient_rows.PixelVariance, v: Tensor) -> Tensor
 
 
 def scaled_noise(
-    row: coefficient_rows.ReverseStep,
+    row: coefficients.ReverseStep,
     v: Tensor | None,
     x_t: Tensor,
     generator: Generators,

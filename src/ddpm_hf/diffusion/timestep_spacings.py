@@ -1,4 +1,4 @@
-"""Timestep spacings, and the usual number of steps of a scheduler.
+"""Timesteps of a trajectory of K steps: spacings, respacing strings, and the lowest bound.
 
 Travels with the weights; imports only numpy.
 """
@@ -8,7 +8,10 @@ from typing import Any
 
 import numpy as np
 
+Array = np.ndarray[Any, np.dtype[np.float64]]
 Steps = np.ndarray[Any, np.dtype[np.int64]]
+
+MAX_LIKELIHOOD_TIMESTEPS = 8192  # memory of `likelihood_timesteps` grows with T^2
 
 
 def leading(num_steps: int, num_train_timesteps: int, offset: int = 0) -> Steps:
@@ -39,8 +42,8 @@ def trailing(num_steps: int, num_train_timesteps: int, offset: int = 0) -> Steps
 def quadratic(num_steps: int, num_train_timesteps: int, offset: int = 0) -> Steps:
     """Squares of an even grid, denser near the clean image (2010.02502, appendix D.3).
 
-    Differs from the paper: the grid ends at T - 1 instead of 0.8 T, where x_t is still far from
-    pure noise, and repeated values move up to the next unused timestep.
+    Differs from the code of the paper: the grid ends at T - 1 instead of 0.8 T, where x_t is still
+    far from pure noise, and repeated values move up to the next unused timestep.
     """
     root = math.sqrt(num_train_timesteps - 1)
     steps = (np.linspace(0, root, num_steps) ** 2).round().astype(np.int64)
@@ -91,6 +94,39 @@ def _whole_stride(num_steps: int, num_train_timesteps: int) -> Steps:
         f"`timestep_spacing` 'ddim{num_steps}' is not possible: no integer stride takes"
         f" {num_steps} of {num_train_timesteps} timesteps; use 'leading' or 'linspace'"
     )
+
+
+def likelihood_timesteps(snr: Array, x_0_mse: Array, num_steps: int) -> Steps:
+    """The K timesteps from 0 to T - 1 with the lowest bound, by dynamic programming.
+
+    best[t] is the lowest cost of a path from 0 to t with a given number of steps. One step more has
+    the cost min over s < t of best[s] + cost(s, t).
+
+    Args:
+        snr: signal-to-noise ratios, (T,), decreasing.
+        x_0_mse: mean squared errors m_t of the estimate of x_0, (T,).
+        num_steps: K in [2, T].
+
+    Returns:
+        The timesteps in ascending order, (K,); ties are resolved to the smallest.
+
+    Source: 2106.03802, section 4, with the term log(1 + (SNR_s - SNR_t) m_t) / 2 of the optimal
+    variance.
+    """
+    T = len(snr)
+    s, t = np.arange(T), np.arange(T)[:, None]
+    gain = np.where(s < t, snr - snr[:, None], 0.0)
+    cost = np.where(s < t, np.log1p(gain * x_0_mse[:, None]), np.inf)  # (t, s)
+    best = np.where(s == 0, 0.0, np.inf)
+    came_from = []
+    for _ in range(num_steps - 1):
+        path_cost = best + cost
+        came_from.append(path_cost.argmin(axis=1))
+        best = path_cost[s, came_from[-1]]
+    steps = [T - 1]
+    for before in reversed(came_from):
+        steps.append(int(before[steps[-1]]))
+    return np.array(steps[::-1], dtype=np.int64)
 
 
 ANCESTRAL = ("GaussianDDPMScheduler", "DDPMScheduler", "DDPMParallelScheduler")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from ddpm_hf.calibration import STABLE_RELATIVE_ERROR, Calibration
-from ddpm_hf.diffusion.likelihood_timesteps import MAX_TIMESTEPS
+from ddpm_hf.diffusion.timestep_spacings import MAX_LIKELIHOOD_TIMESTEPS
 from ddpm_hf.evaluation.comparison_results import Sweep
 from ddpm_hf.evaluation.figures import BoundPart, DatasetFacts, ModelSourceFacts, finite
 from ddpm_hf.evaluation.records import Record, Row, excluded, optional, renamed
@@ -87,7 +87,7 @@ def predicted_steps(calibration: Calibration) -> tuple[StepsRow, ...]:
 def _predicted(calibration: Calibration, K: int) -> StepsRow:
     predict, scheduler = calibration.bits_per_dim, calibration.scheduler
     even, best, published = predict(K, timestep_spacing="linspace"), None, None
-    if 2 <= len(scheduler) <= MAX_TIMESTEPS:
+    if 2 <= len(scheduler) <= MAX_LIKELIHOOD_TIMESTEPS:
         best = predict(K, timestep_spacing="likelihood").value
     if not scheduler.learns_variance:
         published = predict(K, timestep_spacing="linspace", published=True).value
