@@ -8,7 +8,9 @@ from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteSchedul
 from torch import Tensor
 
 from ddpm_hf import GaussianDDPMScheduler
-from ddpm_hf.diffusion.editing import (
+from ddpm_hf.diffusion.inpainting import conditioned, repaint_positions
+from ddpm_hf.diffusion.krylov import KrylovSpace
+from ddpm_hf.editing import (
     combine,
     expected_gain,
     image_to_image,
@@ -17,8 +19,6 @@ from ddpm_hf.diffusion.editing import (
     invert,
     slerp,
 )
-from ddpm_hf.diffusion.inpainting import conditioned, repaint_positions
-from ddpm_hf.diffusion.krylov import KrylovSpace
 
 T = 1000
 ALPHA_BAR = (1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64)).cumprod(0)

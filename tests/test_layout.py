@@ -39,7 +39,16 @@ FLOORS = (
         "text",
         "timing",
     },
-    {"losses", "decoders", "timestep_samplers", "weightings", "data", "pictures", "sampling"},
+    {
+        "losses",
+        "decoders",
+        "editing",
+        "timestep_samplers",
+        "weightings",
+        "data",
+        "pictures",
+        "sampling",
+    },
     {
         "likelihood",
         "calibration",

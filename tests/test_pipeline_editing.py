@@ -17,7 +17,7 @@ from PIL import Image
 from processes import run_process
 
 from ddpm_hf import GaussianDDPMPipeline, load
-from ddpm_hf.diffusion.editing import expected_gain, invert
+from ddpm_hf.editing import expected_gain, invert
 from ddpm_hf.sampling import use_recommended
 
 NAMES = ("cat", "dog")

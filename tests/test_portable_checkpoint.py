@@ -159,7 +159,7 @@ def save_by_another_version(folder, name, monkeypatch, root):
         with (package / source.name).open("a") as file:
             file.write(f'\nVERSION = "{name}"\n')
     with (package / "pipeline.py").open("a") as file:
-        modules = "pipeline_editing.portable_pipeline.VERSION, scheduling.VERSION"
+        modules = "denoising_pipeline.portable_pipeline.VERSION, scheduling.VERSION"
         file.write(f"GaussianDDPMPipeline.versions = lambda self: [VERSION, {modules}]\n")
     monkeypatch.syspath_prepend(root)
     release = importlib.import_module(f"release_{name}.pipeline")

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from ddpm_hf import GaussianDDPMPipeline, calibrate, load
 from ddpm_hf.diffusion import inpainting
-from ddpm_hf.diffusion.editing import inpaint
+from ddpm_hf.editing import inpaint
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "training"))
 from digits import NUM_UPDATES, fit_judge, to_images, train_model

@@ -72,6 +72,11 @@ def check_float(name: str, value: Any, interval: str, low: float, high: float) -
         raise error(f"`{name}` must be a number {interval}, got {value!r}")
 
 
+def check_finite_float(name: str, value: Any) -> None:
+    """Check that the value is a finite number."""
+    check_float(name, value, "that is finite", -FINITE, FINITE)
+
+
 def check_timesteps(timesteps: Any, num_train_timesteps: int) -> Steps:
     """Custom timesteps in ascending order, (K,) int64."""
     values = timesteps.tolist() if hasattr(timesteps, "tolist") else timesteps

@@ -122,9 +122,7 @@ def check_schedule_params(name: str, params: Any) -> dict[str, float]:
             f" {name!r}, got {params!r}"
         )
     for key, value in params.items():
-        checks.check_float(
-            f"beta_schedule_params[{key!r}]", value, "that is finite", -checks.FINITE, checks.FINITE
-        )
+        checks.check_finite_float(f"beta_schedule_params[{key!r}]", value)
     return {**defaults, **params}
 
 

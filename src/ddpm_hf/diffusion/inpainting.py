@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, krylov, scheduler_outputs, scheduling, tensor_ops
+from . import checks, krylov, scheduler_interface, scheduler_outputs, scheduling, tensor_ops
 
 Denoiser = tensor_ops.Denoiser
 Generators = tensor_ops.Generators
@@ -81,14 +81,6 @@ def conditioned(
     positions = repaint_positions(num_steps, jump_length, jump_n_sample)
     repaint = RePaintScheduler(scheduler, x_0, is_known, positions)
     return [denoisers[-1 - position] for position in positions], repaint
-
-
-def with_options(scheduler: GaussianDDPMScheduler, **config: Any) -> GaussianDDPMScheduler:
-    """A copy with other options and the same trajectory, and without the calibration."""
-    config |= {"x_0_mse": None, "calibrated_timesteps": None, "recommended": None}
-    changed: GaussianDDPMScheduler = GaussianDDPMScheduler.from_config(scheduler.config, **config)
-    changed.set_timesteps(timesteps=scheduler.timesteps.tolist())
-    return changed
 
 
 # RePaint --------------------------------------------------------------------------------------
@@ -173,13 +165,15 @@ def _covariance(
     generator: Generators,
 ) -> tuple[list[Denoiser], GaussianDDPMScheduler]:
     """Steps q(x_prev | x_t, x_0) with x_0 drawn from p(x_0 | x_t, known values)."""
-    unclipped = with_options(scheduler, clip_sample=False, thresholding=False)
-    of_x_0 = {"prediction_type": "sample", "variance_type": "fixed_small"}
-    clipping, posterior = with_options(scheduler, **of_x_0), with_options(unclipped, **of_x_0)
     timesteps = scheduler.timesteps.tolist()
+    with_options = partial(scheduler_interface.with_options, scheduler, timesteps)
+    unclipped = {"clip_sample": False, "thresholding": False}
+    of_x_0 = {"prediction_type": "sample", "variance_type": "fixed_small"}
+    differentiable, clipping = with_options(**unclipped), with_options(**of_x_0)
+    posterior = with_options(**unclipped, **of_x_0)
 
     def draw(denoiser: Denoiser, t: int, x_t: Tensor, _: Tensor) -> Tensor:
-        estimate = LinearisedEstimate(denoiser, unclipped, x_t, t)
+        estimate = LinearisedEstimate(denoiser, differentiable, x_t, t)
         # The mean is clipped as in every step; a clipped draw would have too small a variance.
         sample = clipping.p_mean_variance(estimate.x_0_hat, t, x_t).pred_original_sample
         if t != timesteps[-1]:

@@ -44,7 +44,7 @@ def guided_denoiser(
 
     Source: 2105.05233, algorithm 2; 2209.14687, eq. 5.
     """
-    checks.check_float("guidance_weight", weight, "that is finite", -checks.FINITE, checks.FINITE)
+    checks.check_finite_float("guidance_weight", weight)
     kind = scheduler.config.get("prediction_type", "epsilon")
 
     def guided(x_t: Tensor, t: Tensor) -> Tensor:

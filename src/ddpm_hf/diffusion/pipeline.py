@@ -1,66 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
 """GaussianDDPMPipeline: sampling of images from noise with a `UNet2DModel`.
 
-This file and the modules that it imports travel with the weights. They import each other by
-`from . import (
-    image_format,
-    name`: given `from .name import ...`,
-    the loader of diffusers would look for name.py,
-)
-at the root of the repository.
+This file and the modules that it imports travel with the weights. They import each other as modules
+of this folder: for a name imported from one of them, the loader of diffusers would look for a file
+of that name at the root of the repository.
 """
 
-from collections.abc import Generator, Iterable, Sequence
-from contextlib import ExitStack
-from typing import Any, ClassVar, Literal, TypeAlias, overload
+from collections.abc import Generator, Sequence
+from typing import Any, ClassVar, Literal, overload
 
 import torch
-from diffusers.models import UNet2DModel
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from diffusers.schedulers import DDPMScheduler
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from . import (
     callbacks,
     checks,
-    conditioning,
-    eval_mode,
+    denoising_pipeline,
     image_format,
     image_processor,
-    likelihood_guidance,
     pipeline_editing,
+    pipeline_inversion,
     sampling_loop,
     scheduler_interface,
-    scheduling,
     tensor_ops,
 )
 
 Callback = callbacks.Callback
-ClassLabels = conditioning.ClassLabels
-Denoiser = tensor_ops.Denoiser
+ClassLabels = denoising_pipeline.ClassLabels
 Generators = tensor_ops.Generators
-Guidance = likelihood_guidance.Guidance
-Guide: TypeAlias = conditioning.Guide
+Guidance = denoising_pipeline.Guidance
+Guide = denoising_pipeline.Guide
 SamplingStep = sampling_loop.SamplingStep
 image_facts = image_format.image_facts
 
-FINITE_RANGE = -checks.FINITE, checks.FINITE
 MAX_BATCH_SIZE = 2**20  # a larger number is a typing error
 
 
-def _check_unet(unet: Any) -> None:
-    if isinstance(getattr(unet, "_orig_mod", unet), UNet2DModel):  # _orig_mod: torch.compile
-        return
-    kind, inner = type(unet).__name__, getattr(unet, "module", None)
-    hint = ""
-    if isinstance(getattr(inner, "_orig_mod", inner), UNet2DModel):
-        hint = f"; take it out of the {kind} (accelerator.unwrap_model)"
-    raise TypeError(f"`unet` must be a diffusers UNet2DModel, got {kind}{hint}")
-
-
-class GaussianDDPMPipeline(pipeline_editing.EditingMethods):
+class GaussianDDPMPipeline(pipeline_editing.EditingMethods, pipeline_inversion.InversionMethods):
     """Unconditional or class-conditional image generation with a `UNet2DModel`.
 
     Drop-in for diffusers' `DDPMPipeline`. `save_pretrained` and `push_to_hub` write a checkpoint
@@ -76,19 +54,8 @@ class GaussianDDPMPipeline(pipeline_editing.EditingMethods):
     """
 
     model_cpu_offload_seq = "unet"
-    _callback_tensor_inputs: ClassVar = list(
-        callbacks.TENSOR_INPUTS
-    )  # read by callbacks of diffusers
-
-    def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin) -> None:
-        super().__init__()
-        _check_unet(unet)
-        scheduler_interface.check_scheduler(scheduler)
-        if type(scheduler) is DDPMScheduler:
-            scheduler = scheduling.as_gaussian_scheduler(scheduler)
-        self.register_modules(unet=unet, scheduler=scheduler)
-        self._interrupt = False
-        self._guidance_scale = 1.0
+    # Callbacks of diffusers read it.
+    _callback_tensor_inputs: ClassVar = list(callbacks.TENSOR_INPUTS)
 
     @overload
     def __call__(
@@ -195,7 +162,7 @@ class GaussianDDPMPipeline(pipeline_editing.EditingMethods):
             TypeError: for a generator, network or scheduler of the wrong type.
         Source: DDPM (2006.11239), algorithm 2; guidance 2207.12598, eq. 6 with s = 1 + w.
         """
-        _check_unet(self.unet)
+        denoising_pipeline.check_unet(self.unet)
         num_channels = self.unet.config.in_channels
         image_processor.mode_and_bit_depth(output_type, num_channels, image_facts(self.unet))
         on_step_end = callbacks.step_end_function(
@@ -246,7 +213,7 @@ class GaussianDDPMPipeline(pipeline_editing.EditingMethods):
         Raises:
             ValueError, TypeError: as for `__call__`.
         """
-        _check_unet(self.unet)
+        denoising_pipeline.check_unet(self.unet)
         scheduler_interface.check_scheduler(self.scheduler)
         batch_size = checks.to_int("batch_size", batch_size, 1, MAX_BATCH_SIZE)
         checks.check_generators(generator, batch_size)
@@ -266,123 +233,7 @@ class GaussianDDPMPipeline(pipeline_editing.EditingMethods):
         size, _ = image_format.size_and_window(self.unet, image_facts(self.unet))
         shape = (batch_size, self.unet.config.in_channels, *size)
         x_T = self._initial_noise(shape, generator, latents)
-        self._num_timesteps = len(self.scheduler.timesteps)
-        steps = sampling_loop.sampling_steps(denoisers, self.scheduler, x_T, **options)
-        return self._in_eval_mode(steps, networks)
-
-    def _in_eval_mode(
-        self, steps: Iterable[SamplingStep], networks: Iterable[UNet2DModel]
-    ) -> Generator[SamplingStep]:
-        with ExitStack() as stack:
-            for network in networks:
-                stack.enter_context(eval_mode.evaluating(network))
-            yield from steps
-        self.maybe_free_model_hooks()
-
-    @property
-    def class_names(self) -> tuple[str, ...] | None:
-        """Names of the classes by number, for `class_labels`; None if the model has none."""
-        facts = image_facts(self.unet)
-        return tuple(facts.class_names) if facts and facts.class_names else None
-
-    @property
-    def guidance_scale(self) -> float:
-        """Guidance scale of the current sampling loop; a callback may change it between steps."""
-        return self._guidance_scale
-
-    @guidance_scale.setter
-    def guidance_scale(self, scale: float) -> None:
-        """Set the guidance scale of the next steps."""
-        self._guidance_scale = scale
-
-    @property
-    def num_timesteps(self) -> int:
-        """Number of steps of the current sampling loop, which callbacks of diffusers read."""
-        return self._num_timesteps
-
-    def encode_images(self, images: Any) -> Tensor:
-        """Images as x_0 of this model, the inverse of `decode_images`.
-
-        Args:
-            images: a PIL image, an array (H, W), (H, W, C) or (B, H, W, C), a tensor (C, H, W) or
-                (B, C, H, W), or a list of these. Arrays and tensors are uint8, uint16 or floating
-                point in [0, 1].
-        Returns:
-            x_0 in [-1, 1], float32, (B, C, H, W), padded as in training, on the pipeline's device.
-        Raises:
-            TypeError: for another kind of image.
-            ValueError: if size, mode, bit depth or range do not fit the model.
-        """
-        return image_processor.encode_images(images, self.unet).to(self._execution_device)
-
-    def decode_images(self, x_0: Tensor, output_type: str = "pil") -> Any:
-        """Images of x_0 in [-1, 1], (B, C, H, W), without the padding from training.
-
-        Args:
-            x_0: last x_t of sampling, or an estimate of x_0.
-            output_type: as for `__call__`; "latent" returns a copy.
-        """
-        facts = image_facts(self.unet)
-        form = image_processor.mode_and_bit_depth(output_type, self.unet.config.in_channels, facts)
-        if output_type == "latent":
-            return x_0.clone()  # callbacks may hold the tensor itself
-        _, window = image_format.size_and_window(self.unet, facts)
-        return image_processor.to_images(x_0[..., *window], output_type, *form)
-
-    def _denoisers(
-        self,
-        batch_size: int,
-        scheduler: Any,
-        *,
-        class_labels: ClassLabels = None,
-        guidance_scale: float = 1.0,
-        guidance_interval: tuple[float, float] | None = None,
-        guide: Guide = None,
-        guidance: Guidance | None = None,
-        guidance_weight: float = 1.0,
-    ) -> tuple[list[Denoiser], list[UNet2DModel]]:
-        """A denoiser `(x_t, t)` for each timestep of `scheduler`, and the networks they call."""
-        labels: Tensor | None
-        facts = image_facts(self.unet)
-        class_names = facts.class_names if facts else None
-        is_conditional = self.unet.class_embedding is not None
-        if is_conditional and class_labels is None and guidance_scale == 0 and guide is None:
-            labels = conditioning.null_labels(self.unet, batch_size, class_names)
-        else:
-            labels = conditioning.label_tensor(self.unet, class_labels, batch_size, class_names)
-        labels = None if labels is None else labels.to(self._execution_device)
-        weak = self._guide_network(guide, guidance_scale)
-        num_outputs = scheduler_interface.num_outputs(self.unet.config, scheduler)
-
-        def with_scale(scale: float) -> Denoiser:
-            checks.check_float("guidance_scale", scale, "that is finite", *FINITE_RANGE)
-            if scale == 1:
-                return plain
-            if weak is not None:
-                return conditioning.autoguided(self.unet, weak, labels, scale, num_outputs)
-            return conditioning.classifier_free(self.unet, labels, scale, class_names, num_outputs)
-
-        self._guidance_scale = guidance_scale
-        plain = conditioning.denoiser_of(self.unet, labels, num_outputs)
-        guided = conditioning.with_current_scale(with_scale, lambda: self._guidance_scale)
-        if guidance is not None:
-            plain, guided = (
-                likelihood_guidance.guided_denoiser(d, scheduler, guidance, guidance_weight)
-                for d in (plain, guided)
-            )
-        is_guided = conditioning.is_guided_at(
-            scheduler.timesteps, scheduler.alphas_cumprod, guidance_interval
-        )
-        return [guided if here else plain for here in is_guided], [self.unet, weak or self.unet]
-
-    def _guide_network(self, guide: Guide, guidance_scale: float) -> UNet2DModel | None:
-        if guide is None:
-            return None
-        if guidance_scale == 1:
-            raise ValueError(
-                "`guide` has no effect at `guidance_scale` 1; pass a larger scale, such as 2"
-            )
-        return conditioning.guide_network(guide, self.unet, self.scheduler, self._execution_device)
+        return self._steps(denoisers, networks, self.scheduler, x_T, **options)
 
     @torch.no_grad()
     def _initial_noise(

@@ -1,15 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Requirements of the pipeline on a scheduler, its own or another one of diffusers."""
 
+import copy
 import inspect
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from . import checks, coefficients, config_extension, tensor_ops, timestep_spacings
+from . import (
+    checks,
+    coefficients,
+    config_extension,
+    scheduling,
+    tensor_ops,
+    timestep_spacings,
+)
 
 Generators = tensor_ops.Generators
+GaussianDDPMScheduler = scheduling.GaussianDDPMScheduler
 
 # A scheduler without alphas_cumprod has other noise levels (EDM's, for example): its samples would
 # be wrong.
@@ -139,3 +149,29 @@ def _set_and_check(scheduler: Any, request: str, **options: Any) -> None:
             f"{', '.join(f'{t:g}' for t in visited[:4])}, ... instead of descending; pass fewer "
             f"steps{hint}"
         )
+
+
+def gaussian_copy(
+    scheduler: Any, num_inference_steps: int | None, timesteps: Sequence[int] | None
+) -> GaussianDDPMScheduler:
+    """A copy as `GaussianDDPMScheduler` with this trajectory; all training timesteps by default.
+
+    Another scheduler of diffusers gives its betas and its prediction type.
+    """
+    check_scheduler(scheduler)
+    is_ours = isinstance(scheduler, GaussianDDPMScheduler)
+    ours: GaussianDDPMScheduler = (
+        copy.deepcopy(scheduler) if is_ours else GaussianDDPMScheduler.from_config(scheduler.config)
+    )
+    if num_inference_steps is None and timesteps is None:
+        timesteps = range(len(ours) - 1, -1, -1)
+    ours.set_timesteps(num_inference_steps, timesteps=timesteps)
+    return ours
+
+
+def with_options(scheduler: Any, timesteps: Sequence[int], **config: Any) -> GaussianDDPMScheduler:
+    """A `GaussianDDPMScheduler` with other options, these timesteps, and no calibration."""
+    config |= {"x_0_mse": None, "calibrated_timesteps": None, "recommended": None}
+    changed: GaussianDDPMScheduler = GaussianDDPMScheduler.from_config(scheduler.config, **config)
+    changed.set_timesteps(timesteps=timesteps)
+    return changed

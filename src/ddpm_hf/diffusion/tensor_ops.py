@@ -12,6 +12,7 @@ from . import checks, coefficients
 Generators = torch.Generator | Sequence[torch.Generator] | None
 # (x_t, t) -> network output: a tensor, or an object with a tensor `sample`.
 Denoiser = Callable[[Tensor, Tensor], Any]
+RowWithVariance = coefficients.Marginal | coefficients.Posterior | coefficients.ReverseVariance
 WIDE = (torch.float32, torch.float64)
 
 
@@ -50,9 +51,7 @@ def expm1_minus(r: Tensor) -> Tensor:
 
 
 def variance_and_log(
-    row: coefficients.Marginal
-    | coefficients.Posterior
-    | coefficients.ReverseVariance,
+    row: coefficients.Marginal | coefficients.Posterior | coefficients.ReverseVariance,
     like: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Copies of the variance and the log-variance among coefficients."""
