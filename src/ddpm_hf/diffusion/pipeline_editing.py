@@ -23,6 +23,7 @@ from . import (
 Conditioning = denoising_pipeline.Conditioning
 EditingOutput = denoising_pipeline.EditingOutput
 Generators = tensor_ops.Generators
+gaussian_copy = scheduler_interface.gaussian_copy
 
 MAX_IMAGES = 2**16
 
@@ -77,10 +78,8 @@ class EditingMethods(denoising_pipeline.DenoisingPipeline):
                 mask, and as `__call__`.
         """
         draws = self._draws(image, num_images, generator, return_std, conditioning)
-        x_0 = draws.x_0
-        scheduler = scheduler_interface.gaussian_copy(
-            self.scheduler, num_inference_steps, timesteps
-        )
+        x_0, generator = draws.x_0, draws.generator
+        scheduler = gaussian_copy(self.scheduler, num_inference_steps, timesteps)
         mask = mask_images.encode_masks(
             mask_image, self.unet, len(x_0) // draws.num_images, draws.num_images
         )
@@ -88,15 +87,13 @@ class EditingMethods(denoising_pipeline.DenoisingPipeline):
         denoisers, networks = self._denoisers(len(x_0), scheduler, **draws.conditioning)
         denoisers, conditioned = inpainting.conditioned(
             denoisers, scheduler, x_0, is_known, method=method, jump_length=jump_length,
-            jump_n_sample=jump_n_sample, generator=draws.generator,
+            jump_n_sample=jump_n_sample, generator=generator,
         )  # fmt: skip
         on_step_end = callbacks.step_end_function(
             self, callback_on_step_end, callback_on_step_end_tensor_inputs
         )
-        noise = tensor_ops.draw_noise(x_0, draws.generator)
-        steps = self._steps(
-            denoisers, networks, conditioned, noise, generator=draws.generator, eta=eta
-        )
+        noise = tensor_ops.draw_noise(x_0, generator)
+        steps = self._steps(denoisers, networks, conditioned, noise, generator=generator, eta=eta)
         images = torch.where(is_known, x_0, self._last_sample(steps, on_step_end))
         return self._edited(images, output_type, num_images if return_std else None)
 

@@ -23,6 +23,7 @@ Conditioning = denoising_pipeline.Conditioning
 EditingOutput = denoising_pipeline.EditingOutput
 GaussianDDPMScheduler = scheduling.GaussianDDPMScheduler
 Generators = tensor_ops.Generators
+gaussian_copy = scheduler_interface.gaussian_copy
 SamplingStep = sampling_loop.SamplingStep
 
 MAX_IMAGES = 2**16
@@ -61,9 +62,7 @@ class InversionMethods(denoising_pipeline.DenoisingPipeline):
             latents for `__call__`, (B, C, H, W) float32, in the padded size.
         Source: 2010.02502, section 4.3.
         """
-        scheduler = scheduler_interface.gaussian_copy(
-            self.scheduler, num_inference_steps, timesteps
-        )
+        scheduler = gaussian_copy(self.scheduler, num_inference_steps, timesteps)
         return self._inverted(self.encode_images(image), scheduler, conditioning)
 
     @torch.no_grad()
@@ -101,9 +100,7 @@ class InversionMethods(denoising_pipeline.DenoisingPipeline):
         Source: 2010.02502, section 5.3.
         """
         num_images = checks.to_int("num_images", num_images, 2, MAX_IMAGES)
-        scheduler = scheduler_interface.gaussian_copy(
-            self.scheduler, num_inference_steps, timesteps
-        )
+        scheduler = gaussian_copy(self.scheduler, num_inference_steps, timesteps)
         on_step_end = callbacks.step_end_function(
             self, callback_on_step_end, callback_on_step_end_tensor_inputs
         )
@@ -143,9 +140,7 @@ class InversionMethods(denoising_pipeline.DenoisingPipeline):
             ValueError, TypeError: for weights of another shape or all 0, and as `interpolate`.
         Source: 2408.08558.
         """
-        scheduler = scheduler_interface.gaussian_copy(
-            self.scheduler, num_inference_steps, timesteps
-        )
+        scheduler = gaussian_copy(self.scheduler, num_inference_steps, timesteps)
         on_step_end = callbacks.step_end_function(
             self, callback_on_step_end, callback_on_step_end_tensor_inputs
         )
