@@ -35,7 +35,7 @@ __all__ = [
     "slerp",
 ]
 
-MAX_COUNT = 2**16  # more images in one call are a slip
+MAX_IMAGES = 2**16  # a larger number is a typing error
 
 
 @torch.no_grad()
@@ -224,7 +224,7 @@ def interpolate(
 
     Source: 2010.02502, section 5.3.
     """
-    num_images = to_int("num_images", num_images, 2, MAX_COUNT)
+    num_images = to_int("num_images", num_images, 2, MAX_IMAGES)
     check_tensor("b", b, a)
     ours = gaussian_copy(scheduler, num_inference_steps, None)
     ends = at_least_float32(torch.stack([a, b]))

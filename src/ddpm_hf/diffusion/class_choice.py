@@ -17,8 +17,8 @@ _MAX_NAMES = 20  # in a message
 def class_numbers(labels: Any, num_classes: int, class_names: Sequence[str] | None) -> list[int]:
     """Class numbers of labels that are given as numbers or names.
 
-    A text is the name of a class, else a name that is equal in the Unicode normalization NFKC, else
-    a number.
+    Text is compared with the names exactly, then in the Unicode normalization NFKC, and is read as
+    a number if no name is equal.
 
     Args:
         labels: one label or several.

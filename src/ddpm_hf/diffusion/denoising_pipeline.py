@@ -151,6 +151,11 @@ class DenoisingPipeline(portable_pipeline.PortablePipeline):
         _, window = image_format.size_and_window(self.unet, facts)
         return image_processor.to_images(x_0[..., *window], output_type, *form)
 
+    def _shape_of_x_t(self, batch_size: int) -> tuple[int, ...]:
+        """(B, C, H, W), with the padding from training."""
+        size, _ = image_format.size_and_window(self.unet, image_facts(self.unet))
+        return batch_size, self.unet.config.in_channels, *size
+
     def _edited(self, x_0: Tensor, output_type: str, num_draws: int | None = None) -> EditingOutput:
         std = None
         if num_draws is not None:

@@ -175,12 +175,12 @@ class ForwardProcess:
     def snr(self, t: Timestep, dtype: torch.dtype = torch.float32) -> Tensor:
         """Signal-to-noise ratio alpha_bar_t / (1 - alpha_bar_t), in the shape of t (2107.00630)."""
         like = _like(t, dtype)
-        return tensor_ops.as_tensor(self._marginal.at(t, like).snr, like)
+        return tensor_ops.copy_like(self._marginal.at(t, like).snr, like)
 
     def log_snr(self, t: Timestep, dtype: torch.dtype = torch.float32) -> Tensor:
         """Natural logarithm of `snr`, in the shape of t; -inf where alpha_bar_t is 0."""
         like = _like(t, dtype)
-        return tensor_ops.as_tensor(self._marginal.at(t, like).log_snr, like)
+        return tensor_ops.copy_like(self._marginal.at(t, like).log_snr, like)
 
 
 def _like(t: Timestep, dtype: torch.dtype) -> Tensor:

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sampling given known values of x_0: RePaint, and the covariance of x_0 given x_t.
+"""Inpainting: sampling given known values of x_0, by RePaint or the covariance of x_0 given x_t.
 
-Both are a list of denoisers and a scheduler for `sampling_loop.sampling_steps`. Travels with the
-weights.
+RePaint (2201.09865) puts the noised known values in place at every step, and repeats parts of the
+trajectory. The covariance method (2402.02149) draws x_0 from p(x_0 | x_t, known values) at every
+step, a Gaussian whose covariance follows from the Jacobian of the network, and takes the posterior
+step from there. Both are a list of denoisers and a scheduler for `sampling_loop.sampling_steps`.
+Travels with the weights.
 """
 
 import math
@@ -24,14 +27,15 @@ METHODS = ("repaint", "covariance")
 # Products of each Krylov space. The covariance of x_0 given x_t is nearly a multiple of the
 # identity at low noise and of low rank at high noise: few suffice.
 NUM_ITERATIONS = 4
-MAX_REPEATS = 2**16  # more repetitions are a slip
+MAX_REPEATS = 2**16  # a larger number is a typing error
 
 
 def checked_mask(mask: Tensor, x_0: Tensor, name: str = "mask") -> Tensor:
     """The mask as booleans in the shape of `x_0`.
 
     Raises:
-        TypeError, ValueError: as `editing.inpaint`.
+        TypeError, ValueError: for a mask that does not broadcast to `x_0`, is empty or full, or has
+            other values than 0 and 1.
     """
     if not isinstance(mask, Tensor):
         raise TypeError(f"`mask` must be a tensor, got {type(mask).__name__}")
@@ -69,7 +73,13 @@ def conditioned(
         scheduler: with its trajectory.
         x_0: (B, ...), at least float32.
         is_known: booleans, same shape.
-        method, jump_length, jump_n_sample, generator: as for `editing.inpaint`.
+        method: "repaint" or "covariance".
+        jump_length: steps that "repaint" goes back at a time.
+        jump_n_sample: passes of "repaint" over each of these parts; 1 for no repetition.
+        generator: one generator, or a list of B.
+
+    Raises:
+        TypeError, ValueError: for an argument out of range.
     """
     checks.check_choice("method", method, METHODS)
     num_steps = len(scheduler.timesteps)
@@ -81,9 +91,6 @@ def conditioned(
     positions = repaint_positions(num_steps, jump_length, jump_n_sample)
     repaint = RePaintScheduler(scheduler, x_0, is_known, positions)
     return [denoisers[-1 - position] for position in positions], repaint
-
-
-# RePaint --------------------------------------------------------------------------------------
 
 
 def repaint_positions(num_steps: int, jump_length: int, jump_n_sample: int) -> list[int]:
@@ -152,9 +159,6 @@ class RePaintScheduler:
         for t in self._ascending[position : following + 1].tolist():
             x = ours.diffuse_one_step(x, t, tensor_ops.draw_noise(x, generator))
         return scheduler_outputs.GaussianDDPMOutput(x, result.pred_original_sample)
-
-
-# Covariance -----------------------------------------------------------------------------------
 
 
 def _covariance(

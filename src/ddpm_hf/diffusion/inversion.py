@@ -29,7 +29,11 @@ class Inversion:
 
     @classmethod
     def of(cls, scheduler: GaussianDDPMScheduler) -> "Inversion":
-        """Raises ValueError for a trajectory of one step."""
+        """The inversion of a trajectory.
+
+        Raises:
+            ValueError: for a trajectory of one step.
+        """
         if len(scheduler.timesteps) == 1:
             raise ValueError("`num_inference_steps` must be at least 2 to invert, got 1")
         return cls(scheduler, scheduler.timesteps.flip(0)[:-1])

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Functions of a covariance that is given by its products, for each element of a batch.
 
-The covariance comes from the Jacobian of a network. That of an exact denoiser is symmetric and has
-no negative eigenvalue; what is left of both in a trained one measures its error. No iteration waits
-for a device. Travels with the weights.
+The covariance comes from the Jacobian of a network. For an exact denoiser it is symmetric without
+negative eigenvalues; the asymmetry and the negative eigenvalues of a trained one measure its error.
+No iteration waits for a device. Travels with the weights.
 """
 
 from collections.abc import Callable

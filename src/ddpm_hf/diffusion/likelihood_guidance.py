@@ -117,8 +117,8 @@ def _gradient(log_likelihood: Any, x_t: Tensor, create_graph: bool) -> Tensor:
 class MeasurementGuidance:
     """log p(y | x_t) of a linear measurement y = A x_0 + noise.
 
-    x_0 given x_t is taken for a Gaussian with the variance that calibration measured, m_t, or with
-    1 - alpha_bar where there is no calibration (2305.04391).
+    x_0 given x_t is approximated by a Gaussian around x_0_hat, whose variance is the m_t measured
+    by calibration, or 1 - alpha_bar without a calibration (2305.04391).
 
     Attributes:
         measure: A, a differentiable linear function of x_0, whose rows have unit norm.
@@ -148,7 +148,8 @@ class MeasurementGuidance:
 class ClassifierGuidance:
     """log p(class | x_t) of a classifier that was trained on noisy images.
 
-    A classifier of clean images is something else: applied to x_0_hat it ignores what noise hides.
+    A classifier of clean images, applied to x_0_hat, is no replacement: it ignores the variance of
+    x_0 given x_t.
 
     Attributes:
         classifier: callable (x_t, t) -> logits, (B, num_classes).

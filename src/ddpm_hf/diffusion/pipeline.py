@@ -230,9 +230,7 @@ class GaussianDDPMPipeline(pipeline_editing.EditingMethods, pipeline_inversion.I
             guidance=guidance,
             guidance_weight=guidance_weight,
         )
-        size, _ = image_format.size_and_window(self.unet, image_facts(self.unet))
-        shape = (batch_size, self.unet.config.in_channels, *size)
-        x_T = self._initial_noise(shape, generator, latents)
+        x_T = self._initial_noise(self._shape_of_x_t(batch_size), generator, latents)
         return self._steps(denoisers, networks, self.scheduler, x_T, **options)
 
     @torch.no_grad()

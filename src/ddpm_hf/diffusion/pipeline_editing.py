@@ -13,9 +13,9 @@ from . import (
     callbacks,
     checks,
     denoising_pipeline,
+    image_processor,
     image_to_image,
     inpainting,
-    mask_images,
     scheduler_interface,
     tensor_ops,
 )
@@ -25,7 +25,7 @@ EditingOutput = denoising_pipeline.EditingOutput
 Generators = tensor_ops.Generators
 gaussian_copy = scheduler_interface.gaussian_copy
 
-MAX_IMAGES = 2**16
+MAX_IMAGES = 2**16  # a larger number is a typing error
 
 
 class EditingMethods(denoising_pipeline.DenoisingPipeline):
@@ -65,7 +65,12 @@ class EditingMethods(denoising_pipeline.DenoisingPipeline):
             generator: one generator, or a list with one for each draw.
             num_inference_steps: K; None for all training timesteps.
             timesteps: timesteps to visit, descending, instead of `num_inference_steps`.
-            method, jump_length, jump_n_sample, eta: see `editing.inpaint`.
+            method: "repaint" puts the noised known values in place at every step and repeats parts
+                of the trajectory; "covariance" draws x_0 given the known values at every step,
+                which needs gradients of the network and is more accurate for an accurate one.
+            jump_length: steps that "repaint" goes back at a time; 1 for a calibrated model.
+            jump_n_sample: passes of "repaint" over each of these parts; 1 for no repetition.
+            eta: noise scale of a step, in [0, 1]: 1 is DDPM, 0 is DDIM.
             output_type: "pil", "np" or "pt", as for `__call__`.
             return_std: also return the standard deviation over the draws of each image.
             callback_on_step_end, callback_on_step_end_tensor_inputs: as for `__call__`.
@@ -76,11 +81,12 @@ class EditingMethods(denoising_pipeline.DenoisingPipeline):
         Raises:
             ValueError, TypeError: for an image or mask of another size or mode, an empty or full
                 mask, and as `__call__`.
+        Source: RePaint (2201.09865), algorithm 1; covariance: 2402.02149, eq. 7 and 16.
         """
         draws = self._draws(image, num_images, generator, return_std, conditioning)
         x_0, generator = draws.x_0, draws.generator
         scheduler = gaussian_copy(self.scheduler, num_inference_steps, timesteps)
-        mask = mask_images.encode_masks(
+        mask = image_processor.encode_masks(
             mask_image, self.unet, len(x_0) // draws.num_images, draws.num_images
         )
         is_known = ~inpainting.checked_mask(mask, x_0, "mask_image")
@@ -132,6 +138,7 @@ class EditingMethods(denoising_pipeline.DenoisingPipeline):
             contrast that is kept.
         Raises:
             ValueError, TypeError: for an argument out of range, and as `__call__`.
+        Source: SDEdit (2108.01073), algorithm 1.
         """
         draws = self._draws(image, num_images, generator, return_std, conditioning)
         x_0, scheduler = draws.x_0, self.scheduler

@@ -11,7 +11,6 @@ from . import (
     callbacks,
     checks,
     denoising_pipeline,
-    image_format,
     inversion,
     sampling_loop,
     scheduler_interface,
@@ -26,7 +25,7 @@ Generators = tensor_ops.Generators
 gaussian_copy = scheduler_interface.gaussian_copy
 SamplingStep = sampling_loop.SamplingStep
 
-MAX_IMAGES = 2**16
+MAX_IMAGES = 2**16  # a larger number is a typing error
 
 
 class InversionMethods(denoising_pipeline.DenoisingPipeline):
@@ -160,8 +159,7 @@ class InversionMethods(denoising_pipeline.DenoisingPipeline):
     ) -> Tensor:
         """The noise of one image, or the noise that was given, (1, C, H, W)."""
         if isinstance(image, Tensor) and image.is_floating_point() and (image < 0).any():
-            size, _ = image_format.size_and_window(self.unet, image_format.image_facts(self.unet))
-            shape = (1, self.unet.config.in_channels, *size)
+            shape = self._shape_of_x_t(1)
             if tuple(image.shape) != shape:
                 raise ValueError(
                     f"`{name}` as noise must have shape {shape}, got {tuple(image.shape)}"

@@ -95,7 +95,11 @@ def laplace_log_snr(
 
 
 def iddpm_linear(num_steps: int, beta_start: float, beta_end: float) -> Array:
-    """Linear betas scaled by 1000/T: alpha_bar ends near 4e-5 for any T (code of 2102.09672)."""
+    """Linear betas scaled by 1000/T (code of 2102.09672).
+
+    With the default range alpha_bar ends near 4e-5 for T of 1,000 or more, and nearer to 0 for
+    fewer timesteps; T must be above 20.
+    """
     return linear(num_steps, beta_start * 1000 / num_steps, beta_end * 1000 / num_steps)
 
 

@@ -53,7 +53,7 @@ class GaussianDDPMScheduler(reverse_process.ReverseProcess, inference_timesteps.
         beta_end: last beta, in (0, 1), of schedules with a range of betas.
         beta_schedule: "linear", "scaled_linear", "squaredcos_cap_v2" (cosine), "sigmoid" or
             "laplace" as in diffusers; "quad", "const", "jsd", "warmup10" and "warmup50" of the DDPM
-            code; "cosine" (parameters "offset" and "cap"), "iddpm_linear" (linear for any T),
+            code; "cosine" (parameters "offset" and "cap"), "iddpm_linear" (scaled to T),
             "chen_sigmoid" (2212.11972; "start", "end" and "tau") or "laplace_log_snr" (2407.03297;
             "mu" and "b"). Schedules that diffusers lacks are saved as `trained_betas`, which it can
             load.

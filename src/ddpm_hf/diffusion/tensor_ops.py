@@ -32,7 +32,7 @@ def with_dtype_of(like: Tensor, x: Tensor) -> Tensor:
     return x if x.dtype == like.dtype else x.to(like.dtype)
 
 
-def as_tensor(coef: Tensor, like: Tensor) -> Tensor:
+def copy_like(coef: Tensor, like: Tensor) -> Tensor:
     """A copy of a coefficient, which the caller may modify, with the dimensions of `like`."""
     return coef.clone().reshape(coef.shape or (1,) * like.ndim)
 
@@ -55,16 +55,16 @@ def variance_and_log(
     like: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Copies of the variance and the log-variance among coefficients."""
-    return as_tensor(row.variance, like), as_tensor(row.log_variance, like)
+    return copy_like(row.variance, like), copy_like(row.log_variance, like)
 
 
 def pixel_log_variance(row: coefficients.PixelVariance, v: Tensor) -> Tensor:
-    """log(posterior + calibrated cov / mean(cov)), with var(x_0 | x_t) predicted from v as cov.
+    """log(posterior + calibrated cov / mean(cov)), where cov is var(x_0 | x_t) as predicted by v.
 
-    v is trained where beta~ is nearly the whole variance. The predicted cov is therefore wrong by a
-    factor (5 in the middle of a chain, on MNIST), which m_t corrects, and is 0 at some values that
-    do have errors: a tenth of the calibrated variance is distributed evenly. At t = 0 the variance
-    equals cov and is trained accurately.
+    v is trained on the training chain, where beta~ is nearly the whole variance. The predicted cov
+    is therefore wrong by a factor (5 in the middle of a chain, on MNIST), which m_t corrects, and 0
+    for some values whose estimate has an error. A tenth of the calibrated variance is therefore
+    distributed evenly. At t = 0 the variance is cov itself, which is trained accurately.
     """
     log_ratio = (v * row.slope + row.log_ratio).clamp(max=80)  # its exp is finite
     cov = log_ratio.expm1().clamp_(min=0)  # over beta~ / coef_x_0^2 of the training spacing
