@@ -475,3 +475,15 @@ def test_combinations_of_noise_are_standard_normal(generator):
         combine(noise, weights[:, :2])
     with pytest.raises(ValueError, match="must not all be 0"):
         combine(noise, torch.zeros(1, 3))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_schedule_that_diffusers_lacks_is_edited_without_warnings(generator):
+    """Its name is saved for one prediction type; editing also computes with another one."""
+    own = scheduler(beta_schedule="chen_sigmoid", prediction_type="epsilon")
+    assert 0 < expected_gain(own, strength=0.5, num_inference_steps=4) < 1
+    x_0, mask = torch.zeros(2, 4), torch.tensor([1, 0, 0, 1])
+    inpaint(
+        lambda x_t, t: x_t / 2, own, x_0, mask, num_inference_steps=3, method="covariance",
+        generator=generator, progress=False,
+    )  # fmt: skip

@@ -65,7 +65,7 @@ FLOORS = (
 )
 # What travels with the weights may rely on nothing that a reader with stock diffusers lacks.
 TRAVELLERS = sorted((SOURCE / "diffusion").glob("*"))
-TRAVEL_WITH = {"torch", "numpy", "PIL", "diffusers", "huggingface_hub", "safetensors", "tqdm"}
+TRAVEL_WITH = {"torch", "numpy", "PIL", "diffusers", "huggingface_hub", "safetensors"}
 
 
 def module_name(path: Path) -> str:

@@ -169,9 +169,9 @@ def gaussian_copy(
     return ours
 
 
-def with_options(scheduler: Any, timesteps: Sequence[int], **config: Any) -> GaussianDDPMScheduler:
-    """A `GaussianDDPMScheduler` with other options, these timesteps, and no calibration."""
-    config |= {"x_0_mse": None, "calibrated_timesteps": None, "recommended": None}
-    changed: GaussianDDPMScheduler = GaussianDDPMScheduler.from_config(scheduler.config, **config)
+def with_options(scheduler: Any, timesteps: Sequence[int], **options: Any) -> GaussianDDPMScheduler:
+    """A `GaussianDDPMScheduler` with other options and these timesteps, without calibration."""
+    config = config_extension.with_extension(scheduler.config, {})  # made for the present options
+    changed: GaussianDDPMScheduler = GaussianDDPMScheduler.from_config(config, **options)
     changed.set_timesteps(timesteps=timesteps)
     return changed
