@@ -9,9 +9,9 @@ import torch
 from PIL import Image, ImageOps
 
 from ddpm_hf.diffusion.atomic_files import check_regular
+from ddpm_hf.diffusion.denoising_pipeline import EditingOutput
 from ddpm_hf.diffusion.image_format import image_facts, size_and_window
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
-from ddpm_hf.diffusion.denoising_pipeline import EditingOutput
 from ddpm_hf.pictures import Pixels
 from ddpm_hf.randomness import seed_of
 from ddpm_hf.sampling.edit_options import EditOptions, is_ddpm_or_ddim
