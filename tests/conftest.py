@@ -1,6 +1,7 @@
 """Settings of all tests: one thread, offline, deterministic kernels, temporary caches."""
 
 import atexit
+import functools
 import os
 import shutil
 import signal
@@ -8,6 +9,7 @@ import sys
 import tempfile
 from ipaddress import ip_address
 
+import jinja2
 import pytest
 
 # Set before torch and the Hugging Face clients are imported, because they read these variables on
@@ -72,9 +74,42 @@ def _refuse_the_network(event: str, args: tuple) -> None:
 sys.addaudithook(_refuse_the_network)
 
 
+# huggingface_hub compiles the template of each model card anew, which takes longer than an update
+# of the networks here.
+jinja2.Environment.compile = functools.cache(jinja2.Environment.compile)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def deterministic_torch():
     import torch
 
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
+
+
+@pytest.fixture(scope="session")
+def hub_server():
+    """A Hub on the loopback interface, for `hub` and `hub_process`."""
+    from hub_server import HubServer
+
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def hub_process(hub_server, tmp_path_factory):
+    """A process with the package that uses this Hub.
+
+    Its cache lasts as long, so repositories of different tests have different names.
+    """
+    from hub_server import HubClient
+
+    with HubClient(hub_server, tmp_path_factory.mktemp("hub") / "home") as client:
+        yield client
+
+
+@pytest.fixture
+def hub(hub_server):
+    """The Hub without repositories and faults."""
+    hub_server.reset()
+    return hub_server

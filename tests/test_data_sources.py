@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import pickle
+import textwrap
 
 import datasets
 import image_zoo as zoo
@@ -11,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hub_server import ClientError, HubClient, HubServer
+from hub_server import ClientError
 from image_sets import CLASSES, folder_of, greys, naming, prepare, rows
 from processes import run_forked
 
@@ -291,72 +292,71 @@ result = [len(images), images.facts.to_config(), [int(image.sum()) for image in 
 """
 
 
-HUB_SCRIPT_ON_A_DISK = (
-    """
-import shutil, types
-shutil.disk_usage = lambda folder: types.SimpleNamespace(free=free)
-"""
-    + HUB_SCRIPT
-)
+HUB_SCRIPT_ON_A_DISK = """
+import types
+from unittest.mock import patch
+with patch("shutil.disk_usage", lambda folder: types.SimpleNamespace(free=free)):
+""" + textwrap.indent(HUB_SCRIPT, "    ")
 
 
 @pytest.mark.slow
-def test_hub_datasets_that_do_not_fit_on_the_disk_are_refused_before_their_download(tmp_path):
-    greys(*[(8, 8)] * 50).to_parquet(tmp_path / "rows.parquet")
+def test_hub_datasets_that_do_not_fit_on_the_disk_are_refused_before_their_download(
+    hub, hub_process, tmp_path
+):
+    greys(*[(8, 8)] * 50).to_parquet(tmp_path / "many.parquet")
     indices = pa.array([0] * 1000, pa.int32())
     image = pa.DictionaryArray.from_arrays(indices, pa.array([bytes(2**20)]))
     pq.write_table(pa.table({"image": image}), tmp_path / "bomb.parquet", compression="zstd")
-    with HubServer() as hub, HubClient(hub, tmp_path / "home", token=None) as client:
 
-        def load(name, free):
-            options = {"source": f"user/{name}", "options": {}, "free": free}
-            return client.run(HUB_SCRIPT_ON_A_DISK, **options)[0]
+    def load(name, free):
+        options = {"source": f"user/{name}", "options": {}, "free": free}
+        return hub_process.run(HUB_SCRIPT_ON_A_DISK, **options)[0]
 
-        for name in ("rows", "bomb"):
-            content = (tmp_path / f"{name}.parquet").read_bytes()
-            hub.add_repo(f"user/{name}", kind="dataset", files={"train.parquet": content})
-        size = (tmp_path / "rows.parquet").stat().st_size
-        message = (
-            r"the dataset 'user/rows' \(1 file of .* MB, and their table\) needs .* free: free"
-        )
-        with pytest.raises(ClientError, match=message) as caught:
-            load("rows", 2 * size - 1)
-        assert caught.value.kind == "DataError"
-        assert not hub.count("GET .*train.parquet")
-        assert load("rows", 10**9) == 50
-        assert load("rows", 10**5) == 50  # nothing is downloaded or written again
-        with pytest.raises(ClientError, match=r"train.parquet' needs 1 GB, but"):
-            load("bomb", 10**9)
+    for name in ("many", "bomb"):
+        content = (tmp_path / f"{name}.parquet").read_bytes()
+        hub.add_repo(f"user/{name}", kind="dataset", files={"train.parquet": content})
+    size = (tmp_path / "many.parquet").stat().st_size
+    message = r"the dataset 'user/many' \(1 file of .* MB, and their table\) needs .* free: free"
+    with pytest.raises(ClientError, match=message) as caught:
+        load("many", 2 * size - 1)
+    assert caught.value.kind == "DataError"
+    assert not hub.count("GET .*train.parquet")
+    assert load("many", 10**9) == 50
+    assert load("many", 10**5) == 50  # nothing is downloaded or written again
+    with pytest.raises(ClientError, match=r"train.parquet' needs 1 GB, but"):
+        load("bomb", 10**9)
 
 
 @pytest.mark.slow
-def test_hub_datasets_are_loaded_and_cannot_name_local_files(tmp_path):
-    photos = {name: data for name, data in CLASSES.items()}
+def test_hub_datasets_are_loaded_and_cannot_name_local_files(hub, hub_process, tmp_path):
     secret = folder_of(tmp_path / "home", {"secret.png": zoo.encode(zoo.GREY)}) / "secret.png"
     greys((8, 8), (8, 8)).to_parquet(tmp_path / "good.parquet")
     pq.write_table(naming(str(secret)), tmp_path / "bad.parquet")
     files = {
-        "photos": photos,
+        "photos": CLASSES,
         "rows": {"data/test-00000-of-00001.parquet": (tmp_path / "good.parquet").read_bytes()},
         "hostile": {"train.parquet": (tmp_path / "bad.parquet").read_bytes()},
     }
-    with HubServer() as hub, HubClient(hub, tmp_path / "home", token=None) as client:
-        for name, content in files.items():
-            hub.add_repo(f"user/{name}", kind="dataset", files=content)
-        count, facts, sums = client.run(HUB_SCRIPT, source="user/photos", options={})
-        assert (count, facts["class_names"]) == (6, ["a", "b"])
-        assert sums == [int((zoo.grey(8, 8) // 2 + i).sum()) for i in (0, 1, 2, 0, 1, 2)]
+    for name, content in files.items():
+        hub.add_repo(f"user/{name}", kind="dataset", files=content)
+    client, written = hub_process, len(hub_process.log.read_text())
+    count, facts, sums = client.run(HUB_SCRIPT, source="user/photos", options={})
+    assert (count, facts["class_names"]) == (6, ["a", "b"])
+    assert sums == [int((zoo.grey(8, 8) // 2 + i).sum()) for i in (0, 1, 2, 0, 1, 2)]
+    assert client.run(HUB_SCRIPT, source="user/rows", options={"split": "test"})[0] == 2
+    for source, options, message in [
+        ("user/hostile", {}, "1 of 2 rows contain no image but a path"),
+        ("user/rows", {}, "`split` must be one of test, got 'train'"),
+        ("user/rows", {"config_name": "big"}, "'big' not found. Available: .'default'."),
+        ("user/rows", {"revision": "v9"}, "v9"),
+        ("user/nothing", {}, "user/nothing"),
+    ]:
+        with pytest.raises(ClientError, match=message) as caught:
+            client.run(HUB_SCRIPT, source=source, options=options)
+        assert caught.value.kind == "DataError"
+    hub.stop()
+    try:  # the cache answers at once
         assert client.run(HUB_SCRIPT, source="user/rows", options={"split": "test"})[0] == 2
-        for source, options, message in [
-            ("user/hostile", {}, "1 of 2 rows contain no image but a path"),
-            ("user/rows", {}, "`split` must be one of test, got 'train'"),
-            ("user/rows", {"config_name": "big"}, "'big' not found. Available: .'default'."),
-            ("user/rows", {"revision": "v9"}, "v9"),
-            ("user/nothing", {}, "user/nothing"),
-        ]:
-            with pytest.raises(ClientError, match=message) as caught:
-                client.run(HUB_SCRIPT, source=source, options=options)
-            assert caught.value.kind == "DataError"
-        hub.stop()  # the cache answers at once
-        assert client.run(HUB_SCRIPT, source="user/rows", options={"split": "test"})[0] == 2
-        assert "Retrying" not in client.log.read_text()
+    finally:
+        hub.start()
+    assert "Retrying" not in client.log.read_text()[written:]

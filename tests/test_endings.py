@@ -4,8 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,7 +13,7 @@ import pytest
 import torch
 from checkpoints import tiny_unet
 from PIL import Image
-from processes import LIMIT_S, forked_ranks, started
+from processes import LIMIT_S, forked, forked_ranks
 from tiny_runs import assert_equal_bits, checkpoint
 
 from ddpm_hf import ConfigError, TrainingConfig, train
@@ -364,16 +362,14 @@ def test_no_gradient_reducer_outlives_the_process_group(tmp_path):
 
 @pytest.mark.slow
 def test_a_clean_stop_of_a_launch_is_saved_and_prints_no_traceback(photos, tmp_path):
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-              "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-              "--main_process_port", "0", "-m", "ddpm_hf", "train"]  # fmt: skip
-    command = [sys.executable, *launch, *endless(photos, tmp_path / "run")]
+    """With one process: test_training_processes.py stops two together."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+    command = [*launch, *TRAIN, *endless(photos, tmp_path / "run")]
     env = os.environ | {"ACCELERATE_USE_CPU": "true"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with started(command, env=env, cwd=tmp_path, **pipes) as launcher:
+    with forked(command, env=env, cwd=tmp_path, merged=True) as launcher:
         wait_until_training(tmp_path / "run", launcher)
-        for child in psutil.Process(launcher.pid).children():
-            child.terminate()
+        (child,) = psutil.Process(launcher.pid).children()
+        child.terminate()
         output = launcher.communicate(timeout=LIMIT_S)[0]
     assert launcher.returncode == 0, output
     assert "Traceback" not in output

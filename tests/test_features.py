@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hub_server import ClientError, HubClient, HubServer
+from hub_server import ClientError
 from PIL import Image
 from sklearn.datasets import load_digits
 from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
@@ -80,21 +80,22 @@ def test_a_transformers_model_uses_the_statistics_of_its_processor(backbone):
 
 
 @pytest.mark.slow
-def test_a_hub_model_is_downloaded_without_pickled_weights(backbone, tmp_path):
+def test_a_hub_model_is_downloaded_without_pickled_weights(backbone, hub, hub_process):
     code = """
 from ddpm_hf.evaluation.features import load_features
 from pathlib import Path
 features = load_features("user/eyes")
-result = [features.name, features.digest, sorted(p.name for p in Path(HOME).rglob("*.bin"))]
+pickled = [path.name for path in Path(HOME).glob("hub/models--user--eyes/**/*.bin")]
+result = [features.name, features.digest, pickled]
 """
-    with HubServer() as server:
-        server.add_folder("user/eyes", backbone)
-        server.edit("user/eyes", {"pytorch_model.bin": b"never opened"})
-        with HubClient(server, tmp_path) as client:
-            want = ["user/eyes", load_features(str(backbone)).digest, []]
-            assert client.run(code, HOME=str(tmp_path)) == want
-            with pytest.raises(ClientError, match="cannot be loaded: user/ears is not on the Hub"):
-                client.run(code.replace("eyes", "ears"), HOME=str(tmp_path))
+    hub.add_folder("user/eyes", backbone)
+    hub.edit("user/eyes", {"pytorch_model.bin": b"never opened"})
+    home = str(hub_process.log.parent)
+    assert hub_process.run(code, HOME=home) == [
+        "user/eyes", load_features(str(backbone)).digest, [],
+    ]  # fmt: skip
+    with pytest.raises(ClientError, match="cannot be loaded: user/ears is not on the Hub"):
+        hub_process.run(code.replace("eyes", "ears"), HOME=home)
 
 
 def test_only_the_vision_part_of_a_text_image_model_is_used(tmp_path):

@@ -95,6 +95,8 @@ REFUSALS = [
     ("sample MODEL --class-labels cat", "not trained on classes: leave out --class-labels"),
     ("sample PETS --class-labels cow", "--class-labels must be in [0, 1] or one of 'cat', 'dog'"),
     ("train ./photo", "'./photo' does not exist (did you mean 'photos'?)"),
+    ("train --seed 1 --dataset ~/nothing", "'~/nothing' does not exist"),
+    ("train --dataset=/no/such/folder", "'/no/such/folder' does not exist"),
     ("train photos --pretrained ./weak", "--pretrained: './weak' does not exist"),
     ("train photos --unet-config net.json", "--unet-config: 'net.json' is not a file"),
     (

@@ -18,7 +18,7 @@ from checkpoints import (
     tiny_unet,
 )
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from hub_server import OWNER_TOKEN, STRANGER_TOKEN, Blob, ClientError, HubClient, HubServer
+from hub_server import OWNER_TOKEN, STRANGER_TOKEN, Blob, ClientError, HubClient
 from processes import run_forked
 
 from ddpm_hf import GaussianDDPMPipeline, load
@@ -49,57 +49,36 @@ def draw(pipe):
 
 
 @pytest.fixture(scope="module")
-def server():
-    with HubServer() as server:
-        yield server
-
-
-@pytest.fixture
-def hub(server):
-    server.reset()
-    return server
-
-
-@pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A checkpoint of this package, with our extension of the configuration."""
     return save_ours(tmp_path_factory.mktemp("made") / "model")
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """The cache of the processes below, so repositories of different tests have different names."""
-    return tmp_path_factory.mktemp("client")
-
-
-@pytest.fixture(scope="module")
-def process(server, cache):
-    """A process with the package."""
-    with HubClient(server, cache) as client:
-        client.run(SHOW + "from ddpm_hf import GaussianDDPMPipeline, load\nfrom diffusers import *")
-        yield client
-
-
-@pytest.fixture(scope="module")
-def stock_process(server, tmp_path_factory):
+def stock_process(hub_server, tmp_path_factory):
     """A process without the package."""
-    with HubClient(server, tmp_path_factory.mktemp("stock"), package=False) as client:
+    with HubClient(hub_server, tmp_path_factory.mktemp("stock"), package=False) as client:
         client.run(SHOW)
         yield client
 
 
 @pytest.fixture(scope="module")
-def offline(server, cache):
-    """A process that works offline with the cache of `process`."""
-    with HubClient(server, cache, token=None, env={"HF_HUB_OFFLINE": "1"}) as client:
+def offline(hub_server, hub_process):
+    """A process that works offline with the cache of `hub_process`."""
+    options = {"token": None, "env": {"HF_HUB_OFFLINE": "1"}}
+    with HubClient(hub_server, hub_process.log.parent, **options) as client:
         client.run(SHOW + "from ddpm_hf import load")
         yield client
 
 
 @pytest.fixture
-def client(hub, process):
-    set_token(process, OWNER_TOKEN)
-    return process
+def client(hub, hub_process):
+    """A process with the package, as the owner of a token."""
+    names = "from ddpm_hf import GaussianDDPMPipeline, load\nfrom diffusers import DDPMPipeline"
+    hub_process.run(SHOW + names)
+    set_token(hub_process, OWNER_TOKEN)
+    yield hub_process
+    set_token(hub_process, OWNER_TOKEN)
 
 
 @pytest.fixture

@@ -16,8 +16,6 @@ from hub_server import (
     READER_TOKEN,
     STRANGER_TOKEN,
     ClientError,
-    HubClient,
-    HubServer,
     client_environment,
 )
 from PIL import Image
@@ -52,28 +50,10 @@ def checkpoint(original, tmp_path):
     return Path(shutil.copytree(original, tmp_path / "model"))
 
 
-@pytest.fixture(scope="module")
-def server():
-    with HubServer() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def process(server, tmp_path_factory):
-    with HubClient(server, tmp_path_factory.mktemp("client")) as client:
-        client.run(SETUP)
-        yield client
-
-
 @pytest.fixture
-def hub(server):
-    server.reset()
-    return server
-
-
-@pytest.fixture
-def client(hub, process):
-    return process
+def client(hub, hub_process):
+    hub_process.run(SETUP)
+    return hub_process
 
 
 def push_from(client, folder, repo_id="user/digits", **options):
@@ -813,13 +793,13 @@ def test_training_does_not_start_without_the_right_to_push(client, hub, tmp_path
 
 
 @pytest.mark.slow
-def test_a_missing_token_is_invalid_input(hub, checkpoint, tmp_path):
-    env = client_environment(hub, tmp_path / "home", None)
-    command = [sys.executable, "-m", "ddpm_hf.cli", "push", str(checkpoint), "user/cli"]
-    done = run_process(command, env=env)
-    assert done.returncode == 2
-    assert "needs a token" in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_a_missing_token_is_invalid_input(client, hub, checkpoint):
+    client.run("import os; token = os.environ.pop('HF_TOKEN')")
+    status, _, err = client.run(CLI, argv=["push", str(checkpoint), "user/cli"])
+    client.run("os.environ['HF_TOKEN'] = token")
+    assert status == 2
+    assert "needs a token" in err
+    assert err.count("\n") == 1
     assert hub.requests == []
 
 

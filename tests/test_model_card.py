@@ -4,7 +4,6 @@ import html
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from diffusers import (
 )
 from golden import make_card
 from huggingface_hub import ModelCard
-from processes import run_process
+from processes import run_forked
 
 from ddpm_hf.evaluation.calibration_results import StepsRow
 from ddpm_hf.evaluation.card_metrics import CardMetric
@@ -248,8 +247,7 @@ def test_the_code_in_the_cards_runs_in_their_folders(tmp_path):
         code += f"os.chdir({str(folder)!r})\n"
         for block in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
             code += f"{block}\nprint(type(pipe).__name__, len(images))\n"
-    env = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = run_process([sys.executable, "-c", code], env=env)
+    done = run_forked(["-c", code])
     assert done.returncode == 0, done.stderr
     ours = "GaussianDDPMPipeline 4"
     assert done.stdout.splitlines() == ["DDPMPipeline 4", ours, ours, ours, ours]

@@ -3,13 +3,11 @@
 import json
 import os
 import re
-import subprocess
 import sys
 import tarfile
 import tomllib
 import venv
 import zipfile
-from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -19,23 +17,20 @@ from packaging.metadata import Metadata
 from packaging.requirements import Requirement
 from packaging.version import Version
 from PIL import Image
-from processes import LIMIT_S, free_port, run_process, started
+from processes import run_forked, run_process
 
 import ddpm_hf
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src"
 LAUNCHERS = sorted((ROOT / "training" / "accelerate").glob("*.yaml"))
-# Runs in each process of a launch; the sum over processes shows that all are connected.
+# Runs in the process of a launch.
 PROBE = """
-import json, torch
+import json
 from accelerate import Accelerator
 accelerator = Accelerator()
-number = int(accelerator.reduce(torch.ones(())))
-if accelerator.is_main_process:
-    result = [number, accelerator.device.type, accelerator.mixed_precision]
-    open("result.json", "w").write(json.dumps(result))
-accelerator.end_training()
+result = [accelerator.device.type, accelerator.mixed_precision]
+open("result.json", "w").write(json.dumps(result))
 """
 
 
@@ -199,33 +194,11 @@ def test_accelerate_loads_each_launcher_configuration(path):
     assert config.mixed_precision == ("no" if path.stem == "cpu" else "bf16")
 
 
-def launch(
-    tmp_path: Path, config: str, *options: str, **environment: str
-) -> AbstractContextManager[subprocess.Popen[bytes]]:
-    (tmp_path / "probe.py").write_text(PROBE)
-    file = ROOT / "training" / "accelerate" / f"{config}.yaml"
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
-    return started([*launcher, *options, "probe.py"], cwd=tmp_path, env=os.environ | environment)
-
-
 @pytest.mark.slow
 def test_the_cpu_configuration_uses_the_cpu(tmp_path):
-    with launch(tmp_path, "cpu") as launcher:
-        assert launcher.wait(LIMIT_S) == 0
-    assert json.loads((tmp_path / "result.json").read_text()) == [1, "cpu", "no"]
-
-
-@pytest.mark.slow
-def test_the_multi_node_configuration_connects_two_machines(tmp_path):
-    """Two launchers on this machine, each with two CPU processes in place of eight GPUs."""
-    options = ("--num_processes", "4", "--main_process_ip", "127.0.0.1")
-    options += ("--main_process_port", str(free_port()), "--machine_rank")
-    with ExitStack() as running:
-        machines = [
-            running.enter_context(
-                launch(tmp_path, "multi_node", *options, rank, ACCELERATE_USE_CPU="true")
-            )
-            for rank in "01"
-        ]
-        assert [machine.wait(LIMIT_S) for machine in machines] == [0, 0]
-    assert json.loads((tmp_path / "result.json").read_text()) == [4, "cpu", "bf16"]
+    (tmp_path / "probe.py").write_text(PROBE)
+    file = ROOT / "training" / "accelerate" / "cpu.yaml"
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", file, "probe.py"]
+    done = run_forked(launcher, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "result.json").read_text()) == ["cpu", "no"]

@@ -1,7 +1,5 @@
 """Editing methods of the pipeline: images in and out, batches, classes, schedulers, bad input."""
 
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -14,7 +12,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from PIL import Image
-from processes import run_process
+from processes import run_forked
 
 from ddpm_hf import GaussianDDPMPipeline, load
 from ddpm_hf.editing import expected_gain, invert
@@ -442,7 +440,7 @@ def test_a_checkpoint_edits_without_the_package(tmp_path, pipeline):
     pipeline.save_pretrained(tmp_path)
     picture().save(tmp_path / "image.png")
     half_mask().save(tmp_path / "mask.png")
-    run_process([sys.executable, "-c", WITHOUT_PACKAGE, str(tmp_path)]).check_returncode()
+    run_forked(["-c", WITHOUT_PACKAGE, tmp_path]).check_returncode()
     options = {"num_inference_steps": 4, "output_type": "np"}
     generator = torch.Generator().manual_seed(0)
     images = [

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 from checkpoints import save_ours
-from hub_server import ClientError, HubClient, HubServer
+from hub_server import ClientError
 
 pytest.importorskip("gradio")
 from ddpm_hf.cli import main
@@ -65,38 +65,30 @@ def test_a_dry_run_names_the_space_in_the_card(tmp_path, capsys):
     assert main(["push", str(folder), MODEL, "--space", "no name", "--dry-run"]) == 2
 
 
-@pytest.fixture(scope="module")
-def server():
-    with HubServer() as server:
-        yield server
+@pytest.fixture
+def push(hub, hub_process, tmp_path):
+    """Push a model with a Space."""
+    folder = save_ours(tmp_path / "model")
+    hub_process.run("from ddpm_hf.hub.push import push")
 
+    def run(**options):
+        return hub_process.run(
+            "result = str(push(folder, repo_id, waits_s=(0.02,) * 4, **options))",
+            folder=folder,
+            repo_id=MODEL,
+            options={"space": SPACE, **options},
+        )
 
-@pytest.fixture(scope="module")
-def push(server, tmp_path_factory):
-    """Push a new copy of a model in a process of its own."""
-    folder = save_ours(tmp_path_factory.mktemp("made") / "model")
-    with HubClient(server, tmp_path_factory.mktemp("client")) as client:
-        client.run("from ddpm_hf.hub.push import push")
-
-        def run(**options):
-            return client.run(
-                "result = str(push(folder, repo_id, waits_s=(0.02,) * 4, **options))",
-                folder=folder,
-                repo_id=MODEL,
-                options={"space": SPACE, **options},
-            )
-
-        yield run
+    return run
 
 
 @pytest.mark.slow
-def test_a_push_creates_a_private_space_that_the_card_links(server, push):
-    server.reset()
-    assert f"Space: {server.url}/spaces/{SPACE}" in push()
-    space, model = server.repo(SPACE, "space"), server.repo(MODEL)
+def test_a_push_creates_a_private_space_that_the_card_links(hub, push):
+    assert f"Space: {hub.url}/spaces/{SPACE}" in push()
+    space, model = hub.repo(SPACE, "space"), hub.repo(MODEL)
     assert space.private
     assert model.private
-    call = next(call for call in server.create_calls if call.get("type") == "space")
+    call = next(call for call in hub.create_calls if call.get("type") == "space")
     assert call["sdk"] == "gradio"
     assert len(space.history()) == 2  # "initial commit" of the Hub and ours
     assert set(space_files(SPACE, MODEL)) <= space.files().keys()
@@ -104,27 +96,25 @@ def test_a_push_creates_a_private_space_that_the_card_links(server, push):
 
 
 @pytest.mark.slow
-def test_a_second_push_keeps_the_card_of_the_space_and_removes_old_modules(server, push):
-    server.reset()
+def test_a_second_push_keeps_the_card_of_the_space_and_removes_old_modules(hub, push):
     push(public=True)
-    assert not server.repo(SPACE, "space").private
-    card = server.repo(SPACE, "space").files()["README.md"].decode()
+    assert not hub.repo(SPACE, "space").private
+    card = hub.repo(SPACE, "space").files()["README.md"].decode()
     edits = {"README.md": card + "Mine.\n", "ddpm_hf/old.py": "x = 1\n", "notes.md": "kept\n"}
-    server.edit(SPACE, edits, kind="space")
+    hub.edit(SPACE, edits, kind="space")
     push()
-    files = server.repo(SPACE, "space").files()
+    files = hub.repo(SPACE, "space").files()
     assert files["README.md"].decode().endswith("Mine.\n")
     assert "ddpm_hf/old.py" not in files
     assert "notes.md" in files
-    count = len(server.repo(SPACE, "space").history())
+    count = len(hub.repo(SPACE, "space").history())
     push()
-    assert len(server.repo(SPACE, "space").history()) == count
+    assert len(hub.repo(SPACE, "space").history()) == count
 
 
 @pytest.mark.slow
-def test_a_space_with_another_application_is_left_alone(server, push):
-    server.reset()
-    server.add_repo(SPACE, {"app.py": "import streamlit\n"}, kind="space")
+def test_a_space_with_another_application_is_left_alone(hub, push):
+    hub.add_repo(SPACE, {"app.py": "import streamlit\n"}, kind="space")
     with pytest.raises(ClientError, match="contains another application"):
         push()
-    assert server.repo(SPACE, "space").files()["app.py"] == b"import streamlit\n"
+    assert hub.repo(SPACE, "space").files()["app.py"] == b"import streamlit\n"

@@ -2,11 +2,10 @@
 
 import contextlib
 import dataclasses
-import subprocess
-import sys
 import typing
 
 import pytest
+from processes import run_forked
 
 from ddpm_hf.cli import main
 from ddpm_hf.commands import app, calibrate, convert, edit, ema, evaluate, sample
@@ -74,7 +73,7 @@ def fail(argv):
     raise RuntimeError("a bug with {CANARY}")
 run_command(fail, [])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = run_forked(["-c", code])
     assert done.returncode == 1
     assert done.stdout == "out [hidden]\n"
     assert done.stderr.endswith("RuntimeError: a bug with [hidden]\n")

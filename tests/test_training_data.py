@@ -1,7 +1,6 @@
 """Datasets of a training run: paths, bit depth, sizes, and outputs inside the dataset."""
 
 import json
-import sys
 from pathlib import Path
 
 import datasets
@@ -10,7 +9,6 @@ import pytest
 import torch
 from checkpoints import tiny_unet
 from image_sets import folder_of
-from processes import run_process
 
 from ddpm_hf import TrainingConfig, train
 from ddpm_hf.training import ConfigError, parse_config
@@ -22,31 +20,6 @@ def tiny_run(output_dir, images=None, channels=3, **options):
     options = {"batch_size": 2, "max_train_steps": 1, "num_samples": 0} | options
     config = TrainingConfig(output_dir=str(output_dir), **options)
     return train(config, unet=tiny_unet(in_channels=channels), dataset=images)
-
-
-WITHOUT_TORCH = """
-import sys
-sys.modules["torch"] = None  # importing it is an error
-from ddpm_hf.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["./phots"], "'./phots' does not exist (did you mean 'photos'?)"),
-        (["--seed", "1", "--dataset", "~/nothing"], "'~/nothing' does not exist"),
-        (["--dataset=/no/such/folder"], "'/no/such/folder' does not exist"),
-    ],
-)
-def test_a_missing_path_is_reported_before_torch_is_imported(tmp_path, argv, message):
-    folder_of(tmp_path / "photos", PHOTOS)
-    command = [sys.executable, "-c", WITHOUT_TORCH, "train", *argv]
-    done = run_process(command, cwd=tmp_path, timeout=60)
-    assert done.returncode == 2
-    assert message in done.stderr
 
 
 def test_a_tilde_is_expanded_in_all_paths(tmp_path, monkeypatch):
