@@ -17,6 +17,12 @@ SHORT_CHAIN = {
     "beta_schedule": "squaredcos_cap_v2",
     "timestep_spacing": "trailing",
 }
+# Options of `tiny_unet` for a network of two levels.
+TWO_LEVELS = {
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+}
 # scheduler_config.json of 2022: no prediction_type, no timestep_spacing, no thresholding.
 LEGACY_SCHEDULER = {
     "_class_name": "DDPMScheduler",

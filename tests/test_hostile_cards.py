@@ -1,19 +1,18 @@
 """`--verify` and cards of strangers: what a card says is data, never a command."""
 
 import os
+import shutil
 import time
 
 import numpy as np
 import pytest
 import tiny_runs
 import yaml
-from checkpoints import SHORT_CHAIN, tiny_unet
+from checkpoints import image_facts_of, save_ours
 from image_sets import folder_of
 from image_zoo import encode
 
-from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler
 from ddpm_hf.cli import main
-from ddpm_hf.data import ImageFacts
 from ddpm_hf.evaluation import verify as module
 from ddpm_hf.hub.card import card_to_share, write_model_card
 
@@ -32,13 +31,15 @@ def photos(tmp_path_factory):
     return folder_of(tmp_path_factory.mktemp("photos"), named)
 
 
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    facts = image_facts_of("L", SIZE, SIZE)
+    return save_ours(tmp_path_factory.mktemp("original") / "model", facts=facts)
+
+
 @pytest.fixture
-def model(tmp_path):
-    unet = tiny_unet(in_channels=1, out_channels=1)
-    unet.register_to_config(_ddpm_hf=ImageFacts(mode="L", height=SIZE, width=SIZE).to_config())
-    folder = tmp_path / "model"
-    GaussianDDPMPipeline(unet, GaussianDDPMScheduler(**SHORT_CHAIN)).save_pretrained(folder)
-    return folder
+def model(original, tmp_path):
+    return shutil.copytree(original, tmp_path / "model")
 
 
 def copied(value):

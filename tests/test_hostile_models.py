@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from checkpoints import SHORT_CHAIN, tiny_unet
+from checkpoints import SHORT_CHAIN, TWO_LEVELS, tiny_unet
 from image_sets import folder_of
 from image_zoo import encode
 from peak_memory import peak_memory_growth
@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
     folder = tmp_path_factory.mktemp("original") / "model"
-    unet = tiny_unet()
+    unet = tiny_unet(**TWO_LEVELS)
     unet.register_to_config(_ddpm_hf=ImageFacts(mode="L", height=8, width=8).to_config())
     scheduler = GaussianDDPMScheduler(
         **SHORT_CHAIN,
@@ -106,27 +106,31 @@ REFUSED = [
     (SCHEDULER, {"clip_sample_range": "x"}),
     (SCHEDULER, {"thresholding": True, "dynamic_thresholding_ratio": 5}),
     *((NETWORK, {"sample_size": value}) for value in (
-        0, -8, "8", 10**9, [8], [8, 10**6], 1.5, {"a": 1}, True,
+        0, -8, "8", 10**9, [8], [8, 10**6], [1, 2, 3], 1.5, {"a": 1}, True,
     )),
     *((NETWORK, {"in_channels": value}) for value in (0, -1, 10**9, 7, "1", None, 1.5)),
     *((NETWORK, {"out_channels": value}) for value in (0, 10**6, 7, "1")),
     *((NETWORK, {"block_out_channels": value}) for value in (
         [], [8] * 40, [10**9, 10**9], ["8", "8"], [8, -8], [0, 0], 7, [8.5, 8], [[8], [8]], "ab",
+        [4, 4], {"a": 1},
     )),
     *((NETWORK, {"layers_per_block": value}) for value in (10**9, 0, "1", [1], None, -1)),
-    *((NETWORK, {"norm_num_groups": value}) for value in (3, 10**9, -4, "4")),
-    *((NETWORK, {"attention_head_dim": value}) for value in (7, 10**9, -1, "x")),
+    *((NETWORK, {"norm_num_groups": value}) for value in (0, 3, 10**9, -4, "4")),
+    *((NETWORK, {"attention_head_dim": value}) for value in (0, 7, 10**9, -1, "x")),
     *((NETWORK, {"down_block_types": value}) for value in (
-        [], ["os", "os"], [["a"], ["b"]], ["DownBlock2D"], 7, None,
+        [], ["os", "os"], [["a"], ["b"]], ["DownBlock2D"], "DownBlock2D", 7, None,
     )),
     (NETWORK, {"up_block_types": ["nope", "UpBlock2D"]}),
     (NETWORK, {"dropout": "x"}),
     (NETWORK, {"dropout": 2}),
     (NETWORK, {"num_class_embeds": 10**12}),
     (NETWORK, {"num_class_embeds": "3"}),
+    (NETWORK, {"num_class_embeds": -1}),
     (NETWORK, {"time_embedding_type": "nope"}),
     (NETWORK, {"time_embedding_type": "fourier"}),
     (NETWORK, {"act_fn": 7}),
+    (NETWORK, {"act_fn": "none"}),
+    (NETWORK, {"quantization_config": {"load_in_8bit": True}}),
     (NETWORK, {"resnet_time_scale_shift": "nope"}),
     (NETWORK, {"norm_eps": "x"}),
     (NETWORK, {"downsample_padding": 10**6}),

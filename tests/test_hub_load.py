@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import (
+    TWO_LEVELS,
     image_facts_of,
     quiet,
     save_legacy,
@@ -51,7 +52,7 @@ def draw(pipe):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A checkpoint of this package, with our extension of the configuration."""
-    return save_ours(tmp_path_factory.mktemp("made") / "model")
+    return save_ours(tmp_path_factory.mktemp("made") / "model", unet=tiny_unet(**TWO_LEVELS))
 
 
 @pytest.fixture(scope="module")
