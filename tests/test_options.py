@@ -35,7 +35,7 @@ def inputs(tmp_path_factory):
     (folder / "bad").mkdir()
     Image.new("RGB", (8, 8)).save(folder / "bad" / "0.png")
     (folder / "bad" / "1.png").write_bytes(b"no image")
-    for name, channels in (("unet", (8, 8)), ("wider", (8, 16))):
+    for name, channels in (("unet", (8,)), ("wider", (16,))):
         network = tiny_unet(in_channels=3, out_channels=3, block_out_channels=channels)
         public = {key: value for key, value in network.config.items() if key[0] != "_"}
         (folder / f"{name}.json").write_text(json.dumps(public))

@@ -247,7 +247,7 @@ def test_resuming_with_other_components_names_the_differences(tmp_path):
     run(tmp_path, max_train_steps=2)
     for components, message in (
         ({"unet": tiny_unet(dropout=0.5)}, r"network dropout: 0.0 -> 0.5"),
-        ({"unet": tiny_unet(block_out_channels=(8, 16))}, "network block_out_channels"),
+        ({"unet": tiny_unet(block_out_channels=(16,))}, "network block_out_channels"),
         (
             {"scheduler": GaussianDDPMScheduler(50, beta_schedule="squaredcos_cap_v2")},
             "diffusion num_train_timesteps: 1000 -> 50",
