@@ -23,6 +23,7 @@ os.environ |= {
     "HF_HUB_DISABLE_XET": "1",  # the Xet client bypasses the local Hub server of the tests
     "MPLBACKEND": "agg",
     "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",  # the second thread of a few tests waits without a core
     "TRACKIO_DIR": f"{_CACHE}/trackio",
     "TORCHINDUCTOR_CACHE_DIR": f"{_CACHE}/inductor",
 }

@@ -65,7 +65,7 @@ def drawn_png(visitor):
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))))
 
 
-def test_a_click_draws_and_the_slider_moves_over_the_film(visit, models):
+def test_a_click_draws_a_film_with_a_slider_a_gif_and_lines_of_code(visit, models):
     from ddpm_hf import image_grid
     from ddpm_hf.app.drawing import drawing_steps
     from ddpm_hf.app.requests import DrawRequest
@@ -81,13 +81,7 @@ def test_a_click_draws_and_the_slider_moves_over_the_film(visit, models):
     slider.press("Home")
     assert visitor.pixels("#film .film-xt") != end
     assert visitor.page.inner_text("#film output").startswith("step 1 of 5")
-
-
-def test_the_film_is_offered_as_gif_and_as_lines_of_code(visit):
-    visitor = visit()
-    visitor.draw()
-    url = visitor.page.get_attribute("#film .film-gif", "href")
-    assert Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))).n_frames == 5
+    assert opened(visitor.page.get_attribute("#film .film-gif", "href")).n_frames == 5
     visitor.page.get_by_text("The same images in Python").click()
     code = visitor.page.locator("#command .cm-content").inner_text()
     assert code.startswith("ddpm-hf sample")
@@ -106,25 +100,23 @@ def test_two_visitors_at_once_get_their_own_images(visit):
 
 
 @pytest.mark.parametrize(
-    ("locale", "message"),
-    [("en-US", "`seed` must be in"), ("zh-CN", "`seed` \u5fc5\u987b\u5728")],
+    ("locale", "scheme", "button", "message"),
+    [
+        ("en-US", "light", "Draw", "`seed` must be in"),
+        ("zh-CN", "dark", "\u751f\u6210", "`seed` \u5fc5\u987b\u5728"),
+    ],
 )
-def test_an_invalid_value_shows_its_message_in_the_language_of_the_page(visit, locale, message):
-    visitor = visit(locale=locale)
-    visitor.page.fill("#seed input", "-1")
-    visitor.page.click("#draw")
-    toast = visitor.page.wait_for_selector(".toast-body")
-    assert message in toast.inner_text()
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_phone_shows_the_page_without_overflow_in_its_language(visit, scheme):
-    visitor = visit(
-        viewport={"width": 390, "height": 844}, locale="zh-CN", color_scheme=scheme, has_touch=True
-    )
-    assert "\u751f\u6210" in visitor.page.inner_text("#draw")
+def test_a_phone_shows_page_and_messages_in_its_language_without_overflow(
+    visit, locale, scheme, button, message
+):
+    phone = {"viewport": {"width": 390, "height": 844}, "has_touch": True}
+    visitor = visit(**phone, locale=locale, color_scheme=scheme)
+    assert button in visitor.page.inner_text("#draw")
     visitor.draw()
     assert visitor.overflow() == 0
+    visitor.page.fill("#seed input", "-1")
+    visitor.page.click("#draw")
+    assert message in visitor.page.wait_for_selector(".toast-body").inner_text()
 
 
 def test_every_sampler_and_number_of_steps_is_compared_with_its_cost(visit):
@@ -182,34 +174,22 @@ def test_a_picture_is_measured_and_a_file_that_is_none_shows_a_message(visit, tm
     assert "bits/dim" in page.inner_text("#bound")
 
 
-def test_stop_ends_the_work_within_a_step(visit, models):
+def test_stop_or_closing_the_page_ends_the_work_within_a_step(visit, models):
     calls = []
     hook = models[0].pipeline.unet.register_forward_hook(lambda *_: calls.append(time.sleep(0.3)))
     page = visit().page
     page.get_by_role("tab", name="Steps").click()
-    page.click("#compare")
-    page.wait_for_selector("#comparison section")
-    page.locator("#stop-steps").click()
-    page.wait_for_timeout(1500)
-    after = len(calls)
-    page.wait_for_timeout(1500)
+    for stop in (page.locator("#stop-steps").click, page.close):
+        calls.clear()
+        page.click("#compare")
+        while len(calls) < 2:
+            page.wait_for_timeout(50)
+        stop()
+        time.sleep(2)
+        after = len(calls)
+        time.sleep(1)
+        assert len(calls) == after < 45
     hook.remove()
-    assert len(calls) == after < 45
-
-
-def test_a_closed_page_ends_its_work(visit, models):
-    calls = []
-    hook = models[0].pipeline.unet.register_forward_hook(lambda *_: calls.append(time.sleep(0.3)))
-    visitor = visit()
-    visitor.page.get_by_role("tab", name="Steps").click()
-    visitor.page.click("#compare")
-    visitor.page.wait_for_selector("#comparison section")
-    visitor.page.close()
-    time.sleep(2)
-    after = len(calls)
-    time.sleep(1.5)
-    hook.remove()
-    assert len(calls) == after < 45
 
 
 def opened(url):

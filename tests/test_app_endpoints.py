@@ -13,7 +13,7 @@ import pytest
 import torch
 from checkpoints import image_facts_of, save_ours, save_stock, tiny_scheduler, tiny_unet
 from PIL import Image
-from processes import LIMIT_S, forked, run_forked
+from processes import LIMIT_S, forked
 
 pytest.importorskip("gradio")
 from ddpm_hf.app.comparison import compare_settings
@@ -297,9 +297,9 @@ def test_a_setting_that_does_not_work_does_not_end_a_comparison(model):
 
 
 @pytest.mark.slow
-def test_the_command_prints_the_address_when_the_page_answers(model, tmp_path):
-    command = ["-m", "ddpm_hf", "app", model.folder]
-    with forked(command) as process:
+def test_the_command_prints_the_address_when_the_page_answers(model, capsys):
+    command = ["app", str(model.folder)]
+    with forked(["-m", "ddpm_hf", *command]) as process:
         until = time.monotonic() + LIMIT_S
         while "\n" not in process.output():
             assert process.poll() is None
@@ -309,15 +309,15 @@ def test_the_command_prints_the_address_when_the_page_answers(model, tmp_path):
         port = urlsplit(address).port
         with urllib.request.urlopen(address, timeout=60) as answer:
             assert answer.status == 200
-        taken = run_forked([*command, "--port", str(port)])
+        taken = main([*command, "--port", str(port)])
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     assert address.startswith("http://127.0.0.1:")
     assert process.returncode == 0
     assert errors == "ddpm-hf: press Ctrl-C to stop\n"
-    assert taken.returncode == 2
-    assert f"cannot listen on --host 127.0.0.1 and --port {port}" in taken.stderr
-    assert "Traceback" not in taken.stderr
+    assert taken == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"cannot listen on --host 127.0.0.1 and --port {port}" in line
 
 
 def test_without_gradio_the_command_names_the_extra(model, monkeypatch, capsys):

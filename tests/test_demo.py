@@ -141,8 +141,14 @@ def test_a_gap_moves_the_right_part_of_a_picture_and_changes_nothing_else(demo):
 
 
 @pytest.fixture
-def short_demo(demo, monkeypatch):
-    """The demo with few images and steps."""
+def short_demo(demo, faces, tmp_path, monkeypatch):
+    """The demo with few faces and steps."""
+    folder = tmp_path / "faces16"
+    folder.mkdir()
+    for split, count in (("train", 600), ("test", 200)):
+        faces[split].select(range(count)).to_parquet(folder / f"{split}.parquet")
+    for module in (demo, sys.modules["faces"]):
+        monkeypatch.setattr(module, "FOLDER", folder)
     monkeypatch.setattr(demo, "FEW_STEPS", (3, 2))
     monkeypatch.setattr(sys.modules["faces"], "NUM_TREES", 10)
     for name, value in {

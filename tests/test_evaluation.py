@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from checkpoints import SHORT_CHAIN, tiny_unet
+from checkpoints import SHORT_CHAIN, TWO_LEVELS, tiny_unet
 from PIL import Image
 from processes import finish_ranks
 
@@ -25,9 +25,8 @@ def save_model(folder, facts=None, variance_type="fixed_small", **config):
     """A model of 7x7 images, which are padded to 8x8."""
     facts = facts or ImageFacts(mode="L", height=SIZE, width=SIZE)
     learned = 1 + variance_type.startswith("learned")
-    unet = tiny_unet(
-        in_channels=facts.num_channels, out_channels=learned * facts.num_channels, **config
-    )
+    channels = {"in_channels": facts.num_channels, "out_channels": learned * facts.num_channels}
+    unet = tiny_unet(**TWO_LEVELS | channels | config)
     unet.register_to_config(_ddpm_hf=facts.to_config())
     scheduler = GaussianDDPMScheduler(variance_type=variance_type, **SHORT_CHAIN)
     GaussianDDPMPipeline(unet, scheduler).save_pretrained(folder)
