@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from checkpoints import image_facts_of, save_stock, tiny_scheduler, tiny_unet
+from checkpoints import TWO_LEVELS, image_facts_of, save_stock, tiny_scheduler, tiny_unet
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -24,7 +24,8 @@ NAMES = ("cat", "dog")
 def pipeline_of(mode="RGB", size=(8, 8), class_names=None, **scheduler) -> GaussianDDPMPipeline:
     channels = {"L": 1, "RGB": 3, "RGBA": 4}[mode]
     classes = None if class_names is None else len(class_names) + 1
-    unet = tiny_unet(in_channels=channels, num_class_embeds=classes)
+    levels = {} if size == (8, 8) else TWO_LEVELS  # which need an even height and width
+    unet = tiny_unet(in_channels=channels, num_class_embeds=classes, **levels)
     unet.register_to_config(_ddpm_hf=image_facts_of(mode, *size, class_names=class_names))
     pipeline = GaussianDDPMPipeline(unet, tiny_scheduler(**scheduler))
     pipeline.set_progress_bar_config(disable=True)

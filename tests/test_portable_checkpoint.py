@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import (
+    TWO_LEVELS,
     image_facts_of,
     quiet,
     save_legacy,
@@ -172,7 +173,8 @@ def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
     # A schedule that stock diffusers does not have, and images smaller than x_t.
     scheduler = tiny_scheduler(beta_schedule="chen_sigmoid")
-    save_ours(root / "ours", scheduler=scheduler, facts=image_facts_of("L", 7, 6))
+    facts = image_facts_of("L", 7, 6)
+    save_ours(root / "ours", unet=tiny_unet(**TWO_LEVELS), scheduler=scheduler, facts=facts)
     names = image_facts_of("L", 8, 8, class_names=["a", "b"])
     save_ours(root / "classes", unet=tiny_unet(num_class_embeds=3), facts=names)
     with pytest.MonkeyPatch.context() as monkeypatch:

@@ -5,6 +5,7 @@ import signal
 
 import pytest
 import torch
+from checkpoints import TWO_LEVELS
 from tiny_runs import (
     Images,
     assert_equal_bits,
@@ -180,6 +181,7 @@ def test_a_single_image_is_overfitted(tmp_path):
     # x_0-prediction of a single image can reach a loss of 0.
     run(
         tmp_path,
+        unet=tiny_unet(**TWO_LEVELS | {"block_out_channels": (8, 8)}),
         dataset=tiny_images(1),
         max_train_steps=60,
         learning_rate=1e-2,

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from checkpoints import TWO_LEVELS
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 from tiny_runs import (
@@ -214,7 +215,7 @@ class Failing(UNet2DModel):
             {"unet": tiny_unet(time_embedding_type="learned", num_train_timesteps=10)},
             "learned embeddings of 10 timesteps, but the scheduler has 1000",
         ),
-        ({"unet": Failing(tiny_unet())}, "does not run on 8x8 images"),
+        ({"unet": Failing(tiny_unet(**TWO_LEVELS))}, "does not run on 8x8 images"),
         ({"dataset": []}, "at least one float tensor"),
         ({"dataset": [(torch.zeros(1, 8, 8), 3)]}, "the first item is tuple"),
         ({"dataset": iter([])}, "list_iterator"),

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 import torch
-from diffusers import UNet2DModel
+from checkpoints import tiny_unet
 from safetensors.torch import load_file
 
 from ddpm_hf import TrainingConfig, train
@@ -14,22 +14,6 @@ from ddpm_hf.training.resolve import Machine, resolve
 
 # With few steps the scheduler warns about the gap between x_T and the first timestep.
 few_steps = pytest.mark.filterwarnings("ignore:`timestep_spacing`")
-
-
-def tiny_unet(**overrides):
-    """UNet of one level, with attention in its middle."""
-    torch.manual_seed(0)
-    arguments = {
-        "sample_size": 8,
-        "in_channels": 1,
-        "out_channels": 1,
-        "block_out_channels": (8,),
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "down_block_types": ("DownBlock2D",),
-        "up_block_types": ("UpBlock2D",),
-    }
-    return UNet2DModel(**{**arguments, **overrides})
 
 
 def tiny_images(count=11):
