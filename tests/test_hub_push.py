@@ -197,7 +197,7 @@ def test_only_files_of_the_allow_list_are_uploaded(checkpoint):
 
 @pytest.mark.slow
 def test_all_shards_are_uploaded(checkpoint):
-    load(checkpoint).save_pretrained(checkpoint, max_shard_size="50KB")
+    load(checkpoint).save_pretrained(checkpoint, max_shard_size="20KB")
     shards = {p.relative_to(checkpoint).as_posix() for p in (checkpoint / "unet").iterdir()}
     assert len(shards) > 3
     assert shards <= set(push(checkpoint, "user/digits", dry_run=True).files)

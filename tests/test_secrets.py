@@ -2,10 +2,11 @@
 
 import contextlib
 import dataclasses
+import sys
 import typing
 
 import pytest
-from processes import run_forked
+from processes import run_process
 
 from ddpm_hf.cli import main
 from ddpm_hf.commands import app, calibrate, convert, edit, ema, evaluate, sample
@@ -73,7 +74,7 @@ def fail(argv):
     raise RuntimeError("a bug with {CANARY}")
 run_command(fail, [])
 """
-    done = run_forked(["-c", code])
+    done = run_process([sys.executable, "-c", code])
     assert done.returncode == 1
     assert done.stdout == "out [hidden]\n"
     assert done.stderr.endswith("RuntimeError: a bug with [hidden]\n")
