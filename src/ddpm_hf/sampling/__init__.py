@@ -12,7 +12,27 @@ a CPU, with one number of threads). Another batch size or number of threads chan
 sums: 28x28 digits in 50 steps with eta = 0, sampled in batches of 1, 7 or 64 by 1 or 2 threads,
 differed by at most 7e-6 of the range from those in batches of 16, and no 8-bit pixel differed.
 
-Public names load on first use, so that options are parsed before torch is imported.
+Sampling
+    sampler_choice          scheduler, steps and eta from the options; `choose_setting`
+    batches                 images, each from its own noise; `draw_images`
+    sharded_sampling        into a folder, shared by processes and resumed; `draw_to`
+    image_writer            into a file or folder of a common format; `save_drawn`
+    planned_optimization    the fastest settings of the network for a set of images
+    sampling_record         settings of a set, stored as JSON and compared on resume
+    class_labels            class numbers of the images
+
+Files
+    output_paths            names of outputs, and their checks
+    image_formats           writers of grids, folders, npz, npy and parquet
+    image_reader            images of this library and of other programs; `open_drawn`
+    array_files             npz and npy files
+
+Edits
+    picture_edit            pictures, sampler and draws of an edit
+    edited_images           draws into a folder, resumed
+
+Options are in `options` and `edit_options`. Public names load on first use, so that options are
+parsed before torch is imported.
 """
 
 from typing import TYPE_CHECKING
