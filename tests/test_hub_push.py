@@ -708,8 +708,8 @@ def train_on_the_hub(client, hub, folder, repo_id="user/trained", public=False):
         "public": public,
     }
     client.run(
-        "import ddpm_hf.training.loop as loop\n"
-        "loop.BackgroundPusher = functools.partial(BackgroundPusher, waits_s=WAITS)"
+        "import ddpm_hf.training.program as program\n"
+        "program.BackgroundPusher = functools.partial(BackgroundPusher, waits_s=WAITS)"
     )
     return client.run(CLI, argv=["train", *(f"--{k}={v}" for k, v in options.items())])
 

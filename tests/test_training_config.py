@@ -238,6 +238,12 @@ def test_unknown_arguments_end_with_a_hint(words, hint, capsys):
     assert hint in capsys.readouterr().err
 
 
+def test_an_unknown_keyword_raises_with_close_matches():
+    message = r"unexpected keyword argument 'resoluton'; did you mean resolution"
+    with pytest.raises(TypeError, match=message):
+        TrainingConfig(resoluton=32)
+
+
 @pytest.mark.parametrize(("batch_size", "choices"), [(10, "9 or 12"), (2, "3"), (7, "6 or 9")])
 def test_an_indivisible_batch_size_raises_with_valid_sizes(batch_size, choices):
     options = TrainingConfig(batch_size=batch_size, gradient_accumulation_steps=3)

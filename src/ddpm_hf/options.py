@@ -81,10 +81,21 @@ class Options:
     """Base class of option groups: checks types, choices and bounds on construction.
 
     Raises:
+        TypeError: for an unknown name, with close matches.
         OptionError: for a value of the wrong type, outside the bounds, or not among the choices.
     """
 
     _error: ClassVar[type[ValueError]] = OptionError
+
+    def __new__(cls, *_: Any, **given: Any) -> Self:
+        """Refuse unknown names; the error of a dataclass suggests none."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in given:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=3)
+                hint = f"; did you mean {' or '.join(close)}?" if close else ""
+                raise TypeError(f"unexpected keyword argument {name!r}{hint}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -94,17 +105,7 @@ class Options:
 
     @classmethod
     def from_keywords(cls, **given: Any) -> Self:
-        """Create the options from keyword arguments.
-
-        Raises:
-            TypeError: for an unknown name, with close matches.
-        """
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in given:
-            if name not in known:
-                close = difflib.get_close_matches(name, known, n=3)
-                hint = f"; did you mean {' or '.join(close)}?" if close else ""
-                raise TypeError(f"unexpected keyword argument {name!r}{hint}")
+        """Create the options from keyword arguments."""
         return cls(**given)
 
     def keywords(self, group: "type[Options] | None" = None) -> dict[str, Any]:

@@ -1,8 +1,14 @@
 """Training with Accelerate.
 
-Options: `options`, `config`, `resolve`. Components: `components`, `network`, `dataset_setup`,
-`objective`. Updates: `loop`, `run`, `state`. `accelerate launch -m ddpm_hf train` runs the same
-program as `ddpm-hf train`.
+In the order of a run, which `program` follows:
+
+    options     options, arguments, config, resolve
+    components  dataset_setup, network, objective, components
+    state       run, state, warm_up, plan
+    updates     loop
+    results     artifacts, run_log, export
+
+`accelerate launch -m ddpm_hf train` runs the same program as `ddpm-hf train`.
 
 Public names load on first use, so that options are checked before torch is imported.
 """
@@ -17,8 +23,8 @@ if TYPE_CHECKING:
     from ddpm_hf.training.config import TrainingConfig
     from ddpm_hf.training.dataset_setup import build_images
     from ddpm_hf.training.errors import CheckpointError, ConfigError, TrainingError
-    from ddpm_hf.training.loop import TrainingResult, train
     from ddpm_hf.training.network import build_scheduler, build_unet
+    from ddpm_hf.training.program import TrainingResult, train
     from ddpm_hf.training.rank_coordination import ProcessError, main_first
 
 __all__ = [
@@ -43,7 +49,7 @@ __getattr__ = imported_on_first_use(
         "training.errors": "CheckpointError ConfigError TrainingError",
         "training.rank_coordination": "ProcessError main_first",
         "training.config": "TrainingConfig",
-        "training.loop": "TrainingResult train",
+        "training.program": "TrainingResult train",
         "training.dataset_setup": "build_images",
         "training.network": "build_scheduler build_unet",
         "training.accelerator": "join_processes",

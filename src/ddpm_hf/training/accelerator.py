@@ -63,7 +63,7 @@ def create_accelerator(config: TrainingConfig) -> Iterator[Accelerator]:
             ),
             project_dir=config.run_folder(),
             kwargs_handlers=[
-                InitProcessGroupKwargs(**connection(_timeout(config))),
+                InitProcessGroupKwargs(**connection(_timeout(config.ddp_timeout))),
                 # Without it, each rank has a second copy of the gradients.
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             ],
@@ -90,15 +90,15 @@ def join_processes(config: TrainingConfig) -> PartialState:
     """
     _refuse_sharding()
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
-    state = PartialState(cpu=cpu, **connection(_timeout(config)))
+    state = PartialState(cpu=cpu, **connection(_timeout(config.ddp_timeout)))
     _refuse_unconnected_processes(state)
     return state
 
 
-def _timeout(config: TrainingConfig) -> timedelta:
+def _timeout(ddp_timeout: float) -> timedelta:
     """Timeout of the process group, after which NCCL ends the process: later than our error."""
-    margin_s = 2 * roll_call_s(config.ddp_timeout) if torch.accelerator.is_available() else 0.0
-    return timedelta(seconds=config.ddp_timeout + margin_s)
+    margin_s = 2 * roll_call_s(ddp_timeout) if torch.accelerator.is_available() else 0.0
+    return timedelta(seconds=ddp_timeout + margin_s)
 
 
 def _refuse_sharding() -> None:
@@ -122,19 +122,17 @@ def _refuse_unconnected_processes(state: Accelerator | PartialState) -> None:
         )
 
 
-def configure_compile(config: TrainingConfig, accelerator: Accelerator) -> None:
-    """Make `prepare` follow the option `compile` instead of accelerate's configuration.
+def configure_compile(requested: bool | None, accelerator: Accelerator) -> None:
+    """Make `prepare` follow the option `compile`, if given, instead of accelerate's configuration.
 
     On a CPU, torch 2.13 loses the gradient of a nearest upsampling after a GroupNorm, unless
     Inductor keeps the memory format of convolutions.
     """
-    if config.compile is None:
+    if requested is None:
         return
     options = {"layout_optimization": False} if accelerator.device.type == "cpu" else None
     accelerator.state.dynamo_plugin = (
-        TorchDynamoPlugin("inductor", options=options)
-        if config.compile
-        else TorchDynamoPlugin("no")
+        TorchDynamoPlugin("inductor", options=options) if requested else TorchDynamoPlugin("no")
     )
 
 

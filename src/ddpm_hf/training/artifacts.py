@@ -74,13 +74,10 @@ class Artifacts:
             with self._warn_on_any_error("write a snapshot of the averages"):
                 save_snapshots(self.run)
 
-    def due_measurements(
-        self, ending: bool, done: Collection[str] = ()
-    ) -> list[Callable[[], dict[str, float]]]:
+    def due_measurements(self, done: Collection[str] = ()) -> list[Callable[[], dict[str, float]]]:
         """The measurements that are due after this update; all ranks call them, for the log.
 
         Args:
-            ending: whether this is the last update.
             done: keys of the log entry of this update.
         """
         measurements = (
@@ -90,13 +87,13 @@ class Artifacts:
         return [
             call
             for key, measurement, call in measurements
-            if measurement and key not in done and (ending or self.run.is_due(measurement.every))
+            if measurement and key not in done and self.run.is_due(measurement.every)
         ]
 
-    def is_grid_due(self, ending: bool) -> bool:
+    def is_grid_due(self) -> bool:
         """Whether a grid of samples is due after this update."""
         config = self.run.config
-        return config.num_samples > 0 and (ending or self.run.is_due(config.sample_steps))
+        return config.num_samples > 0 and self.run.is_due(config.sample_steps)
 
     def validate(self) -> dict[str, float]:
         """Measure bits/dim of the held-out images; export the model to best/ if it is the best."""
@@ -195,14 +192,14 @@ class Artifacts:
         for measurement in (self.validation, self.evaluation):
             if measurement and (result := measurement.logged(done)):
                 self._add_result(result)
-        measurements = self.due_measurements(ending, done)
+        measurements = self.due_measurements(done)
         measured: dict[str, float] = {}
         for measure in measurements:
             measured |= measure()
         if measured:
             with self.warn_on_disk_error("log"):
                 self.log.amend(step, measured)
-        draws = self.is_grid_due(ending) and not has_grid and not run.stop.synchronize()
+        draws = self.is_grid_due() and not has_grid and not run.stop.synchronize()
         if draws:
             self.draw_samples()
         if not is_exported or measurements or draws:

@@ -1,23 +1,19 @@
 """Components of a run: images, network, scheduler and objective."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import UNet2DModel
 
 from ddpm_hf.data import ImageDataset, ImageFacts, TrainingImages
 from ddpm_hf.data.hold_out import HoldOut
-from ddpm_hf.data.labels import Labels
 from ddpm_hf.diffusion.image_format import set_image_facts, size_multiple
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.losses import Loss
-from ddpm_hf.paths import RunPaths
-from ddpm_hf.text import counted, share_that_has
 from ddpm_hf.training.checkpoint_record import CheckpointRecord
 from ddpm_hf.training.component_checks import check_runs, check_scheduler, check_trainable
 from ddpm_hf.training.config import ResolvedConfig, TrainingConfig
@@ -29,24 +25,18 @@ from ddpm_hf.training.dataset_setup import (
     split_off_validation,
 )
 from ddpm_hf.training.errors import ConfigError
-from ddpm_hf.training.network import (
-    PretrainedModel,
+from ddpm_hf.training.image_notes import count_classes, mode_notes, select_classes
+from ddpm_hf.training.network import build_scheduler, new_unet, sample_size
+from ddpm_hf.training.objective import Objective, build_objective
+from ddpm_hf.training.pretrained import (
+    StartingModel,
     adapt_to_classes,
     adapt_to_variance,
-    build_scheduler,
-    build_unet,
-    is_recorded_and_gone,
-    load_pretrained,
-    recorded_model,
-    sample_size,
-    unet_arguments,
+    load_starting_model,
+    without_calibration,
 )
-from ddpm_hf.training.objective import Objective, build_objective
 from ddpm_hf.training.rank_coordination import main_first
 from ddpm_hf.training.resolve import Machine, resolve
-
-_FEW_COLOURED = 0.05  # share of coloured images below which the plan mentions them
-_UNBALANCED = 5  # ratio of class counts that the plan mentions
 
 
 @dataclass(frozen=True)
@@ -120,29 +110,27 @@ def assemble(
         accelerator: device, processes and precision.
         unet, scheduler, dataset, loss: replace the components that the options describe; see
             `train`.
-        record: of the resumed checkpoint. It describes the network and the diffusion if the
-            pretrained model or the file of the network is gone.
+        record: of the resumed checkpoint; see `load_starting_model`.
     Raises:
         ConfigError, DataError: if a component is invalid or does not fit the others.
     """
-    pretrained = _load_pretrained(options, unet, record)
-    if options.unet_config is not None and not is_recorded_and_gone(options, "unet_config", record):
-        unet_arguments(options.unet_config)  # an invalid file fails before images are prepared
+    if options.pretrained is not None and unet is not None:
+        raise ConfigError("`pretrained` and `unet` exclude each other: leave one of them out")
+    base = load_starting_model(options, record)
     loaded = main_first(
-        accelerator, lambda: open_images(options, dataset, pretrained.unet), options.ddp_timeout
+        accelerator, lambda: open_images(options, dataset, base.unet), options.ddp_timeout
     )
     if loaded.revision is not None and options.dataset_revision is None:
         # A resumed run reads the same commit.
         options = dataclasses.replace(options, dataset_revision=loaded.revision)
-    facts, notes = _select_classes(options, loaded.facts)
-    notes = _mode_notes(options, loaded.images) + notes
+    facts, image_notes = select_classes(options.class_conditional, loaded.facts)
     if scheduler is None:
-        scheduler = build_scheduler(options, pretrained.scheduler)
-    scheduler, scheduler_notes = _without_calibration(check_scheduler(scheduler))
+        scheduler = build_scheduler(options, base.scheduler)
+    scheduler, scheduler_notes = without_calibration(check_scheduler(scheduler))
     unet_notes: list[str] = []
     if unet is None:
         device = accelerator.device.type
-        unet, unet_notes = _create_unet(options, pretrained, scheduler, facts, device, record)
+        unet, unet_notes = _create_unet(base, scheduler, facts, device, options.seed)
     check_trainable(unet, scheduler, facts)
     config = resolve(
         options,
@@ -157,7 +145,7 @@ def assemble(
     with accelerator.autocast():
         check_runs(unet.to(accelerator.device))
     training, held_out = split_off_validation(config, loaded.images, facts, unet, dataset is None)
-    facts, class_notes = _count_classes(
+    facts, class_notes = count_classes(
         facts, training.labels, held_out.labels if held_out else None, config.class_dropout
     )
     set_image_facts(unet, facts)
@@ -171,126 +159,26 @@ def assemble(
         unet=unet,
         scheduler=scheduler,
         objective=build_objective(config, scheduler, facts.bit_depth, loss),
-        base=pretrained.record,
-        base_identity=pretrained.identity,
-        notes=(*notes, *class_notes, *scheduler_notes, *unet_notes),
-    )
-
-
-def _load_pretrained(
-    options: TrainingConfig, unet: UNet2DModel | None, record: CheckpointRecord | None
-) -> PretrainedModel:
-    if options.pretrained is None:
-        return PretrainedModel()
-    if unet is not None:
-        raise ConfigError("`pretrained` and `unet` exclude each other: leave one of them out")
-    is_gone = is_recorded_and_gone(options, "pretrained", record)
-    if record is not None and is_gone and "pretrained" in record.parts:
-        return recorded_model(record, RunPaths(options.run_folder()))
-    return load_pretrained(options.pretrained, options.use_safetensors)
-
-
-def _select_classes(options: TrainingConfig, facts: ImageFacts) -> tuple[ImageFacts, list[str]]:
-    """The facts without class names if training is unconditional, and notes for the plan."""
-    names = facts.class_names
-    if options.class_conditional or names is None:
-        return facts, []
-    shown = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
-    return dataclasses.replace(facts, class_names=None), [
-        f"the images have {len(names)} classes ({shown}); `class_conditional` trains on them"
-    ]
-
-
-def _mode_notes(options: TrainingConfig, images: object) -> list[str]:
-    """Notes for the plan about the images that set the mode, or lose their colours to it."""
-    if not isinstance(images, ImageDataset) or options.image_mode is not None:
-        return []
-    mode, count = images.facts.mode, len(images)
-    colour, alpha = images.num_with_colour, images.num_with_alpha
-    if options.pretrained is not None:
-        text = "colours, which are removed because the pretrained model is grayscale"
-        is_reduced = colour and mode in ("L", "LA")
-        return [f"{share_that_has(colour, count, 'image')} {text}"] if is_reduced else []
-    notes = []
-    if mode.endswith("A"):
-        notes.append(
-            f"{share_that_has(alpha, count, 'image')} transparent pixels, so the model gets an "
-            f"alpha channel; `image_mode` {mode[:-1]} places them on white instead"
-        )
-    if mode.startswith("RGB") and colour < _FEW_COLOURED * count:
-        notes.append(
-            f"{share_that_has(colour, count, 'image')} colours, so the model gets colour channels; "
-            f"`image_mode` L removes them"
-        )
-    return notes
-
-
-def _count_classes(
-    facts: ImageFacts, labels: Labels | None, held_out: Labels | None, class_dropout: float
-) -> tuple[ImageFacts, list[str]]:
-    """The facts with the number of training images of each class, and notes for the plan."""
-    names = facts.class_names
-    if labels is None or names is None:
-        return facts, []
-    counts = np.bincount(labels[labels >= 0], minlength=len(names)).tolist()
-    facts = dataclasses.replace(
-        facts,
-        class_counts=tuple(counts),
-        has_null_class=class_dropout > 0 or bool((labels < 0).any()),
-    )
-    notes = []
-    if untrained := [name for name, count in zip(names, counts, strict=True) if not count]:
-        of_held_out = set() if held_out is None else {names[i] for i in held_out if i >= 0}
-        why = " (`validation_split` holds out all of them)" * (of_held_out >= set(untrained))
-        notes.append(
-            f"no training image has the class {_shown(untrained)}{why}: `ddpm-hf sample` draws the"
-            " other classes by default"
-        )
-    fewest, most = min(filter(None, counts), default=0), max(counts)
-    if most >= _UNBALANCED * fewest:
-        rare, common = names[counts.index(fewest)], names[counts.index(most)]
-        notes.append(
-            f"the classes are unbalanced: {counted(fewest, 'image')} of {rare!r}, {most:,} of "
-            f"{common!r}"
-        )
-    return facts, notes
-
-
-def _shown(names: Sequence[str], count: int = 10) -> str:
-    return ", ".join(map(repr, names[:count])) + ", ..." * (len(names) > count)
-
-
-def _without_calibration(
-    scheduler: GaussianDDPMScheduler,
-) -> tuple[GaussianDDPMScheduler, list[str]]:
-    """The scheduler without the calibration of other weights, and notes for the plan.
-
-    Training uses the published variances.
-    """
-    if scheduler.x_0_mse is None and not (scheduler.calibrated_timesteps or scheduler.recommended):
-        return scheduler, []
-    uncalibrated = GaussianDDPMScheduler.from_config(
-        scheduler.config, x_0_mse=None, calibrated_timesteps=None, recommended=None
-    )
-    note = "the pretrained calibration was removed; run `ddpm-hf calibrate` after training"
-    return uncalibrated, [note]
+        base=base.record,
+        base_identity=base.identity,
+        notes=(
+            *mode_notes(options.image_mode, loaded.images, base.unet is not None),
+            *image_notes, *class_notes, *scheduler_notes, *unet_notes,
+        ),
+    )  # fmt: skip
 
 
 def _create_unet(
-    options: TrainingConfig,
-    pretrained: PretrainedModel,
+    base: StartingModel,
     scheduler: GaussianDDPMScheduler,
     facts: ImageFacts,
     device: str,
-    record: CheckpointRecord | None,
+    seed: int,
 ) -> tuple[UNet2DModel, list[str]]:
     """The pretrained network, adapted to variance and classes, or a new one; notes for the plan."""
-    unet, names = pretrained.unet, facts.class_names or ()
+    unet, names = base.unet, facts.class_names or ()
     if unet is None:
-        torch.manual_seed(options.seed)  # the same initial weights on every process
-        num_classes = len(names) or None
-        if record is not None and is_recorded_and_gone(options, "unet_config", record):
-            return UNet2DModel.from_config(record.parts["network"]), []
-        return build_unet(facts, device, options.unet_config, scheduler, num_classes), []
-    notes = adapt_to_variance(unet, scheduler, pretrained.scheduler)
+        torch.manual_seed(seed)  # the same initial weights on every process
+        return new_unet(facts, device, base.arguments, scheduler, len(names) or None), []
+    notes = adapt_to_variance(unet, scheduler, base.scheduler)
     return unet, notes + (adapt_to_classes(unet, names) if names else [])

@@ -13,7 +13,6 @@ from ddpm_hf.diffusion.image_format import ImageFacts
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.options import for_user
 from ddpm_hf.text import counted, duration, is_notebook
-from ddpm_hf.training.checkpoint_record import read_record
 from ddpm_hf.training.file_system import FileSystem
 from ddpm_hf.training.final_calibration import calibration_cost, describe_calibration
 from ddpm_hf.training.learning_rate import learning_rate
@@ -177,13 +176,11 @@ def _describe_machine(run: Run) -> str:
 
 def _describe_resume(run: Run) -> tuple[str, ...]:
     """Lines about the checkpoint, and about the learning rate if the length of the run changed."""
-    if run.checkpoint is None:
+    if run.record is None:
         return ()
     step, config = run.state.step, run.config
     resumed = f"resuming after update {step:,}, from {run.checkpoint}"
-    previous = dataclasses.replace(
-        config, max_train_steps=read_record(run.checkpoint).config["max_train_steps"]
-    )
+    previous = dataclasses.replace(config, max_train_steps=run.record.config["max_train_steps"])
     is_same_length = previous.max_train_steps == config.max_train_steps
     if is_same_length or config.lr_scheduler == "constant" or step == config.max_train_steps:
         return (resumed,)

@@ -12,9 +12,9 @@ from ddpm_hf.training.run import Run
 
 
 def is_snapshot_due(run: Run) -> bool:
-    """Whether snapshots are due after this update; the last update is always one."""
+    """Whether snapshots are due after this update."""
     every = run.config.post_hoc_ema_steps
-    return every is not None and (run.is_due(every) or run.num_updates_left == 0)
+    return every is not None and run.is_due(every)
 
 
 def save_snapshots(run: Run) -> None:

@@ -21,7 +21,7 @@ from ddpm_hf.paths import RunPaths
 from ddpm_hf.post_hoc_ema.profiles import SIGMA_RELS, PowerFunctionEMA
 from ddpm_hf.randomness import Batches
 from ddpm_hf.run_record import Computation
-from ddpm_hf.training.checkpoint_record import CheckpointRecord, read_record
+from ddpm_hf.training.checkpoint_record import CheckpointRecord
 from ddpm_hf.training.components import Components
 from ddpm_hf.training.config import ResolvedConfig
 from ddpm_hf.training.cpu_threads import CpuThreads
@@ -46,7 +46,7 @@ class Run:
         batches: this rank's share of the images of each update.
         threads: number of CPU threads.
         checkpoint: the checkpoint that the run resumed from, or None.
-        elapsed_before_s: seconds of training up to that checkpoint.
+        record: of that checkpoint, or None.
     """
 
     config: ResolvedConfig
@@ -59,7 +59,7 @@ class Run:
     batches: Batches
     threads: CpuThreads
     checkpoint: Path | None = None
-    elapsed_before_s: float = 0.0
+    record: CheckpointRecord | None = None
     _start: float = field(default_factory=time.monotonic, init=False)
 
     @property
@@ -83,6 +83,11 @@ class Run:
         return time.monotonic() - self._start
 
     @property
+    def total_elapsed_s(self) -> float:
+        """Seconds of training, including earlier runs that this one resumed."""
+        return self.elapsed_s + (self.record.elapsed_s if self.record else 0.0)
+
+    @property
     def computation(self) -> Computation:
         """How the updates are computed."""
         plugin = self.accelerator.state.dynamo_plugin
@@ -98,8 +103,8 @@ class Run:
         )
 
     def is_due(self, every: int) -> bool:
-        """Whether the number of updates done is a multiple of `every`."""
-        return self.state.step % every == 0
+        """Whether the number of updates done is a multiple of `every`, or the last one."""
+        return self.state.step % every == 0 or self.num_updates_left == 0
 
     def relative_cost(self, num_calls: int, every: int) -> float:
         """Cost of `num_calls` network calls every `every` updates, relative to the updates.
@@ -149,7 +154,7 @@ class Run:
         return CheckpointRecord(
             config=self.config.to_dict(),
             parts=self.components.identity(),
-            elapsed_s=self.elapsed_before_s + self.elapsed_s,
+            elapsed_s=self.total_elapsed_s,
             num_processes=self.accelerator.num_processes,
             num_threads=torch.get_num_threads(),
             step=self.state.step,
@@ -164,46 +169,30 @@ def start_run(
     components: Components,
     accelerator: Accelerator,
     stop: StopSignal,
-    checkpoint: Path | None,
+    checkpoint: Path | None = None,
+    record: CheckpointRecord | None = None,
 ) -> Run:
-    """Prepare a run, with the state of `checkpoint` if there is one.
+    """Prepare a run, with the state of `checkpoint` and its `record` if there is one.
 
     Raises:
         ConfigError: if the checkpoint has other components or more updates than requested.
+        CheckpointError: if its tensors do not fit.
     """
-    optimizer = torch.optim.AdamW(
-        components.unet.parameters(),
-        lr=config.learning_rate,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
     # The state keeps the network without wrappers, whose parameter names go into checkpoints.
     unet = components.unet.to(accelerator.device)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    ema = EMAModel(unet.parameters(), decay=config.ema_decay, foreach=True)
-    timesteps, averages = (
-        components.objective.timesteps,
-        [
-            PowerFunctionEMA(unet.parameters(), sigma_rel)
-            for sigma_rel in SIGMA_RELS * config.post_hoc_ema
-        ],
+    optimizer = torch.optim.AdamW(
+        unet.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
+    ema = EMAModel(unet.parameters(), decay=config.ema_decay, foreach=True)
+    sigma_rels = SIGMA_RELS if config.post_hoc_ema else ()
+    averages = [PowerFunctionEMA(unet.parameters(), sigma_rel) for sigma_rel in sigma_rels]
+    timesteps = components.objective.timesteps
     state = TrainState(unet, ema, optimizer, timesteps, accelerator.scaler, averages=averages)
-    record = None
-    if checkpoint is not None:
-        record = read_record(checkpoint)
+    if checkpoint is not None and record is not None:
         _check_resumable(config, components, record)
-        try:
-            state.restore(read_tensors(checkpoint), record)
-        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            if is_out_of_memory(error):
-                raise
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise CheckpointError(
-                f"{checkpoint} does not hold the state of this run: {reason:.300}; move it away to"
-                " resume from the one before"
-            ) from None
+        _restore(state, checkpoint, record)
     threads = CpuThreads(config.num_threads, record, accelerator)
     # After every check: the wrapper is freed by `free_gradient_reducer`, once there is a run.
     model, prepared_optimizer = accelerator.prepare(unet, optimizer)
@@ -220,8 +209,21 @@ def start_run(
     )
     return Run(
         config, components, accelerator, stop, state, model, prepared_optimizer, batches, threads,
-        checkpoint, record.elapsed_s if record else 0.0,
+        checkpoint, record,
     )  # fmt: skip
+
+
+def _restore(state: TrainState, checkpoint: Path, record: CheckpointRecord) -> None:
+    try:
+        state.restore(read_tensors(checkpoint), record)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise CheckpointError(
+            f"{checkpoint} does not hold the state of this run: {reason:.300}; move it away to"
+            " resume from the one before"
+        ) from None
 
 
 def _check_resumable(
