@@ -3,7 +3,7 @@
 In the order of a run, which `program` follows:
 
     options     options, arguments, config, resolve
-    components  dataset_setup, network, objective, components
+    components  dataset_setup, pretrained, network, model, objective, components
     state       run, state, warm_up, plan
     updates     loop
     results     artifacts, run_log, export

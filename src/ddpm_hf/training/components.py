@@ -5,17 +5,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-import torch
 from accelerate import Accelerator
 from diffusers import UNet2DModel
 
 from ddpm_hf.data import ImageDataset, ImageFacts, TrainingImages
 from ddpm_hf.data.hold_out import HoldOut
-from ddpm_hf.diffusion.image_format import set_image_facts, size_multiple
+from ddpm_hf.diffusion.image_format import set_image_facts
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.losses import Loss
 from ddpm_hf.training.checkpoint_record import CheckpointRecord
-from ddpm_hf.training.component_checks import check_runs, check_scheduler, check_trainable
 from ddpm_hf.training.config import ResolvedConfig, TrainingConfig
 from ddpm_hf.training.dataset_setup import (
     HeldOut,
@@ -26,15 +24,9 @@ from ddpm_hf.training.dataset_setup import (
 )
 from ddpm_hf.training.errors import ConfigError
 from ddpm_hf.training.image_notes import count_classes, mode_notes, select_classes
-from ddpm_hf.training.network import build_scheduler, new_unet, sample_size
+from ddpm_hf.training.model import build_model
 from ddpm_hf.training.objective import Objective, build_objective
-from ddpm_hf.training.pretrained import (
-    StartingModel,
-    adapt_to_classes,
-    adapt_to_variance,
-    load_starting_model,
-    without_calibration,
-)
+from ddpm_hf.training.pretrained import load_starting_model
 from ddpm_hf.training.rank_coordination import main_first
 from ddpm_hf.training.resolve import Machine, resolve
 
@@ -124,14 +116,7 @@ def assemble(
         # A resumed run reads the same commit.
         options = dataclasses.replace(options, dataset_revision=loaded.revision)
     facts, image_notes = select_classes(options.class_conditional, loaded.facts)
-    if scheduler is None:
-        scheduler = build_scheduler(options, base.scheduler)
-    scheduler, scheduler_notes = without_calibration(check_scheduler(scheduler))
-    unet_notes: list[str] = []
-    if unet is None:
-        device = accelerator.device.type
-        unet, unet_notes = _create_unet(base, scheduler, facts, device, options.seed)
-    check_trainable(unet, scheduler, facts)
+    unet, scheduler, model_notes = build_model(options, base, facts, accelerator, unet, scheduler)
     config = resolve(
         options,
         Machine.of(accelerator),
@@ -140,10 +125,6 @@ def assemble(
         learns_variance=scheduler.learns_variance,
         num_channels=unet.config.block_out_channels[0],
     )
-    set_image_facts(unet, facts)
-    unet.register_to_config(sample_size=sample_size(facts, size_multiple(unet)))
-    with accelerator.autocast():
-        check_runs(unet.to(accelerator.device))
     training, held_out = split_off_validation(config, loaded.images, facts, unet, dataset is None)
     facts, class_notes = count_classes(
         facts, training.labels, held_out.labels if held_out else None, config.class_dropout
@@ -163,22 +144,6 @@ def assemble(
         base_identity=base.identity,
         notes=(
             *mode_notes(options.image_mode, loaded.images, base.unet is not None),
-            *image_notes, *class_notes, *scheduler_notes, *unet_notes,
+            *image_notes, *class_notes, *model_notes,
         ),
     )  # fmt: skip
-
-
-def _create_unet(
-    base: StartingModel,
-    scheduler: GaussianDDPMScheduler,
-    facts: ImageFacts,
-    device: str,
-    seed: int,
-) -> tuple[UNet2DModel, list[str]]:
-    """The pretrained network, adapted to variance and classes, or a new one; notes for the plan."""
-    unet, names = base.unet, facts.class_names or ()
-    if unet is None:
-        torch.manual_seed(seed)  # the same initial weights on every process
-        return new_unet(facts, device, base.arguments, scheduler, len(names) or None), []
-    notes = adapt_to_variance(unet, scheduler, base.scheduler)
-    return unet, notes + (adapt_to_classes(unet, names) if names else [])
