@@ -62,7 +62,8 @@ class TrainingPlan:
 
 def plan_training(
     run: Run,
-    measurements: Sequence[Validation | PeriodicEvaluation],
+    validation: Validation | None,
+    evaluation: PeriodicEvaluation | None,
     update_s: float | None,
     file_system: FileSystem | None,
 ) -> TrainingPlan:
@@ -70,10 +71,11 @@ def plan_training(
 
     Args:
         run: the run before its first update.
-        measurements: what is measured during training.
+        validation, evaluation: what is measured during training.
         update_s: seconds per update; None if unknown.
         file_system: that of the run folder; None if unknown.
     """
+    measurements = [measurement for measurement in (validation, evaluation) if measurement]
     calibration = [describe_calibration(run)] if run.config.calibrate else []
     share = averaging_s(run) / update_s if update_s and run.state.averages else 0.0
     averages = [describe_averages(run, share)] if run.state.averages else []

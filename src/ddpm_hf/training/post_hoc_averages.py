@@ -23,16 +23,9 @@ def save_snapshots(run: Run) -> None:
     Raises:
         ValueError, OSError, SafetensorError: see `save_snapshot`.
     """
-    for sigma_rel, weights in _weights(run).items():
-        save_snapshot(run.paths.ema_snapshots, run.state.step, sigma_rel, weights)
-
-
-def _weights(run: Run) -> dict[float, dict[str, Tensor]]:
-    names = [name for name, _ in run.state.unet.named_parameters()]
-    return {
-        average.sigma_rel: dict(zip(names, average.averages, strict=True))
-        for average in run.state.averages
-    }
+    for average in run.state.averages:
+        weights = run.state.by_name(average.averages)
+        save_snapshot(run.paths.ema_snapshots, run.state.step, average.sigma_rel, weights)
 
 
 def snapshot_bytes(run: Run) -> int:
@@ -58,8 +51,8 @@ def averaging_s(run: Run) -> float:
         average.averages[0].flatten()[0].item()  # waits for the device
         seconds += time.monotonic() - start
     start = time.monotonic()
-    for weights in _weights(run).values():
-        save(compact(weights))
+    for average in run.state.averages:
+        save(compact(run.state.by_name(average.averages)))
     return seconds + (time.monotonic() - start) / (run.config.post_hoc_ema_steps or 1)
 
 

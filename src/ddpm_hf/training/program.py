@@ -7,7 +7,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -140,9 +140,7 @@ def train(
     paths, timeout_s = RunPaths(config.run_folder()), config.ddp_timeout
     with create_accelerator(config) as accelerator, ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
-        file_system, checkpoint = _open_run_folder(
-            paths, config.dry_run, timeout_s, stack, accelerator
-        )
+        file_system, checkpoint = _open_run_folder(config, accelerator, stack)
         pusher = on_main_process(accelerator, partial(_create_pusher, config), timeout_s)
 
         # The complete configuration, the images and the network.
@@ -162,20 +160,17 @@ def train(
         stack.callback(free_gradient_reducer, run.model)
         validation = Validation(run, components.held_out) if components.held_out else None
         evaluation = build_evaluation(run)
-        update_s = warm_up(run)
-        measurements = [m for m in (validation, evaluation) if m]
-        accelerator.print(plan_training(run, measurements, update_s, file_system))
+        accelerator.print(plan_training(run, validation, evaluation, warm_up(run), file_system))
         if config.dry_run:
             on_main_process(accelerator, lambda: print(describe_needs(run)), timeout_s)
             return TrainingResult(paths.model.root, paths.metrics, run.state.step)
 
         # The updates, and what is due between them.
         if accelerator.is_main_process:
-            recipe = run.config.to_yaml(implied_options(components.identity()))
-            write_text(paths.config, recipe)
+            implied = implied_options(components.identity())
+            write_text(paths.config, run.config.to_yaml(implied))
             remove_snapshots_after(paths.ema_snapshots, run.state.step)
-        log = open_log(run)
-        stack.callback(log.close)
+        log = stack.enter_context(closing(open_log(run)))
         artifacts = Artifacts(run, log, pusher, validation, evaluation)
         is_caught_up = checkpoint is None or artifacts.catch_up()
         if run.num_updates_left == 0:
@@ -186,7 +181,7 @@ def train(
 
 
 def _open_run_folder(
-    paths: RunPaths, is_dry: bool, timeout_s: float, stack: ExitStack, accelerator: Accelerator
+    config: TrainingConfig, accelerator: Accelerator, stack: ExitStack
 ) -> tuple[FileSystem | None, Path | None]:
     """Reserve the folder of the run until `stack` ends; a dry run writes to a temporary cache.
 
@@ -194,8 +189,9 @@ def _open_run_folder(
         its file system, on the main process and not for a dry run, and the checkpoint to resume, on
         all ranks.
     """
+    paths, timeout_s = RunPaths(config.run_folder()), config.ddp_timeout
     file_system: FileSystem | None = None
-    if is_dry:
+    if config.dry_run:
         stack.enter_context(temporary_cache(accelerator))
     else:
         lock = run_lock(paths)

@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Self
+from dataclasses import dataclass
+from typing import Any, Self
 
 from ddpm_hf.evaluation.figures import NORMAL_95, MetricResult
 from ddpm_hf.run_record import MetricRecord, SampleSetup
@@ -59,23 +59,21 @@ class SampleFigures:
     @classmethod
     def logged(cls, entry: Mapping[str, object], setup: SampleSetup) -> Self | None:
         """The figures in an entry of the log; None if one is missing."""
-        keys = _log_keys("")
-        values = {name: [entry.get(f"evaluation_{name}{key}") for key in keys] for name in _NAMES}
-        figures = {
-            name: SampleFigure(*numbers)
-            for name, found in values.items()
-            if len(numbers := [value for value in found if isinstance(value, float)]) == len(keys)
+        values: dict[str, dict[str, Any]] = {
+            name: {field: entry.get(key) for field, key in _log_keys(name).items()}
+            for name in _NAMES
         }
-        return cls(**figures, setup=setup) if len(figures) == len(_NAMES) else None
+        if not all(isinstance(v, float) for fields in values.values() for v in fields.values()):
+            return None
+        figures = {name: SampleFigure(**fields) for name, fields in values.items()}
+        return cls(**figures, setup=setup)
 
     def log_values(self) -> dict[str, float]:
         """The values in metrics.jsonl."""
         return {
-            key: value
+            key: getattr(getattr(self, name), field)
             for name in _NAMES
-            for key, value in zip(
-                _log_keys(f"evaluation_{name}"), asdict(getattr(self, name)).values(), strict=True
-            )
+            for field, key in _log_keys(name).items()
         }
 
     def records(self) -> list[MetricRecord]:
@@ -109,6 +107,7 @@ class SampleFigures:
 _NAMES = ("fd", "copies")
 
 
-def _log_keys(prefix: str) -> list[str]:
-    """Keys of the log for the fields of a `SampleFigure`."""
-    return [prefix, *(f"{prefix}_{name}" for name in ("standard_error", "half", "half_real"))]
+def _log_keys(name: str) -> dict[str, str]:
+    """Keys of a figure in the log, by field of `SampleFigure`."""
+    others = ("standard_error", "half", "half_real")
+    return {"value": f"evaluation_{name}", **{f: f"evaluation_{name}_{f}" for f in others}}

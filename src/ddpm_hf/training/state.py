@@ -57,21 +57,24 @@ class TrainState:
         finally:
             self.ema.restore(parameters)
 
+    def by_name(self, averages: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Averages of the parameters, by name of the parameter."""
+        names = (name for name, _ in self.unet.named_parameters())
+        return dict(zip(names, averages, strict=True))
+
     def tensors(self) -> TensorFiles:
         """The tensors of a checkpoint by file; optimizer keys are 'parameter index.moment'."""
-        names = [name for name, _ in self.unet.named_parameters()]
         moments = self.optimizer.state_dict()["state"]
         history = self.timesteps.state_dict()
         averages = {
-            _average_file(average): dict(zip(names, average.averages, strict=True))
-            for average in self.averages
+            _average_file(average): self.by_name(average.averages) for average in self.averages
         }
         return (
             ({"timesteps.safetensors": history} if history else {})
             | averages
             | {
                 "unet.safetensors": dict(self.unet.state_dict()),
-                "ema.safetensors": dict(zip(names, self.ema.shadow_params, strict=True)),
+                "ema.safetensors": self.by_name(self.ema.shadow_params),
                 "optimizer.safetensors": {
                     f"{index}.{key}": value
                     for index, entry in moments.items()
@@ -99,7 +102,7 @@ class TrainState:
         self.step = record.step
 
     def _restore_average(self, averages: list[Tensor], tensors: Mapping[str, Tensor]) -> None:
-        for (name, _), average in zip(self.unet.named_parameters(), averages, strict=True):
+        for name, average in self.by_name(averages).items():
             _check_shape(f"EMA weight {name}", tensors[name], average.shape)
             average.copy_(tensors[name])
 
