@@ -22,7 +22,7 @@ from ddpm_hf.rendezvous import connection
 from ddpm_hf.training.config import TrainingConfig
 from ddpm_hf.training.errors import ConfigError, TrainingError
 from ddpm_hf.training.rank_coordination import (
-    leave_process_group,
+    destroy_process_group,
     name_missing_ranks,
     roll_call_s,
 )
@@ -76,7 +76,7 @@ def create_accelerator(config: TrainingConfig) -> Iterator[Accelerator]:
             yield accelerator
         is_over = True
     finally:
-        leave_process_group(after_error=not is_over)
+        destroy_process_group(after_error=not is_over)
         if is_ours:
             AcceleratorState._reset_state()
 

@@ -18,7 +18,6 @@ from ddpm_hf.data.image_source import MapStyleImages
 from ddpm_hf.data.shard_files import ShardFiles, find_shards, shards_of
 from ddpm_hf.data.streaming import StreamedImages, StreamedTrainingImages, open_stream
 from ddpm_hf.diffusion.image_format import IMAGE_MODES, image_facts, size_multiple
-from ddpm_hf.training.component_checks import mode_of_channels
 from ddpm_hf.training.config import TrainingConfig
 from ddpm_hf.training.errors import ConfigError
 from ddpm_hf.training.options import DataOptions
@@ -78,6 +77,11 @@ def _mode_and_resolution(unet: UNet2DModel | None) -> tuple[str | None, int | No
     size = unet.config.sample_size
     size = size if isinstance(size, int) else max(size)
     return mode_of_channels(unet.config.in_channels), size
+
+
+def mode_of_channels(num_channels: int) -> str | None:
+    """The image mode with this number of channels, or None."""
+    return IMAGE_MODES[num_channels - 1] if num_channels <= len(IMAGE_MODES) else None
 
 
 @dataclass(frozen=True)

@@ -248,7 +248,7 @@ def free_gradient_reducer(model: torch.nn.Module) -> None:
             module.reducer = module.logger = None  # type: ignore[assignment]
 
 
-def leave_process_group(after_error: bool) -> None:
+def destroy_process_group(after_error: bool) -> None:
     """Destroy the process group, if there is one."""
     if not (dist.is_available() and dist.is_initialized()):
         return
