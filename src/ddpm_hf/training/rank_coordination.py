@@ -223,12 +223,13 @@ def _call_roll(
 ) -> list[int]:
     """The ranks that do not answer within `wait_s` seconds, or the result of an earlier rank."""
     store.set(f"ddpm_hf/alive/{rank}", "")
-    until, missing = time.monotonic() + wait_s, ranks
+    start, missing = time.monotonic(), ranks
     while True:
         missing = [r for r in missing if not store.check([f"ddpm_hf/alive/{r}"])]
+        waited_s = time.monotonic() - start
         # If all others answer, the last one is the process that has ended.
-        is_known = len(missing) <= int(has_ended) or store.check([_RESULT])
-        if is_known or time.monotonic() > until:
+        is_known = len(missing) <= int(has_ended) and waited_s > _ANSWER_S
+        if not missing or is_known or waited_s > wait_s or store.check([_RESULT]):
             break
         time.sleep(_POLL_S)
     result = json.loads(store.compare_set(_RESULT, "", json.dumps(missing)))  # sets it only once
