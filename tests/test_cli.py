@@ -454,7 +454,7 @@ def test_options_of_a_wrong_type_raise_an_error(given, message):
 def test_python_functions_show_the_options_in_their_signature():
     @takes_options(Command)
     def function(folder, **options):
-        return Command.from_keywords(folder=folder, **options)
+        return Command(folder=folder, **options)
 
     parameters = inspect.signature(function).parameters
     assert parameters["num_images"].default == 16

@@ -103,11 +103,6 @@ class Options:
             value = self._checked(field, kinds_of(hints[field.name]), getattr(self, field.name))
             object.__setattr__(self, field.name, value)
 
-    @classmethod
-    def from_keywords(cls, **given: Any) -> Self:
-        """Create the options from keyword arguments."""
-        return cls(**given)
-
     def keywords(self, group: "type[Options] | None" = None) -> dict[str, Any]:
         """The values of the options in `group` (default: all) by name."""
         return {
@@ -254,7 +249,7 @@ def for_user(message: str) -> str:
 def takes_options(kind: type[Options]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorator: shows the fields of `kind` in the signature in place of `**options`.
 
-    The function receives them as keywords and builds `kind.from_keywords(**options)`.
+    The function receives them as keywords and builds `kind(**options)`.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:

@@ -87,7 +87,7 @@ def calibrate_checkpoint(
             `output`.
         TypeError: for an unknown option.
     """
-    chosen, name = CalibrationOptions.from_keywords(**options), os.fspath(model)
+    chosen, name = CalibrationOptions(**options), os.fspath(model)
     if Path(name).is_dir():
         name = str(model_of_run(Path(name)))
     if run_of_checkpoint(Path(name)):

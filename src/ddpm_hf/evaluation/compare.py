@@ -76,7 +76,7 @@ def compare(
             process uses `output`.
         TypeError: for an unknown option.
     """
-    shared = ComparisonOptions.from_keywords(**options)
+    shared = ComparisonOptions(**options)
     if isinstance(models_or_images, str | os.PathLike) or hasattr(models_or_images, "unet"):
         models_or_images = [models_or_images]
     if not models_or_images:

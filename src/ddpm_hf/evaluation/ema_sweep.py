@@ -118,7 +118,7 @@ def sweep_ema(
             process uses `output`.
         TypeError: for an unknown option.
     """
-    chosen = EmaSweepOptions.from_keywords(**options)
+    chosen = EmaSweepOptions(**options)
     progress = progress and distributed_state().is_main_process
     ema = PostHocEMA(run, progress=progress)
     evaluator = _EmaEvaluator(

@@ -76,7 +76,7 @@ def evaluate(
             `output`.
         TypeError: for an unknown option.
     """
-    chosen = EvaluationOptions.from_keywords(**options)
+    chosen = EvaluationOptions(**options)
     if metrics is None:
         metrics = default_metrics([model_or_images], chosen.scheduler is not None)
     evaluator = Evaluator(dataset, metrics, chosen, progress=progress)

@@ -189,7 +189,7 @@ def _options(recorded: Mapping[Any, Any]) -> EvaluationOptions:
     if foreign := [name for name in recorded if name not in CARD_OPTIONS]:
         raise ValueError(f"a card may not set the option {foreign[0]!r:.100}")
     try:
-        options = EvaluationOptions.from_keywords(**recorded)
+        options = EvaluationOptions(**recorded)
     except (TypeError, ValueError) as error:
         raise error_in_file("the card", error) from None
     for name, limit in _LIMITS.items():

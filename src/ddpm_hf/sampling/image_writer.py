@@ -78,7 +78,7 @@ def save_drawn(
         TypeError: for an unknown option.
         OSError: if the output cannot be written.
     """
-    drawing = DrawOptions.from_keywords(num_images=num_images, **options)
+    drawing = DrawOptions(num_images=num_images, **options)
     return save_images(
         pipeline, Path(output).expanduser(), drawing, model=model, optimized=optimized
     )

@@ -81,7 +81,7 @@ def draw_to(
         OSError: if the folder cannot be written.
     """
     folder, state = Path(folder).expanduser(), distributed_state()
-    drawing = DrawOptions.from_keywords(num_images=num_images, **options)
+    drawing = DrawOptions(num_images=num_images, **options)
     record = sampling_record(pipeline, drawing, dtype=dtype, optimized=optimized)
     with exclusive_folder(state, folder, "folder"):
         draw_batch_files(state, pipeline, folder, record, drawing)
