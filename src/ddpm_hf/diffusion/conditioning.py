@@ -59,8 +59,8 @@ def null_labels(unet: UNet2DModel, batch_size: int, class_names: Sequence[str] |
     Raises:
         ValueError: if the network has no null class.
     """
-    label = torch.zeros(batch_size, dtype=torch.long)
-    return with_null_class(label, unet.config, class_names)[batch_size:]
+    class_choice.check_null_class(unet.config, class_names)
+    return torch.full((batch_size,), unet.config.num_class_embeds - 1)
 
 
 def with_null_class(

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from . import (
-    checks,
     coefficient_tables,
     coefficients,
     config_checks,
@@ -25,7 +24,7 @@ from . import (
 
 Array = schedules.Array
 Timestep = coefficient_tables.Timestep
-at_least_float32 = tensor_ops.at_least_float32
+checked_pair = tensor_ops.checked_pair
 with_dtype_of = tensor_ops.with_dtype_of
 Gaussian = scheduler_outputs.Gaussian
 
@@ -90,10 +89,7 @@ class ForwardProcess:
             TypeError, ValueError: if shapes, dtypes or devices do not match, or if a timestep on
                 the host is outside [0, T).
         """
-        checks.check_tensor("original_samples", original_samples)
-        checks.check_tensor("noise", noise, original_samples)
-        x_0 = at_least_float32(original_samples)
-        eps = with_dtype_of(x_0, noise)
+        x_0, eps = checked_pair("original_samples", original_samples, "noise", noise)
         q = self._marginal.at(timesteps, x_0)
         return with_dtype_of(original_samples, (x_0 * q.signal).addcmul_(eps, q.sigma))
 
@@ -110,10 +106,7 @@ class ForwardProcess:
 
         Source: 2202.00512, section 4.
         """
-        checks.check_tensor("sample", sample)
-        checks.check_tensor("noise", noise, sample)
-        x_0 = at_least_float32(sample)
-        eps = with_dtype_of(x_0, noise)
+        x_0, eps = checked_pair("sample", sample, "noise", noise)
         q = self._marginal.at(timesteps, x_0)
         return with_dtype_of(sample, (eps * q.signal).addcmul_(x_0, q.sigma, value=-1))
 
@@ -131,10 +124,7 @@ class ForwardProcess:
 
         Source: eq. 2.
         """
-        checks.check_tensor("x_prev", x_prev)
-        checks.check_tensor("noise", noise, x_prev)
-        x = at_least_float32(x_prev)
-        eps = with_dtype_of(x, noise)
+        x, eps = checked_pair("x_prev", x_prev, "noise", noise)
         q = self._trajectory.forward.at(t, x)
         return with_dtype_of(x_prev, (x * q.signal).addcmul_(eps, q.sigma))
 
@@ -145,8 +135,7 @@ class ForwardProcess:
             x_0: clean images, (B, ...), floating point.
             t: timesteps in [0, T), an int or (B,).
         """
-        checks.check_tensor("x_0", x_0)
-        x_0 = at_least_float32(x_0)
+        x_0 = tensor_ops.checked("x_0", x_0)
         q = self._marginal.at(t, x_0)
         return Gaussian(x_0 * q.signal, *tensor_ops.variance_and_log(q, x_0))
 
@@ -164,10 +153,7 @@ class ForwardProcess:
 
         Source: eq. 6 and 7.
         """
-        checks.check_tensor("x_0", x_0)
-        checks.check_tensor("x_t", x_t, x_0)
-        x_0 = at_least_float32(x_0)
-        x_t = with_dtype_of(x_0, x_t)
+        x_0, x_t = checked_pair("x_0", x_0, "x_t", x_t)
         q = self._trajectory.posterior.at(t, x_0)
         mean = (x_t * q.coef_x_t).addcmul_(x_0, q.coef_x_0)
         return Gaussian(mean, *tensor_ops.variance_and_log(q, x_0))

@@ -16,7 +16,7 @@ from . import checks, coefficient_tables, coefficients, scheduler_outputs, tenso
 
 Timestep = coefficient_tables.Timestep
 Generators = tensor_ops.Generators
-at_least_float32 = tensor_ops.at_least_float32
+checked = tensor_ops.checked
 with_dtype_of = tensor_ops.with_dtype_of
 GaussianDDPMOutput = scheduler_outputs.GaussianDDPMOutput
 ReverseGaussian = scheduler_outputs.ReverseGaussian
@@ -100,8 +100,7 @@ class ReverseProcess:
                 on a device is not read, which would synchronize: if it is not in the trajectory,
                 the result is NaN, and at the last step noise is drawn and multiplied by 0.
         """
-        checks.check_tensor("sample", sample)
-        x_t, t = at_least_float32(sample), coefficient_tables.host_timestep(timestep)
+        x_t, t = checked("sample", sample), coefficient_tables.host_timestep(timestep)
         row = self._reverse(eta).at_host(t, x_t)
         output, v = self._split(model_output, x_t, t, eta)
         x_0_hat = self._predict_x_0(output, x_t, row)  # eq. 15
@@ -130,8 +129,7 @@ class ReverseProcess:
 
         Source: 2010.02502, eq. 12 at sigma = 0 and section 4.3.
         """
-        checks.check_tensor("sample", sample)
-        x_t = at_least_float32(sample)
+        x_t = checked("sample", sample)
         inversion = self._trajectory.inversion.at(timestep, x_t)
         output, _ = self._split(model_output, x_t, timestep, 0.0)
         x_0_hat = self._predict_x_0(output, x_t, self._reverse(0.0).at(timestep, x_t))
@@ -192,8 +190,7 @@ class ReverseProcess:
 
         Source: eq. 11 and 15; 2102.09672, eq. 15.
         """
-        checks.check_tensor("x_t", x_t)
-        x_t = at_least_float32(x_t)
+        x_t = checked("x_t", x_t)
         output, v = self._split(model_output, x_t, t, 1.0)
         row = self._reverse(1.0).at(t, x_t)
         x_0_hat = self._predict_x_0(output, x_t, row)
@@ -234,11 +231,8 @@ class ReverseProcess:
 
         Source: eq. 5; for eta below 1 2010.02502, eq. 11.
         """
-        checks.check_tensor("x_0", x_0)
-        checks.check_tensor("x_t", x_t, x_0)
+        x_0, x_t = tensor_ops.checked_pair("x_0", x_0, "x_t", x_t)
         checks.check_float("eta", eta, "in (0, 1] (eta = 0 has no bound)", checks.ABOVE_0, 1.0)
-        x_0 = at_least_float32(x_0)
-        x_t = with_dtype_of(x_0, x_t)
         output, v = self._split(model_output, x_t, t, eta)
         x_0_hat = self._predict_x_0(output, x_t, self._reverse(eta).at(t, x_t), clip)
         row = self._trajectory.bound_term(eta).at(t, x_t)

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, coefficients
+from . import checks, coefficient_tables
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 # (x_t, t) -> network output: a tensor, or an object with a tensor `sample`.
 Denoiser = Callable[[Tensor, Tensor], Any]
-RowWithVariance = coefficients.Marginal | coefficients.Posterior | coefficients.ReverseVariance
+RowWithVariance = (
+    coefficient_tables.Marginal | coefficient_tables.Posterior | coefficient_tables.ReverseVariance
+)
 WIDE = (torch.float32, torch.float64)
 
 
@@ -30,6 +32,27 @@ def at_least_float32(x: Tensor) -> Tensor:
 def with_dtype_of(like: Tensor, x: Tensor) -> Tensor:
     """x in the dtype of `like`."""
     return x if x.dtype == like.dtype else x.to(like.dtype)
+
+
+def checked(name: str, x: Tensor) -> Tensor:
+    """A floating-point tensor (B, ...), as at least float32.
+
+    Raises:
+        TypeError, ValueError: for another dtype or no dimension, naming the argument.
+    """
+    checks.check_tensor(name, x)
+    return at_least_float32(x)
+
+
+def checked_pair(name: str, x: Tensor, other_name: str, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Two tensors of one shape and device in the dtype of the first, as at least float32.
+
+    Raises:
+        TypeError, ValueError: for another dtype, shape or device, naming the argument.
+    """
+    wide = checked(name, x)
+    checks.check_tensor(other_name, other, x)
+    return wide, with_dtype_of(wide, other)
 
 
 def copy_like(coef: Tensor, like: Tensor) -> Tensor:
@@ -50,15 +73,12 @@ def expm1_minus(r: Tensor) -> Tensor:
     return torch.where(small == r, near, r.expm1() - r)
 
 
-def variance_and_log(
-    row: coefficients.Marginal | coefficients.Posterior | coefficients.ReverseVariance,
-    like: Tensor,
-) -> tuple[Tensor, Tensor]:
+def variance_and_log(row: RowWithVariance, like: Tensor) -> tuple[Tensor, Tensor]:
     """Copies of the variance and the log-variance among coefficients."""
     return copy_like(row.variance, like), copy_like(row.log_variance, like)
 
 
-def pixel_log_variance(row: coefficients.PixelVariance, v: Tensor) -> Tensor:
+def pixel_log_variance(row: coefficient_tables.PixelVariance, v: Tensor) -> Tensor:
     """log(posterior + calibrated cov / mean(cov)), where cov is var(x_0 | x_t) as predicted by v.
 
     v is trained on the training chain, where beta~ is nearly the whole variance. The predicted cov
@@ -75,7 +95,7 @@ def pixel_log_variance(row: coefficients.PixelVariance, v: Tensor) -> Tensor:
 
 
 def scaled_noise(
-    row: coefficients.ReverseStep,
+    row: coefficient_tables.ReverseStep,
     v: Tensor | None,
     x_t: Tensor,
     generator: Generators,
