@@ -7,7 +7,7 @@ of that name at the root of the repository.
 """
 
 from collections.abc import Generator, Sequence
-from typing import Any, ClassVar, Literal, overload
+from typing import Any, ClassVar, Literal, Unpack, overload
 
 import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
@@ -184,15 +184,10 @@ class GaussianDDPMPipeline(pipeline_editing.EditingMethods, pipeline_inversion.I
         generator: Generators = None,
         num_inference_steps: int | None = None,
         *,
-        class_labels: ClassLabels = None,
-        guidance_scale: float = 1.0,
         latents: Tensor | None = None,
         timesteps: Sequence[int] | None = None,
         eta: float | None = None,
-        guidance_interval: tuple[float, float] | None = None,
-        guide: Guide = None,
-        guidance: Guidance | None = None,
-        guidance_weight: float = 1.0,
+        **conditioning: Unpack[denoising_pipeline.Conditioning],
     ) -> Generator[SamplingStep]:
         """Steps of sampling, each computed when it is asked for; `__call__` runs on the same steps.
 
@@ -204,8 +199,9 @@ class GaussianDDPMPipeline(pipeline_editing.EditingMethods, pipeline_inversion.I
         network stays in eval mode and the scheduler holds its state: run one loop at a time.
 
         Args:
-            batch_size, generator, num_inference_steps, class_labels, guidance_scale, latents,
-            timesteps, eta, guidance_interval, guide, guidance, guidance_weight: as for `__call__`.
+            batch_size, generator, num_inference_steps, latents, timesteps, eta: as for `__call__`.
+            **conditioning: class_labels, guidance_scale, guidance_interval, guide, guidance,
+                guidance_weight, as for `__call__`.
         Returns:
             iterator of `SamplingStep` with `timestep`, `sample` (x_t), `prev_sample` (x_prev) and
             `pred_original_sample` (estimate of x_0). Assign to `prev_sample` to edit the image, or
@@ -220,16 +216,7 @@ class GaussianDDPMPipeline(pipeline_editing.EditingMethods, pipeline_inversion.I
         generator = list(generator) if isinstance(generator, tuple) else generator
         options = scheduler_interface.step_options(self.scheduler, generator, eta)
         scheduler_interface.set_timesteps(self.scheduler, num_inference_steps, timesteps)
-        denoisers, networks = self._denoisers(
-            batch_size,
-            self.scheduler,
-            class_labels=class_labels,
-            guidance_scale=guidance_scale,
-            guidance_interval=guidance_interval,
-            guide=guide,
-            guidance=guidance,
-            guidance_weight=guidance_weight,
-        )
+        denoisers, networks = self._denoisers(batch_size, self.scheduler, **conditioning)
         x_T = self._initial_noise(self._shape_of_x_t(batch_size), generator, latents)
         return self._steps(denoisers, networks, self.scheduler, x_T, **options)
 

@@ -82,7 +82,7 @@ def sampling_steps(
     for i, t in enumerate(timesteps):
         model_input = scheduler.scale_model_input(x_t, t)
         output = denoisers[i](model_input, on_device[i].expand(len(x_t)))
-        model_output = output if isinstance(output, Tensor) else output.sample
+        model_output = tensor_ops.prediction_of(output)
         result = scheduler.step(model_output, t, x_t, **step_options)
         x_0_hat = getattr(result, "pred_original_sample", None)
         if x_0_hat is None:

@@ -16,7 +16,6 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import RepositoryNotFoundError
 
-import ddpm_hf
 from ddpm_hf.hub.retry import retry
 from ddpm_hf.text import how_to_install
 
@@ -24,7 +23,7 @@ APP, REQUIREMENTS, CARD = "app.py", "requirements.txt", "README.md"
 # The decorator of this package gives a function a GPU on ZeroGPU hardware, and does nothing
 # elsewhere.
 SPACES = "spaces==0.51.3"
-_PACKAGE = Path(ddpm_hf.__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 _APP = '''"""Page of the model {model}: the same as `ddpm-hf app {model}`."""
 
 import spaces
