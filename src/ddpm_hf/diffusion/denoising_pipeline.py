@@ -80,15 +80,7 @@ def check_unet(unet: Any) -> None:
 
 
 class DenoisingPipeline(portable_pipeline.PortablePipeline):
-    """Network and scheduler, and what every way of sampling with them needs.
-
-    Args:
-        unet: a `UNet2DModel`.
-        scheduler: any diffusers scheduler over a beta schedule. A stock `DDPMScheduler` becomes a
-            `GaussianDDPMScheduler` of the same configuration.
-    Raises:
-        TypeError: if `unet` is not a `UNet2DModel`, or for an unsuitable scheduler.
-    """
+    """Network and scheduler, as for `GaussianDDPMPipeline`, and what all ways of sampling need."""
 
     def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin) -> None:
         super().__init__()
