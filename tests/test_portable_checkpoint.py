@@ -160,7 +160,8 @@ def save_by_another_version(folder, name, monkeypatch, root):
         with (package / source.name).open("a") as file:
             file.write(f'\nVERSION = "{name}"\n')
     with (package / "pipeline.py").open("a") as file:
-        modules = "denoising_pipeline.portable_pipeline.VERSION, scheduling.VERSION"
+        base = "denoising_pipeline"
+        modules = f"{base}.portable_pipeline.VERSION, {base}.scheduling.VERSION"
         file.write(f"GaussianDDPMPipeline.versions = lambda self: [VERSION, {modules}]\n")
     monkeypatch.syspath_prepend(root)
     release = importlib.import_module(f"release_{name}.pipeline")
