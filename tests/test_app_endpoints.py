@@ -18,7 +18,7 @@ from processes import LIMIT_S, forked
 pytest.importorskip("gradio")
 from ddpm_hf.app.comparison import compare_settings
 from ddpm_hf.app.drawing import drawing_steps
-from ddpm_hf.app.editing import EditRequest, edit_command, edit_picture
+from ddpm_hf.app.editing import EditRequest, edit_picture
 from ddpm_hf.app.inspection import card_text, error_curve, picture_bound, snr_curve
 from ddpm_hf.app.nearest_images import TrainingSet
 from ddpm_hf.app.page import build_page
@@ -26,6 +26,7 @@ from ddpm_hf.app.picture_input import Drawn, choose_drawn
 from ddpm_hf.app.requests import DrawRequest
 from ddpm_hf.app.served_models import load_models
 from ddpm_hf.app.site import Site
+from ddpm_hf.app.snippets import edit_command
 from ddpm_hf.app.uploads import mask_picture, open_mask, open_upload
 from ddpm_hf.app.working import WorkStopped, watched
 from ddpm_hf.cli import main

@@ -9,7 +9,7 @@ from ddpm_hf.app.drawing import drawing_steps
 from ddpm_hf.app.request_errors import RequestError
 from ddpm_hf.app.requests import DrawRequest
 from ddpm_hf.app.served_models import ServedModel
-from ddpm_hf.app.working import check_time
+from ddpm_hf.app.working import Pace, check_time
 from ddpm_hf.diffusion.atomic_files import read_json
 from ddpm_hf.diffusion.config_extension import extension_of
 from ddpm_hf.paths import ModelPaths
@@ -60,7 +60,7 @@ def compare_settings(
         steps: numbers of steps.
         **options: further options of `DrawRequest.of`, such as `seed`.
     Yields:
-        a setting when its images are drawn, and None after each step.
+        a setting when its images are drawn, and None a few times a second.
     Raises:
         ValueError: for values out of range, and after the time limit of a request.
     """
@@ -69,19 +69,19 @@ def compare_settings(
         number = len(samplers) * len(steps)
         raise RequestError("settings", most=MAX_SETTINGS, number=number)
     DrawRequest.of(model, **options)
-    start = time.monotonic()
+    start, pace = time.monotonic(), Pace()
     for sampler in samplers:
         for K in steps:
             try:
                 request = DrawRequest.of(model, sampler=sampler, num_inference_steps=K, **options)
-                yield from _drawn(model, request, start)
+                yield from _drawn(model, request, start, pace)
             except ValueError as error:
                 check_time(start)
                 yield ComparedSetting(str(sampler), K, problem=error)
 
 
 def _drawn(
-    model: ServedModel, request: DrawRequest, start: float
+    model: ServedModel, request: DrawRequest, start: float, pace: Pace
 ) -> Generator[ComparedSetting | None]:
     calls = 0
 
@@ -92,10 +92,10 @@ def _drawn(
     hook = model.pipeline.unet.register_forward_pre_hook(count)
     began = time.monotonic()
     try:
-        for step in drawing_steps(model, request):
-            check_time(start)
+        for step in drawing_steps(model, request, start):
             images = step.images
-            yield None
+            if pace.is_due():
+                yield None
     finally:
         hook.remove()
     yield ComparedSetting(

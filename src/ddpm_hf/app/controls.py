@@ -25,7 +25,7 @@ SLIDER_GUIDANCE = 8.0
 
 @dataclass(frozen=True)
 class SamplingControls:
-    """Components with the options of `DrawRequest.of`, in its order."""
+    """Components with the options of `DrawRequest.of`; `low` and `high` are its interval."""
 
     num_images: gr.Slider
     seed: gr.Number
@@ -60,16 +60,12 @@ class SamplingControls:
         another.click(lambda: random.randrange(10_000), None, seed, **QUICK)
         return cls(num_images, seed, class_label, guidance_scale, low, high, sampler, steps, eta)
 
-    def inputs(self) -> list[Any]:
-        """The components, in the order of `request`."""
+    def components(self) -> list[Any]:
+        """The components, in the order of the fields."""
         return [getattr(self, name) for name in self.__dataclass_fields__]
 
     def follow(self, site: Site, model: gr.Dropdown) -> None:
         """Adapt the components to the chosen model and sampler."""
-        changed = (
-            self.num_images, self.class_label, self.guidance_scale, self.sampler,
-            self.num_inference_steps, self.eta,
-        )  # fmt: skip
         names = ("num_images", "class_label", "guidance_scale", "sampler", "num_inference_steps",
                  "eta")  # fmt: skip
 
@@ -81,26 +77,18 @@ class SamplingControls:
             given = _values(site.models[name], sampler)
             return [gr.update(**given[key]) for key in ("num_inference_steps", "eta")]
 
-        model.change(for_model, model, list(changed), **QUICK)
+        model.change(for_model, model, [getattr(self, name) for name in names], **QUICK)
         self.sampler.change(
             for_sampler, [model, self.sampler], [self.num_inference_steps, self.eta], **QUICK
         )
 
 
 def request_of(model: ServedModel, values: Sequence[Any]) -> DrawRequest:
-    """The request that the values of `SamplingControls.inputs` describe."""
-    num_images, seed, class_label, guidance, low, high, sampler, steps, eta = values
-    return DrawRequest.of(
-        model,
-        num_images=num_images,
-        seed=seed,
-        class_label=class_label,
-        guidance_scale=guidance,
-        guidance_interval=None if low is None and high is None else (low, high),
-        sampler=sampler,
-        num_inference_steps=steps,
-        eta=eta,
-    )
+    """The request that the values of `SamplingControls.components` describe."""
+    options = dict(zip(SamplingControls.__dataclass_fields__, values, strict=True))
+    low, high = options.pop("low"), options.pop("high")
+    interval = None if low is None and high is None else (low, high)
+    return DrawRequest.of(model, guidance_interval=interval, **options)
 
 
 def _values(model: ServedModel, sampler: str = RECOMMENDED) -> dict[str, dict[str, Any]]:

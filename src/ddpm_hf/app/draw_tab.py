@@ -17,7 +17,7 @@ from ddpm_hf.app.served_models import ServedModel
 from ddpm_hf.app.site import PRIVATE, Session, Site
 from ddpm_hf.app.snippets import command_line, python_lines
 from ddpm_hf.app.translations import translated as t
-from ddpm_hf.app.working import Pace, check_time
+from ddpm_hf.app.working import Pace
 from ddpm_hf.pictures import Pixels, image_grid, to_pil
 
 FILM_INTERVAL_S = 0.1
@@ -57,7 +57,7 @@ def draw_tab(site: Site, session: Session) -> gr.HTML:
     event = site.on_click(
         draw,
         run,
-        [session.model, *controls.inputs()],
+        [session.model, *controls.components()],
         [film, python, shell, session.drawn],
         **PRIVATE,
     )
@@ -73,8 +73,7 @@ def film_updates(
     kept: set[int] = set()
     frames: list[Frame] = []
     captions = _captions(model, request)
-    for step in drawing_steps(model, request):
-        check_time(start)
+    for step in drawing_steps(model, request, start):
         is_due = pace.is_due()
         if step.images is None and not (is_due or not kept or step.index in kept):
             continue

@@ -1,5 +1,6 @@
 """Drawing of images, step by step."""
 
+import time
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from torch import Tensor
 from ddpm_hf.app.films import Frame, reduction, rgb_pixels
 from ddpm_hf.app.requests import DrawRequest
 from ddpm_hf.app.served_models import ServedModel
+from ddpm_hf.app.working import check_time
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline, SamplingStep
 from ddpm_hf.pictures import Pixels
 from ddpm_hf.randomness import seed_of
@@ -23,7 +25,6 @@ class DrawingStep:
     Attributes:
         index: number of the step, from 1.
         total: number of steps.
-        frame: the step as pictures; computed on demand.
         images: the images (N, H, W, C), float32 in [0, 1], after the last step; else None.
     """
 
@@ -59,15 +60,22 @@ class DrawingStep:
         return reduced
 
 
-def drawing_steps(model: ServedModel, request: DrawRequest) -> Generator[DrawingStep]:
+def drawing_steps(
+    model: ServedModel, request: DrawRequest, start: float | None = None
+) -> Generator[DrawingStep]:
     """Steps of sampling the images of a request, each computed when it is asked for.
 
     The images are those of `ddpm_hf.sampling.draw_images` and `ddpm-hf sample` with these options
     and a batch of all images.
 
+    Args:
+        model, request: the model, and the images to draw.
+        start: value of `time.monotonic()` from which the time limit counts; None for this call.
     Raises:
-        ValueError: for options that do not work together, and for values that are not finite.
+        ValueError: for options that do not work together, for values that are not finite, and
+            after the time limit.
     """
+    start = time.monotonic() if start is None else start
     setting = request.setting(model)
     pipeline = model.working_pipeline(setting.scheduler)
     steps = pipeline.sample_steps(
@@ -80,6 +88,7 @@ def drawing_steps(model: ServedModel, request: DrawRequest) -> Generator[Drawing
     total = pipeline.num_timesteps
     with closing(steps):
         for step in steps:
+            check_time(start)
             if not step.is_last:
                 yield DrawingStep(step.index + 1, total, None, pipeline, step)
     images = pipeline.decode_images(step.prev_sample, "np")

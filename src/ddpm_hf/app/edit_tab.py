@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from ddpm_hf.app.controls import class_choices
+from ddpm_hf.app.controls import SLIDER_GUIDANCE, class_choices
 from ddpm_hf.app.editing import (
     DEFAULT_STEPS,
     KINDS,
@@ -16,7 +16,6 @@ from ddpm_hf.app.editing import (
     THOROUGH,
     EditRequest,
     EditResult,
-    edit_command,
     edit_picture,
 )
 from ddpm_hf.app.films import data_url
@@ -31,14 +30,17 @@ from ddpm_hf.app.picture_input import (
 )
 from ddpm_hf.app.reported_errors import reported
 from ddpm_hf.app.requests import RECOMMENDED, whole
-from ddpm_hf.app.result_html import figure, picture_tag, section
+from ddpm_hf.app.result_html import figure, picture_tag, progress_html, section
 from ddpm_hf.app.served_models import ServedModel
 from ddpm_hf.app.site import PRIVATE, QUICK, Session, Site
+from ddpm_hf.app.snippets import edit_command
 from ddpm_hf.app.translations import translated as t
 from ddpm_hf.app.uploads import mask_picture
+from ddpm_hf.app.working import with_progress
 from ddpm_hf.pictures import image_grid, to_pil, to_rgb
 
 SIDE_PIXELS = 144
+MAX_DRAWS = 16
 EDIT_TAB = "edit"
 
 
@@ -60,10 +62,9 @@ class EditControls:
     @classmethod
     def build(cls, model: ServedModel) -> "EditControls":
         """Create the components for a model."""
-        is_conditional, T = model.class_labels is not None, model.num_train_timesteps
-        classes = class_choices(model, all_classes=False)
-        source = gr.Dropdown(label=t("source_class"), **{**classes, "visible": False})
-        label = gr.Dropdown(label=t("target_class"), **classes)
+        given = _properties(model)
+        source = gr.Dropdown(label=t("source_class"), visible=False, **given["source_class"])
+        label = gr.Dropdown(label=t("target_class"), **given["class_label"])
         strength = gr.Slider(
             0.05, 1, 0.5, step=0.05, label=t("strength"), info=t("strength_info"), visible=False
         )
@@ -73,13 +74,16 @@ class EditControls:
         repetitions = gr.Slider(
             1, MAX_REPETITIONS, 5, step=1, label=t("repetitions"), info=t("repetitions_info")
         )
-        number = gr.Slider(1, min(16, model.max_images), 6, step=1, label=t("num_draws"))
-        choices = _samplers(model)
-        sampler = gr.Dropdown(**choices, label=t("edit_sampler"), elem_id="edit-sampler")
-        is_own = choices["value"] == OWN_STEPS
-        steps = gr.Slider(1, T, min(DEFAULT_STEPS, T), step=1, label=t("num_steps"), visible=is_own)
+        number = gr.Slider(1, step=1, label=t("num_draws"), **given["num_images"])
+        sampler = gr.Dropdown(label=t("edit_sampler"), elem_id="edit-sampler", **given["sampler"])
+        is_own = given["sampler"]["value"] == OWN_STEPS
+        steps = gr.Slider(
+            1, step=1, label=t("num_steps"), visible=is_own, **given["num_inference_steps"]
+        )
         with gr.Accordion(t("more"), open=False):
-            guidance = gr.Slider(0, 8, 1, step=0.25, label=t("guidance"), visible=is_conditional)
+            guidance = gr.Slider(
+                0, SLIDER_GUIDANCE, 1, step=0.25, label=t("guidance"), **given["guidance_scale"]
+            )
             seed = gr.Number(0, label=t("seed"))
         return cls(
             strength, method, repetitions, source, label, guidance, number, seed, sampler, steps
@@ -90,12 +94,21 @@ class EditControls:
         return [getattr(self, name) for name in self.__dataclass_fields__]
 
 
-def _samplers(model: ServedModel) -> dict[str, Any]:
-    """Choices of the sampler, and the first one."""
-    choices = [(t("edit_own"), OWN_STEPS), (t("edit_thorough"), THOROUGH)]
+def _properties(model: ServedModel) -> dict[str, dict[str, Any]]:
+    """Properties of the components that depend on the model."""
+    classes, T = class_choices(model, all_classes=False), model.num_train_timesteps
+    number = min(MAX_DRAWS, model.max_images)
+    samplers = [(t("edit_own"), OWN_STEPS), (t("edit_thorough"), THOROUGH)]
     if model.recommended is not None:
-        choices.insert(0, (t("edit_recommended"), RECOMMENDED))
-    return {"choices": choices, "value": choices[0][1]}
+        samplers.insert(0, (t("edit_recommended"), RECOMMENDED))
+    return {
+        "source_class": {name: classes[name] for name in ("choices", "value")},
+        "class_label": classes,
+        "guidance_scale": {"visible": model.class_labels is not None},
+        "num_images": {"maximum": number, "value": min(6, number)},
+        "sampler": {"choices": samplers, "value": samplers[0][1]},
+        "num_inference_steps": {"maximum": T, "value": min(DEFAULT_STEPS, T)},
+    }
 
 
 def edit_tab(site: Site, session: Session, film: gr.HTML, tabs: gr.Tabs) -> None:
@@ -139,14 +152,10 @@ def edit_tab(site: Site, session: Session, film: gr.HTML, tabs: gr.Tabs) -> None
             second=chosen_picture(served, other) if kind == "between" else None,
             **dict(zip(EditControls.__dataclass_fields__, values, strict=True)),
         )
-        steps = edit_picture(served, edit)
-        while True:
-            try:
-                calls = next(steps)
-            except StopIteration as end:
-                yield result_html(edit, end.value, words), edit_command(served, edit)
-                return
-            yield f"<p>{words['calls_so_far'].format(num=calls)}</p>", gr.skip()
+        result = yield from with_progress(
+            edit_picture(served, edit), lambda calls: (progress_html(calls, words), gr.skip())
+        )
+        yield result_html(edit, result, words), edit_command(served, edit)
 
     inputs = [session.language, session.model, kind, picture.chosen, picture.board, second.chosen]
     event = site.on_click(
@@ -178,47 +187,29 @@ def _follow(
     second: gr.Group,
 ) -> None:
     """Show the components that a kind of edit needs, with the limits of the model."""
+    kinds_with = {
+        controls.strength: ("vary",),
+        controls.method: ("inpaint",),
+        controls.repetitions: ("inpaint",),
+        controls.num_images: ("inpaint", "vary", "between"),
+        second: ("between",),
+    }
 
     def for_kind(name: str, kind: str, chosen: Any) -> list[Any]:
-        served = site.models[name]
-        has_classes = served.class_labels is not None
-        is_there = isinstance(chosen, Chosen)
-        board = painter_value(chosen.picture, kind == "inpaint") if is_there else None
-        return [
-            gr.update(visible=kind == "vary"),
-            gr.update(visible=kind == "inpaint"),
-            gr.update(visible=kind == "inpaint"),
-            gr.update(visible=kind == "class" and has_classes),
-            gr.update(visible=kind != "class"),
-            gr.update(visible=kind == "between"),
-            board,
-        ]
+        has_classes = site.models[name].class_labels is not None
+        is_chosen = isinstance(chosen, Chosen)
+        board = painter_value(chosen.picture, kind == "inpaint") if is_chosen else None
+        shown = [gr.update(visible=kind in kinds) for kinds in kinds_with.values()]
+        return [*shown, gr.update(visible=kind == "class" and has_classes), board]
+
+    outputs = [*kinds_with, controls.source_class, picture.board]
+    kind.change(for_kind, [model, kind, picture.chosen], outputs, **QUICK)
 
     def for_model(name: str) -> list[Any]:
-        served = site.models[name]
-        T = served.num_train_timesteps
-        classes = class_choices(served, all_classes=False)
-        number = min(16, served.max_images)
-        return [
-            gr.update(**{k: v for k, v in classes.items() if k != "visible"}),
-            gr.update(**classes),
-            gr.update(visible=served.class_labels is not None),
-            gr.update(maximum=number, value=min(6, number)),
-            gr.update(**_samplers(served)),
-            gr.update(maximum=T, value=min(DEFAULT_STEPS, T)),
-        ]
+        return [gr.update(**given) for given in _properties(site.models[name]).values()]
 
-    kind.change(
-        for_kind, [model, kind, picture.chosen],
-        [controls.strength, controls.method, controls.repetitions, controls.source_class,
-         controls.num_images,
-         second, picture.board], **QUICK,
-    )  # fmt: skip
-    model.change(
-        for_model, model,
-        [controls.source_class, controls.class_label, controls.guidance_scale,
-         controls.num_images, controls.sampler, controls.num_inference_steps], **QUICK,
-    )  # fmt: skip
+    outputs = [getattr(controls, name) for name in _properties(site.first)]
+    model.change(for_model, model, outputs, **QUICK)
     controls.sampler.change(
         lambda sampler: gr.update(visible=sampler == OWN_STEPS),
         controls.sampler, controls.num_inference_steps, **QUICK,

@@ -1,8 +1,7 @@
 """Edits of a picture, as `ddpm-hf edit` makes them."""
 
-import shlex
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from ddpm_hf.app.requests import (
 )
 from ddpm_hf.app.served_models import ServedModel
 from ddpm_hf.app.working import watched
-from ddpm_hf.options import flag_of
 from ddpm_hf.pictures import Pixels
 from ddpm_hf.sampling.edit_options import EditOptions
 from ddpm_hf.sampling.picture_edit import EditPictures, PictureEdit
@@ -163,17 +161,3 @@ def edit_picture(model: ServedModel, request: EditRequest) -> Generator[int, Non
     has_noise = request.options.kind in ("inpaint", "image to image")
     std = images.std(axis=0, ddof=1) if has_noise and len(images) > 1 else None
     return EditResult(images, std, edit.expected_gain())
-
-
-def edit_command(model: ServedModel, request: EditRequest) -> str:
-    """The command that makes the same edit of files with these names."""
-    options = request.options
-    words = ["ddpm-hf", "edit", model.source, str(PICTURE)]
-    for field in fields(EditOptions):
-        value = getattr(options, field.name)
-        if value != field.default and value is not None:
-            items = value if isinstance(value, list) else [] if value is True else [value]
-            words += [flag_of(field), *map(str, items)]
-    if options.num_images > EditOptions().batch_size:
-        words += ["--batch-size", str(options.num_images)]
-    return shlex.join(words)

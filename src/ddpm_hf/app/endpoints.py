@@ -1,13 +1,12 @@
 """Functions for gradio_client: draw, compare, inpaint, image_to_image, interpolate."""
 
-import time
 from collections.abc import Callable, Generator, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import gradio as gr
 from PIL import Image
 
-from ddpm_hf.app.comparison import compare_settings
+from ddpm_hf.app.comparison import ComparedSetting, compare_settings
 from ddpm_hf.app.drawing import drawing_steps
 from ddpm_hf.app.editing import EditRequest, EditResult, edit_picture
 from ddpm_hf.app.request_errors import RequestError
@@ -16,17 +15,16 @@ from ddpm_hf.app.served_models import ServedModel
 from ddpm_hf.app.site import Site
 from ddpm_hf.app.snippets import command_line, python_lines
 from ddpm_hf.app.uploads import open_mask, open_upload
-from ddpm_hf.app.working import Pace, check_time
+from ddpm_hf.app.working import Pace, with_progress
 from ddpm_hf.pictures import Pixels, to_pil
 
-T = TypeVar("T")
 # Default of options whose default depends on the model; gradio_client requires an option without a
 # default.
 AUTO = "auto"
 
 
 class Endpoints:
-    """The functions; their arguments may come from anyone.
+    """The functions, which check all of their arguments.
 
     Args:
         models: the models by name.
@@ -51,9 +49,8 @@ class Endpoints:
             num_inference_steps=_optional("num_inference_steps", num_inference_steps),
             eta=_optional("eta", eta),
         )
-        pace, start = Pace(), time.monotonic()
+        pace = Pace()
         for step in drawing_steps(served, request):
-            check_time(start)
             if step.images is not None:
                 lines = python_lines(served, request), command_line(served, request)
                 yield _pictures(served, step.images), *lines
@@ -65,17 +62,16 @@ class Endpoints:
     ) -> Generator[Any]:
         """One image per setting, and a list with the cost of each setting."""
         served = self._model(model)
-        done, pace = [], Pace()
+        done: list[ComparedSetting] = []
         options = {"num_images": num_images, "seed": seed, "class_label": class_label}
         for setting in compare_settings(served, samplers, steps, **options):
-            if setting is not None:
-                done.append(setting)
-            elif pace.is_due():
+            if setting is None:
                 yield gr.skip(), gr.skip()
-        drawn = [s for s in done if s.images is not None]
+            else:
+                done.append(setting)
         images = [
             (picture, f"{s.sampler}, K = {s.num_inference_steps}")
-            for s in drawn
+            for s in done
             if s.images is not None
             for picture in _pictures(served, s.images)
         ]
@@ -106,7 +102,7 @@ class Endpoints:
             num_inference_steps=_optional("num_inference_steps", num_inference_steps),
             repetitions=repetitions,
         )  # fmt: skip
-        result = yield from _skipping(edit_picture(served, request), 2)
+        result = yield from with_progress(edit_picture(served, request), _two_unchanged)
         yield _pictures(served, result.images), _std_picture(result)
 
     def image_to_image(
@@ -120,7 +116,7 @@ class Endpoints:
             num_images=num_images, seed=seed, class_label=_label(class_label),
             num_inference_steps=_optional("num_inference_steps", num_inference_steps),
         )  # fmt: skip
-        result = yield from _skipping(edit_picture(served, request), 2)
+        result = yield from with_progress(edit_picture(served, request), _two_unchanged)
         yield _pictures(served, result.images), result.expected_gain
 
     def interpolate(
@@ -134,7 +130,7 @@ class Endpoints:
             num_images=num_images, class_label=_label(class_label),
             num_inference_steps=_optional("num_inference_steps", num_inference_steps),
         )  # fmt: skip
-        result = yield from _skipping(edit_picture(served, request), 1)
+        result = yield from with_progress(edit_picture(served, request), lambda _: gr.skip())
         yield _pictures(served, result.images)
 
     def _model(self, name: Any) -> ServedModel:
@@ -204,12 +200,6 @@ def _std_picture(result: EditResult) -> Image.Image | None:
     return None if result.std is None else to_pil(result.std.mean(-1, keepdims=True))
 
 
-def _skipping(work: Generator[int, None, T], outputs: int) -> Generator[Any, None, T]:
-    """The work with progress that changes no output."""
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            result: T = end.value
-            return result
-        yield gr.skip() if outputs == 1 else (gr.skip(),) * outputs
+def _two_unchanged(_: int) -> tuple[Any, Any]:
+    """Progress that changes neither of two outputs."""
+    return gr.skip(), gr.skip()

@@ -15,7 +15,7 @@ from ddpm_hf.pictures import Pixels, image_grid, quantised, to_rgb
 MAX_FRAMES, MIN_FRAMES = 60, 8
 # Pixels of all images of a frame; larger frames are reduced.
 MAX_FRAME_PIXELS = 2**16
-# Size of all pixels of a film; as PNG, noise takes as many bytes.
+# Size of the pixels of a film; PNG does not compress noise.
 MAX_FILM_BYTES = 3_000_000
 MAX_GIF_PIXELS = 384  # longer side of one of the two grids
 FRAME_MS, LAST_FRAME_MS = 60, 2000

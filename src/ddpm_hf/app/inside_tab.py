@@ -18,10 +18,11 @@ from ddpm_hf.app.inspection import (
 from ddpm_hf.app.nearest_images import TrainingSet
 from ddpm_hf.app.page_texts import texts
 from ddpm_hf.app.picture_input import PictureInput, chosen_picture
-from ddpm_hf.app.result_html import figure, section, table
+from ddpm_hf.app.result_html import figure, progress_html, section, table
 from ddpm_hf.app.served_models import ServedModel
 from ddpm_hf.app.site import PRIVATE, QUICK, Session, Site
 from ddpm_hf.app.translations import translated as t
+from ddpm_hf.app.working import with_progress
 from ddpm_hf.pictures import to_rgb
 
 NUM_NEAREST, SIDE_PIXELS = 6, 96
@@ -77,14 +78,11 @@ def inside_tab(site: Site, session: Session) -> None:
         served, words = site.models[name], texts(language)
         image = chosen_picture(served, chosen)
         html = _nearest_html(served, site.training.get(name), image, words)
-        steps = picture_bound(served, image, label, terms)
-        while True:
-            try:
-                calls = next(steps)
-            except StopIteration as end:
-                yield _bound_html(end.value, words) + html
-                return
-            yield f"<p>{words['calls_so_far'].format(num=calls)}</p>{html}"
+        bound = yield from with_progress(
+            picture_bound(served, image, label, terms),
+            lambda calls: progress_html(calls, words) + html,
+        )
+        yield _bound_html(bound, words) + html
 
     inputs = [session.language, session.model, picture.chosen, label, terms]
     event = site.on_click(measure, run, inputs, [result], **PRIVATE)

@@ -1,4 +1,4 @@
-"""What is inside a model: facts, schedule, calibrated error, bits/dim of a picture."""
+"""Inspection of a model: facts, schedule, calibrated error, bits/dim of a picture."""
 
 import re
 from collections.abc import Generator, Mapping
@@ -32,7 +32,7 @@ _LOADING_TAG = re.compile(
 
 
 def diffusion_of(model: ServedModel) -> GaussianDDPMScheduler:
-    """The diffusion process of a model, whatever scheduler of diffusers it samples with."""
+    """The diffusion process of a model, independent of the scheduler that it samples with."""
     scheduler: GaussianDDPMScheduler = build_scheduler(model.pipeline, SchedulerSpec("DDPM"))
     return scheduler
 

@@ -12,7 +12,7 @@ class RequestError(ValueError):
 
     Args:
         key: key of the text, without "error_".
-        **values: of its gaps.
+        **values: values of its placeholders.
     """
 
     def __init__(self, key: str, **values: Any) -> None:
@@ -27,7 +27,7 @@ class RequestError(ValueError):
 def message_of(error: ValueError, words: Mapping[str, str]) -> str:
     """The message of an error in the texts of a language.
 
-    Errors of the rest of the package are English; in other languages a translated text precedes.
+    Errors of the rest of the package are in English, after an introduction in that language.
     """
     if isinstance(error, RequestError):
         return error.in_words(words)

@@ -22,7 +22,7 @@ SAMPLERS = (
     "UniPCMultistep", "DEISMultistep", "PNDM", "HeunDiscrete", "EulerDiscrete",
     "EulerAncestralDiscrete",
 )  # fmt: skip
-"""Samplers of the page. `SchedulerSpec.parse_foreign` says which others are accepted."""
+"""Samplers of the page. `gradio_client` may name all that `SchedulerSpec.parse_foreign` accepts."""
 WITH_ETA = ("DDPM", "DDIM")
 MAX_SEED = 2**63 - 1
 MAX_GUIDANCE = 20.0

@@ -44,3 +44,8 @@ def table(rows: Mapping[str, str]) -> str:
 def section(title: str, parts: Sequence[str]) -> str:
     """A titled row of figures."""
     return f'<section><h4>{escape(title)}</h4><div class="figures">{"".join(parts)}</div></section>'
+
+
+def progress_html(calls: int, words: Mapping[str, str]) -> str:
+    """The number of network calls so far, in the texts of a language."""
+    return f"<p>{words['calls_so_far'].format(num=calls)}</p>"

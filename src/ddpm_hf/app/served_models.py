@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +125,5 @@ def _short_name(source: str) -> str:
 
 
 def _unique(name: str, others: Sequence[str]) -> str:
-    number = 2
-    unique = name
-    while unique in others:
-        unique, number = f"{name} {number}", number + 1
-    return unique
+    names = chain([name], (f"{name} {number}" for number in count(2)))
+    return next(unique for unique in names if unique not in others)

@@ -4,7 +4,7 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 
-# Read on import. The summary of calls is computed by pandas after each of this many.
+# Gradio reads these on import. It summarises calls with pandas each time after this number.
 os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_ANALYTICS_CACHE_FREQUENCY": "1000000"}
 import gradio as gr
 
@@ -16,7 +16,7 @@ from ddpm_hf.app.site import Decorator, Site, unchanged
 from ddpm_hf.app.translations import translations
 
 MAX_UPLOAD = "16mb"
-# The browser refuses requests to other servers, whatever a model card contains.
+# The browser refuses requests to other servers, such as for pictures in a model card.
 _CONTENT_POLICY = (
     '<meta http-equiv="Content-Security-Policy" content="'
     "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'\">"
@@ -47,7 +47,7 @@ def start(
 
     Args:
         models: the models.
-        training: training images by the name of the model, where they are at hand.
+        training: training images by the name of the model, for models that have them.
         gpu: decorator of the functions that call a network, such as `spaces.GPU`.
         host: address to listen on; by default that of `GRADIO_SERVER_NAME`, else 127.0.0.1.
         port: port; None for a free one, from 7860.
@@ -78,7 +78,7 @@ def start(
             theme=theme(),
             css=static_file("page.css"),
             head=_CONTENT_POLICY,
-            # Without a second check that the page answers, which fails after 3 s on a busy machine.
+            # Skips a second check that the page answers, which fails after 3 s on a busy machine.
             _frontend=False,
         )
     except OSError as error:

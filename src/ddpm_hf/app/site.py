@@ -1,4 +1,4 @@
-"""What the tabs of a page share: the models, and the components that belong to all tabs."""
+"""Shared by all tabs of a page: the models, and the components of a visitor's session."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,11 +23,11 @@ def unchanged(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Site:
-    """What visitors share.
+    """The models and functions of the page, shared by all visitors.
 
     Attributes:
         models: the models by name.
-        training: training images by the name of the model, where they are at hand.
+        training: training images by the name of the model, for models that have them.
         gpu: decorator of the functions that call a network, such as `spaces.GPU`.
     """
 
@@ -37,7 +37,7 @@ class Site:
 
     @property
     def first(self) -> ServedModel:
-        """The model that is chosen at first."""
+        """The initially selected model."""
         return next(iter(self.models.values()))
 
     def on_click(
@@ -52,7 +52,7 @@ class Site:
 
         Args:
             button: the button.
-            function: a generator function. Its values are plain, so that it can run elsewhere.
+            function: a generator function of plain values, which can run in another process.
             inputs, outputs: components.
             **options: of the event.
         Returns:

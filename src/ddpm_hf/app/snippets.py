@@ -1,10 +1,14 @@
 """Lines of Python and of the command line that make the images of a request."""
 
 import shlex
+from collections.abc import Sequence
+from dataclasses import fields
 
+from ddpm_hf.app.editing import PICTURE, EditRequest
 from ddpm_hf.app.requests import DrawRequest
 from ddpm_hf.app.served_models import ServedModel
 from ddpm_hf.options import flag_of
+from ddpm_hf.sampling.edit_options import EditOptions
 from ddpm_hf.sampling.options import SamplingOptions
 
 MAX_LINE = 70
@@ -46,11 +50,36 @@ def command_line(model: ServedModel, request: DrawRequest) -> str:
     values |= request.guidance() | request.sampler_options()
     if request.num_images > DEFAULT_BATCH:
         values["batch_size"] = request.num_images
-    fields = SamplingOptions.__dataclass_fields__
-    words = ["ddpm-hf", "sample", model.source]
+    return _command("sample", [model.source], SamplingOptions, values)
+
+
+def edit_command(model: ServedModel, request: EditRequest) -> str:
+    """The command that makes the same edit of files with the names in the request."""
+    options = request.options
+    given = ((field.name, getattr(options, field.name)) for field in fields(EditOptions))
+    defaults = vars(EditOptions())
+    values = {name: value for name, value in given if value not in (None, defaults[name])}
+    if options.num_images > defaults["batch_size"]:
+        values["batch_size"] = options.num_images
+    return _command("edit", [model.source, str(PICTURE)], EditOptions, values)
+
+
+def _command(
+    command: str, arguments: Sequence[str], options: type, values: dict[str, object]
+) -> str:
+    """A line of the command line.
+
+    Args:
+        command: the command.
+        arguments: its positional arguments.
+        options: dataclass of its options.
+        values: value of each given option by name.
+    """
+    flags = {field.name: flag_of(field) for field in fields(options)}
+    words = ["ddpm-hf", command, *arguments]
     for name, value in values.items():
-        items = value if isinstance(value, list | tuple) else [value]
-        words += [flag_of(fields[name]), *map(str, items)]
+        items = value if isinstance(value, list | tuple) else [] if value is True else [value]
+        words += [flags[name], *map(str, items)]
     return shlex.join(words)
 
 

@@ -15,7 +15,6 @@ from ddpm_hf.app.result_html import picture_tag, section, tiled
 from ddpm_hf.app.served_models import ServedModel
 from ddpm_hf.app.site import PRIVATE, QUICK, Session, Site
 from ddpm_hf.app.translations import translated as t
-from ddpm_hf.app.working import Pace
 from ddpm_hf.scheduler_spec import readable_names
 
 DEFAULT_SAMPLERS = ("DDPM", "DDIM", "DPMSolverMultistep")
@@ -61,14 +60,13 @@ def steps_tab(site: Site, session: Session) -> None:
         language: str, name: str, samplers: Any, steps: Any, number: Any, label: Any, seed: Any
     ) -> Generator[str]:
         words, done = texts(language), list[ComparedSetting]()
-        chosen, pace = site.models[name], Pace()
         options = {"num_images": number, "class_label": label, "seed": seed}
-        for setting in compare_settings(chosen, samplers, steps, **options):
-            if setting is not None:
+        for setting in compare_settings(site.models[name], samplers, steps, **options):
+            if setting is None:
+                yield gr.skip()
+            else:
                 done.append(setting)
                 yield comparison_html(done, words)
-            elif pace.is_due():
-                yield gr.skip()
 
     inputs = [session.language, session.model, samplers, steps, number, label, seed]
     event = site.on_click(compare, run, inputs, [result], **PRIVATE)

@@ -1,10 +1,11 @@
-"""Work in a thread, which ends at the next network call when its generator is closed."""
+"""Work as generators: pace of their progress, time limit, and threads that end when asked to."""
 
 import threading
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import TypeVar
+from contextlib import closing
+from typing import Any, TypeVar
 
 import torch
 
@@ -49,7 +50,7 @@ def watched(network: torch.nn.Module, work: Callable[[], T]) -> Generator[int, N
     Returns:
         the result of the function.
     Raises:
-        ValueError: after `TIME_LIMIT_S` seconds; whatever the function raises.
+        ValueError: after `TIME_LIMIT_S` seconds. Errors of the function are passed on.
     """
     calls, is_stopped, start = 0, threading.Event(), time.monotonic()
     worker: list[int] = []
@@ -79,6 +80,27 @@ def watched(network: torch.nn.Module, work: Callable[[], T]) -> Generator[int, N
         return future.result()
     finally:
         hook.remove()
+
+
+def with_progress(
+    work: Generator[int, None, T], shown: Callable[[int], Any]
+) -> Generator[Any, None, T]:
+    """The work of another generator.
+
+        result = yield from with_progress(watched(unet, work), lambda calls: f"{calls} calls")
+
+    Args:
+        work: yields the number of calls so far.
+        shown: what to yield for it.
+    """
+    with closing(work):
+        while True:
+            try:
+                calls = next(work)
+            except StopIteration as end:
+                result: T = end.value
+                return result
+            yield shown(calls)
 
 
 def check_time(start: float) -> None:

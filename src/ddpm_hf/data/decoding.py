@@ -8,10 +8,10 @@
 | LA, PA, RGBA, RGBa; 1, L, P,   | LA or RGBA | L or RGB if all kept pixels are opaque; the colour |
 | RGB, I;16 with one transparent |            | of fully transparent pixels is replaced by white   |
 | colour                         |            |                                                    |
-| I;16 (16-bit grey)             | L, 16 bit  | 8-bit grey in the same dataset: value * 257; with |
+| I;16 (16-bit grey)             | L, 16 bit  | 8-bit grey in the same dataset: value * 257; with  |
 |                                |            | colour in the dataset: 8 bit, value / 257, with a |
 |                                |            | warning, unless 16 bits are requested              |
-| I (32-bit integer)             | L, 16 bit  | likewise; error if a value is outside 0..65535     |
+| I (32-bit integer)             | L, 16 bit  | as I;16; error if a value is outside 0..65535      |
 | RGB, LA or RGBA of 16 bit      | as 8 bit   | Pillow reads 8 bits; counted, with a warning       |
 | F (float), LAB and others      | error      | no defined range: scale them to 8 or 16 bit        |
 

@@ -90,7 +90,7 @@ class ImageDataset:
             index: index of the image.
             top: vertical position in [0, 1): 0 at the upper edge, towards 1 at the lower one. Has
                 an effect only on images prepared with crop="random".
-            left: horizontal position, likewise.
+            left: horizontal position in [0, 1), from the left edge.
         """
         row = self.rows[index]
         stored = np.frombuffer(self._pixels[row].as_buffer(), self._dtype)

@@ -57,7 +57,7 @@ def image_source(images: ImageDataset | MapStyleImages | ImageSource) -> ImageSo
 
 
 class PreparedSource:
-    """Source of prepared images, with random crops where they were prepared for that."""
+    """Source of prepared images; those prepared with crop="random" are cropped at the offsets."""
 
     def __init__(self, images: ImageDataset) -> None:
         self.images, self.labels = images, images.labels

@@ -39,7 +39,7 @@ def known_class_names(dataset: datasets.Dataset) -> tuple[str, ...] | None:
 
 
 def declared_labels(dataset: datasets.Dataset) -> Labels | None:
-    """Class of each row by the `ClassLabel` column that `known_class_names` uses, if any."""
+    """Class of each row by the column of `known_class_names`; None without such a column."""
     column = _class_column(dataset)
     return _class_numbers(dataset, column) if column else None
 
@@ -162,6 +162,6 @@ def _is_label(value: Any) -> bool:
 
 
 def describe_unlabelled(labels: Labels) -> str | None:
-    """A line with the number of images without label, if any."""
+    """A line with the number of images without label; None if all have one."""
     count = int((labels == NO_LABEL).sum())
     return f"{share_that_has(count, len(labels), 'image')} no label" if count else None

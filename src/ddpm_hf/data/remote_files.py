@@ -148,7 +148,7 @@ class _Reader:
 
 
 def _append(url: str, path: Path, size: int) -> None:
-    """Request what is missing of a file."""
+    """Append the missing bytes of a file."""
     done = path.stat().st_size
     if done == size:
         return

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 0.1
 _SPACE_WAIT_S = 600.0
-_LOCK_WAIT_S = 3600.0  # for another process that fetches the same shard; it has limits of its own
+_LOCK_WAIT_S = 3600.0  # for another process that fetches the same shard, within its own limits
 _MAX_REPORTED = 10
 
 

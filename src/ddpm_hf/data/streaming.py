@@ -88,7 +88,7 @@ class StreamedImages:
 
     Args:
         cache: the decoded shards.
-        numbers: the shards of the cache that belong to the stream.
+        numbers: numbers of the shards of the stream in the cache.
 
     Attributes:
         index: these shards.
@@ -247,7 +247,7 @@ class StreamedTrainingImages(TrainingImages):
         return super().__getitems__(positions)
 
     def first_read(self, count: int) -> list[int]:
-        """Indices of at most `count` images in few shards: those that training reads first."""
+        """Indices of the first `count` images that training reads, which are in few shards."""
         return sorted(self.order.index(0, place) for place in range(min(count, len(self))))
 
     def _first_image(self) -> Tensor:
