@@ -50,8 +50,8 @@ class Inversion:
 def slerp(a: Tensor, b: Tensor, weight: Tensor | float) -> Tensor:
     """Points on the great circle from `a` to `b`, for each element of the batch.
 
-    Between independent normal noise the result is normal noise again; a straight line would have a
-    standard deviation of 0.707 in its middle.
+    Independent normal noise is nearly orthogonal in many dimensions, and the result is close to
+    normal noise; a straight line would have a standard deviation of 0.707 in its middle.
 
     Args:
         a, b: (B, ...).

@@ -171,7 +171,8 @@ def gaussian_copy(
 
 def with_options(scheduler: Any, timesteps: Sequence[int], **options: Any) -> GaussianDDPMScheduler:
     """A `GaussianDDPMScheduler` with other options and these timesteps, without calibration."""
-    config = config_extension.with_extension(scheduler.config, {})  # made for the present options
+    # An extension fits one prediction type; the betas that it names are also in the configuration.
+    config = config_extension.with_extension(scheduler.config, {})
     changed: GaussianDDPMScheduler = GaussianDDPMScheduler.from_config(config, **options)
     changed.set_timesteps(timesteps=timesteps)
     return changed
