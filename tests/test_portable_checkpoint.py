@@ -397,7 +397,7 @@ def test_a_full_disk_changes_nothing(tmp_path, exists):
         save_ours(folder)
     before = files_of(tmp_path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # the weights have 100 kB
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))  # the weights have 42 kB
     try:
         with pytest.raises(Exception, match=r"(?i)file too large|os error 27"):
             save_ours(folder, unet=tiny_unet(seed=1))
