@@ -103,7 +103,7 @@ def _predicted(calibration: Calibration, K: int) -> StepsRow:
 def calibration_curve(
     calibration: Calibration, indices: Sequence[int], seed: int, seconds: float
 ) -> CalibrationCurve:
-    """The curve and its consequences as a result.
+    """The recorded form of a calibration, with predicted bits/dim and caveats.
 
     Args:
         calibration: of a network.

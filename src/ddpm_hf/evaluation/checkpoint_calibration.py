@@ -157,7 +157,9 @@ def _calibrate(
 def measure_calibration(
     measurement: BoundMeasurement, folder: Path, state: PartialState, *, progress: bool = True
 ) -> Calibration | None:
-    """Error at every timestep; independent of the number of ranks and of interruptions.
+    """Measure the error at every timestep.
+
+    The result does not depend on the number of ranks, or on interruptions.
 
     Args:
         measurement: of the whole chain; the curve of its scheduler is ignored.
@@ -186,7 +188,7 @@ def measure_calibration(
 def search_timesteps(
     unet: UNet2DModel, scheduler: GaussianDDPMScheduler, images: EvaluationImages, seed: int
 ) -> Timesteps:
-    """Timesteps by sampler and number of steps, searched on noise with all classes alike."""
+    """Search timesteps for each sampler and number of steps, on noise with the classes in turn."""
     seeds = [seed_of(seed, "timesteps", i) for i in range(NUM_TRAJECTORIES)]
     shape, generators = images.images.shape, [torch.Generator().manual_seed(s) for s in seeds]
     noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(unet.device)
@@ -220,7 +222,7 @@ def _written(
 def _finish(
     result: CheckpointCalibration, model: str, unfinished: Path, has_card: bool
 ) -> CheckpointCalibration:
-    """Remove the shards, and write the card; a failure of the card is a warning."""
+    """Remove the shards, and write the card; an error of the card becomes a warning."""
     remove_folder(unfinished)
     if not has_card:
         return result

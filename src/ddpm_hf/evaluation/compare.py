@@ -77,19 +77,14 @@ def compare(
         TypeError: for an unknown option.
     """
     shared = ComparisonOptions(**options)
-    if isinstance(models_or_images, str | os.PathLike) or hasattr(models_or_images, "unet"):
-        models_or_images = [models_or_images]
-    if not models_or_images:
-        raise ValueError("`models_or_images` is empty: give at least one model or set of images")
-    if (schedulers or num_inference_steps) and not any(map(is_model, models_or_images)):
-        raise ValueError("`schedulers` and `num_inference_steps` need a model; all are images")
+    sources = _checked_sources(models_or_images, bool(schedulers or num_inference_steps))
     schedulers = [str(SchedulerSpec.parse(name)) for name in schedulers]
     if metrics is None:
-        metrics = default_metrics(models_or_images, bool(schedulers))
-    plan = list(_combinations(models_or_images, schedulers, num_inference_steps))
+        metrics = default_metrics(sources, bool(schedulers))
+    plan = list(_combinations(sources, schedulers, num_inference_steps))
     evaluator = Evaluator(dataset, metrics, EvaluationOptions(**vars(shared)), progress=progress)
     with results_folder(evaluator.state, output) as folder:
-        evaluator.use_hold_out_of(models_or_images)
+        evaluator.use_hold_out_of(sources)
         rows, left_out = compare_settings(evaluator, plan, folder)
         facts, recorded = evaluator.data.facts(), shared.recorded()
         asked = {
@@ -106,7 +101,7 @@ def compare(
             schedulers=tuple(schedulers),
             num_inference_steps=tuple(num_inference_steps),
             options=recorded,
-            command=command_of(list(map(public_name_of, models_or_images)), facts.name, asked),
+            command=command_of(list(map(public_name_of, sources)), facts.name, asked),
         )
 
         def write() -> Comparison:
@@ -116,6 +111,17 @@ def compare(
             return comparison
 
         return on_main_process(evaluator.state, write)
+
+
+def _checked_sources(models_or_images: Any, has_samplers: bool) -> Sequence[Any]:
+    """Validated list of models and images."""
+    is_single = isinstance(models_or_images, str | os.PathLike) or hasattr(models_or_images, "unet")
+    sources: Sequence[Any] = [models_or_images] if is_single else models_or_images
+    if not sources:
+        raise ValueError("`models_or_images` is empty: give at least one model or set of images")
+    if has_samplers and not any(map(is_model, sources)):
+        raise ValueError("`schedulers` and `num_inference_steps` need a model; all are images")
+    return sources
 
 
 def _combinations(
@@ -133,7 +139,7 @@ def _combinations(
 
 
 def _distinct_names(sources: Sequence[Any]) -> list[str]:
-    """The last part of each path, or as many parts as distinguish them."""
+    """The last part of each path, or more parts where these are equal."""
     names = [public_name_of(source) for source in sources]
     paths = [
         Path(source).expanduser().absolute().parts if isinstance(source, str | os.PathLike) else ()

@@ -73,7 +73,7 @@ class Setting(Record):
 
     @classmethod
     def named(cls, name: str | None, scheduler: str | None = None, K: int | None = None) -> Self:
-        """The setting with the label that follows from its parts."""
+        """Create a setting whose label lists its parts."""
         parts = (name, scheduler, K and f"K = {K:,}")
         label = ", ".join(part for part in parts if part) or "own scheduler"
         return cls(setting=label, name=name, scheduler=scheduler, num_inference_steps=K)

@@ -301,5 +301,5 @@ class Evaluator:
 
 
 def _num_drawn(options: EvaluationOptions, real: RealImages) -> int:
-    """Number of images that are drawn: as many as there are real ones, within limits."""
+    """Number of images to draw: as requested, or as many as there are real ones, within limits."""
     return options.num_images or min(len(real.reference.images), MAX_DRAWN)

@@ -265,7 +265,7 @@ def _interval(quantity: Quantity, value: float, error: float) -> tuple[float, fl
 
 
 def _verdict(quantity: Quantity, gaps: Tensor) -> Verdict:
-    """Drawn images against the floor, by their gaps over resamples."""
+    """Compare drawn images with the floor, by the gaps over resamples."""
     gap = gaps.mean().item()
     if abs(gap) <= T_19 * gaps.std().item():
         return "tie"

@@ -21,7 +21,7 @@ from ddpm_hf.diffusion.image_format import MODE_CHANNELS, ImageFacts, image_fact
 from ddpm_hf.randomness import seed_of
 from ddpm_hf.text import counted
 
-# Must agree between images and model.
+# Facts in which images and model must agree.
 _FACTS = ("mode", "height", "width", "bit_depth")
 _MAX_ENLARGEMENT = 8
 

@@ -123,7 +123,7 @@ def _check_network(paths: ModelPaths, facts: ImageFacts) -> None:
 
 
 def _check(data: DataSource, record: HoldOutRecord, progress: bool) -> None:
-    """Raise DataError unless the data holds the images of the run."""
+    """Raise DataError unless the dataset has the images of the run."""
     rows, expected = data.rows(data.options.reference_split), record.hold_out.num_images
     if len(rows) < expected or (data.options.on_bad_image == "error" and len(rows) > expected):
         raise DataError(f"the training run had {expected:,} images, got {len(rows):,}")

@@ -52,7 +52,7 @@ class Record:
 
     @classmethod
     def of(cls, source: object, **values: Any) -> Self:
-        """The record with these values; other fields have the values of `source`, if it has any."""
+        """Create a record from `values`; other fields are copied from `source` if it has them."""
         names = {field.name for field in dataclasses.fields(cls)} - values.keys()
         shared = {name: getattr(source, name) for name in names if hasattr(source, name)}
         return cls(**shared, **values)
@@ -108,7 +108,7 @@ def _to_json(value: Any) -> Any:
 
 
 def from_json(annotation: Any, value: Any) -> Any:
-    """The value of this annotation that `value`, from a JSON file, stands for.
+    """Convert a JSON value to the annotated type.
 
     Raises:
         ValueError: if it is not of the annotated type.

@@ -26,7 +26,7 @@ _NUM_SAMPLES, _SAMPLES_PER_ROW, _PAIRS_PER_ROW, _MAX_NAME = 64, 12, 4, 100
 
 @contextmanager
 def failures_as_warnings() -> Iterator[None]:
-    """Errors inside become warnings."""
+    """Turn errors in the block into warnings."""
     try:
         yield
     except ImportError:
