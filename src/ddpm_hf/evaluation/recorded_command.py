@@ -48,7 +48,7 @@ class RecordedFigure:
     num_images: int | None = None
 
     def relevant_options(self) -> dict[str, object]:
-        """The known options that affect the figure; no "metrics", no values that look like flags."""
+        """The known options that affect the figure, except "metrics" and values like flags."""
         is_bound = self.options.get("metrics") == [BITS]
         groups = (BatchOptions, PerClassOptions, FeatureOptions if is_bound else LikelihoodOptions)
         known = _DEFAULTS.keys() - {field.name for group in groups for field in fields(group)}
