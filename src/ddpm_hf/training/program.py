@@ -47,7 +47,7 @@ from ddpm_hf.training.rank_coordination import (
 )
 from ddpm_hf.training.resolve import implied_options, resume_options
 from ddpm_hf.training.run import Run, start_run
-from ddpm_hf.training.run_folder import remove_leftovers, run_lock
+from ddpm_hf.training.run_folder import run_lock
 from ddpm_hf.training.run_log import open_log
 from ddpm_hf.training.signals import StopSignal, is_under_a_launcher
 from ddpm_hf.training.validation import Validation
@@ -196,16 +196,9 @@ def _open_run_folder(
     else:
         lock = run_lock(paths)
         file_system = on_main_process(accelerator, lambda: stack.enter_context(lock), timeout_s)
-        on_main_process(accelerator, lambda: _clean_up(paths), timeout_s)
     newest = on_main_process(accelerator, lambda: find_checkpoint(paths.checkpoints), timeout_s)
     checkpoint: Path | None = broadcast_object_list([newest])[0]
     return file_system, checkpoint
-
-
-def _clean_up(paths: RunPaths) -> None:
-    """Remove what a crash left."""
-    remove_leftovers(paths.root)
-    remove_leftovers(paths.checkpoints)
 
 
 def _create_pusher(config: TrainingConfig) -> BackgroundPusher | None:

@@ -17,22 +17,9 @@ from ddpm_hf.training.file_system import PROBE_PREFIX, FileSystem, probe_file_sy
 _LEFTOVER = re.compile(r"(\.del-)?(?P<kind>\.(new|old|del)-)(?P<name>model|best|step-\d{8})")
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Clean up after a crash: remove incomplete folders, restore a replaced folder that has no
-    successor."""
-    if not folder.is_dir():
-        return
-    for leftover in folder.iterdir():
-        match = _LEFTOVER.fullmatch(leftover.name) if leftover.is_dir() else None
-        if match and match["kind"] == ".old-" and not (folder / match["name"]).exists():
-            os.rename(leftover, folder / match["name"])
-        elif match or leftover.name.startswith(PROBE_PREFIX):
-            remove_folder(leftover)
-
-
 @contextlib.contextmanager
 def run_lock(paths: RunPaths) -> Iterator[FileSystem]:
-    """Hold the exclusive lock of a run folder until the block or the process ends.
+    """Hold the exclusive lock of a run folder, cleaned up, until the block or the process ends.
 
     The folder is created if missing, and removed if the run fails before it writes anything. Its
     file system is probed; one without locks costs a warning.
@@ -57,7 +44,22 @@ def run_lock(paths: RunPaths) -> Iterator[FileSystem]:
                 f"`output_dir` {output_dir} cannot be written: {error.strerror}; choose another one"
             ) from None
         stack.callback(_remove_unused, created, file)  # before the lock is released
+        for folder in (output_dir, paths.checkpoints):
+            _remove_leftovers(folder)
         yield file_system
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Clean up after a crash: remove incomplete folders, restore a replaced folder that has no
+    successor."""
+    if not folder.is_dir():
+        return
+    for leftover in folder.iterdir():
+        match = _LEFTOVER.fullmatch(leftover.name) if leftover.is_dir() else None
+        if match and match["kind"] == ".old-" and not (folder / match["name"]).exists():
+            os.rename(leftover, folder / match["name"])
+        elif match or leftover.name.startswith(PROBE_PREFIX):
+            remove_folder(leftover)
 
 
 def _probe(folder: Path, created: Sequence[Path]) -> FileSystem:
