@@ -146,10 +146,13 @@ def name_missing_ranks(process: Accelerator | PartialState, timeout_s: float) ->
         missing = _missing_ranks(process.process_index, process.num_processes, has_ended, timeout_s)
         remaining = [rank for rank in range(process.num_processes) if rank not in missing]
         which = f"rank {', '.join(map(str, missing))}" if missing else "one"
+        fate, advice = "has ended", ""
+        if not has_ended or len(missing) != 1:
+            fate = f"has ended or hangs: no answer in {timeout_s:g} s"
+            advice = "; if the process was only slow, raise `ddp_timeout`"
         raise ProcessError(
-            f"{which} of {process.num_processes} processes has ended or hangs: no answer in "
-            f"{timeout_s:g} s. Run the same command again to resume from the last checkpoint; if "
-            "the process was only slow, raise `ddp_timeout`",
+            f"{which} of {process.num_processes} processes {fate}. Run the same command again to "
+            f"resume from the last checkpoint{advice}",
             is_reporting_rank=process.process_index == min(remaining),
         ) from None
 
