@@ -1,5 +1,6 @@
 """`ddpm-hf train` in subprocesses: killed and resumed, restarted, and with two ranks."""
 
+import faulthandler
 import json
 import os
 import random
@@ -181,6 +182,7 @@ def process_of_rank(launchers, rank):
 def test_a_launch_restarts_by_itself_and_equals_an_uninterrupted_run(
     how, photos, tmp_path, straight
 ):
+    faulthandler.cancel_dump_traceback_later()  # `faulthandler_timeout` is shorter
     num_processes = len(LAUNCHERS[how])
     with launched(LAUNCHERS[how], photos, tmp_path / "run") as launchers:
         wait_for_another_checkpoint(tmp_path / "run", launchers[0])
