@@ -400,7 +400,7 @@ def test_a_full_disk_changes_nothing(tmp_path, exists):
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))  # the weights have 42 kB
     try:
         with pytest.raises(Exception, match=r"(?i)file too large|os error 27"):
-            save_ours(folder, unet=tiny_unet(seed=1))
+            save_ours(folder, unet=tiny_unet(seed=1, **TWO_LEVELS))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert files_of(tmp_path) == before
