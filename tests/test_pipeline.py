@@ -9,6 +9,7 @@ import pytest
 import torch
 from checkpoints import (
     SHORT_CHAIN,
+    TWO_LEVELS,
     image_facts_of,
     quiet,
     tiny_pipeline,
@@ -570,7 +571,7 @@ def test_padding_is_cropped_to_the_window_of_the_training_images(sample_size, na
     image = normal(1, 1, *native).clamp(-1, 1)
     x_0 = torch.full((1, 1, height, width), 9.0)
     x_0[..., top : top + native[0], left : left + native[1]] = image
-    pipeline = tiny_pipeline(tiny_unet(sample_size=sample_size))
+    pipeline = tiny_pipeline(tiny_unet(sample_size=sample_size, **TWO_LEVELS))
     if native != pair:
         pipeline.unet.register_to_config(_ddpm_hf=image_facts_of("L", *native))
     call = ends_at(x_0)
