@@ -4,7 +4,7 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 
-# Gradio reads these on import. It summarises calls with pandas each time after this number.
+# Gradio reads these on import. After this number of calls, it summarises them with pandas.
 os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_ANALYTICS_CACHE_FREQUENCY": "1000000"}
 import gradio as gr
 

@@ -163,8 +163,9 @@ def read_config(file: Path) -> dict[str, Any]:
     """
     if not file.is_file():
         return {}
+    text = read_text(file)
     try:
-        content = load_yaml(read_text(file))
+        content = load_yaml(text)
     except ValueError as error:
         raise ValueError(f"{file} cannot be read: {error}") from None
     return content if isinstance(content, dict) else {}

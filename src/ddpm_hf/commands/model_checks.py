@@ -16,11 +16,18 @@ from ddpm_hf.text import check_local_path
 
 
 def check_model(name: str) -> None:
-    """Raise ValueError for a local path that does not exist or is not the folder of a model."""
+    """Check a local path of a model; a model on the Hub is skipped.
+
+    Raises:
+        ValueError: if it does not exist, is not the folder of a model, or has links to files
+            outside.
+    """
     check_local_path(name)
     given = Path(name).expanduser()
-    folder = model_of_run(given)
-    if folder.is_dir() and not ModelPaths(folder).index.is_file() and not run_of_checkpoint(given):
+    if not given.exists():
+        return
+    folder = fetch(name)
+    if not ModelPaths(folder).index.is_file() and not run_of_checkpoint(given):
         raise ValueError(not_a_model(folder, name))
 
 

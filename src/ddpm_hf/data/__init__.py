@@ -14,7 +14,7 @@ A set of images is prepared once before training, or streamed while training rea
 |                       | folder_metadata                    | tar_shards                          |
 | files are checked by  | encoded_images, file_limits        | file_limits, remote_files           |
 | images are decoded by | decoding, image_conversion         | decoding, image_conversion          |
-|  as asked for by      | preprocessing                      | shard_cache                         |
+|  called by            | preprocessing                      | shard_cache                         |
 | the result is kept in | image_dataset, preparation_cache:  | shard_cache: the shards that are    |
 |                       | all images, until they are deleted | needed next, up to a limit          |
 | folder of the cache   | ddpm_hf next to the Arrow files of | ddpm_hf_streams next to it; labels  |

@@ -46,8 +46,9 @@ def hub_dataset(
         with _reading_the_cache(not is_online):
             return datasets.load_dataset_builder(name, config_name, revision=revision)
     except Exception as error:  # also ImportError, for a protocol without its library
+        reason = " ".join(f"{error}".split()) or type(error).__name__
         raise DataError(
-            f"{name!r} is not a local path{close_paths(name)}; as a Hub dataset: {error}"
+            f"{name!r} is not a local path{close_paths(name)}; as a Hub dataset: {reason:.500}"
         ) from None
 
 
