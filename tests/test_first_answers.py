@@ -54,6 +54,8 @@ REFUSALS = [
     ("sample ./model", "'./model' does not exist"),
     ("sample --seed 1 ./model", "'./model' does not exist"),
     ("sample photos", "photos is not a pipeline checkpoint"),
+    ("sample there.png", "there.png is a file; pass the folder of the checkpoint"),
+    ("edit there.png there.png", "there.png is a file; pass the folder of the checkpoint"),
     ("edit ./model there.png", "'./model' does not exist"),
     ("edit MODEL missing.png", "missing.png does not exist"),
     ("edit PETS there.png --source-class cow --class-labels cat", "one of 'cat', 'dog', got 'cow'"),

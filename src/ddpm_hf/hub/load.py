@@ -149,7 +149,7 @@ def _build_unet(
 def with_weights(
     pipeline: "GaussianDDPMPipeline", weights: Mapping[str, "torch.Tensor"]
 ) -> "GaussianDDPMPipeline":
-    """The pipeline with other weights, and without its calibration, which is that of the old ones.
+    """The pipeline with other weights, without its calibration, which fits the old weights only.
 
     Args:
         pipeline: changed in place.
