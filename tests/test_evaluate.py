@@ -351,10 +351,10 @@ RANK_PROGRAM = """
 import sys
 from ddpm_hf import compare, evaluate
 model, photos, output = sys.argv[1:]
-options = {"metrics": ["fd", "bits-per-dim"], "features": "pixels", "num_images": 12}
-evaluation = evaluate(
-    model, photos, **options, num_inference_steps=2, output=output, progress=False
-)
+options = {
+    "metrics": ["fd", "bits-per-dim"], "features": "pixels", "num_images": 12, "batch_size": 4
+}
+evaluation = evaluate(model, photos, **options, num_inference_steps=2, output=output)
 comparison = compare(
     [model], photos, **options, num_inference_steps=[2, 99], output=output + "-2", progress=False
 )

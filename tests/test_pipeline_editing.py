@@ -7,6 +7,7 @@ from checkpoints import TWO_LEVELS, image_facts_of, save_stock, tiny_scheduler, 
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     UniPCMultistepScheduler,
@@ -452,3 +453,12 @@ def test_a_checkpoint_edits_without_the_package(tmp_path, pipeline):
     ]
     want = np.concatenate([output.images for output in images])
     np.testing.assert_allclose(np.load(tmp_path / "images.npy"), want, rtol=0, atol=1e-5)
+
+
+def test_image_to_image_refuses_a_scheduler_of_other_noise_levels():
+    pipeline = pipeline_of()
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(TypeError, match="over the betas that the network was trained with"):
+        pipeline.image_to_image(picture(), num_inference_steps=2)
+    with pytest.raises(TypeError, match="over the betas that the network was trained with"):
+        pipeline.image_to_image_gain(num_inference_steps=2)

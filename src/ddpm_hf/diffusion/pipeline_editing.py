@@ -142,6 +142,7 @@ class EditingMethods(denoising_pipeline.DenoisingPipeline):
         """
         draws = self._draws(image, num_images, generator, return_std, conditioning)
         x_0, scheduler = draws.x_0, self.scheduler
+        scheduler_interface.check_scheduler(scheduler)
         scheduler_interface.set_timesteps(scheduler, num_inference_steps, timesteps)
         options = scheduler_interface.step_options(scheduler, draws.generator, eta)
         start = image_to_image.start_index(scheduler, strength, log_snr)
@@ -167,6 +168,7 @@ class EditingMethods(denoising_pipeline.DenoisingPipeline):
         eta: float | None = None,
     ) -> float:
         """`expected_gain` of `image_to_image` with these arguments, without sampling."""
+        scheduler_interface.check_scheduler(self.scheduler)
         scheduler_interface.set_timesteps(self.scheduler, num_inference_steps, timesteps)
         start = image_to_image.start_index(self.scheduler, strength, log_snr)
         return image_to_image.expected_gain(self.scheduler, start, eta)

@@ -141,11 +141,13 @@ class Evaluator:
     ) -> None:
         """Print the expected time of the settings of a model that are not measured yet.
 
+        All ranks call it, because they share the work of the features of the real images.
+
         Args:
             subject: the model; nothing is printed for images.
             samplers: scheduler and number of steps by folder of the evaluation.
         """
-        if not self.progress or not subject.is_model:
+        if not subject.is_model:
             return
         calls = []
         for folder, (scheduler, K) in samplers.items():
@@ -154,9 +156,12 @@ class Evaluator:
                     calls.append(num_steps_and_calls(subject.source, scheduler, K)[1])
         if not calls:
             return
+        real = self.real_images(subject) if self.image_metrics else None
+        if not self.progress:
+            return
         options, work = self.options, list[tuple[int, int]]()  # images, calls per image
-        if self.image_metrics:
-            work.append((_num_drawn(options, self.real_images(subject)), sum(calls)))
+        if real is not None:
+            work.append((_num_drawn(options, real), sum(calls)))
         if BITS in self.metrics:
             num_images = options.num_images or self.data.num_likelihood_images()
             work.append((num_images, sum(min(options.num_timesteps or K, K) for K in calls)))
