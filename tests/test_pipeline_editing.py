@@ -7,8 +7,8 @@ from checkpoints import TWO_LEVELS, image_facts_of, save_stock, tiny_scheduler, 
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
