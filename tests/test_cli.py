@@ -28,8 +28,8 @@ from ddpm_hf.options import (
     takes_options,
 )
 from ddpm_hf.pictures import image_grid
-from ddpm_hf.text import counted
 from ddpm_hf.training import ConfigError, TrainingError, build_unet, parse_config
+from ddpm_hf.utils.text import counted
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,12 @@ import torch
 from image_sets import as_numpy, greys
 from test_sampling import CALL, all_of, build_pipeline
 
-from ddpm_hf import shared_work
 from ddpm_hf.data import preparation_cache, prepare_images
 from ddpm_hf.diffusion import atomic_files
 from ddpm_hf.diffusion.atomic_files import replacing_file, replacing_files, replacing_folder
 from ddpm_hf.sampling import draw_to, open_drawn
-from ddpm_hf.shared_work import compute_shards, distributed_state, sealed, unsealed
+from ddpm_hf.utils import shared_work
+from ddpm_hf.utils.shared_work import compute_shards, distributed_state, sealed, unsealed
 
 
 def flip(path, position):

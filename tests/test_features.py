@@ -12,7 +12,7 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 from ddpm_hf.evaluation.features import features_of, load_features, resized, to_rgb
 from ddpm_hf.evaluation.metrics import measure
 from ddpm_hf.sampling import DrawnImages
-from ddpm_hf.shared_work import distributed_state
+from ddpm_hf.utils.shared_work import distributed_state
 
 
 def image_set(pixels):

@@ -17,14 +17,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny_runs import metrics, run, tiny_images
 
-from ddpm_hf.backend_settings import is_out_of_memory
 from ddpm_hf.cli import main, run_command
 from ddpm_hf.data import DataError, load_images
 from ddpm_hf.diffusion.atomic_files import deleted_folder
 from ddpm_hf.sampling import open_drawn
-from ddpm_hf.text import without_secrets
 from ddpm_hf.training import CheckpointError, TrainingError
 from ddpm_hf.training.checkpoint_record import find_checkpoint
+from ddpm_hf.utils.backend_settings import is_out_of_memory
+from ddpm_hf.utils.text import without_secrets
 
 
 @pytest.fixture(scope="module")

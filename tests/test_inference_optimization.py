@@ -16,11 +16,11 @@ from ddpm_hf import (
     load,
     optimize,
 )
-from ddpm_hf.backend_settings import is_channels_last, supports_bfloat16, tf32_operations
 from ddpm_hf.cli import main
 from ddpm_hf.inference_optimization import MIN_CALLS_TO_MEASURE
 from ddpm_hf.inference_settings import InferenceSettings
-from ddpm_hf.timing import fastest, fastest_num_threads
+from ddpm_hf.utils.backend_settings import is_channels_last, supports_bfloat16, tf32_operations
+from ddpm_hf.utils.timing import fastest, fastest_num_threads
 
 
 def build_pipeline(**config):

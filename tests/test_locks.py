@@ -10,9 +10,9 @@ import pytest
 from processes import LIMIT_S, run_process, started
 
 from ddpm_hf.cli import main
-from ddpm_hf.locks import FOLDER_LOCK, InUseError, exclusive_folder, hold_lock
 from ddpm_hf.sampling.output_paths import batch_folder
-from ddpm_hf.shared_work import distributed_state
+from ddpm_hf.utils.locks import FOLDER_LOCK, InUseError, exclusive_folder, hold_lock
+from ddpm_hf.utils.shared_work import distributed_state
 
 
 def reserve(folder):
@@ -77,7 +77,7 @@ def test_a_lock_file_that_is_removed_while_waiting_is_created_again(tmp_path):
 @pytest.mark.slow
 def test_the_lock_of_a_killed_process_is_free(tmp_path):
     script = (
-        "import os, sys, pathlib; from ddpm_hf.locks import hold_lock\n"
+        "import os, sys, pathlib; from ddpm_hf.utils.locks import hold_lock\n"
         "with hold_lock(pathlib.Path(sys.argv[1]), pathlib.Path(), 'output'):\n"
         "    os.kill(os.getpid(), 9)"
     )

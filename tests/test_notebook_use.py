@@ -11,7 +11,7 @@ from tiny_runs import run
 
 import ddpm_hf
 from ddpm_hf.scheduler_spec import readable_names
-from ddpm_hf.text import is_notebook
+from ddpm_hf.utils.text import is_notebook
 
 
 def test_a_pipeline_has_the_names_of_its_classes():

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import ImageFont
 
-from ddpm_hf import fonts
 from ddpm_hf.pictures import grid_by_row, image_grid
+from ddpm_hf.utils import fonts
 
 BLACK = np.zeros((16, 16, 1))
 

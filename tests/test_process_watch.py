@@ -7,18 +7,19 @@ import sys
 import time
 from contextlib import ExitStack
 
+import psutil
 import pytest
 from processes import LIMIT_S, forked, forked_ranks, started
 
-from ddpm_hf.process_watch import is_launcher
+from ddpm_hf.utils.process_watch import is_launcher
 
 pytestmark = pytest.mark.slow
 HANG_S = 5.0
 CODE = f"""
 import sys, time
-from ddpm_hf import process_watch
+from ddpm_hf.utils import process_watch
 process_watch.HANG_S = {HANG_S}
-from ddpm_hf.shared_work import distributed_state, on_main_process
+from ddpm_hf.utils.shared_work import distributed_state, on_main_process
 state = distributed_state()
 on_main_process(state, lambda: None)
 print("ready", flush=True)
@@ -57,7 +58,7 @@ LAUNCHER = """
 import os, subprocess, sys, time
 worker = '''
 import time
-from ddpm_hf.process_watch import watch_launcher
+from ddpm_hf.utils.process_watch import watch_launcher
 watch_launcher()
 print("ready", flush=True)
 time.sleep(100)
@@ -81,7 +82,7 @@ def test_the_workers_of_a_killed_launcher_end():
 WORKER = """
 import os, sys, time
 from pathlib import Path
-from ddpm_hf.process_watch import watch_launcher
+from ddpm_hf.utils.process_watch import watch_launcher
 watch_launcher()
 Path(sys.argv[1]).write_text(f"{os.getpid()} ")
 time.sleep(100)
@@ -111,6 +112,7 @@ def test_only_the_command_line_of_a_launcher_makes_a_parent_a_launcher(monkeypat
     for name, expected in (("accelerate", True), ("accelerate_photos", False)):
         command = [sys.executable, str(tmp_path / name), "launch"]
         with started(command, stdin=subprocess.PIPE) as parent:
+            wait_until(psutil.Process(parent.pid).cmdline)  # empty just after the start
             assert is_launcher(parent.pid) is expected
             monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
             assert not is_launcher(parent.pid)

@@ -8,9 +8,9 @@ from PIL import Image
 from tiny_runs import tiny_unet
 
 from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler
-from ddpm_hf.locks import exclusive_folder
 from ddpm_hf.sampling import draw_images, draw_to, open_drawn
-from ddpm_hf.shared_work import distributed_state
+from ddpm_hf.utils.locks import exclusive_folder
+from ddpm_hf.utils.shared_work import distributed_state
 
 
 def build_pipeline(**config):

@@ -13,8 +13,8 @@ from ddpm_hf.commands import app, calibrate, convert, edit, ema, evaluate, sampl
 from ddpm_hf.hub.options import PushOptions
 from ddpm_hf.hub.retry import TOKEN_HELP
 from ddpm_hf.options import flag_of, kinds_of
-from ddpm_hf.text import without_secrets
 from ddpm_hf.training import TrainingConfig
+from ddpm_hf.utils.text import without_secrets
 
 CANARY = "hf_" + "CaNaRy" * 6
 COMMANDS = {

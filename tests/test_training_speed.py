@@ -12,8 +12,8 @@ from diffusers import UNet2DModel
 from tiny_runs import assert_equal_bits, checkpoint, metrics, run, stop_reading_at, tiny_unet
 
 from ddpm_hf import TrainingError
-from ddpm_hf.backend_settings import use_num_threads
 from ddpm_hf.training import ConfigError, parse_config
+from ddpm_hf.utils.backend_settings import use_num_threads
 
 pytestmark = pytest.mark.slow
 

@@ -39,7 +39,7 @@ from ddpm_hf.cli import run_command
 from ddpm_hf.evaluation.card_metrics import CardMetric, card_metrics
 from ddpm_hf.evaluation.distances import frechet_distance
 from ddpm_hf.hub.card import write_results
-from ddpm_hf.text import duration
+from ddpm_hf.utils.text import duration
 from faces import CLASS, FOLDER, Judge, Scores, load_faces, shortcomings, table, to_pixels
 
 NUM_UPDATES = 1500

@@ -17,7 +17,7 @@ from tqdm.auto import trange
 
 from ddpm_hf import GaussianDDPMScheduler
 from ddpm_hf.losses import simple_loss
-from ddpm_hf.timing import fastest_num_threads
+from ddpm_hf.utils.timing import fastest_num_threads
 
 T = 1000
 scheduler = GaussianDDPMScheduler(T, beta_start=1e-4, beta_end=0.02, prediction_type="sample")

@@ -5,11 +5,10 @@ Public names are imported on first use, so that `ddpm-hf --help` does not import
 
 from typing import TYPE_CHECKING
 
-from ddpm_hf.first_use import imported_on_first_use
+from ddpm_hf.utils.first_use import imported_on_first_use
 
 if TYPE_CHECKING:
     from ddpm_hf.calibration import Calibration, calibrate
-    from ddpm_hf.connection import HubError
     from ddpm_hf.data import DataError
     from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
     from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
         TrainingResult,
         train,
     )
+    from ddpm_hf.utils.connection import HubError
 
 __version__ = "0.1.0"
 __all__ = [
@@ -74,7 +74,7 @@ __getattr__ = imported_on_first_use(
     __name__,
     {
         "calibration": "Calibration calibrate",
-        "connection": "HubError",
+        "utils.connection": "HubError",
         "data": "DataError",
         "diffusion.pipeline": "GaussianDDPMPipeline",
         "diffusion.scheduling": "GaussianDDPMScheduler",

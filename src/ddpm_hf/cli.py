@@ -19,9 +19,9 @@ from ddpm_hf.commands.messages import (
     print_traceback,
     say,
 )
-from ddpm_hf.connection import check_endpoint
-from ddpm_hf.process_watch import watch_launcher
-from ddpm_hf.text import check_local_path
+from ddpm_hf.utils.connection import check_endpoint
+from ddpm_hf.utils.process_watch import watch_launcher
+from ddpm_hf.utils.text import check_local_path
 
 COMMANDS = {
     "train": train,
@@ -124,7 +124,7 @@ def _one_line(error: Exception) -> str | None:
     """The message of a failure that the user can mend; None for an error in the program."""
     if isinstance(error, ValueError | OSError):
         return f"{error}"
-    from ddpm_hf.backend_settings import is_out_of_memory
+    from ddpm_hf.utils.backend_settings import is_out_of_memory
 
     if is_out_of_memory(error):
         reason = str(error).strip().partition("\n")[0] or type(error).__name__

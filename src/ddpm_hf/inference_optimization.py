@@ -15,14 +15,6 @@ from diffusers.models import UNet2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
-from ddpm_hf.backend_settings import (
-    MAX_NUM_THREADS,
-    is_channels_last,
-    set_tf32,
-    supports_bfloat16,
-    supports_tf32,
-    use_num_threads,
-)
 from ddpm_hf.diffusion import checks
 from ddpm_hf.diffusion.conditioning import guide_network
 from ddpm_hf.diffusion.eval_mode import evaluating
@@ -30,7 +22,15 @@ from ddpm_hf.diffusion.image_format import image_facts, size_and_window
 from ddpm_hf.diffusion.pipeline import MAX_BATCH_SIZE, GaussianDDPMPipeline
 from ddpm_hf.diffusion.timestep_spacings import usual_num_steps
 from ddpm_hf.inference_settings import OptimizedInference
-from ddpm_hf.timing import fastest, fastest_num_threads, time_in_turns
+from ddpm_hf.utils.backend_settings import (
+    MAX_NUM_THREADS,
+    is_channels_last,
+    set_tf32,
+    supports_bfloat16,
+    supports_tf32,
+    use_num_threads,
+)
+from ddpm_hf.utils.timing import fastest, fastest_num_threads, time_in_turns
 
 MIN_CALLS_TO_MEASURE = 200  # a comparison of two candidates takes 2 * (1 + NUM_ROUNDS) calls
 # bf16 has 8 bits: outputs are within one or two percent of those in float32.

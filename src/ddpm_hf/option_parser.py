@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from transformers import HfArgumentParser
 
 from ddpm_hf.options import REQUIRED, flag_of, flags_in_message, kinds_of
-from ddpm_hf.text import did_you_mean
+from ddpm_hf.utils.text import did_you_mean
 
 Kind = TypeVar("Kind")
 _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}

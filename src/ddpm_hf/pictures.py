@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from ddpm_hf import fonts
+from ddpm_hf.utils import fonts
 
 Pixels = npt.NDArray[Any]  # one image, (H, W, C), float in [0, 1]
 # Small images are enlarged by an integer factor: to cells of at least 64 pixels, and further, up to

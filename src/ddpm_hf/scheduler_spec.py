@@ -13,7 +13,7 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
-from ddpm_hf.text import did_you_mean
+from ddpm_hf.utils.text import did_you_mean
 
 # The schedulers of diffusers that sample from a discrete-time model with a beta schedule.
 SCHEDULERS = (

@@ -37,7 +37,7 @@ from common import (
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from ddpm_hf import GaussianDDPMPipeline, optimize, simple_loss
-from ddpm_hf.backend_settings import supports_bfloat16
+from ddpm_hf.utils.backend_settings import supports_bfloat16
 
 NUM_STEPS = 4  # each step costs the same
 BATCHES = {"small": (1, 16), "cifar": (1,)}

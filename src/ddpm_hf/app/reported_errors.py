@@ -11,7 +11,7 @@ from gradio.context import LocalContext
 
 from ddpm_hf.app.page_texts import language_of, texts
 from ddpm_hf.app.request_errors import RequestError, message_of
-from ddpm_hf.backend_settings import is_out_of_memory
+from ddpm_hf.utils.backend_settings import is_out_of_memory
 
 
 def reported(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ddpm_hf.app.page_texts import LANGUAGES, texts
-from ddpm_hf.text import without_secrets
+from ddpm_hf.utils.text import without_secrets
 
 
 class RequestError(ValueError):

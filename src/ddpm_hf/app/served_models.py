@@ -18,7 +18,7 @@ from ddpm_hf.hub.load import open_pipeline
 from ddpm_hf.image_batches import recorded_bit_depth
 from ddpm_hf.sampling.class_labels import class_names_of, label_cycle
 from ddpm_hf.sampling.sampler_choice import SamplerSetting, recommended_setting
-from ddpm_hf.text import public_name
+from ddpm_hf.utils.text import public_name
 
 # Of one request; a batch of 256x256 images then takes a few GB of memory.
 MAX_IMAGES, MAX_PIXELS = 64, 2**20

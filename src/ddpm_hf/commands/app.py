@@ -8,7 +8,7 @@ from typing import ClassVar
 from ddpm_hf.commands.messages import command_options, say
 from ddpm_hf.hub.options import LoadOptions
 from ddpm_hf.options import REQUIRED, Options, option
-from ddpm_hf.text import check_local_path, how_to_install
+from ddpm_hf.utils.text import check_local_path, how_to_install
 
 HELP = "open models in the browser: draw, compare, edit, look inside"
 DESCRIPTION = """

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ddpm_hf.commands.messages import command_options, resume_hint
-from ddpm_hf.connection import check_dataset
 from ddpm_hf.evaluation.options import DATASET_HELP, CalibrationOptions
 from ddpm_hf.hub.options import ModelArgument
 from ddpm_hf.options import REQUIRED, for_user, option
 from ddpm_hf.paths import output_folder
+from ddpm_hf.utils.connection import check_dataset
 
 HELP = "measure what a model loses in few steps, and the best variances for them"
 DESCRIPTION = """
@@ -76,7 +76,7 @@ def calibrate(options: CalibrateCommand) -> None:
         ValueError, OSError: see `calibrate_checkpoint`.
     """
     from ddpm_hf.evaluation.checkpoint_calibration import calibrate_checkpoint
-    from ddpm_hf.shared_work import leave_process_group
+    from ddpm_hf.utils.shared_work import leave_process_group
 
     calibration = calibrate_checkpoint(
         options.model,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from ddpm_hf.commands.messages import command_options, resume_hint, say_recommended
 from ddpm_hf.hub.options import LoadOptions, ModelArgument
 from ddpm_hf.sampling.edit_options import EditOptions, EditOutputOptions, PictureArgument
-from ddpm_hf.text import counted, public_name
+from ddpm_hf.utils.text import counted, public_name
 
 HELP = "edit a picture: inpaint, vary, interpolate, change its class"
 DESCRIPTION = """
@@ -59,7 +59,7 @@ def edit(options: EditCommand) -> None:
     from ddpm_hf.hub.load import load
     from ddpm_hf.sampling.edited_images import edit_images
     from ddpm_hf.sampling.picture_edit import EditPictures, PictureEdit
-    from ddpm_hf.shared_work import distributed_state, leave_process_group
+    from ddpm_hf.utils.shared_work import distributed_state, leave_process_group
 
     state = distributed_state()
     pipeline = load(options.model, **options.keywords(LoadOptions)).to(state.device)

@@ -4,13 +4,13 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ddpm_hf.bounded_yaml import load_yaml
 from ddpm_hf.commands.messages import command_options, resume_hint
 from ddpm_hf.diffusion.atomic_files import read_json, read_text
 from ddpm_hf.evaluation.options import DATASET_HELP, METRIC_NAMES, EmaSweepOptions
 from ddpm_hf.options import REQUIRED, OptionError, for_user, option
 from ddpm_hf.paths import ModelPaths, RunPaths, output_folder
-from ddpm_hf.text import check_local_path, close_paths
+from ddpm_hf.utils.bounded_yaml import load_yaml
+from ddpm_hf.utils.text import check_local_path, close_paths
 
 HELP = "choose the length of the weight average of a run after training"
 DESCRIPTION = """
@@ -178,7 +178,7 @@ def reconstruct(options: EmaCommand) -> None:
         ValueError, OSError, SafetensorError: see `PostHocEMA`.
     """
     from ddpm_hf.post_hoc_ema.models import PostHocEMA
-    from ddpm_hf.shared_work import distributed_state
+    from ddpm_hf.utils.shared_work import distributed_state
 
     if not distributed_state().is_main_process:
         return
@@ -196,7 +196,7 @@ def sweep(options: EmaCommand) -> None:
     """
     from ddpm_hf.evaluation.ema_sweep import EMA_FILE, LENGTHS, sweep_ema, write_best
     from ddpm_hf.post_hoc_ema.models import PostHocEMA
-    from ddpm_hf.shared_work import leave_process_group
+    from ddpm_hf.utils.shared_work import leave_process_group
 
     results = RunPaths(options.folder).ema_sweep
     result = sweep_ema(

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddpm_hf.commands.messages import command_options, resume_hint, say
-from ddpm_hf.connection import check_dataset
 from ddpm_hf.evaluation.options import DATASET_HELP, METRIC_NAMES, ComparisonOptions
 from ddpm_hf.hub.options import LoadOptions
 from ddpm_hf.options import REQUIRED, OptionError, for_user, option
 from ddpm_hf.paths import output_folder
 from ddpm_hf.scheduler_spec import NAMES_HELP, scheduler_name
-from ddpm_hf.text import check_local_path, escaped
+from ddpm_hf.utils.connection import check_dataset
+from ddpm_hf.utils.text import check_local_path, escaped
 
 if TYPE_CHECKING:
     from ddpm_hf.evaluation.results import Evaluation
@@ -172,7 +172,7 @@ def evaluate(options: EvaluateCommand) -> None:
     from ddpm_hf.evaluation.evaluate import evaluate
     from ddpm_hf.evaluation.result_files import EVALUATION_FILE, known_results
     from ddpm_hf.evaluation.result_pictures import save_bound_plots
-    from ddpm_hf.shared_work import leave_process_group
+    from ddpm_hf.utils.shared_work import leave_process_group
 
     known = known_results(options.output)
     evaluation = evaluate(
@@ -204,7 +204,7 @@ def compare(options: EvaluateCommand) -> None:
     """
     from ddpm_hf.evaluation.compare import compare
     from ddpm_hf.evaluation.result_files import COMPARISON_FILE
-    from ddpm_hf.shared_work import leave_process_group
+    from ddpm_hf.utils.shared_work import leave_process_group
 
     comparison = compare(
         options.subjects,
@@ -227,7 +227,7 @@ def verify(options: EvaluateCommand) -> int:
         ValueError, OSError: see `evaluation.verify.verify`.
     """
     from ddpm_hf.evaluation.verify import verify
-    from ddpm_hf.shared_work import leave_process_group
+    from ddpm_hf.utils.shared_work import leave_process_group
 
     claims = verify(
         options.subjects[0],

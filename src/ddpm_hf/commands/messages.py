@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ddpm_hf.options import Options, for_user, naming_flags_of
 from ddpm_hf.scheduler_spec import readable_names
-from ddpm_hf.text import counted, visible, without_secrets
+from ddpm_hf.utils.text import counted, visible, without_secrets
 
 if TYPE_CHECKING:
     from ddpm_hf.sampling import SamplerSetting

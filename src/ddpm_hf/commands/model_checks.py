@@ -12,7 +12,7 @@ from ddpm_hf.hub.download import downloading_once, fetch
 from ddpm_hf.hub.options import LoadOptions
 from ddpm_hf.paths import ModelPaths, model_of_run, not_a_model, run_of_checkpoint
 from ddpm_hf.sampling.options import NOT_CONDITIONAL
-from ddpm_hf.text import check_local_path
+from ddpm_hf.utils.text import check_local_path
 
 
 def check_model(name: str) -> None:

@@ -3,10 +3,10 @@
 import sys
 
 from ddpm_hf.commands.messages import command_options
-from ddpm_hf.connection import HubError
 from ddpm_hf.hub.options import PushOptions
 from ddpm_hf.paths import ModelPaths, not_a_model
-from ddpm_hf.text import close_paths
+from ddpm_hf.utils.connection import HubError
+from ddpm_hf.utils.text import close_paths
 
 HELP = "share a model folder on the Hub, in one commit, private unless --public"
 DESCRIPTION = """

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ddpm_hf.commands.messages import command_options, resume_hint, say_recommended
 from ddpm_hf.hub.options import LoadOptions, ModelArgument
 from ddpm_hf.sampling.options import DrawOptions, ImageOptions, SamplingOptions
-from ddpm_hf.text import counted, public_name
+from ddpm_hf.utils.text import counted, public_name
 
 if TYPE_CHECKING:
     from ddpm_hf.sampling import SamplerSetting
@@ -82,7 +82,7 @@ def sample(options: SampleCommand, output: Path) -> None:
     from ddpm_hf.sampling.image_writer import reserved_output, save_images
     from ddpm_hf.sampling.planned_optimization import optimize_for_images
     from ddpm_hf.sampling.sampler_choice import choose_setting
-    from ddpm_hf.shared_work import distributed_state, leave_process_group
+    from ddpm_hf.utils.shared_work import distributed_state, leave_process_group
 
     # Reserve the output before the model is loaded.
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from ddpm_hf.commands.messages import command_messages
-from ddpm_hf.text import check_local_path
+from ddpm_hf.utils.text import check_local_path
 
 HELP = "train on a folder of images or any dataset, or resume an interrupted run"
 

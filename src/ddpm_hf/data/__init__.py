@@ -28,7 +28,7 @@ a folder is checked before torch is imported.
 
 from typing import TYPE_CHECKING
 
-from ddpm_hf.first_use import imported_on_first_use
+from ddpm_hf.utils.first_use import imported_on_first_use
 
 if TYPE_CHECKING:
     from ddpm_hf.data.errors import DataError

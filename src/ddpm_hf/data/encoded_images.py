@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from ddpm_hf.data.errors import DataError
 from ddpm_hf.data.file_limits import MAX_IMAGE_BYTES
 from ddpm_hf.diffusion.image_format import IMAGE_MODES
-from ddpm_hf.text import did_you_mean
+from ddpm_hf.utils.text import did_you_mean
 
 
 @dataclass(frozen=True)

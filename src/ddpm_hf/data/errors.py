@@ -1,6 +1,6 @@
 """Errors about data."""
 
-from ddpm_hf.text import without_secrets
+from ddpm_hf.utils.text import without_secrets
 
 
 class DataError(ValueError):

@@ -12,7 +12,7 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 
 from ddpm_hf.data.errors import DataError
-from ddpm_hf.text import file_size
+from ddpm_hf.utils.text import file_size
 
 MAX_IMAGE_BYTES = 2**29
 """Largest supported image file: 64 million pixels of 64 bits."""

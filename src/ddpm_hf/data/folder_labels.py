@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from ddpm_hf.diffusion.atomic_files import read_text
-from ddpm_hf.text import printable
+from ddpm_hf.utils.text import printable
 
 _MAX_BYTES = 2**28  # of a file that lists every image
 _LABEL_FILE = "dataset.json"

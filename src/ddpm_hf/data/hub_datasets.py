@@ -14,7 +14,6 @@ from datasets.packaged_modules.parquet.parquet import ParquetConfig
 from huggingface_hub import HfApi, HfFileSystem, snapshot_download, try_to_load_from_cache
 from huggingface_hub import constants as hub_constants
 
-from ddpm_hf.connection import is_hub_reachable
 from ddpm_hf.data.errors import DataError
 from ddpm_hf.data.file_limits import (
     check_free_space,
@@ -22,7 +21,8 @@ from ddpm_hf.data.file_limits import (
     existing_parent,
     parquet_size,
 )
-from ddpm_hf.text import close_paths, counted, file_size
+from ddpm_hf.utils.connection import is_hub_reachable
+from ddpm_hf.utils.text import close_paths, counted, file_size
 
 _PATHS_AT_ONCE = 500  # in one request
 _ADVICE = "free disk space, set HF_HOME to a folder on another disk, or use `streaming`"

@@ -20,7 +20,7 @@ from ddpm_hf.data.folder_labels import labels_by_split
 from ddpm_hf.data.folder_metadata import listed_images, metadata_files, rows_with_metadata
 from ddpm_hf.data.splits import Splits, split_by_top_folder, split_names
 from ddpm_hf.paths import ModelPaths, RunPaths
-from ddpm_hf.text import printable
+from ddpm_hf.utils.text import printable
 
 IN_RUNS = "in folders of training runs"
 _SYSTEM_FILES = ("Thumbs.db", "desktop.ini")

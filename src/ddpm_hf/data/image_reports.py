@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from ddpm_hf.data.decoding import install_hint
 from ddpm_hf.data.errors import DataError
 from ddpm_hf.data.image_conversion import MAX_ASPECT, Target
-from ddpm_hf.text import counted
+from ddpm_hf.utils.text import counted
 
 _MAX_PROBLEMS, _MAX_SKIPPED, _MAX_KINDS = 200, 10, 10
 

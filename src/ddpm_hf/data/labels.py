@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm_hf.data.errors import DataError
-from ddpm_hf.text import did_you_mean, share_that_has
+from ddpm_hf.utils.text import did_you_mean, share_that_has
 
 NO_LABEL = -1
 

@@ -13,7 +13,7 @@ from ddpm_hf.data.encoded_images import EncodedImages
 from ddpm_hf.data.errors import DataError
 from ddpm_hf.data.preprocessing import Plan, prepare_into
 from ddpm_hf.diffusion.atomic_files import read_json, replacing_folder
-from ddpm_hf.digests import file_digest
+from ddpm_hf.utils.digests import file_digest
 
 logger = logging.getLogger(__name__)
 

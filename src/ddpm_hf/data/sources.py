@@ -133,7 +133,7 @@ def _as_data_error(source: str) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:  # the libraries raise errors of every kind for foreign files
-        from ddpm_hf.backend_settings import is_out_of_memory  # loads torch
+        from ddpm_hf.utils.backend_settings import is_out_of_memory  # loads torch
 
         if is_out_of_memory(error):
             raise

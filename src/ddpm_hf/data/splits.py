@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 
 from ddpm_hf.data.errors import DataError
-from ddpm_hf.text import did_you_mean
+from ddpm_hf.utils.text import did_you_mean
 
 SPLITS = ("train", "test", "validation", "valid", "val")
 

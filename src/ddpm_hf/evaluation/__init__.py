@@ -39,7 +39,7 @@ Results
 
 from typing import TYPE_CHECKING
 
-from ddpm_hf.first_use import imported_on_first_use
+from ddpm_hf.utils.first_use import imported_on_first_use
 
 if TYPE_CHECKING:
     from ddpm_hf.evaluation.distances import (

@@ -11,7 +11,7 @@ from ddpm_hf.evaluation.comparison_results import Sweep
 from ddpm_hf.evaluation.figures import BoundPart, DatasetFacts, ModelSourceFacts, finite
 from ddpm_hf.evaluation.records import Record, Row, excluded, optional, renamed
 from ddpm_hf.evaluation.results import Report
-from ddpm_hf.text import counted
+from ddpm_hf.utils.text import counted
 
 NUM_STEPS = (5, 10, 25, 50, 100, 250)
 _STEPS_COLUMNS = {

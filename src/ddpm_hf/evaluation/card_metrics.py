@@ -7,7 +7,7 @@ from ddpm_hf.evaluation.options import BITS
 from ddpm_hf.evaluation.records import JsonObject, Record
 from ddpm_hf.evaluation.results import VERDICTS, Evaluation, bound_setup
 from ddpm_hf.run_record import BoundSetup
-from ddpm_hf.text import counted
+from ddpm_hf.utils.text import counted
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,9 +49,9 @@ from ddpm_hf.likelihood import BitsPerDim
 from ddpm_hf.options import takes_options
 from ddpm_hf.paths import model_of_run, run_of_checkpoint
 from ddpm_hf.randomness import seed_of
-from ddpm_hf.shared_work import distributed_state, on_main_process
-from ddpm_hf.text import public_name
 from ddpm_hf.trajectory_timesteps import SAMPLERS, trajectory_matching_timesteps
+from ddpm_hf.utils.shared_work import distributed_state, on_main_process
+from ddpm_hf.utils.text import public_name
 
 NUM_IMAGES = 256
 NUM_TRAJECTORIES = 32  # of the search for timesteps

@@ -34,7 +34,7 @@ from ddpm_hf.evaluation.results import Evaluation
 from ddpm_hf.evaluation.subjects import Subject, default_metrics, is_model
 from ddpm_hf.options import takes_options
 from ddpm_hf.scheduler_spec import SchedulerSpec
-from ddpm_hf.shared_work import on_main_process
+from ddpm_hf.utils.shared_work import on_main_process
 
 Plan = Sequence[tuple[Any, Sequence[Setting]]]
 """Models or images, each with its settings."""

@@ -9,7 +9,7 @@ from ddpm_hf.evaluation.options import ComparisonOptions, EvaluationOptions
 from ddpm_hf.evaluation.records import Record, Row, optional
 from ddpm_hf.evaluation.results import Report, Result
 from ddpm_hf.scheduler_spec import readable_names
-from ddpm_hf.text import counted
+from ddpm_hf.utils.text import counted
 
 Rank = Literal["best", "tie", ""]
 _FIGURES_PER_TABLE = 3

@@ -19,7 +19,7 @@ from ddpm_hf.evaluation.figures import DatasetFacts
 from ddpm_hf.evaluation.model_images import EvaluationImages, images_for, prepared_like
 from ddpm_hf.evaluation.options import DataOptions
 from ddpm_hf.sampling import DrawnImages
-from ddpm_hf.text import public_name
+from ddpm_hf.utils.text import public_name
 
 # Usual names of the held-out split, in order of preference.
 HELD_OUT = ("test", "validation")

@@ -25,8 +25,8 @@ from ddpm_hf.evaluation.subjects import Subject
 from ddpm_hf.hub.card import write_results
 from ddpm_hf.options import takes_options
 from ddpm_hf.post_hoc_ema.models import EmaFacts, PostHocEMA
-from ddpm_hf.shared_work import distributed_state, on_main_process
-from ddpm_hf.text import public_name
+from ddpm_hf.utils.shared_work import distributed_state, on_main_process
+from ddpm_hf.utils.text import public_name
 
 EMA_FILE = "ema.json"
 LENGTHS = (0.02, 0.03, 0.05, 0.07, 0.1, 0.14, 0.2, 0.25)

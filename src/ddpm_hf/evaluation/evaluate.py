@@ -37,8 +37,8 @@ from ddpm_hf.options import takes_options
 from ddpm_hf.sampling import DrawnImages, draw_to
 from ddpm_hf.sampling.sampler_choice import sampled_by
 from ddpm_hf.scheduler_spec import SchedulerSpec
-from ddpm_hf.shared_work import distributed_state, on_main_process
-from ddpm_hf.text import counted
+from ddpm_hf.utils.shared_work import distributed_state, on_main_process
+from ddpm_hf.utils.text import counted
 
 MAX_DRAWN = 10_000
 

@@ -14,7 +14,7 @@ from ddpm_hf.diffusion.scheduler_interface import set_timesteps
 from ddpm_hf.diffusion.timestep_spacings import usual_num_steps
 from ddpm_hf.sampling.sampler_choice import sampled_by
 from ddpm_hf.scheduler_spec import SchedulerSpec
-from ddpm_hf.text import duration
+from ddpm_hf.utils.text import duration
 
 # Fewer batches take too little time to be announced.
 _FEW_CALLS = 20

@@ -21,13 +21,13 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddpm_hf.backend_settings import is_out_of_memory
 from ddpm_hf.diffusion.atomic_files import check_regular
-from ddpm_hf.digests import weights_digest
 from ddpm_hf.hub.retry import retry
 from ddpm_hf.sampling import DrawnImages
-from ddpm_hf.shared_work import compute_shards
-from ddpm_hf.text import check_local_path, how_to_install, public_name
+from ddpm_hf.utils.backend_settings import is_out_of_memory
+from ddpm_hf.utils.digests import weights_digest
+from ddpm_hf.utils.shared_work import compute_shards
+from ddpm_hf.utils.text import check_local_path, how_to_install, public_name
 
 # Features without a download: a network of the extra `eval`, and the pixel values.
 OFFLINE_FEATURES = ("efficientnet-lite0", "pixels")

@@ -19,7 +19,7 @@ from ddpm_hf.data.errors import SeveralShapes
 from ddpm_hf.data.sources import origin_of
 from ddpm_hf.diffusion.image_format import MODE_CHANNELS, ImageFacts, image_facts, size_multiple
 from ddpm_hf.randomness import seed_of
-from ddpm_hf.text import counted
+from ddpm_hf.utils.text import counted
 
 # Facts in which images and model must agree.
 _FACTS = ("mode", "height", "width", "bit_depth")

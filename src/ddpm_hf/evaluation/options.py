@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, Self
 from ddpm_hf.hub.options import LoadOptions
 from ddpm_hf.options import Options, option
 from ddpm_hf.scheduler_spec import NAMES_HELP, scheduler_name
-from ddpm_hf.text import public_name
+from ddpm_hf.utils.text import public_name
 
 BITS = "bits-per-dim"
 METRIC_NAMES = (BITS, "fd", "kid", "precision-recall", "coverage", "memorisation")

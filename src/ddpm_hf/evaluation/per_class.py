@@ -12,7 +12,7 @@ from torch import Tensor
 from ddpm_hf.evaluation.figures import ClassResult, MetricResult
 from ddpm_hf.evaluation.metrics import LOWER_IS_BETTER, METRICS, MIN_IMAGES, measure
 from ddpm_hf.sampling import DrawnImages
-from ddpm_hf.text import share_that_has
+from ddpm_hf.utils.text import share_that_has
 
 FEW_IMAGES = 100  # per class, below which only large differences are significant
 

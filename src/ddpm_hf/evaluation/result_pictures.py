@@ -19,7 +19,7 @@ from ddpm_hf.evaluation.comparison_results import (
 from ddpm_hf.evaluation.figures import BoundResult
 from ddpm_hf.pictures import image_grid, to_pil, to_rgb
 from ddpm_hf.sampling import DrawnImages, open_drawn
-from ddpm_hf.text import how_to_install
+from ddpm_hf.utils.text import how_to_install
 
 _NUM_SAMPLES, _SAMPLES_PER_ROW, _PAIRS_PER_ROW, _MAX_NAME = 64, 12, 4, 100
 

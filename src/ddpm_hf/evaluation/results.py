@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any, ClassVar, Literal, Self
 
-from ddpm_hf.digests import json_digest
 from ddpm_hf.evaluation.figures import (
     BoundResult,
     ClassResult,
@@ -20,7 +19,8 @@ from ddpm_hf.evaluation.figures import (
 )
 from ddpm_hf.evaluation.options import EvaluationOptions
 from ddpm_hf.evaluation.records import JsonObject, Record, Row
-from ddpm_hf.text import counted
+from ddpm_hf.utils.digests import json_digest
+from ddpm_hf.utils.text import counted
 
 VERDICTS = {"worse": "worse than real", "better": "better than real", "tie": "a tie with real"}
 MAX_CLASSES = 20  # rows of a printed table

@@ -11,7 +11,6 @@ from PIL import Image
 from torch import Tensor
 
 from ddpm_hf.diffusion.image_format import MODE_CHANNELS, ImageFacts
-from ddpm_hf.digests import weights_digest
 from ddpm_hf.evaluation.model_images import facts_of
 from ddpm_hf.evaluation.options import BITS, METRIC_NAMES, public_name_of
 from ddpm_hf.hub.load import load
@@ -19,6 +18,7 @@ from ddpm_hf.hub.options import LoadOptions
 from ddpm_hf.paths import ModelPaths, model_of_run, run_of_checkpoint
 from ddpm_hf.sampling import DrawnImages, open_drawn
 from ddpm_hf.sampling.array_files import check_pixels
+from ddpm_hf.utils.digests import weights_digest
 
 _MODES = {count: mode for mode, count in MODE_CHANNELS.items()}
 

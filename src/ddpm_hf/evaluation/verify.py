@@ -24,7 +24,7 @@ from ddpm_hf.hub.download import check_repo_id
 from ddpm_hf.hub.options import LoadOptions
 from ddpm_hf.hub.retry import WAITS_S, retry
 from ddpm_hf.scheduler_spec import SchedulerSpec
-from ddpm_hf.text import escaped
+from ddpm_hf.utils.text import escaped
 
 # Options that a card may set: none that loads pickled weights or writes files.
 CARD_OPTIONS = {field.name for field in fields(EvaluationOptions)} - {

@@ -13,7 +13,7 @@ from ddpm_hf.hub.card_facts import CardFacts, DataFacts, EmaFacts, MetricFacts
 from ddpm_hf.hub.card_few_steps import parsed_sampler, sampler_tables, steps_table, stock_code
 from ddpm_hf.hub.card_metrics_table import bound_differences, evaluate_commands, metric_row
 from ddpm_hf.hub.markdown import NOT_RECORDED, inline, number, setting_name
-from ddpm_hf.text import counted
+from ddpm_hf.utils.text import counted
 
 # Also the pipeline tag of class-conditional models, so that they are found: the Hub has no other.
 TASK = "unconditional-image-generation"

@@ -10,7 +10,7 @@ import warnings
 from huggingface_hub import CardData, ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
-from ddpm_hf.bounded_yaml import check_yaml
+from ddpm_hf.utils.bounded_yaml import check_yaml
 
 _SECTION = re.compile(  # with a hash after the name in cards of older versions
     r"<!-- ddpm-hf (?P<name>\w+)(?: \w+)? -->(?P<newline>\r?\n)"

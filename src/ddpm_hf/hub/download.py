@@ -11,10 +11,10 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from ddpm_hf.connection import HubError, check_connection
 from ddpm_hf.hub.model_files import has_weights, loaded_files, refuse_links
 from ddpm_hf.hub.retry import WAITS_S, retry
 from ddpm_hf.paths import model_of_run
+from ddpm_hf.utils.connection import HubError, check_connection
 
 _logger = logging.getLogger(__name__)
 _Copies = dict[tuple[str, str | None, bool], Path]

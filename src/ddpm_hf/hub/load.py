@@ -172,7 +172,7 @@ def _one_line_errors(name: str) -> Iterator[None]:
     except ValueError:
         raise
     except Exception as error:  # the libraries raise errors of every kind for foreign files
-        from ddpm_hf.backend_settings import is_out_of_memory  # loads torch
+        from ddpm_hf.utils.backend_settings import is_out_of_memory  # loads torch
 
         if is_out_of_memory(error):
             raise

@@ -11,13 +11,13 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from ddpm_hf.connection import check_connection
 from ddpm_hf.diffusion.portable_checkpoint import commit
 from ddpm_hf.hub.download import check_repo_id
 from ddpm_hf.hub.published_files import REPLACED_FILES, Files, checked_card, prepare
 from ddpm_hf.hub.retry import TOKEN_HELP, WAITS_S, retry, shorten
 from ddpm_hf.hub.space import check_gradio, push_space
-from ddpm_hf.text import counted
+from ddpm_hf.utils.connection import check_connection
+from ddpm_hf.utils.text import counted
 
 
 @dataclass(frozen=True)

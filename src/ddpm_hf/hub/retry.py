@@ -21,8 +21,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
-from ddpm_hf.connection import HubError
 from ddpm_hf.hub.secrets import hide_tokens
+from ddpm_hf.utils.connection import HubError
 
 T = TypeVar("T")
 E = TypeVar("E", bound=BaseException)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import get_token
 
-from ddpm_hf.text import TOKEN
+from ddpm_hf.utils.text import TOKEN
 
 _LOCAL_PATH = re.compile(
     r"(?<![\w/.:~-])/(?:home|Users|root|tmp|var|mnt|media|opt|srv|scratch|workspace|content|kaggle)/"

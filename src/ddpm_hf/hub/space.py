@@ -17,7 +17,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from ddpm_hf.hub.retry import retry
-from ddpm_hf.text import how_to_install
+from ddpm_hf.utils.text import how_to_install
 
 APP, REQUIREMENTS, CARD = "app.py", "requirements.txt", "README.md"
 # The decorator of this package gives a function a GPU on ZeroGPU hardware, and does nothing

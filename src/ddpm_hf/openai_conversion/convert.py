@@ -12,7 +12,7 @@ from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 from ddpm_hf.openai_conversion.flags import PRESETS, OpenAIFlags
 from ddpm_hf.openai_conversion.network import scheduler_of, unet_config
 from ddpm_hf.openai_conversion.weights import converted, flags_of_weights, read_state, weights_file
-from ddpm_hf.text import did_you_mean
+from ddpm_hf.utils.text import did_you_mean
 
 
 def convert(

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from ddpm_hf.diffusion.atomic_files import read_text
 from ddpm_hf.options import Options, option
-from ddpm_hf.text import did_you_mean
+from ddpm_hf.utils.text import did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)

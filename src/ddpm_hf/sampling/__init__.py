@@ -37,7 +37,7 @@ parsed before torch is imported.
 
 from typing import TYPE_CHECKING
 
-from ddpm_hf.first_use import imported_on_first_use
+from ddpm_hf.utils.first_use import imported_on_first_use
 
 if TYPE_CHECKING:
     from ddpm_hf.sampling.batches import draw_images

@@ -11,11 +11,11 @@ from accelerate import PartialState
 from PIL import Image
 
 from ddpm_hf.diffusion.atomic_files import read_json, remove_folder, replacing_file, write_text
-from ddpm_hf.digests import weights_digest
-from ddpm_hf.locks import exclusive_folder
 from ddpm_hf.pictures import Pixels, image_grid, to_pil
 from ddpm_hf.sampling.picture_edit import PictureEdit
-from ddpm_hf.shared_work import (
+from ddpm_hf.utils.digests import weights_digest
+from ddpm_hf.utils.locks import exclusive_folder
+from ddpm_hf.utils.shared_work import (
     array_bytes,
     compute_missing_files,
     distributed_state,

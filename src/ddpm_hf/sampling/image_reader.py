@@ -12,7 +12,7 @@ from ddpm_hf.pictures import quantised
 from ddpm_hf.sampling.array_files import Array, Labels, check_pixels, read_array_file
 from ddpm_hf.sampling.output_paths import record_path
 from ddpm_hf.sampling.sampling_record import SamplingRecord, SamplingSettings
-from ddpm_hf.shared_work import unsealed
+from ddpm_hf.utils.shared_work import unsealed
 
 RECORD_NAME = "options.json"
 

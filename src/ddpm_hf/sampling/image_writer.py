@@ -13,7 +13,6 @@ from accelerate import PartialState
 from ddpm_hf.diffusion.atomic_files import deleted_folder, remove_folder
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 from ddpm_hf.inference_settings import OptimizedInference
-from ddpm_hf.locks import exclusive_folder
 from ddpm_hf.options import takes_options
 from ddpm_hf.pictures import is_picture
 from ddpm_hf.sampling.image_formats import is_folder, pixel_type_of, write_images
@@ -34,7 +33,8 @@ from ddpm_hf.sampling.sampling_record import (
     sampling_record,
 )
 from ddpm_hf.sampling.sharded_sampling import draw_batch_files, write_record
-from ddpm_hf.shared_work import distributed_state, on_main_process
+from ddpm_hf.utils.locks import exclusive_folder
+from ddpm_hf.utils.shared_work import distributed_state, on_main_process
 
 logger = logging.getLogger(__name__)
 

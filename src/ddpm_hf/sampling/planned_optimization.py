@@ -11,7 +11,7 @@ from ddpm_hf.sampling.image_reader import RECORD_NAME
 from ddpm_hf.sampling.options import DrawOptions
 from ddpm_hf.sampling.output_paths import batch_folder, record_path
 from ddpm_hf.sampling.sampling_record import SamplingRecord
-from ddpm_hf.shared_work import distributed_state, on_main_process
+from ddpm_hf.utils.shared_work import distributed_state, on_main_process
 
 
 def optimize_for_images(

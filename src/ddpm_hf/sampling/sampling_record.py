@@ -12,11 +12,11 @@ from ddpm_hf.diffusion import config_extension
 from ddpm_hf.diffusion.atomic_files import read_json
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 from ddpm_hf.diffusion.timestep_spacings import usual_num_steps
-from ddpm_hf.digests import json_digest, weights_digest
 from ddpm_hf.image_batches import recorded_bit_depth
 from ddpm_hf.inference_settings import OptimizedInference
 from ddpm_hf.sampling.class_labels import class_names_of, label_cycle
 from ddpm_hf.sampling.options import DrawOptions
+from ddpm_hf.utils.digests import json_digest, weights_digest
 
 PIXEL_TYPES = ("uint8", "uint16", "float32")  # float32 pixels are in [0, 1]
 _NOT_CONFIGURATION = ("_class_name", "_diffusers_version", "_name_or_path", "_use_default_values")

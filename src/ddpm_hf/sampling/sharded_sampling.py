@@ -13,9 +13,7 @@ from accelerate.utils import gather_object
 
 from ddpm_hf.diffusion.atomic_files import write_text
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
-from ddpm_hf.digests import json_digest
 from ddpm_hf.inference_settings import OptimizedInference
-from ddpm_hf.locks import FOLDER_LOCK, exclusive_folder
 from ddpm_hf.options import takes_options
 from ddpm_hf.pictures import quantised
 from ddpm_hf.sampling.batches import draw_batch, pipeline_arguments
@@ -27,7 +25,9 @@ from ddpm_hf.sampling.image_reader import (
 )
 from ddpm_hf.sampling.options import DrawOptions
 from ddpm_hf.sampling.sampling_record import DamagedRecordError, SamplingRecord, sampling_record
-from ddpm_hf.shared_work import (
+from ddpm_hf.utils.digests import json_digest
+from ddpm_hf.utils.locks import FOLDER_LOCK, exclusive_folder
+from ddpm_hf.utils.shared_work import (
     array_bytes,
     compute_missing_files,
     distributed_state,

@@ -15,7 +15,7 @@ Public names load on first use, so that options are checked before torch is impo
 
 from typing import TYPE_CHECKING
 
-from ddpm_hf.first_use import imported_on_first_use
+from ddpm_hf.utils.first_use import imported_on_first_use
 
 if TYPE_CHECKING:
     from ddpm_hf.training.accelerator import join_processes

@@ -17,8 +17,6 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 
-from ddpm_hf.backend_settings import is_out_of_memory
-from ddpm_hf.rendezvous import connection
 from ddpm_hf.training.config import TrainingConfig
 from ddpm_hf.training.errors import ConfigError, TrainingError
 from ddpm_hf.training.rank_coordination import (
@@ -26,6 +24,8 @@ from ddpm_hf.training.rank_coordination import (
     name_missing_ranks,
     roll_call_s,
 )
+from ddpm_hf.utils.backend_settings import is_out_of_memory
+from ddpm_hf.utils.rendezvous import connection
 
 # Launch modes of accelerate that shard the weights.
 _SHARDED = {

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ddpm_hf.bounded_yaml import load_yaml
 from ddpm_hf.diffusion.atomic_files import read_text
-from ddpm_hf.text import did_you_mean, without_secrets
 from ddpm_hf.training.config import TrainingConfig
 from ddpm_hf.training.errors import ConfigError
+from ddpm_hf.utils.bounded_yaml import load_yaml
+from ddpm_hf.utils.text import did_you_mean, without_secrets
 
 _DESCRIPTION = """
 train on a folder of images or any dataset, or resume an interrupted run

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from ddpm_hf.diffusion.atomic_files import read_json
-from ddpm_hf.digests import file_digest
 from ddpm_hf.training.errors import CheckpointError
+from ddpm_hf.utils.digests import file_digest
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ddpm_hf.timing import fastest_num_threads
 from ddpm_hf.training.checkpoint_record import CheckpointRecord, ThreadChange
+from ddpm_hf.utils.timing import fastest_num_threads
 
 
 class CpuThreads:

@@ -17,10 +17,10 @@ from accelerate.utils import broadcast_object_list
 from ddpm_hf.data import ImageDataset
 from ddpm_hf.data.image_reports import describe_left_out
 from ddpm_hf.data.streaming import StreamedTrainingImages
-from ddpm_hf.text import counted, file_size
 from ddpm_hf.training.dataset_setup import Selection
 from ddpm_hf.training.post_hoc_averages import snapshot_bytes
 from ddpm_hf.training.run import Run
+from ddpm_hf.utils.text import counted, file_size
 
 
 @contextmanager

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from ddpm_hf.connection import check_dataset
 from ddpm_hf.paths import RunPaths
-from ddpm_hf.text import check_local_path, close_paths
 from ddpm_hf.training.checkpoint_record import list_checkpoints, read_record
 from ddpm_hf.training.config import TrainingConfig
 from ddpm_hf.training.errors import CheckpointError, ConfigError
 from ddpm_hf.training.resolve import resume_options
+from ddpm_hf.utils.connection import check_dataset
+from ddpm_hf.utils.text import check_local_path, close_paths
 
 
 def check_before_loading(options: TrainingConfig) -> None:

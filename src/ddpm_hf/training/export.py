@@ -20,10 +20,10 @@ from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 from ddpm_hf.hub.card import write_model_card
 from ddpm_hf.paths import ModelPaths
 from ddpm_hf.run_record import DatasetRecord, MetricRecord, RunRecord
-from ddpm_hf.text import public_name
 from ddpm_hf.training.config import ResolvedConfig
 from ddpm_hf.training.run import Run
 from ddpm_hf.training.run_folder import write_json
+from ddpm_hf.utils.text import public_name
 
 logger = logging.getLogger(__name__)
 

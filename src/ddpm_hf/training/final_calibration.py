@@ -11,9 +11,9 @@ from ddpm_hf.diffusion.eval_mode import evaluating
 from ddpm_hf.evaluation.checkpoint_calibration import measure_calibration, save_calibration
 from ddpm_hf.evaluation.dataset_likelihood import BoundMeasurement, BoundOptions
 from ddpm_hf.evaluation.model_images import EvaluationImages
-from ddpm_hf.text import counted
 from ddpm_hf.training.dataset_setup import HeldOut, in_few_shards
 from ddpm_hf.training.run import Run
+from ddpm_hf.utils.text import counted
 
 MAX_IMAGES = 64
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from ddpm_hf.data import ImageDataset, ImageFacts
 from ddpm_hf.data.labels import Labels
-from ddpm_hf.text import counted, share_that_has
+from ddpm_hf.utils.text import counted, share_that_has
 
 _FEW_COLOURED = 0.05  # share of coloured images below which the plan mentions them
 _UNBALANCED = 5  # ratio of class counts that the plan mentions

@@ -10,7 +10,6 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ddpm_hf.backend_settings import is_out_of_memory
 from ddpm_hf.data.labels import NO_LABEL
 from ddpm_hf.randomness import dropped_labels, noise_of_rows, seed_of, timestep_generator
 from ddpm_hf.training.artifacts import Artifacts
@@ -21,6 +20,7 @@ from ddpm_hf.training.read_ahead import read_ahead
 from ddpm_hf.training.run import Run
 from ddpm_hf.training.run_log import MetricsLog, RunningMetrics, SkippedUpdate
 from ddpm_hf.training.sample_figures import SampleFigures
+from ddpm_hf.utils.backend_settings import is_out_of_memory
 
 # Consecutive updates without a finite gradient after which the run ends. In mixed precision a few
 # are skipped at the start, while the loss scale settles.

@@ -12,9 +12,9 @@ from ddpm_hf.diffusion.atomic_files import read_json
 from ddpm_hf.diffusion.checkpoint_limits import check_unet_config
 from ddpm_hf.diffusion.image_format import padded_size
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
-from ddpm_hf.text import did_you_mean
 from ddpm_hf.training.errors import ConfigError
 from ddpm_hf.training.options import ModelOptions
+from ddpm_hf.utils.text import did_you_mean
 
 # Channel multipliers of the levels, by number of levels. 4 levels and 128 channels give the 35.7M
 # network of DDPM (2006.11239, appendix B) for CIFAR-10, 6 levels the 114M one for 256 pixels.

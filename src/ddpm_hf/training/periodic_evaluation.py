@@ -18,13 +18,13 @@ from ddpm_hf.evaluation.options import DEFAULT_FEATURES
 from ddpm_hf.pictures import Pixels, quantised
 from ddpm_hf.run_record import SampleSetup
 from ddpm_hf.sampling import DrawnImages
-from ddpm_hf.text import counted
 from ddpm_hf.training.dataset_setup import HeldOut, Selection, in_few_shards
 from ddpm_hf.training.ema_sampling import draw_share
 from ddpm_hf.training.errors import ConfigError
 from ddpm_hf.training.rank_coordination import main_first, on_main_process
 from ddpm_hf.training.run import Run
 from ddpm_hf.training.sample_figures import SampleFigures
+from ddpm_hf.utils.text import counted
 
 T = TypeVar("T")
 

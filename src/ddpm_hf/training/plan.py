@@ -12,7 +12,6 @@ from ddpm_hf.diffusion.config_extension import beta_schedule_of
 from ddpm_hf.diffusion.image_format import ImageFacts
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.options import for_user
-from ddpm_hf.text import counted, duration, is_notebook
 from ddpm_hf.training.file_system import FileSystem
 from ddpm_hf.training.final_calibration import calibration_cost, describe_calibration
 from ddpm_hf.training.learning_rate import learning_rate
@@ -21,6 +20,7 @@ from ddpm_hf.training.post_hoc_averages import averaging_s, describe_averages
 from ddpm_hf.training.run import Run
 from ddpm_hf.training.trackers import installed_trackers, requested_trackers
 from ddpm_hf.training.validation import Validation
+from ddpm_hf.utils.text import counted, duration, is_notebook
 
 _MAX_CLASSES = 40
 

@@ -7,8 +7,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ddpm_hf.post_hoc_ema.snapshots import compact, save_snapshot
-from ddpm_hf.text import counted, file_size
 from ddpm_hf.training.run import Run
+from ddpm_hf.utils.text import counted, file_size
 
 
 def is_snapshot_due(run: Run) -> bool:

@@ -13,7 +13,6 @@ from ddpm_hf.data import ImageFacts
 from ddpm_hf.diffusion.atomic_files import read_json
 from ddpm_hf.diffusion.image_format import image_facts, set_image_facts
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
-from ddpm_hf.digests import weights_digest
 from ddpm_hf.hub.download import fetch
 from ddpm_hf.hub.load import open_pipeline, open_unet
 from ddpm_hf.paths import ModelPaths, RunPaths, run_of_checkpoint
@@ -21,6 +20,7 @@ from ddpm_hf.training.checkpoint_record import CheckpointRecord
 from ddpm_hf.training.config import TrainingConfig
 from ddpm_hf.training.errors import ConfigError
 from ddpm_hf.training.network import unet_arguments
+from ddpm_hf.utils.digests import weights_digest
 
 
 @dataclass(frozen=True)

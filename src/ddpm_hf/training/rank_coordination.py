@@ -1,6 +1,7 @@
 """Rank coordination and hang detection for the processes of one training run."""
 
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,9 +14,9 @@ import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from torch.nn.parallel import DistributedDataParallel
 
-from ddpm_hf import shared_work
 from ddpm_hf.training.errors import TrainingError
 from ddpm_hf.training.signals import StopSignal, is_under_a_launcher
+from ddpm_hf.utils import shared_work
 
 T = TypeVar("T")
 
@@ -141,8 +142,9 @@ def name_missing_ranks(process: Accelerator | PartialState, timeout_s: float) ->
     except RuntimeError as error:
         if process.num_processes == 1 or not _is_lost_connection(error):
             raise
-        # A closed connection shows that a process has ended; other ranks may notice it later.
-        has_ended = "Timed out" not in str(error)
+        # Without a timeout, a closed connection shows that a process has ended; other ranks may
+        # notice it later. Gloo says "Timed out", NCCL "timeout".
+        has_ended = not re.search("timed out|timeout", str(error), re.IGNORECASE)
         missing = _missing_ranks(process.process_index, process.num_processes, has_ended, timeout_s)
         remaining = [rank for rank in range(process.num_processes) if rank not in missing]
         which = f"rank {', '.join(map(str, missing))}" if missing else "one"

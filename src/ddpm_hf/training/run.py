@@ -14,7 +14,6 @@ from accelerate.utils import DynamoBackend
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from ddpm_hf.backend_settings import is_channels_last, is_out_of_memory, tf32_operations
 from ddpm_hf.data.streaming import StreamedTrainingImages
 from ddpm_hf.diffusion.tensor_ops import Denoiser
 from ddpm_hf.paths import RunPaths
@@ -29,6 +28,7 @@ from ddpm_hf.training.dataset_setup import Selection
 from ddpm_hf.training.errors import CheckpointError, ConfigError
 from ddpm_hf.training.signals import StopSignal
 from ddpm_hf.training.state import TrainState, read_tensors
+from ddpm_hf.utils.backend_settings import is_channels_last, is_out_of_memory, tf32_operations
 
 
 @dataclass

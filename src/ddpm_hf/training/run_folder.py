@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ddpm_hf.diffusion.atomic_files import remove_folder
-from ddpm_hf.locks import InUseError, hold_lock
 from ddpm_hf.paths import RunPaths
 from ddpm_hf.training.early_checks import refuse_foreign_files
 from ddpm_hf.training.errors import CheckpointError
 from ddpm_hf.training.file_system import PROBE_PREFIX, FileSystem, probe_file_system
+from ddpm_hf.utils.locks import InUseError, hold_lock
 
 _LEFTOVER = re.compile(r"(\.del-)?(?P<kind>\.(new|old|del)-)(?P<name>model|best|step-\d{8})")
 

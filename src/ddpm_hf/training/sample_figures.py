@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from ddpm_hf.evaluation.figures import NORMAL_95, MetricResult
 from ddpm_hf.run_record import MetricRecord, SampleSetup
-from ddpm_hf.text import counted
+from ddpm_hf.utils.text import counted
 
 # Chance gives 1 % of copies: few samples reach 3 or 4 %.
 _MIN_COPIES = 0.05

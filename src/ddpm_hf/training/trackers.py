@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 
 from ddpm_hf.diffusion.atomic_files import read_json, write_text
-from ddpm_hf.text import without_secrets
 from ddpm_hf.training.options import TRACKERS
+from ddpm_hf.utils.text import without_secrets
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from ddpm_hf.diffusion.eval_mode import evaluating
 from ddpm_hf.likelihood import bits_per_dim, standard_error
 from ddpm_hf.randomness import seed_of
 from ddpm_hf.run_record import BoundSetup, MetricRecord
-from ddpm_hf.text import counted
 from ddpm_hf.training.dataset_setup import HeldOut, Selection
 from ddpm_hf.training.run import Run
+from ddpm_hf.utils.text import counted
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ddpm_hf.backend_settings import is_out_of_memory
 from ddpm_hf.data.labels import NO_LABEL
-from ddpm_hf.text import counted
 from ddpm_hf.training.errors import TrainingError
 from ddpm_hf.training.run import Run
+from ddpm_hf.utils.backend_settings import is_out_of_memory
+from ddpm_hf.utils.text import counted
 
 # A shorter run on a CPU ends before the trials pay.
 _FEW_UPDATES = 100

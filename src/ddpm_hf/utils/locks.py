@@ -11,7 +11,7 @@ from accelerate import PartialState
 from filelock import FileLock, Timeout
 
 from ddpm_hf.paths import output_folder
-from ddpm_hf.shared_work import on_main_process
+from ddpm_hf.utils.shared_work import on_main_process
 
 FOLDER_LOCK = ".in-use"
 # A child that was forked by other than Python code keeps the lock of its killed parent until it

@@ -13,7 +13,7 @@ from urllib.request import getproxies
 
 from huggingface_hub import constants
 
-from ddpm_hf.text import check_local_path, close_paths
+from ddpm_hf.utils.text import check_local_path, close_paths
 
 CONNECTION_TIMEOUT_S = 5.0
 RESTART_WAITS_S = (0.5, 1.0, 1.5, None)

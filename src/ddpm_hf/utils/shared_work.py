@@ -25,8 +25,8 @@ from ddpm_hf.diffusion.atomic_files import (
     replacing_file,
     write_bytes,
 )
-from ddpm_hf.process_watch import watch_ranks
-from ddpm_hf.rendezvous import connection
+from ddpm_hf.utils.process_watch import watch_ranks
+from ddpm_hf.utils.rendezvous import connection
 
 T = TypeVar("T")
 Shard = dict[str, torch.Tensor]

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ddpm_hf.backend_settings import use_num_threads
+from ddpm_hf.utils.backend_settings import use_num_threads
 
 Name = TypeVar("Name", bound=Hashable)
 
