@@ -1,12 +1,16 @@
-"""Copies of training images over a run, for few images: the table and figures of few_images.md.
+"""Copies of training images over a run, for few images: the tables and figures of few_images.md.
 
 python docs/make_few_images.py       # measures; runs that are complete are not repeated
+python docs/make_few_images.py "200 images" "200 images, flips" --updates 4000 --every 500
+
+Named runs are measured without drawing the figures.
 """
 
 import argparse
 import json
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +26,24 @@ from ddpm_hf.sampling import draw_images
 FOLDER = Path(__file__).parent
 FACES = FOLDER.parent / "training" / "faces16"
 SIZE = 8  # pixels per side, so that a run takes a minute or two of CPU time
-EVERY = 200  # updates between two measurements
-# By name: number of training images, and dropout of the network.
-RUNS: dict[str, tuple[int, float]] = {
-    "50 images": (50, 0.0),
-    "200 images": (200, 0.0),
-    "1,000 images": (1000, 0.0),
-    "50 images, dropout 0.3": (50, 0.3),
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What differs between the runs; `dropout` is that of the network."""
+
+    num_images: int
+    dropout: float = 0.0
+    random_flip: bool = False
+
+
+RUNS = {
+    "50 images": Setting(num_images=50),
+    "200 images": Setting(num_images=200),
+    "1,000 images": Setting(num_images=1000),
+    "50 images, dropout 0.3": Setting(num_images=50, dropout=0.3),
 }
+LONGER_RUNS = {"200 images, flips": Setting(num_images=200, random_flip=True)}
 
 
 def run_folder(folder: Path, name: str) -> Path:
@@ -37,15 +51,16 @@ def run_folder(folder: Path, name: str) -> Path:
     return folder / name.replace(" ", "_").replace(",", "")
 
 
-def measure(name: str, num_updates: int, folder: Path) -> list[dict[str, float]]:
+def measure(name: str, num_updates: int, every: int, folder: Path) -> list[dict[str, float]]:
     """Train on some faces; the entries of the log with measurements.
 
     Args:
-        name: key of `RUNS`.
+        name: of the run.
         num_updates: length of the run, of 16 images each.
+        every: updates between two measurements.
         folder: of all runs.
     """
-    num_images, dropout = RUNS[name]
+    setting = (RUNS | LONGER_RUNS)[name]
     torch.manual_seed(0)
     unet = UNet2DModel(
         sample_size=SIZE,
@@ -54,12 +69,13 @@ def measure(name: str, num_updates: int, folder: Path) -> list[dict[str, float]]
         down_block_types=("DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D"),
         norm_num_groups=8,
-        dropout=dropout,
+        dropout=setting.dropout,
     )
     config = TrainingConfig(
         dataset=str(FACES),
-        split=f"train[:{num_images}]",
+        split=f"train[:{setting.num_images}]",
         resolution=SIZE,
+        random_flip=setting.random_flip,
         output_dir=str(run_folder(folder, name)),
         max_train_steps=num_updates,
         batch_size=16,
@@ -68,15 +84,15 @@ def measure(name: str, num_updates: int, folder: Path) -> list[dict[str, float]]
         lr_scheduler="constant",  # a longer run then continues a shorter one
         num_threads=1,
         validation_split="test",
-        validation_steps=EVERY,
+        validation_steps=every,
         validation_images=8,
         validation_timesteps=2,
-        evaluate_steps=EVERY,
+        evaluate_steps=every,
         evaluate_num_images=64,
         evaluate_features="pixels",
         sample_inference_steps=10,
-        logging_steps=EVERY,
-        checkpointing_steps=EVERY,
+        logging_steps=every,
+        checkpointing_steps=every,
         checkpoints_total_limit=1,
         num_samples=0,
         best_metric="fd",
@@ -126,7 +142,7 @@ def draw_pairs(folder: Path, names: list[str], path: Path) -> None:
     """Samples of runs above their nearest training images, by pixels."""
     cells: list[Any] = []
     for name in names:
-        faces = load_images(FACES, split=f"train[:{RUNS[name][0]}]")
+        faces = load_images(FACES, split=f"train[:{RUNS[name].num_images}]")
         training = prepare_images(faces, resolution=SIZE, progress=False)
         real = torch.stack([*training]).permute(0, 2, 3, 1).numpy() / 255  # (N, H, W, 3)
         pipe = load(run_folder(folder, name) / "model")
@@ -137,20 +153,20 @@ def draw_pairs(folder: Path, names: list[str], path: Path) -> None:
     image_grid(cells, len(cells) // len(rows), rows).save(path)
 
 
-def main(folder: Path, num_updates: int, names: list[str]) -> None:
+def main(options: argparse.Namespace) -> None:
     measured = {}
-    for name in names or RUNS:
-        measured[name] = measure(name, num_updates, folder)
+    for name in options.names or RUNS:
+        measured[name] = measure(name, options.updates, options.every, options.folder)
         print(table(measured), flush=True)
-    draw_figure(measured, FOLDER / "few_images.png")
-    shown = [name for name in ("50 images", "1,000 images") if name in measured]
-    draw_pairs(folder, shown, FOLDER / "few_images_pairs.png")
+    if not options.names:
+        draw_figure(measured, FOLDER / "few_images.png")
+        draw_pairs(options.folder, ["50 images", "1,000 images"], FOLDER / "few_images_pairs.png")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("names", nargs="*", choices=[[], *RUNS], help="runs; by default all")
+    parser.add_argument("names", nargs="*", choices=[[], *RUNS, *LONGER_RUNS], help="runs to make")
     parser.add_argument("--updates", type=int, default=1200, help="updates of each run")
+    parser.add_argument("--every", type=int, default=200, help="updates between two measurements")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir(), "few_images"))
-    options = parser.parse_args()
-    main(options.folder, options.updates, options.names)
+    main(parser.parse_args())

@@ -12,9 +12,13 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DModel
 from diffusers.optimization import get_scheduler
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
 
-from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler
+from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler, simple_loss
 from ddpm_hf.data import ImageFacts
+from ddpm_hf.diffusion.tensor_ops import Denoiser
+from ddpm_hf.losses import Loss
 from ddpm_hf.training import build_unet
 
 Changes = Callable[[Mapping[str, Any]], dict[str, Any]]
@@ -50,12 +54,14 @@ class Arm:
 
     Attributes:
         network: maps the configuration of the proposed network to the arguments that change.
+        loss: training loss in place of that of the options.
         multiple: image sides that the network can process are multiples of this.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
     loop: LoopSettings | None = None
     network: Changes | None = None
+    loss: Loss | None = None
     multiple: int = 1
 
     def build_unet(self, facts: ImageFacts, seed: int) -> UNet2DModel:
@@ -152,8 +158,8 @@ def wider(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"block_out_channels": widths, "norm_num_groups": 16}
 
 
-def one_layer(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {"layers_per_block": 1}
+def two_layers(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {"layers_per_block": 2}
 
 
 def attention(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,6 +167,40 @@ def attention(config: Mapping[str, Any]) -> dict[str, Any]:
     down, up = list(config["down_block_types"]), list(config["up_block_types"])
     down[1], up[-2] = "AttnDownBlock2D", "AttnUpBlock2D"
     return {"down_block_types": tuple(down), "up_block_types": tuple(up), "attention_head_dim": 32}
+
+
+def x_0_weighted(
+    denoiser: Denoiser, scheduler: GaussianDDPMScheduler, x_0: Tensor, t: Tensor, noise: Tensor
+) -> Tensor:
+    """The squared error of the estimate of x_0 for a network that predicts v.
+
+    It is 1 - alpha_bar times that of v (2202.00512, appendix D).
+    """
+    loss = simple_loss(denoiser, scheduler, x_0, t, noise)
+    return loss * (1 - scheduler.alphas_cumprod[t]).to(loss)
+
+
+def asymmetric_timesteps(
+    denoiser: Denoiser, scheduler: GaussianDDPMScheduler, x_0: Tensor, t: Tensor, noise: Tensor
+) -> Tensor:
+    """The simple loss with the first 700 of 1,000 timesteps 5 times as likely (2405.17403, eq. 5).
+
+    The weights of that paper are left out.
+    """
+    early = 700 / scheduler.config.num_train_timesteps
+    share = 5 * early / (5 * early + 1 - early)
+    u = (t + 0.5) / scheduler.config.num_train_timesteps  # uniform
+    fraction = torch.where(u < share, u / share * early, 1 - (1 - u) / (1 - share) * (1 - early))
+    t = (fraction * scheduler.config.num_train_timesteps).long()
+    return simple_loss(denoiser, scheduler, x_0, t, noise)
+
+
+def assigned_noise(
+    denoiser: Denoiser, scheduler: GaussianDDPMScheduler, x_0: Tensor, t: Tensor, noise: Tensor
+) -> Tensor:
+    """The simple loss with the noise of a batch assigned to its nearest images (2406.12303)."""
+    _, columns = linear_sum_assignment(torch.cdist(x_0.flatten(1), noise.flatten(1)).cpu())
+    return simple_loss(denoiser, scheduler, x_0, t, noise[torch.as_tensor(columns)])
 
 
 # examples/unconditional_image_generation/train_unconditional.py of diffusers, with --use_ema as in
@@ -198,47 +238,29 @@ PEERS = {
 }
 STOCK_NETWORK = {"stock, own network": Arm(loop=STOCK, network=stock_network, multiple=32)}
 
-# Base of the factors: each changes one setting, the last ones several.
-BASE: dict[str, Any] = {
-    "prediction_type": "v_prediction", "beta_schedule": "squaredcos_cap_v2", "batch_size": 32,
-    "learning_rate": 2e-3, "ema_decay": 0.9999,
-}  # fmt: skip
-
-
-def changed(network: Changes = lambda config: {}, **options: Any) -> Arm:
-    """The base setting, whose network has 2 layers per block, with changes."""
-    return Arm(
-        options=BASE | options,
-        network=lambda config: {"layers_per_block": 2} | network(config),
-    )
-
-
+# Each factor changes one setting of `ddpm-hf train` (v, squaredcos_cap_v2, uniform t, one layer per
+# block, batch 16, learning rate 2e-3 with cosine decay).
 FACTORS = {
-    "base": changed(),
-    "rate 1e-4": changed(learning_rate=1e-4),
-    "rate 4e-4": changed(learning_rate=4e-4),
-    "rate 1e-3": changed(learning_rate=1e-3),
-    "rate 4e-3": changed(learning_rate=4e-3),
-    "rate 8e-3": changed(learning_rate=8e-3),
-    "constant rate": changed(lr_scheduler="constant"),
-    "batch 16": changed(batch_size=16),
-    "batch 8": changed(batch_size=8),
-    "epsilon": changed(prediction_type="epsilon"),
-    "x_0": changed(prediction_type="sample"),
-    "linear": changed(beta_schedule="linear"),
-    "sigmoid": changed(beta_schedule="chen_sigmoid"),
-    "min-SNR": changed(loss_weighting="min_snr"),
-    "P2": changed(loss_weighting="p2"),
-    "low-discrepancy t": changed(timestep_sampling="low_discrepancy"),
-    "1 layer per block": changed(one_layer),
-    "1.5 x the width": changed(wider),
-    "attention": changed(attention),
-    "dropout 0.1": changed(lambda config: {"dropout": 0.1}),
-    "flips": changed(random_flip=True),
-    "x_0, rate 4e-4": changed(prediction_type="sample", learning_rate=4e-4),
-    "batch 16, rate 4e-4": changed(batch_size=16, learning_rate=4e-4),
-    "batch 8, rate 4e-4": changed(batch_size=8, learning_rate=4e-4),
-    "batch 16, 1 layer per block": changed(one_layer, batch_size=16),
-    "batch 16, 1 layer per block, rate 1e-3": changed(one_layer, batch_size=16, learning_rate=1e-3),
+    "rate 1e-3": Arm(options={"learning_rate": 1e-3}),
+    "rate 4e-3": Arm(options={"learning_rate": 4e-3}),
+    "constant rate": Arm(options={"lr_scheduler": "constant"}),
+    "batch 8": Arm(options={"batch_size": 8}),
+    "batch 32": Arm(options={"batch_size": 32}),
+    "epsilon": Arm(options={"prediction_type": "epsilon"}),
+    "x_0": Arm(options={"prediction_type": "sample"}),
+    "linear": Arm(options={"beta_schedule": "linear"}),
+    "sigmoid": Arm(options={"beta_schedule": "chen_sigmoid"}),
+    "x_0 weights": Arm(loss=x_0_weighted),
+    "truncated SNR": Arm(options={"loss_weighting": "truncated_snr"}),
+    "min-SNR": Arm(options={"loss_weighting": "min_snr"}),
+    "P2": Arm(options={"loss_weighting": "p2"}),
+    "low-discrepancy t": Arm(options={"timestep_sampling": "low_discrepancy"}),
+    "asymmetric t": Arm(loss=asymmetric_timesteps),
+    "noise assignment": Arm(loss=assigned_noise),
+    "2 layers per block": Arm(network=two_layers),
+    "1.5 x the width": Arm(network=wider, options={"learning_rate": 2e-3 / 1.5}),
+    "attention": Arm(network=attention),
+    "dropout 0.1": Arm(network=lambda config: {"dropout": 0.1}),
+    "flips": Arm(options={"random_flip": True}),
 }
 ARMS = PEERS | STOCK_NETWORK | FACTORS
