@@ -139,10 +139,8 @@ def measure_cost(name: str, images: Images, num_turns: int, costs: dict[str, flo
     Arms that change neither the network nor the batch size have the cost of "ours".
     """
     arm = ARMS[name]
-    if arm.loop is None and arm.network is None and "batch_size" not in arm.options:
-        measured = "ours"
-    else:
-        measured = name
+    is_ours = arm.loop is None and arm.network is None and "batch_size" not in arm.options
+    measured = "ours" if is_ours else name
     if measured not in costs:
         pairs = seconds_of_updates(ARMS[measured], images, num_turns)
         costs.setdefault("reference_s", statistics.median(reference for _, reference in pairs))
@@ -288,7 +286,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(options.threads or 1)
     images, results = read(options), earlier_results(options)
-    names = ["ours", *FACTORS] if options.factors else options.arms
+    names = list(FACTORS) if options.factors else options.arms
     side, unit = max(images.facts.height, images.facts.width), 2 ** (options.points - 1)
     for name in [name for name in names if side % ARMS[name].multiple]:
         print(f"Skipped {name}: it needs sides that are multiples of {ARMS[name].multiple} pixels")
