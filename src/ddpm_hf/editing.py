@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ddpm_hf.diffusion import image_to_image as starts
 from ddpm_hf.diffusion import inpainting
-from ddpm_hf.diffusion.checks import check_tensor, to_int
+from ddpm_hf.diffusion.checks import MAX_IMAGES, check_tensor, to_int
 from ddpm_hf.diffusion.inversion import Inversion, combine, slerp
 from ddpm_hf.diffusion.sampling_loop import sampling_steps
 from ddpm_hf.diffusion.scheduler_interface import gaussian_copy
@@ -34,8 +34,6 @@ __all__ = [
     "invert",
     "slerp",
 ]
-
-MAX_IMAGES = 2**16  # a larger number is a typing error
 
 
 @torch.no_grad()

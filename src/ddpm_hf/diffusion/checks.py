@@ -25,6 +25,8 @@ FINITE = sys.float_info.max
 Array = schedules.Array
 Steps = timestep_spacings.Steps
 
+MAX_IMAGES = 2**16  # a larger number is a typing error
+
 
 def warn(message: str) -> None:
     """Issue a warning at the caller's line outside of this folder, diffusers and its loader."""

@@ -25,8 +25,6 @@ EditingOutput = denoising_pipeline.EditingOutput
 Generators = tensor_ops.Generators
 gaussian_copy = scheduler_interface.gaussian_copy
 
-MAX_IMAGES = 2**16  # a larger number is a typing error
-
 
 class EditingMethods(denoising_pipeline.DenoisingPipeline):
     """Draws of the masked part of images, and of images like given ones.
@@ -181,7 +179,7 @@ class EditingMethods(denoising_pipeline.DenoisingPipeline):
         return_std: bool,
         conditioning: Conditioning,
     ) -> "_Draws":
-        num_images = checks.to_int("num_images", num_images, 1, MAX_IMAGES)
+        num_images = checks.to_int("num_images", num_images, 1, checks.MAX_IMAGES)
         if return_std and num_images == 1:
             raise ValueError("`return_std` needs `num_images` of at least 2, got 1")
         x_0 = self.encode_images(image)

@@ -25,8 +25,6 @@ Generators = tensor_ops.Generators
 gaussian_copy = scheduler_interface.gaussian_copy
 SamplingStep = sampling_loop.SamplingStep
 
-MAX_IMAGES = 2**16  # a larger number is a typing error
-
 
 class InversionMethods(denoising_pipeline.DenoisingPipeline):
     """DDIM inversion of images, and images between and of combinations of their noise.
@@ -98,7 +96,7 @@ class InversionMethods(denoising_pipeline.DenoisingPipeline):
             ValueError, TypeError: for a batch of images, noise of another shape, and as `__call__`.
         Source: 2010.02502, section 5.3.
         """
-        num_images = checks.to_int("num_images", num_images, 2, MAX_IMAGES)
+        num_images = checks.to_int("num_images", num_images, 2, checks.MAX_IMAGES)
         scheduler = gaussian_copy(self.scheduler, num_inference_steps, timesteps)
         on_step_end = callbacks.step_end_function(
             self, callback_on_step_end, callback_on_step_end_tensor_inputs
