@@ -143,7 +143,7 @@ def test_changed_shards_are_refused_and_a_larger_cache_is_not(straight, stream, 
     shutil.copytree(straight, folder)
     extended = stream | {"max_train_steps": STEPS + 1, "streaming_cache_gb": 1.0}
     run = {"output_dir": str(folder / "run")}
-    fewer = {"dataset": extended["dataset"].replace("029", "028")}
+    fewer = {"dataset": extended["dataset"].replace("029}", "028}")}
     with pytest.raises(ValueError, match="other components"):
         train(TrainingConfig(**extended | run | fewer), loss=numbered)
     assert train(TrainingConfig(**extended | run), loss=numbered).num_steps == STEPS + 1

@@ -115,14 +115,16 @@ class StreamedImages:
 
     @property
     def least_bytes(self) -> int:
-        """Smallest useful limit of the cache: the shards in the window, two more, and a download.
+        """Smallest useful limit of the cache: the shards in the window, two more, and downloads.
 
         Processes and loader workers read at different places, so that some need one shard more.
+        A process downloads one shard per fetcher, and one that is read now: without room for all of
+        them, the one that is read would displace shards of the window.
         """
         numbers = range(len(self.cache.index.shards))
         decoded = sorted((self.cache.decoded_bytes(number) for number in numbers), reverse=True)
         fetched = max(self.cache.needed_bytes(number) for number in numbers)
-        return sum(decoded[: ShardOrder.NUM_MIXED + 2]) + fetched
+        return sum(decoded[: ShardOrder.NUM_MIXED + 2]) + (_NUM_FETCHERS + 1) * fetched
 
     def dataset_index(self, position: int) -> int:
         """Index of an image among those of all shards of the dataset."""
