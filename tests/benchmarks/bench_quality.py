@@ -260,7 +260,9 @@ def parse() -> argparse.Namespace:
         metavar="ARM",
         help=f"settings to train (default: {', '.join(PEERS)}; all: {', '.join(ARMS)})",
     )
-    parser.add_argument("--factors", action="store_true", help="train all single factors")
+    parser.add_argument(
+        "--factors", action="store_true", help="train the proposals, and each change of them"
+    )
     parser.add_argument(
         "--seconds", type=float, default=300, help="CPU seconds of training (default: 300)"
     )
@@ -286,7 +288,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(options.threads or 1)
     images, results = read(options), earlier_results(options)
-    names = list(FACTORS) if options.factors else options.arms
+    names = list(FACTORS) if options.factors else list(options.arms)
     side, unit = max(images.facts.height, images.facts.width), 2 ** (options.points - 1)
     for name in [name for name in names if side % ARMS[name].multiple]:
         print(f"Skipped {name}: it needs sides that are multiples of {ARMS[name].multiple} pixels")
