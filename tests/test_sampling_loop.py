@@ -136,6 +136,26 @@ def test_bad_arguments_are_refused_before_the_first_step(pipeline):
         pipeline.sample_steps(latents=torch.zeros(1, 1, 9, 9))
 
 
+@pytest.mark.parametrize(
+    ("method", "images"),
+    [
+        ("sample_steps", {}),
+        ("inpaint", {"image": None, "mask_image": None}),
+        ("image_to_image", {"image": None}),
+        ("invert", {"image": None}),
+        ("interpolate", {"a": None, "b": None}),
+        ("combine", {"images": [], "weights": []}),
+    ],
+)
+def test_an_unknown_argument_is_refused_at_once_under_the_name_of_the_method(
+    pipeline, method, images
+):
+    pipeline.scheduler.set_timesteps(7)
+    with pytest.raises(TypeError, match=rf"^{method}\(\) got an unexpected .* argument 'steps'$"):
+        getattr(pipeline, method)(**images, steps=3)
+    assert len(pipeline.scheduler.timesteps) == 7
+
+
 def test_a_non_finite_value_is_reported_after_the_last_step_with_its_step(pipeline):
     visited = []
     with pytest.raises(ValueError, match=r"step 1 of 3 \(timestep"):  # noqa: PT012

@@ -47,6 +47,16 @@ class Conditioning(TypedDict, total=False):
     guidance_weight: float
 
 
+def check_conditioning(method: str, given: Conditioning) -> None:
+    """Check that these are arguments of `Conditioning`.
+
+    Raises:
+        TypeError: for another one; names it and the method of the pipeline.
+    """
+    for name in given.keys() - Conditioning.__annotations__.keys():
+        raise TypeError(f"{method}() got an unexpected keyword argument {name!r}")
+
+
 @dataclass
 class EditingOutput(BaseOutput):  # type: ignore[misc]
     """Result of an editing method.

@@ -209,6 +209,7 @@ class GaussianDDPMPipeline(pipeline_editing.EditingMethods, pipeline_inversion.I
         Raises:
             ValueError, TypeError: as for `__call__`.
         """
+        denoising_pipeline.check_conditioning("sample_steps", conditioning)
         denoising_pipeline.check_unet(self.unet)
         scheduler_interface.check_scheduler(self.scheduler)
         batch_size = checks.to_int("batch_size", batch_size, 1, MAX_BATCH_SIZE)

@@ -81,6 +81,7 @@ class EditingMethods(denoising_pipeline.DenoisingPipeline):
                 mask, and as `__call__`.
         Source: RePaint (2201.09865), algorithm 1; covariance: 2402.02149, eq. 7 and 16.
         """
+        denoising_pipeline.check_conditioning("inpaint", conditioning)
         draws = self._draws(image, num_images, generator, return_std, conditioning)
         x_0, generator = draws.x_0, draws.generator
         scheduler = gaussian_copy(self.scheduler, num_inference_steps, timesteps)
@@ -138,6 +139,7 @@ class EditingMethods(denoising_pipeline.DenoisingPipeline):
             ValueError, TypeError: for an argument out of range, and as `__call__`.
         Source: SDEdit (2108.01073), algorithm 1.
         """
+        denoising_pipeline.check_conditioning("image_to_image", conditioning)
         draws = self._draws(image, num_images, generator, return_std, conditioning)
         x_0, scheduler = draws.x_0, self.scheduler
         scheduler_interface.check_scheduler(scheduler)

@@ -59,6 +59,7 @@ class InversionMethods(denoising_pipeline.DenoisingPipeline):
             latents for `__call__`, (B, C, H, W) float32, in the padded size.
         Source: 2010.02502, section 4.3.
         """
+        denoising_pipeline.check_conditioning("invert", conditioning)
         scheduler = gaussian_copy(self.scheduler, num_inference_steps, timesteps)
         return self._inverted(self.encode_images(image), scheduler, conditioning)
 
@@ -96,6 +97,7 @@ class InversionMethods(denoising_pipeline.DenoisingPipeline):
             ValueError, TypeError: for a batch of images, noise of another shape, and as `__call__`.
         Source: 2010.02502, section 5.3.
         """
+        denoising_pipeline.check_conditioning("interpolate", conditioning)
         num_images = checks.to_int("num_images", num_images, 2, checks.MAX_IMAGES)
         scheduler = gaussian_copy(self.scheduler, num_inference_steps, timesteps)
         on_step_end = callbacks.step_end_function(
@@ -137,6 +139,7 @@ class InversionMethods(denoising_pipeline.DenoisingPipeline):
             ValueError, TypeError: for weights of another shape or all 0, and as `interpolate`.
         Source: 2408.08558.
         """
+        denoising_pipeline.check_conditioning("combine", conditioning)
         scheduler = gaussian_copy(self.scheduler, num_inference_steps, timesteps)
         on_step_end = callbacks.step_end_function(
             self, callback_on_step_end, callback_on_step_end_tensor_inputs
