@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A class-conditional model of colour images that recommends 5 steps."""
+    """A class-conditional model of colour images that recommends 5 steps, and one of grey ones."""
     from ddpm_hf.app.served_models import load_models
 
     recommended = {"scheduler": "DDPM:eta=0", "num_inference_steps": 5}
@@ -26,7 +26,8 @@ def models(tmp_path_factory):
         scheduler=tiny_scheduler(recommended=recommended),
         facts=image_facts_of("RGB", 8, 8, class_names=["black", "blond", "red"]),
     )
-    return load_models([str(folder)])
+    grey = tmp_path_factory.mktemp("app") / "grey" / "model"
+    return load_models([str(folder), str(save_ours(grey, facts=image_facts_of("L", 8, 8)))])
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +120,21 @@ def test_a_phone_shows_page_and_messages_in_its_language_without_overflow(
     assert message in visitor.page.wait_for_selector(".toast-body").inner_text()
 
 
+def test_the_guidance_interval_is_that_of_the_chosen_model(visit):
+    page = visit().page
+    page.get_by_role("button", name="More options").first.click()
+    bounds = [page.get_by_label(f"{end} log SNR") for end in ("Lowest", "Highest")]
+    for bound in bounds:
+        bound.fill("-2")
+    choose_model(page, "grey")
+    for bound in bounds:
+        bound.wait_for(state="hidden")
+    choose_model(page, "hair")
+    for bound in bounds:
+        bound.wait_for(state="visible")
+        assert bound.input_value() == ""
+
+
 def test_every_sampler_and_number_of_steps_is_compared_with_its_cost(visit):
     page = visit().page
     page.get_by_role("tab", name="Steps").click()
@@ -190,6 +206,11 @@ def test_stop_or_closing_the_page_ends_the_work_within_a_step(visit, models):
         time.sleep(1)
         assert len(calls) == after < 45
     hook.remove()
+
+
+def choose_model(page, name):
+    page.locator("#model input").click()
+    page.get_by_role("option", name=name).click()
 
 
 def opened(url):

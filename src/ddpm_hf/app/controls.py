@@ -54,9 +54,9 @@ class SamplingControls:
             another = gr.Button(t("another"), min_width=80, size="md", elem_id="another")
         with gr.Accordion(t("more"), open=False):
             eta = gr.Slider(0, 1, step=0.05, label=t("eta"), info=t("eta_info"), **given["eta"])
-            with gr.Row(**given["interval"]):
-                low = gr.Number(None, label=t("low"), min_width=100)
-                high = gr.Number(None, label=t("high"), min_width=100)
+            with gr.Row():
+                low = gr.Number(label=t("low"), min_width=100, **given["low"])
+                high = gr.Number(label=t("high"), min_width=100, **given["high"])
         another.click(lambda: random.randrange(10_000), None, seed, **QUICK)
         return cls(num_images, seed, class_label, guidance_scale, low, high, sampler, steps, eta)
 
@@ -66,18 +66,16 @@ class SamplingControls:
 
     def follow(self, site: Site, model: gr.Dropdown) -> None:
         """Adapt the components to the chosen model and sampler."""
-        names = ("num_images", "class_label", "guidance_scale", "sampler", "num_inference_steps",
-                 "eta")  # fmt: skip
 
         def for_model(name: str) -> list[Any]:
-            given = _values(site.models[name])
-            return [gr.update(**given[key]) for key in names]
+            return [gr.update(**given) for given in _values(site.models[name]).values()]
 
         def for_sampler(name: str, sampler: str) -> list[Any]:
             given = _values(site.models[name], sampler)
             return [gr.update(**given[key]) for key in ("num_inference_steps", "eta")]
 
-        model.change(for_model, model, [getattr(self, name) for name in names], **QUICK)
+        outputs = [getattr(self, name) for name in _values(site.first)]
+        model.change(for_model, model, outputs, **QUICK)
         self.sampler.change(
             for_sampler, [model, self.sampler], [self.num_inference_steps, self.eta], **QUICK
         )
@@ -100,7 +98,8 @@ def _values(model: ServedModel, sampler: str = RECOMMENDED) -> dict[str, dict[st
         "num_images": {"maximum": model.max_images, "value": min(number, model.max_images)},
         "class_label": class_choices(model),
         "guidance_scale": {"value": 1.0, "visible": labels is not None},
-        "interval": {"visible": labels is not None},
+        "low": {"value": None, "visible": labels is not None},
+        "high": {"value": None, "visible": labels is not None},
         "sampler": {"choices": _samplers(model), "value": RECOMMENDED},
         "num_inference_steps": {
             "maximum": model.num_train_timesteps,
