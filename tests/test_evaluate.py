@@ -301,6 +301,12 @@ def test_invalid_options_are_rejected_with_the_choices(options, message, pixels,
         evaluate(pixels["drawn"], photos, **options)
 
 
+def test_an_unknown_split_of_a_mapping_is_rejected_with_close_names(pixels):
+    splits = {"train": rows(encode(pixels["drawn"][0]))}
+    with pytest.raises(ValueError, match=r"one of train, got 'trian' \(did you mean 'train'\?"):
+        evaluate(pixels["drawn"], splits, reference_split="trian")
+
+
 def test_an_unknown_option_is_rejected_with_close_names(pixels, photos):
     with pytest.raises(TypeError, match="'num_image'; did you mean num_images"):
         evaluate(pixels["drawn"], photos, num_image=3)

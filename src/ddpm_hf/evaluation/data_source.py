@@ -14,6 +14,7 @@ from diffusers import UNet2DModel
 
 from ddpm_hf.data import DataError, ImageDataset, load_images
 from ddpm_hf.data.hold_out import HoldOut
+from ddpm_hf.data.splits import unknown_split
 from ddpm_hf.diffusion.image_format import ImageFacts
 from ddpm_hf.evaluation.figures import DatasetFacts
 from ddpm_hf.evaluation.model_images import EvaluationImages, images_for, prepared_like
@@ -65,8 +66,7 @@ class DataSource:
             return self.dataset
         if isinstance(self.dataset, Mapping):
             if split not in self.dataset:
-                choices = ", ".join(self.dataset)
-                raise DataError(f"`split` must be one of {choices}, got {split!r}")
+                raise unknown_split(split, self.dataset)
             return self.dataset[split]
         if split not in self._opened:
             self._opened[split] = load_images(
