@@ -21,6 +21,7 @@ from tiny_runs import (
 )
 
 from ddpm_hf import GaussianDDPMPipeline, GaussianDDPMScheduler, load, train
+from ddpm_hf.data import DataError
 from ddpm_hf.losses import simple_loss
 from ddpm_hf.training import ConfigError
 
@@ -217,13 +218,14 @@ class Failing(UNet2DModel):
         ),
         ({"unet": Failing(tiny_unet(**TWO_LEVELS))}, "does not run on 8x8 images"),
         ({"dataset": []}, "at least one float tensor"),
-        ({"dataset": [(torch.zeros(1, 8, 8), 3)]}, "the first item is tuple"),
+        ({"dataset": [(torch.zeros(1, 8, 8), 3)]}, "float tensors .* image 0 is tuple"),
+        ({"dataset": [torch.zeros(5, 8, 8)]}, "1 to 4 channels, got 5"),
         ({"dataset": iter([])}, "list_iterator"),
     ],
 )
 def test_untrainable_components_raise_before_the_first_update(tmp_path, components, message):
     components = {"unet": tiny_unet(), "dataset": tiny_images()} | components
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises((ConfigError, DataError), match=message):
         train(tiny_config(tmp_path / "run"), **components)
     assert not (tmp_path / "run").exists()
 

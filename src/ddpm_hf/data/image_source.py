@@ -86,7 +86,7 @@ class TensorSource:
             DataError: if an image cannot be read, or is not a float tensor in [-1, 1] of the shape
                 of image 0; names its index.
         """
-        x_0 = torch.stack([self._read(index) for index in positions]).to(torch.float32)
+        x_0 = torch.stack([self.image(index) for index in positions]).to(torch.float32)
         low, high = torch.aminmax(x_0)  # NaN if x_0 contains NaN; then no comparison is true
         if not (low >= -_MAX_VALUE and high <= _MAX_VALUE):
             raise _out_of_range(positions, x_0)
@@ -100,7 +100,12 @@ class TensorSource:
         sample = range(0, count, -(-count // _NUM_RANGE_SAMPLES))
         return bool(self.read(sample, np.zeros((len(sample), 2), np.float32)).min() >= 0)
 
-    def _read(self, index: int) -> Tensor:
+    def image(self, index: int) -> Tensor:
+        """The image at an index, (C, H, W), of its own type.
+
+        Raises:
+            DataError: as `read`, except for values outside [-1, 1].
+        """
         try:
             image = self.images[index]
         except (DataError, MemoryError, torch.OutOfMemoryError):

@@ -10,11 +10,10 @@ import datasets
 import numpy as np
 import torch
 from diffusers import UNet2DModel
-from torch import Tensor
 
 from ddpm_hf.data import ImageDataset, ImageFacts, TrainingImages, load_images, prepare_images
 from ddpm_hf.data.hold_out import HoldOut
-from ddpm_hf.data.image_source import MapStyleImages
+from ddpm_hf.data.image_source import MapStyleImages, TensorSource
 from ddpm_hf.data.shard_files import ShardFiles, find_shards, shards_of
 from ddpm_hf.data.streaming import StreamedImages, StreamedTrainingImages, open_stream
 from ddpm_hf.diffusion.image_format import IMAGE_MODES, image_facts, size_multiple
@@ -168,14 +167,13 @@ def _open_tensors(images: MapStyleImages, needs_labels: bool) -> LoadedImages:
             f"dataset of at least one float tensor (C, H, W) in [-1, 1]; got "
             f"{type(images).__name__}"
         )
-    first = images[0]
-    if not isinstance(first, Tensor) or first.ndim != 3 or not 1 <= len(first) <= 4:
-        got = tuple(first.shape) if isinstance(first, Tensor) else type(first).__name__
-        raise ConfigError(
-            "`dataset` must hold float tensors (C, H, W) with 1 to 4 channels; the first item is "
-            f"{got}"
-        )
+    first = TensorSource(images).image(0)
     channels, height, width = first.shape
+    if not 1 <= channels <= len(IMAGE_MODES):
+        raise ConfigError(
+            f"`dataset` must hold tensors (C, H, W) with 1 to {len(IMAGE_MODES)} channels, got "
+            f"{channels} channels"
+        )
     facts = ImageFacts(mode=IMAGE_MODES[channels - 1], height=height, width=width)
     return LoadedImages(images, facts, _digest([first.detach().cpu().numpy()]))
 
