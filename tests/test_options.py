@@ -15,9 +15,10 @@ from tiny_runs import few_steps, tiny_config, tiny_images, tiny_unet
 
 from ddpm_hf import TrainingConfig, load, train
 from ddpm_hf.data import DataError, TrainingImages
+from ddpm_hf.data.image_order import Batches
 from ddpm_hf.losses import simple_loss
 from ddpm_hf.pictures import image_grid
-from ddpm_hf.randomness import Batches, noise_of_rows, seed_of, timestep_generator
+from ddpm_hf.randomness import noise_of_rows, seed_of, timestep_generator
 from ddpm_hf.sampling import draw_images
 
 TESTS = Path(__file__).parent

@@ -3,13 +3,8 @@
 import pytest
 import torch
 
-from ddpm_hf.randomness import (
-    Batches,
-    dropped_labels,
-    noise_of_rows,
-    seed_of,
-    timestep_generator,
-)
+from ddpm_hf.data.image_order import Batches
+from ddpm_hf.randomness import dropped_labels, noise_of_rows, seed_of, timestep_generator
 
 
 def shares(num_processes, accumulation, *, start=0, stop=5, num_images=10, batch_size=12):

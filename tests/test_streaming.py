@@ -28,11 +28,11 @@ from ddpm_hf.data import (
     shard_cache,
     to_unit_range,
 )  # fmt: skip
+from ddpm_hf.data.image_order import Batches, ShardOrder
 from ddpm_hf.data.shard_files import find_shards, shards_of
 from ddpm_hf.data.shard_index import ShardIndex
 from ddpm_hf.data.shards import index_shards
 from ddpm_hf.data.streaming import StreamedTrainingImages, open_stream
-from ddpm_hf.randomness import Batches, ShardOrder
 from ddpm_hf.training import ConfigError, TrainingConfig
 
 NUM_SHARDS, NUM_ROWS, SIZE = 30, 2, 24

@@ -27,9 +27,9 @@ from test_streaming import (
 from tiny_runs import assert_equal_bits, checkpoint
 
 from ddpm_hf import TrainingConfig, train
+from ddpm_hf.data.image_order import Batches
 from ddpm_hf.data.streaming import StreamedTrainingImages
 from ddpm_hf.losses import simple_loss
-from ddpm_hf.randomness import Batches
 
 pytestmark = pytest.mark.slow
 

@@ -31,9 +31,9 @@ from sklearn.datasets import load_sample_images
 from torch.utils.data import DataLoader
 
 from ddpm_hf.data import TrainingImages, load_images, prepare_images
+from ddpm_hf.data.image_order import Batches
 from ddpm_hf.data.shard_files import find_shards
 from ddpm_hf.data.streaming import StreamedTrainingImages, open_stream
-from ddpm_hf.randomness import Batches
 
 NUM_SHARDS = 32
 

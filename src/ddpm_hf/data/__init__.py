@@ -19,8 +19,10 @@ A set of images is prepared once before training, or streamed while training rea
 |                       | all images, until they are deleted | needed next, up to a limit          |
 | folder of the cache   | ddpm_hf next to the Arrow files of | ddpm_hf_streams next to it; labels  |
 |                       | `datasets` (HF_DATASETS_CACHE)     | of .tar files in its folder index   |
-| batches are read by   | training_dataset, from an          | streaming, in the order of          |
-|                       | image_source                       | `ddpm_hf.randomness.ShardOrder`     |
+| batches are read by   | training_dataset, from an          | streaming                           |
+|                       | image_source                       |                                     |
+| image_order shuffles  | all images, in each epoch          | the shards, and the images of the   |
+|                       |                                    | few shards that are read at a time  |
 
 The docstring of `decoding` lists the supported file modes. Public names load on first use, so that
 a folder is checked before torch is imported.

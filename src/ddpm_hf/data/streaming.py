@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ddpm_hf.data.errors import DataError
 from ddpm_hf.data.image_conversion import Target
+from ddpm_hf.data.image_order import ShardOrder, permutation
 from ddpm_hf.data.labels import describe_unlabelled
 from ddpm_hf.data.shard_cache import ShardCache
 from ddpm_hf.data.shard_files import ShardFiles
@@ -32,7 +33,6 @@ from ddpm_hf.data.shards import index_shards
 from ddpm_hf.data.training_dataset import TrainingImages
 from ddpm_hf.diffusion.image_format import ImageFacts
 from ddpm_hf.diffusion.image_processor import to_unit_range
-from ddpm_hf.randomness import ShardOrder, permutation
 
 logger = logging.getLogger(__name__)
 

@@ -90,7 +90,7 @@ def in_order_of_rows(losses: list[Tensor], accelerator: Accelerator) -> Tensor:
         losses: of this process, one tensor (b,) per micro-batch.
         accelerator: gathers the losses of all processes.
     Returns:
-        (batch_size,), in the order of the rows in `randomness.Batches`.
+        (batch_size,), in the order of the rows in `image_order.Batches`.
     """
     local = torch.stack(losses)  # (micro-batches, b)
     gathered: Tensor = accelerator.gather(local)  # (processes * micro-batches, b)

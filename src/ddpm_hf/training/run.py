@@ -14,11 +14,11 @@ from accelerate.utils import DynamoBackend
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
+from ddpm_hf.data.image_order import Batches
 from ddpm_hf.data.streaming import StreamedTrainingImages
 from ddpm_hf.diffusion.tensor_ops import Denoiser
 from ddpm_hf.paths import RunPaths
 from ddpm_hf.post_hoc_ema.profiles import SIGMA_RELS, PowerFunctionEMA
-from ddpm_hf.randomness import Batches
 from ddpm_hf.run_record import Computation
 from ddpm_hf.training.checkpoint_record import CheckpointRecord
 from ddpm_hf.training.components import Components
