@@ -79,9 +79,9 @@ def check_paths(options: SampleCommand, output: Path) -> None:
 def sample(options: SampleCommand, output: Path) -> None:
     """Load the model, sample the images and save them."""
     from ddpm_hf.hub.load import load
-    from ddpm_hf.sampling.image_writer import reserved_output, save_images
     from ddpm_hf.sampling.planned_optimization import optimize_for_images
     from ddpm_hf.sampling.sampler_choice import choose_setting
+    from ddpm_hf.sampling.sampling_to_files import reserved_output, save_images
     from ddpm_hf.utils.shared_work import distributed_state, leave_process_group
 
     # Reserve the output before the model is loaded.

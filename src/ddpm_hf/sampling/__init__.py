@@ -16,14 +16,14 @@ Sampling
     sampler_choice          scheduler, steps and eta from the options; `choose_setting`
     batches                 images, each from its own noise; `draw_images`
     sharded_sampling        into a folder, shared by processes and resumed; `draw_to`
-    image_writer            into a file or folder of a common format; `save_drawn`
+    sampling_to_files       into a file or folder of a common format; `save_drawn`
     planned_optimization    the fastest settings of the network for a set of images
     sampling_record         settings of a set, stored as JSON and compared on resume
     class_labels            class numbers of the images
 
 Files
     output_paths            names of outputs, and their checks
-    image_formats           writers of grids, folders, npz, npy and parquet
+    output_writers          writers of grids, folders, npz, npy and parquet
     image_reader            images of this library and of other programs; `open_drawn`
     array_files             npz and npy files
 
@@ -42,9 +42,9 @@ from ddpm_hf.utils.first_use import imported_on_first_use
 if TYPE_CHECKING:
     from ddpm_hf.sampling.batches import draw_images
     from ddpm_hf.sampling.image_reader import DrawnImages, open_drawn
-    from ddpm_hf.sampling.image_writer import save_drawn
     from ddpm_hf.sampling.options import SamplerOptions
     from ddpm_hf.sampling.sampler_choice import SamplerSetting, choose_setting, use_recommended
+    from ddpm_hf.sampling.sampling_to_files import save_drawn
     from ddpm_hf.sampling.sharded_sampling import draw_to
 
 __all__ = [
@@ -67,6 +67,6 @@ __getattr__ = imported_on_first_use(
         "sampling.sampler_choice": "SamplerSetting choose_setting use_recommended",
         "sampling.batches": "draw_images",
         "sampling.sharded_sampling": "draw_to",
-        "sampling.image_writer": "save_drawn",
+        "sampling.sampling_to_files": "save_drawn",
     },
 )

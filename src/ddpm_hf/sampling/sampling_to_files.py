@@ -15,7 +15,6 @@ from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 from ddpm_hf.inference_settings import OptimizedInference
 from ddpm_hf.options import takes_options
 from ddpm_hf.pictures import is_picture
-from ddpm_hf.sampling.image_formats import is_folder, pixel_type_of, write_images
 from ddpm_hf.sampling.image_reader import RECORD_NAME, open_batch_files
 from ddpm_hf.sampling.options import DrawOptions
 from ddpm_hf.sampling.output_paths import (
@@ -26,6 +25,7 @@ from ddpm_hf.sampling.output_paths import (
     holds_images,
     record_path,
 )
+from ddpm_hf.sampling.output_writers import is_folder, pixel_type_of, write_images
 from ddpm_hf.sampling.sampling_record import (
     DamagedRecordError,
     SamplingRecord,
