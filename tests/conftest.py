@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import gc
 import os
 import shutil
 import signal
@@ -78,6 +79,13 @@ sys.addaudithook(_refuse_the_network)
 # huggingface_hub compiles the template of each model card anew, which takes longer than an update
 # of the networks here.
 jinja2.Environment.compile = functools.cache(jinja2.Environment.compile)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def fast_garbage_collection():
+    """A collection skips the million objects of the libraries that the test modules imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -10,6 +10,7 @@ torch and diffusers imported, which saves the 5 s of these imports. `started`, `
 
 import atexit
 import faulthandler
+import gc
 import multiprocessing
 import os
 import runpy
@@ -44,6 +45,8 @@ _SERVER.set_forkserver_preload(
         "diffusers.pipelines.ddpm.pipeline_ddpm",
         "diffusers.schedulers.scheduling_ddim",
         "diffusers.training_utils",
+        "matplotlib.figure",
+        "torch.utils.tensorboard",
     ]
 )
 
@@ -124,6 +127,7 @@ def _run_python(
 ) -> None:
     """Do in a forked process what `python ARGUMENTS` does in a new one."""
     os.setsid()
+    gc.freeze()  # a collection skips the objects of the imported libraries
     os.fsync = lambda descriptor: None  # as in conftest.py
     for number, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)

@@ -2,18 +2,19 @@
 
 import io
 import json
+import os
 import signal
+import socket
 import threading
 import time
 import urllib.request
-from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
 import torch
 from checkpoints import image_facts_of, save_ours, save_stock, tiny_scheduler, tiny_unet
 from PIL import Image
-from processes import LIMIT_S, forked
+from processes import LIMIT_S
 
 pytest.importorskip("gradio")
 from ddpm_hf.app.comparison import compare_settings
@@ -299,24 +300,33 @@ def test_a_setting_that_does_not_work_does_not_end_a_comparison(model):
 
 @pytest.mark.slow
 def test_the_command_prints_the_address_when_the_page_answers(model, capsys):
-    command = ["app", str(model.folder)]
-    with forked(["-m", "ddpm_hf", *command]) as process:
+    printed, answers = ["", ""], []
+
+    def visit_and_press_ctrl_c():
         until = time.monotonic() + LIMIT_S
-        while "\n" not in process.output():
-            assert process.poll() is None
-            assert time.monotonic() < until
+        while "Ctrl-C" not in printed[1] and time.monotonic() < until:
+            printed[:] = map(str.__add__, printed, capsys.readouterr())
             time.sleep(0.05)
-        address = process.output().strip()
-        port = urlsplit(address).port
-        with urllib.request.urlopen(address, timeout=60) as answer:
-            assert answer.status == 200
-        taken = main([*command, "--port", str(port)])
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
-    assert address.startswith("http://127.0.0.1:")
-    assert process.returncode == 0
-    assert errors == "ddpm-hf: press Ctrl-C to stop\n"
-    assert taken == 2
+        try:
+            with urllib.request.urlopen(printed[0].strip(), timeout=60) as answer:
+                answers.append(answer.status)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    visitor = threading.Thread(target=visit_and_press_ctrl_c)
+    visitor.start()
+    assert main(["app", str(model.folder)]) == 0
+    visitor.join()
+    assert answers == [200]
+    assert printed[0].startswith("http://127.0.0.1:")
+    assert printed[1] == "ddpm-hf: press Ctrl-C to stop\n"
+
+
+@pytest.mark.slow
+def test_a_port_in_use_is_named(model, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert main(["app", str(model.folder), "--port", str(port)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"cannot listen on --host 127.0.0.1 and --port {port}" in line
 
