@@ -248,8 +248,9 @@ def command(_):
 sys.exit(run_command(command, []))
 """
     (tmp_path / "command.py").write_text(code)
-    # The reader closes its end before the command prints.
-    line = f"(sleep 1) | {sys.executable} command.py 2> errors | true; echo ${{PIPESTATUS[1]}}"
+    # The reader closes its end, then opens the named pipe, for which the command waits.
+    reader = "(exec <&-; : > go)"
+    line = f"mkfifo go; {sys.executable} command.py < go 2> errors | {reader}; echo ${{PIPESTATUS}}"
     environment = {**os.environ, "PYTHONUNBUFFERED": is_unbuffered}
     done = run_process(["bash", "-c", line], cwd=tmp_path, env=environment)
     assert (tmp_path / "errors").read_text() == ""
