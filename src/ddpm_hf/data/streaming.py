@@ -225,11 +225,9 @@ class StreamedTrainingImages(TrainingImages):
     Args:
         images: the stream.
         seed, random_flip, size_multiple: of `TrainingImages`.
-
-    Attributes:
-        order: which image is at which place of an epoch.
     """
 
+    order: ShardOrder
     source: StreamedImages
 
     def __init__(
@@ -248,9 +246,9 @@ class StreamedTrainingImages(TrainingImages):
         self.source.fetch_ahead(self.order.needed_shards(*positions[0]))
         return super().__getitems__(positions)
 
-    def first_read(self, count: int) -> list[int]:
-        """Indices of the first `count` images that training reads, which are in few shards."""
-        return sorted(self.order.index(0, place) for place in range(min(count, len(self))))
+    def dataset_index(self, index: int) -> int:
+        """Index of an image among those of all shards of the dataset."""
+        return self.source.dataset_index(index)
 
     def _first_image(self) -> Tensor:
         """An image of the right shape, without fetching a shard."""

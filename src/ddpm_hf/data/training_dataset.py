@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from ddpm_hf.data.errors import DataError
 from ddpm_hf.data.image_dataset import ImageDataset
+from ddpm_hf.data.image_order import ShardOrder
 from ddpm_hf.data.image_source import ImageSource, MapStyleImages, TensorSource, image_source
 from ddpm_hf.diffusion.image_format import pad_edges, padded_size
 
@@ -41,7 +42,15 @@ class TrainingImages(torch.utils.data.Dataset[Any]):
         DataError: if there are no images, or the first one is not a float tensor in [-1, 1].
             Other images are checked when they are read.
         ValueError: if `seed` or `size_multiple` is too small.
+
+    Attributes:
+        source: the images by position.
+        labels: class of each image, (N,), or None.
+        shape: padded shape of an image, (C, H, W).
+        order: order of the images of a stream; None for a permutation of all images in each epoch.
     """
+
+    order: ShardOrder | None = None
 
     def __init__(
         self,
@@ -95,6 +104,14 @@ class TrainingImages(torch.utils.data.Dataset[Any]):
         padded = list(_pad_to_multiple(x_0, self.size_multiple))
         return padded if labels is None else list(zip(padded, labels, strict=True))
 
+    def unaugmented(self, indices: Sequence[int]) -> Tensor:
+        """Images without flips and padding, cropped at the centre, (B, C, H, W)."""
+        return self.source.read(indices, np.full((len(indices), 2), 0.5, np.float32))
+
+    def dataset_index(self, index: int) -> int:
+        """Index of an image in the dataset, which may have more images."""
+        return index
+
     def _read(
         self, indices: Sequence[int], offsets: NDArray[np.float32]
     ) -> tuple[Tensor, list[int] | None]:
@@ -112,6 +129,35 @@ class TrainingImages(torch.utils.data.Dataset[Any]):
             self._draws = dict([*previous, (epoch, drawn)])
         draws: NDArray[np.float32] = self._draws[epoch][index]
         return draws
+
+
+class Selection(torch.utils.data.Dataset[Any]):
+    """A subset of training images, renumbered from 0; see `TrainingImages`."""
+
+    order = None
+
+    def __init__(self, images: TrainingImages, indices: Sequence[int]) -> None:
+        self.images, self.indices = images, indices
+        self.source, self.shape = images.source, images.shape
+        self.labels = None if images.labels is None else images.labels[list(indices)]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: tuple[int, int]) -> Any:
+        return self.__getitems__([position])[0]
+
+    def __getitems__(self, positions: Sequence[tuple[int, int]]) -> list[Any]:
+        """A batch, for `DataLoader`."""
+        return self.images.__getitems__([(epoch, self.indices[i]) for epoch, i in positions])
+
+    def unaugmented(self, indices: Sequence[int]) -> Tensor:
+        """Images without flips and padding, cropped at the centre, (B, C, H, W)."""
+        return self.images.unaugmented([self.indices[i] for i in indices])
+
+    def dataset_index(self, index: int) -> int:
+        """Index of an image in the dataset."""
+        return self.images.dataset_index(self.indices[index])
 
 
 def read_batches(loader: DataLoader[Any]) -> Generator[Any]:

@@ -8,16 +8,16 @@ from functools import cached_property
 from accelerate import Accelerator
 from diffusers import UNet2DModel
 
-from ddpm_hf.data import ImageDataset, ImageFacts, TrainingImages
+from ddpm_hf.data import ImageDataset, ImageFacts
 from ddpm_hf.data.hold_out import HoldOut
+from ddpm_hf.data.training_dataset import Selection
 from ddpm_hf.diffusion.image_format import set_image_facts
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.losses import Loss
 from ddpm_hf.training.checkpoint_record import CheckpointRecord
 from ddpm_hf.training.config import ResolvedConfig, TrainingConfig
 from ddpm_hf.training.dataset_setup import (
-    HeldOut,
-    Selection,
+    RunImages,
     TrainingData,
     open_images,
     split_off_validation,
@@ -45,8 +45,8 @@ class Components:
         notes: remarks for the plan.
     """
 
-    images: TrainingImages | Selection
-    held_out: HeldOut | None
+    images: RunImages
+    held_out: RunImages | None
     facts: ImageFacts
     num_skipped: int
     left_out: dict[str, int]

@@ -2,13 +2,12 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import datasets
 import numpy as np
-import torch
 from diffusers import UNet2DModel
 
 from ddpm_hf.data import ImageDataset, ImageFacts, TrainingImages, load_images, prepare_images
@@ -16,6 +15,7 @@ from ddpm_hf.data.hold_out import HoldOut
 from ddpm_hf.data.image_source import MapStyleImages, TensorSource
 from ddpm_hf.data.shard_files import ShardFiles, find_shards, shards_of
 from ddpm_hf.data.streaming import StreamedImages, StreamedTrainingImages, open_stream
+from ddpm_hf.data.training_dataset import Selection
 from ddpm_hf.diffusion.image_format import IMAGE_MODES, image_facts, size_multiple
 from ddpm_hf.training.config import TrainingConfig
 from ddpm_hf.training.errors import ConfigError
@@ -29,6 +29,8 @@ TrainingData: TypeAlias = (
     | MapStyleImages
 )
 """What `train(dataset=...)` takes."""
+RunImages: TypeAlias = TrainingImages | Selection
+"""Training or validation images of a run."""
 
 
 def build_images(
@@ -185,32 +187,12 @@ def _digest(arrays: Iterable[Any]) -> str:
     return sha256.hexdigest()[:16]
 
 
-class Selection(torch.utils.data.Dataset[Any]):
-    """A subset of the training images, renumbered from 0."""
-
-    def __init__(self, images: TrainingImages, indices: Sequence[int]) -> None:
-        self.images, self.indices, self.shape = images, indices, images.shape
-        self.labels = None if images.labels is None else images.labels[list(indices)]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, position: tuple[int, int]) -> Any:
-        return self.__getitems__([position])[0]
-
-    def __getitems__(self, positions: Sequence[tuple[int, int]]) -> list[Any]:
-        """A batch, for `DataLoader`."""
-        return self.images.__getitems__([(epoch, self.indices[i]) for epoch, i in positions])
-
-
-HeldOut = Selection | TrainingImages
-
-
-def in_few_shards(images: HeldOut, count: int) -> HeldOut:
-    """Part of a stream with at least `count` images if it has them; other images unchanged."""
-    if not isinstance(images, StreamedTrainingImages):
+def in_few_shards(images: RunImages, count: int) -> RunImages:
+    """The first `count` images that training reads from a stream; other images unchanged."""
+    if images.order is None:
         return images
-    return Selection(images, images.first_read(count))
+    places = range(min(count, len(images)))
+    return Selection(images, sorted(images.order.index(0, place) for place in places))
 
 
 def hold_out(images: TrainingImages, fraction: float, seed: int) -> tuple[Selection, Selection]:
@@ -226,7 +208,7 @@ def split_off_validation(
     facts: ImageFacts,
     unet: UNet2DModel,
     has_splits: bool,
-) -> tuple[TrainingImages | Selection, HeldOut | None]:
+) -> tuple[RunImages, RunImages | None]:
     """Training images and validation images, padded for the network.
 
     Args:
@@ -248,7 +230,7 @@ def split_off_validation(
         )
 
     split = str(config.validation_split)
-    fraction = None if config.validation_split is None else _as_fraction(split)
+    fraction = held_out_fraction(config.validation_split)
     if isinstance(images, StreamedImages) and fraction is not None:
         train, held_out = map(padded, images.split(fraction, config.seed))
         return train, held_out
@@ -267,10 +249,10 @@ def split_off_validation(
     return hold_out(training, fraction, config.seed)
 
 
-def _as_fraction(validation_split: str) -> float | None:
-    """The number in `validation_split`, or None for the name of a split."""
+def held_out_fraction(validation_split: str | float | None) -> float | None:
+    """The number in `validation_split`; None without one, and for the name of a split."""
     try:
-        return float(validation_split)
+        return None if validation_split is None else float(validation_split)
     except ValueError:
         return None
 

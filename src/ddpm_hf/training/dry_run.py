@@ -16,8 +16,8 @@ from accelerate.utils import broadcast_object_list
 
 from ddpm_hf.data import ImageDataset
 from ddpm_hf.data.image_reports import describe_left_out
-from ddpm_hf.data.streaming import StreamedTrainingImages
-from ddpm_hf.training.dataset_setup import Selection
+from ddpm_hf.data.image_source import PreparedSource
+from ddpm_hf.data.streaming import StreamedImages
 from ddpm_hf.training.post_hoc_averages import snapshot_bytes
 from ddpm_hf.training.run import Run
 from ddpm_hf.utils.text import counted, file_size
@@ -50,22 +50,21 @@ def describe_needs(run: Run) -> str:
     return "\n".join(lines)
 
 
-def _prepared(run: Run) -> ImageDataset | None:
-    """The prepared images before validation images are held out; None for tensors."""
-    images = run.components.images
-    source = images.images if isinstance(images, Selection) else images
-    return source.images if isinstance(source.images, ImageDataset) else None
-
-
 def _describe_data(run: Run) -> list[str]:
-    if isinstance(run.components.images, StreamedTrainingImages):
-        shards = run.components.images.source.cache.index.shards
-        size = sum(shard.num_bytes for shard in shards)
-        found = f"{file_size(size)} in {counted(len(shards), 'shard')}"
-        return [f"{found}; the images are checked when read"]
-    images = _prepared(run)
-    if images is None:
-        return [f"{counted(len(run.components.images), 'tensor')} from Python"]
+    match run.components.images.source:
+        case StreamedImages(cache=cache):
+            shards = cache.index.shards
+            size = sum(shard.num_bytes for shard in shards)
+            found = f"{file_size(size)} in {counted(len(shards), 'shard')}"
+            return [f"{found}; the images are checked when read"]
+        case PreparedSource(images=images):
+            return _describe_prepared(images)
+        case _:
+            return [f"{counted(len(run.components.images), 'tensor')} from Python"]
+
+
+def _describe_prepared(images: ImageDataset) -> list[str]:
+    """All prepared images, before validation images are held out."""
     lines = [images.sources]
     if repeated := _num_repeated(images):
         lines.append(f"{counted(repeated, 'image')} equal to another one after preparation")
@@ -119,8 +118,8 @@ def _describe_disk(run: Run) -> str:
 
 
 def _describe_cache(run: Run) -> str:
-    if isinstance(run.components.images, StreamedTrainingImages):
-        return f"up to {file_size(run.components.images.source.cache.limit)} of streamed images"
-    images = _prepared(run)
-    files = () if images is None else images.folder.iterdir()
+    source = run.components.images.source
+    if isinstance(source, StreamedImages):
+        return f"up to {file_size(source.cache.limit)} of streamed images"
+    files = source.images.folder.iterdir() if isinstance(source, PreparedSource) else ()
     return f"{file_size(sum(file.stat().st_size for file in files))} of prepared images"

@@ -11,7 +11,7 @@ from ddpm_hf.diffusion.eval_mode import evaluating
 from ddpm_hf.evaluation.checkpoint_calibration import measure_calibration, save_calibration
 from ddpm_hf.evaluation.dataset_likelihood import BoundMeasurement, BoundOptions
 from ddpm_hf.evaluation.model_images import EvaluationImages
-from ddpm_hf.training.dataset_setup import HeldOut, in_few_shards
+from ddpm_hf.training.dataset_setup import RunImages, in_few_shards
 from ddpm_hf.training.run import Run
 from ddpm_hf.utils.text import counted
 
@@ -56,7 +56,7 @@ def calibration_cost(run: Run) -> float:
     return run.relative_cost(num_images * num_calls, run.config.max_train_steps)
 
 
-def _source(run: Run) -> HeldOut:
+def _source(run: Run) -> RunImages:
     return in_few_shards(run.components.held_out or run.components.images, MAX_IMAGES)
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -11,14 +11,14 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from ddpm_hf.data import ImageDataset, ImageFacts
+from ddpm_hf.data import ImageFacts
 from ddpm_hf.evaluation.features import Features, features_of, load_features
 from ddpm_hf.evaluation.metrics import measure
 from ddpm_hf.evaluation.options import DEFAULT_FEATURES
 from ddpm_hf.pictures import Pixels, quantised
 from ddpm_hf.run_record import SampleSetup
 from ddpm_hf.sampling import DrawnImages
-from ddpm_hf.training.dataset_setup import HeldOut, Selection, in_few_shards
+from ddpm_hf.training.dataset_setup import RunImages, in_few_shards
 from ddpm_hf.training.ema_sampling import draw_share
 from ddpm_hf.training.errors import ConfigError
 from ddpm_hf.training.rank_coordination import main_first, on_main_process
@@ -202,20 +202,14 @@ def build_evaluation(run: Run) -> PeriodicEvaluation | None:
     return None
 
 
-def as_pixels(images: HeldOut, facts: ImageFacts) -> DrawnImages:
+def as_pixels(images: RunImages, facts: ImageFacts) -> DrawnImages:
     """The images of a run as prepared: center-cropped, without flips and padding."""
-    indices = images.indices if isinstance(images, Selection) else range(len(images))
-    training = images.images if isinstance(images, Selection) else images
 
-    def pixels(index: int) -> Pixels:
-        if isinstance(training.images, ImageDataset):
-            return training.images.window(index).transpose(1, 2, 0)
-        centre = np.full((1, 2), 0.5, np.float32)
-        x_0 = training.source.read([index], centre)[0].permute(1, 2, 0).numpy(force=True)
+    def read(rows: Sequence[int]) -> Pixels:
+        x_0 = images.unaugmented(rows).permute(0, 2, 3, 1).numpy(force=True)
         return quantised((x_0.clip(-1, 1) + 1) / 2, facts.bit_depth)
 
-    shape = (len(indices), facts.height, facts.width, facts.num_channels)
-    return DrawnImages(shape, lambda rows: np.stack([pixels(indices[row]) for row in rows]))
+    return DrawnImages((len(images), facts.height, facts.width, facts.num_channels), read)
 
 
 def _evenly(count: int) -> range:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from diffusers import UNet2DModel
 
-from ddpm_hf.data.streaming import StreamedTrainingImages
+from ddpm_hf.data.streaming import StreamedImages
 from ddpm_hf.diffusion.config_extension import beta_schedule_of
 from ddpm_hf.diffusion.image_format import ImageFacts
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
@@ -108,11 +108,10 @@ def _describe_images(run: Run) -> str:
     facts = run.components.facts
     depth = f" {facts.bit_depth} bit" * (facts.bit_depth != 8)
     size = f"{facts.width}x{facts.height}, {facts.mode}"
-    images = run.components.images
-    text = f"{len(images):,} of {size}{depth}"
-    if not isinstance(images, StreamedTrainingImages):
+    source = run.components.images.source
+    text = f"{len(run.components.images):,} of {size}{depth}"
+    if not isinstance(source, StreamedImages):
         return text
-    source = images.source
     where = f"a cache of up to {source.cache.limit / 1e9:.3g} GB in {source.cache.folder}"
     held_out = len(source.cache.index.shards) - len(source.index.shards)
     without = f" ({held_out} held out)" * bool(held_out)

@@ -15,7 +15,6 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from ddpm_hf.data.image_order import Batches
-from ddpm_hf.data.streaming import StreamedTrainingImages
 from ddpm_hf.diffusion.tensor_ops import Denoiser
 from ddpm_hf.paths import RunPaths
 from ddpm_hf.post_hoc_ema.profiles import SIGMA_RELS, PowerFunctionEMA
@@ -24,7 +23,6 @@ from ddpm_hf.training.checkpoint_record import CheckpointRecord
 from ddpm_hf.training.components import Components
 from ddpm_hf.training.config import ResolvedConfig
 from ddpm_hf.training.cpu_threads import CpuThreads
-from ddpm_hf.training.dataset_setup import Selection
 from ddpm_hf.training.errors import CheckpointError, ConfigError
 from ddpm_hf.training.signals import StopSignal
 from ddpm_hf.training.state import TrainState, read_tensors
@@ -136,10 +134,7 @@ class Run:
             self.batches, start=step, stop=step + 1, rank=0, num_processes=1, accumulation=1
         )
         indices = [index for rows in batch for _, index in rows]
-        images = self.components.images
-        if isinstance(images, StreamedTrainingImages):
-            return [images.source.dataset_index(i) for i in indices]
-        return [images.indices[i] for i in indices] if isinstance(images, Selection) else indices
+        return [self.components.images.dataset_index(index) for index in indices]
 
     def split_micro_batches(self, factor: int) -> None:
         """Split each micro-batch into `factor` smaller ones; sums are rounded differently."""
@@ -205,7 +200,7 @@ def start_run(
         rank=accelerator.process_index,
         num_processes=accelerator.num_processes,
         accumulation=config.gradient_accumulation_steps,
-        order=getattr(components.images, "order", None),
+        order=components.images.order,
     )
     return Run(
         config, components, accelerator, stop, state, model, prepared_optimizer, batches, threads,

@@ -8,12 +8,11 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from ddpm_hf.data.streaming import StreamedTrainingImages
 from ddpm_hf.diffusion.eval_mode import evaluating
 from ddpm_hf.likelihood import bits_per_dim, standard_error
 from ddpm_hf.randomness import seed_of
 from ddpm_hf.run_record import BoundSetup, MetricRecord
-from ddpm_hf.training.dataset_setup import HeldOut, Selection
+from ddpm_hf.training.dataset_setup import RunImages, held_out_fraction
 from ddpm_hf.training.run import Run
 from ddpm_hf.utils.text import counted
 
@@ -64,7 +63,7 @@ class Validation:
         images: held-out images; the first `validation_images` are used.
     """
 
-    def __init__(self, run: Run, images: HeldOut) -> None:
+    def __init__(self, run: Run, images: RunImages) -> None:
         self.run, self.images = run, images
         self.num_images = min(len(images), run.config.validation_images)
         self.every = run.config.validation_steps
@@ -95,7 +94,7 @@ class Validation:
 
     def _setup(self) -> BoundSetup:
         components, split = self.run.components, self.run.config.validation_split
-        is_held_out = isinstance(self.images, Selection | StreamedTrainingImages)
+        is_held_out = held_out_fraction(split) is not None
         source = "that training held out" if is_held_out else f"of {split}"
         return BoundSetup(
             images=f"{counted(self.num_images, 'image')} {source}",
