@@ -20,6 +20,7 @@ FLOORS = (
         "image_batches",
         "inference_optimization",
         "inference_settings",
+        "json_records",
         "option_parser",
         "options",
         "paths",

@@ -20,7 +20,6 @@ from huggingface_hub import ModelCard
 from processes import run_forked
 
 from ddpm_hf.evaluation.calibration_results import StepsRow
-from ddpm_hf.evaluation.card_metrics import CardMetric
 from ddpm_hf.hub.card import (
     SharedCard,
     card_to_share,
@@ -33,6 +32,7 @@ from ddpm_hf.hub.card_rendering import render_model_card
 from ddpm_hf.hub.card_update import metadata_of, updated_card, with_license
 from ddpm_hf.hub.retry import shorten
 from ddpm_hf.hub.secrets import find_leak
+from ddpm_hf.run_record import MetricRecord
 
 PROJECT = Path(__file__).parents[1]
 FULL = {
@@ -530,7 +530,7 @@ def test_the_code_in_the_card_uses_the_default_number_of_steps(tmp_path, kind, s
 
 
 def metric(value, how="10,000 images", name="digits", **dataset):
-    return CardMetric(
+    return MetricRecord(
         type="fid", name="FID", value=value, how=how, dataset={"name": name, **dataset}, args={}
     )
 

@@ -1,15 +1,15 @@
 """The record of a training run, `training.json`, which is published with its model."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+
+from ddpm_hf.json_records import JsonObject, Record, optional
 
 FORMAT_VERSION = 1
 
 
-@dataclass(frozen=True)
-class Computation:
+@dataclass(frozen=True, kw_only=True)
+class Computation(Record):
     """How the updates are computed: as requested, proposed, or chosen by measuring.
 
     Attributes:
@@ -23,16 +23,16 @@ class Computation:
     """
 
     mixed_precision: str
-    num_threads: int | None
-    tf32: tuple[str, ...] | None
+    num_threads: int | None = optional()
+    tf32: tuple[str, ...] | None = optional()
     compile: bool
     gradient_checkpointing: bool
     memory_format: str
     optimizer: str
 
 
-@dataclass(frozen=True)
-class DatasetRecord:
+@dataclass(frozen=True, kw_only=True)
+class DatasetRecord(Record):
     """The training images.
 
     Attributes:
@@ -54,8 +54,8 @@ class DatasetRecord:
     num_skipped: int
     left_out: Mapping[str, int]
     image: Mapping[str, object]
-    held_out: Mapping[str, object] | None = None
-    hub_id: str | None = None
+    held_out: Mapping[str, object] | None = optional()
+    hub_id: str | None = optional()
 
 
 @dataclass(frozen=True)
@@ -94,29 +94,32 @@ class SampleSetup:
     features: str
 
 
-@dataclass(frozen=True)
-class MetricRecord:
+@dataclass(frozen=True, kw_only=True)
+class MetricRecord(Record):
     """A measured value, as the model card shows it.
 
     Attributes:
-        type: id of the metric.
-        name: what was measured, with the number of images.
+        type, name: of the metric in the model index.
         value: the value.
-        standard_error: its standard error.
+        standard_error: its standard error; None where `how` says how precise it is.
         how: one line about the measurement.
-        args: "bound", the setup of the bound, or "samples", that of a comparison of samples.
+        dataset: "name", "split" and, for a Hub dataset, "hub_id"; None for the training set.
+        args: how it was measured, as JSON values and records. Of the trainer: "bound", a
+            `BoundSetup`, or "samples", a `SampleSetup`. Of `evaluate`: "evaluate", its options;
+            "interval"; "bound"; and digests of weights, features and held-out images.
     """
 
     type: str
     name: str
     value: float
-    standard_error: float
+    standard_error: float | None = optional()
     how: str
-    args: Mapping[str, BoundSetup | SampleSetup]
+    dataset: Mapping[str, str] | None = optional()
+    args: JsonObject
 
 
-@dataclass(frozen=True)
-class RunRecord:
+@dataclass(frozen=True, kw_only=True)
+class RunRecord(Record):
     """What happened in a training run, without local paths.
 
     Attributes:
@@ -146,19 +149,11 @@ class RunRecord:
     versions: Mapping[str, str]
     created: str
     metrics: tuple[MetricRecord, ...] = ()
-    kept_by: str | None = None
-    base_model: str | None = None
-    base: Mapping[str, object] | None = None
-    license: str | None = None
+    kept_by: str | None = optional()
+    base_model: str | None = optional()
+    base: Mapping[str, object] | None = optional()
+    license: str | None = optional()
 
-    def to_dict(self) -> dict[str, Any]:
-        """The contents of `training.json`; optional values that are None are left out."""
-        content = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
-        optional = {"held_out", "hub_id", "num_threads", "tf32"}
-        for part in ("dataset", "computation"):
-            content[part] = {
-                key: value
-                for key, value in content[part].items()
-                if value is not None or key not in optional
-            }
-        return {key: value for key, value in content.items() if value is not None}
+    def to_dict(self) -> JsonObject:
+        """The contents of `training.json`."""
+        return {"format_version": FORMAT_VERSION, **super().to_dict()}

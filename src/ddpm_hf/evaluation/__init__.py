@@ -26,7 +26,7 @@ Images
     recorded_hold_out       images that training held out
 
 Results
-    figures, records        measured figures; dataclasses as JSON objects
+    figures                 measured figures
     results                 result of `evaluate`, and its tables
     comparison_results      results of `compare` and `sweep`
     calibration_results     result of `calibrate_checkpoint`

@@ -9,8 +9,8 @@ from ddpm_hf.calibration import STABLE_RELATIVE_ERROR, Calibration
 from ddpm_hf.diffusion.timestep_spacings import MAX_LIKELIHOOD_TIMESTEPS
 from ddpm_hf.evaluation.comparison_results import Sweep
 from ddpm_hf.evaluation.figures import BoundPart, DatasetFacts, ModelSourceFacts, finite
-from ddpm_hf.evaluation.records import Record, Row, excluded, optional, renamed
 from ddpm_hf.evaluation.results import Report
+from ddpm_hf.json_records import Record, Row, excluded, optional, renamed
 from ddpm_hf.utils.text import counted
 
 NUM_STEPS = (5, 10, 25, 50, 100, 250)

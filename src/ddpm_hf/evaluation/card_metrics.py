@@ -1,43 +1,21 @@
 """Results of an evaluation as metrics of a model card."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 from ddpm_hf.evaluation.figures import BoundResult, DatasetFacts, MetricResult
 from ddpm_hf.evaluation.options import BITS
-from ddpm_hf.evaluation.records import JsonObject, Record
 from ddpm_hf.evaluation.results import VERDICTS, Evaluation, bound_setup
-from ddpm_hf.run_record import BoundSetup
+from ddpm_hf.json_records import JsonObject
+from ddpm_hf.run_record import BoundSetup, MetricRecord
 from ddpm_hf.utils.text import counted
 
 
-@dataclass(frozen=True, kw_only=True)
-class CardMetric(Record):
-    """An entry of the card's metrics; see `hub.card.write_results`.
-
-    Attributes:
-        type, name: of the metric in the model index.
-        value: of the metric.
-        how: one line about the measurement.
-        dataset: "name", "split" and, for a Hub dataset, "hub_id".
-        args: "evaluate", the options of `evaluate`; "interval"; "bound", the `BoundSetup` of
-            bits/dim; and digests of weights, features and held-out images that identify what was
-            measured.
-    """
-
-    type: str
-    name: str
-    value: float
-    how: str
-    dataset: dict[str, str]
-    args: JsonObject
-
-
-def card_metrics(evaluation: Evaluation) -> list[CardMetric]:
+def card_metrics(evaluation: Evaluation) -> list[MetricRecord]:
     """The results of an evaluation, each with the options that measure it again."""
     return [_card_metric(evaluation, result) for result in evaluation.results]
 
 
-def _card_metric(evaluation: Evaluation, result: BoundResult | MetricResult) -> CardMetric:
+def _card_metric(evaluation: Evaluation, result: BoundResult | MetricResult) -> MetricRecord:
     facts = evaluation.dataset
     metric = BITS if isinstance(result, BoundResult) else result.metric
     options = {"metrics": [metric], **evaluation.options.to_dict()}
@@ -59,7 +37,7 @@ def _card_metric(evaluation: Evaluation, result: BoundResult | MetricResult) -> 
         args["held_out"] = facts.to_dict()["held_out"]
     name, how = _name_and_setup(result, facts)
     known = {"name": facts.name, "hub_id": facts.hub_id, "split": facts.split}
-    return CardMetric(
+    return MetricRecord(
         type=result.name,
         name=name,
         value=result.value,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ddpm_hf.data.hold_out import HoldOut
-from ddpm_hf.evaluation.records import Record, Row, inlined, optional, renamed
+from ddpm_hf.json_records import Record, Row, inlined, optional, renamed
 
 NORMAL_95 = 1.96  # half-width of a 95 % interval in standard errors
 Verdict = Literal["worse", "better", "tie"]

@@ -13,8 +13,8 @@ from accelerate import PartialState
 
 from ddpm_hf.diffusion.atomic_files import read_text, write_text
 from ddpm_hf.evaluation.figures import BoundResult, MetricResult
-from ddpm_hf.evaluation.records import Record
 from ddpm_hf.evaluation.results import Evaluation
+from ddpm_hf.json_records import Record
 from ddpm_hf.utils.digests import json_digest
 from ddpm_hf.utils.locks import exclusive_folder
 

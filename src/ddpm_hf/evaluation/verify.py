@@ -13,16 +13,17 @@ from huggingface_hub import EvalResult, hf_hub_download
 
 from ddpm_hf.diffusion.atomic_files import read_text
 from ddpm_hf.diffusion.checks import error_in_file
-from ddpm_hf.evaluation.card_metrics import CardMetric, card_metrics
+from ddpm_hf.evaluation.card_metrics import card_metrics
 from ddpm_hf.evaluation.evaluate import evaluate
 from ddpm_hf.evaluation.features import OFFLINE_FEATURES
 from ddpm_hf.evaluation.figures import Interval
 from ddpm_hf.evaluation.options import BITS, METRIC_NAMES, EvaluationOptions, public_name_of
-from ddpm_hf.evaluation.records import from_json
 from ddpm_hf.hub.card_update import metadata_of
 from ddpm_hf.hub.download import check_repo_id
 from ddpm_hf.hub.options import LoadOptions
 from ddpm_hf.hub.retry import WAITS_S, retry
+from ddpm_hf.json_records import from_json
+from ddpm_hf.run_record import MetricRecord
 from ddpm_hf.scheduler_spec import SchedulerSpec
 from ddpm_hf.utils.text import escaped
 
@@ -243,7 +244,7 @@ def _measured(
     return [_claim(figure, measured.get(figure.name)) for figure in group]
 
 
-def _claim(figure: _CardFigure, measured: CardMetric | None) -> Claim:
+def _claim(figure: _CardFigure, measured: MetricRecord | None) -> Claim:
     """The claim of a figure, next to what was measured."""
     if measured is None:
         return Claim(figure.name, figure.value, remark="no such figure was measured")

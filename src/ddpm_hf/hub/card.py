@@ -5,19 +5,14 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ddpm_hf.diffusion.atomic_files import read_json, write_text
-from ddpm_hf.evaluation.records import JsonObject
 from ddpm_hf.hub.card_facts import card_facts
 from ddpm_hf.hub.card_rendering import render_model_card
 from ddpm_hf.hub.card_update import updated_card, with_license, with_space
+from ddpm_hf.json_records import JsonObject, Record
 from ddpm_hf.paths import ModelPaths
-
-if TYPE_CHECKING:  # a card is written without torch
-    from ddpm_hf.evaluation.calibration_results import StepsRow
-    from ddpm_hf.evaluation.card_metrics import CardMetric
-    from ddpm_hf.evaluation.comparison_results import Sweep
+from ddpm_hf.run_record import MetricRecord
 
 
 def write_model_card(folder: str | Path, repo_id: str | None = None) -> Path:
@@ -76,7 +71,7 @@ def card_to_share(
     return SharedCard(with_space(shared, space) if space else shared, card != local)
 
 
-def write_results(folder: str | Path, metrics: Iterable["CardMetric"]) -> Path:
+def write_results(folder: str | Path, metrics: Iterable[MetricRecord]) -> Path:
     """Add metrics to `training.json` and the card of a checkpoint.
 
     A metric replaces one with the same name and dataset. The next export of the training run has
@@ -102,15 +97,15 @@ def write_results(folder: str | Path, metrics: Iterable["CardMetric"]) -> Path:
 
 
 def write_calibration(
-    folder: str | Path, steps: Iterable["StepsRow"], how: str, sweep: "Sweep | None" = None
+    folder: str | Path, steps: Iterable[Record], how: str, sweep: Record | None = None
 ) -> Path:
     """Write a calibration into `training.json` and the card of a checkpoint.
 
     Args:
         folder: a portable checkpoint.
-        steps: bits/dim of K steps.
+        steps: bits/dim of K steps, `evaluation.calibration_results.StepsRow`.
         how: description of the measurement, one line.
-        sweep: replaces an earlier sweep.
+        sweep: replaces an earlier sweep, `evaluation.comparison_results.Sweep`.
     Returns:
         the path of the card.
     """

@@ -11,8 +11,8 @@ from typing import Any, Self
 
 from ddpm_hf.diffusion.atomic_files import read_json
 from ddpm_hf.diffusion.config_extension import Config, beta_schedule_of, extension_of
-from ddpm_hf.evaluation.records import JsonObject, from_json
 from ddpm_hf.hub.model_files import count_parameters
+from ddpm_hf.json_records import JsonObject, from_json
 from ddpm_hf.paths import ModelPaths
 
 
@@ -76,7 +76,7 @@ class DataFacts(Facts):
 
 @dataclass(frozen=True, kw_only=True)
 class MetricFacts(Facts):
-    """A measured figure; see `evaluation.card_metrics.CardMetric`."""
+    """A measured figure; see `run_record.MetricRecord`."""
 
     name: str | None
     type: str | None

@@ -92,7 +92,12 @@ class SampleFigures:
         )
         name = f"{label} ({setup.features}, during training)"
         return MetricRecord(
-            kind, name, figure.value, figure.standard_error, how, {"samples": setup}
+            type=kind,
+            name=name,
+            value=figure.value,
+            standard_error=figure.standard_error,
+            how=how,
+            args={"samples": setup},
         )
 
     @property

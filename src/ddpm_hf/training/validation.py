@@ -49,8 +49,15 @@ class ValidationResult:
             f"{setup.images}, standard error {error:.2g}; K = {K:,} steps{measured}{variances};"
             " decoder exact; measured by the trainer"
         )
-        args = {"bound": setup}
-        return [MetricRecord("bits-per-dim", name, self.bits_per_dim, error, how, args)]
+        record = MetricRecord(
+            type="bits-per-dim",
+            name=name,
+            value=self.bits_per_dim,
+            standard_error=error,
+            how=how,
+            args={"bound": setup},
+        )
+        return [record]
 
 
 class Validation:
