@@ -24,7 +24,7 @@ from ddpm_hf.evaluation.comparison_results import Comparison
 from ddpm_hf.evaluation.evaluate import Evaluator
 from ddpm_hf.evaluation.figures import FeatureNetwork, Floor, MeasurementSetup, MetricResult
 from ddpm_hf.evaluation.model_images import images_for
-from ddpm_hf.evaluation.options import EvaluationOptions
+from ddpm_hf.evaluation_options import EvaluationOptions
 from ddpm_hf.randomness import seed_of
 from ddpm_hf.sampling import open_drawn, sharded_sampling
 from ddpm_hf.sampling.sampler_choice import build_scheduler, sampled_by

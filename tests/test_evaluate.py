@@ -22,10 +22,10 @@ from ddpm_hf.cli import main
 from ddpm_hf.data import ImageFacts
 from ddpm_hf.evaluation import frechet_distance, precision_recall
 from ddpm_hf.evaluation.metrics import METRICS
-from ddpm_hf.evaluation.options import METRIC_NAMES
 from ddpm_hf.evaluation.result_files import known_results
 from ddpm_hf.evaluation.results import Evaluation
 from ddpm_hf.evaluation.verify import CARD_OPTIONS
+from ddpm_hf.evaluation_options import METRIC_NAMES
 from ddpm_hf.sampling import open_drawn
 
 SIZE, NUM_TRAIN, NUM_TEST = 8, 24, 20

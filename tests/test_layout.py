@@ -21,6 +21,7 @@ FLOORS = (
         "inference_optimization",
         "inference_settings",
         "json_records",
+        "model_options",
         "option_parser",
         "options",
         "paths",
@@ -30,6 +31,7 @@ FLOORS = (
         "utils",
     },
     {
+        "evaluation_options",
         "losses",
         "decoders",
         "editing",

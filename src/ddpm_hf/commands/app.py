@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from typing import ClassVar
 
 from ddpm_hf.commands.messages import command_options, say
-from ddpm_hf.hub.options import LoadOptions
+from ddpm_hf.model_options import LoadOptions
 from ddpm_hf.options import REQUIRED, Options, option
 from ddpm_hf.utils.text import check_local_path, how_to_install
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ddpm_hf.commands.messages import command_options, resume_hint
-from ddpm_hf.evaluation.options import DATASET_HELP, CalibrationOptions
-from ddpm_hf.hub.options import ModelArgument
+from ddpm_hf.evaluation_options import DATASET_HELP, CalibrationOptions
+from ddpm_hf.model_options import ModelArgument
 from ddpm_hf.options import REQUIRED, for_user, option
 from ddpm_hf.paths import output_folder
 from ddpm_hf.utils.connection import check_dataset

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ddpm_hf.commands.messages import command_options, resume_hint, say_recommended
-from ddpm_hf.hub.options import LoadOptions, ModelArgument
+from ddpm_hf.model_options import LoadOptions, ModelArgument
 from ddpm_hf.sampling.edit_options import EditOptions, EditOutputOptions, PictureArgument
 from ddpm_hf.utils.text import counted, public_name
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from ddpm_hf.commands.messages import command_options, resume_hint
 from ddpm_hf.diffusion.atomic_files import read_json, read_text
-from ddpm_hf.evaluation.options import DATASET_HELP, METRIC_NAMES, EmaSweepOptions
+from ddpm_hf.evaluation_options import DATASET_HELP, METRIC_NAMES, EmaSweepOptions
 from ddpm_hf.options import REQUIRED, OptionError, for_user, option
 from ddpm_hf.paths import ModelPaths, RunPaths, output_folder
 from ddpm_hf.utils.bounded_yaml import load_yaml

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddpm_hf.commands.messages import command_options, resume_hint, say
-from ddpm_hf.evaluation.options import DATASET_HELP, METRIC_NAMES, ComparisonOptions
-from ddpm_hf.hub.options import LoadOptions
+from ddpm_hf.evaluation_options import DATASET_HELP, METRIC_NAMES, ComparisonOptions
+from ddpm_hf.model_options import LoadOptions
 from ddpm_hf.options import REQUIRED, OptionError, for_user, option
 from ddpm_hf.paths import output_folder
 from ddpm_hf.scheduler_spec import NAMES_HELP, scheduler_name

@@ -9,7 +9,7 @@ from ddpm_hf.diffusion.atomic_files import read_json
 from ddpm_hf.diffusion.class_choice import check_null_class, class_numbers
 from ddpm_hf.diffusion.config_extension import extension_of
 from ddpm_hf.hub.download import downloading_once, fetch
-from ddpm_hf.hub.options import LoadOptions
+from ddpm_hf.model_options import LoadOptions
 from ddpm_hf.paths import ModelPaths, model_of_run, not_a_model, run_of_checkpoint
 from ddpm_hf.sampling.options import NOT_CONDITIONAL
 from ddpm_hf.utils.text import check_local_path

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddpm_hf.commands.messages import command_options, resume_hint, say_recommended
-from ddpm_hf.hub.options import LoadOptions, ModelArgument
+from ddpm_hf.model_options import LoadOptions, ModelArgument
 from ddpm_hf.sampling.options import DrawOptions, ImageOptions, SamplingOptions
 from ddpm_hf.utils.text import counted, public_name
 

@@ -1,6 +1,6 @@
 """Evaluation of models and images: figures with confidence intervals and floors.
 
-Functions, and their options in `options`
+Functions, and their options in `ddpm_hf.evaluation_options`
     evaluate                one model or set of images; `evaluate`, and the `Evaluator` of all
     compare                 several models, samplers and numbers of steps; `compare`
     sweep                   the cheapest sampler that is as good as the best
@@ -33,7 +33,6 @@ Results
     result_files            folders and JSON files
     result_pictures, plots  grids of images and plots
     card_metrics            figures for the model card
-    recorded_command        command that measures the same
     expected_time           time of a measurement, stated before it
 """
 

@@ -3,8 +3,8 @@
 from dataclasses import asdict
 
 from ddpm_hf.evaluation.figures import BoundResult, DatasetFacts, MetricResult
-from ddpm_hf.evaluation.options import BITS
 from ddpm_hf.evaluation.results import VERDICTS, Evaluation, bound_setup
+from ddpm_hf.evaluation_options import BITS
 from ddpm_hf.json_records import JsonObject
 from ddpm_hf.run_record import BoundSetup, MetricRecord
 from ddpm_hf.utils.text import counted

@@ -36,16 +36,16 @@ from ddpm_hf.evaluation.dataset_likelihood import BoundMeasurement, BoundOptions
 from ddpm_hf.evaluation.evaluate import Evaluator
 from ddpm_hf.evaluation.figures import ImageFormat, ModelSourceFacts
 from ddpm_hf.evaluation.model_images import EvaluationImages
-from ddpm_hf.evaluation.options import CalibrationOptions
 from ddpm_hf.evaluation.recorded_hold_out import as_in_training
 from ddpm_hf.evaluation.result_files import CALIBRATION_FILE, results_folder, write_result
 from ddpm_hf.evaluation.result_pictures import save_calibration_plot
 from ddpm_hf.evaluation.results import utc_now
 from ddpm_hf.evaluation.sweep import FIGURE, sweep
+from ddpm_hf.evaluation_options import CalibrationOptions
 from ddpm_hf.hub.card import write_calibration
 from ddpm_hf.hub.load import load
-from ddpm_hf.hub.options import LoadOptions
 from ddpm_hf.likelihood import BitsPerDim
+from ddpm_hf.model_options import LoadOptions
 from ddpm_hf.options import takes_options
 from ddpm_hf.paths import model_of_run, run_of_checkpoint
 from ddpm_hf.randomness import seed_of

@@ -26,12 +26,16 @@ from ddpm_hf.evaluation.evaluate import Evaluator
 from ddpm_hf.evaluation.expected_time import num_steps_and_calls
 from ddpm_hf.evaluation.figures import NORMAL_95, BoundResult, MetricResult
 from ddpm_hf.evaluation.metrics import LOWER_IS_BETTER, T_19
-from ddpm_hf.evaluation.options import ComparisonOptions, EvaluationOptions, public_name_of
-from ddpm_hf.evaluation.recorded_command import command_of
 from ddpm_hf.evaluation.result_files import COMPARISON_FILE, results_folder, write_result
 from ddpm_hf.evaluation.result_pictures import save_comparison_pictures
 from ddpm_hf.evaluation.results import Evaluation
 from ddpm_hf.evaluation.subjects import Subject, default_metrics, is_model
+from ddpm_hf.evaluation_options import (
+    ComparisonOptions,
+    EvaluationOptions,
+    command_of,
+    public_name_of,
+)
 from ddpm_hf.options import takes_options
 from ddpm_hf.scheduler_spec import SchedulerSpec
 from ddpm_hf.utils.shared_work import on_main_process

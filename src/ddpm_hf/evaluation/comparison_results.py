@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 from ddpm_hf.evaluation.figures import DatasetFacts, Floor, Interval, ModelFacts, Verdict
-from ddpm_hf.evaluation.options import ComparisonOptions, EvaluationOptions
 from ddpm_hf.evaluation.results import Report, Result
+from ddpm_hf.evaluation_options import ComparisonOptions, EvaluationOptions
 from ddpm_hf.json_records import Record, Row, optional
 from ddpm_hf.scheduler_spec import readable_names
 from ddpm_hf.utils.text import counted

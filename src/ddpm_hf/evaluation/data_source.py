@@ -18,7 +18,7 @@ from ddpm_hf.data.splits import unknown_split
 from ddpm_hf.diffusion.image_format import ImageFacts
 from ddpm_hf.evaluation.figures import DatasetFacts
 from ddpm_hf.evaluation.model_images import EvaluationImages, images_for, prepared_like
-from ddpm_hf.evaluation.options import DataOptions
+from ddpm_hf.evaluation_options import DataOptions
 from ddpm_hf.sampling import DrawnImages
 from ddpm_hf.utils.text import public_name
 

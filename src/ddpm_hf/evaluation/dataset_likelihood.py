@@ -21,8 +21,8 @@ from ddpm_hf.diffusion.scheduler_interface import num_outputs
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler, as_gaussian_scheduler
 from ddpm_hf.evaluation.figures import BoundPart, BoundParts, BoundResult, finite
 from ddpm_hf.evaluation.model_images import EvaluationImages
-from ddpm_hf.evaluation.options import BITS, EvaluationOptions
 from ddpm_hf.evaluation.result_files import known_results
+from ddpm_hf.evaluation_options import BITS, EvaluationOptions
 from ddpm_hf.likelihood import BitsPerDim, bits_per_dim, standard_error
 from ddpm_hf.randomness import seed_of
 from ddpm_hf.utils.digests import weights_digest

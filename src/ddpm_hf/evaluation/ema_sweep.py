@@ -16,12 +16,11 @@ from ddpm_hf.evaluation.compare import compare_settings
 from ddpm_hf.evaluation.comparison_results import ComparisonRow, Setting, SettingsResult
 from ddpm_hf.evaluation.evaluate import Evaluator
 from ddpm_hf.evaluation.metrics import LOWER_IS_BETTER, METRICS
-from ddpm_hf.evaluation.options import BITS, EmaSweepOptions, EvaluationOptions
-from ddpm_hf.evaluation.recorded_command import command_of
 from ddpm_hf.evaluation.result_files import read_evaluation, results_folder, write_result
 from ddpm_hf.evaluation.result_pictures import save_ema_pictures
 from ddpm_hf.evaluation.results import Report
 from ddpm_hf.evaluation.subjects import Subject
+from ddpm_hf.evaluation_options import BITS, EmaSweepOptions, EvaluationOptions, command_of
 from ddpm_hf.hub.card import write_results
 from ddpm_hf.options import takes_options
 from ddpm_hf.post_hoc_ema.models import EmaFacts, PostHocEMA

@@ -27,12 +27,11 @@ from ddpm_hf.evaluation.features import Features, features_of, load_features
 from ddpm_hf.evaluation.figures import BoundResult, ImageFormat, MetricResult, ModelFacts
 from ddpm_hf.evaluation.image_metrics import ComparedImages, RealImages, measure_images
 from ddpm_hf.evaluation.metrics import MIN_IMAGES
-from ddpm_hf.evaluation.options import BITS, METRIC_NAMES, EvaluationOptions
-from ddpm_hf.evaluation.recorded_command import command_of
 from ddpm_hf.evaluation.recorded_hold_out import as_in_training
 from ddpm_hf.evaluation.result_files import EVALUATION_FILE, results_folder, write_result
 from ddpm_hf.evaluation.results import Evaluation
 from ddpm_hf.evaluation.subjects import Subject, default_metrics, is_model, load_subject
+from ddpm_hf.evaluation_options import BITS, METRIC_NAMES, EvaluationOptions, command_of
 from ddpm_hf.options import takes_options
 from ddpm_hf.sampling import DrawnImages, draw_to
 from ddpm_hf.sampling.sampler_choice import sampled_by

@@ -12,10 +12,10 @@ from torch import Tensor
 from ddpm_hf.evaluation.features import Features
 from ddpm_hf.evaluation.figures import FeatureNetwork, MeasurementSetup, MetricResult
 from ddpm_hf.evaluation.metrics import closest_pairs, measure
-from ddpm_hf.evaluation.options import EvaluationOptions
 from ddpm_hf.evaluation.per_class import RowsByClass, rows_by_class, with_classes
 from ddpm_hf.evaluation.result_files import known_results
 from ddpm_hf.evaluation.result_pictures import failures_as_warnings, save_samples
+from ddpm_hf.evaluation_options import EvaluationOptions
 from ddpm_hf.sampling import DrawnImages
 
 _NUM_CLOSEST_PAIRS = 16

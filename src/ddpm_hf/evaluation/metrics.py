@@ -35,7 +35,7 @@ from ddpm_hf.evaluation.neighbour_statistics import (
     leading_components,
     pair_statistics,
 )
-from ddpm_hf.evaluation.options import BITS
+from ddpm_hf.evaluation_options import BITS
 from ddpm_hf.randomness import seed_of
 
 NUM_RESAMPLES = 20

@@ -16,7 +16,7 @@ from ddpm_hf.diffusion.image_format import ImageFacts
 from ddpm_hf.evaluation.data_source import DataSource
 from ddpm_hf.evaluation.model_images import prepared_like
 from ddpm_hf.hub.download import fetch
-from ddpm_hf.hub.options import LoadOptions
+from ddpm_hf.model_options import LoadOptions
 from ddpm_hf.paths import ModelPaths
 
 

@@ -17,7 +17,7 @@ from ddpm_hf.evaluation.figures import (
     MetricResult,
     ModelFacts,
 )
-from ddpm_hf.evaluation.options import EvaluationOptions
+from ddpm_hf.evaluation_options import EvaluationOptions
 from ddpm_hf.json_records import JsonObject, Record, Row
 from ddpm_hf.utils.digests import json_digest
 from ddpm_hf.utils.text import counted

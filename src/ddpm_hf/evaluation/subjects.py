@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ddpm_hf.diffusion.image_format import MODE_CHANNELS, ImageFacts
 from ddpm_hf.evaluation.model_images import facts_of
-from ddpm_hf.evaluation.options import BITS, METRIC_NAMES, public_name_of
+from ddpm_hf.evaluation_options import BITS, METRIC_NAMES, public_name_of
 from ddpm_hf.hub.load import load
-from ddpm_hf.hub.options import LoadOptions
+from ddpm_hf.model_options import LoadOptions
 from ddpm_hf.paths import ModelPaths, model_of_run, run_of_checkpoint
 from ddpm_hf.sampling import DrawnImages, open_drawn
 from ddpm_hf.sampling.array_files import check_pixels

@@ -17,12 +17,12 @@ from ddpm_hf.evaluation.card_metrics import card_metrics
 from ddpm_hf.evaluation.evaluate import evaluate
 from ddpm_hf.evaluation.features import OFFLINE_FEATURES
 from ddpm_hf.evaluation.figures import Interval
-from ddpm_hf.evaluation.options import BITS, METRIC_NAMES, EvaluationOptions, public_name_of
+from ddpm_hf.evaluation_options import BITS, METRIC_NAMES, EvaluationOptions, public_name_of
 from ddpm_hf.hub.card_update import metadata_of
 from ddpm_hf.hub.download import check_repo_id
-from ddpm_hf.hub.options import LoadOptions
 from ddpm_hf.hub.retry import WAITS_S, retry
 from ddpm_hf.json_records import from_json
+from ddpm_hf.model_options import LoadOptions
 from ddpm_hf.run_record import MetricRecord
 from ddpm_hf.scheduler_spec import SchedulerSpec
 from ddpm_hf.utils.text import escaped

@@ -1,6 +1,19 @@
 """Evaluation section of a model card: rows of metrics, their commands, and why bounds differ."""
 
-from ddpm_hf.evaluation.recorded_command import RecordedFigure, commands_of
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+
+from ddpm_hf.evaluation_options import (
+    BITS,
+    DEFAULTS,
+    METRIC_NAMES,
+    BatchOptions,
+    FeatureOptions,
+    LikelihoodOptions,
+    PerClassOptions,
+    command_of,
+)
 from ddpm_hf.hub.card_facts import MetricFacts
 from ddpm_hf.hub.markdown import NOT_RECORDED, inline
 
@@ -39,16 +52,48 @@ def bound_differences(metrics: tuple[MetricFacts, ...]) -> str:
 
 
 def evaluate_commands(metrics: tuple[MetricFacts, ...], model: str) -> list[str]:
-    """Commands that measure the metrics of `evaluate` again, for a code block."""
-    figures = []
+    """Commands that measure the metrics of `evaluate` again, as few as possible, for a code block.
+
+    Args:
+        metrics: "evaluate" in their `args` are the options.
+        model: name of the model in the commands.
+    """
+    by_setup: dict[tuple[str, str], list[str]] = {}  # dataset and options
     for metric in metrics:
-        options, bound = metric.args.get("evaluate"), metric.args.get("bound")
-        dataset = metric.dataset.hub_id or metric.dataset.name
-        if isinstance(options, dict) and dataset and not dataset.startswith("-"):
-            count = bound.get("num_images") if isinstance(bound, dict) else None
-            number = count if isinstance(count, int) else None
-            figures.append(RecordedFigure(dataset, options, number))
-    return [command for command in commands_of(figures, model) if _is_safe(command)]
+        options, dataset = metric.args.get("evaluate"), metric.dataset.hub_id or metric.dataset.name
+        if not isinstance(options, dict) or not dataset or dataset.startswith("-"):
+            continue
+        setup = dataset, json.dumps(_relevant_options(options, metric.args.get("bound")))
+        names, measured = by_setup.setdefault(setup, []), options.get("metrics")
+        if isinstance(measured, list):
+            names += [name for name in METRIC_NAMES if name in measured and name not in names]
+    commands = (
+        command_of([model], dataset, {"metrics": names, **json.loads(options)})
+        for (dataset, options), names in by_setup.items()
+        if names
+    )
+    return [command for command in commands if _is_safe(command)]
+
+
+def _relevant_options(options: Mapping[str, object], bound: object) -> dict[str, object]:
+    """The known options that affect a figure, except "metrics" and values like flags.
+
+    Args:
+        options: of `evaluate`.
+        bound: setup of a bound, which may have measured fewer images than requested.
+    """
+    others = FeatureOptions if options.get("metrics") == [BITS] else LikelihoodOptions
+    groups = (BatchOptions, PerClassOptions, others)
+    known = DEFAULTS.keys() - {field.name for group in groups for field in fields(group)}
+    relevant: dict[str, object] = {
+        name: value
+        for name, value in options.items()
+        if name in known and isinstance(value, str | int | float) and str(value)[:2] != "--"
+    }
+    count = bound.get("num_images") if isinstance(bound, dict) else None
+    if isinstance(count, int) and relevant.get("num_images") is not None:
+        relevant["num_images"] = count
+    return relevant
 
 
 def _is_safe(command: str) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ddpm_hf.data import ImageFacts
 from ddpm_hf.evaluation.features import Features, features_of, load_features
 from ddpm_hf.evaluation.metrics import measure
-from ddpm_hf.evaluation.options import DEFAULT_FEATURES
+from ddpm_hf.evaluation_options import DEFAULT_FEATURES
 from ddpm_hf.pictures import Pixels, quantised
 from ddpm_hf.run_record import SampleSetup
 from ddpm_hf.sampling import DrawnImages

@@ -1,14 +1,19 @@
 """Options of `evaluate`, `compare` and `calibrate_checkpoint`, in groups that they share.
 
+Result files and model cards record them, with the command that measures the same; no torch is
+imported.
+
 The bases of a class are listed from the last recorded group to the first: the fields of a dataclass
 follow the reversed order of its bases.
 """
 
 import os
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, Self
 
-from ddpm_hf.hub.options import LoadOptions
+from ddpm_hf.model_options import LoadOptions
 from ddpm_hf.options import Options, option
 from ddpm_hf.scheduler_spec import NAMES_HELP, scheduler_name
 from ddpm_hf.utils.text import public_name
@@ -161,9 +166,8 @@ def public_name_of(source: Any) -> str:
     """Name of a model, a set of images or a feature network in reports."""
     if isinstance(source, str | os.PathLike):
         return public_name(os.fspath(source))
-    from ddpm_hf.evaluation.features import Features  # loads torch
-
-    return source.name if isinstance(source, Features) else type(source).__name__
+    name = getattr(source, "name", None)  # of a feature network
+    return name if isinstance(name, str) else type(source).__name__
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,3 +249,21 @@ class CalibrationOptions(LoadOptions, BatchOptions, DataOptions, FeatureOptions)
             for field in fields(group)
         }
         return EvaluationOptions(**shared | {"num_images": self.sweep_images})
+
+
+DEFAULTS = {field.name: field.default for field in fields(EvaluationOptions)}
+
+
+def command_of(
+    subjects: Sequence[str], dataset: str, options: Mapping[str, object], command: str = "evaluate"
+) -> str:
+    """Command line that measures the same, without options at their default."""
+    defaults: dict[str, object] = dict(DEFAULTS)
+    if command == "evaluate" and not options.get("scheduler") and not options.get("schedulers"):
+        defaults["metrics"] = [BITS]
+    words = ["ddpm-hf", command, *subjects, dataset]
+    for name, value in options.items():
+        if value not in (None, [], defaults.get(name)):
+            values = value if isinstance(value, list) else [value] if value is not True else []
+            words += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return shlex.join(words)
