@@ -22,5 +22,5 @@ Model card
     card_update             generated sections of an existing card are renewed
     markdown                values as Markdown
 
-Options of the commands are in `options`.
+Options of `push` are in `options`, those of `load` in `ddpm_hf.model_options`.
 """
