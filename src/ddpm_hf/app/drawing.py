@@ -82,8 +82,9 @@ def drawing_steps(
         request.num_images,
         generators(pipeline.device, request),
         class_labels=request.labels(),
+        guidance_scale=request.guidance_scale,
+        guidance_interval=request.guidance_interval,
         **setting.arguments(),
-        **request.guidance(),
     )
     total = pipeline.num_timesteps
     with closing(steps):

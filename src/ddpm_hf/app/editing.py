@@ -1,7 +1,7 @@
 """Edits of a picture, as `ddpm-hf edit` makes them."""
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,29 +85,34 @@ class EditRequest:
             ValueError: for a value out of range, and for a missing picture.
         """
         _check_choice("kind", kind, KINDS)
+        _check_choice("sampler", sampler, (RECOMMENDED, OWN_STEPS, THOROUGH))
         is_conditional = model.class_labels is not None
-        values: dict[str, Any] = {
-            "num_images": whole("num_images", num_images, 1, model.max_images),
-            "seed": whole("seed", seed, 0, MAX_SEED),
-            "guidance_scale": number("guidance_scale", guidance_scale, 0, MAX_GUIDANCE),
-            **_sampler(model, sampler, num_inference_steps),
-        }
+        labels: list[int | str] | None = None
         if is_conditional:
-            values["class_labels"] = [model.class_name(class_of(model, class_label))]
+            labels = [model.class_name(class_of(model, class_label))]
+        steps = _num_steps(model, num_inference_steps) if sampler == OWN_STEPS else None
+        options = EditOptions(
+            num_images=whole("num_images", num_images, 1, model.max_images),
+            seed=whole("seed", seed, 0, MAX_SEED),
+            guidance_scale=number("guidance_scale", guidance_scale, 0, MAX_GUIDANCE),
+            thorough=sampler == THOROUGH,
+            num_inference_steps=steps,
+            class_labels=labels,
+        )
         if kind == "inpaint":
-            values |= {"mask_image": MASK, **_inpainting(method, repetitions)}
+            options = _inpainting(options, method, repetitions)
         elif kind == "vary":
-            values["strength"] = number("strength", strength, 0, 1)
+            options = replace(options, strength=number("strength", strength, 0, 1))
         elif kind == "between":
-            values["between"] = SECOND
             if second is None:
                 raise RequestError("no_second")
-        elif not is_conditional:
-            raise RequestError("no_classes")
+            options = replace(options, between=SECOND)
         else:
-            values |= {"num_images": 1}
-            values["source_class"] = model.class_name(class_of(model, source_class))
-        return cls(EditOptions(**values), EditPictures(picture, mask, second))
+            if not is_conditional:
+                raise RequestError("no_classes")
+            old_class = model.class_name(class_of(model, source_class))
+            options = replace(options, num_images=1, source_class=old_class)
+        return cls(options, EditPictures(picture, mask, second))
 
 
 def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
@@ -115,23 +120,20 @@ def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise RequestError("choice", name=name, choices=", ".join(choices), value=short(value))
 
 
-def _sampler(model: ServedModel, sampler: Any, num_steps: Any) -> dict[str, Any]:
-    """Options of the sampler."""
-    _check_choice("sampler", sampler, (RECOMMENDED, OWN_STEPS, THOROUGH))
-    if sampler != OWN_STEPS:
-        return {"thorough": sampler == THOROUGH}
+def _num_steps(model: ServedModel, number: Any) -> int:
     T = model.num_train_timesteps
-    steps = min(DEFAULT_STEPS, T) if num_steps is None else num_steps
-    return {"num_inference_steps": whole("num_inference_steps", steps, 1, T)}
+    steps = min(DEFAULT_STEPS, T) if number is None else number
+    return whole("num_inference_steps", steps, 1, T)
 
 
-def _inpainting(method: Any, repetitions: Any) -> dict[str, Any]:
-    """Options of a method of inpainting."""
+def _inpainting(options: EditOptions, method: Any, repetitions: Any) -> EditOptions:
+    """The options with those of a method of inpainting."""
     _check_choice("method", method, METHODS)
+    options = replace(options, mask_image=MASK, method=method)
     if method != METHODS[0]:
-        return {"method": method}
+        return options
     passes = whole("repetitions", repetitions, 1, MAX_REPETITIONS)
-    return {"jump_length": 1, "jump_n_sample": passes}
+    return replace(options, jump_length=1, jump_n_sample=passes)
 
 
 @dataclass(frozen=True)

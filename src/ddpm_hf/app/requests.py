@@ -38,7 +38,8 @@ class DrawRequest:
         seed: seed of the noise.
         class_labels: numbers of classes, taken in turn; None for an unconditional model.
         guidance_scale: scale of classifier-free guidance.
-        guidance_interval: range of the log signal-to-noise ratio with guidance; None for all steps.
+        guidance_interval: range of the log signal-to-noise ratio with guidance; None for all steps,
+            and without guidance.
         scheduler: specification of the scheduler.
         num_inference_steps: number of steps K.
         eta: noise of each step; None for a scheduler without it.
@@ -82,14 +83,16 @@ class DrawRequest:
             ValueError: for any value out of range, and for a combination that does not work.
         """
         spec, usual = _sampler(model, sampler)
-        scale = 1.0 if guidance_scale is None else guidance_scale
+        given_scale = 1.0 if guidance_scale is None else guidance_scale
+        scale = number("guidance_scale", given_scale, 0, MAX_GUIDANCE)
+        interval = _interval(guidance_interval)
         steps = usual if num_inference_steps is None else num_inference_steps
         request = cls(
             num_images=whole("num_images", num_images, 1, model.max_images),
             seed=whole("seed", seed, 0, MAX_SEED),
             class_labels=_classes(model, class_label),
-            guidance_scale=number("guidance_scale", scale, 0, MAX_GUIDANCE),
-            guidance_interval=_interval(guidance_interval),
+            guidance_scale=scale,
+            guidance_interval=None if scale == 1 else interval,
             scheduler=str(SchedulerSpec(spec.scheduler, spec.options)),
             num_inference_steps=whole("num_inference_steps", steps, 1, model.num_train_timesteps),
             eta=_eta(spec, eta),
@@ -115,14 +118,12 @@ class DrawRequest:
         cycle = self.class_labels
         return None if cycle is None else [cycle[i % len(cycle)] for i in range(self.num_images)]
 
-    def guidance(self) -> dict[str, Any]:
-        """Keyword arguments of guidance that differ from the defaults."""
+    def guidance_options(self) -> dict[str, object]:
+        """The values of guidance by the name of the option; none without guidance."""
         if self.guidance_scale == 1:
             return {}
-        interval = self.guidance_interval
-        return {"guidance_scale": self.guidance_scale} | (
-            {"guidance_interval": interval} if interval else {}
-        )
+        interval = {"guidance_interval": self.guidance_interval} if self.guidance_interval else {}
+        return {"guidance_scale": self.guidance_scale, **interval}
 
 
 def whole(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> int:

@@ -23,7 +23,7 @@ def python_lines(model: ServedModel, request: DrawRequest) -> str:
         f"pipe, {request.num_images}, seed={request.seed}",
         *([f"batch_size={request.num_images}"] * (request.num_images > DEFAULT_BATCH)),
         *([f"class_labels={_labels(model, request)!r}"] * (request.class_labels is not None)),
-        *(f"{name}={value!r}" for name, value in request.guidance().items()),
+        *(f"{name}={value!r}" for name, value in request.guidance_options().items()),
         "**setting.arguments()",
     ]
     call = f"draw_images({', '.join(arguments)})"
@@ -47,7 +47,7 @@ def command_line(model: ServedModel, request: DrawRequest) -> str:
     values: dict[str, object] = {"num_images": request.num_images, "seed": request.seed}
     if request.class_labels != model.class_labels:
         values["class_labels"] = _labels(model, request)
-    values |= request.guidance() | request.sampler_options()
+    values |= request.guidance_options() | request.sampler_options()
     if request.num_images > DEFAULT_BATCH:
         values["batch_size"] = request.num_images
     return _command("sample", [model.source], SamplingOptions, values)

@@ -138,7 +138,8 @@ class DataSource:
             seed=self.options.seed,
             label_column=self.label_column(split),
             progress=progress,
-            **self.reading_options,
+            image_column=self.options.image_column,
+            on_bad_image=self.options.on_bad_image,
         )
 
     def num_likelihood_images(self) -> int:
@@ -209,15 +210,10 @@ class DataSource:
             fits="the drawn images",
             label_column=label_column,
             progress=progress,
-            **self.reading_options,
+            image_column=self.options.image_column,
+            on_bad_image=self.options.on_bad_image,
         )
         return _as_set(prepared, range(len(prepared)) if subset.rows is None else subset.rows)
-
-    @property
-    def reading_options(self) -> dict[str, Any]:
-        """Options of `prepare_images` that are the same for all splits."""
-        options = self.options
-        return {"image_column": options.image_column, "on_bad_image": options.on_bad_image}
 
 
 def _as_set(images: ImageDataset, indices: Sequence[int]) -> DrawnImages:

@@ -127,7 +127,13 @@ def _check(data: DataSource, record: HoldOutRecord, progress: bool) -> None:
     rows, expected = data.rows(data.options.reference_split), record.hold_out.num_images
     if len(rows) < expected or (data.options.on_bad_image == "error" and len(rows) > expected):
         raise DataError(f"the training run had {expected:,} images, got {len(rows):,}")
-    images = prepared_like(record.facts, rows, progress=progress, **data.reading_options)
+    images = prepared_like(
+        record.facts,
+        rows,
+        progress=progress,
+        image_column=data.options.image_column,
+        on_bad_image=data.options.on_bad_image,
+    )
     if record.hold_out.digest(images) != record.digest:
         raise DataError("the images differ from those of the run, or the run used random crops")
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 from ddpm_hf.evaluation.figures import NORMAL_95, MetricResult
 from ddpm_hf.run_record import MetricRecord, SampleSetup
@@ -59,14 +59,8 @@ class SampleFigures:
     @classmethod
     def logged(cls, entry: Mapping[str, object], setup: SampleSetup) -> Self | None:
         """The figures in an entry of the log; None if one is missing."""
-        values: dict[str, dict[str, Any]] = {
-            name: {field: entry.get(key) for field, key in _log_keys(name).items()}
-            for name in _NAMES
-        }
-        if not all(isinstance(v, float) for fields in values.values() for v in fields.values()):
-            return None
-        figures = {name: SampleFigure(**fields) for name, fields in values.items()}
-        return cls(**figures, setup=setup)
+        fd, copies = (_logged(entry, name) for name in _NAMES)
+        return None if fd is None or copies is None else cls(fd, copies, setup)
 
     def log_values(self) -> dict[str, float]:
         """The values in metrics.jsonl."""
@@ -116,3 +110,9 @@ def _log_keys(name: str) -> dict[str, str]:
     """Keys of a figure in the log, by field of `SampleFigure`."""
     others = ("standard_error", "half", "half_real")
     return {"value": f"evaluation_{name}", **{f: f"evaluation_{name}_{f}" for f in others}}
+
+
+def _logged(entry: Mapping[str, object], name: str) -> SampleFigure | None:
+    """A figure in an entry of the log; None if a value is missing."""
+    values = [v for key in _log_keys(name).values() if isinstance(v := entry.get(key), float)]
+    return SampleFigure(*values) if len(values) == 4 else None
