@@ -118,6 +118,29 @@ class MetricRecord(Record):
     args: JsonObject
 
 
+@dataclass(frozen=True)
+class EmaFacts(Record):
+    """How the weights of a model were averaged; entry "ema" of its training.json.
+
+    Attributes:
+        sigma_rel: relative length of the profile.
+        steps: number of updates that it covers.
+        num_snapshots: number of snapshots that the weights are a sum of.
+        profile_error: norm of the difference to the exact profile, relative to that of the profile.
+    """
+
+    sigma_rel: float
+    steps: int
+    num_snapshots: int
+    profile_error: float
+
+    def __str__(self) -> str:
+        return (
+            f"sigma_rel {self.sigma_rel:g} at update {self.steps:,}, from {self.num_snapshots} "
+            f"snapshots: profile off by {self.profile_error:.2g}"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunRecord(Record):
     """What happened in a training run, without local paths.

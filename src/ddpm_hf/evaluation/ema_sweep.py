@@ -23,7 +23,8 @@ from ddpm_hf.evaluation.subjects import Subject
 from ddpm_hf.evaluation_options import BITS, EmaSweepOptions, EvaluationOptions, command_of
 from ddpm_hf.hub.card import write_results
 from ddpm_hf.options import takes_options
-from ddpm_hf.post_hoc_ema.models import EmaFacts, PostHocEMA
+from ddpm_hf.post_hoc_ema.models import PostHocEMA
+from ddpm_hf.run_record import EmaFacts
 from ddpm_hf.utils.shared_work import distributed_state, on_main_process
 from ddpm_hf.utils.text import public_name
 

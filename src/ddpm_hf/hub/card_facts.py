@@ -1,7 +1,7 @@
 """Facts of a model card, read once from `training.json` and the configurations of a checkpoint.
 
 The files may come from anyone: a missing or ill-typed value becomes None, or an empty collection,
-and the card says "not recorded".
+and the card says "not recorded". The classes hold what the card shows of a JSON object.
 """
 
 import typing
@@ -14,6 +14,7 @@ from ddpm_hf.diffusion.config_extension import Config, beta_schedule_of, extensi
 from ddpm_hf.hub.model_files import count_parameters
 from ddpm_hf.json_records import JsonObject, from_json
 from ddpm_hf.paths import ModelPaths
+from ddpm_hf.run_record import EmaFacts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,15 +179,6 @@ class TrainingFacts(Facts):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmaFacts(Facts):
-    """Average of weights made after training; see `post_hoc_ema.models.EmaFacts`."""
-
-    sigma_rel: float | None
-    steps: int | None
-    num_snapshots: int | None
-
-
-@dataclass(frozen=True, kw_only=True)
 class CardFacts(TrainingFacts):
     """All facts of a card: `run_record.RunRecord`, and those of the configurations."""
 
@@ -202,7 +194,7 @@ class CardFacts(TrainingFacts):
     created: str | None
     kept_by: str | None
     metrics: tuple[MetricFacts, ...]
-    ema: EmaFacts
+    ema: EmaFacts | None
     calibration: CalibrationFacts
     unet: NetworkFacts
     scheduler: SchedulerFacts

@@ -9,10 +9,11 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ddpm_hf.diffusion.timestep_spacings import usual_num_steps
-from ddpm_hf.hub.card_facts import CardFacts, DataFacts, EmaFacts, MetricFacts
+from ddpm_hf.hub.card_facts import CardFacts, DataFacts, MetricFacts
 from ddpm_hf.hub.card_few_steps import parsed_sampler, sampler_tables, steps_table, stock_code
 from ddpm_hf.hub.card_metrics_table import bound_differences, evaluate_commands, metric_row
 from ddpm_hf.hub.markdown import NOT_RECORDED, inline, number, setting_name
+from ddpm_hf.run_record import EmaFacts
 from ddpm_hf.utils.text import counted
 
 # Also the pipeline tag of class-conditional models, so that they are found: the Hub has no other.
@@ -195,7 +196,7 @@ def _training_rows(facts: CardFacts) -> list[tuple[str, str]]:
         *([("kept for", kept_by)] if kept_by else []),
         ("images seen", facts.num_images_seen),
         ("training time", None if seconds is None else f"{seconds:,.0f} s"),
-        *([("weights", _average(facts.ema))] if facts.ema.sigma_rel else []),
+        *([("weights", _average(facts.ema))] if facts.ema else []),
         ("hardware", facts.hardware),
         *([("computed with", computation)] if computation else []),
         *((setting_name(key), value) for key, value in facts.scheduler.settings.items()),
@@ -206,10 +207,9 @@ def _training_rows(facts: CardFacts) -> list[tuple[str, str]]:
 
 
 def _average(ema: EmaFacts) -> str:
-    steps, count = ema.steps or 0, ema.num_snapshots or 0
     return (
-        f"average over {steps:,} updates with a power-function profile of relative length "
-        f"{ema.sigma_rel:g}, reconstructed from {count:,} snapshots (arXiv 2312.02696)"
+        f"average over {ema.steps:,} updates with a power-function profile of relative length "
+        f"{ema.sigma_rel:g}, reconstructed from {ema.num_snapshots:,} snapshots (arXiv 2312.02696)"
     )
 
 

@@ -3,9 +3,7 @@
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -13,32 +11,11 @@ from ddpm_hf.diffusion.atomic_files import read_json, replacing_folder, write_te
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 from ddpm_hf.hub.card import write_model_card
 from ddpm_hf.hub.load import open_pipeline, with_weights
+from ddpm_hf.json_records import JsonObject
 from ddpm_hf.paths import ModelPaths, RunPaths
 from ddpm_hf.post_hoc_ema.profiles import gamma_of, solve_weights
 from ddpm_hf.post_hoc_ema.snapshots import usable_snapshots, weighted_sum
-
-
-@dataclass(frozen=True)
-class EmaFacts:
-    """How the weights of a model were averaged; entry "ema" of its training.json.
-
-    Attributes:
-        sigma_rel: relative length of the profile.
-        steps: number of updates that it covers.
-        num_snapshots: number of snapshots that the weights are a sum of.
-        profile_error: norm of the difference to the exact profile, relative to that of the profile.
-    """
-
-    sigma_rel: float
-    steps: int
-    num_snapshots: int
-    profile_error: float
-
-    def __str__(self) -> str:
-        return (
-            f"sigma_rel {self.sigma_rel:g} at update {self.steps:,}, from {self.num_snapshots} "
-            f"snapshots: profile off by {self.profile_error:.2g}"
-        )
+from ddpm_hf.run_record import EmaFacts
 
 
 class PostHocEMA:
@@ -111,9 +88,9 @@ class PostHocEMA:
         return facts
 
 
-def _record_with(record: dict[str, Any], facts: EmaFacts) -> dict[str, Any]:
+def _record_with(record: JsonObject, facts: EmaFacts) -> JsonObject:
     """The record of a run, changed to that of an average of its weights."""
     kept = {key: v for key, v in record.items() if key not in ("metrics", "calibration", "ema")}
     if kept.get("steps") != facts.steps:
         kept.pop("num_images_seen", None)
-    return {**kept, "steps": facts.steps, "ema": asdict(facts)}
+    return {**kept, "steps": facts.steps, "ema": facts.to_dict()}
