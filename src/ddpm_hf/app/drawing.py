@@ -4,9 +4,7 @@ import time
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from ddpm_hf.app.films import Frame, reduction, rgb_pixels
@@ -15,7 +13,7 @@ from ddpm_hf.app.served_models import ServedModel
 from ddpm_hf.app.working import check_time
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline, SamplingStep
 from ddpm_hf.pictures import Pixels
-from ddpm_hf.randomness import seed_of
+from ddpm_hf.sampling.batches import image_generators
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ def drawing_steps(
     pipeline = model.working_pipeline(setting.scheduler)
     steps = pipeline.sample_steps(
         request.num_images,
-        generators(pipeline.device, request),
+        image_generators(pipeline.device, request.seed, range(request.num_images)),
         class_labels=request.labels(),
         guidance_scale=request.guidance_scale,
         guidance_interval=request.guidance_interval,
@@ -94,9 +92,3 @@ def drawing_steps(
                 yield DrawingStep(step.index + 1, total, None, pipeline, step)
     images = pipeline.decode_images(step.prev_sample, "np")
     yield DrawingStep(step.index + 1, total, images, pipeline, step)
-
-
-def generators(device: Any, request: DrawRequest) -> list[torch.Generator]:
-    """One generator for each image, as in `draw_images`."""
-    seeds = [seed_of(request.seed, "sample", i) for i in range(request.num_images)]
-    return [torch.Generator(device).manual_seed(seed) for seed in seeds]

@@ -12,6 +12,12 @@ from ddpm_hf.randomness import seed_of
 from ddpm_hf.sampling.options import DrawOptions
 
 
+def image_generators(device: torch.device, seed: int, indices: range) -> list[torch.Generator]:
+    """A generator for each image, seeded with a hash of `seed` and its index."""
+    seeds = [seed_of(seed, "sample", i) for i in indices]
+    return [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+
 def draw_batch(
     pipeline: GaussianDDPMPipeline,
     indices: range,
@@ -29,8 +35,7 @@ def draw_batch(
         class_labels: class numbers or names; image i gets number i modulo their count.
         **call: further arguments of the pipeline, such as `num_inference_steps` and `eta`.
     """
-    seeds = [seed_of(seed, "sample", i) for i in indices]
-    generators = [torch.Generator(pipeline.device).manual_seed(seed) for seed in seeds]
+    generators = image_generators(pipeline.device, seed, indices)
     if class_labels is not None:
         call["class_labels"] = [class_labels[i % len(class_labels)] for i in indices]
     output: Any = pipeline(len(indices), generators, output_type="np", **call)
