@@ -16,15 +16,15 @@ import sys
 if tests not in sys.path:
     sys.path.insert(0, tests)
 from ddpm_hf.data import remote_files
-from test_streaming import numbers
+from test_streaming import SIZE, numbers
 limits = remote_files.WAITS_S, remote_files.TIMEOUT_S
-remote_files.WAITS_S, remote_files.TIMEOUT_S = (0.01,) * 4, 0.5
+remote_files.WAITS_S, remote_files.TIMEOUT_S = (0.01,) * 4, 1.5
 """
 OPEN = """
 from ddpm_hf.data.shard_files import find_shards
 from ddpm_hf.data.streaming import open_stream
 import numpy as np
-images = open_stream(find_shards(repo), resolution=8, cache_dir=cache)
+images = open_stream(find_shards(repo), resolution=SIZE, cache_dir=cache)
 result = len(images)
 """
 READ = """
@@ -40,7 +40,7 @@ def numbered(denoiser, scheduler, x_0, t, noise):
     return simple_loss(denoiser, scheduler, x_0, t, noise)
 train(
     TrainingConfig(
-        dataset=repo, streaming=True, resolution=8, unet_config=network, batch_size=2,
+        dataset=repo, streaming=True, resolution=SIZE, unet_config=network, batch_size=2,
         max_train_steps=steps, num_samples=0, num_threads=1, report_to=["none"], output_dir=folder,
         lr_scheduler="constant", lr_warmup_steps=0,
     ),
@@ -75,7 +75,7 @@ def client(hub_process, repo):
 
 def test_shards_that_fail_break_off_or_stall_are_fetched_again(client, hub, repo, tmp_path):
     every = [*range(SHARDS * ROWS)]
-    for fault in ({"status": 503}, {"kind": "cut"}, {"kind": "slow", "seconds": 2}):
+    for fault in ({"status": 503}, {"kind": "cut"}, {"kind": "slow", "seconds": 5}):
         assert client.run(OPEN, cache=tmp_path / str(fault)) == len(every)
         before = hub.count("GET /objects/")
         hub.fault("GET /objects/", **fault)
