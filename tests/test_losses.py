@@ -14,6 +14,7 @@ from ddpm_hf.losses import hybrid_loss, simple_loss, vlb_loss, vlb_term
 from ddpm_hf.randomness import seed_of, timestep_generator
 from ddpm_hf.timestep_samplers import (
     TIMESTEP_SAMPLERS,
+    AsymmetricTimesteps,
     LossSecondMomentTimesteps,
     LowDiscrepancyTimesteps,
     UniformTimesteps,
@@ -302,6 +303,22 @@ def test_low_discrepancy_timesteps_are_evenly_spaced_and_uniform(num_train_times
     counts = drawn.flatten().bincount(minlength=T)
     assert len(counts) == T
     assert drawn.min() == 0
+
+
+@pytest.mark.parametrize("num_train_timesteps", [1, 10, 1000])
+def test_asymmetric_timesteps_are_five_times_as_frequent_in_the_first_seven_tenths(
+    num_train_timesteps,
+):
+    T, N, generator = num_train_timesteps, 500_000, torch.Generator().manual_seed(0)
+    t, weights = AsymmetricTimesteps(T).sample(N, generator)
+    assert (weights == 1).all()
+    counts = t.bincount(minlength=T)
+    assert len(counts) == T
+    tau = round(0.7 * T)
+    expected = torch.tensor([5.0] * tau + [1.0] * (T - tau), dtype=torch.float64)
+    expected *= N / expected.sum()
+    # Each count is Poisson distributed; 5 standard deviations.
+    assert ((counts - expected).abs() <= 5 * expected.sqrt()).all()
 
 
 def importance_sampler(T=20, history_size=3):

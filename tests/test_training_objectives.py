@@ -110,6 +110,7 @@ def test_every_objective_option_changes_the_loss(tmp_path):
         "vlb": {"objective": "vlb"},
         "hybrid": HYBRID,
         "low_discrepancy": {"timestep_sampling": "low_discrepancy"},
+        "asymmetric": {"timestep_sampling": "asymmetric"},
     }.items():
         run(tmp_path / name, **options, **one)
         seen[name] = metrics(tmp_path / name)[0]["loss"]
@@ -124,6 +125,10 @@ def test_every_objective_option_changes_the_loss(tmp_path):
         (
             {"objective": "vlb", "loss_weighting": "p2"},
             "`loss_weighting` 'p2' weights the squared error",
+        ),
+        (
+            {"objective": "vlb", "timestep_sampling": "asymmetric"},
+            "'asymmetric' weights the timesteps, so that the loss of `objective` 'vlb'",
         ),
     ],
 )

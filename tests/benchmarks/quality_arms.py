@@ -184,21 +184,6 @@ def x_0_weighted(
     return loss * (1 - scheduler.alphas_cumprod[t]).to(loss)
 
 
-def asymmetric_timesteps(
-    denoiser: Denoiser, scheduler: GaussianDDPMScheduler, x_0: Tensor, t: Tensor, noise: Tensor
-) -> Tensor:
-    """The simple loss with the first 700 of 1,000 timesteps 5 times as likely (2405.17403, eq. 5).
-
-    The weights of that paper are left out.
-    """
-    early = 700 / scheduler.config.num_train_timesteps
-    share = 5 * early / (5 * early + 1 - early)
-    u = (t + 0.5) / scheduler.config.num_train_timesteps  # uniform
-    fraction = torch.where(u < share, u / share * early, 1 - (1 - u) / (1 - share) * (1 - early))
-    t = (fraction * scheduler.config.num_train_timesteps).long()
-    return simple_loss(denoiser, scheduler, x_0, t, noise)
-
-
 def assigned_noise(
     denoiser: Denoiser, scheduler: GaussianDDPMScheduler, x_0: Tensor, t: Tensor, noise: Tensor
 ) -> Tensor:
@@ -254,7 +239,7 @@ FACTORS = {
     "truncated SNR": Arm(options={"loss_weighting": "truncated_snr"}),
     "x_0 weights": Arm(loss=x_0_weighted),
     "low-discrepancy t": Arm(options={"timestep_sampling": "low_discrepancy"}),
-    "asymmetric t": Arm(loss=asymmetric_timesteps),
+    "asymmetric t": Arm(options={"timestep_sampling": "asymmetric"}),
     "noise assignment": Arm(loss=assigned_noise),
     "rate 1e-3": Arm(options={"learning_rate": 1e-3}),
     "rate 4e-3": Arm(options={"learning_rate": 4e-3}),
@@ -267,6 +252,9 @@ FACTORS = {
     "attention": Arm(network=attention),
     "dropout 0.1": Arm(network=with_dropout),
     "flips": Arm(options={"random_flip": True}),
+    "sigmoid, asymmetric t": Arm(
+        options={"beta_schedule": "chen_sigmoid", "timestep_sampling": "asymmetric"}
+    ),
     "x_0, sigmoid": Arm(options={"prediction_type": "sample", "beta_schedule": "chen_sigmoid"}),
     "x_0, rate 4e-3": Arm(options={"prediction_type": "sample", "learning_rate": 4e-3}),
     "x_0, batch 8": Arm(options={"prediction_type": "sample", "batch_size": 8}),

@@ -76,6 +76,12 @@ def _check_objective(config: ResolvedConfig, scheduler: GaussianDDPMScheduler) -
             f"`loss_weighting` {config.loss_weighting!r} weights the squared error, which "
             "`objective` 'vlb' does not contain: leave `loss_weighting` out"
         )
+    if name == "vlb" and config.timestep_sampling == "asymmetric":
+        raise ConfigError(
+            "`timestep_sampling` 'asymmetric' weights the timesteps, so that the loss of "
+            "`objective` 'vlb' would not be the variational bound: use uniform or "
+            "loss_second_moment"
+        )
 
 
 def _qualified_name(loss: Loss) -> str:
