@@ -144,12 +144,12 @@ class OptimizationOptions(Options):
     loss_weighting: Literal["none", "min_snr", "p2", "truncated_snr"] = option(
         "none", "weight of the squared error by noise level"
     )
-    timestep_sampling: Literal[
-        "uniform", "low_discrepancy", "asymmetric", "loss_second_moment"
-    ] = option(
-        "uniform",
-        "timesteps of a batch: independent, evenly spaced, 5 times as many of the first 70%, or in "
-        "proportion to the loss (for `objective` vlb)",
+    timestep_sampling: Literal["uniform", "low_discrepancy", "asymmetric", "loss_second_moment"] = (
+        option(
+            "uniform",
+            "timesteps of a batch: independent, evenly spaced, 5 times as many of the first 70%, or in "
+            "proportion to the loss (for `objective` vlb)",
+        )
     )
     class_dropout: float = option(
         0.1,
