@@ -137,7 +137,7 @@ def test_the_python_of_a_page_runs(page, working_folder):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # a minute and a half on a quiet core, ten times as long on a busy one
+@pytest.mark.timeout(900)  # a minute on a quiet core, ten times as long on a busy one
 def test_the_walkthrough_computes_what_it_states(tmp_path, monkeypatch):
     faulthandler.cancel_dump_traceback_later()  # `faulthandler_timeout` is shorter
     monkeypatch.chdir(tmp_path)
