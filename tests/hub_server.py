@@ -277,6 +277,7 @@ class _Dropped(Exception):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # which delays each body by 40 ms
     timeout = 60  # seconds, of each read and write
     hub: HubServer
     fault: Fault | None
