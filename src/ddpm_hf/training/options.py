@@ -147,8 +147,8 @@ class OptimizationOptions(Options):
     timestep_sampling: Literal["uniform", "low_discrepancy", "asymmetric", "loss_second_moment"] = (
         option(
             "uniform",
-            "timesteps of a batch: independent, evenly spaced, 5 times as many of the first 70%, or in "
-            "proportion to the loss (for `objective` vlb)",
+            "timesteps of a batch: independent, evenly spaced, 5 times as many of the first 70%, or"
+            " in proportion to the loss (for `objective` vlb)",
         )
     )
     class_dropout: float = option(
