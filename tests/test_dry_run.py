@@ -6,6 +6,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny_runs import metrics, run
 
@@ -55,6 +56,7 @@ def test_a_dry_run_prints_facts_and_plan_and_writes_nothing(folder, capsys, monk
     for expected in (
         "classes    2: cat (3), dog (4)",
         "parameters",
+        "quality    blurs, enough to test the settings",
         "s per update",
         "data       RGB 4, L 3; 2 sizes, 8x8 to 8x10",
         "data       1 image equal to another one after preparation",
@@ -75,3 +77,23 @@ def test_a_dry_run_of_an_interrupted_run_shows_how_it_would_resume(tmp_path, cap
     assert "resuming after update 4" in capsys.readouterr().out
     assert len(metrics(tmp_path)) == 4
     assert os.listdir(tmp_path / "checkpoints")
+
+
+@pytest.mark.parametrize(
+    ("num_updates", "size", "quality"),
+    [
+        (199, 8, "blurs, enough to test the settings"),
+        (200, 8, "recognisable if the images are alike"),
+        (2000, 8, "few errors if the images are alike"),
+        (2000, 40, None),  # not measured
+    ],
+)
+def test_the_plan_states_the_expected_quality_of_small_images(
+    num_updates, size, quality, tmp_path, capsys
+):
+    images = torch.rand(4, 1, size, size) * 2 - 1
+    run(tmp_path, dataset=[*images], dry_run=True, lr_warmup_steps=0, max_train_steps=num_updates)
+    lines = capsys.readouterr().out.splitlines()
+    found = [line for line in lines if line.startswith("quality")]
+    assert len(found) == (quality is not None)
+    assert all(line.startswith(f"quality    {quality}") for line in found)

@@ -283,6 +283,17 @@ def folders(world, tmp_path_factory):
     return folder
 
 
+def test_a_sweep_samples_with_the_requested_sampler(copy, world):
+    sampler = ("--scheduler", "DDIM", "--num-inference-steps", "3")
+    assert main(["ema", str(copy), "--sweep", "--std", "0.1", "--features", "pixels",
+                 "--num-images", "8", *sampler]) == 0  # fmt: skip
+    result = EmaSweep.from_dict(json.loads((copy / "ema" / "sweep" / "ema.json").read_text()))
+    assert [row.setting for row in result.settings] == ["std-0.1", "model"]
+    for row in result.settings:
+        assert (row.scheduler, row.num_inference_steps, row.num_network_calls) == ("DDIM", 3, 3)
+    assert "--scheduler DDIM --num-inference-steps 3" in result.command
+
+
 @pytest.mark.parametrize(("words", "message"), REFUSALS, ids=[r[1][:40] for r in REFUSALS])
 def test_bad_input_is_refused_in_one_line(folders, monkeypatch, capsys, words, message):
     monkeypatch.chdir(folders)

@@ -126,7 +126,11 @@ def sweep_ema(
     )
     own, name = str(ema.run.model.root), public_name(os.fspath(run))
     sources = {label(sigma_rel): float(sigma_rel) for sigma_rel in lengths} | {OWN: own}
-    plan = [(source, [Setting.named(name)]) for name, source in sources.items()]
+    scheduler, K = chosen.scheduler, chosen.num_inference_steps
+    plan = [
+        (source, [Setting(setting=name, name=name, scheduler=scheduler, num_inference_steps=K)])
+        for name, source in sources.items()
+    ]
     with results_folder(evaluator.state, output) as folder:
         evaluator.use_hold_out_of([own])
         rows, left_out = compare_settings(evaluator, plan, folder)
