@@ -68,6 +68,8 @@ def test_settings_train_for_equal_time_and_a_repeated_command_trains_only_new_on
             file.with_suffix("") / f"{name}, seed 0, {end['updates']} updates.png"
         ) as row:
             assert row.width > 5 * row.height
+    with Image.open(file.with_suffix("") / "samples.png") as rows:
+        assert rows.height > row.height * 3
     assert "| x_0 |" in capsys.readouterr().out
     assert file.with_suffix(".png").is_file()
 

