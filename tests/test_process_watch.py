@@ -41,7 +41,7 @@ def test_ranks_that_hang_or_are_killed_end_the_others_and_slow_ones_do_not():
     losses = [(lost, how) for lost in (0, 1) for how in (signal.SIGSTOP, signal.SIGKILL)]
     with ExitStack() as stack:
         pairs = [stack.enter_context(forked_ranks(["-c", CODE, "60"])) for _ in losses]
-        slow = stack.enter_context(forked_ranks(["-c", CODE, f"{2 * HANG_S}"]))
+        slow = stack.enter_context(forked_ranks(["-c", CODE, f"{1.5 * HANG_S}"]))
         wait_until(lambda: all("ready" in rank.output() for pair in pairs for rank in pair))
         for pair, (lost, number) in zip(pairs, losses, strict=True):
             pair[lost].send_signal(number)
