@@ -36,9 +36,10 @@ from ddpm_hf import (
     train,
 )
 from ddpm_hf.cli import run_command
-from ddpm_hf.evaluation.card_metrics import CardMetric, card_metrics
+from ddpm_hf.evaluation.card_metrics import card_metrics
 from ddpm_hf.evaluation.distances import frechet_distance
 from ddpm_hf.hub.card import write_results
+from ddpm_hf.run_record import MetricRecord
 from ddpm_hf.utils.text import duration
 from faces import CLASS, FOLDER, Judge, Scores, load_faces, shortcomings, table, to_pixels
 
@@ -312,7 +313,7 @@ def write_card(model: Path, drawn: Scores, real: Scores, evaluations: list[Evalu
         ("new combinations", "new_combinations", "hair style, hair and skin colour; extra trees"),
     )
     metrics = [
-        CardMetric(
+        MetricRecord(
             type=name.replace(" ", "-"),
             name=name,
             value=getattr(drawn, field),

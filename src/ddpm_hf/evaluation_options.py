@@ -252,6 +252,7 @@ class CalibrationOptions(LoadOptions, BatchOptions, DataOptions, FeatureOptions)
 
 
 DEFAULTS = {field.name: field.default for field in fields(EvaluationOptions)}
+"""Default of each option of `evaluate`."""
 
 
 def command_of(

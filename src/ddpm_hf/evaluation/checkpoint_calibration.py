@@ -79,7 +79,7 @@ def calibrate_checkpoint(
         output: folder for calibration.json and the plot; for a model on the Hub, also for its
             scheduler_config.json.
         progress: show progress bars.
-        **options: see `evaluation.options.CalibrationOptions`.
+        **options: see `evaluation_options.CalibrationOptions`.
     Returns:
         the calibration, on every rank.
     Raises:

@@ -72,7 +72,7 @@ def compare(
             is given, else the other ones.
         output: folder for comparison.json, the pictures and the folders of the settings.
         progress: show progress bars.
-        **options: see `evaluation.options.ComparisonOptions`.
+        **options: see `evaluation_options.ComparisonOptions`.
     Returns:
         the comparison, on every rank.
     Raises:

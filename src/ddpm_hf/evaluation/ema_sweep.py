@@ -110,7 +110,7 @@ def sweep_ema(
         metrics: see `evaluate`; the first one decides which length is best.
         output: folder for ema.json, the curve, and the folders of the evaluations.
         progress: show progress bars.
-        **options: see `evaluation.options.EmaSweepOptions`.
+        **options: see `evaluation_options.EmaSweepOptions`.
     Returns:
         the measured curve, on every rank.
     Raises:

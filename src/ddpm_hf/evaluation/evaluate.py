@@ -67,7 +67,7 @@ def evaluate(
             else the other ones.
         output: folder for evaluation.json, the pictures, and the drawn images.
         progress: show progress bars.
-        **options: see `evaluation.options.EvaluationOptions`.
+        **options: see `evaluation_options.EvaluationOptions`.
     Returns:
         the evaluation, on every rank.
     Raises:

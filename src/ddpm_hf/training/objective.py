@@ -79,7 +79,7 @@ def _check_objective(config: ResolvedConfig, scheduler: GaussianDDPMScheduler) -
     if name == "vlb" and config.timestep_sampling == "asymmetric":
         raise ConfigError(
             "`timestep_sampling` 'asymmetric' weights the timesteps, so that the loss of "
-            "`objective` 'vlb' would not be the variational bound: use uniform or "
+            "`objective` 'vlb' would not be the variational bound: use uniform, low_discrepancy or "
             "loss_second_moment"
         )
 

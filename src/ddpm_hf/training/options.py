@@ -147,7 +147,7 @@ class OptimizationOptions(Options):
     timestep_sampling: Literal["uniform", "low_discrepancy", "asymmetric", "loss_second_moment"] = (
         option(
             "uniform",
-            "timesteps of a batch: independent, evenly spaced, 5 times as many of the first 70%, or"
+            "timesteps of a batch: independent, evenly spaced, the first 70% 5 times as likely, or"
             " in proportion to the loss (for `objective` vlb)",
         )
     )
