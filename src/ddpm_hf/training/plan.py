@@ -161,7 +161,7 @@ def _describe_training(run: Run) -> str:
 
 
 def _describe_quality(run: Run) -> str:
-    """What samples looked like after as many updates of new networks; empty for larger images.
+    """Samples of new networks after this number of updates; empty for images over 32x32 pixels.
 
     With 16 images per update, digits were recognisable after 200 updates and pixel faces after 600,
     with few errors after 2,000. Emoji of 32x32 pixels were then still blurs. Larger images were not
@@ -173,7 +173,10 @@ def _describe_quality(run: Run) -> str:
     if num_updates < 200:
         return "blurs, enough to test the settings"
     if num_updates < 2000:
-        return "recognisable if the images are alike, such as digits or faces; blurs if they vary"
+        return (
+            "recognisable if the images are alike, such as digits, or pixel faces from 600 updates;"
+            " blurs if they vary"
+        )
     return "few errors if the images are alike, such as digits or faces; more if they vary"
 
 
