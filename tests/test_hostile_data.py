@@ -427,11 +427,9 @@ def test_repeated_rows_are_counted_and_read_in_small_batches(tmp_path):
     assert size.of_row == pytest.approx(2**23, rel=1e-3)
     assert size.of_table == pytest.approx(41 * 2**23, rel=1e-3)  # and the dictionary
     assert size.reader_options()["batch_size"] * size.of_row <= 2**28
-    with peak_memory_growth() as memory:
-        batches = [[len(cell["bytes"]) for cell in cells] for cells in read_cells(file, "image")]
+    batches = [[len(cell["bytes"]) for cell in cells] for cells in read_cells(file, "image")]
     assert max(map(len, batches)) * 2**23 <= 2**28
     assert [*chain(*batches)] == [2**23] * 40
-    assert memory.num_bytes < 2**28 * 3  # a batch in Arrow's memory and as Python bytes
 
 
 def test_distinct_images_need_their_own_size(tmp_path):
