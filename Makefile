@@ -29,7 +29,7 @@ type: $(READY) ## Check the types
 test-quick: $(READY) ## Tests without the slow ones: about a minute on 2 cores
 	$(PYTEST) -m "not slow" $$(grep -L "^pytestmark = .*pytest.mark.slow" tests/test_*.py)
 
-test: $(READY) ## All tests, offline: about 12 minutes on 2 cores
+test: $(READY) ## All tests, offline: about 10 minutes on 2 cores
 	$(PYTEST)
 
 test-all: lint type test ## Style, types and all tests: what CI runs
