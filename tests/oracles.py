@@ -51,7 +51,7 @@ def cosine_betas(T: int, offset: float = 0.008, cap: float = 0.999) -> list[mpf]
 
 
 def chen_sigmoid_betas(T: int, start: float = -3, end: float = 3, tau: float = 1) -> list[mpf]:
-    """2212.11972, the code of section 2.1: gamma(t)."""
+    """2301.10972, the code of section 2.1: gamma(t)."""
 
     def sigmoid(x: mpf) -> mpf:
         return 1 / (1 + mpmath.exp(-x))

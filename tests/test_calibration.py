@@ -123,7 +123,7 @@ def test_the_variance_of_a_mixture_equals_quadrature(prev, t):
 
 @pytest.mark.parametrize("eta", [1.0, 0.4, 1e-5])
 def test_the_variance_of_an_exact_network_equals_analytic_dpm(eta):
-    """2201.06503, eq. 8, from the second moment of eps."""
+    """2201.06503, eq. 7, from the second moment of eps."""
     scheduler = calibrated()
     scheduler.set_timesteps(20)
     steps = scheduler.timesteps.tolist()
@@ -340,6 +340,14 @@ def test_the_curve_predicts_the_bound_exactly_for_the_same_noise(variance_type):
     expected = (gain * again.x_0_mse[:-1]).log1p() / 2 / math.log(2)
     assert_close(predicted.terms[:-1], expected, rtol=1e-12, atol=0)
     assert predicted.value < result.bits_per_dim(published=True).value
+
+
+def test_one_image_gives_a_curve_without_standard_errors():
+    result = calibrate(halve, short_chain(), levels(1))
+    assert result.standard_error.isnan().all()
+    assert result.x_0_mse.isfinite().all()
+    with pytest.raises(ValueError, match="at least 2 images"):
+        result.num_images_for()
 
 
 def test_the_standard_error_of_the_curve_is_that_of_a_mean_over_images():

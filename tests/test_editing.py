@@ -1,6 +1,7 @@
 """Editing functions: for Gaussian data and its exact denoiser, the law of each is a closed form."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteSchedul
 from torch import Tensor
 
 from ddpm_hf import GaussianDDPMScheduler
+from ddpm_hf.diffusion.image_to_image import start_index
 from ddpm_hf.diffusion.inpainting import conditioned, repaint_positions
 from ddpm_hf.diffusion.krylov import KrylovSpace
 from ddpm_hf.editing import (
@@ -397,6 +399,16 @@ def test_a_strength_below_one_step_is_refused_with_the_least_strength():
             gaussian_denoiser(0.5), scheduler(), torch.zeros(1, 1), strength=0.05,
             num_inference_steps=10,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("num_steps", [1, 3, 30, 999])
+def test_the_least_strength_in_the_error_takes_one_step(num_steps):
+    ours = scheduler()
+    ours.set_timesteps(num_steps)
+    with pytest.raises(ValueError, match="less than one step") as error:
+        start_index(ours, 1e-4, None)
+    least = float(re.search(r"at least ([0-9.]+),", str(error.value))[1])
+    assert start_index(ours, least, None) == num_steps - 1
 
 
 def test_inversion_and_ddim_reconstruct_the_image_and_the_noise_is_standard_normal(generator):

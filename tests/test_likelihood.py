@@ -98,7 +98,9 @@ def test_step_kl_at_smaller_eta_is_the_kl_of_the_ddim_processes(variance_type):
     mean_q, log_var = normal_posterior_of_ddim(scheduler, x_0, x_t, t, eta)
     mean_p, _ = normal_posterior_of_ddim(scheduler, x_0_hat, x_t, t, eta)
     want = kl_of_normals(mean_q, log_var, mean_p, log_var)
-    assert_close(scheduler.step_kl(output, x_0, x_t, t, eta=eta).kl, want, rtol=1e-10, atol=0)
+    step = scheduler.step_kl(output, x_0, x_t, t, eta=eta)
+    assert_close(step.kl, want, rtol=1e-10, atol=0)
+    assert_close(step.log_variance, log_var.expand_as(step.log_variance), rtol=1e-12, atol=0)
     decoder, of_ddpm = (scheduler.step_kl(output, x_0, x_t, 0, eta=eta) for eta in (0.3, 1.0))
     assert torch.equal(decoder.log_variance, of_ddpm.log_variance)
     with pytest.raises(ValueError, match=r"`eta` must be .*0 has no bound.*, got 0"):

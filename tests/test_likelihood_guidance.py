@@ -127,6 +127,19 @@ def test_a_stock_scheduler_is_guided_alike():
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)  # stock's float32 alpha_bar
 
 
+@pytest.mark.parametrize("kind", [DDIMScheduler, GaussianDDPMScheduler])
+@pytest.mark.parametrize("t", [1, 10, 500])
+def test_guidance_in_half_precision_uses_noise_levels_of_float32(kind, t):
+    """In float16 alpha_bar rounds to 1 at t = 1, where the change would be 0."""
+    x_t, guidance = torch.ones(1, 2), lambda x, x_0, t: x_0.sum(1)
+    of_float32, of_float16 = (
+        guided_denoiser(lambda x, t: 0 * x, kind(), guidance)(x.clone(), torch.tensor([t]))
+        for x in (x_t, x_t.half())
+    )
+    assert of_float16.dtype == torch.float16
+    torch.testing.assert_close(of_float16.float(), of_float32, rtol=2e-3, atol=0)
+
+
 def test_a_fractional_timestep_is_guided_by_the_noise_between_its_neighbours():
     x_t, stock = torch.randn(3, 2), DDIMScheduler(prediction_type="sample", clip_sample=False)
     guidance = MeasurementGuidance(lambda x: x, torch.zeros(1), stock)

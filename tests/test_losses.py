@@ -76,6 +76,12 @@ def test_a_half_precision_prediction_is_compared_in_float32(batch):
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("loss", [simple_loss, vlb_loss, hybrid_loss])
+def test_an_empty_batch_has_no_losses(loss):
+    x_0, t = torch.zeros(0, 1, 2), torch.zeros(0, dtype=torch.int64)
+    assert loss(lambda x, t: x, GaussianDDPMScheduler(), x_0, t, x_0).shape == (0,)
+
+
 def test_a_prediction_of_another_shape_is_rejected_instead_of_broadcast(batch):
     x_0, noise = batch
     with pytest.raises(ValueError, match=r"must return .* \(4, 2, 3\).* got \(4, 1, 3\)"):
@@ -255,6 +261,15 @@ def test_weights_for_eps_equal_those_of_the_papers(weighting, of_eps):
     alpha_bar = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)[t]
     want = [of_eps(snr) for snr in (alpha_bar / (1 - alpha_bar)).tolist()]
     assert_close(got, torch.tensor(want, dtype=torch.float64), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("weighting", [MinSNR(), P2(), TruncatedSNR()])
+def test_weights_for_eps_are_finite_where_the_snr_underflows(weighting):
+    """alpha_bar ends at 3e-53; the limits of the weights are 1, 1 and 1 / SNR."""
+    scheduler = GaussianDDPMScheduler(num_train_timesteps=12_000)
+    weight = weighting(scheduler, torch.tensor([11_999]))
+    assert weight.isfinite().all()
+    assert weight >= 1
 
 
 def test_weights_are_finite_at_zero_snr():

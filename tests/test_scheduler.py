@@ -572,6 +572,7 @@ def test_assigned_timesteps_become_the_trajectory():
     scheduler.timesteps = torch.tensor([900, 500, 100])
     stock.set_timesteps(timesteps=[900, 500, 100])
     assert [scheduler.previous_timestep(t) for t in (900, 500, 100)] == [500, 100, -1]
+    assert (scheduler.num_inference_steps, scheduler.custom_timesteps) == (3, True)
     for t in (900, 500):
         a, b = (s.step(output, t, x, torch.Generator().manual_seed(0)) for s in (scheduler, stock))
         assert_close(
@@ -933,9 +934,10 @@ def test_a_step_without_noise_does_not_advance_the_generator():
     assert torch.equal(states[0], states[1])
 
 
-def test_an_empty_batch_gives_an_empty_result():
+@pytest.mark.parametrize("thresholding", [{}, {"thresholding": True, "sample_max_value": 2.0}])
+def test_an_empty_batch_gives_an_empty_result(thresholding):
     scheduler, x, t = (
-        GaussianDDPMScheduler(),
+        GaussianDDPMScheduler(**thresholding),
         torch.zeros(0, 3, 4),
         torch.zeros(0, dtype=torch.int64),
     )

@@ -2,7 +2,7 @@
 
 m_t = E (x_0 - x_0_hat(x_t))^2, mean over images and values, determines for any number of steps K
 
-    the optimal variance              sigma^2 = beta~ + coef_x_0^2 m_t         2201.06503, eq. 8
+    the optimal variance              sigma^2 = beta~ + coef_x_0^2 m_t         2201.06503, eq. 7
     the bound's term from t to s      log(1 + (SNR_s - SNR_t) m_t) / 2 nats
     the K timesteps with the lowest bound, by dynamic programming              2106.03802
 
@@ -95,7 +95,13 @@ class Calibration:
         return (self.standard_error / self.x_0_mse).where(self.x_0_mse > 0, 0.0)
 
     def num_images_for(self, relative_error: float = STABLE_RELATIVE_ERROR) -> int:
-        """Number of images that brings the relative error of m_t to this value at every t."""
+        """Number of images that brings the relative error of m_t to this value at every t.
+
+        Raises:
+            ValueError: if one image was measured.
+        """
+        if len(self.errors) == 1:
+            raise ValueError("one image gives no standard error; calibrate with at least 2 images")
         worst = self.relative_error.max().item()
         return math.ceil(len(self.errors) * (worst / relative_error) ** 2)
 
@@ -281,10 +287,11 @@ def calibration_of(
         end: bound of `with_curve(scheduler, chain)` on the trajectory [0].
     """
     errors = chain.errors.flip(1)
+    spread = errors.std(0) if len(errors) > 1 else torch.full_like(errors[0], math.nan)
     return Calibration(
         scheduler=with_curve(scheduler, chain),
         x_0_mse=chain.x_0_mse.flip(0),
-        standard_error=errors.std(0) / math.sqrt(len(errors)),
+        standard_error=spread / math.sqrt(len(errors)),
         errors=errors,
         x_0_square=chain.x_0_square,
         decoder=end.terms[:, -1],

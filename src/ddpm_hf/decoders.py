@@ -52,6 +52,8 @@ def check_images(x_0: Tensor, decoder: str, bit_depth: int) -> None:
         ValueError: if values are not finite or, except for "continuous", outside [-1, 1] or off the
             grid of the bit depth.
     """
+    if x_0.numel() == 0:
+        return
     lowest, highest = (value.item() for value in x_0.aminmax())
     if not math.isfinite(lowest + highest):
         raise ValueError(f"`images` must be finite, got values in {lowest:g}..{highest:g}")

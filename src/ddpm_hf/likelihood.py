@@ -34,18 +34,19 @@ from ddpm_hf.losses import denoise, nats_to_bits_per_dim
 class BitsPerDim:
     """The bound of N images on K timesteps, in float64 on the CPU and in bits/dim.
 
-    If only some timesteps were measured per image, measured terms are divided by `num_expected` and
-    the others are 0, so that sums over timesteps and means over images are unbiased.
+    If only some timesteps were measured per image, a term is the sum of its measurements, often
+    none, divided by `num_expected`. Sums over timesteps and means over images are then unbiased.
 
     Attributes:
         total: bound of each image, (N,): prior plus terms.
         prior: KL(q(x_t | x_0) || N(0, I)) at the first timestep, (N,).
         terms: (N, K) in sampling order, from the noisiest timestep; the last is the decoder's.
-        errors: mean of (x_0 - x_0_hat)^2 over the values of each image, (N, K); no unit.
+        errors: mean of (x_0 - x_0_hat)^2 over the values of each image, summed over its
+            measurements at the timestep, (N, K); no unit.
         x_0_square: mean of x_0^2 over the values of each image, (N,); no unit.
         timesteps: (K,), descending, int64.
         snr: alpha_bar / (1 - alpha_bar) at the timesteps, (K,).
-        num_measured: number of images measured at each timestep, (K,), int64.
+        num_measured: number of measurements of all images at each timestep, (K,), int64.
         num_expected: expected number of measurements per image, (K,); 1 for the full bound.
     """
 

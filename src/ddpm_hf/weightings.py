@@ -41,14 +41,14 @@ class Weighting(ABC):
             weights, (B,).
         """
         snr = scheduler.snr(t, dtype)
-        weight = self.of_x_0(snr)
         match scheduler.config.prediction_type:
             case "epsilon":
-                return weight / snr
+                snr = snr.clamp(min=torch.finfo(dtype).tiny)  # underflows to 0 in long chains
+                return self.of_x_0(snr) / snr
             case "sample":
-                return weight
+                return self.of_x_0(snr)
             case _:
-                return weight / (snr + 1)
+                return self.of_x_0(snr) / (snr + 1)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@
 Travels with the weights.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def start_index(scheduler: Any, strength: float | None, log_snr: float | None) -
     if num_taken == 0:
         raise ValueError(
             f"`strength` {strength:g} of {num_steps} steps is less than one step; pass at least"
-            f" {1 / num_steps:.3g}, or more `num_inference_steps`"
+            f" {math.ceil(1000 / num_steps) / 1000:g}, or more `num_inference_steps`"
         )
     return _first_of_pair(scheduler, num_steps - num_taken)
 

@@ -152,8 +152,7 @@ class InferenceTimesteps(scheduler_config.PortableScheduler, forward_process.For
     @timesteps.setter
     def timesteps(self, timesteps: Tensor) -> None:
         """Set custom timesteps, as `set_timesteps(timesteps=...)` does."""
-        device = getattr(timesteps, "device", None)
-        self._set_trajectory(checks.check_timesteps(timesteps, len(self)), device)
+        self.set_timesteps(timesteps=timesteps, device=getattr(timesteps, "device", None))
 
     def trajectory_betas(self) -> Tensor:
         """beta of each step of the current trajectory, in the order of rising t, (K,) float64.

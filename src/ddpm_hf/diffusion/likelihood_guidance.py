@@ -75,12 +75,13 @@ def guided_denoiser(
 
 def _signal_and_sigma(scheduler: Any, t: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor]:
     """sqrt(alpha_bar) and sqrt(1 - alpha_bar), (B or 1, 1, ...)."""
+    dtype = torch.promote_types(x_t.dtype, torch.float32)  # alpha_bar near 1 is 1 in float16
     if hasattr(scheduler, "log_snr"):
-        log_snr = scheduler.log_snr(t, x_t.dtype)
+        log_snr = scheduler.log_snr(t, dtype)
     else:
-        log_snr = _at(scheduler.alphas_cumprod.to(t.device, x_t.dtype).logit(), t)
+        log_snr = _at(scheduler.alphas_cumprod.to(t.device, dtype).logit(), t)
     log_snr = log_snr.reshape(-1, *(1,) * (x_t.ndim - 1)).to(x_t.device)
-    return log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt()
+    return log_snr.sigmoid().sqrt().to(x_t.dtype), (-log_snr).sigmoid().sqrt().to(x_t.dtype)
 
 
 def _at(table: Tensor, t: Tensor) -> Tensor:

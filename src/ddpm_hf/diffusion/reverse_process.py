@@ -97,8 +97,8 @@ class ReverseProcess:
 
         Raises:
             TypeError, ValueError: if shapes, dtypes or values on the host are invalid. A timestep
-                on a device is not read, which would synchronize: if it is not in the trajectory,
-                the result is NaN, and at the last step noise is drawn and multiplied by 0.
+                on a device is not read, which would synchronize: one in [0, T) that is not in the
+                trajectory gives NaN, and at the last step noise is drawn and multiplied by 0.
         """
         x_t, t = checked("sample", sample), coefficient_tables.host_timestep(timestep)
         row = self._reverse(eta).at_host(t, x_t)
@@ -117,7 +117,7 @@ class ReverseProcess:
         """DDIM inversion: x at the next noisier timestep from x_t.
 
         Applied from the last to the second of `timesteps`, starting with an image as x_t, it gives
-        the noise from which `step(..., eta=0)` samples that image.
+        noise from which `step(..., eta=0)` samples nearly that image, the nearer the more steps.
 
         Args:
             model_output: network output at (sample, timestep), as for `step`.

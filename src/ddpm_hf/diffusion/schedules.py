@@ -75,7 +75,7 @@ def chen_sigmoid(
     end: float = 3.0,
     tau: float = 1.0,
 ) -> Array:
-    """Betas of an alpha_bar along a logistic curve, `start` to `end` (2212.11972, section 2.1).
+    """Betas of an alpha_bar along a logistic curve, `start` to `end` (2301.10972, section 2.1).
 
     The difference of two logistic functions is sinh((a - b) / 2) / (2 cosh(a / 2) cosh(b / 2)).
     """

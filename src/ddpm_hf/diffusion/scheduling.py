@@ -54,7 +54,7 @@ class GaussianDDPMScheduler(reverse_process.ReverseProcess, inference_timesteps.
         beta_schedule: "linear", "scaled_linear", "squaredcos_cap_v2" (cosine), "sigmoid" or
             "laplace" as in diffusers; "quad", "const", "jsd", "warmup10" and "warmup50" of the DDPM
             code; "cosine" (parameters "offset" and "cap"), "iddpm_linear" (scaled to T),
-            "chen_sigmoid" (2212.11972; "start", "end" and "tau") or "laplace_log_snr" (2407.03297;
+            "chen_sigmoid" (2301.10972; "start", "end" and "tau") or "laplace_log_snr" (2407.03297;
             "mu" and "b"). Schedules that diffusers lacks are saved as `trained_betas`, which it can
             load.
         trained_betas: T betas in (0, 1), instead of a named schedule; the last may be 1.

@@ -157,6 +157,8 @@ def x_0_of_prediction(
 
 def threshold(x_0_hat: Tensor, ratio: float, max_value: float) -> Tensor:
     """Clamp each image to [-s, s] and divide by s, a quantile of abs(x_0) in [1, max_value]."""
+    if x_0_hat.numel() == 0:
+        return x_0_hat  # without a quantile
     magnitudes = x_0_hat.abs().reshape(len(x_0_hat), math.prod(x_0_hat.shape[1:]))
     s = torch.quantile(magnitudes, ratio, dim=1).clamp(1.0, max_value)
     s = s.reshape(-1, *(1,) * (x_0_hat.ndim - 1))

@@ -190,7 +190,8 @@ class BoundResult(Record):
         timesteps: (K,), descending.
         terms: (K,), mean of each term; the decoder is the last one.
         x_0_mse, eps_mse: (K,), mean squared errors; None where not measured.
-        num_measured, num_expected: (K,), images measured at each timestep, and expected per image.
+        num_measured, num_expected: (K,), measurements at each timestep: of all images, and
+            expected per image.
         indices: (N,), of the images.
         total: (N,), bound of each image.
     """

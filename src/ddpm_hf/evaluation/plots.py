@@ -38,7 +38,7 @@ def plot_terms(bound: BoundResult, path: Path) -> None:
 
 
 def terms_where_measured(bound: BoundResult) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Timesteps, mean of each term over the images measured there, and whether there are any.
+    """Timesteps, mean of the measurements of each term, and whether there are any.
 
     With importance-sampled timesteps these means are less noisy than `terms`, whose sum is
     unbiased.
