@@ -38,7 +38,7 @@ class InferenceTimesteps(scheduler_config.PortableScheduler, forward_process.For
         self,
         num_inference_steps: int | None = None,
         device: str | torch.device | None = None,
-        timesteps: Sequence[int] | None = None,
+        timesteps: Sequence[int] | Tensor | None = None,
         timestep_spacing: str | None = None,
     ) -> None:
         """Set the timesteps of the sampling trajectory.
