@@ -1,9 +1,11 @@
 """Make the figures of this folder, by the code of pages and by the other programs of this folder.
 
-python docs/make.py                        # all figures; those of the guides need `make demo` first
+python docs/make.py                        # all but those below; the guides need `make demo` first
 python docs/make.py walkthrough.md         # the figures that the code of a page draws
 
-samples.png, guidance.png, few_steps.png and denoising.png are those that `make demo` writes.
+Of longer measurements: few_images*.png by make_few_images.py, training_quality*.png by
+tests/benchmarks/bench_quality.py. samples.png, guidance.png, few_steps.png and denoising.png are
+those that `make demo` writes.
 """
 
 import contextlib
@@ -59,7 +61,7 @@ def stopwatch(what: str) -> Iterator[None]:
 
 
 def make_all() -> None:
-    """Make the figures of all pages; those that need something that is missing are listed."""
+    """Make the figures that take minutes; scripts that need something missing are listed."""
     for page in PAGES_WITH_FIGURES:
         main([page])
     run_script("make_gan_comparison.py")

@@ -243,9 +243,9 @@ PICTURES = (progress, fine_tuning, likelihood, three_ways, samplers, copies, fil
 
 def main(model: str, *names: str) -> None:
     """Draw the pictures with these names, or all."""
-    for picture in PICTURES:
-        if not names or picture.__name__ in names:
-            picture(Path(model))
+    pictures = {picture.__name__: picture for picture in PICTURES}
+    for name in names or pictures:
+        pictures[name](Path(model))
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def world(tmp_path_factory):
         save_ours(path, unet=unet, scheduler=tiny_scheduler(**scheduler), facts=facts)
     for name in ("a", "b", "tuned"):
         shutil.copytree(folder / "runs/photos/model", folder / "runs" / name / "model")
-    shutil.copytree(folder / "runs/photos/model", folder / "runs/photos/checkpoints/step-1000")
+    shutil.copytree(folder / "runs/photos/model", folder / "runs/photos/checkpoints/step-00001000")
     save_stock(folder / "runs/stock", tiny_unet(**size), **scheduler)
     shutil.copytree(ROOT / "training", folder / "training")
     for name in ("lsun_bedroom.pt", "ema_0.9999_200000.pt", "flags.json", "other.png"):
