@@ -266,8 +266,8 @@ NOISING = [
     ((x, y, torch.tensor([0, 1, 2])), "timestep", PER_IMAGE, "shape (3,)"),
     ((x, y, torch.tensor([[0], [1]])), "timestep", PER_IMAGE, "shape (2, 1)"),
     *(((x, y, t), "timestep", INTEGER, repr(t)) for t in (1.5, [0, 1], None)),
-    ((x, y[:, :1], 5), "noise", SHAPE, "(2, 1, 4, 4)"),
-    ((x, y[:1], 5), "noise", SHAPE, "(1, 3, 4, 4)"),
+    ((x, y[:, :1], 5), "noise", f"{SHAPE}, got", "(2, 1, 4, 4)"),
+    ((x, y[:1], 5), "noise", f"{SHAPE}, got", "(1, 3, 4, 4)"),
     ((x, None, 5), "noise", FLOATING, "NoneType"),
     ((x, y.long(), 5), "noise", FLOATING, "torch.int64"),
 ]

@@ -174,8 +174,9 @@ def test_a_pretrained_network_widened_for_a_learned_variance_samples_as_before(
 
 
 @pytest.mark.slow
-def test_a_partial_function_can_be_the_loss(tmp_path):
+def test_a_partial_function_can_be_the_loss_and_has_the_name_of_the_function(tmp_path, capsys):
     half = functools.partial(hybrid_loss, vlb_weight=0.5)
     config = tiny_config(tmp_path, **HYBRID, max_train_steps=2)
     result = train(config, unet=tiny_unet(out_channels=2), dataset=on_grid(), loss=half)
     assert result.num_steps == 2
+    assert "ddpm_hf.losses.hybrid_loss" in capsys.readouterr().out

@@ -126,9 +126,10 @@ def check_tensor(name: str, x: Any, like: Tensor | None = None, widen: int = 1) 
         )
     shape = like.shape if widen == 1 else (len(like), widen * like.shape[1], *like.shape[2:])
     if x.shape != shape:
+        also = " and this `variance_type`" if name == "model_output" else ""
         raise ValueError(
-            f"`{name}` must have shape {tuple(shape)} for a sample of shape {tuple(like.shape)} and"
-            f" this `variance_type`, got {tuple(x.shape)}"
+            f"`{name}` must have shape {tuple(shape)} for a sample of shape {tuple(like.shape)}"
+            f"{also}, got {tuple(x.shape)}"
         )
     if x.device != like.device:
         raise ValueError(f"`{name}` must be on {like.device} like the sample, got {x.device}")

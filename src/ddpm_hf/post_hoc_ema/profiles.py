@@ -113,7 +113,7 @@ def solve_weights(
     They minimize the integral of (sum of x_i p_i - p)^2, where p_i is the profile of snapshot i.
 
     Differs from the authors' code: the weights minimize it among those that sum to 1, as p
-    integrates to 1. The code divides the free solution, which is off by up to 1 %, by its sum.
+    integrates to 1. The code divides the free solution by its sum.
 
     Args:
         times: of the snapshots, (N,), none after `t`.

@@ -85,7 +85,9 @@ def _check_objective(config: ResolvedConfig, scheduler: GaussianDDPMScheduler) -
 
 
 def _qualified_name(loss: Loss) -> str:
-    """Module and name of a function, or of the class of a callable object."""
+    """Module and name of a function, also in a `partial`, or of the class of a callable object."""
+    while isinstance(loss, partial):
+        loss = loss.func
     return f"{loss.__module__}.{getattr(loss, '__qualname__', type(loss).__qualname__)}"
 
 
