@@ -65,8 +65,9 @@ def test_exponent_and_length_are_inverse(sigma_rel):
 
 @pytest.mark.parametrize("sigma_rel", [0, -0.1, 0.289, float("nan"), float("inf")])
 def test_a_length_outside_its_range_is_refused(sigma_rel):
-    with pytest.raises(ValueError, match=r"`sigma_rel` must be in \(0, 0.2887\], got"):
+    with pytest.raises(ValueError, match=r"`sigma_rel` must be in \(0, 0.288675\], got"):
         gamma_of(sigma_rel)
+    assert gamma_of(0.288675) < 1e-5  # the bound in the message is inside of the range
 
 
 @pytest.mark.parametrize("sigma_rel", LENGTHS)

@@ -44,7 +44,7 @@ def gamma_of(sigma_rel: float) -> float:
     """
     if not 0 < sigma_rel <= MAX_SIGMA_REL:
         raise ValueError(
-            f"`sigma_rel` must be in (0, {MAX_SIGMA_REL:.4f}], got {sigma_rel}; the largest value "
+            f"`sigma_rel` must be in (0, {MAX_SIGMA_REL:.6f}], got {sigma_rel}; the largest value "
             "is the plain mean of all weights"
         )
     u = sigma_rel**-2.0
