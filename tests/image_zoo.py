@@ -105,6 +105,7 @@ def modes() -> list[ImageCase]:
     rgb_16 = (COLOUR.astype(np.uint16) * 256 + 3).astype(">u2")  # Pillow keeps the upper byte
     rows_16 = b"".join(b"\0" + row.tobytes() for row in rgb_16)
     pgm = b"P5 9 6 65535\n" + DEEP.astype(">u2").tobytes()
+    ppm_16 = b"P6 9 6 65535\n" + (COLOUR * np.uint16(257)).astype(">u2").tobytes()
     return [
         ImageCase("1.png", save(Image.fromarray(bits)), "L", _planes(bits * np.uint8(255))),
         ImageCase("L.png", encode(GREY, "L"), "L", _planes(GREY)),
@@ -165,6 +166,7 @@ def modes() -> list[ImageCase]:
         ImageCase("I.pgm", pgm, "L", _planes(DEEP)),
         ImageCase("I.tif", encode(DEEP.astype(np.int32), "I", "TIFF"), "L", _planes(DEEP)),
         ImageCase("RGB_16.png", png(9, 6, 16, 2, rows_16), "RGB", _planes(COLOUR)),
+        ImageCase("RGB_16.ppm", ppm_16, "RGB", _planes(COLOUR)),
         ImageCase(
             "I_negative.tif",
             encode(DEEP.astype(np.int32) - 1024, kind="TIFF"),
@@ -211,13 +213,14 @@ TURNS = {
 
 
 def turned() -> list[ImageCase]:
-    """The eight EXIF orientations."""
+    """The eight EXIF orientations, and some in other formats."""
     cases = []
-    for orientation, turn in TURNS.items():
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        data = encode(GREY, exif=exif)
-        cases.append(ImageCase(f"exif_{orientation}.png", data, "L", _planes(turn(GREY))))
+    for kind, orientations in {"PNG": TURNS, "TIFF": (1, 3, 6)}.items():
+        for orientation in orientations:
+            exif = Image.Exif()
+            exif[0x0112] = orientation
+            data, pixels = encode(GREY, kind=kind, exif=exif), _planes(TURNS[orientation](GREY))
+            cases.append(ImageCase(f"exif_{orientation}.{kind.lower()}", data, "L", pixels))
     return cases
 
 

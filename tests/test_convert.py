@@ -20,7 +20,7 @@ from ddpm_hf.cli import main
 from ddpm_hf.losses import vlb_term
 from ddpm_hf.openai_conversion.flags import PRESETS, OpenAIFlags
 from ddpm_hf.openai_conversion.network import scheduler_of, unet_config
-from ddpm_hf.openai_conversion.weights import flags_of_weights
+from ddpm_hf.openai_conversion.weights import flags_of_weights, read_state
 
 CASES = json.loads((Path(__file__).parent / "golden/openai_unets.json").read_text())
 CHAINS = [name for name, case in CASES.items() if "chain" in case]
@@ -165,6 +165,12 @@ def test_the_newest_ema_weights_of_a_training_run_are_used(folder, tmp_path):
         torch.save(weights, tmp_path / name)
     pipeline = convert(tmp_path, config=folder / "iddpm.json")
     assert (pipeline.unet.conv_out.bias == 1).all()
+
+
+def test_weights_of_pytorch_before_1_6_are_read(tmp_path):
+    weights = {"input_blocks.0.0.weight": torch.ones(2)}
+    torch.save(weights, tmp_path / "w.pt", _use_new_zipfile_serialization=False)
+    assert (read_state(tmp_path / "w.pt")["input_blocks.0.0.weight"] == 1).all()
 
 
 class Executed:

@@ -29,7 +29,7 @@ def test_class_folders_become_class_names(tmp_path):
 
 def test_special_characters_and_hidden_files_do_not_affect_a_folder(tmp_path):
     root = folder_of(tmp_path / "my *[photos]? {2020}", CLASSES)
-    folder_of(root, {".cache/x.png": b"x", "__MACOSX/x.png": b"x", ".x.png": b"x"})
+    folder_of(root, {".cache/x.png": b"x", "__MACOSX/._x.png": b"x", ".x.png": b"x"})
     assert len(prepare(load_images(root))) == 6
     assert len(prepare(load_images(str(root)))) == 6
 
@@ -74,6 +74,12 @@ def test_images_outside_split_folders_are_counted(tmp_path):
     with pytest.warns(UserWarning, match="1 image used, 1 left out"):
         images = prepare(dataset)
     assert images.left_out == {"outside of the split folders": 1}
+
+
+def test_images_in_folders_with_a_reserved_name_are_counted(tmp_path):
+    root = folder_of(tmp_path, {**CLASSES, "__others__/x.png": b"x", "__others__/y/z.png": b"x"})
+    with pytest.warns(UserWarning, match=r"6 images used, 2 left out \(in folders named __\* 2\)"):
+        prepare(load_images(root))
 
 
 @pytest.mark.parametrize("place", ["", "runs/photos/", "my runs/1/"])

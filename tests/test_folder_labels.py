@@ -167,3 +167,11 @@ def test_codes_of_several_metadata_files_stay_as_written(tmp_path):
     rows = load_images(tmp_path)
     assert rows["code"] == ["01", "a", "01", "b"]
     assert rows["size"] == [0.5, 1.5, 0.5, 1.5]
+
+
+@pytest.mark.parametrize("line", [",cat", " "])
+def test_a_line_of_a_metadata_csv_without_a_file_is_refused(tmp_path, line):
+    root = folder_with(tmp_path, "0.png", "1.png")
+    (root / "metadata.csv").write_text(f"file_name,code\n0.png,dog\n{line}\n")
+    with pytest.raises(DataError, match="cannot be read: each needs a file name"):
+        load_images(root)

@@ -427,6 +427,11 @@ BAD = {
         "`class_names` must be a list of strings, got 3",
     ),
     "no scheduler": (lambda f: shutil.rmtree(f / "scheduler"), "cannot be loaded"),
+    "no config": (lambda f: (f / "unet/config.json").unlink(), "has no config.json of its network"),
+    "clone without git-lfs": (
+        lambda f: (f / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\n"),
+        "is a Git LFS pointer to the weights: run `git lfs pull`",
+    ),
     "cut weights": (cut_weights, "cannot be loaded"),
     "missing weight": (drop_weight, "do not fit"),
     "not finite": (plant_inf, "not finite"),

@@ -33,6 +33,7 @@ from ddpm_hf.hub.card_update import metadata_of, updated_card, with_license
 from ddpm_hf.hub.retry import shorten
 from ddpm_hf.hub.secrets import find_leak
 from ddpm_hf.run_record import MetricRecord
+from ddpm_hf.utils.text import public_name
 
 PROJECT = Path(__file__).parents[1]
 FULL = {
@@ -127,6 +128,20 @@ def test_names_of_local_folders_are_not_hub_ids():
     facts = {"dataset": {"name": "photos", "hub_id": "photos"}, "base_model": "model"}
     data = metadata(rendered(facts))
     assert not {"datasets", "base_model"} & set(data)
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("user/photos", "user/photos"),
+        ("/home/me/photos", "photos"),
+        ("private/*.parquet", "*.parquet"),
+        ("private/a-[0-9].tar", "a-[0-9].tar"),
+        ("https://host/private/a-{0..9}.tar", "a-{0..9}.tar"),
+    ],
+)
+def test_names_of_datasets_contain_no_local_folder(source, name):
+    assert public_name(source) == name
 
 
 HOSTILE = {

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets.distributed import split_dataset_by_node
+from huggingface_hub import constants
 from PIL import Image
 from shard_server import ShardServer, break_off, refuse, stall
 from torch.utils.data import DataLoader
@@ -217,6 +218,40 @@ def test_a_path_in_a_parquet_row_opens_no_file_of_this_machine(tmp_path):
         stream_of(tmp_path / "a.parquet", tmp_path / "cache").cache.fetch(0)
 
 
+def test_a_local_tar_file_that_is_rewritten_with_the_same_size_is_read_again(tmp_path):
+    path, sizes = tmp_path / "a.tar", set()
+    for number, labels in enumerate(([0, 1], [1, 0])):
+        write_tar(path, [png(number)] * 2, [{"cls": b"%d" % label} for label in labels])
+        os.utime(path, ns=(number, number))
+        sizes.add(path.stat().st_size)
+        images = stream_of(path, tmp_path / "cache", label_column=True)
+        assert images.labels.tolist() == labels
+        assert numbers(images.read(range(2), NO_CROPS)) == [number, number]
+    assert len(sizes) == 1  # files in a .tar file are padded
+
+
+def test_hidden_files_of_a_folder_are_no_shards(tmp_path):
+    for name in ("a.tar", "._a.tar", ".cache/b.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_tar(tmp_path / name, [png(0)])
+    assert find_shards(str(tmp_path)).locations == (str(tmp_path / "a.tar"),)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("s3://bucket/a-{0..9}.tar", "reads https, http and hf addresses, got 's3://bucket/a-0"),
+        ("https://word@host/a.tar", "with a user, a password or a query string"),
+        ("https://me:word@host/a.tar", "with a user, a password or a query string"),
+        ("https://host/a.tar?key=word", "with a user, a password or a query string"),
+    ],
+)
+def test_addresses_that_cannot_be_read_are_refused_without_a_request(url, message):
+    with pytest.raises(DataError, match=message) as error:
+        find_shards(url)
+    assert "word@" not in str(error.value)
+
+
 def test_a_bad_image_stops_or_is_replaced_by_the_next_one_with_a_warning(tmp_path, caplog):
     write_tar(tmp_path / "a.tar", [png(0), b"broken", b"broken", png(3), b"broken"])
     with pytest.raises(DataError, match="3 of 5 images cannot be used; set `on_bad_image`"):
@@ -308,6 +343,19 @@ def test_files_that_hold_no_label_are_no_label(tmp_path):
     assert labels_of(tmp_path, "kind") == ([-1] * 5 + [0, 1], ("a", "b"))
     with pytest.raises(DataError, match="the labels have several types"):
         labels_of(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_a_link_in_a_tar_file_is_no_label(kind, server, folder):
+    path = folder / "links.tar"
+    write_tar(path, [png(0)] * 3, [{"cls": b"0"}, {"cls": b"1"}, {}])
+    with tarfile.open(path, "a") as tar:
+        link = tarfile.TarInfo("./set.1/0002.cls")
+        link.type, link.linkname = kind, "missing"
+        tar.addfile(link)
+    for source in (path, f"{server.url}/links.tar"):
+        assert labels_of(source) == ([0, 1, -1], ("0", "1"))
+    path.unlink()
 
 
 def test_tar_files_are_read_once_for_their_labels(server, folder, tmp_path):
@@ -587,6 +635,15 @@ def test_the_token_of_the_hub_goes_to_no_other_server(server, tmp_path, monkeypa
     stream_of(f"{server.url}/train-{{000..001}}.parquet", tmp_path).cache.fetch(0)
     assert server.headers
     assert not [headers for headers in server.headers if "canary" in str(headers)]
+
+
+def test_the_token_of_the_hub_needs_the_scheme_of_the_hub(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "canary" * 5)
+    for endpoint, is_sent in ((server.url, True), (server.url.replace("http", "https"), False)):
+        server.headers.clear()
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        remote_files.read_end(f"{server.url}/train-000.tar", 10)
+        assert ("canary" in str(server.headers)) == is_sent
 
 
 # Options

@@ -12,7 +12,8 @@
 |                                |            | colour in the dataset: 8 bit, value / 257, with a |
 |                                |            | warning, unless 16 bits are requested              |
 | I (32-bit integer)             | L, 16 bit  | as I;16; error if a value is outside 0..65535      |
-| RGB, LA or RGBA of 16 bit      | as 8 bit   | Pillow reads 8 bits; counted, with a warning       |
+| RGB, LA or RGBA of 16 bit      | as 8 bit   | Pillow reads 8 bits; counted, with a warning, in   |
+|                                |            | PNG, TIFF and PPM                                  |
 | F (float), LAB and others      | error      | no defined range: scale them to 8 or 16 bit        |
 
 A dataset gets the smallest mode that is lossless for all of its images: grey and colour give RGB,
@@ -185,9 +186,10 @@ def _open_image(file: BinaryIO) -> Image.Image:
 
 
 def _read_header(image: Image.Image) -> ImageHeader:
-    # Pillow would decode a PNG to find EXIF after its pixels; `_decode` applies that as well.
-    has_exif = image.format != "PNG" or "exif" in image.info
-    is_rotated = has_exif and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+    # Pillow gives the size of a TIFF after rotation, and would decode a PNG to find EXIF after its
+    # pixels; `_decode` applies that as well.
+    is_known = image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info)
+    is_rotated = not is_known and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
     height, width = (image.width, image.height) if is_rotated else (image.height, image.width)
     return ImageHeader(
         height=height,
@@ -225,8 +227,10 @@ def _is_narrowed(image: Image.Image, target: Target) -> bool:
     """Whether 16 bits per channel are reduced to 8; only known before decoding."""
     if image.mode in GREY_16:
         return target.bit_depth == 8
-    raw_modes = [str(tile[3]) for tile in getattr(image, "tile", [])]
-    return any(";16" in raw_mode for raw_mode in raw_modes)
+    arguments = [tile[3] for tile in getattr(image, "tile", [])]
+    if image.format == "PPM":  # raw mode, with the largest value unless that is usual
+        return any(isinstance(argument, tuple) and argument[1] > 255 for argument in arguments)
+    return any(";16" in str(argument) for argument in arguments)
 
 
 def _is_grey(planes: NDArray[Any]) -> bool:

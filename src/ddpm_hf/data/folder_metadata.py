@@ -139,7 +139,10 @@ def _with_text_columns(
         records = list(reader)
     named = [os.path.normpath(os.path.join(file.parent, record[key] or "")) for record in records]
     if named != [os.path.normpath(path or "") for path in paths]:
-        raise DataError(f"the lines of {str(file)!r} cannot be read: remove empty lines")
+        raise DataError(
+            f"the lines of {str(file)!r} cannot be read: each needs a file name, and no more cells"
+            " than the first line"
+        )
     for column, kind in list(rows.features.items()):
         if isinstance(kind, datasets.Value):
             texts = [record.get(column) or "" for record in records]

@@ -23,6 +23,7 @@ from ddpm_hf.paths import ModelPaths, RunPaths
 from ddpm_hf.utils.text import printable
 
 IN_RUNS = "in folders of training runs"
+_IN_RESERVED = "in folders named __*"  # of programs, such as __MACOSX in archives
 _SYSTEM_FILES = ("Thumbs.db", "desktop.ini")
 _RUN = RunPaths(Path())
 _RUN_FILES = {_RUN.config.name, _RUN.metrics.name}
@@ -54,7 +55,7 @@ class Folder:
     Attributes:
         root: the folder.
         files: paths relative to `root`, sorted.
-        left_out: number of images in outputs of training runs.
+        left_out: number of images in outputs of training runs and in folders named `__*`.
 
     Raises:
         DataError: if a link leads out of the folder.
@@ -79,15 +80,18 @@ class Folder:
             names = [name for name in names if not name.startswith(".")]
             is_output = _is_output({*subfolders, *names})
             if is_output and parent != str(self.root):
-                self._leave_out_images(parent)
+                self._leave_out_images(parent, IN_RUNS)
                 subfolders.clear()
                 continue
             if is_output:
                 self.left_out[IN_RUNS] += len(_RUN_PICTURES.intersection(names))
                 names = [name for name in names if name not in _RUN_FILES | _RUN_PICTURES]
                 for name in _RUN_FOLDERS.intersection(subfolders):
-                    self._leave_out_images(os.path.join(parent, name))
+                    self._leave_out_images(os.path.join(parent, name), IN_RUNS)
                     subfolders.remove(name)
+            for name in subfolders:
+                if name.startswith("__"):
+                    self._leave_out_images(os.path.join(parent, name), _IN_RESERVED)
             subfolders[:] = [name for name in subfolders if not name.startswith((".", "__"))]
             files = [os.path.join(parent, name) for name in names]
             special = [file for file in files if not os.path.isfile(file) and os.path.exists(file)]
@@ -102,9 +106,9 @@ class Folder:
                 f" {outside[0]!r}: copy the files, or pass the folder that contains them"
             )
 
-    def _leave_out_images(self, folder: str) -> None:
-        names = (name for _, _, names in os.walk(folder) for name in names)
-        self.left_out[IN_RUNS] += sum(suffix(name) in EXTENSIONS for name in names)
+    def _leave_out_images(self, folder: str, reason: str) -> None:
+        names = (name for _, _, names in os.walk(folder) for name in names if name[0] != ".")
+        self.left_out[reason] += sum(suffix(name) in EXTENSIONS for name in names)
 
 
 def _leads_outside(path: str, root: Path) -> bool:

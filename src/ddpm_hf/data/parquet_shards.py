@@ -17,7 +17,7 @@ from ddpm_hf.data.encoded_images import find_image_column
 from ddpm_hf.data.errors import DataError
 from ddpm_hf.data.file_limits import parquet_size
 from ddpm_hf.data.labels import find_label_column, known_class_names
-from ddpm_hf.data.remote_files import NUM_CONNECTIONS, RemoteFile, is_url
+from ddpm_hf.data.remote_files import NUM_CONNECTIONS, RemoteFile, is_url, modification_time
 from ddpm_hf.data.shard_index import Shard, ShardIndex
 
 
@@ -67,7 +67,8 @@ def _read_file(
             labels = None
             if label_column is not None:
                 labels = _read_column(parquet, find_label_column(empty, label_column), empty)
-            shard = Shard(location, parquet.metadata.num_rows, file.seek(0, os.SEEK_END))
+            num_rows, size = parquet.metadata.num_rows, file.seek(0, os.SEEK_END)
+            shard = Shard(location, num_rows, size, modification_time(location))
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{location} is not a readable parquet file: {error}") from error
     return _File(shard, find_image_column(empty, image_column), known_class_names(empty), labels)

@@ -17,7 +17,7 @@ from ddpm_hf.utils.digests import file_digest
 
 logger = logging.getLogger(__name__)
 
-_CACHE_VERSION = 4
+_CACHE_VERSION = 5
 _CHECKSUMS = "checksums.json"
 _MAX_HASHED_BYTES = 2**30
 

@@ -58,6 +58,11 @@ def read_end(location: str, num_bytes: int) -> tuple[bytes, int]:
         raise DataError(f"{location} cannot be read: {error}") from error
 
 
+def modification_time(location: str) -> int:
+    """Modification time of a local file in ns; 0 for a URL."""
+    return 0 if is_url(location) else os.stat(location).st_mtime_ns
+
+
 def download(url: str, path: Path, size: int) -> None:
     """Download a file; a broken transfer continues where it ended.
 
@@ -188,7 +193,7 @@ def _request_range(url: str, start: int, stop: int) -> bytes:
 @contextmanager
 def _response(url: str, headers: dict[str, str]) -> Iterator[Any]:
     """A streamed response without an error status; the token goes to the Hub only."""
-    is_hub = urlsplit(url).netloc == urlsplit(constants.ENDPOINT).netloc
+    is_hub = urlsplit(url)[:2] == urlsplit(constants.ENDPOINT)[:2]  # scheme and host
     headers = {"Accept-Encoding": "identity", **(build_hf_headers() if is_hub else {}), **headers}
     request = {"headers": headers, "timeout": TIMEOUT_S, "follow_redirects": True}
     with _client(os.getpid()).stream("GET", url, **request) as response:

@@ -16,6 +16,7 @@ from ddpm_hf.data.hub_datasets import hub_dataset
 from ddpm_hf.data.remote_files import is_url
 from ddpm_hf.data.splits import split_by_name, unknown_split
 
+_SUFFIXES = (".parquet", ".tar")
 _PASS_FILES = (
     "pass load_dataset(..., streaming=True) without map, filter, shuffle and similar methods, "
     "because training reads the files of its shards in an order of its own; write other rows to "
@@ -59,8 +60,8 @@ def find_shards(
     if is_url(source):
         return ShardFiles(tuple(map(_web_address, _expand_braces(source))))
     if path.is_dir():
-        files = sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file())
-        files = [file for file in files if file.endswith((".parquet", ".tar"))]
+        found = sorted(p.relative_to(path) for p in path.rglob("*") if p.is_file())
+        files = [str(p) for p in found if p.suffix in _SUFFIXES and not _is_hidden(p)]
         if not files:
             raise DataError(f"a stream needs .parquet or .tar files, {source!r} has none")
         chosen = _of_split(split_by_name(files), split)
@@ -96,14 +97,27 @@ def shards_of(dataset: datasets.IterableDataset) -> ShardFiles:
     return ShardFiles(tuple(_web_address(str(file)) for file in files))
 
 
-def _web_address(url: str) -> str:
+def _is_hidden(path: Path) -> bool:
+    """Whether a name in a relative path begins with a dot, as in the folders of some systems."""
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _web_address(location: str) -> str:
     """The https address of a file of the Hub; other locations unchanged."""
-    if is_url(url) and (urlsplit(url).query or urlsplit(url).password):
+    if not is_url(location):
+        return location
+    url = urlsplit(location)
+    if url.query or url.username or url.password:
         raise DataError(
-            "URLs with a password or a query string are not read, because messages and records "
-            "would show them; use a server that needs none, or the Hub with HF_TOKEN"
+            "URLs with a user, a password or a query string are not read, because messages and "
+            "records would show them; use a server that needs none, or the Hub with HF_TOKEN"
         )
-    return _hub_address(_resolved(url)) if url.startswith("hf://") else url
+    if url.scheme not in ("https", "http", "hf"):
+        raise DataError(
+            f"a stream reads https, http and hf addresses, got {location!r}; download the shards, "
+            "and pass their folder"
+        )
+    return _hub_address(_resolved(location)) if url.scheme == "hf" else location
 
 
 def _resolved(url: str) -> Any:

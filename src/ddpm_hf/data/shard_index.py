@@ -21,11 +21,13 @@ class Shard:
         location: path or URL.
         num_rows: number of images.
         num_bytes: size of the file.
+        modified: modification time of a local file in ns; 0 for a URL.
     """
 
     location: str
     num_rows: int
     num_bytes: int
+    modified: int = 0
 
     @property
     def name(self) -> str:

@@ -24,6 +24,7 @@ from ddpm_hf.data.remote_files import (
     NUM_CONNECTIONS,
     BrokenTransfer,
     is_url,
+    modification_time,
     read_end,
     read_through,
 )
@@ -50,12 +51,13 @@ def index_tar_files(
 
     def read(location: str) -> tuple[Shard, list[Any]]:
         name, (_, size) = PurePosixPath(location).name, read_end(location, 1)
+        modified = modification_time(location)
         if name in listed:
-            return Shard(location, listed[name], size), []
-        digest = hashlib.sha256(repr((location, size, key)).encode()).hexdigest()[:32]
+            return Shard(location, listed[name], size, modified), []
+        digest = hashlib.sha256(repr((location, size, modified, key)).encode()).hexdigest()[:32]
         file = cache and cache / f"{digest}.json"
         labels = _cached(file, lambda: _labels_of_file(location, key))
-        return Shard(location, len(labels), size), labels
+        return Shard(location, len(labels), size, modified), labels
 
     with ThreadPoolExecutor(NUM_CONNECTIONS) as pool:
         found = list(pool.map(read, locations))
@@ -127,7 +129,7 @@ def _read_labels(file: Any, key: str | None) -> list[Any]:
                 sample, kind = _sample_of(member)
                 if _is_image(member):
                     images.append(sample)
-                elif key is not None and kind == extension and member.size <= _LABEL_BYTES:
+                elif key is not None and kind == extension and _may_be_label(member):
                     labels[sample] = _parse_label(_content(tar, member), key)
     except tarfile.TarError as error:
         raise BrokenTransfer(f"no .tar file, or an incomplete one: {error}") from error
@@ -155,6 +157,10 @@ def _parse_label(content: bytes, key: str) -> Any:
 def _is_image(member: tarfile.TarInfo) -> bool:
     path = PurePosixPath(member.name)
     return member.isfile() and path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")
+
+
+def _may_be_label(member: tarfile.TarInfo) -> bool:
+    return member.isfile() and member.size <= _LABEL_BYTES
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

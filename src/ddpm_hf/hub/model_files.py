@@ -72,6 +72,17 @@ def refuse_links(folder: Path, paths: Iterable[Path]) -> None:
         check_regular(path)
 
 
+def _refuse_pointers(folder: Path) -> None:
+    """Raise ValueError for a Git LFS pointer, which `git clone` may leave in place of weights."""
+    for path in filter(Path.is_file, folder.glob("diffusion_pytorch_model*")):
+        with path.open("rb") as file:
+            if file.read(50).startswith(b"version https://git-lfs."):
+                raise ValueError(
+                    f"{path} is a Git LFS pointer to the weights: run `git lfs pull` in the folder"
+                    " of the repository"
+                )
+
+
 def count_parameters(folder: Path) -> int:
     """Number of elements of the safetensors weights in a folder, those of one variant."""
     sizes: dict[str, int] = {}  # by name, because variants have the same names
@@ -160,6 +171,7 @@ def check_network(
     from ddpm_hf.diffusion.checkpoint_limits import check_unet_config
     from ddpm_hf.diffusion.portable_checkpoint import weight_variants
 
+    _refuse_pointers(folder)
     is_safe = any(folder.glob("*.safetensors"))
     is_local = Path(name).expanduser().exists()  # pickled weights of the Hub are not downloaded
     if is_local and not is_safe and not any(folder.glob("*.bin")):
@@ -175,6 +187,8 @@ def check_network(
         known = " or ".join(repr(v) for v in sorted(filter(None, variants)))
         raise ValueError(f"{name} has only variants of its weights; pass `variant` {known}")
     config = read_json(folder / "config.json")
+    if not config:
+        raise ValueError(f"{name} has no config.json of its network")
     num_parameters = check_unet_config(config, f"config.json of {name}", dtype)
     if is_safe and num_parameters > 2 * (num_stored := count_parameters(folder)):
         raise ValueError(

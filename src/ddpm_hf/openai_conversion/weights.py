@@ -1,6 +1,7 @@
 """State dicts of a `UNetModel`: read, described by flags, and renamed for `UNet2DModel`."""
 
 import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
     """
     check_regular(path)
     try:
-        state: Any = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        # Files of PyTorch before 1.6 are not zip archives, which can be memory-mapped.
+        mmap = zipfile.is_zipfile(path)
+        state: Any = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except OSError:
         raise
     except Exception as error:  # unpickling errors of many kinds

@@ -60,8 +60,9 @@ def check_local_path(text: str) -> None:
 def public_name(source: str) -> str:
     """A Hub id unchanged; for a local path only its last part, to keep private paths out."""
     path = os.path.expanduser(source)
-    is_local = os.path.exists(path) or source.count("/") != 1 or source.startswith((".", "/", "~"))
-    return os.path.basename(os.path.abspath(path)) if is_local else source
+    is_pattern = any(char in source for char in "*?[")
+    is_id = source.count("/") == 1 and not is_pattern and not source.startswith((".", "/", "~"))
+    return source if is_id and not os.path.exists(path) else os.path.basename(os.path.abspath(path))
 
 
 def without_secrets(text: str) -> str:
