@@ -26,7 +26,14 @@ def render() -> str:
     """The card of the demo, with paths relative to the root of the project, without markers."""
     card = re.sub(r"<!--.*?-->\n", "", render_model_card(CardFacts.from_dict(facts())))
     card = re.sub(r"\n{3,}", "\n\n", card).rstrip() + "\n"
-    return card.replace("(samples.png)", "(docs/samples.png)").replace('"."', '"runs/demo/model"')
+    for text, at_root in (
+        ("(samples.png)", "(docs/samples.png)"),
+        ('"."', '"runs/demo/model"'),
+        ("evaluate . ", "evaluate runs/demo/model "),
+        ("in the folder of this checkpoint", "in the root of the project"),
+    ):
+        card = card.replace(text, at_root)
+    return card
 
 
 def main() -> None:
