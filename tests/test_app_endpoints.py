@@ -18,12 +18,13 @@ from processes import LIMIT_S
 
 pytest.importorskip("gradio")
 from ddpm_hf.app.comparison import compare_settings
+from ddpm_hf.app.controls import class_choices
 from ddpm_hf.app.drawing import drawing_steps
 from ddpm_hf.app.editing import EditRequest, edit_picture
 from ddpm_hf.app.inspection import card_text, error_curve, picture_bound, snr_curve
 from ddpm_hf.app.nearest_images import TrainingSet
 from ddpm_hf.app.page import build_page
-from ddpm_hf.app.picture_input import Drawn, choose_drawn
+from ddpm_hf.app.picture_input import Drawn, choose_drawn, label_update
 from ddpm_hf.app.requests import DrawRequest
 from ddpm_hf.app.served_models import load_models
 from ddpm_hf.app.site import Site
@@ -125,6 +126,18 @@ def test_an_upload_is_cropped_and_resized_to_the_model(model, tmp_path):
     assert open_mask(tmp_path / "x.png", model).mode == "L"
 
 
+@pytest.mark.parametrize("bit_depth", [8, 16])
+def test_an_upload_of_16_bits_keeps_its_brightness(tmp_path, bit_depth):
+    facts = image_facts_of("L", 8, 8, bit_depth=bit_depth)
+    model = load_models([str(save_ours(tmp_path / "grey" / "model", facts=facts))])[0]
+    values = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1001
+    Image.fromarray(values).save(tmp_path / "x.png")
+    fitted = np.asarray(open_upload(tmp_path / "x.png", model))
+    assert np.array_equal(fitted, values if bit_depth == 16 else (values // 257).astype(np.uint8))
+    mask = np.asarray(open_mask(tmp_path / "x.png", model))
+    assert np.array_equal(mask == 255, values // 257 > 127)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -159,6 +172,22 @@ def test_a_mask_has_a_bit_for_each_pixel(model):
     for text in ("1" * 63, "x1" * 32):
         with pytest.raises(ValueError, match="must have 8 x 8 pixels"):
             mask_picture({"mask": text}, model)
+
+
+def test_a_class_is_chosen_even_if_its_name_is_the_number_of_another(tmp_path):
+    facts = image_facts_of("L", 8, 8, class_names=["1", "2", "3"])
+    unet = tiny_unet(num_class_embeds=4)
+    model = load_models([str(save_ours(tmp_path / "digits" / "model", unet=unet, facts=facts))])[0]
+    (_, every), *classes = class_choices(model)["choices"]
+    assert DrawRequest.of(model, class_label=every).class_labels == [0, 1, 2]
+    chosen = {name: DrawRequest.of(model, class_label=value) for name, value in classes}
+    assert {name: request.class_labels for name, request in chosen.items()} == {
+        "1": [0],
+        "2": [1],
+        "3": [2],
+    }
+    drawn = Drawn(model.name, np.zeros((2, 8, 8, 1)), [1, 2])
+    assert label_update(choose_drawn(model, drawn, 0)) == dict(classes)["2"]
 
 
 def test_drawn_images_of_another_model_are_not_taken(model):
@@ -220,6 +249,18 @@ def test_a_training_image_is_found_as_its_own_nearest(model, tmp_path):
     assert second.distance > 0.2
     assert images.share_closer(first.distance) == 0
     assert np.array_equal((first.image * 255).round(), np.asarray(picture(2)))
+
+
+def test_the_limit_of_training_images_counts_the_channels_of_the_model(tmp_path, monkeypatch):
+    model = load_models([str(save_ours(tmp_path / "grey" / "model"))])[0]
+    (tmp_path / "images").mkdir()
+    for i in range(4):
+        picture(i).convert("L").save(tmp_path / "images" / f"{i}.png")
+    monkeypatch.setattr("ddpm_hf.app.nearest_images.MAX_VALUES", 4 * 64)
+    assert TrainingSet.load(model, str(tmp_path / "images")).pixels.shape == (4, 1, 8, 8)
+    monkeypatch.setattr("ddpm_hf.app.nearest_images.MAX_VALUES", 4 * 64 - 1)
+    with pytest.raises(ValueError, match="256 pixel values, more than 255"):
+        TrainingSet.load(model, str(tmp_path / "images"))
 
 
 @pytest.mark.slow

@@ -176,6 +176,18 @@ def test_a_comparison_prints_as_a_table_and_converts_to_json_and_pandas(swept):
     assert "b/model, DDIM, K = 4" in comparison._repr_html_()
 
 
+def test_sets_of_different_numbers_are_reported_as_such(photos):
+    pixels = np.random.default_rng(1).integers(0, 256, (20, SIZE, SIZE), dtype=np.uint8)
+    sets = [pixels[:12], pixels]
+    options = {"metrics": ["fd"], "features": "pixels", "progress": False}
+    text = str(ddpm_hf.compare(sets, photos, **options))
+    assert "12 to 20 drawn images against 14 real ones" in text
+    assert "pass `num_images` 12 to compare at one number" in text
+    text = str(ddpm_hf.compare(sets, photos, **options, num_images=12))
+    assert "\n12 drawn images against 14 real ones" in text
+    assert "at one number" not in text
+
+
 @pytest.mark.slow
 def test_the_command_prints_the_comparison_and_its_progress(models, photos, tmp_path, capsys):
     options = ["--num-inference-steps", "2", "30"]

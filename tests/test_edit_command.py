@@ -9,6 +9,8 @@ from PIL import Image
 
 from ddpm_hf import GaussianDDPMPipeline
 from ddpm_hf.cli import main
+from ddpm_hf.sampling.edit_options import EditOptions
+from ddpm_hf.sampling.picture_edit import EditPictures, PictureEdit
 
 NAMES = ("cat", "dog")
 
@@ -181,13 +183,26 @@ def test_bad_options_are_one_line_with_the_fix(models, files, capsys, options, m
             Image.new("RGB", (9, 8)),
             "PICTURE must have 8x8 pixels, as the images of this model, got",
         ),
-        (Image.new("RGBA", (8, 8)), "must have mode RGB for this model, got RGBA"),
+        (
+            Image.new("RGBA", (8, 8)),
+            "PICTURE must have mode RGB, as the images of this model, got RGBA with transparency",
+        ),
     ],
 )
 def test_a_picture_that_does_not_fit_the_model_is_refused(models, files, capsys, picture, message):
     picture.save(files / "photo.png")
     assert edit(models, files) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", ["P", "RGBA"])
+def test_an_opaque_picture_is_converted_without_loss(mode):
+    pipeline = GaussianDDPMPipeline(tiny_unet(in_channels=3), tiny_scheduler())
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8))
+    photo = photo.quantize(64) if mode == "P" else photo.convert(mode)
+    edit = PictureEdit(pipeline, EditPictures(photo, None, None), EditOptions())
+    assert edit._image.mode == "RGB"
+    assert edit._image.convert("RGBA").tobytes() == photo.convert("RGBA").tobytes()
 
 
 def test_a_file_that_is_no_picture_is_named(models, files, capsys):

@@ -131,6 +131,12 @@ def test_at_full_strength_image_to_image_samples_from_the_noisiest_timestep(pipe
     torch.testing.assert_close(output.images, plain)
 
 
+def test_a_grey_image_of_16_bits_is_refused_without_advice_that_clips_it():
+    deep = Image.fromarray(np.full((8, 8), 1000, np.uint16))
+    with pytest.raises(ValueError, match="got uint16; divide by 257"):
+        pipeline_of("L", (8, 8)).encode_images(deep)
+
+
 def test_inversion_is_that_of_the_network_and_the_padded_image():
     pipeline, image = pipeline_of("L", (7, 6)), picture("L", (7, 6))
     noise = pipeline.invert([image, picture("L", (7, 6), 1)], num_inference_steps=5)

@@ -253,6 +253,7 @@ def test_allow_pickle_loads_pickled_weights(models, tmp_path, capsys):
     [
         ("RGB", ["--class-labels", "cat"], "leave out --class-labels"),
         ("RGB", ["--guidance-scale", "2"], "--guidance-scale"),
+        ("classes", ["--guidance-interval", "-3", "4"], "needs --guidance-scale or --guide"),
         ("classes", ["--class-labels", "dog"], "'cat', '7'"),
         ("classes", ["--class-labels", "3"], "[0, 1]"),
         ("RGB", ["--scheduler", "EulerDiscrete", "--eta", "0"], "--eta"),

@@ -104,8 +104,9 @@ class DataSelection(Options):
 
     num_images: int | None = option(
         None,
-        "number of images, chosen by the seed: real ones for bits/dim (default: all), drawn ones"
-        " for the other metrics (default: as many as there are real ones, at most 10,000)",
+        "number of images: real ones for bits/dim, chosen by the seed (default: all); drawn ones"
+        " for the other metrics (default: as many as there are real ones, at most 10,000); the first N"
+        " of existing images (default: all)",
         minimum=1,
         limit=100_000_000,
         metavar="N",

@@ -112,13 +112,16 @@ def _values(model: ServedModel, sampler: str = RECOMMENDED) -> dict[str, dict[st
 def class_choices(model: ServedModel, all_classes: bool = True) -> dict[str, Any]:
     """Properties of a dropdown of classes, hidden for an unconditional model."""
     labels = model.class_labels
-    classes = [] if labels is None else [(model.class_name(n), str(n)) for n in labels]
-    choices = [(_in_turn(classes), ALL_CLASSES), *classes] if all_classes else classes
+    # Numbers, not text: a class may have the number of another one as its name.
+    classes = [] if labels is None else [(model.class_name(n), n) for n in labels]
+    choices: list[tuple[str, str | int]] = [*classes]
+    if all_classes:
+        choices.insert(0, (_in_turn(classes), ALL_CLASSES))
     first = choices[0][1] if choices else None
     return {"choices": choices, "value": first, "visible": labels is not None}
 
 
-def _in_turn(classes: Sequence[tuple[str, str]]) -> str:
+def _in_turn(classes: Sequence[tuple[str, int]]) -> str:
     names = [name for name, _ in classes]
     return ", ".join(names[:3]) + ", ..." * (len(names) > 3)
 

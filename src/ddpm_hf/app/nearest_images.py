@@ -59,7 +59,8 @@ class TrainingSet:
             prepared_like(facts_of(model.pipeline.unet), load_images(dataset, split=split))
         )
         width, height = model.size
-        if (size := len(images) * width * height * 3) > MAX_VALUES:
+        values_per_image = width * height * model.pipeline.unet.config.in_channels
+        if (size := len(images) * values_per_image) > MAX_VALUES:
             raise DataError(f"`data` has {size:,} pixel values, more than {MAX_VALUES:,}")
         rows = range(len(images))
         pixels = torch.cat([

@@ -149,7 +149,7 @@ def choose_drawn(model: ServedModel, drawn: Any, index: int) -> Chosen:
 
 def label_update(chosen: Chosen) -> Any:
     """Update of a dropdown of classes to the class of a picture."""
-    return gr.skip() if chosen.label is None else str(chosen.label)
+    return gr.skip() if chosen.label is None else chosen.label
 
 
 def chosen_picture(model: ServedModel, chosen: Any) -> Image.Image:

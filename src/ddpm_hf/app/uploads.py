@@ -8,7 +8,6 @@ from PIL import Image, ImageOps
 
 from ddpm_hf.app.request_errors import RequestError
 from ddpm_hf.app.served_models import ServedModel
-from ddpm_hf.diffusion.image_format import image_facts
 from ddpm_hf.pictures import to_rgb
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
@@ -35,7 +34,7 @@ def open_mask(path: Any, model: ServedModel) -> Image.Image:
     Raises:
         ValueError: as `open_upload`.
     """
-    mask = ImageOps.fit(_opened(path).convert("L"), model.size, Image.Resampling.BOX)
+    mask = ImageOps.fit(_in_8_bits(_opened(path)).convert("L"), model.size, Image.Resampling.BOX)
     return mask.point(lambda value: 255 * (value > 127))
 
 
@@ -63,16 +62,32 @@ def fitted(picture: Image.Image, model: ServedModel) -> Image.Image:
     channels = model.pipeline.unet.config.in_channels
     if channels not in _MODES:
         raise RequestError("channels", channels=channels)
-    plain = picture.convert("RGBA" if _MODES[channels] in ("LA", "RGBA") else "RGB")
-    if picture.mode in ("LA", "PA", "RGBA", "P") and plain.mode == "RGB":
-        plain = to_rgb(picture.convert("RGBA"))
+    is_deep = channels == 1 and model.bit_depth == 16
+    plain = picture.convert("F") if is_deep and _is_deep(picture) else _plain(picture, channels)
     is_enlargement = plain.width % model.size[0] == 0 and plain.height % model.size[1] == 0
     method = Image.Resampling.BOX if is_enlargement else Image.Resampling.LANCZOS
-    plain = ImageOps.fit(plain, model.size, method).convert(_MODES[channels])
-    facts = image_facts(model.pipeline.unet)
-    if channels == 1 and facts is not None and facts.bit_depth == 16:
-        return Image.fromarray(np.asarray(plain).astype(np.uint16) * 257)
+    plain = ImageOps.fit(plain, model.size, method)
+    if plain.mode == "F":
+        return Image.fromarray(np.asarray(plain).clip(0, 65535).round().astype(np.uint16))
+    plain = plain.convert(_MODES[channels])
+    return Image.fromarray(np.asarray(plain).astype(np.uint16) * 257) if is_deep else plain
+
+
+def _plain(picture: Image.Image, channels: int) -> Image.Image:
+    """The picture in 8 bits, as RGBA for a model with alpha, else as RGB."""
+    plain = _in_8_bits(picture).convert("RGBA" if _MODES[channels] in ("LA", "RGBA") else "RGB")
+    if picture.mode in ("LA", "PA", "RGBA", "P") and plain.mode == "RGB":
+        return to_rgb(picture.convert("RGBA"))
     return plain
+
+
+def _is_deep(picture: Image.Image) -> bool:
+    return picture.mode.startswith("I;16")
+
+
+def _in_8_bits(picture: Image.Image) -> Image.Image:
+    """The picture; 16 bits, which Pillow would convert by clipping, are scaled."""
+    return to_rgb(picture) if _is_deep(picture) else picture
 
 
 def mask_picture(value: Any, model: ServedModel) -> Image.Image:

@@ -148,7 +148,9 @@ def _channels_first(image: Any, mode: str, bit_depth: int) -> Tensor:
     """Pixels of an image or a batch, (B, C, H, W) in their own dtype."""
     if isinstance(image, Image.Image):
         modes = (mode, "I;16") if mode == "L" and bit_depth == 16 else (mode,)
-        if mode and image.mode not in modes:
+        # For 8 bits, I;16 is refused below: Pillow would convert it by clipping.
+        is_deep = mode == "L" and image.mode == "I;16"
+        if mode and image.mode not in modes and not is_deep:
             raise ValueError(
                 f"`images` must have mode {' or '.join(modes)} for this model, got {image.mode}; "
                 f'use image.convert("{mode}")'

@@ -206,26 +206,39 @@ def _settings_text(comparison: SettingsResult) -> str:
 
 
 def _notes(comparison: SettingsResult) -> list[str]:
-    options, dataset = comparison.options, comparison.dataset
+    dataset = comparison.dataset
     notes = ["value +- half of the 95 % interval; a tie is too close to the best to tell"]
     figures = [figure for row in comparison.settings for figure in row.figures.values()]
-    images = next((figure for figure in figures if figure.num_drawn is not None), None)
-    if images is not None:
-        notes.append(
-            f"{counted(images.num_drawn or 0, 'drawn image')} against {images.num_real:,} real ones"
-            f" of {dataset.name}{dataset.trained_on_suffix}; by {options.features}; seed"
-            f" {options.seed}"
-        )
+    images = [figure for figure in figures if figure.num_drawn is not None]
+    if images:
+        notes += _notes_of_images(images, comparison)
     elif figures:
         count = counted(figures[0].num_images or 0, "image")
         notes.append(f"{count} of {dataset.name}, {dataset.split}{dataset.held_out_suffix}")
     if _is_timed(comparison.settings):
-        work = "drawing" if images is not None else "the bound"
+        work = "drawing" if images else "the bound"
         notes.append(f"s/image: time of {work} in one process, median over batches")
     labels = setting_labels((*comparison.settings, *comparison.left_out))
     for reason in dict.fromkeys(row.reason for row in comparison.left_out):
         settings = [labels[row.setting] for row in comparison.left_out if row.reason == reason]
         notes.append(f"left out: {'; '.join(settings)}: {reason}")
+    return notes
+
+
+def _notes_of_images(figures: Sequence[RankedFigure], comparison: SettingsResult) -> list[str]:
+    options, dataset = comparison.options, comparison.dataset
+    numbers = [figure.num_drawn or 0 for figure in figures]
+    fewest, most = min(numbers), max(numbers)
+    of_images = f"{fewest:,} to " * (fewest < most) + counted(most, "drawn image")
+    notes = [
+        f"{of_images} against {figures[0].num_real:,} real ones of {dataset.name}"
+        f"{dataset.trained_on_suffix}; by {options.features}; seed {options.seed}"
+    ]
+    if fewest < most:
+        notes.append(
+            "the Frechet distance falls with the number of images: pass"
+            f" `num_images` {fewest} to compare at one number"
+        )
     return notes
 
 

@@ -14,7 +14,11 @@ _FORMATS = ("png", "npz", "npy", "parquet")
 
 @dataclass(frozen=True, kw_only=True)
 class ImageOptions(Options):
-    """Number, seed, classes and guidance."""
+    """Number, seed, classes and guidance.
+
+    Raises:
+        OptionError: for an interval of guidance without guidance.
+    """
 
     _argument_group_name: ClassVar[str] = "images"
 
@@ -44,6 +48,12 @@ class ImageOptions(Options):
         metavar="MODEL",
         is_path=True,
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        is_guided = self.guidance_scale is not None or self.guide is not None
+        if self.guidance_interval is not None and not is_guided:
+            raise OptionError("`guidance_interval` needs `guidance_scale` or `guide`")
 
 
 @dataclass(frozen=True, kw_only=True)

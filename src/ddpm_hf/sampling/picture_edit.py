@@ -20,6 +20,7 @@ from ddpm_hf.sampling.sampler_choice import SamplerSetting, choose_setting
 DEFAULT_STEPS = 50
 # Modes that a picture can be converted to without loss.
 _LOSSLESS = {"1": ("L", "RGB", "RGBA"), "L": ("RGB", "RGBA"), "P": ("RGBA",), "RGB": ("RGBA",)}
+_LOSSLESS_IF_OPAQUE = {"P": ("RGB",), "LA": ("L", "RGB"), "RGBA": ("RGB",)}
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def _fitted(name: str, picture: Image.Image, pipeline: GaussianDDPMPipeline) -> 
     """The picture in the model's mode, where the conversion loses nothing.
 
     Raises:
-        ValueError: for a picture of another size; `name` is the option that it comes from.
+        ValueError: for a picture of another size or mode; `name` is the option that it comes from.
     """
     unet = pipeline.unet
     _, window = size_and_window(unet, image_facts(unet))
@@ -180,5 +181,19 @@ def _fitted(name: str, picture: Image.Image, pipeline: GaussianDDPMPipeline) -> 
             f" {picture.width}x{picture.height}: resize it"
         )
     mode = {1: "L", 3: "RGB", 4: "RGBA"}.get(unet.config.in_channels)
-    is_lossless = mode in _LOSSLESS.get(picture.mode, ())
-    return picture.convert(mode) if is_lossless else picture
+    if mode in (None, picture.mode) or (mode, picture.mode) == ("L", "I;16"):
+        return picture  # the pipeline checks the bit depth
+    if mode in _LOSSLESS.get(picture.mode, ()):
+        return picture.convert(mode)
+    if mode in _LOSSLESS_IF_OPAQUE.get(picture.mode, ()) and _is_opaque(picture):
+        return picture.convert(mode)
+    is_transparent = " with transparency" if picture.has_transparency_data else ""
+    raise ValueError(
+        f"`{name}` must have mode {mode}, as the images of this model, got {picture.mode}"
+        f"{is_transparent}: convert it"
+    )
+
+
+def _is_opaque(picture: Image.Image) -> bool:
+    lowest, _ = picture.convert("RGBA").getchannel("A").getextrema()
+    return lowest == 255
