@@ -105,8 +105,8 @@ class DataSelection(Options):
     num_images: int | None = option(
         None,
         "number of images: real ones for bits/dim, chosen by the seed (default: all); drawn ones"
-        " for the other metrics (default: as many as there are real ones, at most 10,000); the first N"
-        " of existing images (default: all)",
+        " for the other metrics (default: as many as there are real ones, at most 10,000); of"
+        " existing images, the first N (default: all)",
         minimum=1,
         limit=100_000_000,
         metavar="N",
