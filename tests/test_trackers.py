@@ -156,6 +156,17 @@ def test_entries_that_were_sent_before_a_kill_are_not_sent_again(track):
     assert [step for step, _ in recorder.entries] == [4, 7, 8]
 
 
+def test_a_run_that_starts_again_without_a_checkpoint_is_tracked_as_a_new_one(track, tmp_path):
+    track(Recorder("")).close()
+    first = json.loads((tmp_path / "tracking.json").read_text())["id"]
+    recorder = Recorder("")
+    tracking = track(recorder, step=0, sent_until=6)
+    tracking.log(1, {})
+    tracking.close()
+    assert [step for step, _ in recorder.entries] == [1]
+    assert json.loads((tmp_path / "tracking.json").read_text())["id"] != first
+
+
 def trackio_series(folder: Path) -> list[tuple[str, int, str]]:
     """Run, update and JSON of all entries of the project `folder.name`."""
     with sqlite3.connect(Path(os.environ["TRACKIO_DIR"]) / f"{folder.name}.db") as database:

@@ -2,7 +2,10 @@
 
 import json
 import os
+import runpy
 import signal
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,6 +32,7 @@ from ddpm_hf.evaluation.model_images import images_for
 from ddpm_hf.pictures import image_grid
 from ddpm_hf.randomness import dropped_labels
 from ddpm_hf.sampling.class_labels import label_cycle
+from ddpm_hf.training.ema_sampling import grid_of
 
 OPTIONS = {"class_conditional": True, "num_train_timesteps": 20, "checkpointing_steps": 100}
 
@@ -76,6 +80,30 @@ def test_a_trained_class_can_be_sampled_by_name(tmp_path, pets):
     # dark is 40 / 255 = 0.16 and bright 0.84
     assert means["cat"] < 0.4
     assert means["dog"] > 0.6
+
+
+@pytest.mark.slow
+def test_the_script_with_replaceable_parts_trains_on_classes(tmp_path, pets):
+    script = runpy.run_path(str(Path(__file__).parents[1] / "training" / "train.py"))
+    config = tiny_unet(num_class_embeds=None).config
+    network = {key: value for key, value in config.items() if not key.startswith("_")}
+    (tmp_path / "unet.json").write_text(json.dumps(network))
+    options = f"--unet-config {tmp_path}/unet.json --max-train-steps 1 --batch-size 4"
+    output = ["--num-samples", "0", "--output-dir", str(tmp_path / "run")]
+    assert script["main"]([pets, "--class-conditional", *options.split(), *output]) == 0
+    assert load(tmp_path / "run" / "model").unet.config.num_class_embeds == 3
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "num_classes", "count"), [(16, 3, 15), (2, 3, 3), (16, 100, 64), (0, 3, 0)]
+)
+def test_a_grid_has_equally_many_images_of_each_class(num_samples, num_classes, count):
+    facts = SimpleNamespace(trained_classes=[*range(num_classes)])
+    config = SimpleNamespace(num_samples=num_samples)
+    run = SimpleNamespace(config=config, components=SimpleNamespace(facts=facts))
+    num_images, labels = grid_of(run)
+    assert num_images == count
+    assert labels is None or len(labels) == count
 
 
 @pytest.mark.slow

@@ -247,7 +247,9 @@ def test_an_unknown_keyword_raises_with_close_matches():
 @pytest.mark.parametrize(("batch_size", "choices"), [(10, "9 or 12"), (2, "3"), (7, "6 or 9")])
 def test_an_indivisible_batch_size_raises_with_valid_sizes(batch_size, choices):
     options = TrainingConfig(batch_size=batch_size, gradient_accumulation_steps=3)
-    message = rf"`batch_size` must be a multiple of 3 .*, got {batch_size}; set it to {choices}$"
+    message = (
+        rf"`batch_size` must be a multiple of 3 .*, got {batch_size}; set it to {choices}\. A run"
+    )
     with pytest.raises(ConfigError, match=message):
         resolved(options)
 

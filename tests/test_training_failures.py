@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import UNet2DModel
 from processes import LIMIT_S, started
 from safetensors.torch import load_file
@@ -28,6 +29,8 @@ from tiny_runs import (
 from ddpm_hf import train
 from ddpm_hf.losses import simple_loss
 from ddpm_hf.training import CheckpointError, ConfigError, TrainingError
+from ddpm_hf.training.run_log import MetricsLog
+from ddpm_hf.training.trackers import TrackedRun, Trackers
 
 
 def overflowing_on_black(denoiser, scheduler, x_0, t, noise):
@@ -145,6 +148,18 @@ def test_a_folder_with_a_foreign_model_is_not_overwritten(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_trained_model_without_checkpoints_is_not_replaced_by_a_new_run(tmp_path):
+    result = run(tmp_path, max_train_steps=2)
+    shutil.rmtree(tmp_path / "checkpoints")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError, match=r"has a trained model.*`pretrained`"):
+        run(tmp_path, max_train_steps=4)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    result.model_dir.rename(tmp_path / "old")
+    assert run(tmp_path, max_train_steps=2).num_steps == 2
+
+
+@pytest.mark.slow
 def test_user_files_in_a_run_folder_are_kept(tmp_path):
     run(tmp_path, max_train_steps=2)
     (tmp_path / "model" / "LICENSE").write_text("MIT")
@@ -192,6 +207,23 @@ def test_a_temporarily_full_disk_skips_only_the_writes_due_then(tmp_path, caplog
 
 @pytest.mark.slow
 @few_steps
+def test_an_entry_that_a_full_disk_cuts_off_is_removed(tmp_path):
+    file, limits = tmp_path / "metrics.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    tracked = TrackedRun(tmp_path, tmp_path / "tracking.json", "project", None, {})
+    log = MetricsLog(file, Accelerator(), 0, 4, Trackers([], tracked))
+    log.append({"step": 1, "loss": 0.5})
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 10, limits[1]))
+        with pytest.raises(OSError, match="large"):
+            log.append({"step": 2, "loss": 0.25})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    log.append({"step": 3, "loss": 0.125})
+    assert [entry["step"] for entry in metrics(tmp_path)] == [1, 3]
+
+
 def test_resuming_exports_a_missing_model(tmp_path):
     options = {"num_samples": 1, "sample_inference_steps": 2, "max_train_steps": 2}
     result = run(tmp_path, **options)

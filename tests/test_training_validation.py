@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 
 import pytest
@@ -95,6 +96,25 @@ def test_each_validation_image_has_its_own_noise_and_timesteps(tmp_path):
 
 
 @pytest.mark.slow
+def test_one_validation_image_is_measured_without_a_standard_error(tmp_path):
+    """A twentieth of a few images is one image."""
+    options = {"validation_split": "0.05", "keep_best": True, "max_train_steps": 2}
+    for num_updates in (2, 4):  # the second run resumes
+        result = run(tmp_path, on_grid(4), **options | {"max_train_steps": num_updates})
+        (metric,) = json.loads((result.model_dir / "training.json").read_text())["metrics"]
+        assert metric["name"] == "bits/dim of 1 held-out image (bound)"
+        assert metric["value"] == measured(tmp_path)[num_updates]
+        assert "standard_error" not in metric
+        assert "nan" not in (result.model_dir / "README.md").read_text()
+    shutil.rmtree(result.model_dir)
+    run(
+        tmp_path, on_grid(4), **options | {"max_train_steps": 4}
+    )  # exports it with the logged value
+    (again,) = json.loads((result.model_dir / "training.json").read_text())["metrics"]
+    assert again == metric
+
+
+@pytest.mark.slow
 def test_the_best_model_is_kept(tmp_path):
     run(tmp_path, keep_best=True, validation_steps=1, max_train_steps=8, learning_rate=0.05)
     values = measured(tmp_path)
@@ -156,6 +176,29 @@ def test_the_finished_model_is_calibrated(tmp_path, capsys):
     run(tmp_path / "two")
     again = run(tmp_path / "two", calibrate=True)
     assert torch.equal(load(again.model_dir).scheduler.x_0_mse, curve)
+
+
+@pytest.mark.slow
+def test_a_signal_ends_the_calibration_which_the_next_start_completes(tmp_path):
+    def start(action):
+        unet, calls = tiny_unet(), []
+
+        def count(module, inputs):
+            calls.extend([1] if not module.training else [])
+            if len(calls) == 40:  # the check of the network is the first call
+                action()
+
+        unet.register_forward_pre_hook(count)
+        config = tiny_config(tmp_path, **OPTIONS | {"validation_split": None, "calibrate": True})
+        return train(config, unet=unet, dataset=on_grid()), len(calls)
+
+    stopped, num_calls = start(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert stopped.stopped_by == signal.SIGTERM
+    assert num_calls == 40
+    assert load(stopped.model_dir).scheduler.x_0_mse is None
+    result, _ = start(lambda: None)
+    assert result.stopped_by is None
+    assert load(result.model_dir).scheduler.x_0_mse is not None
 
 
 @pytest.mark.slow

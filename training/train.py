@@ -26,7 +26,8 @@ from ddpm_hf.training import (
 def main(argv: list[str]) -> int:
     """Train with the options in `argv` and return the exit status."""
     config = parse_config(argv, prog="train.py")
-    if config.pretrained:  # defines the network, the scheduler and the image size
+    # A pretrained model defines network, scheduler and image size; a stream is read by `train`.
+    if config.pretrained or config.streaming:
         return train(config).exit_status
 
     # Any dataset: a folder, parquet files or a dataset on the Hub, decoded and resized once.
@@ -38,7 +39,10 @@ def main(argv: list[str]) -> int:
 
     # A network for the size and mode of the images; replace it by your own UNet2DModel(...).
     set_seed(config.seed)
-    unet = build_unet(images.facts, state.device.type, config.unet_config, scheduler)
+    classes = images.facts.class_names if config.class_conditional else None
+    unet = build_unet(
+        images.facts, state.device.type, config.unet_config, scheduler, classes and len(classes)
+    )
 
     # Resumes an interrupted run. The portable checkpoint is in `result.model_dir`.
     result = train(config, unet=unet, scheduler=scheduler, dataset=images)

@@ -12,7 +12,7 @@ from ddpm_hf.diffusion.atomic_files import read_json, replacing_file
 from ddpm_hf.hub.background_push import BackgroundPusher
 from ddpm_hf.paths import ModelPaths
 from ddpm_hf.pictures import Pixels, grid_by_row, image_grid
-from ddpm_hf.training.ema_sampling import draw_share
+from ddpm_hf.training.ema_sampling import draw_share, grid_of
 from ddpm_hf.training.export import export_model
 from ddpm_hf.training.final_calibration import calibrate_model, is_calibrated
 from ddpm_hf.training.periodic_evaluation import PeriodicEvaluation
@@ -25,8 +25,6 @@ from ddpm_hf.training.state import save_checkpoint
 from ddpm_hf.training.validation import Validation, ValidationResult
 
 logger = logging.getLogger(__name__)
-
-_MAX_CLASSES_DRAWN = 64  # rows of a grid that can be looked through
 
 
 class Artifacts:
@@ -144,8 +142,8 @@ class Artifacts:
 
     def draw_samples(self) -> None:
         """Draw a grid of samples from the EMA weights on all ranks; a failure is a warning."""
-        run, labels = self.run, self._grid_labels()
-        count = len(labels) if labels else run.config.num_samples
+        run = self.run
+        count, labels = grid_of(run)
         drawn: list[Pixels] = []
         with self._warn_on_any_error("draw samples"):
             drawn = draw_share(run, count, labels)
@@ -173,6 +171,7 @@ class Artifacts:
             with self._warn_on_any_error("calibrate the model"):
                 calibrate_model(run)
                 self._push()
+            run.stop.synchronize()  # a signal ends it on all ranks
 
     def catch_up(self) -> bool:
         """Make what is due at the checkpoint that the run resumed from, and is missing.
@@ -217,14 +216,6 @@ class Artifacts:
     def _push(self) -> None:
         if self.pusher is not None:
             self.pusher.submit(self.run.paths.model.root, self.run.state.step)
-
-    def _grid_labels(self) -> list[int] | None:
-        """Class of each image of the grid: equally many of each class, or None without classes."""
-        classes = self.run.components.facts.trained_classes
-        if not classes:
-            return None
-        each = max(1, self.run.config.num_samples // len(classes))
-        return [label for label in classes[:_MAX_CLASSES_DRAWN] for _ in range(each)]
 
     def _save_grid(self, images: list[Pixels], labels: list[int] | None) -> None:
         path = self.run.paths.sample_grid(self.run.state.step)

@@ -115,7 +115,7 @@ def find_checkpoint(folder: Path) -> Path | None:
     if candidates:
         raise CheckpointError(
             f"all {len(candidates)} checkpoints in {folder} are damaged; training does not start "
-            "again from step 0: move that folder away, or choose another `output_dir`"
+            f"again from step 0: move {folder.parent} away, or choose another `output_dir`"
         )
     return None
 

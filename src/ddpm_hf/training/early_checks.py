@@ -1,5 +1,6 @@
 """Checks of a run folder without torch, so that a command refuses before it is loaded."""
 
+import shlex
 from pathlib import Path
 
 from ddpm_hf.paths import RunPaths
@@ -53,7 +54,7 @@ def _check_sources(options: TrainingConfig) -> None:
 
 
 def refuse_foreign_files(paths: RunPaths) -> None:
-    """Refuse a folder that is not a run and has files which a run would replace.
+    """Refuse a folder with files that a run would replace: of other origin, or a trained model.
 
     Raises:
         CheckpointError: with their names.
@@ -67,4 +68,11 @@ def refuse_foreign_files(paths: RunPaths) -> None:
         raise CheckpointError(
             f"`output_dir` {paths.root} contains {', '.join(foreign)}, which no training run "
             "wrote and this one would replace; choose another one"
+        )
+    model = paths.model.root
+    if model.exists() and not any(paths.checkpoints.glob("*step-*")):
+        raise CheckpointError(
+            f"`output_dir` {paths.root} has a trained model, which a new run would replace, but no "
+            f"checkpoint to resume from. Choose another `output_dir`, with `pretrained` "
+            f"{shlex.quote(str(model))} to start from its weights, or move {model} away"
         )

@@ -10,6 +10,8 @@ from ddpm_hf.pictures import Pixels
 from ddpm_hf.sampling import draw_images
 from ddpm_hf.training.run import Run
 
+_MAX_CLASSES_DRAWN = 64  # rows of a grid that can be looked through
+
 
 def draw_share(run: Run, num_images: int, class_labels: list[int] | None) -> list[Pixels]:
     """This rank's share of `num_images` samples, in `sample_inference_steps` steps of DDIM (eta 0).
@@ -45,3 +47,16 @@ def draw_share(run: Run, num_images: int, class_labels: list[int] | None) -> lis
             eta=0.0,
             callback_on_step_end=interrupt_if_stopped,
         )
+
+
+def grid_of(run: Run) -> tuple[int, list[int] | None]:
+    """Number of images in a sample grid, and the class of each; None without classes.
+
+    A grid has equally many images of each class, at least one.
+    """
+    classes, count = run.components.facts.trained_classes, run.config.num_samples
+    if not classes or count == 0:
+        return count, None
+    each = max(1, count // len(classes))
+    labels = [label for label in classes[:_MAX_CLASSES_DRAWN] for _ in range(each)]
+    return len(labels), labels

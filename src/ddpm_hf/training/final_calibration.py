@@ -1,5 +1,7 @@
 """Calibration of the exported model at the end of a run, as `ddpm-hf calibrate` does."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from ddpm_hf.evaluation.dataset_likelihood import BoundMeasurement, BoundOptions
 from ddpm_hf.evaluation.model_images import EvaluationImages
 from ddpm_hf.training.dataset_setup import RunImages, in_few_shards
 from ddpm_hf.training.run import Run
+from ddpm_hf.training.signals import StopSignal
 from ddpm_hf.utils.text import counted
 
 MAX_IMAGES = 64
@@ -27,17 +30,36 @@ def is_calibrated(run: Run) -> bool:
 def calibrate_model(run: Run) -> None:
     """Calibrate the EMA weights, and write the result to the exported model and its card.
 
-    The ranks share the work. An interrupted calibration continues when the run is resumed.
+    The ranks share the work. A stop signal ends it at the next network call; it continues when the
+    run is resumed.
     """
     images, folder = _calibration_images(run), run.paths.root / ".unfinished-calibration"
     options = BoundOptions(seed=run.config.seed, batch_size=run.micro_batch_size)
-    with run.state.ema_weights() as unet, evaluating(unet):
-        measurement = BoundMeasurement(unet, run.components.scheduler, images, options)
-        measured = measure_calibration(measurement, folder, PartialState())
+    try:
+        with run.state.ema_weights() as unet, evaluating(unet), _interruptible(unet, run.stop):
+            measurement = BoundMeasurement(unet, run.components.scheduler, images, options)
+            measured = measure_calibration(measurement, folder, PartialState())
+    except InterruptedError:  # on all ranks
+        return
     if measured is None:  # only the main process writes
         return
     save_calibration(measured, run.paths.model.root, f"predicted from {_describe_images(run)}")
     remove_folder(folder)
+
+
+@contextmanager
+def _interruptible(unet: torch.nn.Module, stop: StopSignal) -> Iterator[None]:
+    """Raise InterruptedError at the first call of `unet` after a stop signal."""
+
+    def check(*_: object) -> None:
+        if stop.received is not None:
+            raise InterruptedError("the run was asked to stop")
+
+    hook = unet.register_forward_pre_hook(check)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def describe_calibration(run: Run) -> str:

@@ -345,7 +345,11 @@ class OutputOptions(Options):
         None, "updates between two sample grids (default: proposed)", minimum=1
     )
     num_samples: int = option(
-        16, "images in a sample grid; 0 turns grids off", minimum=0, limit=10_000
+        16,
+        "images in a sample grid, with classes equally many of each and at least one, of up to 64 "
+        "classes; 0 turns grids off",
+        minimum=0,
+        limit=10_000,
     )
     sample_inference_steps: int = option(
         50, "denoising steps of a sample grid, with deterministic DDIM", minimum=1, limit=100_000

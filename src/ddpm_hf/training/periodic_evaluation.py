@@ -164,7 +164,8 @@ class PeriodicEvaluation:
         return (
             f"evaluation FD and copies: {counted(config.evaluate_num_images, 'sample')} of "
             f"{self._num_inference_steps} steps against "
-            f"{len(_evenly(len(components.images))):,} training images, with the floor of {floor}, "
+            f"{counted(len(_evenly(len(components.images))), 'training image')}, with the floor of "
+            f"{floor}, "
             f"features {self.features.name}, every {counted(self.every, 'update')}: adds about "
             f"{self.relative_cost:.0%} of the time"
         )

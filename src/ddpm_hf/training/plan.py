@@ -12,6 +12,7 @@ from ddpm_hf.diffusion.config_extension import beta_schedule_of
 from ddpm_hf.diffusion.image_format import ImageFacts
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.options import for_user
+from ddpm_hf.training.ema_sampling import grid_of
 from ddpm_hf.training.file_system import FileSystem
 from ddpm_hf.training.final_calibration import calibration_cost, describe_calibration
 from ddpm_hf.training.learning_rate import learning_rate
@@ -227,7 +228,7 @@ def _describe_time(run: Run, update_s: float, costs: Sequence[float]) -> str:
     """
     config = run.config
     steps = min(config.sample_inference_steps, len(run.components.scheduler))
-    grids = run.relative_cost(config.num_samples * steps, config.sample_steps)
+    grids = run.relative_cost(grid_of(run)[0] * steps, config.sample_steps)
     costs = [*costs, grids]
     all_updates_s = run.config.max_train_steps * update_s
     total_s = run.num_updates_left * update_s * (1 + sum(costs))

@@ -198,7 +198,8 @@ def _batch_size(options: TrainingConfig, machine: Machine, image_size: int) -> i
         choices = f"{lower} or {lower + shares}" if lower else f"{shares}"
         raise ConfigError(
             f"`batch_size` must be a multiple of {shares} (processes x "
-            f"`gradient_accumulation_steps`), got {options.batch_size}; set it to {choices}"
+            f"`gradient_accumulation_steps`), got {options.batch_size}; set it to {choices}. A run "
+            "that is resumed keeps its `batch_size`: start a number of processes that divides it"
         )
     return options.batch_size
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -162,11 +163,15 @@ class MetricsLog:
         """Append an entry to the file, without the trackers."""
         if self._accelerator.is_main_process:
             line = json.dumps(entry) + "\n"
+            size = self._file.stat().st_size if self._file.exists() else 0
             try:
                 with self._file.open("a", encoding="utf-8") as file:
                     file.write(line)
             except PermissionError:  # of a bucket, where files cannot be continued
                 write_text(self._file, self._file.read_text(encoding="utf-8") + line)
+            except OSError:
+                os.truncate(self._file, size)  # a full disk takes a part of the line
+                raise
 
     def show(self, step: int, grid: Image) -> None:
         """Send the sample grid of update `step` to the trackers."""

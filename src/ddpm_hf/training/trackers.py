@@ -67,7 +67,7 @@ class Trackers:
     """
 
     def __init__(self, names: Iterable[str], run: TrackedRun) -> None:
-        installed, identity = installed_trackers(), _Identity(run.identity_file)
+        installed, identity = installed_trackers(), _Identity(run.identity_file, run.step > 0)
         self._trackers = []
         for name in names:
             if name in installed:
@@ -101,15 +101,17 @@ class Trackers:
 class _Identity:
     """What services recognize the run by, in the folder of the run.
 
+    A run that starts again without a checkpoint may have other options: it is tracked as a new one.
+
     Attributes:
         id: 32 hexadecimal digits.
         known: the trackers that have the run, with the id that a service gave it, or None.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, is_resumed: bool) -> None:
         self._file, self._lock = file, threading.Lock()
         try:
-            content = read_json(file)
+            content = read_json(file) if is_resumed else {}
         except (OSError, ValueError) as error:
             logger.warning("the run is tracked as a new one: %s", error)
             content = {}
@@ -226,7 +228,7 @@ def _arguments(name: str, run: TrackedRun, identity: _Identity) -> dict[str, Any
     title = run.name or f"{run.folder.resolve().name}-{identity.id[:6]}"
     config = dict(run.config)
     if name == "tensorboard":
-        return {"purge_step": run.step + 1 if run.step else None}
+        return {"purge_step": run.step + 1 if run.step or run.sent_until else None}
     if name == "trackio":  # local, unless its environment variables name a Space or a server
         resume = "allow" if name in identity.known else "never"
         hidden = {"private": not run.is_public, "embed": False}

@@ -1,5 +1,6 @@
 """Bits/dim of held-out images during training."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from ddpm_hf.diffusion.eval_mode import evaluating
+from ddpm_hf.evaluation.figures import finite
 from ddpm_hf.likelihood import bits_per_dim, standard_error
 from ddpm_hf.randomness import seed_of
 from ddpm_hf.run_record import BoundSetup, MetricRecord
@@ -23,7 +25,7 @@ class ValidationResult:
 
     Attributes:
         bits_per_dim: mean over the images.
-        standard_error: of the mean.
+        standard_error: of the mean; NaN for one image.
         setup: how they were measured.
     """
 
@@ -41,13 +43,16 @@ class ValidationResult:
     def records(self) -> list[MetricRecord]:
         """The values in the model card."""
         setup = self.setup
-        name = f"bits/dim of {setup.num_images} held-out images (bound)"
-        K, M, error = setup.num_inference_steps, setup.num_timesteps, self.standard_error
+        name = (
+            f"bits/dim of {setup.num_images} held-out image{'s' * (setup.num_images > 1)} (bound)"
+        )
+        K, M, error = setup.num_inference_steps, setup.num_timesteps, finite(self.standard_error)
+        precision = "" if error is None else f", standard error {error:.2g}"
         measured = f", {M:,} of them measured per image" if M < K else ""
         variances = ", calibrated variances" if setup.is_calibrated else ""
         how = (
-            f"{setup.images}, standard error {error:.2g}; K = {K:,} steps{measured}{variances};"
-            " decoder exact; measured by the trainer"
+            f"{setup.images}{precision}; K = {K:,} steps{measured}{variances}; decoder exact; "
+            "measured by the trainer"
         )
         record = MetricRecord(
             type="bits-per-dim",
@@ -81,8 +86,9 @@ class Validation:
         mean, error = (
             entry.get(f"validation_{name}") for name in ("bits_per_dim", "standard_error")
         )
-        if not isinstance(mean, float) or not isinstance(error, float):
+        if not isinstance(mean, float):
             return None
+        error = error if isinstance(error, float) else math.nan
         return ValidationResult(mean, error, self._setup())
 
     def measure(self) -> ValidationResult:
