@@ -1,6 +1,8 @@
 """Decoding of image files: the pixels are exact, or an error gives the reason."""
 
 import re
+import threading
+import warnings
 
 import datasets
 import image_zoo as zoo
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 from image_sets import as_numpy, greys, prepare, rows
 
-from ddpm_hf.data import DataError
+from ddpm_hf.data import DataError, decoding
 
 CASES = [*zoo.modes(), *zoo.turned(), *zoo.animated(), *zoo.damaged(), *zoo.sizes()]
 GOOD = [case for case in CASES if not case.problem]
@@ -253,6 +255,33 @@ def test_crop_none_keeps_the_whole_image_and_needs_one_shape():
         prepare(greys((8, 8), (8, 10)), resolution=8, crop="none")
     with pytest.raises(DataError, match="8192"):
         prepare(greys((1, 100)), resolution=100, crop="none")
+
+
+def test_decoding_in_threads_leaves_other_warnings_as_they_are(monkeypatch):
+    """The second thread starts before the first ends, and ends after it."""
+    second_started, first_ended = threading.Event(), threading.Event()
+    open_image = decoding._open_image
+
+    def open_in_order(file):
+        if threading.current_thread().name == "second":
+            second_started.set()
+            assert first_ended.wait(60)
+        assert second_started.wait(60)
+        return open_image(file)
+
+    monkeypatch.setattr(decoding, "_open_image", open_in_order)
+    cells = [{"bytes": zoo.encode(zoo.GREY), "path": None}]
+    first, second = (
+        threading.Thread(target=decoding.read_headers, args=(cells, None), name=name)
+        for name in ("first", "second")
+    )
+    first.start()
+    second.start()
+    first.join()
+    first_ended.set()
+    second.join()
+    with pytest.raises(UserWarning, match="of the user"):  # an error in tests
+        warnings.warn("of the user", stacklevel=1)
 
 
 def test_resizing_is_antialiased():

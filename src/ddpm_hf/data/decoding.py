@@ -64,6 +64,8 @@ _PACKAGES = {
 _GREY = {"1", "L", "LA"} | GREY_16
 _COLOUR = {"RGB", "RGBA", "RGBa", "P", "PA", "CMYK", "YCbCr"}
 _ORIENTATION = 0x0112  # EXIF tag
+_PILLOW = ("ignore", None, Warning, re.compile(r"PIL\.|pillow_heif"), 0)
+"""Entry of `warnings.filters` for the modules of Pillow."""
 
 
 class Cell(TypedDict):
@@ -139,15 +141,24 @@ def _read(
     cell: Cell | None, root: str | None, read: Callable[[Image.Image], Row], kind: type[Row]
 ) -> Row:
     """Result of `read` for the image in a cell, or a row with only a `problem`."""
+    _ignore_warnings_of_pillow()
     try:
-        # Pillow warns of unusual palettes, EXIF data and sizes; the relevant ones are checked here.
-        with warnings.catch_warnings(), closing(_open_file(cell, root)) as file:
-            warnings.simplefilter("ignore")
+        with closing(_open_file(cell, root)) as file:
             return read(_open_image(file))
     except MemoryError:
         raise
     except Exception as error:  # Pillow raises all kinds of errors for damaged files
         return kind(problem=_reason(error))
+
+
+def _ignore_warnings_of_pillow() -> None:
+    """Ignore those about unusual palettes, EXIF data and sizes; the relevant ones are checked here.
+
+    `catch_warnings` is not safe in threads, which decode the shards of a stream: it could leave all
+    warnings of the process ignored.
+    """
+    if _PILLOW not in warnings.filters:
+        warnings.filterwarnings("ignore", module=_PILLOW[3].pattern)
 
 
 def _reason(error: Exception) -> str:
