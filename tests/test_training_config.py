@@ -43,6 +43,8 @@ def test_open_options_are_proposed_from_images_and_machine(
         image_size=image_size,
         learns_variance=False,
         num_channels=32 if machine is CPU else 128,
+        prediction_type="v_prediction",
+        has_custom_loss=False,
     )
     assert (
         config.batch_size,
@@ -84,6 +86,25 @@ def test_the_objective_follows_the_variance_unless_given(options, learns_varianc
 
 
 @pytest.mark.parametrize(
+    ("options", "machine", "facts", "expected"),
+    [
+        ({}, CPU, {}, "asymmetric"),
+        ({}, GPU, {}, "uniform"),
+        ({"pretrained": "x"}, CPU, {}, "uniform"),
+        ({}, CPU, {"learns_variance": True}, "uniform"),
+        ({"objective": "vlb"}, CPU, {}, "uniform"),
+        ({}, CPU, {"prediction_type": "sample"}, "asymmetric"),
+        ({}, CPU, {"prediction_type": "epsilon"}, "uniform"),
+        ({}, CPU, {"has_custom_loss": True}, "uniform"),
+        ({"timestep_sampling": "low_discrepancy"}, CPU, {}, "low_discrepancy"),
+    ],
+)
+def test_a_new_network_on_a_cpu_gets_asymmetric_timesteps(options, machine, facts, expected):
+    config = resolved(TrainingConfig(**options), machine, **facts)
+    assert config.timestep_sampling == expected
+
+
+@pytest.mark.parametrize(
     ("options", "validation_steps", "checkpointing_steps"),
     [
         ({}, 250, 250),
@@ -118,7 +139,7 @@ def test_a_resolved_configuration_is_a_recipe_of_itself(tmp_path):
         "use_safetensors: true",
         "objective: simple",
         "loss_weighting: none",
-        "timestep_sampling: uniform",
+        "timestep_sampling: asymmetric",
         "class_dropout: 0.1",
         "max_train_steps: 2500",
         "batch_size: 16",

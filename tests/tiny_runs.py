@@ -48,6 +48,7 @@ def tiny_config(folder, **overrides):
         "max_train_steps": 6,
         "batch_size": 4,
         "learning_rate": 1e-3,
+        "timestep_sampling": "uniform",
         "lr_warmup_steps": 2,
         "logging_steps": 1,
         "checkpointing_steps": 2,
@@ -58,7 +59,10 @@ def tiny_config(folder, **overrides):
 
 def resolved(options, machine=None, **facts):
     """The complete configuration for a small dataset on a CPU."""
-    usual = {"num_images": 100, "image_size": 32, "learns_variance": False, "num_channels": 32}
+    usual = {
+        "num_images": 100, "image_size": 32, "learns_variance": False, "num_channels": 32,
+        "prediction_type": "v_prediction", "has_custom_loss": False,
+    }  # fmt: skip
     return resolve(options, machine or Machine("cpu"), **usual | facts)
 
 

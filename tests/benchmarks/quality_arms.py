@@ -227,37 +227,42 @@ PEERS = {
 }
 STOCK_NETWORK = {"stock, own network": Arm(loop=STOCK, network=stock_network, multiple=32)}
 
-# The proposals of `ddpm-hf train` for a CPU with one change; the last ones have several.
+
+def changed(*, network: Changes | None = None, loss: Loss | None = None, **options: Any) -> Arm:
+    """The proposals of `ddpm-hf train` for a CPU, with uniform timesteps and these changes."""
+    options = {"timestep_sampling": "uniform", **options}
+    return Arm(options=options, network=network, loss=loss)
+
+
+ASYMMETRIC = {"timestep_sampling": "asymmetric"}
+# One change each; the last ones have several.
 FACTORS = {
-    "ours": Arm(),
-    "epsilon": Arm(options={"prediction_type": "epsilon"}),
-    "x_0": Arm(options={"prediction_type": "sample"}),
-    "sigmoid": Arm(options={"beta_schedule": "chen_sigmoid"}),
-    "linear": Arm(options={"beta_schedule": "linear"}),
-    "min-SNR": Arm(options={"loss_weighting": "min_snr"}),
-    "P2": Arm(options={"loss_weighting": "p2"}),
-    "truncated SNR": Arm(options={"loss_weighting": "truncated_snr"}),
-    "x_0 weights": Arm(loss=x_0_weighted),
-    "low-discrepancy t": Arm(options={"timestep_sampling": "low_discrepancy"}),
-    "asymmetric t": Arm(options={"timestep_sampling": "asymmetric"}),
-    "noise assignment": Arm(loss=assigned_noise),
-    "rate 1e-3": Arm(options={"learning_rate": 1e-3}),
-    "rate 4e-3": Arm(options={"learning_rate": 4e-3}),
-    "constant rate": Arm(options={"lr_scheduler": "constant"}),
-    "EMA 0.98": Arm(options={"ema_decay": 0.98}),
-    "batch 8": Arm(options={"batch_size": 8}),
-    "batch 32": Arm(options={"batch_size": 32}),
-    "1.5 x the width": Arm(network=wider),
-    "2 layers per block": Arm(network=two_layers),
-    "attention": Arm(network=attention),
-    "dropout 0.1": Arm(network=with_dropout),
-    "flips": Arm(options={"random_flip": True}),
-    "sigmoid, asymmetric t": Arm(
-        options={"beta_schedule": "chen_sigmoid", "timestep_sampling": "asymmetric"}
-    ),
-    "x_0, sigmoid": Arm(options={"prediction_type": "sample", "beta_schedule": "chen_sigmoid"}),
-    "x_0, rate 4e-3": Arm(options={"prediction_type": "sample", "learning_rate": 4e-3}),
-    "x_0, batch 8": Arm(options={"prediction_type": "sample", "batch_size": 8}),
-    "x_0, min-SNR": Arm(options={"prediction_type": "sample", "loss_weighting": "min_snr"}),
+    "uniform t": changed(),
+    "epsilon": changed(prediction_type="epsilon"),
+    "x_0": changed(prediction_type="sample"),
+    "sigmoid": changed(beta_schedule="chen_sigmoid"),
+    "linear": changed(beta_schedule="linear"),
+    "min-SNR": changed(loss_weighting="min_snr"),
+    "P2": changed(loss_weighting="p2"),
+    "truncated SNR": changed(loss_weighting="truncated_snr"),
+    "x_0 weights": changed(loss=x_0_weighted),
+    "low-discrepancy t": changed(timestep_sampling="low_discrepancy"),
+    "noise assignment": changed(loss=assigned_noise),
+    "rate 1e-3": changed(learning_rate=1e-3),
+    "rate 4e-3": changed(learning_rate=4e-3),
+    "constant rate": changed(lr_scheduler="constant"),
+    "EMA 0.98": changed(ema_decay=0.98),
+    "batch 8": changed(batch_size=8),
+    "batch 32": changed(batch_size=32),
+    "1.5 x the width": changed(network=wider),
+    "2 layers per block": changed(network=two_layers),
+    "attention": changed(network=attention),
+    "dropout 0.1": changed(network=with_dropout),
+    "flips": changed(random_flip=True),
+    "asymmetric t": changed(**ASYMMETRIC),
+    "epsilon, asymmetric t": changed(prediction_type="epsilon", **ASYMMETRIC),
+    "x_0, asymmetric t": changed(prediction_type="sample", **ASYMMETRIC),
+    "sigmoid, asymmetric t": changed(beta_schedule="chen_sigmoid", **ASYMMETRIC),
+    "min-SNR, asymmetric t": changed(loss_weighting="min_snr", **ASYMMETRIC),
 }
 ARMS = PEERS | STOCK_NETWORK | FACTORS

@@ -124,6 +124,8 @@ def assemble(
         image_size=max(facts.height, facts.width),
         learns_variance=scheduler.learns_variance,
         num_channels=unet.config.block_out_channels[0],
+        prediction_type=scheduler.config.prediction_type,
+        has_custom_loss=loss is not None,
     )
     training, held_out = split_off_validation(config, loaded.images, facts, unet, dataset is None)
     facts, class_notes = count_classes(

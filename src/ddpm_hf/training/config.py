@@ -168,6 +168,9 @@ class ResolvedConfig(TrainingConfig):
     """
 
     objective: Literal["simple", "hybrid", "vlb"] = field()
+    timestep_sampling: Literal["uniform", "low_discrepancy", "asymmetric", "loss_second_moment"] = (
+        field()
+    )
     max_train_steps: int = field()
     batch_size: int = field()
     learning_rate: float = field()

@@ -144,12 +144,13 @@ class OptimizationOptions(Options):
     loss_weighting: Literal["none", "min_snr", "p2", "truncated_snr"] = option(
         "none", "weight of the squared error by noise level"
     )
-    timestep_sampling: Literal["uniform", "low_discrepancy", "asymmetric", "loss_second_moment"] = (
-        option(
-            "uniform",
-            "timesteps of a batch: independent, evenly spaced, the first 70% 5 times as likely, or"
-            " in proportion to the loss (for `objective` vlb)",
-        )
+    timestep_sampling: (
+        Literal["uniform", "low_discrepancy", "asymmetric", "loss_second_moment"] | None
+    ) = option(
+        None,
+        "timesteps of a batch: independent, evenly spaced, the first 70% 5 times as likely, or in "
+        "proportion to the loss, for `objective` vlb (default: asymmetric for a new network on a "
+        "CPU with `objective` simple and another `prediction_type` than epsilon, else uniform)",
     )
     class_dropout: float = option(
         0.1,

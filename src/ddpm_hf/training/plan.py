@@ -157,7 +157,7 @@ def _describe_training(run: Run) -> str:
     return (
         f"{counted(steps, 'update')} of {counted(config.batch_size, 'image')}{split} "
         f"({counted(epochs, 'epoch')}), learning rate {config.learning_rate:g}, objective "
-        f"{run.components.objective.name}"
+        f"{run.components.objective.name}, {config.timestep_sampling} timesteps"
     )
 
 

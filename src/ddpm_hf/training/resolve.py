@@ -132,6 +132,8 @@ def resolve(
     image_size: int,
     learns_variance: bool,
     num_channels: int,
+    prediction_type: str,
+    has_custom_loss: bool,
 ) -> ResolvedConfig:
     """The complete configuration of a run; as a recipe it gives the same run again.
 
@@ -142,6 +144,8 @@ def resolve(
         image_size: longer side of the images in pixels.
         learns_variance: whether the network predicts the variance of the reverse step.
         num_channels: channels of the first level of the network.
+        prediction_type: target of the network.
+        has_custom_loss: whether `train` was called with a loss.
     Raises:
         ConfigError: if the batch does not divide into equal micro-batches, or if accelerate is
             configured for another precision than that of the resumed run.
@@ -158,8 +162,16 @@ def resolve(
     snapshot_steps = options.post_hoc_ema_steps
     if options.post_hoc_ema and snapshot_steps is None:
         snapshot_steps = -(-max_train_steps // _NUM_SNAPSHOTS)
+    objective = options.objective or ("hybrid" if learns_variance else "simple")
+    # In short runs better for v and x_0, and worse for epsilon (docs/training_quality.md).
+    is_asymmetric = (
+        on_cpu and not pretrained and objective == "simple" and not has_custom_loss
+        and prediction_type != "epsilon"
+    )  # fmt: skip
+    sampling = options.timestep_sampling or ("asymmetric" if is_asymmetric else "uniform")
     proposed = {
-        "objective": options.objective or ("hybrid" if learns_variance else "simple"),
+        "objective": objective,
+        "timestep_sampling": sampling,
         "max_train_steps": max_train_steps,
         "batch_size": batch_size,
         "learning_rate": _learning_rate(num_channels, pretrained, on_cpu) if rate is None else rate,
