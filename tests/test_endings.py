@@ -328,6 +328,7 @@ import test_endings
 
 destroy = dist.destroy_process_group
 def print_and_destroy(group=None):
+    gc.collect()  # wrappers of earlier runs
     wrappers = [o for o in gc.get_objects() if type(o) is DistributedDataParallel]
     if group is None:
         print(how, [w.reducer for w in wrappers], flush=True)
