@@ -385,6 +385,12 @@ def test_missing_and_unknown_arguments_end_with_status_2(argv, capsys):
     assert capsys.readouterr().err.startswith("usage: command FOLDER")
 
 
+def test_an_unparsable_value_is_reported_with_the_dashed_flag(capsys):
+    with pytest.raises(SystemExit):
+        parsed("x", "--num-images", "a")
+    assert "error: argument --num-images: invalid int value: 'a'" in capsys.readouterr().err
+
+
 def test_the_help_shows_dashed_flags_choices_and_defaults(capsys):
     with pytest.raises(SystemExit) as caught:
         parsed("--help")

@@ -173,7 +173,7 @@ def test_links_out_of_the_folder_are_rejected(tmp_path, target):
         tmp_path, {"outside.png": zoo.encode(zoo.GREY), "outside/x.png": zoo.encode(zoo.GREY)}
     )
     (root / "a" / "link.png").symlink_to(tmp_path / target)
-    with pytest.raises(DataError, match=r"1 links lead out of the folder.*link\.png"):
+    with pytest.raises(DataError, match=r"1 link leads out of the folder.*link\.png"):
         load_images(root)
 
 

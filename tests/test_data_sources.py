@@ -244,8 +244,8 @@ def test_split_folders_are_splits_with_metadata(tmp_path, at_top):
         ("someone/phots", "as a Hub dataset"),
         ("photos/*.parquet", "matches no file"),
         ("photos/a/0.png", r"got \.png; pass a folder"),
-        ("empty", "contains no images, parquet or arrow files, but nothing"),
-        ("text", r"but 2 \.txt, 1 \.mov"),
+        ("empty", "contains no files; supported images"),
+        ("text", r"no images, parquet or arrow files, but 2 \.txt, 1 \.mov"),
         ("broken.parquet", "broken.parquet"),
     ],
 )

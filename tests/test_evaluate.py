@@ -288,7 +288,7 @@ REFUSED = [
     ({"on_bad_image": "ignore"}, "`on_bad_image` must be one of .*, got 'ignore'"),
     (
         {"reference_split": "none", "split": "neither"},
-        "`split` must be one of test, train, got 'none'",
+        "`reference_split` must be one of test, train, got 'none'",
     ),
     ({"features": "./missing"}, "does not exist"),
 ]

@@ -105,7 +105,7 @@ REFUSALS = [
         "train photos --class-conditional",
         "the dataset has no class labels; in a folder, put the images",
     ),
-    ("train photos --class-column breed", "there is no column 'breed'"),
+    ("train photos --class-column breed", "there is no column 'breed'; the columns are image"),
     ("train photos --keep-best", "--keep-best needs --validation-split, for bits/dim, or"),
     ("train photos --validation-split 1.5", "--validation-split: a fraction must be in (0, 1)"),
     ("train photos --beta-schedule cosin", "--beta-schedule must be one of ["),

@@ -21,7 +21,7 @@ from tiny_runs import (
 )
 
 from ddpm_hf import ConfigError, GaussianDDPMPipeline, TrainingConfig, load, train
-from ddpm_hf.data import TrainingImages
+from ddpm_hf.data import DataError, TrainingImages
 from ddpm_hf.hub.card_facts import card_facts
 from ddpm_hf.hub.card_rendering import render_model_card
 from ddpm_hf.training import parse_config
@@ -153,6 +153,20 @@ def test_an_invalid_validation_split_raises(tmp_path, split):
     with pytest.raises(ConfigError, match="validation_split"):
         run(tmp_path / "run", validation_split=split)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_an_unknown_validation_split_is_named_by_its_option(tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "0.png")
+    config = TrainingConfig(
+        **{**OPTIONS, "validation_split": "tset"},
+        dataset=str(tmp_path),
+        output_dir=str(tmp_path / "run"),
+        max_train_steps=2,
+        batch_size=2,
+    )
+    with pytest.raises(DataError, match="`validation_split` must be one of train, got 'tset'"):
+        train(config, unet=tiny_unet())
 
 
 def test_a_fraction_is_a_number_in_python_and_the_same_text_on_the_command_line():

@@ -8,6 +8,7 @@ import argparse
 import copy
 import dataclasses
 import inspect
+import re
 import textwrap
 import typing
 from collections.abc import Mapping, Sequence
@@ -73,7 +74,8 @@ class OptionParser(HfArgumentParser):  # type: ignore[misc]
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> None:
-        """As in `argparse.ArgumentParser`, with a hint for unknown arguments."""
+        """As in `argparse.ArgumentParser`, with dashed flags and a hint for unknown arguments."""
+        message = re.sub(r"--[\w-]*_[\w-]*/", "", message)  # of "--max_steps/--max-steps"
         unknown = message.partition("unrecognized arguments: ")[2].partition(" ")[0]
         hint = "; quote paths that contain spaces" if unknown else ""
         if unknown.startswith("-"):

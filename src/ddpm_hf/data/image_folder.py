@@ -20,7 +20,7 @@ from ddpm_hf.data.folder_labels import labels_by_split
 from ddpm_hf.data.folder_metadata import listed_images, metadata_files, rows_with_metadata
 from ddpm_hf.data.splits import Splits, split_by_top_folder, split_names
 from ddpm_hf.paths import ModelPaths, RunPaths
-from ddpm_hf.utils.text import printable
+from ddpm_hf.utils.text import counted, printable
 
 IN_RUNS = "in folders of training runs"
 _IN_RESERVED = "in folders named __*"  # of programs, such as __MACOSX in archives
@@ -102,8 +102,9 @@ class Folder:
             yield from (file.removeprefix(f"{self.root}{os.sep}") for file in files)
         if outside:
             raise DataError(
-                f"{len(outside)} links lead out of the folder {str(self.root)!r}, such as"
-                f" {outside[0]!r}: copy the files, or pass the folder that contains them"
+                f"{counted(len(outside), 'link leads', 'links lead')} out of the folder"
+                f" {str(self.root)!r}, such as {outside[0]!r}: copy the files, remove the links, or"
+                " pass the folder that contains the files"
             )
 
     def _leave_out_images(self, folder: str, reason: str) -> None:

@@ -103,9 +103,9 @@ def find_label_column(
     if column is None:
         raise _no_class_column(dataset, problem)
     if column not in dataset.features:
-        reason = problem and f"; {problem}"
+        reason = problem or f"the columns are {', '.join(dataset.features)}"
         hint = did_you_mean(column, dataset.features)
-        raise DataError(f"there is no column {column!r}{hint}{reason}")
+        raise DataError(f"there is no column {column!r}{hint}; {reason}")
     return column
 
 

@@ -1,7 +1,8 @@
 """Splits of a dataset: by the names of files and folders, and in expressions such as "test[:9]"."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import PurePath
 from typing import Any
 
@@ -56,6 +57,16 @@ def split_names(split: str | None, known: Iterable[Any]) -> list[str]:
         if choices and name not in choices:
             raise unknown_split(name, choices)
     return names
+
+
+@contextmanager
+def split_named_by(option: str) -> Iterator[None]:
+    """Name `option` instead of `split` in errors about the split that the block reads."""
+    try:
+        yield
+    except DataError as error:
+        error.args = (str(error).replace("`split`", f"`{option}`"),)
+        raise
 
 
 def unknown_split(name: str, choices: Iterable[str]) -> DataError:

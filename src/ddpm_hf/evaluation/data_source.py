@@ -14,7 +14,7 @@ from diffusers import UNet2DModel
 
 from ddpm_hf.data import DataError, ImageDataset, load_images
 from ddpm_hf.data.hold_out import HoldOut
-from ddpm_hf.data.splits import unknown_split
+from ddpm_hf.data.splits import split_named_by, unknown_split
 from ddpm_hf.diffusion.image_format import ImageFacts
 from ddpm_hf.evaluation.figures import DatasetFacts
 from ddpm_hf.evaluation.model_images import EvaluationImages, images_for, prepared_like
@@ -102,7 +102,7 @@ class DataSource:
             return ImageSubset(self.reference_split, self.hold_out.rows()[1])
         split = self.options.split or self.held_out_split
         if split is None:
-            self.rows(self.reference_split)  # raises if it does not exist
+            self._check_reference_split()
             warnings.warn(
                 f"there is no split {' or '.join(HELD_OUT)}: measured on"
                 f" {self.reference_split!r}; the likelihood of training images is higher than that"
@@ -161,10 +161,14 @@ class DataSource:
         if held_out_split == self.reference_split:
             held_out_split = None
         if held_out_split is None or self._first_existing([self.reference_split]):
-            self.rows(self.reference_split)  # raises if it does not exist
+            self._check_reference_split()
             others = ImageSubset(held_out_split) if held_out_split else None
             return ImageSubset(self.reference_split), others
         return ImageSubset(held_out_split), None
+
+    def _check_reference_split(self) -> None:
+        with split_named_by("reference_split"):
+            self.rows(self.reference_split)
 
     def _first_existing(self, splits: Iterable[str]) -> str | None:
         for split in splits:

@@ -14,6 +14,7 @@ from ddpm_hf.data import ImageDataset, ImageFacts, TrainingImages, load_images, 
 from ddpm_hf.data.hold_out import HoldOut
 from ddpm_hf.data.image_source import MapStyleImages, TensorSource
 from ddpm_hf.data.shard_files import ShardFiles, find_shards, shards_of
+from ddpm_hf.data.splits import split_named_by
 from ddpm_hf.data.streaming import StreamedImages, StreamedTrainingImages, open_stream
 from ddpm_hf.data.training_dataset import Selection
 from ddpm_hf.diffusion.image_format import IMAGE_MODES, image_facts, size_multiple
@@ -261,7 +262,8 @@ def _validation_images(
     config: TrainingConfig, split: str, facts: ImageFacts, unet: UNet2DModel
 ) -> TrainingImages:
     """The images of another split, which must look like those of the training split."""
-    images = build_images(dataclasses.replace(config, split=split), None, unet)
+    with split_named_by("validation_split"):
+        images = build_images(dataclasses.replace(config, split=split), None, unet)
     names = images.facts.class_names if config.class_conditional else None
     split_facts = dataclasses.replace(images.facts, class_names=names)
     if split_facts != facts:
