@@ -163,9 +163,9 @@ def _from_folder(root: Path, split: str | None) -> tuple[datasets.Dataset, Origi
             return _from_builder(kind, split, paths), Origin()
     content = [f"{count} {name or 'other'}" for name, count in suffixes.most_common(5)]
     content += [f"{count} {reason}" for reason, count in (+folder.left_out).items()]
-    found = f"no images, parquet or arrow files, but {', '.join(content)}" if content else "no files"
+    found = f"images, parquet or arrow files, but {', '.join(content)}" if content else "files"
     raise DataError(
-        f"{str(root)!r} contains {found}; supported images are {' '.join(sorted(EXTENSIONS))}"
+        f"{str(root)!r} contains no {found}; supported images are {' '.join(sorted(EXTENSIONS))}"
         f"{install_hint(suffixes)}"
     )
 
