@@ -113,6 +113,13 @@ def make_output(scheduler, x_0, seed=3):
     return torch.cat([prediction, extra - 5 * (scheduler.config.variance_type == "learned")], 1)
 
 
+@pytest.mark.parametrize("loss", [vlb_term, vlb_loss, hybrid_loss])
+def test_a_bound_names_its_argument_in_errors_of_samples(loss, batch):
+    x_0, noise = batch
+    with pytest.raises(ValueError, match=r"^`x_0` .* must be on the 8-bit grid"):
+        loss(lambda x, t: x, GaussianDDPMScheduler(), x_0, STEPS, noise)
+
+
 @pytest.mark.parametrize("variance_type", ["learned", "learned_range"])
 def test_simple_loss_with_learned_variance_uses_the_first_half_of_the_channels(variance_type):
     x_0, noise, t = levels(2, 3, 2), randn(2, 3, 2), torch.tensor([4, 40])
@@ -214,6 +221,28 @@ def test_gradients_are_finite_at_every_t():
     t, noise = torch.arange(1000), torch.zeros_like(x_0)
     losses = vlb_loss(lambda x_t, t: output, scheduler, x_0, t, noise)
     losses.clamp(max=1e30).sum().backward()
+    assert output.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_small", "learned_range"])
+def test_terms_of_unclipped_estimates_are_finite_where_the_square_of_x_0_overflows(variance_type):
+    """x_0_hat is up to 1e26 here; (SNR_s - SNR_t) (x_0 - x_0_hat)^2 is written in terms of eps."""
+    scheduler = GaussianDDPMScheduler(num_train_timesteps=12_000, variance_type=variance_type)
+    log_alpha = torch.log1p(-torch.linspace(1e-4, 0.02, 12_000, dtype=torch.float64))
+    t = torch.tensor([11_999, 11_000, 9_000])
+    log_snr = log_alpha.cumsum(0) - (-log_alpha.cumsum(0).expm1()).log()
+    want = (log_snr[t - 1] - log_snr[t]).expm1() * 0.5**2 / 2 / math.log(2)
+    x_0, noise = levels(3, 1, 2).float(), randn(3, 1, 2).float()
+    channels = (
+        [noise + 0.5] if variance_type == "fixed_small" else [noise + 0.5, -torch.ones(3, 1, 2)]
+    )
+    output = torch.cat(channels, 1).requires_grad_()
+
+    got = vlb_term(lambda x_t, t: output, scheduler, x_0, t, noise, clip=False)
+    got.sum().backward()
+
+    # x_0_hat has an error of up to 4 units in the last place, and is divided by a difference of 0.5.
+    assert_close(got.double(), want, rtol=1e-5, atol=0)
     assert output.grad.isfinite().all()
 
 

@@ -45,9 +45,13 @@ def decoder_of(name: str, bit_depth: int = 8) -> Decoder:
     return lambda x_0, mean, log_variance: nll(x_0, mean, log_variance, 1 / (2**bit_depth - 1))
 
 
-def check_images(x_0: Tensor, decoder: str, bit_depth: int) -> None:
+def check_images(x_0: Tensor, decoder: str, bit_depth: int, name: str = "images") -> None:
     """Check that the decoder is defined for these images. Synchronises with their device.
 
+    Args:
+        x_0: the images.
+        decoder, bit_depth: as for `decoder_of`.
+        name: argument name.
     Raises:
         ValueError: if values are not finite or, except for "continuous", outside [-1, 1] or off the
             grid of the bit depth.
@@ -56,12 +60,12 @@ def check_images(x_0: Tensor, decoder: str, bit_depth: int) -> None:
         return
     lowest, highest = (value.item() for value in x_0.aminmax())
     if not math.isfinite(lowest + highest):
-        raise ValueError(f"`images` must be finite, got values in {lowest:g}..{highest:g}")
+        raise ValueError(f"`{name}` must be finite, got values in {lowest:g}..{highest:g}")
     if decoder == "continuous":
         return
     if max(-lowest, highest) > 1 + 1e-4:  # tolerates rounding, also of float16
         raise ValueError(
-            f"`images` must be in [-1, 1], got {lowest:g}..{highest:g}; scale pixels 0..255 as"
+            f"`{name}` must be in [-1, 1], got {lowest:g}..{highest:g}; scale pixels 0..255 as"
             " x / 127.5 - 1, or set `decoder` to 'continuous' for data that are not pixels"
         )
     level = (x_0.float() + 1) * (2**bit_depth - 1) / 2
@@ -69,7 +73,7 @@ def check_images(x_0: Tensor, decoder: str, bit_depth: int) -> None:
     if (worst := off.max().item()) > _GRID_TOLERANCE:
         share = (off > _GRID_TOLERANCE).double().mean().item()
         raise ValueError(
-            f"`images` ({x_0.dtype}) must be on the {bit_depth}-bit grid for `decoder` {decoder!r},"
+            f"`{name}` ({x_0.dtype}) must be on the {bit_depth}-bit grid for `decoder` {decoder!r},"
             f" got {share:.1%} of the values off by up to {worst:.2f} of a level; pass float32"
             " images that were not resized after decoding, set `bit_depth` to 16 for 16-bit images,"
             " or set `decoder` to 'continuous' for data without a grid"

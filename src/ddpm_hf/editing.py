@@ -83,7 +83,7 @@ def inpaint(
         TypeError, ValueError: for tensors that do not fit, a mask that is empty, full or holds
             other values than 0 and 1, or an argument out of range.
 
-    Source: RePaint (2201.09865), algorithm 1; covariance: 2402.02149, eq. 7 and 16.
+    Source: RePaint (2201.09865), algorithm 1; covariance: 2402.02149.
     """
     check_tensor("x_0", x_0)
     is_known = ~inpainting.checked_mask(mask, x_0)

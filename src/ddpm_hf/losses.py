@@ -223,7 +223,7 @@ def _vlb_term_of_output(
 ) -> Tensor:
     decoder_nll = decoder_of(decoder, bit_depth)
     if x_0.is_cpu:  # reading values on an accelerator synchronises
-        check_images(x_0, decoder, bit_depth)
+        check_images(x_0, decoder, bit_depth, "x_0")
     step = scheduler.step_kl(output, x_0, x_t, t, clip=clip)
     is_last = step.is_last.bool()
     if is_last.is_cpu and not is_last.any():  # nearly always; on an accelerator, `any` synchronises

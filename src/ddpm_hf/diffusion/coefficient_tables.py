@@ -73,12 +73,14 @@ class ReverseVariance(NamedTuple):
 
 
 class BoundTerm(NamedTuple):
-    """KL(q || p) of one step, (expm1 r - r)/2 + weight e^r (x_0 - x_0_hat)^2, in nats.
+    """KL(q || p) of one step, (expm1 r - r)/2 + weight e^r (scale (x_0 - x_0_hat))^2, in nats.
 
     r = log_ratio + slope * v is log sigma_q^2 - log sigma_p^2; log_variance is log sigma_q^2.
-    weight is coef_x_0^2 / (2 sigma_q^2): for eta = 1, half the decrease of the SNR in the step.
+    weight scale^2 is coef_x_0^2 / (2 sigma_q^2): for eta = 1, half the decrease of the SNR in the
+    step. scale is a power of 2, which rounds nothing: without clipping, x_0_hat is up to 1e38.
     """
 
+    scale: Tensor
     weight: Tensor
     log_ratio: Tensor
     slope: Tensor

@@ -176,9 +176,11 @@ class Trajectory:
         _, log_variance = self._posterior_variance()
         _, log_variance_p, slope = self._reverse_variance(eta)
         weight = (coef_x_0 / eta) ** 2 * np.exp(-log_variance) / 2
+        scale = np.ldexp(1.0, np.frexp(weight)[1] // 2)
         log_ratio, is_last = log_variance - log_variance_p, np.arange(len(log_variance)) == 0
         log_variance = log_variance + np.where(is_last, 0.0, 2 * np.log(eta))  # eta^2 beta~
-        return self._table(BoundTerm, weight, log_ratio, -slope, log_variance, is_last)
+        weight = weight / scale**2
+        return self._table(BoundTerm, scale, weight, log_ratio, -slope, log_variance, is_last)
 
     @cached_by_eta
     def pixel_variance(self, eta: float) -> CoefficientTable[PixelVariance]:

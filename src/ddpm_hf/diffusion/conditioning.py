@@ -134,7 +134,7 @@ def autoguided(
         unet, labels, num_outputs: as for `denoiser_of`.
         guide: network of `guide_network`; gets the labels if it is class-conditional.
         guidance_scale: s in guide + s (network - guide).
-    Source: 2406.02507, eq. 5.
+    Source: 2406.02507, eq. 3.
     """
     num_channels, is_conditional = unet.config.in_channels, guide.class_embedding is not None
     strong = denoiser_of(unet, labels, num_outputs)

@@ -209,7 +209,7 @@ class LinearisedEstimate:
     Raises:
         ValueError: if the network's output has no gradient with respect to x_t.
 
-    Source: 2402.02149, eq. 7.
+    Source: 2402.02149.
     """
 
     def __init__(

@@ -89,7 +89,7 @@ def combine(noise: Tensor, weights: Tensor) -> Tensor:
     Raises:
         ValueError: for weights of another shape, or all 0.
 
-    Source: 2408.08558, eq. 4.
+    Source: 2408.08558.
     """
     if weights.ndim != 2 or weights.shape[1] != len(noise):
         raise ValueError(

@@ -79,7 +79,7 @@ class EditingMethods(denoising_pipeline.DenoisingPipeline):
         Raises:
             ValueError, TypeError: for an image or mask of another size or mode, an empty or full
                 mask, and as `__call__`.
-        Source: RePaint (2201.09865), algorithm 1; covariance: 2402.02149, eq. 7 and 16.
+        Source: RePaint (2201.09865), algorithm 1; covariance: 2402.02149.
         """
         denoising_pipeline.check_conditioning("inpaint", conditioning)
         draws = self._draws(image, num_images, generator, return_std, conditioning)

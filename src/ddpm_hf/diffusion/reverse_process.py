@@ -237,6 +237,6 @@ class ReverseProcess:
         x_0_hat = self._predict_x_0(output, x_t, self._reverse(eta).at(t, x_t), clip)
         row = self._trajectory.bound_term(eta).at(t, x_t)
         log_ratio = row.log_ratio if v is None else v * row.slope + row.log_ratio
-        mean_term = (x_0 - x_0_hat).square() * row.weight * log_ratio.exp()
+        mean_term = ((x_0 - x_0_hat) * row.scale).square() * row.weight * log_ratio.exp()
         kl = mean_term + tensor_ops.expm1_minus(log_ratio) / 2
         return StepKL(kl, row.log_variance - log_ratio, x_0_hat, row.is_last)

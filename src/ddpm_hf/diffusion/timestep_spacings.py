@@ -40,7 +40,7 @@ def trailing(num_steps: int, num_train_timesteps: int, offset: int = 0) -> Steps
 
 
 def quadratic(num_steps: int, num_train_timesteps: int, offset: int = 0) -> Steps:
-    """Squares of an even grid, denser near the clean image (2010.02502, appendix D.3).
+    """Squares of an even grid, denser near the clean image (2010.02502, appendix D.2).
 
     Differs from the code of the paper: the grid ends at T - 1 instead of 0.8 T, where x_t is still
     far from pure noise, and repeated values move up to the next unused timestep.
@@ -110,7 +110,7 @@ def likelihood_timesteps(snr: Array, x_0_mse: Array, num_steps: int) -> Steps:
     Returns:
         The timesteps in ascending order, (K,); ties are resolved to the smallest.
 
-    Source: 2106.03802, section 4, with the term log(1 + (SNR_s - SNR_t) m_t) / 2 of the optimal
+    Source: 2106.03802, with the term log(1 + (SNR_s - SNR_t) m_t) / 2 of the optimal
     variance.
     """
     T = len(snr)

@@ -83,7 +83,7 @@ def new_unet(
         block_out_channels=tuple((32 if device == "cpu" else 128) * m for m in multipliers),
         down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention),
         up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
-        attention_head_dim=64,  # 64 channels per head were best in 2105.05233, table 3
+        attention_head_dim=64,  # channels per head, the choice of 2105.05233, section 3
     )
 
 
