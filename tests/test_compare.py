@@ -109,6 +109,20 @@ def test_the_time_of_a_comparison_is_stated_before_the_work(photos, tmp_path, ca
     assert capsys.readouterr().err == ""
 
 
+def test_each_setting_has_its_own_folder_on_every_file_system(photos, tmp_path):
+    names = ("a b", "a-b", "A-b", "a-b-2")
+    rng = np.random.default_rng(2)
+    for name in names:
+        np.save(tmp_path / f"{name}.npy", rng.integers(0, 256, (12, SIZE, SIZE, 1), np.uint8))
+    sets, output = [tmp_path / f"{name}.npy" for name in names], tmp_path / "out"
+    options = {"metrics": ["fd"], "features": "pixels", "output": output, "progress": False}
+    rows = ddpm_hf.compare(sets, photos, **options).settings
+    assert len({row.folder.casefold() for row in rows}) == 4
+    for row in rows:
+        recorded = json.loads((output / row.folder / "evaluation.json").read_text())
+        assert recorded["results"][0]["value"] == row.figures["fd"].value
+
+
 def test_an_empty_comparison_is_refused_in_words():
     with pytest.raises(ValueError, match="`models_or_images` is empty"):
         ddpm_hf.compare([], "photos")

@@ -69,6 +69,7 @@ def test_inpainting_keeps_the_black_part_and_shows_where_draws_differ(models, fi
     record = json.loads((output / "edit.json").read_text())
     assert record["kind"] == "inpaint"
     assert record["settings"]["method"] == "repaint"
+    assert record["settings"]["device"] == "cpu"
     assert str(files) not in (output / "edit.json").read_text()
     printed = capsys.readouterr().out
     assert "3 images in" in printed
@@ -249,6 +250,18 @@ def test_a_recommended_solver_leaves_inpainting_to_ddpm(models, files, capsys):
     assert settings_of(files / "edited")["num_inference_steps"] == 20
     assert edit(models, files, *options, "--scheduler", "UniPCMultistep", "--overwrite") == 2
     assert "--scheduler must be DDPM or DDIM to inpaint, got UniPC" in capsys.readouterr().err
+
+
+def test_ddim_inpaints_with_deterministic_steps_unless_told(models, files):
+    options = ("--mask", files / "mask.png", "--num-images", 1, "--jump-n-sample", 1)
+    drawn = {}
+    for name in ("DDIM", "DDIM:eta=0", "DDIM:eta=1", "DDPM", "DDPM:eta=1"):
+        folder = name.replace(":", "-")
+        assert edit(models, files, *options, "--scheduler", name, output=folder) == 0
+        drawn[name] = pixels_of(files / folder / "000.png")
+    assert (drawn["DDIM"] == drawn["DDIM:eta=0"]).all()
+    assert (drawn["DDIM"] != drawn["DDIM:eta=1"]).any()
+    assert (drawn["DDPM"] == drawn["DDPM:eta=1"]).all()
 
 
 def test_variations_run_on_the_scheduler_of_the_command(models, files):

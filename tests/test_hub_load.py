@@ -250,6 +250,21 @@ def test_a_revision_loads_its_own_weights(client, hub, tmp_path):
 
 
 @pytest.mark.slow
+def test_another_kind_of_pipeline_is_refused_before_its_weights_are_downloaded(client, hub):
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    files = {"model_index.json": json.dumps(index), WEIGHTS: b"0", "unet/config.json": "{}"}
+    hub.add_repo("user/text-to-image", files)
+    with pytest.raises(ClientError, match="got a StableDiffusionPipeline"):
+        client.run("load('user/text-to-image')")
+    assert hub.count("model_index.json") > 0
+    assert hub.count("unet/") == hub.count("/objects") == 0
+
+
+@pytest.mark.slow
 def test_a_command_asks_the_hub_once_for_a_repository(client, hub, tmp_path):
     first, second = (save_ours(tmp_path / n, unet=tiny_unet(seed=i)) for i, n in enumerate("ab"))
     hub.add_folder("user/pushed", first)

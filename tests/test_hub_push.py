@@ -275,7 +275,7 @@ FAULTS = {
     "create 503 three times": dict(pattern="repos/create", status=503, times=3),
     "create reset": dict(pattern="repos/create", kind="reset"),
     "create answer lost": dict(pattern="repos/create", kind="lost"),
-    "listing 502": dict(pattern="GET /api/models/user/digits/tree", status=502),
+    "listing 502": dict(pattern="GET /api/models/user/digits", status=502),
     "card check 503": dict(pattern="validate-yaml", status=503),
     "card check reset": dict(pattern="validate-yaml", kind="reset"),
     "preupload reset": dict(pattern="preupload", kind="reset"),
@@ -392,6 +392,10 @@ def test_an_invalid_target_is_refused_before_the_upload(client, hub, checkpoint)
     assert "is a dataset" in refusal_of(client, checkpoint, "user/data")
     assert "contains other files (config.json, model.safetensors)" in refusal_of(
         client, checkpoint, "user/bert"
+    )
+    hub.add_repo("user/text", {"model_index.json": '{"_class_name": "StableDiffusionPipeline"}'})
+    assert "contains a StableDiffusionPipeline: choose another name" in refusal_of(
+        client, checkpoint, "user/text"
     )
     assert "no right to write" in refusal_of(client, checkpoint, "other/theirs")
     assert "no right to write" in refusal_of(client, checkpoint, "other/new")

@@ -115,6 +115,40 @@ def test_all_splits_of_a_folder_are_read(tmp_path):
     assert images.class_names == ("a", "b")
 
 
+def test_num_images_of_a_set_are_chosen_by_the_seed_from_all_of_its_folders(tmp_path):
+    levels = range(10, 170, 10)
+    names = [f"{'ab'[level > 80]}/{level:03}.png" for level in levels]
+    flat = [np.full((8, 8), level, np.uint8) for level in levels]
+    drawn = folder(tmp_path / "x", dict(zip(names, flat, strict=True)))
+    real = folder(tmp_path / "real", COLOURS[..., 0])
+
+    def chosen(seed):
+        sets = []
+
+        def network(x):
+            sets.append([round(255 * level) for level in x[:, 0, 0, 0].tolist()])
+            return x.flatten(1)
+
+        options = {"metrics": ["fd"], "features": network, "num_images": 8, "seed": seed}
+        (fd,) = evaluate(drawn, real, **options, progress=False).results
+        assert fd.num_drawn == 8
+        return sets[-1]
+
+    first = chosen(0)
+    assert len({*first}) == 8
+    assert {*first} <= {*levels}
+    assert min(first) <= 80 < max(first)
+    assert chosen(0) == first != chosen(1)
+
+
+def test_selected_images_are_those_of_the_indices_with_their_labels(tmp_path):
+    np.savez(tmp_path / "x.npz", COLOURS, np.arange(16) % 3)
+    few = open_drawn(tmp_path / "x.npz").select([7, 2, 9])
+    np.testing.assert_array_equal(pixels_of(few), COLOURS[[7, 2, 9]])
+    np.testing.assert_array_equal(few.read(range(1, 3)), COLOURS[[2, 9]])
+    assert few.labels.tolist() == [1, 2, 0]
+
+
 def test_a_parquet_file_of_one_class_keeps_its_labels(tmp_path):
     features = datasets.Features(
         image=datasets.Image(), label=datasets.ClassLabel(names=["a", "b"])

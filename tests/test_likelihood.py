@@ -295,6 +295,23 @@ def test_the_scheduler_is_not_modified_and_its_timesteps_are_ignored(scheduler):
     assert torch.equal(one.total, one.prior + one.terms[:, 0])
 
 
+@pytest.mark.parametrize("num_generators", [2, 4])
+def test_a_list_of_generators_has_one_for_each_image(scheduler, num_generators):
+    images, calls = levels(3, 1, 2, 2), []
+    own = generators(*range(num_generators))
+    for source in (images, [images]):
+        with pytest.raises(ValueError, match=f"of 3, one per image, got .* {num_generators}"):
+            bits_per_dim(halve, scheduler, source, generator=own)
+
+    def counted(x_t, t):
+        calls.append(t)
+        return halve(x_t, t)
+
+    with pytest.raises(ValueError, match="one per image"):
+        bits_per_dim(counted, scheduler, images, generator=own)
+    assert calls == []
+
+
 @pytest.mark.parametrize("num_timesteps", [None, 5])
 def test_the_bound_of_an_image_with_its_own_generator_does_not_depend_on_the_batch(
     scheduler, num_timesteps

@@ -113,6 +113,17 @@ def test_the_card_contains_all_facts():
         assert fact in text, fact
 
 
+@pytest.mark.parametrize(
+    ("numbers", "text", "example"),
+    [(range(5, 26), "5 to 25 steps", 10), (range(5, 9), "5 to 8 steps", 8), ([5], "5 steps", 5)],
+)
+def test_the_card_states_the_numbers_of_steps_with_calibrated_timesteps(numbers, text, example):
+    timesteps = {f"{K}": list(range(K))[::-1] for K in numbers}
+    card = rendered({"scheduler": {"calibrated_timesteps": {"DDIM": timesteps}}})
+    assert f"Calibrated timesteps of DDIM in {text};" in card
+    assert f'calibrated_timesteps["DDIM"][{example}]' in card
+
+
 def test_missing_facts_are_not_recorded():
     text = rendered({})
     data = metadata(text)

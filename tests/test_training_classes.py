@@ -4,6 +4,7 @@ import json
 import os
 import runpy
 import signal
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -148,6 +149,15 @@ def test_images_without_a_label_are_left_out_of_measurements():
     assert images.labels_of(range(4)).tolist() == [1, 0, 0, 1]
     with pytest.raises(DataError, match="no image has a label"):
         images_for(unet, rows, rows=[1], progress=False)
+    for candidates, message in (
+        (None, "the dataset has 4 with a label"),
+        ([0, 1, 2], "training held out 2 with a label"),
+        ([0, 2], "training held out 2$"),
+    ):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="1 image without a label left out")
+            with pytest.raises(DataError, match=f"`num_images` is 5, but {message}"):
+                images_for(unet, rows, rows=candidates, num_images=5, progress=False)
 
 
 @pytest.mark.slow

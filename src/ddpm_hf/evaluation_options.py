@@ -104,9 +104,9 @@ class DataSelection(Options):
 
     num_images: int | None = option(
         None,
-        "number of images: real ones for bits/dim, chosen by the seed (default: all); drawn ones"
-        " for the other metrics (default: as many as there are real ones, at most 10,000); of"
-        " existing images, the first N (default: all)",
+        "number of images: real ones for bits/dim, and existing ones, chosen by the seed (default:"
+        " all); drawn ones for the other metrics (default: as many as there are real ones, at most"
+        " 10,000)",
         minimum=1,
         limit=100_000_000,
         metavar="N",

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ddpm_hf.decoders import check_images, decoder_of
-from ddpm_hf.diffusion.checks import to_int
+from ddpm_hf.diffusion.checks import check_generators, to_int
 from ddpm_hf.diffusion.eval_mode import evaluating
 from ddpm_hf.diffusion.scheduler_outputs import StepKL
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler, as_gaussian_scheduler
@@ -151,6 +151,8 @@ def bits_per_dim(
         batch_size = to_int("batch_size", batch_size, 1, 2**31)
     bound = _BoundEstimator(denoiser, scheduler, decoder, bit_depth, eta, num_timesteps)
     total = num_batches(images, batch_size)
+    if isinstance(images, Tensor):
+        check_generators(generator, len(images))
     parts, start = [], 0
     with (
         torch.no_grad(),
@@ -170,6 +172,7 @@ def bits_per_dim(
             start = stop
     if not start:
         raise ValueError("`images` must contain at least one image, got none")
+    check_generators(generator, start)  # of an iterable, whose length is known only now
     return BitsPerDim.concatenate(parts)
 
 

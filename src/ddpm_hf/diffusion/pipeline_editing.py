@@ -18,6 +18,7 @@ from . import (
     inpainting,
     scheduler_interface,
     tensor_ops,
+    timestep_spacings,
 )
 
 Conditioning = denoising_pipeline.Conditioning
@@ -45,7 +46,7 @@ class EditingMethods(denoising_pipeline.DenoisingPipeline):
         method: str = "repaint",
         jump_length: int = 10,
         jump_n_sample: int = 10,
-        eta: float = 1.0,
+        eta: float | None = None,
         output_type: str = "pil",
         return_std: bool = False,
         callback_on_step_end: callbacks.Callback | None = None,
@@ -68,7 +69,8 @@ class EditingMethods(denoising_pipeline.DenoisingPipeline):
                 which needs gradients of the network and is more accurate for an accurate one.
             jump_length: steps that "repaint" goes back at a time; 1 for a calibrated model.
             jump_n_sample: passes of "repaint" over each of these parts; 1 for no repetition.
-            eta: noise scale of a step, in [0, 1]: 1 is DDPM, 0 is DDIM.
+            eta: noise scale of a step, in [0, 1]: 1 is DDPM, 0 is DDIM. By default 0 for
+                `DDIMScheduler`, 1 for others.
             output_type: "pil", "np" or "pt", as for `__call__`.
             return_std: also return the standard deviation over the draws of each image.
             callback_on_step_end, callback_on_step_end_tensor_inputs: as for `__call__`.
@@ -98,6 +100,8 @@ class EditingMethods(denoising_pipeline.DenoisingPipeline):
             self, callback_on_step_end, callback_on_step_end_tensor_inputs
         )
         noise = tensor_ops.draw_noise(x_0, generator)
+        if eta is None:
+            eta = float(type(self.scheduler).__name__ not in timestep_spacings.DDIM)
         steps = self._steps(denoisers, networks, conditioned, noise, generator=generator, eta=eta)
         images = torch.where(is_known, x_0, self._last_sample(steps, on_step_end))
         return self._edited(images, output_type, num_images if return_std else None)

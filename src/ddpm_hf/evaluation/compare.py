@@ -178,6 +178,7 @@ def compare_settings(
     """
     settings = [setting for _, of_source in plan for setting in of_source]
     labels, numbers = setting_labels(settings), itertools.count(1)
+    folder_names = _folder_names(settings)
     measured: list[tuple[ComparisonRow, Evaluation]] = []
     left_out: list[LeftOut] = []
     for source, of_source in plan:
@@ -185,7 +186,7 @@ def compare_settings(
         if evaluator.image_metrics:
             evaluator.real_images(subject)  # an error here concerns all settings
         samplers = [(s.scheduler, s.num_inference_steps) for s in of_source]
-        folders = [folder / _folder_name(setting) for setting in of_source]
+        folders = [folder / folder_names[setting] for setting in of_source]
         evaluator.announce_time(subject, dict(zip(folders, samplers, strict=True)))
         for setting, subfolder in zip(of_source, folders, strict=True):
             if evaluator.progress:
@@ -202,9 +203,16 @@ def compare_settings(
     return tuple(_ranked(measured)), tuple(left_out)
 
 
-def _folder_name(setting: Setting) -> str:
-    parts = (setting.name, setting.scheduler, setting.num_inference_steps)
-    return re.sub(r"[^\w.+=-]+", "-", "-".join(str(part) for part in parts if part))
+def _folder_names(settings: Sequence[Setting]) -> dict[Setting, str]:
+    """Folder of each setting; they differ on every file system, by a number if necessary."""
+    names, taken = dict[Setting, str](), set()
+    for setting in settings:
+        parts = (setting.name, setting.scheduler, setting.num_inference_steps)
+        base = re.sub(r"[^\w.+=-]+", "-", "-".join(str(part) for part in parts if part))
+        choices = itertools.chain([base], (f"{base}-{i}" for i in itertools.count(2)))
+        names[setting] = next(name for name in choices if name.casefold() not in taken)
+        taken.add(names[setting].casefold())
+    return names
 
 
 def _measure(

@@ -27,6 +27,7 @@ from ddpm_hf.evaluation.features import Features, features_of, load_features
 from ddpm_hf.evaluation.figures import BoundResult, ImageFormat, MetricResult, ModelFacts
 from ddpm_hf.evaluation.image_metrics import ComparedImages, RealImages, measure_images
 from ddpm_hf.evaluation.metrics import MIN_IMAGES
+from ddpm_hf.evaluation.model_images import chosen_rows
 from ddpm_hf.evaluation.recorded_hold_out import as_in_training
 from ddpm_hf.evaluation.result_files import EVALUATION_FILE, results_folder, write_result
 from ddpm_hf.evaluation.results import Evaluation
@@ -218,8 +219,10 @@ class Evaluator:
                 images = subject.source
                 if subject.is_model:
                     images = self._draw(images, options, folder, sampler, real)
-                rows = range(min(len(images), options.num_images or len(images)))
-                drawn = ComparedImages(images, self._features(images, rows))
+                elif options.num_images is not None and options.num_images < len(images):
+                    rows = chosen_rows(len(images), options.num_images, options.seed)
+                    images = images.select(rows)
+                drawn = ComparedImages(images, self._features(images))
 
         def report() -> Evaluation:
             results: list[BoundResult | MetricResult] = [bound] if bound else []
@@ -280,11 +283,9 @@ class Evaluator:
             eta=sampler.eta,
         )
 
-    def _features(self, images: DrawnImages, rows: range | None = None) -> Tensor | None:
+    def _features(self, images: DrawnImages) -> Tensor | None:
         size, progress = self.options.batch_size, self.progress
-        return features_of(
-            images, self.network, self.state, rows=rows, batch_size=size, progress=progress
-        )
+        return features_of(images, self.network, self.state, batch_size=size, progress=progress)
 
     def _evaluation(
         self,

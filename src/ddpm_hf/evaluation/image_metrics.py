@@ -23,10 +23,10 @@ _NUM_CLOSEST_PAIRS = 16
 
 @dataclass(frozen=True)
 class ComparedImages:
-    """A set of images, with the features of those that are compared.
+    """A set of images, with their features.
 
     Attributes:
-        images: the set; its first images are compared.
+        images: the set.
         features: (N, d), on the main rank; None on others.
         split: of the dataset; None for drawn images.
     """
@@ -69,7 +69,7 @@ def measure_images(
     images, rows = drawn.images, None
     if options.per_class:
         others = held_out.images if held_out else None
-        rows = rows_by_class(reference.images, images, others, len(y))
+        rows = rows_by_class(reference.images, images, others)
     inputs = _digest(x, y, z, options.seed, rows)
     known = [r for r in known_results(folder) if isinstance(r, MetricResult)]
     results = [r for r in known if r.measured_with.inputs == inputs]

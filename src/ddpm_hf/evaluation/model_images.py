@@ -98,17 +98,23 @@ def images_for(
     columns = label_column if is_conditional else None
     prepared = prepared_like(facts, dataset, label_column=columns, **options)
     images = TrainingImages(prepared, size_multiple=size_multiple(unet))
-    rows = range(len(images)) if rows is None else rows
+    source = "the dataset has" if rows is None else "training held out"
+    rows = candidates = range(len(images)) if rows is None else rows
     labels = _labels(prepared, facts.class_names) if is_conditional else None
     if labels is not None:
-        rows = _labelled(rows, labels)
+        rows = _labelled(candidates, labels)
     if num_images is not None and num_images > len(rows):
-        kind = "the dataset has" if len(rows) == len(images) else "training held out"
-        raise DataError(f"`num_images` is {num_images:,}, but {kind} {len(rows):,}")
-    generator = torch.Generator().manual_seed(seed_of(seed, "evaluation images"))
-    order: list[int] = torch.randperm(len(rows), generator=generator).tolist()
-    indices = sorted(rows[i] for i in order[: num_images or at_most])
+        which = "" if len(rows) == len(candidates) else " with a label"
+        raise DataError(f"`num_images` is {num_images:,}, but {source} {len(rows):,}{which}")
+    indices = [rows[i] for i in chosen_rows(len(rows), num_images or at_most, seed)]
     return EvaluationImages(images, indices, labels, facts)
+
+
+def chosen_rows(num_rows: int, at_most: int | None, seed: int) -> list[int]:
+    """Rows of a set that are chosen by the seed, ascending; all if `at_most` is None."""
+    generator = torch.Generator().manual_seed(seed_of(seed, "evaluation images"))
+    order: list[int] = torch.randperm(num_rows, generator=generator).tolist()
+    return sorted(order[:at_most])
 
 
 def prepared_like(

@@ -21,13 +21,12 @@ RowsByClass = dict[str, tuple[Tensor, ...]]
 
 
 def rows_by_class(
-    real: DrawnImages, drawn: DrawnImages, held_out: DrawnImages | None, num_drawn: int
+    real: DrawnImages, drawn: DrawnImages, held_out: DrawnImages | None
 ) -> RowsByClass:
     """Rows of the images of each class, matched by name, or by number if one set has no names.
 
     Args:
         real, drawn, held_out: sets with labels.
-        num_drawn: number of drawn images that are compared.
     Raises:
         ValueError: if the drawn images have no classes, or none in common with the real ones.
     """
@@ -38,7 +37,6 @@ def rows_by_class(
         )
     sets = (real, drawn) if held_out is None else (real, drawn, held_out)
     names = [_class_names(images, real.class_names or ()) for images in sets]
-    names[1] = names[1][:num_drawn]
     rows = {
         name: tuple(torch.from_numpy(np.flatnonzero(of_set == name)) for of_set in names)
         for name in real.class_names or ()

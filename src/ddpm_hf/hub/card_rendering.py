@@ -19,6 +19,7 @@ from ddpm_hf.utils.text import counted
 # Also the pipeline tag of class-conditional models, so that they are found: the Hub has no other.
 TASK = "unconditional-image-generation"
 CONDITIONAL_TAG = "class-conditional-image-generation"
+_MAX_CALIBRATED = 1000  # steps; more are not searched
 _MAX_CLASSES = 12  # a longer table of classes is folded
 # By `kept_by` of a training.json.
 _KEPT_BY = {
@@ -69,9 +70,15 @@ def render_model_card(facts: CardFacts, repo_id: str | None = None) -> str:
         recommended=f"`{chosen[0]}`, {chosen[1]:,} steps" if chosen else None,
         stock=stock_code(*for_stock) if for_stock else None,
         is_stock_different=for_stock != chosen,
-        has_timesteps="DDIM" in scheduler.calibrated_timesteps,
+        calibrated_numbers=_calibrated_numbers(scheduler.calibrated_timesteps.get("DDIM")),
     )
     return f"{card}\n"
+
+
+def _calibrated_numbers(timesteps: object) -> list[int]:
+    """Numbers of steps that have calibrated timesteps, ascending."""
+    keys = timesteps if isinstance(timesteps, dict) else {}
+    return [K for K in range(1, _MAX_CALIBRATED + 1) if str(K) in keys]
 
 
 def _label_argument(facts: CardFacts) -> str:

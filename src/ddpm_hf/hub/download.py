@@ -7,11 +7,15 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+)
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from ddpm_hf.hub.model_files import has_weights, loaded_files, refuse_links
+from ddpm_hf.hub.model_files import has_weights, loaded_files, refuse_links, scheduler_class
 from ddpm_hf.hub.retry import WAITS_S, retry
 from ddpm_hf.paths import model_of_run
 from ddpm_hf.utils.connection import HubError, check_connection
@@ -95,10 +99,24 @@ def _download(repo_id: str, revision: str | None, token: str | None, use_safeten
                     _logger.warning("%s; the copy in the cache is used", error)
                     return copy
         raise HubError(f"{error}, and the cache has no copy") from None
+    _refuse_other_pipeline(repo_id, revision, token)
     copy = retry(lambda: current_copy("safetensors"), repo_id, WAITS_S)
     if not use_safetensors and not has_weights(copy, "safetensors"):
         copy = retry(lambda: current_copy("bin"), repo_id, WAITS_S)
     return copy
+
+
+def _refuse_other_pipeline(repo_id: str, revision: str | None, token: str | None) -> None:
+    """Raise ValueError for another kind of pipeline, before its weights are downloaded."""
+
+    def index() -> Path | None:
+        with suppress(EntryNotFoundError):  # a missing index is reported after the download
+            file = hf_hub_download(repo_id, "model_index.json", revision=revision, token=token)
+            return Path(file)
+        return None
+
+    if path := retry(index, repo_id, WAITS_S):
+        scheduler_class(path.parent, repo_id)
 
 
 def check_repo_id(repo_id: str, *, may_be_folder: bool = False) -> None:

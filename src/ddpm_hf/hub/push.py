@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo, get_token
 from huggingface_hub.errors import RepositoryNotFoundError
 
+from ddpm_hf.diffusion.atomic_files import read_json
 from ddpm_hf.diffusion.portable_checkpoint import commit
 from ddpm_hf.hub.download import check_repo_id
+from ddpm_hf.hub.model_files import PIPELINES
 from ddpm_hf.hub.published_files import REPLACED_FILES, Files, checked_card, prepare
 from ddpm_hf.hub.retry import TOKEN_HELP, WAITS_S, retry, shorten
 from ddpm_hf.hub.space import check_gradio, push_space
@@ -91,7 +93,8 @@ def push(
         waits_s: seconds before each retry.
     Raises:
         ValueError: if the checkpoint is invalid or contains a secret or a local path, the name is
-            invalid, or the token is missing or may not write to the repository.
+            invalid, the repository contains another kind of model, or the token is missing or may
+            not write to the repository.
         HubError: if the Hub fails after all retries.
     """
     check_repo_id(repo_id)
@@ -162,18 +165,34 @@ class Target:
 
     def _check_access(self) -> None:
         try:
-            names = self.api.list_repo_files(self.repo_id)
+            head = self.api.model_info(self.repo_id)
         except RepositoryNotFoundError:
             if self.create_pr:
                 raise
             self._create()
         else:
-            _refuse_other_model(self.repo_id, names)
+            self._refuse_other_model(head)
         # The Hub has no query for the right to write; asking how to upload a file requires it.
         probe = [CommitOperationAdd("README.md", b"probe")]
         self.api.preupload_lfs_files(self.repo_id, probe, create_pr=self.create_pr)
         if self.revision and not self.create_pr and not self.revision.startswith("refs/"):
             self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
+
+    def _refuse_other_model(self, head: ModelInfo) -> None:
+        """Raise ValueError if the repository contains another kind of model."""
+        names = sorted(file.rfilename for file in head.siblings or [])
+        others = [name for name in names if not name.startswith((".git", "README", "LICENSE"))]
+        if not others:
+            return
+        if "model_index.json" not in others:
+            listing = shorten(", ".join(others), 100)
+            raise ValueError(
+                f"{self.repo_id} contains other files ({listing}): choose another name"
+            )
+        path = self.api.hf_hub_download(self.repo_id, "model_index.json", revision=head.sha)
+        kind = read_json(Path(path)).get("_class_name")
+        if kind not in PIPELINES:
+            raise ValueError(f"{self.repo_id} contains a {kind!s:.100}: choose another name")
 
     def _create(self) -> None:
         for kind in ("dataset", "space"):
@@ -219,11 +238,3 @@ class Target:
             is_new=bool(new_commit.pr_url) or new_commit.oid != head.sha,
             card_kept=card.is_from_hub,
         )
-
-
-def _refuse_other_model(repo_id: str, names: list[str]) -> None:
-    """Raise ValueError if the repository contains another kind of model."""
-    others = [name for name in names if not name.startswith((".git", "README", "LICENSE"))]
-    if others and "model_index.json" not in others:
-        listing = shorten(", ".join(sorted(others)), 100)
-        raise ValueError(f"{repo_id} contains other files ({listing}): choose another name")

@@ -93,6 +93,7 @@ def _record(edit: PictureEdit, model: Mapping[str, Any] | None) -> Mapping[str, 
             **{k: v for k, v in options.items() if v is not None and k not in files},
             "pictures": edit.pictures.digest(),
             "weights": weights_digest(edit.pipeline.unet),
+            "device": edit.pipeline.device.type,  # each type has its own random numbers
             "scheduler_config": json.loads(edit.pipeline.scheduler.to_json_string()),
         },
     }

@@ -1,9 +1,9 @@
 """Reader of sampled images: batch files of `draw_to`, npz, npy, image folders and parquet."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -57,6 +57,17 @@ class DrawnImages:
         rows = range(len(self)) if rows is None else rows
         for start in range(0, len(rows), batch_size):
             yield self.read(rows[start : start + batch_size])
+
+    def select(self, indices: Sequence[int]) -> Self:
+        """The images with these indices, in this order, and their labels."""
+
+        def stored(rows: range) -> Array:
+            return np.concatenate(
+                [self.stored(range(i, i + 1)) for i in map(indices.__getitem__, rows)]
+            )
+
+        labels = None if self.labels is None else self.labels[np.asarray(indices)]
+        return replace(self, shape=(len(indices), *self.shape[1:]), stored=stored, labels=labels)
 
 
 def open_drawn(path: str | Path, on_bad_image: str = "error") -> DrawnImages:
