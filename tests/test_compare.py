@@ -128,6 +128,14 @@ def test_an_empty_comparison_is_refused_in_words():
         ddpm_hf.compare([], "photos")
 
 
+@pytest.mark.slow
+def test_a_model_given_twice_is_named_without_its_private_path(models, photos, tmp_path):
+    options = {**OPTIONS, "metrics": ["fd"], "num_inference_steps": [2], "progress": False}
+    result = ddpm_hf.compare([models[0]] * 2, photos, **options, output=tmp_path)
+    names = ["model (1), K = 2", "model (2), K = 2"]
+    assert sorted(row.setting for row in result.settings) == names
+
+
 def test_all_combinations_are_measured_or_left_out_with_the_reason(swept):
     comparison, _ = swept
     assert [row.setting for row in comparison.settings] == [

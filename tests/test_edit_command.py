@@ -212,6 +212,13 @@ def test_a_file_that_is_no_picture_is_named(models, files, capsys):
     assert "mask.png cannot be read: not a picture" in capsys.readouterr().err
 
 
+def test_a_truncated_picture_is_named_as_such(models, files, capsys):
+    Image.effect_noise((64, 64), 50).save(files / "cut.jpg")
+    (files / "cut.jpg").write_bytes((files / "cut.jpg").read_bytes()[:-200])
+    assert edit(models, files, "--mask", files / "cut.jpg") == 2
+    assert "cut.jpg cannot be read: image file is truncated" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_an_empty_mask_and_a_full_one_are_refused(models, files, capsys):
     for value, word in ((0, "empty"), (255, "full")):

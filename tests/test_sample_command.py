@@ -274,7 +274,12 @@ def test_allow_pickle_loads_pickled_weights(models, tmp_path, capsys):
         (
             "RGB",
             ["--scheduler", "DDIM", "--timestep-spacing", "quadratic"],
-            "DDIMScheduler",
+            "DDIMScheduler does not support --timestep-spacing=quadratic",
+        ),
+        (
+            "RGB",
+            ["--scheduler", "DPMSolverMultistep:solver_ordr=1"],
+            "does not support `solver_ordr`=1 (did you mean 'solver_order'",
         ),
         ("RGB", ["--format", "npz"], "--format npz does not match --output"),
     ],

@@ -12,7 +12,7 @@ from diffusers import UNet2DModel
 from tiny_runs import assert_equal_bits, checkpoint, metrics, run, stop_reading_at, tiny_unet
 
 from ddpm_hf import TrainingError
-from ddpm_hf.training import ConfigError, parse_config
+from ddpm_hf.training import ConfigError, parse_config, warm_up
 from ddpm_hf.utils.backend_settings import use_num_threads
 
 pytestmark = pytest.mark.slow
@@ -120,6 +120,17 @@ def test_a_batch_that_does_not_fit_into_memory_is_split_into_micro_batches(
     run(tmp_path / "asked", dataset=stop_reading_at(20), **options)
     assert_equal_bits(checkpoint(tmp_path / "split", 2), checkpoint(tmp_path / "asked", 2))
     assert "gradient_accumulation_steps: 4" in (tmp_path / "split" / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(("memory", "is_split"), [(1e5, True), (1e7, False)])
+def test_a_batch_larger_than_the_memory_of_the_machine_is_split_before_it_is_tried(
+    tmp_path, capsys, monkeypatch, memory, is_split
+):
+    """Linux grants too much memory and kills the process that uses it."""
+    monkeypatch.setattr(warm_up, "memory_bytes", lambda: memory)
+    run(tmp_path, dataset=stop_reading_at(8), max_train_steps=MEASURED)
+    message = "4 images at once do not fit: 2 in each of 2 passes, the same batch"
+    assert (message in capsys.readouterr().out) == is_split
 
 
 def test_one_image_that_does_not_fit_is_an_error_with_a_fix(tmp_path, monkeypatch, large_unet):

@@ -144,7 +144,7 @@ def run_of_checkpoint(folder: Path) -> RunPaths | None:
 
 def not_a_model(folder: Path, name: str) -> str:
     """Message for a folder without a model, with the folder inside or beside it that has one."""
-    models = (folder / "model", folder.parent / "model")
+    models = (folder / "model", folder.parent / "model", folder.parent)
     found = next((model for model in models if ModelPaths(model).index.is_file()), None)
     hint = f"; did you mean {found}?" if found else ""
     return f"{name} is not a pipeline checkpoint: it has no model_index.json{hint}"

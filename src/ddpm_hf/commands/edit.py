@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from ddpm_hf.commands.messages import command_options, resume_hint, say_recommended
 from ddpm_hf.model_options import LoadOptions, ModelArgument
 from ddpm_hf.sampling.edit_options import EditOptions, EditOutputOptions, PictureArgument
-from ddpm_hf.utils.text import counted, public_name
+from ddpm_hf.utils.text import close_paths, counted, public_name
 
 HELP = "edit a picture: inpaint, vary, interpolate, change its class"
 DESCRIPTION = """
@@ -41,11 +41,12 @@ def run(argv: list[str]) -> int:
         check_model(options.model)
         for path in (options.image, options.mask_image, options.between):
             if path is not None and not path.is_file():
-                raise ValueError(f"{path} does not exist, or is not a file")
+                raise ValueError(f"{path} is not a file{close_paths(str(path))}")
         source = [] if options.source_class is None else [options.source_class]
         check_model_options(
             options.model,
             class_labels=[*source, *(options.class_labels or ())],
+            needs_class=options.guidance_scale != 0,
             guidance_scale=options.guidance_scale,
             num_inference_steps=options.num_inference_steps,
         )

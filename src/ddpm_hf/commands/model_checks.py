@@ -38,12 +38,19 @@ def downloaded_models(names: Iterable[str], options: LoadOptions) -> Iterator[No
     Local paths are skipped.
 
     Raises:
+        ValueError: for a `revision` of local models only.
         ValueError, HubError: see `fetch`.
     """
+    names = list(names)
+    on_hub = [name for name in names if not Path(name).expanduser().exists()]
+    if options.revision is not None and names and not on_hub:
+        raise ValueError(
+            f"`revision` {options.revision} applies to models on the Hub, but {names[0]} is a local"
+            " path: leave it out"
+        )
     with downloading_once():
-        for name in names:
-            if not Path(name).expanduser().exists():
-                fetch(name, revision=options.revision, use_safetensors=options.use_safetensors)
+        for name in on_hub:
+            fetch(name, revision=options.revision, use_safetensors=options.use_safetensors)
         yield
 
 
@@ -51,6 +58,7 @@ def check_model_options(
     model: str,
     *,
     class_labels: Sequence[int | str] = (),
+    needs_class: bool = False,
     guidance_scale: float | None = None,
     num_inference_steps: int | None = None,
 ) -> None:
@@ -59,6 +67,7 @@ def check_model_options(
     Args:
         model: folder of a model, of a run, or of a training checkpoint.
         class_labels: names or numbers of classes.
+        needs_class: whether a class-conditional model needs a class.
         guidance_scale: scale of classifier-free guidance; None without it.
         num_inference_steps: number of steps; None for the default.
     Raises:
@@ -77,6 +86,8 @@ def check_model_options(
     names = names if isinstance(names, list) else None
     if class_labels:
         _check_classes(list(class_labels), config, names)
+    elif needs_class and isinstance(num_classes := config.get("num_class_embeds"), int):
+        class_numbers([None], num_classes, names)  # the error lists the classes
     if guidance_scale not in (None, 1):
         check_null_class(config, names)
 

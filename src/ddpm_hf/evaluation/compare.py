@@ -143,16 +143,19 @@ def _combinations(
 
 
 def _distinct_names(sources: Sequence[Any]) -> list[str]:
-    """The last part of each path, or more parts where these are equal."""
+    """The last part of each path, or more parts where those of several paths are equal."""
     names = [public_name_of(source) for source in sources]
     paths = [
-        Path(source).expanduser().absolute().parts if isinstance(source, str | os.PathLike) else ()
+        Path(source).expanduser().absolute().parts[1:]
+        if isinstance(source, str | os.PathLike)
+        else ()
         for source in sources
     ]
     for length in range(2, max(map(len, paths), default=0) + 1):
-        if len(set(names)) == len(names):
+        named = list(zip(names, paths, strict=True))
+        shared = [len({path for other, path in named if other == name}) > 1 for name in names]
+        if not any(shared):
             break
-        shared = [names.count(name) > 1 for name in names]
         names = [
             "/".join(path[-length:]) if is_shared and path else name
             for name, path, is_shared in zip(names, paths, shared, strict=True)

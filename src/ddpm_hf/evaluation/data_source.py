@@ -102,7 +102,7 @@ class DataSource:
             return ImageSubset(self.reference_split, self.hold_out.rows()[1])
         split = self.options.split or self.held_out_split
         if split is None:
-            self._check_reference_split()
+            self.check_reference_split()
             warnings.warn(
                 f"there is no split {' or '.join(HELD_OUT)}: measured on"
                 f" {self.reference_split!r}; the likelihood of training images is higher than that"
@@ -161,12 +161,13 @@ class DataSource:
         if held_out_split == self.reference_split:
             held_out_split = None
         if held_out_split is None or self._first_existing([self.reference_split]):
-            self._check_reference_split()
+            self.check_reference_split()
             others = ImageSubset(held_out_split) if held_out_split else None
             return ImageSubset(self.reference_split), others
         return ImageSubset(held_out_split), None
 
-    def _check_reference_split(self) -> None:
+    def check_reference_split(self) -> None:
+        """Raise DataError if the split of the training images does not exist."""
         with split_named_by("reference_split"):
             self.rows(self.reference_split)
 

@@ -48,7 +48,7 @@ def as_in_training(
     """
     needs_hold_out = bool(models) and not data.has_held_out_split()
     if needs_hold_out:
-        data.rows(data.options.reference_split)  # raises if it does not exist
+        data.check_reference_split()
     revision, use_safetensors = options.revision, options.use_safetensors
     paths = [
         ModelPaths(fetch(os.fspath(model), revision=revision, use_safetensors=use_safetensors))

@@ -56,6 +56,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
         raise
     except Exception as error:  # unpickling errors of many kinds
         reason = str(error).split("\n")[0]
+        if "weights_only" in reason:  # torch advises to run the code in the file
+            reason = "it is no file of PyTorch, or holds other objects than tensors"
         raise ValueError(f"{path} is not a state dict that is safe to read: {reason}") from None
     are_tensors = isinstance(state, dict) and all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()

@@ -54,7 +54,10 @@ class EditOptions(SamplerOptions):
     )
     guidance_scale: float = option(1.0, "scale of classifier-free guidance; 1 turns it off")
     num_images: int = option(
-        8, "draws, or images from one end to the other", minimum=1, limit=1_000_000
+        8,
+        "draws, or images from one end to the other; a change of class gives one image",
+        minimum=1,
+        limit=1_000_000,
     )
     seed: int = option(0, "draw i depends on the seed and i only")
     method: Literal["repaint", "covariance"] = option(

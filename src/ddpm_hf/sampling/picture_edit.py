@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ddpm_hf.diffusion.atomic_files import check_regular
 from ddpm_hf.diffusion.denoising_pipeline import EditingOutput
@@ -52,7 +52,8 @@ def _open(path: Path) -> Image.Image:
         with Image.open(path) as picture:
             return ImageOps.exif_transpose(picture).copy()
     except OSError as error:
-        reason = error.strerror or "not a picture that Pillow can read"
+        is_unknown = isinstance(error, UnidentifiedImageError)
+        reason = "not a picture that Pillow can read" if is_unknown else error.strerror or error
         raise ValueError(f"{path} cannot be read: {reason}") from None
 
 

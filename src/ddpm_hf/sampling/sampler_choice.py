@@ -14,6 +14,7 @@ from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
 from ddpm_hf.diffusion.scheduling import GaussianDDPMScheduler
 from ddpm_hf.sampling.options import CALIBRATED_SPACINGS, SamplerOptions
 from ddpm_hf.scheduler_spec import SchedulerSpec
+from ddpm_hf.utils.text import did_you_mean
 
 # Karras' sigmas suit linear betas, where alpha_bar ends at 4e-5, and not cosine betas, where it
 # ends at 2e-9.
@@ -143,11 +144,13 @@ def build_scheduler(pipeline: GaussianDDPMPipeline, spec: SchedulerSpec) -> Sche
     kind = type(own)
     if name is not None:
         kind = GaussianDDPMScheduler if name == "DDPM" else getattr(diffusers, f"{name}Scheduler")
+    known = kind._get_init_keys(kind)
     for option, value in spec.options.items():
         is_ours = kind is GaussianDDPMScheduler
-        if option not in kind._get_init_keys(kind) or (value == "quadratic" and not is_ours):
+        if option not in known or (value == "quadratic" and not is_ours):
             shown = "DDPM" if is_ours else kind.__name__
-            raise ValueError(f"{shown} does not support `{option}`={value}")
+            hint = "" if option in known else did_you_mean(option, known)
+            raise ValueError(f"{shown} does not support `{option}`={value}{hint}")
     if name is None and not spec.options:
         return own
     try:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ddpm_hf.data.labels import NO_LABEL
+from ddpm_hf.diffusion.checkpoint_limits import memory_bytes
 from ddpm_hf.training.errors import TrainingError
 from ddpm_hf.training.run import Run
 from ddpm_hf.utils.backend_settings import is_out_of_memory
@@ -68,8 +69,8 @@ def _fit_to_memory(run: Run) -> None:
         factor = next(n for n in range(2, size + 1) if size % n == 0)
         run.split_micro_batches(factor)
         run.accelerator.print(
-            f"memory     {size} images at once do not fit: {size // factor} in each of "
-            f"{run.config.gradient_accumulation_steps} passes, the same batch"
+            f"memory     {size:,} images at once do not fit: {size // factor:,} in each of "
+            f"{run.config.gradient_accumulation_steps:,} passes, the same batch"
         )
 
 
@@ -78,6 +79,8 @@ def _fits_memory(run: Run) -> bool:
     parameters = list(run.state.unet.parameters())
     moments, fits = [], True
     try:
+        if _exceeds_cpu_memory(run):
+            raise MemoryError
         if not run.state.optimizer.state:
             moments = [torch.empty_like(p) for p in parameters for _ in range(2)]
         trial_pass(run)
@@ -89,6 +92,29 @@ def _fits_memory(run: Run) -> bool:
     run.state.unet.zero_grad(set_to_none=True)
     num_fits = torch.tensor(int(fits), device=run.accelerator.device)
     return bool(run.accelerator.reduce(num_fits) == run.accelerator.num_processes)
+
+
+def _exceeds_cpu_memory(run: Run) -> bool:
+    """Whether the activations of a micro-batch need more than the physical memory of the machine.
+
+    They are measured with a few images: Linux grants too much memory and then kills the process.
+    """
+    few = 2
+    on_cpu = run.accelerator.device.type == "cpu"
+    if run.micro_batch_size <= few or not on_cpu or run.computation.compile:
+        return False
+    weights = {weight.untyped_storage().data_ptr() for weight in run.state.unet.parameters()}
+    sizes: dict[int, int] = {}
+
+    def measured(saved: Tensor) -> Tensor:
+        storage = saved.untyped_storage()
+        if storage.data_ptr() not in weights:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(measured, lambda saved: saved):
+        _forward_and_backward(run, few)
+    return sum(sizes.values()) * run.micro_batch_size / few > memory_bytes()
 
 
 def _check_compiled(run: Run) -> None:
@@ -134,9 +160,9 @@ def trial_pass(run: Run) -> float:
     return time.monotonic() - start
 
 
-def _forward_and_backward(run: Run) -> Tensor:
-    """Losses (B,) of a micro-batch of black images; leaves the gradients in the network."""
-    size, device = run.micro_batch_size, run.accelerator.device
+def _forward_and_backward(run: Run, size: int | None = None) -> Tensor:
+    """Losses (B,) of black images, by default a micro-batch; leaves gradients in the network."""
+    size, device = size or run.micro_batch_size, run.accelerator.device
     components = run.components
     x_0 = torch.full((size, *components.images.shape), -1.0, device=device)
     labels = None if components.images.labels is None else torch.full((size,), NO_LABEL)
