@@ -168,6 +168,16 @@ def test_settings_of_optimize_are_recorded_and_reused(model, tmp_path, capsys):
     assert "instead of None" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("options", [(), ("--optimize",)])
+def test_images_with_a_damaged_record_are_sampled_again(model, pixels, tmp_path, options):
+    parts = tmp_path / "x.npz.parts"
+    parts.mkdir()
+    (parts / "options.json").write_text('{"settings": {')
+    sample(model, tmp_path / "x.npz", *options)
+    images = open_drawn(tmp_path / "x.npz")
+    np.testing.assert_array_equal(images.read(range(N)), pixels)
+
+
 def test_files_of_other_programs_are_kept(model, tmp_path, capsys):
     (tmp_path / "pets.json").write_text('{"mine": 1}')
     (tmp_path / "x.npz").mkdir()

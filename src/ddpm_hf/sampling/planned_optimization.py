@@ -1,6 +1,7 @@
 """Optimization of the networks for the calls that a set of images takes."""
 
 import math
+from contextlib import suppress
 from pathlib import Path
 
 from ddpm_hf.diffusion.pipeline import GaussianDDPMPipeline
@@ -10,7 +11,7 @@ from ddpm_hf.inference_settings import InferenceSettings, OptimizedInference
 from ddpm_hf.sampling.image_reader import RECORD_NAME
 from ddpm_hf.sampling.options import DrawOptions
 from ddpm_hf.sampling.output_paths import batch_folder, record_path
-from ddpm_hf.sampling.sampling_record import SamplingRecord
+from ddpm_hf.sampling.sampling_record import DamagedRecordError, SamplingRecord
 from ddpm_hf.utils.shared_work import distributed_state, on_main_process
 
 
@@ -35,7 +36,9 @@ def optimize_for_images(
 
     def choose() -> InferenceSettings:
         # Of the incomplete images, or of the complete ones.
-        record = SamplingRecord.read(batch_folder(output) / RECORD_NAME)
+        record = None
+        with suppress(DamagedRecordError):  # the images are sampled again
+            record = SamplingRecord.read(batch_folder(output) / RECORD_NAME)
         if record is None and not options.overwrite:
             record = SamplingRecord.read(record_path(output))
         if record is not None and record.settings.speed is not None:
