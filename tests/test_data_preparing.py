@@ -1,7 +1,9 @@
 """Preparation of images: column, options and cache."""
 
 import json
+import os
 import pickle
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 
@@ -13,7 +15,7 @@ from image_sets import as_numpy, folder_of, greys, prepare, rows
 from PIL import Image
 from processes import run_forked
 
-from ddpm_hf.data import DataError, load_images
+from ddpm_hf.data import DataError, load_images, preprocessing
 
 
 def two_columns():
@@ -200,6 +202,20 @@ def test_several_processes_keep_the_order_of_many_images():
     values = np.arange(count).astype(np.uint16)
     images = prepare(rows(*(zoo.encode(np.full((2, 2), value)) for value in values)))
     assert [int(image[0, 0, 0]) for image in images] == values.tolist()
+
+
+def kill_itself(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_is_reported(monkeypatch, tmp_path):
+    monkeypatch.setattr(preprocessing, "_ROWS_PER_WORKER", 2)
+    monkeypatch.setattr(preprocessing, "decode_images", kill_itself)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    with pytest.raises(DataError, match="prepares the images was killed, perhaps because memory"):
+        prepare(rows(*[zoo.encode(zoo.GREY)] * 8), cache_dir=tmp_path)
+    assert [path for path in tmp_path.iterdir() if path.suffix != ".lock"] == []
 
 
 def test_the_batches_of_many_images_are_as_large_as_those_of_few():

@@ -11,6 +11,7 @@ from PIL import Image
 from tiny_runs import metrics, run
 
 from ddpm_hf import TrainingConfig, train
+from ddpm_hf.data import load_images, prepare_images
 
 pytestmark = pytest.mark.slow
 
@@ -67,6 +68,16 @@ def test_a_dry_run_prints_facts_and_plan_and_writes_nothing(folder, capsys, monk
         "nothing was written",
     ):
         assert expected in printed, expected
+
+
+@pytest.mark.filterwarnings("ignore:7 images used")
+def test_a_dry_run_names_the_folder_of_images_that_a_script_prepared(tmp_path, folder, capsys):
+    images = prepare_images(
+        load_images(folder), image_mode="L", on_bad_image="skip", cache_dir=tmp_path / "cache"
+    )
+    run(tmp_path / "run", dataset=images, dry_run=True)
+    printed = capsys.readouterr().out
+    assert f"nothing was written, except for the prepared images in {images.folder}," in printed
 
 
 def test_a_dry_run_of_an_interrupted_run_shows_how_it_would_resume(tmp_path, capsys):

@@ -28,7 +28,7 @@ from ddpm_hf.hub.push import push
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 # Our retries are immediate; those of huggingface_hub take one or two seconds each.
 SETUP = """
-import functools, time
+import functools, importlib, time
 from pathlib import Path
 from ddpm_hf import load
 from ddpm_hf.hub.push import push
@@ -584,6 +584,21 @@ def test_background_pushes_are_serial_and_only_the_newest_waits(client, hub, che
     assert titles == ["Step 40", "Step 10", "initial commit"]
     assert json.loads(hub.repo("user/digits").files()["training.json"]) == {"steps": 40}
     assert not list(checkpoint.parent.glob(".pushing-*"))
+
+
+@pytest.mark.slow
+def test_progress_bars_are_hidden_only_during_a_background_push(client, hub, checkpoint):
+    client.run(PUSHER)
+    client.run("bars = importlib.import_module('huggingface_hub.utils.tqdm')")
+    client.run("bars.HF_HUB_DISABLE_PROGRESS_BARS = None\nbars.enable_progress_bars()")
+    gate = threading.Event()
+    hub.fault("/commit/main", run=gate.wait)
+    client.run("pusher.submit(folder, 1)", folder=checkpoint)
+    wait_for(hub, "/commit/main", 1)
+    assert client.run("result = bars.are_progress_bars_disabled()") is True
+    gate.set()
+    assert client.run("result = pusher.finish(20)") is True
+    assert client.run("result = bars.are_progress_bars_disabled()") is False
 
 
 @pytest.mark.slow

@@ -67,17 +67,18 @@ def as_unit(images):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("share", [None, "0.4"])
+@pytest.mark.parametrize("share", [None, "0.15", "0.4"])
 def test_distance_copies_and_their_floors_equal_those_of_evaluate(tmp_path, capsys, share):
     result = run(tmp_path, validation_split=share)
     entries = evaluation_entries(tmp_path)
     assert list(entries) == [2, 4, 6]
-    floor = "held-out images" if share else "halves of the training images"
+    floor = "held-out images" if share == "0.4" else "halves of the training images"
     assert f"training images, with the floor of {floor}, features pixels" in capsys.readouterr().out
     real, held_out = by_pixels(as_unit(on_grid())), None
     if share:
-        halves = hold_out(TrainingImages(on_grid()), 0.4, seed=0)
+        halves = hold_out(TrainingImages(on_grid()), float(share), seed=0)
         real, held_out = (real[part.indices] for part in halves)
+        held_out = held_out if len(held_out) >= 4 else None
     drawn = np.stack(draw_images(load(result.model_dir), 6, batch_size=4, num_inference_steps=3,
                                  eta=0.0, progress=False))  # fmt: skip
     drawn = by_pixels(torch.from_numpy(drawn).permute(0, 3, 1, 2))
@@ -97,6 +98,12 @@ def test_distance_copies_and_their_floors_equal_those_of_evaluate(tmp_path, caps
         assert shown[name] == entries[6][f"evaluation_{name}"]
     card = (result.model_dir / "README.md").read_text()
     assert "share of copies (pixels, during training)" in card
+
+
+def test_an_evaluation_with_too_few_training_images_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="`evaluate_steps` needs at least 4 training images, got"):
+        run(tmp_path / "run", dataset=on_grid()[:3])
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from ddpm_hf import ConfigError, GaussianDDPMPipeline, TrainingConfig, load, tra
 from ddpm_hf.data import DataError, TrainingImages
 from ddpm_hf.hub.card_facts import card_facts
 from ddpm_hf.hub.card_rendering import render_model_card
-from ddpm_hf.training import parse_config
+from ddpm_hf.training import build_images, parse_config
 from ddpm_hf.training.dataset_setup import hold_out
 
 OPTIONS = {
@@ -126,8 +126,12 @@ def test_the_best_model_is_kept(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("classes", [("",), ("cat", "dog")], ids=["no classes", "classes"])
-def test_a_split_of_the_dataset_is_validated(tmp_path, classes):
+@pytest.mark.parametrize(
+    ("classes", "prepares"),
+    [(("",), False), (("cat", "dog"), False), (("",), True)],
+    ids=["no classes", "classes", "training images prepared by a script"],
+)
+def test_a_split_of_the_dataset_is_validated(tmp_path, classes, prepares):
     for split, count in (("train", 6), ("test", 3)):
         for i in range(count):
             file = tmp_path / "photos" / split / classes[i % len(classes)] / f"{i}.png"
@@ -141,7 +145,7 @@ def test_a_split_of_the_dataset_is_validated(tmp_path, classes):
         batch_size=2,
         num_samples=0,
     )
-    result = train(config, unet=tiny_unet())
+    result = train(config, unet=tiny_unet(), dataset=build_images(config) if prepares else None)
     assert measured(tmp_path / "run")
     facts = json.loads((result.model_dir / "training.json").read_text())
     assert facts["dataset"]["num_images"] == 6

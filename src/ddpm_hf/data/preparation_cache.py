@@ -33,7 +33,8 @@ def prepared_folder(
         on_bad_image: of `prepare_into`.
         cache_dir: parent folder; None for a folder in the cache of `datasets`.
     Raises:
-        DataError: if the images cannot be used, or the folder cannot be written.
+        DataError: if the images cannot be used, the folder cannot be written, or a process was
+            killed.
     """
     cache = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE, "ddpm_hf")).expanduser()
     folder = cache / _key(images, plan)
@@ -52,6 +53,13 @@ def prepared_folder(
         raise DataError(
             f"the images cannot be prepared in {str(cache)!r}: {error}; set HF_DATASETS_CACHE to a"
             " writable folder"
+        ) from None
+    except RuntimeError as error:
+        if "abruptly died" not in str(error):  # message of `datasets`
+            raise
+        raise DataError(
+            "a process that prepares the images was killed, perhaps because memory ran out: free"
+            " memory, or use fewer processes, one per CPU (`taskset -c 0` before the command: one)"
         ) from None
     return folder
 

@@ -117,7 +117,6 @@ class BackgroundPusher:
                 self._waiting.discard()
             self._waiting = snapshot
             if self._thread is None:
-                disable_progress_bars()  # they would interrupt the bar of the trainer
                 self._thread = threading.Thread(target=self._work, name="hub-push", daemon=True)
                 self._thread.start()
 
@@ -126,7 +125,8 @@ class BackgroundPusher:
             try:
                 folder = snapshot.path or snapshot.folder
                 files = prepare(folder, self._target.repo_id)
-                result = self._target.upload(folder, files, f"Step {snapshot.step}")
+                with disable_progress_bars():  # they would interrupt the bar of the trainer
+                    result = self._target.upload(folder, files, f"Step {snapshot.step}")
             except Exception as error:
                 self._report(snapshot, error)
             else:

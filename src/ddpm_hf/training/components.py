@@ -127,7 +127,7 @@ def assemble(
         prediction_type=scheduler.config.prediction_type,
         has_custom_loss=loss is not None,
     )
-    training, held_out = split_off_validation(config, loaded.images, facts, unet, dataset is None)
+    training, held_out = split_off_validation(config, loaded.images, facts, unet)
     facts, class_notes = count_classes(
         facts, training.labels, held_out.labels if held_out else None, config.class_dropout
     )

@@ -208,7 +208,6 @@ def split_off_validation(
     images: ImageDataset | StreamedImages | MapStyleImages,
     facts: ImageFacts,
     unet: UNet2DModel,
-    has_splits: bool,
 ) -> tuple[RunImages, RunImages | None]:
     """Training images and validation images, padded for the network.
 
@@ -216,7 +215,6 @@ def split_off_validation(
         config: the options.
         images, facts: images to train on; without class names for an unconditional model.
         unet: sets the padding.
-        has_splits: whether `validation_split` may name a split of the dataset.
     Raises:
         ConfigError: if `validation_split` is neither a valid fraction nor a usable split.
     """
@@ -238,10 +236,10 @@ def split_off_validation(
     training = padded(images)
     if config.validation_split is None:
         return training, None
-    if fraction is None and not has_splits:
+    if fraction is None and config.dataset is None:
         raise ConfigError(
-            f"`validation_split` must be a fraction such as 0.05 for images passed in Python, got "
-            f"{split!r}"
+            f"`validation_split` {split!r} is a split of `dataset`, which is missing; for images "
+            "passed in Python use a fraction, such as 0.05"
         )
     if fraction is None:
         return training, _validation_images(config, split, facts, unet)

@@ -45,9 +45,20 @@ def describe_needs(run: Run) -> str:
         *(f"data       {line}" for line in _describe_data(run)),
         f"memory     {_describe_memory(run)}",
         f"disk       {_describe_disk(run)}",
-        "dry run    nothing was written and no update was made",
+        f"dry run    nothing was written{_describe_kept(run)} and no update was made",
     ]
     return "\n".join(lines)
+
+
+def _describe_kept(run: Run) -> str:
+    """Suffix for images that were prepared before the run, outside its temporary cache."""
+    match run.components.images.source:
+        case PreparedSource(images=images) if not images.folder.is_relative_to(
+            datasets.config.HF_DATASETS_CACHE
+        ):
+            return f", except for the prepared images in {images.folder},"
+        case _:
+            return ""
 
 
 def _describe_data(run: Run) -> list[str]:

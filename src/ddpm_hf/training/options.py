@@ -320,7 +320,8 @@ class OutputOptions(Options):
 
     dry_run: bool = option(
         False,
-        "print the plan with facts about the data, time, memory and disk space, and write nothing",
+        "print the plan with facts about the data, time, memory and disk space; nothing is written "
+        "but downloads",
         is_recorded=False,
     )
     output_dir: str | None = option(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ddpm_hf.data import ImageFacts
 from ddpm_hf.evaluation.features import Features, features_of, load_features
-from ddpm_hf.evaluation.metrics import measure
+from ddpm_hf.evaluation.metrics import MIN_IMAGES, measure
 from ddpm_hf.evaluation_options import DEFAULT_FEATURES
 from ddpm_hf.pictures import Pixels, quantised
 from ddpm_hf.run_record import SampleSetup
@@ -30,6 +30,8 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
+_METRICS = ("fd", "memorisation")
+_MIN_REAL = max(MIN_IMAGES[metric] for metric in _METRICS)
 MAX_REAL = 10_000  # real images to compare with, evenly spread
 _BATCH_SIZE = 64  # of the feature network, as in `ddpm-hf evaluate`
 
@@ -39,7 +41,7 @@ class PeriodicEvaluation:
 
     Measures the Frechet distance and the share of copies. Every rank draws a share, seeded by the
     run: two measurements differ by the weights alone. The floor comes from held-out images, or from
-    halves of the training images if there are none.
+    halves of the training images if there are fewer than four.
 
     Args:
         run: its network and diffusion draw the samples.
@@ -55,6 +57,8 @@ class PeriodicEvaluation:
 
         self.run, self.features = run, dataclasses.replace(features, network=network)
         self.every = every
+        held_out = run.components.held_out
+        self._held_out = held_out if held_out and len(held_out) >= _MIN_REAL else None
         self._real: list[Tensor | None] | None = None
 
     def measure(self) -> SampleFigures | None:
@@ -83,7 +87,7 @@ class PeriodicEvaluation:
             x, *z = real
             device, seed = run.accelerator.device, run.config.seed
             results = _as_value_errors(
-                lambda: measure(["fd", "memorisation"], x, y, *z, seed=seed, device=device)
+                lambda: measure(_METRICS, x, y, *z, seed=seed, device=device)
             )
             return SampleFigures.of(results, self._setup())
 
@@ -101,7 +105,7 @@ class PeriodicEvaluation:
             best: update of the model in best/, if any.
         """
         config, copies = self.run.config, figures.copies
-        others = "held-out" if self.run.components.held_out else "other training"
+        others = "held-out" if self._held_out else "other training"
         again = ["`keep_best`"] * (config.kept_by is None)
         again += ["`random_flip`"] * (not config.random_flip)
         options = f"{', '.join(again)} and dropout" if again else "dropout"
@@ -125,9 +129,9 @@ class PeriodicEvaluation:
         return min(config.sample_inference_steps, len(scheduler))
 
     def _real_images(self) -> list[DrawnImages]:
-        """The training images, and the held-out images if there are any."""
+        """The training images, and the held-out images if the floor comes from them."""
         components = self.run.components
-        sources = [components.images, *([components.held_out] if components.held_out else [])]
+        sources = [components.images, *([self._held_out] if self._held_out else [])]
         parts = [in_few_shards(images, MAX_REAL) for images in sources]
         return [as_pixels(images, components.facts) for images in parts]
 
@@ -160,7 +164,7 @@ class PeriodicEvaluation:
     def describe(self) -> str:
         """A line of the plan: what is measured, and the cost of sampling relative to training."""
         config, components = self.run.config, self.run.components
-        floor = "held-out images" if components.held_out else "halves of the training images"
+        floor = "held-out images" if self._held_out else "halves of the training images"
         return (
             f"evaluation FD and copies: {counted(config.evaluate_num_images, 'sample')} of "
             f"{self._num_inference_steps} steps against "
@@ -177,12 +181,18 @@ def build_evaluation(run: Run) -> PeriodicEvaluation | None:
     Features that do not load are a warning if they are the default ones, or if the run is resumed.
 
     Raises:
-        ConfigError: on all ranks, for other features that do not load.
+        ConfigError: on all ranks, for too few training images, and for other features that do not
+            load.
     """
     config, accelerator = run.config, run.accelerator
     every = config.evaluate_steps
     if every is None:
         return None
+    if (num_images := len(run.components.images)) < _MIN_REAL:
+        raise ConfigError(
+            f"`evaluate_steps` needs at least {_MIN_REAL} training images, got {num_images}; add "
+            "images, or leave it out"
+        )
     name, features, failure = config.evaluate_features or DEFAULT_FEATURES, None, None
 
     def load() -> Features:

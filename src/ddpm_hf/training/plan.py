@@ -165,8 +165,8 @@ def _describe_quality(run: Run) -> str:
     """Samples of new networks after this number of updates; empty for images over 32x32 pixels.
 
     With 16 images per update, digits were recognisable after 200 updates and pixel faces after 600;
-    faces had few errors after 2,000, when emoji of 32x32 pixels were still blurs. Larger images
-    were not measured (docs/training_quality.md).
+    faces had few errors after 2,000. Emoji of 32x32 pixels were blurs after 2,000 updates and
+    partly recognisable after 10,000. Larger images were not measured (docs/training_quality.md).
     """
     facts, num_updates = run.components.facts, run.config.max_train_steps
     if run.config.pretrained is not None or max(facts.height, facts.width) > 32:
@@ -178,7 +178,10 @@ def _describe_quality(run: Run) -> str:
             "recognisable if the images are alike, such as digits, or pixel faces from 600 updates;"
             " blurs if they vary"
         )
-    return "few errors if the images are alike, such as pixel faces; more if they vary"
+    return (
+        "few errors if the images are alike, such as pixel faces; if they vary, partly recognisable"
+        " from 10,000 updates"
+    )
 
 
 def _describe_machine(run: Run) -> str:

@@ -43,9 +43,7 @@ class ValidationResult:
     def records(self) -> list[MetricRecord]:
         """The values in the model card."""
         setup = self.setup
-        name = (
-            f"bits/dim of {setup.num_images} held-out image{'s' * (setup.num_images > 1)} (bound)"
-        )
+        name = f"bits/dim of {counted(setup.num_images, 'held-out image')} (bound)"
         K, M, error = setup.num_inference_steps, setup.num_timesteps, finite(self.standard_error)
         precision = "" if error is None else f", standard error {error:.2g}"
         measured = f", {M:,} of them measured per image" if M < K else ""
