@@ -126,6 +126,20 @@ def test_the_best_model_is_kept(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_that_starts_again_without_a_checkpoint_keeps_its_own_best_model(tmp_path):
+    run(tmp_path, keep_best=True)
+    shutil.rmtree(tmp_path / "checkpoints")
+    shutil.rmtree(tmp_path / "model")
+    file = tmp_path / "best" / "training.json"
+    facts = json.loads(file.read_text())
+    facts["metrics"][0]["value"] = -1.0  # of other options
+    file.write_text(json.dumps(facts))
+    run(tmp_path, keep_best=True)
+    best = min(measured(tmp_path).values())
+    assert json.loads(file.read_text())["metrics"][0]["value"] == best
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("classes", "prepares"),
     [(("",), False), (("cat", "dog"), False), (("",), True)],

@@ -59,7 +59,7 @@ def prepared_folder(
             raise
         raise DataError(
             "a process that prepares the images was killed, perhaps because memory ran out: free"
-            " memory, or use fewer processes, one per CPU (`taskset -c 0` before the command: one)"
+            " memory, or limit the processes, one per CPU, with `taskset -c 0 COMMAND`"
         ) from None
     return folder
 

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
@@ -57,6 +58,8 @@ class Artifacts:
         self.evaluated: SampleFigures | None = None
         self._measured: tuple[int, list[ValidationResult | SampleFigures]] = (-1, [])
         self._has_warned_of_copies = False
+        # A run that starts again without a checkpoint may have other options: its best counts.
+        self._has_best = run.checkpoint is not None
 
     def save_checkpoint(self, must_succeed: bool) -> None:
         """Save the state of the run; a full disk is a warning, or an error if `must_succeed`."""
@@ -120,7 +123,7 @@ class Artifacts:
             self._keep_if_best("fd", figures.fd.value)
         elif not self._has_warned_of_copies:
             self._has_warned_of_copies = True
-            best = read_json(self.run.paths.best.facts).get("steps")
+            best = self._best_facts().get("steps")
             logger.warning("%s", self.evaluation.describe_copies(figures, best))
         return figures.log_values()
 
@@ -135,10 +138,15 @@ class Artifacts:
         run = self.run
         if run.config.kept_by != metric or not run.accelerator.is_main_process:
             return
-        kept = read_json(run.paths.best.facts).get("metrics") or []
+        kept = self._best_facts().get("metrics") or []
         if value < next((m["value"] for m in kept if m["type"] == metric), math.inf):
             with self.warn_on_disk_error("keep the best model"):
                 self._export_to(run.paths.best, kept_by=metric)
+                self._has_best = True
+
+    def _best_facts(self) -> dict[str, Any]:
+        """The record of the best model of this run; {} without one."""
+        return read_json(self.run.paths.best.facts) if self._has_best else {}
 
     def draw_samples(self) -> None:
         """Draw a grid of samples from the EMA weights on all ranks; a failure is a warning."""
