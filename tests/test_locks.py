@@ -43,6 +43,20 @@ def test_a_command_reports_an_output_in_use_before_it_loads_anything(
     assert not output.exists()
 
 
+@pytest.mark.parametrize("command", ["sample MODEL", "evaluate MODEL PHOTOS"])
+def test_an_output_that_cannot_be_written_is_named_by_its_flag(
+    command, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    for folder in map(Path, ("MODEL", "PHOTOS")):
+        folder.mkdir()
+        (folder / "model_index.json").touch()
+    Path("file").touch()  # root may write everywhere else
+    assert main([*command.split(), "--output", "file/out"]) == 1
+    message = "--output file/out cannot be written: Not a directory; choose another one"
+    assert message in capsys.readouterr().err
+
+
 def test_a_released_folder_keeps_its_files_and_can_be_reserved_again(tmp_path):
     with reserve(tmp_path / "x"):
         (tmp_path / "x" / "result").touch()

@@ -115,7 +115,7 @@ def command_messages(options: type | None = None) -> Iterator[None]:
 
     Args:
         options: dataclass of the options whose names in backticks become flags, in warnings and in
-            the text of a ValueError or RuntimeError.
+            the text of a ValueError, RuntimeError or OSError.
     """
 
     shown = set[str]()
@@ -139,8 +139,9 @@ def command_messages(options: type | None = None) -> Iterator[None]:
         with naming_flags_of(options):
             try:
                 yield
-            except (ValueError, RuntimeError) as error:
-                error.args = (for_user(str(error)),)
+            except (ValueError, RuntimeError, OSError) as error:
+                if getattr(error, "errno", None) is None:  # not of the operating system
+                    error.args = (for_user(str(error)),)
                 raise
     finally:
         warnings.showwarning, logger.handlers, logger.propagate = before

@@ -85,7 +85,6 @@ def sample(options: SampleCommand, output: Path) -> None:
     from ddpm_hf.utils.shared_work import distributed_state, leave_process_group
 
     # Reserve the output before the model is loaded.
-    output.parent.mkdir(parents=True, exist_ok=True)
     state = distributed_state()
     with reserved_output(output, state):
         pass

@@ -48,7 +48,13 @@ def exclusive_folder(
         raise ValueError(f"`{option}`: {error}") from None
     with ExitStack() as stack:
         lock = _folder_lock(folder, output or folder, option)
-        on_main_process(state, lambda: stack.enter_context(lock))
+        try:
+            on_main_process(state, lambda: stack.enter_context(lock))
+        except OSError as error:
+            raise OSError(
+                f"`{option}` {output or folder} cannot be written: {error.strerror or error};"
+                " choose another one"
+            ) from None
         yield
 
 
