@@ -243,6 +243,19 @@ def test_zero_terminal_snr_keeps_the_first_beta_and_ends_at_zero():
     assert scheduler.log_snr(999) == -torch.inf
 
 
+def test_zero_terminal_snr_of_a_chain_whose_alpha_bar_underflows():
+    """alpha_bar of the original chain ends at 1e-1000."""
+    config = {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+    scheduler = GaussianDDPMScheduler(
+        trained_betas=[0.9] * 1000, rescale_betas_zero_snr=True, **config
+    )
+    roots = [mpmath.sqrt(bar) for bar in alpha_bars([mpf(0.9)] * 1000)]
+    shifted = [root - roots[-1] for root in roots]
+    want = [1 - (root / prev) ** 2 for prev, root in itertools.pairwise(shifted)]
+    # Rounding of log1p, expm1 and of beta: a few units in the last place.
+    assert relative_error(scheduler.trajectory_betas().numpy()[1:], want) < 1e-14
+
+
 def chain(scheduler, network, x, **step_options):
     for t in scheduler.timesteps.tolist():
         x = scheduler.step(network(x, t), t, x, **step_options).prev_sample

@@ -185,11 +185,11 @@ def named_betas(
 def rescale_zero_terminal_snr(betas: Array) -> Array:
     """Betas rescaled to a last alpha_bar of 0, with the first unchanged (2305.08891, algorithm 1).
 
-    The source shifts and scales sqrt(alpha_bar). A shift preserves differences, so 1 - sqrt(alpha)
-    of the result is computed without subtracting nearly equal numbers.
+    The source shifts and scales r = sqrt(alpha_bar). Then 1 - sqrt(alpha_t) becomes
+    (r_prev - r_t) / (r_prev - r_T) = (1 - r_t / r_prev) / (1 - r_T / r_prev), computed from the log
+    of these ratios: it needs no difference of nearly equal numbers, and no r that underflows.
     """
     log_alphas = np.log1p(-betas)
-    root = np.exp(log_alphas.cumsum() / 2)
-    drop = -np.expm1(log_alphas[1:] / 2) * root[:-1] / (root[:-1] - root[-1])
-    drop[-1] = 1.0  # the exact value; rounding would leave a trace of signal
+    log_alpha_to_end = log_alphas[::-1].cumsum()[::-1]
+    drop = np.expm1(log_alphas[1:] / 2) / np.expm1(log_alpha_to_end[1:] / 2)
     return np.concatenate([betas[:1], drop * (2 - drop)])
