@@ -141,6 +141,20 @@ def test_the_recursion_gives_the_known_divergences_of_repaint(is_calibrated, wan
 
 
 @pytest.mark.slow
+def test_a_jump_longer_than_the_chain_repeats_nothing():
+    """The default of 10 also fits chains of fewer timesteps."""
+    short = GaussianDDPMScheduler(num_train_timesteps=5, beta_start=0.3, beta_end=0.99)
+    x_0, mask = torch.ones(1, 2), torch.tensor([0, 1])
+    by_default, without = (
+        inpaint(
+            lambda x, t: x, short, x_0, mask, progress=False,
+            generator=torch.Generator().manual_seed(0), **options
+        )
+        for options in ({}, {"jump_n_sample": 1})
+    )  # fmt: skip
+    assert torch.equal(by_default, without)
+
+
 @pytest.mark.parametrize(
     ("num_steps", "jump_length", "jump_n_sample", "eta", "is_calibrated"),
     [(50, 1, 1, 1.0, False), (20, 1, 5, 1.0, True), (20, 5, 3, 1.0, False), (20, 3, 2, 0.5, False)],

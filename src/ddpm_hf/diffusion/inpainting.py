@@ -86,7 +86,7 @@ def conditioned(
     denoisers = [denoiser] * num_steps if callable(denoiser) else list(denoiser)
     if method == "covariance":
         return _covariance(denoisers, scheduler, x_0, is_known, generator)
-    jump_length = checks.to_int("jump_length", jump_length, 1, len(scheduler))
+    jump_length = checks.to_int("jump_length", jump_length, 1, MAX_REPEATS)
     jump_n_sample = checks.to_int("jump_n_sample", jump_n_sample, 1, MAX_REPEATS)
     positions = repaint_positions(num_steps, jump_length, jump_n_sample)
     repaint = RePaintScheduler(scheduler, x_0, is_known, positions)
