@@ -58,7 +58,7 @@ class Artifacts:
         self.evaluated: SampleFigures | None = None
         self._measured: tuple[int, list[ValidationResult | SampleFigures]] = (-1, [])
         self._has_warned_of_copies = False
-        # A run that starts again without a checkpoint may have other options: its best counts.
+        # best/ of a run that ended before its first checkpoint is replaced: its options may differ.
         self._has_best = run.checkpoint is not None
 
     def save_checkpoint(self, must_succeed: bool) -> None:
