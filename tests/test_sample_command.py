@@ -232,7 +232,10 @@ def test_guide_and_guidance_interval_and_a_grid_with_a_row_per_class(models, tmp
 @pytest.mark.slow
 def test_variant_selects_the_weights(models, tmp_path, capsys):
     model = save(tmp_path / "half", build_unet(), variant="fp16")
-    assert "--variant" in error_of(capsys, model, "--output", str(tmp_path / "x.npy"))
+    output = ("--output", str(tmp_path / "x.npy"))
+    assert "no weights without a variant: pass --variant 'fp16'" in error_of(capsys, model, *output)
+    missing = error_of(capsys, models["RGB"], *output, "--variant", "fp16")
+    assert "has no --variant 'fp16': leave out --variant" in missing
     images = drawn(model, tmp_path / "x.npy", "--variant", "fp16")
     np.testing.assert_array_equal(images, drawn(models["RGB"], tmp_path / "y.npy"))
 

@@ -183,9 +183,11 @@ def check_network(
             "save the pipeline, which writes safetensors"
         )
     variants = weight_variants(folder)
-    if variant is None and variants and None not in variants:
-        known = " or ".join(repr(v) for v in sorted(filter(None, variants)))
-        raise ValueError(f"{name} has only variants of its weights; pass `variant` {known}")
+    if variants and variant not in variants:
+        choices = [f"pass `variant` {known!r}" for known in sorted(filter(None, variants))]
+        choices += ["leave out `variant`"] * (None in variants)
+        missing = f"`variant` {variant!r}" if variant else "weights without a variant"
+        raise ValueError(f"{name} has no {missing}: {' or '.join(choices)}")
     config = read_json(folder / "config.json")
     if not config:
         raise ValueError(f"{name} has no config.json of its network")
