@@ -46,7 +46,7 @@ def test_a_dry_run_prints_facts_and_plan_and_writes_nothing(folder, capsys, monk
     result = train(
         TrainingConfig(
             dataset=str(folder), class_conditional=True, on_bad_image="skip", dry_run=True,
-            max_train_steps=10, batch_size=4,
+            max_train_steps=10, batch_size=4, report_to=["swanlab"],
         )
     )  # fmt: skip
     assert all_files(folder.parent, cache) == before
@@ -57,6 +57,7 @@ def test_a_dry_run_prints_facts_and_plan_and_writes_nothing(folder, capsys, monk
     for expected in (
         "classes    2: cat (3), dog (4)",
         "parameters",
+        "losses in metrics.jsonl (not installed: swanlab)",
         "quality    blurs, enough to test the settings",
         "s per update",
         "data       RGB 4, L 3; 2 sizes, 8x8 to 8x10",

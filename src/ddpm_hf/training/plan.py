@@ -102,11 +102,14 @@ def plan_training(
 
 
 def _describe_losses(run: Run) -> str:
-    """The installed trackers of the run, or its log without any."""
+    """The installed trackers of the run, or its log without any; and those to install."""
     requested = requested_trackers(run.config.report_to)
     names = [name for name in installed_trackers() if name in requested]
     shown = ["logs/ for TensorBoard" if name == "tensorboard" else name for name in names]
-    return ", ".join(shown) or run.paths.metrics.name
+    missing = ", ".join(name for name in requested if name not in names)
+    return (", ".join(shown) or run.paths.metrics.name) + (
+        f" (not installed: {missing})" if missing else ""
+    )
 
 
 def _describe_images(run: Run) -> str:
