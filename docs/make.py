@@ -3,12 +3,12 @@
 python docs/make.py                        # all but those below; the guides need `make demo` first
 python docs/make.py walkthrough.md         # the figures that the code of a page draws
 
-Of longer measurements: few_images*.png by make_few_images.py, training_quality*.png by
-tests/benchmarks/bench_quality.py. samples.png, guidance.png, few_steps.png and denoising.png are
-those that `make demo` writes.
+The pictures and the card of the demo's model are copied from its folder. Longer measurements:
+few_images*.png by make_few_images.py, training_quality*.png by tests/benchmarks/bench_quality.py.
 """
 
 import contextlib
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +23,7 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 FOLDER = Path(__file__).parent
 PAGES_WITH_FIGURES = ("walkthrough.md",)
 DEMO_MODEL = FOLDER.parent / "runs" / "demo" / "model"
+DEMO_PICTURES = ("samples.png", "guidance.png", "few_steps.png", "denoising.png")
 CHROMIUM = shutil.which("chromium")
 
 
@@ -60,11 +61,30 @@ def stopwatch(what: str) -> Iterator[None]:
     print(f"{what}: {time.monotonic() - start:.0f} s", flush=True)
 
 
+def copy_demo() -> None:
+    """The pictures of the demo, and its card for a reader at the root of the project."""
+    for name in DEMO_PICTURES:
+        shutil.copyfile(DEMO_MODEL.parent / name, FOLDER / name)
+    card = (DEMO_MODEL / "README.md").read_text(encoding="utf-8")
+    card = re.sub(r"<!--.*-->\n+", "", card)  # markers of the generated text
+    replaced = {
+        "(samples.png)": "(docs/samples.png)",
+        "in the folder of this checkpoint": "in the root of the project",
+        '"."': '"runs/demo/model"',
+        "evaluate . ": "evaluate runs/demo/model ",
+    }
+    for old, new in replaced.items():
+        card = card.replace(old, new)
+    (FOLDER.parent / "model_card.md").write_text(card.rstrip() + "\n", encoding="utf-8")
+
+
 def make_all() -> None:
     """Make the figures that take minutes; scripts that need something missing are listed."""
     for page in PAGES_WITH_FIGURES:
         main([page])
     run_script("make_gan_comparison.py")
+    if DEMO_MODEL.is_dir():
+        copy_demo()
     needs = {
         "make_editing_figures.py": DEMO_MODEL.is_dir(),
         "make_guide_figures.py": DEMO_MODEL.is_dir(),

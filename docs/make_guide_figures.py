@@ -79,7 +79,6 @@ def trained(name: str, dataset: Path, num_updates: int, **options: Any) -> Path:
         max_train_steps=num_updates,
         batch_size=16,
         learning_rate=2e-3,
-        timestep_sampling="uniform",
         ema_decay=0.99,
         num_samples=COLUMNS,
         sample_steps=25,

@@ -117,7 +117,6 @@ def train_model(folder: Path, num_classes: int, num_updates: int) -> TrainingRes
         max_train_steps=num_updates,
         batch_size=16,
         learning_rate=2e-3,
-        timestep_sampling="uniform",
         ema_decay=0.995,
         num_samples=NUM_IN_GRID,
         sample_steps=500,
