@@ -81,6 +81,7 @@ def measure(name: str, num_updates: int, every: int, folder: Path) -> list[dict[
         batch_size=16,
         prediction_type="sample",
         learning_rate=1e-3,
+        timestep_sampling="uniform",
         lr_scheduler="constant",  # a longer run then continues a shorter one
         num_threads=1,
         validation_split="test",

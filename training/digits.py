@@ -62,6 +62,7 @@ def train_model(
         max_train_steps=num_updates,
         batch_size=64,
         learning_rate=2e-3,
+        timestep_sampling="uniform",
         lr_warmup_steps=min(100, num_updates),
         ema_decay=0.999,
         sample_steps=500,
