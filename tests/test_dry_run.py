@@ -109,3 +109,13 @@ def test_the_plan_states_the_expected_quality_of_small_images(
     found = [line for line in lines if line.startswith("quality")]
     assert len(found) == (quality is not None)
     assert all(line.startswith(f"quality    {quality}") for line in found)
+
+
+def test_the_plan_says_when_samples_may_become_copies(tmp_path, capsys):
+    images = [*torch.rand(4, 1, 8, 8) * 2 - 1]
+    common = {"dataset": images, "dry_run": True, "batch_size": 4, "lr_warmup_steps": 0}
+    run(tmp_path / "a", **common, max_train_steps=5)
+    assert "copies" not in capsys.readouterr().out
+    run(tmp_path / "b", **common, max_train_steps=6)
+    note = "note       6 passes over 4 images: samples may become copies of them"
+    assert f"{note}; `evaluate_steps` measures it during training\n" in capsys.readouterr().out

@@ -23,7 +23,7 @@ from ddpm_hf.training.dataset_setup import (
     split_off_validation,
 )
 from ddpm_hf.training.errors import ConfigError
-from ddpm_hf.training.image_notes import count_classes, mode_notes, select_classes
+from ddpm_hf.training.image_notes import copy_notes, count_classes, mode_notes, select_classes
 from ddpm_hf.training.model import build_model
 from ddpm_hf.training.objective import Objective, build_objective
 from ddpm_hf.training.pretrained import load_starting_model
@@ -146,6 +146,6 @@ def assemble(
         base_identity=base.identity,
         notes=(
             *mode_notes(options.image_mode, loaded.images, base.unet is not None),
-            *image_notes, *class_notes, *model_notes,
+            *image_notes, *class_notes, *copy_notes(config, len(training)), *model_notes,
         ),
     )  # fmt: skip

@@ -7,10 +7,12 @@ import numpy as np
 
 from ddpm_hf.data import ImageDataset, ImageFacts
 from ddpm_hf.data.labels import Labels
+from ddpm_hf.training.config import ResolvedConfig
 from ddpm_hf.utils.text import counted, share_that_has
 
 _FEW_COLOURED = 0.05  # share of coloured images below which the plan mentions them
 _UNBALANCED = 5  # ratio of class counts that the plan mentions
+_PASSES_OF_COPIES = 1.5  # passes over the training images, relative to their number
 
 
 def select_classes(is_conditional: bool, facts: ImageFacts) -> tuple[ImageFacts, list[str]]:
@@ -52,6 +54,24 @@ def mode_notes(image_mode: str | None, images: object, is_pretrained: bool) -> l
             f"`image_mode` L removes them"
         )
     return notes
+
+
+def copy_notes(config: ResolvedConfig, num_images: int) -> list[str]:
+    """A note for the plan if samples may become copies of the training images.
+
+    Copies appeared after 64 to 128 passes over 50 faces and 320 to 480 over 200; 480 passes over
+    1,000 gave none (docs/few_images.md).
+
+    Args:
+        config: the options.
+        num_images: number of training images.
+    """
+    num_passes = config.max_train_steps * config.batch_size / num_images
+    if num_passes < _PASSES_OF_COPIES * num_images:
+        return []
+    advice = "" if config.evaluate_steps else "; `evaluate_steps` measures it during training"
+    images = counted(num_images, "image")
+    return [f"{num_passes:,.0f} passes over {images}: samples may become copies of them{advice}"]
 
 
 def count_classes(
