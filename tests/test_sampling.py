@@ -66,7 +66,7 @@ def test_resume_samples_missing_batches_only(tmp_path):
     [
         ({"seed": 1}, "`seed` 0 instead of 1"),
         ({"num_inference_steps": 3}, "`num_inference_steps` 2 instead of 3"),
-        ({"eta": 0.5}, "`eta` None instead of 0.5"),
+        ({"eta": 0.5}, "`eta` unset instead of 0.5"),
         ({"batch_size": 5}, "`batch_size` 4 instead of 5"),
         ({"num_images": 11}, "`num_images` 10 instead of 11"),
         ({"dtype": "float32"}, "`dtype` uint8 instead of float32"),

@@ -120,7 +120,7 @@ def test_incomplete_images_are_resumed_and_complete_ones_kept(model, tmp_path, n
     ("more", "difference"),
     [
         (["--seed", "1"], "--seed 0 instead of 1"),
-        (["--eta", "0"], "--eta None instead of 0.0"),
+        (["--eta", "0"], "--eta unset instead of 0.0"),
         (["--scheduler", "DDIM"], "--scheduler GaussianDDPMScheduler instead of DDIMScheduler"),
         (["--class-labels", "dog"], "--class-labels [0, 1] instead of [1]"),
     ],

@@ -253,5 +253,5 @@ def _json_values(value: Any) -> Any:
 
 
 def _shortened(value: Any) -> str:
-    text = str(value)
+    text = "unset" if value is None else str(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
