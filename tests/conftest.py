@@ -96,6 +96,16 @@ def deterministic_torch():
     torch.use_deterministic_algorithms(True)
 
 
+@pytest.fixture(autouse=True)
+def no_accelerator_is_left():
+    """An Accelerator that a test leaves would set the precision and the compiler of later runs."""
+    yield
+    if state := sys.modules.get("accelerate.state"):
+        is_left = bool(state.AcceleratorState._shared_state)
+        state.AcceleratorState._reset_state()
+        assert not is_left
+
+
 @pytest.fixture(scope="session")
 def hub_server():
     """A Hub on the loopback interface, for `hub` and `hub_process`."""

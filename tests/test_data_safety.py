@@ -195,5 +195,5 @@ def test_a_saved_dataset_cannot_name_files_outside(tmp_path, name):
     state = json.loads((tmp_path / "in" / "state.json").read_text())
     state["_data_files"] = [{"filename": name}]
     (tmp_path / "in" / "state.json").write_text(json.dumps(state))
-    with pytest.raises(DataError, match=r"outside|lead out of the folder"):
+    with pytest.raises(DataError, match=r"outside|leads out of the folder"):
         load_images(tmp_path / "in")

@@ -162,7 +162,7 @@ def test_a_folder_with_other_files_is_left_alone(models, files, capsys):
         (["--strength", 0], "strength must be"),
         (["--strength", 0.1], "less than one step; pass at least 0.25"),
         (["--strength", 0.5, "--log-snr", 0], "--strength and --log-snr exclude each other"),
-        (["--mask", "nothing.png"], "nothing.png does not exist"),
+        (["--mask", "nothing.png"], "nothing.png is not a file"),
         (["--source-class", "dog"], "--source-class needs --class-labels"),
         (["--class-labels", "cat", "dog"], "--class-labels must be one class"),
         (["--class-labels", "cat"], "was not trained on classes: leave out --class-labels"),

@@ -10,7 +10,6 @@ import sys
 
 import pytest
 import torch
-from accelerate import Accelerator
 from diffusers import UNet2DModel
 from processes import LIMIT_S, started
 from safetensors.torch import load_file
@@ -29,6 +28,7 @@ from tiny_runs import (
 from ddpm_hf import train
 from ddpm_hf.losses import simple_loss
 from ddpm_hf.training import CheckpointError, ConfigError, TrainingError
+from ddpm_hf.training.accelerator import create_accelerator
 from ddpm_hf.training.run_log import MetricsLog
 from ddpm_hf.training.trackers import TrackedRun, Trackers
 
@@ -210,7 +210,8 @@ def test_a_temporarily_full_disk_skips_only_the_writes_due_then(tmp_path, caplog
 def test_an_entry_that_a_full_disk_cuts_off_is_removed(tmp_path):
     file, limits = tmp_path / "metrics.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
     tracked = TrackedRun(tmp_path, tmp_path / "tracking.json", "project", None, {})
-    log = MetricsLog(file, Accelerator(), 0, 4, Trackers([], tracked))
+    with create_accelerator(tiny_config(tmp_path)) as accelerator:
+        log = MetricsLog(file, accelerator, 0, 4, Trackers([], tracked))
     log.append({"step": 1, "loss": 0.5})
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
