@@ -165,7 +165,7 @@ def test_settings_of_optimize_are_recorded_and_reused(model, tmp_path, capsys):
     sample(model, output, "--optimize")
     assert "sampled before" in capsys.readouterr().out
     sample(model, output, status=2)
-    assert "instead of None" in capsys.readouterr().err
+    assert "instead of unset" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options", [(), ("--optimize",)])
