@@ -8,7 +8,6 @@ few_images*.png by make_few_images.py, training_quality*.png by tests/benchmarks
 """
 
 import contextlib
-import re
 import shutil
 import subprocess
 import sys
@@ -65,17 +64,8 @@ def copy_demo() -> None:
     """The pictures of the demo, and its card for a reader at the root of the project."""
     for name in DEMO_PICTURES:
         shutil.copyfile(DEMO_MODEL.parent / name, FOLDER / name)
-    card = (DEMO_MODEL / "README.md").read_text(encoding="utf-8")
-    card = re.sub(r"<!--.*-->\n+", "", card)  # markers of the generated text
-    replaced = {
-        "(samples.png)": "(docs/samples.png)",
-        "in the folder of this checkpoint": "in the root of the project",
-        '"."': '"runs/demo/model"',
-        "evaluate . ": "evaluate runs/demo/model ",
-    }
-    for old, new in replaced.items():
-        card = card.replace(old, new)
-    (FOLDER.parent / "model_card.md").write_text(card.rstrip() + "\n", encoding="utf-8")
+    make_card = FOLDER.parent / "tests" / "golden" / "make_card.py"
+    subprocess.run([sys.executable, make_card, DEMO_MODEL], check=True)
 
 
 def make_all() -> None:
